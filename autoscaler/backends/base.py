@@ -1,0 +1,151 @@
+"""What a backend is: the hands of the control loop, for one way of running engines.
+
+A backend does what it is told and says what it sees. It never decides, never retries on its own,
+and never changes the number of replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from autoscaler.settings import PoolSettings
+
+
+class BackendError(Exception):
+    """A backend could not do what it was asked; the message says why, for people."""
+
+
+class Unsupported(BackendError):
+    """This backend, or this engine, has no such ability. Asking again will not help."""
+
+
+class NoRoom(BackendError):
+    """There is no free GPU for another replica now; later there may be."""
+
+
+class StillRunning(BackendError):
+    """A process survived SIGKILL for longer than it may (it hangs in the kernel)."""
+
+
+class StateInUse(BackendError):
+    """Another Tidegate that is alive owns this state directory and the engines in it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaSpec:
+    """One replica to be started. ``url`` is set where the engine runs already (``static``)."""
+
+    id: str
+    pool: PoolSettings
+    url: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What a look at a replica showed. ``None`` is unknown: neither well nor ill.
+
+    ``alive`` is false when the process is gone, ``ready`` when the engine does not answer as
+    healthy. ``detail`` explains a false, ``phase`` says what a starting engine is at.
+    """
+
+    alive: bool | None = None
+    ready: bool | None = None
+    detail: str = ""
+    phase: str = ""
+    url: str | None = None
+    served_model: str | None = None
+    max_model_len_tokens: int | None = None
+    pid: int | None = None
+    gpus: tuple[int, ...] = ()
+    cpus: tuple[int, ...] = ()
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leftover:
+    """A replica of an earlier Tidegate whose processes were found and ended."""
+
+    replica_id: str
+    pids: tuple[int, ...]
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """One way of running engines. Calls for one replica never overlap, except ``probe``."""
+
+    @property
+    def owns_replicas(self) -> bool:
+        """Whether it starts and stops engines. If not, they are only watched and routed to."""
+        ...
+
+    async def start(self, spec: ReplicaSpec) -> None:
+        """Begin to start a replica; returns when its process runs, long before it is ready.
+
+        Raises ``NoRoom`` when it cannot be started now, ``BackendError`` when it cannot at all.
+        Leaves nothing behind when it raises.
+        """
+        ...
+
+    async def probe(self, replica_id: str) -> Probe:
+        """Look at a replica, within the health check's time limit. Never raises for a replica
+        that is ill or gone; one that was never started is ``alive=False``."""
+        ...
+
+    async def stop(self, replica_id: str, *, grace_s: float) -> None:
+        """End a replica: ask, wait ``grace_s`` seconds, then force, all its processes.
+
+        Returns when they are gone; nothing to do for one that is. Raises ``StillRunning``.
+        """
+        ...
+
+    async def sleep(self, replica_id: str, level: int) -> None:
+        """Put an idle replica to sleep: 1 keeps its weights in host memory, 2 drops them.
+
+        Returns when it sleeps. Raises ``Unsupported`` or ``BackendError``.
+        """
+        ...
+
+    async def wake(self, replica_id: str) -> None:
+        """Wake a sleeping replica; returns when it can answer. Raises as ``sleep`` does."""
+        ...
+
+    async def adopt(self) -> list[Leftover]:
+        """Before the first start: end what an earlier Tidegate left, and say what that was.
+
+        Raises ``StateInUse`` when that Tidegate is alive.
+        """
+        ...
+
+    async def close(self) -> None:
+        """End everything it started and give back what it holds. It is not used afterwards."""
+        ...
+
+
+class Command(Protocol):
+    """What to run for a replica (``loaders.engine.EngineCommand`` is one)."""
+
+    @property
+    def argv(self) -> Sequence[str]:
+        """The program and its arguments."""
+        ...
+
+    @property
+    def env(self) -> Mapping[str, str]:
+        """Environment variables to set beside those Tidegate was given."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where a replica runs: its address, GPUs (indices) and CPU cores (empty: not pinned)."""
+
+    host: str
+    port: int
+    gpus: tuple[int, ...] = ()
+    cpus: tuple[int, ...] = ()
+
+
+MakeCommand = Callable[[ReplicaSpec, Placement], Command]
+"""Makes the command line of a replica. Raises ``ValueError`` for settings it cannot run."""

@@ -1,0 +1,98 @@
+"""An engine's log on disk: written by the engine itself, kept within its size by us.
+
+The engine appends to a file, not to a pipe: a Tidegate that hangs or is killed can neither block
+it nor break its output. Rotation copies the file and cuts it to nothing; since the engine appends,
+its next line is at the new beginning. What it writes in the microseconds between the end of the
+copy and the cut is lost; that is the price of needing nobody at the other end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+TAIL_BYTES = 65_536
+PREFIX = re.compile(
+    r"(\([^()]* pid=\d+\)\s*)?"  # (EngineCore pid=987)
+    r"((DEBUG|INFO|WARNING|ERROR|CRITICAL)\s+)?"
+    r"([\d/-]+[ T][\d:,.]+\s+)?"  # 11-23 17:09:20
+    r"(\[[\w./]+:\d+\]\s*)?"  # [compilation.py:317]
+)
+"""What logging writes before a message, of vLLM and of most others."""
+
+
+class ReplicaLog:
+    """The log files of one replica: ``NAME.log``, then ``NAME.log.1`` and older."""
+
+    def __init__(self, path: Path, *, max_bytes: int, files: int) -> None:
+        self.path = path
+        self._max_bytes = max_bytes
+        self._files = files
+
+    def open(self) -> int:
+        """A file descriptor that appends to the log; its owner closes it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        return os.open(self.path, flags, 0o644)
+
+    def rotate(self) -> bool:
+        """Begin a new file if this one has reached its size; says whether it did."""
+        try:
+            if self.path.stat().st_size < self._max_bytes:
+                return False
+        except FileNotFoundError:
+            return False
+        for number in range(self._files - 2, 0, -1):
+            with contextlib.suppress(FileNotFoundError):
+                self._older(number).replace(self._older(number + 1))
+        with self.path.open("rb+") as source:
+            if self._files > 1:
+                with self._older(1).open("wb") as target:
+                    self._copy_end(source.fileno(), target.fileno())
+            source.truncate(0)
+        return True
+
+    def _copy_end(self, source: int, target: int) -> None:
+        """Copy the last ``max_bytes`` that are in the file by the time the copy reaches its end."""
+        offset = max(0, os.fstat(source).st_size - self._max_bytes)
+        while sent := os.sendfile(target, source, offset, 1 << 20):
+            offset += sent
+
+    def _older(self, number: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.{number}")
+
+    def tail(self, lines: int) -> list[str]:
+        """The last lines that are not blank, oldest first; none if there is no log."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+                text = file.read(TAIL_BYTES).decode(errors="replace")
+        except FileNotFoundError:
+            return []
+        return [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
+
+
+def message_of(line: str) -> str:
+    """A log line without what logging wrote before the message."""
+    return line[match.end() :] if (match := PREFIX.match(line)) else line
+
+
+def prune(directory: Path, *, keep: int, living: set[Path]) -> None:
+    """Delete the logs of all but the ``keep`` newest replicas that are not living."""
+    if not directory.is_dir():
+        return
+    ended = [path for path in directory.glob("*.log") if path not in living]
+    ended.sort(key=modified_ns, reverse=True)
+    for path in ended[keep:]:
+        for part in directory.glob(f"{path.name}*"):
+            part.unlink(missing_ok=True)
+
+
+def modified_ns(path: Path) -> int:
+    """When a file was last written; 0 for one that has gone meanwhile."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,146 @@
+"""Linux processes by pid and start time, which together name one process of one boot for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+PROC = Path("/proc")
+GONE = frozenset("ZXx")
+POLL_S = 0.05
+KILL_ROUNDS = 100
+"""Looks after the first SIGKILL, each followed by another: some 5 s in all."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ProcessId:
+    """A process: its pid, and the clock tick since boot at which it started."""
+
+    pid: int
+    start_ticks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessStat:
+    """A process as ``/proc/PID/stat`` tells it."""
+
+    id: ProcessId
+    parent: int
+    session: int
+    gone: bool
+
+
+def boot_id() -> str:
+    """The name of this boot; start times of another boot mean nothing."""
+    return (PROC / "sys/kernel/random/boot_id").read_text().strip()
+
+
+def read_stat(pid: int) -> ProcessStat | None:
+    """A process; ``None`` if there is none with this pid, or it is hidden from us."""
+    try:
+        text = (PROC / str(pid) / "stat").read_bytes()
+    except OSError:
+        return None
+    # The command in parentheses may itself contain parentheses and spaces.
+    fields = text[text.rindex(b")") + 2 :].split()
+    return ProcessStat(
+        id=ProcessId(pid, int(fields[19])),
+        parent=int(fields[1]),
+        session=int(fields[3]),
+        gone=fields[0].decode() in GONE,
+    )
+
+
+def list_stats() -> list[ProcessStat]:
+    """Every process of this machine that this one can see."""
+    pids = [int(entry) for entry in os.listdir(PROC) if entry.isdigit()]
+    return [stat for stat in map(read_stat, pids) if stat is not None]
+
+
+def carries(pid: int, mark: str) -> bool:
+    """Whether a process was started with ``mark`` in its environment."""
+    try:
+        return mark.encode() in (PROC / str(pid) / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def find_family(
+    leader: ProcessId, known: Iterable[ProcessId], stats: Iterable[ProcessStat], own_pid: int
+) -> set[ProcessId]:
+    """The processes of a replica: its leader, known ones, their session, their descendants.
+
+    A session id stays taken while anyone is in it. So whoever shares the leader's session with a
+    process that is surely ours belongs to us, even after the leader has died.
+    """
+    alive = [stat for stat in stats if not stat.gone and stat.id.pid != own_pid]
+    ours = {leader, *known}
+    family = {stat.id for stat in alive if stat.id in ours}
+    sessions = {stat.session for stat in alive if stat.id in family} & {leader.pid}
+    family |= {stat.id for stat in alive if stat.session in sessions}
+    while True:
+        pids = {process.pid for process in family}
+        more = {stat.id for stat in alive if stat.parent in pids} - family
+        if not more:
+            return family
+        family |= more
+
+
+def find_marked(mark: str, stats: Iterable[ProcessStat], own_pid: int) -> set[ProcessId]:
+    """The processes that were started with ``mark`` in their environment."""
+    return {
+        stat.id
+        for stat in stats
+        if not stat.gone and stat.id.pid != own_pid and carries(stat.id.pid, mark)
+    }
+
+
+def send_signal(process: ProcessId, number: signal.Signals) -> None:
+    """Signal exactly this process; nothing happens if it is gone and its pid is another's."""
+    try:
+        handle = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return
+    try:
+        stat = read_stat(process.pid)
+        if stat is not None and stat.id == process:
+            signal.pidfd_send_signal(handle, number)
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(handle)
+
+
+async def end_all(
+    find: Callable[[], set[ProcessId]],
+    *,
+    grace_s: float,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> set[ProcessId]:
+    """SIGTERM to all that ``find`` finds, SIGKILL to what is left after ``grace_s``.
+
+    Those that appear meanwhile are included. Returns what survived: nothing, unless it hangs in
+    the kernel. ``find`` runs in a thread.
+    """
+    asked: set[ProcessId] = set()
+    looks = max(1, round(grace_s / POLL_S)) if grace_s > 0 else 0
+    for _ in range(looks):
+        left = await asyncio.to_thread(find)
+        if not left:
+            return left
+        for process in left - asked:
+            send_signal(process, signal.SIGTERM)
+        asked |= left
+        await sleep(POLL_S)
+    for _ in range(KILL_ROUNDS):
+        left = await asyncio.to_thread(find)
+        if not left:
+            return left
+        for process in left:
+            send_signal(process, signal.SIGKILL)
+        await sleep(POLL_S)
+    return await asyncio.to_thread(find)

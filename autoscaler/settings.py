@@ -1,0 +1,370 @@
+"""What the autoscaler can be told: how pools are scaled, and which pools there are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from autoscaler.types import PoolPolicy
+
+HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+OWN_HEADERS = frozenset({"host", "content-length", "transfer-encoding", "connection", "upgrade"})
+ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def check_url(url: str) -> str:
+    """A server's base URL, without a trailing ``/`` or ``/v1``; ``ValueError`` when it is none."""
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError("must be http://host:port or https://host:port")
+    if parts.username or parts.password:
+        raise ValueError("must not carry a password: use headers or api_key_env")
+    if parts.query or parts.fragment:
+        raise ValueError("must not have a query or a fragment")
+    try:
+        _ = parts.port
+    except ValueError:
+        raise ValueError("has a port that is not 0 to 65535") from None
+    path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
+    if path:
+        raise ValueError("must not have a path: the request's own path is used")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def check_env(env: dict[str, str]) -> dict[str, str]:
+    """Environment variables as given; ``ValueError`` for what no process can be given."""
+    for name, value in env.items():
+        if not ENV_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is not the name of an environment variable")
+        if "\0" in value:
+            raise ValueError(f"{name} holds a NUL character")
+    return env
+
+
+def check_headers(headers: dict[str, str]) -> dict[str, str]:
+    """Headers as given; ``ValueError`` for what would break a request's framing."""
+    for name, value in headers.items():
+        if not HEADER_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is not the name of a header")
+        if name.lower() in OWN_HEADERS:
+            raise ValueError(f"{name} is set by Tidegate itself")
+        if not value.isascii() or not value.isprintable():
+            raise ValueError(f"{name} holds characters a header cannot carry")
+    return headers
+
+
+def check_argument(text: str) -> str:
+    """One argument as given; ``ValueError`` for what no process can be given."""
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
+    return text
+
+
+Name = Annotated[
+    str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\s\x00-\x1f\x7f]+$")
+]
+Url = Annotated[str, AfterValidator(check_url)]
+Argument = Annotated[str, AfterValidator(check_argument)]
+
+
+class AutoscalerSettings(BaseModel):
+    """How many replicas a pool has, and how they are started, watched and stopped."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    tick_s: float = Field(default=1.0, ge=0.05, le=60.0)
+    """Seconds between two decisions for every pool. A held request is decided on at once, without
+    waiting for the tick. 1 follows a burst closely and costs next to nothing."""
+
+    stable_window_s: float = Field(default=60.0, ge=1.0, le=3_600.0)
+    """Seconds of demand whose mean sets the replicas in quiet times. 60 is Knative's."""
+
+    panic_window_s: float = Field(default=6.0, ge=0.5, le=600.0)
+    """Seconds of demand whose mean is watched for bursts; not longer than ``stable_window_s``. 6
+    is Knative's tenth of the stable window."""
+
+    panic_threshold: float = Field(default=2.0, ge=1.1, le=100.0)
+    """A pool panics when the short window wants this many times the replicas that are ready. While
+    it panics it only grows. 2 is Knative's."""
+
+    scale_down_delay_s: float = Field(default=60.0, ge=0.0, le=86_400.0)
+    """Seconds a lower number must have been enough before replicas go: the highest wish of this
+    long counts. Starting an engine costs about as much as keeping it for a minute."""
+
+    idle_to_zero_s: float = Field(default=300.0, ge=0.0, le=604_800.0)
+    """Seconds without a request before the last replica of a pool with ``min_replicas = 0`` goes.
+    300 is some five starts of a small model: shorter saves little and makes people wait."""
+
+    max_scale_up_per_tick: int = Field(default=8, ge=1, le=1_000)
+    """Replicas of one pool started by one decision at most, so that a burst does not start a fleet
+    before its first engine is up."""
+
+    demand_stale_s: float = Field(default=10.0, ge=0.1, le=600.0)
+    """Seconds after which an observation of demand no longer counts as known. On unknown demand a
+    pool is never made smaller."""
+
+    start_timeout_s: float = Field(default=600.0, ge=0.1, le=86_400.0)
+    """Seconds an engine has from its start until it is ready; only this ends a slow start, no
+    health check does. Large models on slow disks take many minutes."""
+
+    start_poll_s: float = Field(default=0.25, ge=0.01, le=60.0)
+    """Seconds between two looks at an engine that is starting. Every second of it is added to
+    somebody's wait, and a look is one small request."""
+
+    health_interval_s: float = Field(default=2.0, ge=0.05, le=600.0)
+    """Seconds between two health checks of a replica that is ready or unhealthy."""
+
+    health_timeout_s: float = Field(default=5.0, ge=0.05, le=300.0)
+    """Seconds one health check may take before it counts as failed. A busy engine is slow to
+    answer; 5 is generous for one small request."""
+
+    health_failures: int = Field(default=3, ge=1, le=100)
+    """Health checks in a row that must fail before a ready replica is given no more requests. One
+    success brings it back."""
+
+    unhealthy_restart_s: float = Field(default=60.0, ge=0.1, le=86_400.0)
+    """Seconds a replica may stay unhealthy before it is stopped and replaced (never one of a
+    ``static`` pool)."""
+
+    backoff_initial_s: float = Field(default=1.0, ge=0.01, le=3_600.0)
+    """Seconds before a pool whose engine failed to start, or died, starts the next; doubled by
+    each failure in a row."""
+
+    backoff_max_s: float = Field(default=60.0, ge=0.01, le=86_400.0)
+    """Longest wait between two starts of an engine that keeps failing; it is tried at this rate
+    for ever. Not shorter than ``backoff_initial_s``."""
+
+    backoff_reset_s: float = Field(default=60.0, ge=0.0, le=86_400.0)
+    """Seconds a replica must have been ready before its pool's earlier failures are forgotten. An
+    engine that dies sooner is in a crash loop even if it answered for a moment."""
+
+    drain_s: float = Field(default=60.0, ge=0.0, le=86_400.0)
+    """Seconds a replica that is to go may take to finish its requests; it is given no new ones.
+    Then it is stopped whatever it still has."""
+
+    drain_settle_s: float = Field(default=0.5, ge=0.0, le=60.0)
+    """Seconds after the data path was told that a replica drains before "nothing in flight" is
+    believed: a request may have been on its way to it."""
+
+    terminate_s: float = Field(default=10.0, ge=0.1, le=600.0)
+    """Seconds between SIGTERM and SIGKILL of an engine's whole process group."""
+
+    call_timeout_s: float = Field(default=60.0, ge=0.1, le=3_600.0)
+    """Seconds one call to a backend may take (start, sleep, wake) before it counts as failed. A
+    wake from host memory takes about 3 s for 64 GiB."""
+
+    failed_kept: int = Field(default=3, ge=0, le=100)
+    """Replicas that failed and are still shown in the status of a pool, the newest of them."""
+
+    log_bytes: int = Field(default=10_485_760, ge=4_096, le=1_099_511_627_776)
+    """Bytes of one log file of one replica before the next is begun. 10 MiB hold a day of vLLM's
+    usual output."""
+
+    log_files: int = Field(default=3, ge=1, le=100)
+    """Log files kept of one replica, the current one included; the oldest goes."""
+
+    log_replicas: int = Field(default=20, ge=1, le=10_000)
+    """Replicas of one pool whose logs are kept after they have ended, newest first. With
+    ``log_bytes`` and ``log_files`` this bounds the disk used by logs."""
+
+    log_tail_lines: int = Field(default=12, ge=1, le=1_000)
+    """Last lines of an engine's log that a failure quotes."""
+
+    history_size: int = Field(default=256, ge=1, le=100_000)
+    """Decisions kept per pool for ``tidegate explain``; equal ones in a row count as one."""
+
+    wake_samples: int = Field(default=8, ge=1, le=1_000)
+    """Newest measured start times the estimate of the next wake is made of: their maximum, so that
+    a client told to come back is not told too early."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AutoscalerSettings:
+        raise_first(self._conflicts())
+        return self
+
+    def _conflicts(self) -> Iterator[str]:
+        if self.panic_window_s > self.stable_window_s:
+            yield (
+                f"panic_window_s ({self.panic_window_s:g}) is longer than stable_window_s "
+                f"({self.stable_window_s:g})"
+            )
+        if self.backoff_max_s < self.backoff_initial_s:
+            yield (
+                f"backoff_max_s ({self.backoff_max_s:g}) is shorter than backoff_initial_s "
+                f"({self.backoff_initial_s:g})"
+            )
+
+
+class PoolSettings(BaseModel):
+    """One model that is served, and the replicas that serve it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: Name
+    """What clients write in ``"model"``. Without white space, unique among names and aliases."""
+
+    aliases: tuple[Name, ...] = Field(default=(), max_length=100)
+    """Further names clients may use for this pool."""
+
+    backend: Literal["process", "static"] = "process"
+    """``process``: engines are child processes of Tidegate. ``static``: engines that somebody else
+    runs, at ``urls``: health-checked and routed to, never started or stopped."""
+
+    engine: Literal["vllm", "simulated"] | None = None
+    """Which engine a ``process`` pool starts; required there. ``simulated`` answers instantly and
+    is no model."""
+
+    model: str | None = Field(default=None, min_length=1, max_length=4_096)
+    """For ``process``: the path or name given to the engine; required. For ``static``: the name
+    the servers know the model by; unset: the one they list, or the pool's own."""
+
+    min_replicas: int = Field(default=0, ge=0, le=10_000)
+    """Fewest replicas of a ``process`` pool. 0 lets it go to zero when nobody asks."""
+
+    max_replicas: int = Field(default=1, ge=1, le=10_000)
+    """Most replicas of a ``process`` pool. 1, because a second engine rarely fits beside the
+    first unless somebody planned it."""
+
+    target_inflight_tokens: int = Field(default=8_192, ge=1, le=1_000_000_000)
+    """Tokens (prompt and expected output of all its requests) one replica carries comfortably;
+    more, and another is started. 8192 are some 20 ordinary chats at once."""
+
+    max_inflight_requests: int | None = Field(default=None, ge=1, le=100_000)
+    """Requests one replica is given at once. Unset: ``router.max_inflight_requests``."""
+
+    max_inflight_tokens: int | None = Field(default=None, ge=1, le=1_000_000_000)
+    """Tokens one replica is given at once. Unset: ``router.max_inflight_tokens``."""
+
+    max_model_len_tokens: int | None = Field(default=None, ge=1, le=1_000_000_000)
+    """Longest prompt and answer together. Given to a vLLM that is started; unset: the model's own,
+    as the engine reports it."""
+
+    idle_to_zero_s: float | None = Field(default=None, ge=0.0, le=604_800.0)
+    """This pool's own ``autoscaler.idle_to_zero_s``."""
+
+    scale_down_delay_s: float | None = Field(default=None, ge=0.0, le=86_400.0)
+    """This pool's own ``autoscaler.scale_down_delay_s``."""
+
+    start_timeout_s: float | None = Field(default=None, ge=0.1, le=86_400.0)
+    """This pool's own ``autoscaler.start_timeout_s``."""
+
+    engine_args: tuple[Argument, ...] = Field(default=(), max_length=1_000)
+    """Further arguments of the engine's command line, as the engine spells them."""
+
+    env: Annotated[dict[str, str], AfterValidator(check_env)] = Field(default_factory=dict)
+    """Further environment variables of the engine."""
+
+    gpus: tuple[Annotated[int, Field(ge=0, le=1_023)], ...] = Field(default=(), max_length=1_024)
+    """Indices of the GPUs this pool may use, as ``nvidia-smi`` numbers them. Empty: every GPU of
+    the machine, if ``gpus_per_replica`` asks for any."""
+
+    gpus_per_replica: int = Field(default=0, ge=0, le=1_024)
+    """GPUs one replica is given (``CUDA_VISIBLE_DEVICES``). 0 gives none, and sets nothing."""
+
+    gpu_memory_bytes: int | None = Field(default=None, ge=1)
+    """Memory one replica takes of each of its GPUs, so that replicas can share one. Unset: a GPU
+    given to a replica is given to no other."""
+
+    cpus_per_replica: int | None = Field(default=None, ge=1, le=4_096)
+    """CPU cores one replica is pinned to, its own while there are enough. Unset: not pinned."""
+
+    urls: tuple[Url, ...] = Field(default=(), max_length=1_000)
+    """Base URLs of a ``static`` pool's servers, one replica each; required there. A trailing
+    ``/v1`` is taken off."""
+
+    headers: Annotated[dict[str, str], AfterValidator(check_headers)] = Field(default_factory=dict)
+    """Headers added to every request to a ``static`` pool's servers."""
+
+    api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Environment variable with the key sent to a ``static`` pool's servers as
+    ``Authorization: Bearer``; keys do not belong in files."""
+
+    health_path: str = Field(default="/health", pattern=r"^/[\x21-\x7e]*$")
+    """Path that answers 200 when a server is well. A server that answers 404 is asked for
+    ``/v1/models`` instead."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PoolSettings:
+        raise_first(self._conflicts())
+        return self
+
+    def _conflicts(self) -> Iterator[str]:
+        if self.min_replicas > self.max_replicas:
+            yield f"min_replicas ({self.min_replicas}) > max_replicas ({self.max_replicas})"
+        names = (self.name, *self.aliases)
+        if len(set(names)) != len(names):
+            yield "aliases repeat a name"
+        if len(set(self.gpus)) != len(self.gpus):
+            yield "gpus repeat an index"
+        yield from (
+            self._process_conflicts() if self.backend == "process" else (self._static_conflicts())
+        )
+
+    def _process_conflicts(self) -> Iterator[str]:
+        if self.engine is None:
+            yield 'engine is missing: a process pool needs one ("vllm" or "simulated")'
+        if self.model is None:
+            yield "model is missing: a process pool needs the path or name of one"
+        for field in ("urls", "headers", "api_key_env"):
+            if getattr(self, field):
+                yield f'{field} is only for backend = "static"'
+        if self.gpus and not self.gpus_per_replica:
+            yield "gpus is set, but gpus_per_replica is 0"
+        if self.gpus and self.gpus_per_replica > len(self.gpus):
+            yield f"gpus_per_replica ({self.gpus_per_replica}) > the {len(self.gpus)} gpus given"
+        if self.gpu_memory_bytes is not None and not self.gpus_per_replica:
+            yield "gpu_memory_bytes is set, but gpus_per_replica is 0"
+
+    def _static_conflicts(self) -> Iterator[str]:
+        if not self.urls:
+            yield "urls is missing: a static pool needs at least one"
+        if len(set(self.urls)) != len(self.urls):
+            yield "urls repeat a server"
+        unused = ("engine", "engine_args", "env", "gpus", "gpus_per_replica", "gpu_memory_bytes")
+        for field in (*unused, "cpus_per_replica", "min_replicas"):
+            if getattr(self, field):
+                yield f'{field} is only for backend = "process"'
+        if self.api_key_env and any(name.lower() == "authorization" for name in self.headers):
+            yield "api_key_env and headers both set Authorization"
+
+
+def raise_first(conflicts: Iterator[str]) -> None:
+    """Raise what contradicts itself, all of it in one validation error; nothing if nothing."""
+    text = "; ".join(conflicts)
+    if text:
+        raise PydanticCustomError("conflict", "{text}", {"text": text})
+
+
+def make_policy(pool: PoolSettings, settings: AutoscalerSettings) -> PoolPolicy:
+    """What ``decide`` is told of one pool: its own settings over the autoscaler's."""
+    return PoolPolicy(
+        pool=pool.name,
+        min_replicas=pool.min_replicas,
+        max_replicas=pool.max_replicas,
+        target_inflight_tokens=pool.target_inflight_tokens,
+        target_inflight_requests=pool.max_inflight_requests,
+        stable_window_s=settings.stable_window_s,
+        panic_window_s=settings.panic_window_s,
+        panic_threshold=settings.panic_threshold,
+        scale_down_delay_s=first(pool.scale_down_delay_s, settings.scale_down_delay_s),
+        idle_to_zero_s=first(pool.idle_to_zero_s, settings.idle_to_zero_s),
+        max_scale_up=settings.max_scale_up_per_tick,
+        demand_stale_s=settings.demand_stale_s,
+    )
+
+
+def first(own: float | None, otherwise: float) -> float:
+    """A pool's own value where it has one."""
+    return otherwise if own is None else own

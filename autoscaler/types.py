@@ -1,0 +1,264 @@
+"""The autoscaler's vocabulary: what it sees, what it decides, and why.
+
+Times (``*_at_s``, ``since_s``) are readings of the control loop's clock, which is monotonic;
+whoever shows them to people subtracts them from ``FleetReport.at_s``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from router.types import ReplicaState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolDemand:
+    """What the gateway saw of one pool at one moment, summed over its workers.
+
+    Every figure is ``None`` when it is unknown, which is never read as zero. ``*_total`` are
+    counters that only grow, so a request that came and went between two ticks is still seen.
+    ``queued`` requests are those held in the gateway (at zero, or while all replicas are full);
+    ``inflight`` ones are with an engine. Tokens are estimates: prompt + expected output.
+    """
+
+    observed_at_s: float
+    inflight_requests: int | None = None
+    inflight_tokens: int | None = None
+    queued_requests: int | None = None
+    queued_tokens: int | None = None
+    arrivals_total: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaLoad:
+    """What the data path still has with one replica, summed over its workers."""
+
+    inflight_requests: int
+    inflight_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """One look at the data path: demand by pool name, load by replica id."""
+
+    pools: Mapping[str, PoolDemand] = field(default_factory=dict)
+    replicas: Mapping[str, ReplicaLoad] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolPolicy:
+    """What ``decide`` is told of one pool: bounds, targets, windows.
+
+    ``target_inflight_requests`` is the most requests one replica is given, where the pool says;
+    it makes many small requests count as well as a few large ones.
+    """
+
+    pool: str
+    min_replicas: int = 0
+    max_replicas: int = 1
+    target_inflight_tokens: int = 8192
+    target_inflight_requests: int | None = None
+    stable_window_s: float = 60.0
+    panic_window_s: float = 6.0
+    panic_threshold: float = 2.0
+    scale_down_delay_s: float = 60.0
+    idle_to_zero_s: float = 300.0
+    max_scale_up: int = 8
+    demand_stale_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """A pool's demand as ``decide`` reads it: now, and as means over the two windows.
+
+    Tokens and requests are in flight and queued together. ``None`` is unknown: never observed,
+    stale, or a part of the sum missing. ``some_requests`` is true as soon as any known part is
+    above zero, even where the sum is unknown; ``some_queued`` where requests are held.
+    """
+
+    tokens: int | None = None
+    requests: int | None = None
+    stable_tokens: float | None = None
+    panic_tokens: float | None = None
+    stable_requests: float | None = None
+    panic_requests: float | None = None
+    arrivals_total: int | None = None
+    some_requests: bool = False
+    some_queued: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolStatus:
+    """What a pool has at this moment, counted by state, and what was asked of it.
+
+    ``scheduled`` replicas wait for their start (after a failure, or for a free GPU); ``starting``
+    ones have a process that is loading; ``waking`` ones come back from sleep. ``ready_at_s`` is
+    when a replica last became ready. ``poked``: somebody said since the last decision that a
+    request is held. ``override``: the number an operator asked for. ``resting``: put to sleep by
+    an operator, until somebody asks.
+    """
+
+    scheduled: int = 0
+    starting: int = 0
+    waking: int = 0
+    ready: int = 0
+    unhealthy: int = 0
+    sleeping: int = 0
+    ready_at_s: float | None = None
+    poked: bool = False
+    resting: bool = False
+    override: int | None = None
+
+    @property
+    def supply(self) -> int:
+        """Replicas that are there or on their way. Pending ones count, or each tick would start
+        more."""
+        return self.scheduled + self.starting + self.waking + self.ready + self.unhealthy
+
+
+class Reason(StrEnum):
+    """Why a decision is what it is, for machines. ``detail`` says it to people."""
+
+    AT_ZERO = "at_zero"
+    WAKE = "wake"
+    DEMAND = "demand"
+    PANIC = "panic"
+    STEADY = "steady"
+    SCALE_DOWN = "scale_down"
+    SCALE_DOWN_DELAYED = "scale_down_delayed"
+    IDLE = "idle"
+    IDLE_TO_ZERO = "idle_to_zero"
+    STARTING = "starting"
+    BUSY = "busy"
+    MINIMUM = "minimum"
+    UNKNOWN_DEMAND = "unknown_demand"
+    OVERRIDE = "override"
+    OVERRIDE_WAITS = "override_waits"
+    RESTING = "resting"
+    STATIC = "static"
+    CLOSING = "closing"
+
+
+class Signal(StrEnum):
+    """Which figure asked for the number."""
+
+    NONE = "none"
+    STABLE_TOKENS = "stable_tokens"
+    PANIC_TOKENS = "panic_tokens"
+    STABLE_REQUESTS = "stable_requests"
+    PANIC_REQUESTS = "panic_requests"
+    ARRIVALS = "arrivals"
+    HELD = "held"
+    OVERRIDE = "override"
+
+
+class Bound(StrEnum):
+    """Which bound changed the number the signal asked for."""
+
+    MIN_REPLICAS = "min_replicas"
+    MAX_REPLICAS = "max_replicas"
+    MAX_SCALE_UP = "max_scale_up"
+    SCALE_DOWN_DELAY = "scale_down_delay"
+    PANIC = "panic"
+    IDLE_TO_ZERO = "idle_to_zero"
+    NEVER_ZERO = "never_zero"
+    STARTING = "starting"
+    UNKNOWN_DEMAND = "unknown_demand"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """How many replicas a pool shall have, and why."""
+
+    pool: str
+    at_s: float
+    desired: int
+    supply: int
+    reason: Reason
+    detail: str
+    signal: Signal = Signal.NONE
+    bound: Bound | None = None
+    panicking: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PastDecision:
+    """A decision and how often it was repeated before another took its place."""
+
+    decision: Decision
+    count: int
+    first_at_s: float
+    last_at_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaView:
+    """One replica as it is published to the data path; limits are ``None`` where unknown."""
+
+    id: str
+    pool: str
+    url: str
+    state: ReplicaState
+    served_model: str | None = None
+    max_model_len_tokens: int | None = None
+    max_inflight_requests: int | None = None
+    max_inflight_tokens: int | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaReport:
+    """One replica as ``tidegate status`` shows it."""
+
+    id: str
+    pool: str
+    state: ReplicaState
+    since_s: float
+    phase: str = ""
+    url: str | None = None
+    pid: int | None = None
+    served_model: str | None = None
+    gpus: tuple[int, ...] = ()
+    cpus: tuple[int, ...] = ()
+    inflight_requests: int | None = None
+    inflight_tokens: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolReport:
+    """One pool as ``tidegate status`` shows it.
+
+    ``error`` says why replicas fail, while they do: the newest failure with the engine's last log
+    lines. ``failures`` counts them in a row; the next start is not before ``retry_at_s``.
+    """
+
+    name: str
+    desired: int
+    override: int | None
+    ready: int
+    starting: int
+    unhealthy: int
+    draining: int
+    sleeping: int
+    wake_eta_s: float | None
+    demand: PoolDemand | None
+    last_decision: Decision | None
+    replicas: tuple[ReplicaReport, ...]
+    failures: int = 0
+    retry_at_s: float | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetReport:
+    """All pools at one moment. ``troubles`` counts errors the loop survived, by where they rose;
+    ``decisions`` counts decisions by (pool, reason)."""
+
+    at_s: float
+    pools: tuple[PoolReport, ...]
+    decisions: Mapping[tuple[str, Reason], int]
+    troubles: Mapping[str, int]
+    last_trouble: str | None = None

@@ -1,0 +1,1 @@
+"""Side-by-side measurements of Tidegate and its peers. Nothing in the packages imports this."""

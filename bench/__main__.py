@@ -1,0 +1,196 @@
+"""Measure Tidegate.
+
+  python -m bench             what `make bench` runs: Locust against Tidegate in front of the
+                              simulated engine, a minute, a report in bench/out/
+  python -m bench load        the same, with options
+  python -m bench datapath    CPU per request and per chunk, latency, memory: Tidegate beside nginx,
+                              sglang-router and vllm-router, the router alone on one core
+  python -m bench coldhold    200 requests held at zero replicas while the engine starts
+
+Everything listens on 127.0.0.1 and ends within a stated time. bench/README.md explains the methods.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import contenders, scenarios
+
+
+def _datapath(arguments: argparse.Namespace) -> int:
+    from bench import datapath, machine, profile, report
+
+    names = tuple(arguments.only.split(",")) if arguments.only else contenders.DEFAULT
+    if arguments.quick and not arguments.only:
+        names = tuple(n for n in names if not n.endswith("cache_aware"))
+    unknown = [name for name in names if name not in contenders.CONTENDERS]
+    if unknown:
+        print(f"unknown contender {unknown[0]!r}; known: {', '.join(contenders.CONTENDERS)}",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    options = datapath.Options(
+        names=names,
+        rounds=arguments.rounds or (2 if arguments.quick else 5),
+        scale=0.6 if arguments.quick else 1.0,
+        quick=arguments.quick,
+        router_core=arguments.core,
+        other_core=arguments.other_core,
+        headers=arguments.headers,
+        scenarios=tuple(arguments.scenarios.split(",")) if arguments.scenarios else (),
+    )
+    if arguments.profile:
+        return profile.run(arguments.profile, options, arguments.out)
+    before = machine.counters()
+    results = datapath.run(options)
+    after = machine.counters()
+    date = datetime.date.today().isoformat()
+    made = report.document(
+        results,
+        options=options,
+        command=_command(),
+        date=date,
+        machine=machine.describe(),
+        noise=machine.noise(before, after),
+    )
+    paths = report.write(made, arguments.out, f"datapath-{date}")
+    print("\n" + report.terminal(made))
+    print(f"wrote {', '.join(str(path) for path in paths)}")
+    missed = any(v["passed"] is False for v in made["verdicts"])
+    return 1 if missed or results.missing else 0
+
+
+def _load(arguments: argparse.Namespace) -> int:
+    from bench import load
+
+    options = load.Options(
+        users=arguments.users,
+        per_s=arguments.per_s,
+        time_s=arguments.time_s,
+        endpoint=arguments.endpoint,
+        model=arguments.model or load.POOL,
+        output_tokens=arguments.output_tokens,
+        prompt_words=arguments.prompt_words,
+        think_s=arguments.think_s,
+        out=arguments.out,
+    )
+    return load.run(options, _command())
+
+
+def _coldhold(arguments: argparse.Namespace) -> int:
+    from bench import coldhold
+
+    options = coldhold.Options(
+        requests=arguments.requests,
+        engine=arguments.engine,
+        tokens=arguments.tokens,
+        gap_ms=arguments.gap_ms,
+        limit_s=arguments.limit_s,
+        out=arguments.out,
+    )
+    return coldhold.run(options, _command())
+
+
+def _command() -> str:
+    return " ".join(["python -m bench", *sys.argv[1:]])
+
+
+def _add_load(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--users", type=int, default=30, metavar="N", help="users at once (30)")
+    parser.add_argument("--per-s", type=float, default=10, metavar="X", help="users added/s (10)")
+    parser.add_argument("--time-s", type=int, default=60, metavar="S", help="length (60)")
+    parser.add_argument("--endpoint", metavar="URL", help="instead of an own Tidegate")
+    parser.add_argument("--model", help="what goes into `model`, with --endpoint")
+    parser.add_argument("--output-tokens", type=int, default=64, metavar="N", help="a chat's (64)")
+    parser.add_argument("--prompt-words", type=int, default=120, metavar="N", help="mean (120)")
+    parser.add_argument("--think-s", type=float, default=0.5, metavar="S", help="mean pause (0.5)")
+    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder of the report")
+    parser.set_defaults(run=_load)
+
+
+def _add_coldhold(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--requests", type=int, default=200, metavar="N", help="held (200)")
+    parser.add_argument("--engine", choices=("vllm", "simulated"), help="vllm unless said")
+    parser.add_argument("--tokens", type=int, default=16, metavar="N", help="of an answer (16)")
+    parser.add_argument("--gap-ms", type=float, default=5, metavar="MS", help="between two (5)")
+    parser.add_argument("--limit-s", type=float, default=420, metavar="S", help="at most (420)")
+    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder of the report")
+    parser.set_defaults(run=_coldhold)
+
+
+def _parser() -> argparse.ArgumentParser:
+    text = __doc__ or ""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    path = commands.add_parser(
+        "datapath",
+        help="CPU per request and chunk, latency, memory, beside nginx and the peers",
+        description="Side-by-side comparison of the data path. Needs two cores, gcc, nginx, and "
+        "the network once for the peers' packages. About 8 minutes; --quick about 90 s. Exit code "
+        "1 when a bar is missed or a contender does not start.",
+    )
+    path.add_argument("--quick", action="store_true", help="two short rounds, no cache_aware")
+    path.add_argument("--rounds", type=int, metavar="N", help="rounds of all contenders (5)")
+    path.add_argument("--only", metavar="A,B", help=f"of: {', '.join(contenders.CONTENDERS)}")
+    path.add_argument(
+        "--scenarios", metavar="A,B",
+        help=f"only these, and neither held streams nor memory: "
+        f"{', '.join(s.name for s in scenarios.ROUNDS)}",
+    )  # fmt: skip
+    path.add_argument(
+        "--headers", choices=("openai", "minimal"), default="openai",
+        help="request headers as the openai client sends them (17), or as few as can be (3)",
+    )  # fmt: skip
+    path.add_argument("--core", type=int, default=1, help="core of the router under test (1)")
+    path.add_argument("--other-core", type=int, default=0, help="core of everything else (0)")
+    path.add_argument(
+        "--out", type=Path, default=Path("bench/results"), help="folder of the report"
+    )
+    path.add_argument(
+        "--profile", metavar="NAME",
+        help="instead of comparing: where one contender's time goes (needs py-spy or perf)",
+    )  # fmt: skip
+    path.set_defaults(run=_datapath)
+    _add_load(commands.add_parser(
+        "load",
+        help="Locust, streaming chat, on the simulated engine",
+        description="Streaming chat from Locust users to Tidegate in front of the simulated "
+        "engine, from zero replicas; or to any OpenAI-compatible endpoint. Writes a report. Exit "
+        "code 1 when a chat failed.",
+    ))  # fmt: skip
+    _add_coldhold(commands.add_parser(
+        "coldhold",
+        help="many requests held at zero while the engine starts",
+        description="Requests to a pool at zero replicas, held while the engine starts: every one "
+        "answered, once. Real vLLM by default (`make engine` prepares it). Exit code 1 otherwise.",
+    ))  # fmt: skip
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse and run; returns the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(given or ["load"])
+    # A TERM must end what was started, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        code: int = arguments.run(arguments)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

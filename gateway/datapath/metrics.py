@@ -1,0 +1,171 @@
+"""Every metric: its name, its help and, for those of the data path, its place in shared memory.
+
+Names stand here and nowhere else; ``gateway.exposition`` only fills in the values.
+
+A worker counts in lists and copies them into its own block of shared memory (``shared.py``) many
+times a second; the control process sums the blocks when somebody scrapes. So counting costs next
+to nothing, no message is sent, and a worker that dies takes at most a moment's counts with it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from typing import Any, Final, NamedTuple
+
+from gateway.datapath.errors import Reason
+
+
+class Metric(NamedTuple):
+    """A counter or gauge: name without prefix, help text, fixed extra labels."""
+
+    name: str
+    help: str
+    labels: tuple[tuple[str, str], ...] = ()
+    gauge: bool = False
+
+
+class Buckets(NamedTuple):
+    """A histogram: name without prefix, help text, upper bounds in the metric's unit."""
+
+    name: str
+    help: str
+    bounds: tuple[float, ...]
+
+
+_FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_ITL_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
+_LONG_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+_HELD_S = (0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 300.0, 600.0)
+
+# Per pool. The first ones are what the autoscaler reads; their order is part of the layout.
+ARRIVALS: Final = 0
+INFLIGHT_REQUESTS: Final = 1
+INFLIGHT_TOKENS: Final = 2
+QUEUED_REQUESTS: Final = 3
+QUEUED_TOKENS: Final = 4
+QUEUED_BYTES: Final = 5
+OK: Final = 6
+CLIENT_ERROR: Final = 7
+ENGINE_ERROR: Final = 8
+CANCELLED: Final = 9
+REJECTED: Final = 10
+RETRIES: Final = 11
+HELD: Final = 12
+PROMPT_TOKENS: Final = 13
+OUTPUT_TOKENS: Final = 14
+CHUNKS: Final = 15
+REQUEST_BYTES: Final = 16
+RESPONSE_BYTES: Final = 17
+
+POOL_METRICS: Final[tuple[Metric, ...]] = (
+    Metric("arrivals_total", "Requests that named this pool and were read whole or in part."),
+    Metric("inflight_requests", "Requests with an engine now.", gauge=True),
+    Metric("inflight_tokens", "Estimated tokens of the requests with an engine.", gauge=True),
+    Metric("queued_requests", "Requests held in the gateway now.", gauge=True),
+    Metric("queued_tokens", "Estimated tokens of the requests held in the gateway.", gauge=True),
+    Metric("queued_bytes", "Body bytes of the requests held in the gateway.", gauge=True),
+    Metric("requests_total", "Finished requests by outcome.", (("outcome", "ok"),)),
+    Metric("requests_total", "", (("outcome", "client_error"),)),
+    Metric("requests_total", "", (("outcome", "engine_error"),)),
+    Metric("requests_total", "", (("outcome", "cancelled"),)),
+    Metric("requests_total", "", (("outcome", "rejected"),)),
+    Metric("retries_total", "Attempts repeated on another connection or replica."),
+    Metric("held_total", "Requests that had to wait in the gateway for a replica."),
+    Metric("prompt_tokens_total", "Prompt tokens, as the engines' usage reported them."),
+    Metric("output_tokens_total", "Output tokens by usage, else counted stream events."),
+    Metric("stream_chunks_total", "Blocks of streamed answers passed on."),
+    Metric("request_bytes_total", "Request body bytes passed to engines."),
+    Metric("response_bytes_total", "Response bytes passed to clients."),
+)
+
+TTFT: Final = 0
+ITL: Final = 1
+E2E: Final = 2
+QUEUE_WAIT: Final = 3
+HELD_TIME: Final = 4
+POOL_HISTOGRAMS: Final[tuple[Buckets, ...]] = (
+    Buckets("ttft_seconds", "Request head read to first answer byte of the body.", _LONG_S),
+    Buckets("itl_seconds", "Between two blocks of a streamed answer.", _ITL_S),
+    Buckets("e2e_seconds", "Request head read to answer finished.", _LONG_S),
+    Buckets("queue_wait_seconds", "Request head read to request sent to an engine.", _FAST_S),
+    Buckets("held_seconds", "Time in the hold queue, of those that were held.", _HELD_S),
+)
+
+# Per worker.
+CONNECTIONS: Final = 0
+ACCEPTED: Final = 1
+BUFFERED_BYTES: Final = 2
+UPSTREAM_CONNECTIONS: Final = 3
+UPSTREAM_OPENED: Final = 4
+_WORKER_PLAIN: Final[tuple[Metric, ...]] = (
+    Metric("connections", "Client connections open now.", gauge=True),
+    Metric("connections_accepted_total", "Client connections accepted."),
+    Metric("buffered_bytes", "Request body bytes held in memory.", gauge=True),
+    Metric("upstream_connections", "Connections to engines open now.", gauge=True),
+    Metric("upstream_connections_opened_total", "Connections opened to engines."),
+)
+REASONS: Final[tuple[Reason, ...]] = tuple(Reason)
+REASON_INDEX: Final = {reason: len(_WORKER_PLAIN) + index for index, reason in enumerate(REASONS)}
+WORKER_METRICS: Final[tuple[Metric, ...]] = _WORKER_PLAIN + tuple(
+    Metric(
+        "rejections_total",
+        "Answers the gateway gave in the engine's place, by reason." if index == 0 else "",
+        (("reason", reason.value),),
+    )
+    for index, reason in enumerate(REASONS)
+)
+
+# Of the control side, by what they tell. The labels are those that vary; the values are its own.
+BUILD: Final = Metric("build", "The Tidegate that answers.", gauge=True)
+REPLICAS: Final = Metric("replicas", "Replicas by state.", gauge=True)
+DESIRED_REPLICAS: Final = Metric("desired_replicas", "Replicas the pool shall have.", gauge=True)
+WAKE_ETA: Final = Metric(
+    "wake_eta_seconds",
+    "Measured time from a start to ready; absent until one was measured.",
+    gauge=True,
+)
+START_FAILURES: Final = Metric("start_failures", "Failed starts in a row.", gauge=True)
+DECISIONS: Final = Metric("decisions_total", "Decisions of the autoscaler, by reason.")
+CONTROL_TROUBLES: Final = Metric(
+    "control_troubles_total", "Errors the control loop met and survived, by where they rose."
+)
+
+# Where each histogram starts inside a pool's block: its bucket counts, then the overflow bucket.
+HISTOGRAM_OFFSETS: Final[list[int]] = []
+_offset = len(POOL_METRICS)
+for _histogram in POOL_HISTOGRAMS:
+    HISTOGRAM_OFFSETS.append(_offset)
+    _offset += len(_histogram.bounds) + 1
+_BOUNDS: Final = tuple(histogram.bounds for histogram in POOL_HISTOGRAMS)
+POOL_INTEGERS: Final = _offset
+POOL_SUMS: Final = len(POOL_HISTOGRAMS)
+WORKER_INTEGERS: Final = len(WORKER_METRICS)
+
+
+class PoolCounters:
+    """One worker's counters of one pool: counted in lists, published into shared memory.
+
+    A list element costs a quarter of a shared word to count in, and a request counts a dozen
+    times. ``flush`` runs several times a second and before anything that others must see at once.
+    """
+
+    __slots__ = ("_integers_row", "_sums_row", "dirty", "integers", "sums")
+
+    def __init__(self, integers_row: Any, sums_row: Any) -> None:
+        self._integers_row = integers_row
+        self._sums_row = sums_row
+        self.integers: list[int] = list(integers_row)
+        self.sums: list[float] = list(sums_row)
+        self.dirty = False
+
+    def observe(self, histogram: int, value: float) -> None:
+        """Add one value, in the histogram's unit."""
+        self.integers[HISTOGRAM_OFFSETS[histogram] + bisect_left(_BOUNDS[histogram], value)] += 1
+        self.sums[histogram] += value
+
+    def flush(self) -> None:
+        """Publish."""
+        self._integers_row[:] = array("q", self.integers)
+        self._sums_row[:] = array("d", self.sums)
+        self.dirty = False

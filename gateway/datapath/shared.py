@@ -1,0 +1,144 @@
+"""One block of memory that all processes of a gateway map: inflight ledger, counters, histograms.
+
+Layout, all 8-byte words: a header, then per worker a block of
+
+    replica requests [max_replicas] | replica tokens [max_replicas]
+    | worker counters | per pool: integers, histogram sums (doubles)
+
+A word has one writer, the worker whose block it is in, so nothing is locked: aligned 8-byte loads
+and stores are atomic on every platform vLLM runs on. The control process reads all of it, and
+clears a block's ledger after its worker died.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import Any
+
+from gateway.datapath.metrics import (
+    INFLIGHT_REQUESTS,
+    INFLIGHT_TOKENS,
+    POOL_INTEGERS,
+    POOL_SUMS,
+    QUEUED_BYTES,
+    QUEUED_REQUESTS,
+    QUEUED_TOKENS,
+    WORKER_INTEGERS,
+    WORKER_METRICS,
+)
+
+_MAGIC = 0x7469646567617465  # "tidegate"
+_LAYOUT = 1
+_HEADER_WORDS = 8
+_GAUGES = tuple(index for index, metric in enumerate(WORKER_METRICS) if metric.gauge)
+_POOL_GAUGES = (INFLIGHT_REQUESTS, INFLIGHT_TOKENS, QUEUED_REQUESTS, QUEUED_TOKENS, QUEUED_BYTES)
+
+
+class Shared:
+    """The mapped block. Create it once with ``create``; workers ``attach`` by descriptor."""
+
+    def __init__(self, fd: int, *, workers: int, max_replicas: int, max_pools: int) -> None:
+        self.fd = fd
+        self.workers = workers
+        self.max_replicas = max_replicas
+        self.max_pools = max_pools
+        self._pool_words = POOL_INTEGERS + POOL_SUMS
+        self._block_words = 2 * max_replicas + WORKER_INTEGERS + max_pools * self._pool_words
+        size = 8 * (_HEADER_WORDS + workers * self._block_words)
+        if os.fstat(fd).st_size < size:
+            os.ftruncate(fd, size)
+        self._map = mmap.mmap(fd, size)
+        view = memoryview(self._map)
+        self._q: Any = view.cast("q")
+        self._d: Any = view.cast("d")
+
+    @classmethod
+    def create(cls, *, workers: int, max_replicas: int, max_pools: int) -> Shared:
+        """A new zeroed block, in anonymous memory that goes with its last process."""
+        fd = os.memfd_create("tidegate", os.MFD_CLOEXEC)
+        shared = cls(fd, workers=workers, max_replicas=max_replicas, max_pools=max_pools)
+        header = (_MAGIC, _LAYOUT, workers, max_replicas, max_pools)
+        for index, word in enumerate(header):
+            shared._q[index] = word
+        return shared
+
+    def close(self) -> None:
+        """Give the descriptor back. What is mapped stays mapped until nobody reads it."""
+        os.close(self.fd)
+
+    @classmethod
+    def attach(cls, fd: int) -> Shared:
+        """Map a block made by ``create``. Raises ``ValueError`` where it is not one."""
+        with mmap.mmap(fd, 8 * _HEADER_WORDS, prot=mmap.PROT_READ) as head:
+            words = list(memoryview(head).cast("q"))
+        if words[:2] != [_MAGIC, _LAYOUT]:
+            raise ValueError("the descriptor is not a Tidegate shared block of this version")
+        return cls(fd, workers=words[2], max_replicas=words[3], max_pools=words[4])
+
+    def _base(self, worker: int) -> int:
+        if not 0 <= worker < self.workers:
+            raise IndexError(f"worker {worker} of {self.workers}")
+        return _HEADER_WORDS + worker * self._block_words
+
+    def replica_rows(self, worker: int) -> tuple[Any, Any]:
+        """One worker's (requests, tokens) by replica slot, writable."""
+        base, size = self._base(worker), self.max_replicas
+        return self._q[base : base + size], self._q[base + size : base + 2 * size]
+
+    def other_rows(self, worker: int, slots: int) -> tuple[list[int], list[int]]:
+        """(requests, tokens) of all other workers summed, for the first ``slots`` slots; the
+        rest are zero."""
+        requests = [0] * self.max_replicas
+        tokens = [0] * self.max_replicas
+        for other in range(self.workers):
+            if other == worker:
+                continue
+            theirs, their_tokens = self.replica_rows(other)
+            requests[:slots] = map(int.__add__, requests[:slots], theirs[:slots].tolist())
+            tokens[:slots] = map(int.__add__, tokens[:slots], their_tokens[:slots].tolist())
+        return requests, tokens
+
+    def worker_counters(self, worker: int) -> Any:
+        """One worker's own counters, indexed as ``metrics.WORKER_METRICS``."""
+        start = self._base(worker) + 2 * self.max_replicas
+        return self._q[start : start + WORKER_INTEGERS]
+
+    def pool_rows(self, worker: int, pool_slot: int) -> tuple[Any, Any]:
+        """One worker's published (integers, histogram sums) of one pool."""
+        if not 0 <= pool_slot < self.max_pools:
+            raise IndexError(f"pool slot {pool_slot} of {self.max_pools}")
+        start = self._base(worker) + 2 * self.max_replicas + WORKER_INTEGERS
+        start += pool_slot * self._pool_words
+        middle, end = start + POOL_INTEGERS, start + self._pool_words
+        return self._q[start:middle], self._d[middle:end]
+
+    def pool_total(self, pool_slot: int, index: int) -> int:
+        """A pool's counter summed over the workers, as last published."""
+        return sum(self.pool_rows(worker, pool_slot)[0][index] for worker in range(self.workers))
+
+    def pool_sum(self, pool_slot: int, histogram: int) -> float:
+        """The sum of a pool's histogram over the workers, as last published."""
+        rows = (self.pool_rows(worker, pool_slot)[1] for worker in range(self.workers))
+        return float(sum(row[histogram] for row in rows))
+
+    def replica_total(self, slot: int) -> tuple[int, int]:
+        """(requests, tokens) in flight on a replica, over all workers."""
+        requests = tokens = 0
+        for worker in range(self.workers):
+            row, token_row = self.replica_rows(worker)
+            requests += row[slot]
+            tokens += token_row[slot]
+        return requests, tokens
+
+    def clear_worker(self, worker: int) -> None:
+        """The worker died: its requests are gone with it. Its counters stay, its gauges do not."""
+        for row in self.replica_rows(worker):
+            row[:] = memoryview(bytes(8 * self.max_replicas)).cast("q")
+        counters = self.worker_counters(worker)
+        for index in _GAUGES:
+            counters[index] = 0
+        for pool_slot in range(self.max_pools):
+            integers, _ = self.pool_rows(worker, pool_slot)
+            for index in _POOL_GAUGES:
+                integers[index] = 0

@@ -1,0 +1,303 @@
+"""Connections to replicas: kept alive, one request at a time, bytes relayed as they come.
+
+A connection tracks exactly where the answer ends (by count, or chunk by chunk), so that it
+can be used again and so that nothing after the end is ever taken for an answer. It does not look
+into the bytes; that is the exchange's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from gateway.datapath.chunks import ChunkTracker
+from gateway.datapath.http1 import ResponseHead, parse_response_head
+
+if TYPE_CHECKING:
+    from gateway.datapath.exchange import Exchange
+    from gateway.datapath.worker import Worker
+
+log = logging.getLogger("tidegate.datapath")
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection to a replica. ``exchange`` is whom it works for now, ``None`` when idle."""
+
+    __slots__ = (
+        "_buffer",
+        "_ended",
+        "_head",
+        "_left",
+        "_replica",
+        "_tracker",
+        "exchange",
+        "idle_since_s",
+        "reused",
+        "transport",
+    )
+
+    def __init__(self, replica: Upstream) -> None:
+        self._replica = replica
+        self.transport: Any = None
+        self.exchange: Exchange | None = None
+        self.idle_since_s = 0.0
+        self.reused = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._buffer = b""
+        self._head: ResponseHead | None = None
+        self._tracker: ChunkTracker | None = None
+        self._left = 0
+        self._ended = False
+
+    # asyncio's side
+
+    def connection_made(self, transport: Any) -> None:
+        """The transport is there."""
+        self.transport = transport
+        self._replica.opened(self)
+
+    def data_received(self, data: bytes) -> None:
+        """The hot path: one block from the replica."""
+        exchange = self.exchange
+        if exchange is None:
+            self.abort()  # an answer nobody asked for: the framing can no longer be trusted
+            return
+        try:
+            if self._head is not None:
+                self._relay(exchange, data)
+                return
+            if self._buffer:
+                data = self._buffer + data
+                self._buffer = b""
+            self._first(exchange, data)
+        except ValueError as error:
+            self.fail(f"not a valid HTTP answer: {error}")
+        except Exception:
+            log.exception("a fault of the gateway's own, met while passing an answer on")
+            self.fail("the gateway met a fault of its own")
+
+    def _first(self, exchange: Exchange, data: bytes) -> None:
+        """Bytes up to and just after the head."""
+        end = data.find(b"\r\n\r\n")
+        while end >= 0:
+            head = parse_response_head(data[:end])
+            if head.status >= 200:
+                break
+            data = data[end + 4 :]  # 1xx: interim, not the answer
+            end = data.find(b"\r\n\r\n")
+        if end < 0:
+            if len(data) > self._replica.max_head_bytes:
+                raise ValueError(f"head longer than {self._replica.max_head_bytes} bytes")
+            self._buffer = data
+            return
+        self._head = head
+        body = data[end + 4 :]
+        if head.chunked:
+            self._tracker = tracker = ChunkTracker()
+            tracker.feed(body)
+            self._ended = tracker.done
+        elif head.content_length is not None:
+            self._left = head.content_length - len(body)
+            if self._left < 0:
+                raise ValueError("more body than Content-Length says")
+            self._ended = self._left == 0
+        ended = self._ended
+        exchange.answer_began(head, body)
+        if ended and self.exchange is exchange:
+            self._finish(exchange)
+
+    def _relay(self, exchange: Exchange, data: bytes) -> None:
+        """Body bytes after the first block."""
+        tracker = self._tracker
+        if tracker is not None:
+            try:
+                tracker.feed(data)
+            except ValueError as error:
+                self.fail(f"bad chunk framing: {error}")
+                return
+            self._ended = tracker.done
+        elif self._head is not None and self._head.content_length is not None:
+            self._left -= len(data)
+            if self._left < 0:
+                self.fail("more body than Content-Length says")
+                return
+            self._ended = self._left == 0
+        ended = self._ended
+        exchange.answer_block(data)
+        if ended and self.exchange is exchange:
+            self._finish(exchange)
+
+    def _finish(self, exchange: Exchange) -> None:
+        head = self._head
+        keep = head is not None and head.keep_alive and exchange.body_sent
+        self.exchange = None
+        self._head = None
+        self._ended = False
+        events, self._tracker = (0 if self._tracker is None else self._tracker.chunks), None
+        if exchange.client.writing_paused:
+            self.transport.resume_reading()  # the next request's client may be a fast one
+        if keep:
+            self._replica.release(self)
+        else:
+            self.abort()
+        exchange.answer_ended(events)
+
+    def fail(self, why: str) -> None:
+        """The connection cannot be trusted any more; tell the exchange, then close."""
+        exchange, self.exchange = self.exchange, None
+        self.abort()
+        if exchange is not None:
+            exchange.upstream_failed(why, stale=False)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Closed by the replica, by us, or by the network."""
+        self._replica.closed(self)
+        exchange, self.exchange = self.exchange, None
+        if exchange is None:
+            return
+        head = self._head
+        if head is not None and not head.chunked and head.content_length is None and exc is None:
+            exchange.answer_ended()  # a body that ends with its connection
+            return
+        # A kept-alive connection that closes before it answers was most likely idle too long.
+        stale = self.reused and head is None and not self._buffer
+        exchange.upstream_failed(str(exc) if exc else "the replica closed the connection", stale)
+
+    def pause_writing(self) -> None:
+        """The replica reads slowly: stop reading the client's body."""
+        if self.exchange is not None:
+            self.exchange.client.pause()
+
+    def resume_writing(self) -> None:
+        """The replica reads again."""
+        if self.exchange is not None:
+            self.exchange.client.resume()
+
+    # the exchange's side
+
+    def abort(self) -> None:
+        """Close at once: what the engine still computes for it is cancelled by the close."""
+        if self.transport is not None:
+            self.transport.abort()
+
+    def __repr__(self) -> str:
+        state = "idle" if self.exchange is None else "busy"
+        return f"<to {self._replica.host}:{self._replica.port} {state}>"
+
+
+class Upstream:
+    """All of one worker's connections to one replica."""
+
+    def __init__(self, worker: Worker, url: str, headers: tuple[tuple[str, str], ...]) -> None:
+        parts = urlsplit(url)
+        self.worker = worker
+        self.url = url
+        self.headers = headers
+        self.tls = parts.scheme == "https"
+        self.host = parts.hostname or "127.0.0.1"
+        self.port = parts.port or (443 if self.tls else 80)
+        self.request_start = b"POST " + parts.path.rstrip("/").encode()
+        self.max_head_bytes = worker.config.max_head_bytes
+        lines = b"\r\nhost: " + parts.netloc.rpartition("@")[2].encode()
+        for name, value in headers:
+            lines += b"\r\n" + name.encode() + b": " + value.encode()
+        self.request_tail = b" HTTP/1.1" + lines
+        self.overrides = frozenset(name.lower().encode() for name, _ in headers)
+        self.idle: list[UpstreamConnection] = []
+        self.open: set[UpstreamConnection] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self._context: ssl.SSLContext | None = None
+
+    def without_overridden(self, kept: bytes) -> bytes:
+        """Header lines less those that the replica's own ``headers`` setting replaces."""
+        lines = kept.split(b"\r\n")
+        return b"\r\n".join(
+            line for line in lines if line.partition(b":")[0].lower() not in self.overrides
+        )
+
+    def acquire(self) -> UpstreamConnection | None:
+        """An idle connection, the most recently used first, or ``None``: then ``connect``."""
+        idle = self.idle
+        while idle:
+            connection = idle.pop()
+            if not connection.transport.is_closing():
+                connection.reused = True
+                return connection
+        return None
+
+    def connect(self, exchange: Exchange) -> None:
+        """Open a connection for an exchange, which is told when it is there or failed."""
+        task = self.worker.loop.create_task(self._connect(exchange))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _connect(self, exchange: Exchange) -> None:
+        if self.tls and self._context is None:
+            self._context = ssl.create_default_context()
+        try:
+            async with asyncio.timeout(self.worker.config.upstream_connect_timeout_s):
+                _, connection = await self.worker.loop.create_connection(
+                    lambda: UpstreamConnection(self),
+                    self.host,
+                    self.port,
+                    ssl=self._context,
+                )
+        except (OSError, TimeoutError) as error:
+            exchange.connect_failed(self, str(error) or "timed out")
+            return
+        if not exchange.connected(self, connection):
+            self.release(connection)
+
+    def release(self, connection: UpstreamConnection) -> None:
+        """A connection is free again: keep it, or close it where enough are kept."""
+        if connection.transport.is_closing():
+            return
+        if self._closed or len(self.idle) >= self.worker.config.upstream_max_idle_connections:
+            connection.abort()
+            return
+        connection.idle_since_s = self.worker.loop.time()
+        self.idle.append(connection)
+
+    def opened(self, connection: UpstreamConnection) -> None:
+        """Count an open connection."""
+        self.open.add(connection)
+        self.worker.upstream_opened(1)
+
+    def closed(self, connection: UpstreamConnection) -> None:
+        """Forget a closed connection."""
+        if connection in self.open:
+            self.open.discard(connection)
+            self.worker.upstream_opened(-1)
+        if connection in self.idle:
+            self.idle.remove(connection)
+
+    def sweep(self, now: float) -> None:
+        """Close connections idle longer than the engines themselves keep them."""
+        limit = now - self.worker.config.upstream_keepalive_s
+        kept = []
+        for connection in self.idle:
+            if connection.idle_since_s < limit:
+                connection.abort()
+            else:
+                kept.append(connection)
+        self.idle[:] = kept
+
+    def close(self) -> None:
+        """The replica is gone from the fleet: drop what is idle; what is busy finishes."""
+        self._closed = True
+        self.drop_idle()
+
+    def drop_idle(self) -> None:
+        """Close the connections that are idle."""
+        idle, self.idle = self.idle, []
+        for connection in idle:
+            connection.abort()
+
+    def __repr__(self) -> str:
+        return f"<upstream {self.url} open={len(self.open)} idle={len(self.idle)}>"

@@ -1,0 +1,388 @@
+"""``tidegate doctor``: what this machine has and lacks, what would be used, what to do about it.
+
+``diagnose`` reads settings and asks an injected ``Probes``; it decides only what an answer means.
+Every check says what was found, also when it is well, and every one that is not says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from autoscaler.settings import PoolSettings
+from gateway.machine import Gpu, Machine, Probes
+from gateway.settings import Settings
+from loaders.engine import EngineInstall
+
+OLDEST, NEWEST = (3, 11), (3, 13)
+GIB = 1 << 30
+ENGINE_MEMORY_BYTES = 3 * GIB
+"""What vLLM's CPU build takes beside weights and KV cache: three processes with torch in each."""
+MIN_DISK_BYTES = 2 * GIB
+FILES_BESIDE_CONNECTIONS = 512
+"""Open files of a worker that are no connections: listeners, logs, shared memory, libraries."""
+
+
+class Status(StrEnum):
+    """``fail`` keeps ``tidegate up`` from serving; ``warn`` will hurt sooner or later."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One thing that was looked at. ``advice`` is what to do, where there is something to do."""
+
+    name: str
+    status: Status
+    finding: str
+    advice: str | None = None
+
+
+def run_doctor(settings: Settings) -> list[Check]:
+    """Look at this machine. Takes as long as importing vLLM does, some ten seconds."""
+    return diagnose(settings, Machine())
+
+
+def diagnose(settings: Settings, probes: Probes) -> list[Check]:
+    """What the answers of ``probes`` mean for these settings, in the order of a start."""
+    processes = [pool for pool in settings.pools if pool.backend == "process"]
+    vllm = [pool for pool in processes if pool.engine == "vllm"]
+    gpus = probes.gpus()
+    install = probes.install(_path(settings.loaders.engine_python)) if vllm else None
+    checks = [
+        _python(probes),
+        _system(probes),
+        _cores(settings, probes, processes),
+        _memory(settings, probes, vllm, install),
+        _disk(settings, probes),
+        _gpus(processes, gpus),
+        _data_path(probes),
+    ]
+    if vllm:
+        checks += _engine(settings, probes, install, gpus)
+    for pool in settings.pools:
+        checks += _pool(pool, settings, probes, gpus, install)
+    checks += _listeners(settings, probes)
+    checks += [_open_files(settings, probes), _state(settings, probes)]
+    checks += _tls(settings, probes)
+    return checks
+
+
+def _ok(name: str, finding: str) -> Check:
+    return Check(name=name, status=Status.OK, finding=finding)
+
+
+def _warn(name: str, finding: str, advice: str) -> Check:
+    return Check(name=name, status=Status.WARN, finding=finding, advice=advice)
+
+
+def _fail(name: str, finding: str, advice: str) -> Check:
+    return Check(name=name, status=Status.FAIL, finding=finding, advice=advice)
+
+
+def _python(probes: Probes) -> Check:
+    version = probes.python()
+    text = ".".join(map(str, version))
+    if OLDEST <= version[:2] <= NEWEST:
+        return _ok("python", text)
+    return _fail("python", text, "use Python 3.11, 3.12 or 3.13")
+
+
+def _system(probes: Probes) -> Check:
+    system, release, machine = probes.system()
+    text = f"{system} {release} on {machine}"
+    if system != "Linux":
+        return _fail("system", text, "Tidegate runs on Linux")
+    if not probes.shares_ports():
+        return _fail(
+            "system",
+            f"{text}; two sockets cannot share a port",
+            "SO_REUSEPORT is needed: this sandbox or kernel forbids it",
+        )
+    return _ok("system", text)
+
+
+def _cores(settings: Settings, probes: Probes, processes: Sequence[PoolSettings]) -> Check:
+    cores, quota = probes.cores()
+    text = f"{cores} usable"
+    if quota is not None and quota < cores:
+        text += f", {quota:g} of them paid for by this container's quota"
+    usable = min(float(cores), quota) if quota is not None else float(cores)
+    if usable < 2:
+        return _warn(
+            "cpu",
+            text,
+            "gateway and engine share one core: answers come slowly, also under little load",
+        )
+    pinned = sum(pool.max_replicas * (pool.cpus_per_replica or 0) for pool in processes)
+    if pinned > cores:
+        return _warn(
+            "cpu",
+            f"{text}, and the pools at their largest pin {pinned}",
+            "lower cpus_per_replica or max_replicas, or cores will be shared",
+        )
+    if settings.gateway.workers > cores:
+        return _warn(
+            "cpu",
+            f"{text}, and gateway.workers is {settings.gateway.workers}",
+            "more workers than cores only take turns; 0 is one per core",
+        )
+    return _ok("cpu", text)
+
+
+def _memory(
+    settings: Settings,
+    probes: Probes,
+    vllm: Sequence[PoolSettings],
+    install: EngineInstall | None,
+) -> Check:
+    total, available = probes.memory_bytes()
+    text = f"{_gib(total)}, {_gib(available)} available"
+    if install is None or install.device != "cpu":
+        return _ok("memory", text)
+    needed = 0
+    for pool in vllm:
+        model = probes.model(_path(Path(pool.model or "")))
+        weights = model.weights_bytes if model else 0
+        cache = settings.loaders.cpu_kv_cache_gib * GIB
+        needed += pool.max_replicas * (weights + cache + ENGINE_MEMORY_BYTES)
+    text += f"; the engines at their most take about {_gib(needed)}"
+    if needed > total:
+        return _warn(
+            "memory",
+            text,
+            "lower max_replicas or loaders.cpu_kv_cache_gib, or take a smaller model",
+        )
+    if needed > available and probes.owner(settings.state_dir) is None:
+        return _warn("memory", text, "end something that takes memory, or expect it to be killed")
+    return _ok("memory", text)
+
+
+def _disk(settings: Settings, probes: Probes) -> Check:
+    free = probes.disk_free_bytes(settings.state_dir)
+    if free is None:
+        return _warn("disk", "free space is not known", f"look at {settings.state_dir}")
+    kept = settings.autoscaler
+    logs = kept.log_bytes * kept.log_files * kept.log_replicas * max(1, len(settings.pools))
+    text = f"{_gib(free)} free at {settings.state_dir}; logs take {_gib(logs)} at most"
+    if free < min(MIN_DISK_BYTES, logs):
+        return _warn("disk", text, "make room, or lower autoscaler.log_bytes and log_replicas")
+    return _ok("disk", text)
+
+
+def _gpus(processes: Sequence[PoolSettings], gpus: Sequence[Gpu] | None) -> Check:
+    if gpus is None:
+        return _warn(
+            "gpu",
+            "there is an NVIDIA driver, and it does not answer",
+            "run nvidia-smi and see what it says; engines on GPUs will not start",
+        )
+    if not gpus:
+        return _ok("gpu", "no NVIDIA GPU: engines run on the CPU")
+    names = ", ".join(f"{gpu.index}: {gpu.name} {_gib(gpu.memory_bytes)}" for gpu in gpus)
+    text = f"{names} (driver {gpus[0].driver})"
+    wanting = [pool for pool in processes if pool.engine == "vllm"]
+    if wanting and not any(pool.gpus_per_replica for pool in wanting):
+        return _warn(
+            "gpu",
+            f"{text}; no pool has gpus_per_replica, so every engine sees all of them",
+            "set gpus_per_replica = 1 in each pool that shall have a GPU of its own",
+        )
+    return _ok("gpu", text)
+
+
+def _data_path(probes: Probes) -> Check:
+    if probes.is_compiled():
+        return _ok("data path", "compiled")
+    return _warn(
+        "data path",
+        "plain Python: right, and about half as fast as compiled",
+        "with a C compiler and Python's headers (python3-dev), `make dev` compiles it",
+    )
+
+
+def _engine(
+    settings: Settings, probes: Probes, install: EngineInstall | None, gpus: Sequence[Gpu] | None
+) -> Iterator[Check]:
+    python = _path(settings.loaders.engine_python)
+    if install is None:
+        yield _fail(
+            "engine",
+            f"no vLLM beside {python}",
+            "`make engine` installs it; loaders.engine_python names another environment; "
+            "`--engine simulated` needs none",
+        )
+        return
+    text = f"{install.distribution} {install.version} beside {python}"
+    if install.device == "cpu" and probes.has_avx2() is False:
+        yield _fail(
+            "engine",
+            f"{text} needs a processor with AVX2, and this one has none",
+            "use `--engine simulated`, or a static pool of engines that run elsewhere",
+        )
+        return
+    device, problem = probes.engine_device(python)
+    if device is None:
+        yield _fail("engine", f"{text} cannot be imported: {problem}", "`make clean-engine engine`")
+    elif install.device == "cuda" and device != "cuda":
+        yield _fail(
+            "engine",
+            f"{text} is the GPU build and finds no GPU (device {device!r})",
+            "TIDEGATE_ENGINE=cpu make clean-engine engine installs the CPU build",
+        )
+    elif gpus and install.device == "cpu":
+        yield _warn(
+            "engine",
+            f"{text} is the CPU build, and there is a GPU",
+            "`make clean-engine engine` installs the GPU build",
+        )
+    else:
+        yield _ok("engine", f"{text}, computes on {device}")
+
+
+def _pool(
+    pool: PoolSettings,
+    settings: Settings,
+    probes: Probes,
+    gpus: Sequence[Gpu] | None,
+    install: EngineInstall | None,
+) -> Iterator[Check]:
+    name = f"pool {pool.name}"
+    if pool.backend == "static":
+        yield from _static_pool(name, pool, probes)
+        return
+    if pool.engine == "simulated":
+        yield _ok(name, "simulated engine: instant, and no model behind it")
+        return
+    yield from _pool_gpus(name, pool, gpus)
+    device = "CPU" if install is not None and install.device == "cpu" else "GPU"
+    used = f"{pool.min_replicas} to {pool.max_replicas} replicas on {device}"
+    given = pool.model or ""
+    model = probes.model(_path(Path(given)))
+    if model is None and given.startswith((".", "/", "~")):
+        yield _fail(name, f"there is no directory {given}", "`make engine` makes the default model")
+    elif model is None:
+        yield _ok(name, f"{used}; {given} is a name, which the engine fetches at its first start")
+    elif model.damage:
+        advice = "`make engine` makes it again" if model.verified else "fetch the model again"
+        yield _fail(name, f"{given}: {'; '.join(model.damage[:3])}", advice)
+    else:
+        state = "every byte verified" if model.verified else "not verified, it has no manifest"
+        yield _ok(name, f"{used}; {given}, {_gib(model.weights_bytes)} of weights, {state}")
+    if device == "CPU" and pool.max_replicas > 1 and not pool.cpus_per_replica:
+        binding = settings.loaders.cpu_bind
+        if binding == "auto":
+            yield _warn(
+                name,
+                "several replicas on the CPU, none pinned: each would choose the same cores",
+                'set cpus_per_replica, or loaders.cpu_bind = "nobind"',
+            )
+
+
+def _pool_gpus(name: str, pool: PoolSettings, gpus: Sequence[Gpu] | None) -> Iterator[Check]:
+    if not pool.gpus_per_replica:
+        return
+    there = {gpu.index for gpu in gpus or ()}
+    missing = [index for index in pool.gpus if index not in there]
+    usable = len(set(pool.gpus) & there) if pool.gpus else len(there)
+    if missing:
+        which = ", ".join(map(str, missing))
+        yield _fail(name, f"gpus names {which}, which is not there", "correct pools.gpus")
+    elif usable < pool.gpus_per_replica:
+        yield _fail(
+            name,
+            f"a replica needs {pool.gpus_per_replica} GPUs and {usable} can be used",
+            "lower gpus_per_replica (0 for the CPU)",
+        )
+    elif pool.gpu_memory_bytes is None and usable < pool.gpus_per_replica * pool.max_replicas:
+        fit = usable // pool.gpus_per_replica
+        yield _warn(
+            name,
+            f"max_replicas is {pool.max_replicas} and the GPUs are enough for {fit}",
+            "lower max_replicas, or share GPUs with gpu_memory_bytes",
+        )
+
+
+def _static_pool(name: str, pool: PoolSettings, probes: Probes) -> Iterator[Check]:
+    closed = []
+    for url in pool.urls:
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        problem = probes.can_connect(parts.hostname or "", port)
+        if problem is not None:
+            closed.append(f"{url} ({problem})")
+    text = f"{len(pool.urls)} servers of somebody else's"
+    if not closed:
+        yield _ok(name, f"{text}, all of them accept connections")
+    else:
+        found = f"{text}; no connection to {', '.join(closed[:3])}"
+        yield _warn(name, found, "start them or correct urls; requests go to the others meanwhile")
+
+
+def _listeners(settings: Settings, probes: Probes) -> Iterator[Check]:
+    owner = probes.owner(settings.state_dir)
+    gateway = settings.gateway
+    for name, host, port in (
+        ("port", gateway.host, gateway.port),
+        ("admin port", gateway.admin_host, gateway.admin_port),
+    ):
+        if port == 0:
+            yield _ok(name, "chosen by the system at start")
+            continue
+        problem = probes.can_listen(host, port)
+        if problem is None:
+            yield _ok(name, f"{host}:{port} is free")
+        elif owner is not None:
+            yield _ok(name, f"{host}:{port} is held by the Tidegate that runs here (pid {owner})")
+        else:
+            flag = "--port" if name == "port" else "--admin-port"
+            yield _fail(
+                name, f"{host}:{port}: {problem}", f"free it, or choose another with {flag}"
+            )
+
+
+def _open_files(settings: Settings, probes: Probes) -> Check:
+    soft, hard = probes.open_files()
+    connections = settings.gateway.max_connections
+    needed = 2 * connections + FILES_BESIDE_CONNECTIONS
+    text = f"{soft} may be open, {needed} are wanted for {connections} connections"
+    if soft >= needed:
+        return _ok("open files", text)
+    how = f"`ulimit -n {needed}` before the start"
+    if hard < needed:
+        how = f"raise the hard limit ({hard}) for this user or service"
+    return _warn("open files", text, f"{how}, or lower gateway.max_connections")
+
+
+def _state(settings: Settings, probes: Probes) -> Check:
+    problem = probes.can_write(settings.state_dir)
+    if problem is None:
+        return _ok("state", f"{settings.state_dir} can be written")
+    return _fail(
+        "state", f"{settings.state_dir}: {problem}", "set state_dir to a directory of yours"
+    )
+
+
+def _tls(settings: Settings, probes: Probes) -> Iterator[Check]:
+    for path in (settings.gateway.tls_certificate, settings.gateway.tls_key):
+        if path is None:
+            continue
+        problem = probes.can_read(path)
+        if problem is None:
+            yield _ok("tls", f"{path} can be read")
+        else:
+            yield _fail("tls", f"{path}: {problem}", "name a PEM file that this user can read")
+
+
+def _path(path: Path) -> Path:
+    return path.expanduser()
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / GIB:.1f} GiB"

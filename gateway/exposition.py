@@ -1,0 +1,127 @@
+"""The Prometheus page: the data path's counters and the control loop's picture, in one text.
+
+Names and help of all of them are in ``gateway.datapath.metrics``; prometheus-client writes the
+format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from autoscaler.types import FleetReport
+from gateway.datapath import metrics
+from gateway.datapath.shared import Shared
+from router.types import ReplicaState
+
+PREFIX = "tidegate_"
+
+
+def render(
+    *, shared: Shared, pools: Sequence[str], report: FleetReport | None, version: str
+) -> bytes:
+    """The whole page, in Prometheus text format 0.0.4."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Page(shared, pools, report, version))
+    return generate_latest(registry)
+
+
+class _Page(Collector):
+    def __init__(
+        self, shared: Shared, pools: Sequence[str], report: FleetReport | None, version: str
+    ) -> None:
+        self._shared = shared
+        self._pools = pools
+        self._report = report
+        self._version = version
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, one after the other."""
+        info = InfoMetricFamily(PREFIX + metrics.BUILD.name, metrics.BUILD.help)
+        info.add_metric([], {"version": self._version})
+        yield info
+        yield from self._pool_counters()
+        yield from self._histograms()
+        yield from self._worker_counters()
+        if self._report is not None:
+            yield from self._replicas(self._report)
+            yield from self._decisions(self._report)
+
+    def _pool_counters(self) -> Iterator[Metric]:
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+        for index, metric in enumerate(metrics.POOL_METRICS):
+            family = families.get(metric.name)
+            if family is None:
+                family = families[metric.name] = _family(metric, ["pool"])
+            for slot, pool in enumerate(self._pools):
+                labels = [pool, *(value for _, value in metric.labels)]
+                family.add_metric(labels, self._shared.pool_total(slot, index))
+        yield from families.values()
+
+    def _histograms(self) -> Iterator[Metric]:
+        for number, spec in enumerate(metrics.POOL_HISTOGRAMS):
+            family = HistogramMetricFamily(PREFIX + spec.name, spec.help, labels=["pool"])
+            start = metrics.HISTOGRAM_OFFSETS[number]
+            bounds = [*(format(bound, "g") for bound in spec.bounds), "+Inf"]
+            for slot, pool in enumerate(self._pools):
+                buckets, running = [], 0
+                for offset, bound in enumerate(bounds):
+                    running += self._shared.pool_total(slot, start + offset)
+                    buckets.append((bound, float(running)))
+                total = self._shared.pool_sum(slot, number)
+                family.add_metric([pool], buckets, sum_value=total)
+            yield family
+
+    def _worker_counters(self) -> Iterator[Metric]:
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+        for index, metric in enumerate(metrics.WORKER_METRICS):
+            family = families.get(metric.name)
+            if family is None:
+                family = families[metric.name] = _family(metric, ["worker"])
+            for worker in range(self._shared.workers):
+                labels = [str(worker), *(value for _, value in metric.labels)]
+                family.add_metric(labels, self._shared.worker_counters(worker)[index])
+        yield from families.values()
+
+    @staticmethod
+    def _replicas(report: FleetReport) -> Iterator[Metric]:
+        replicas = _family(metrics.REPLICAS, ["pool", "state"])
+        desired = _family(metrics.DESIRED_REPLICAS, ["pool"])
+        wake = _family(metrics.WAKE_ETA, ["pool"])
+        failures = _family(metrics.START_FAILURES, ["pool"])
+        for pool in report.pools:
+            states = [replica.state for replica in pool.replicas]
+            for state in ReplicaState:
+                replicas.add_metric([pool.name, state.value], states.count(state))
+            desired.add_metric([pool.name], pool.desired)
+            failures.add_metric([pool.name], pool.failures)
+            if pool.wake_eta_s is not None:
+                wake.add_metric([pool.name], pool.wake_eta_s)
+        yield from (replicas, desired, wake, failures)
+
+    @staticmethod
+    def _decisions(report: FleetReport) -> Iterator[Metric]:
+        decisions = _family(metrics.DECISIONS, ["pool", "reason"])
+        for (pool, reason), count in sorted(report.decisions.items()):
+            decisions.add_metric([pool, reason.value], count)
+        troubles = _family(metrics.CONTROL_TROUBLES, ["where"])
+        for where, count in sorted(report.troubles.items()):
+            troubles.add_metric([where], count)
+        yield from (decisions, troubles)
+
+
+def _family(metric: metrics.Metric, labels: list[str]) -> CounterMetricFamily | GaugeMetricFamily:
+    names = labels + [name for name, _ in metric.labels]
+    name = PREFIX + metric.name
+    if metric.gauge:
+        return GaugeMetricFamily(name, metric.help, labels=names)
+    return CounterMetricFamily(name, metric.help, labels=names)

@@ -1,0 +1,147 @@
+"""What ``tidegate up`` starts: the settings it loads, and what stands in where nothing was said.
+
+Which file, which pool when no file names one, and what the flags of ``up`` mean as settings.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gateway.config import ConfigError, Flag, LoadedSettings, load
+from gateway.problems import Problem
+
+CONFIG_NAME = "tidegate.toml"
+SIMULATED_POOL = "simulated"
+DEFAULT_POOL = "smollm2"
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEFAULT_MODEL_DIRECTORY = Path(".tidegate/models") / DEFAULT_MODEL
+"""Where ``make run`` puts the model that Tidegate brings along."""
+DEFAULT_MODEL_LEN_TOKENS = 2048
+"""What the default model is served with: its cache then fits beside it on a small machine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpFlags:
+    """The flags of ``tidegate up`` that stand for settings; ``None`` where not given."""
+
+    engine: str | None = None
+    model: str | None = None
+    host: str | None = None
+    port: int | None = None
+    admin_port: int | None = None
+    workers: int | None = None
+
+
+def find_config(given: Path | None, directory: Path = Path()) -> Path | None:
+    """The file to read: the one given, else ``tidegate.toml`` of the directory if it is there."""
+    if given is not None:
+        return given
+    here = directory / CONFIG_NAME
+    return here if here.exists() else None
+
+
+def load_for_up(
+    config: Path | None, environ: Mapping[str, str], overrides: Sequence[str], up: UpFlags
+) -> LoadedSettings:
+    """Settings as ``tidegate up`` uses them; raises ``ConfigError`` as ``load`` does.
+
+    Without a pool from any layer there is a built-in one: the simulated engine with ``--engine
+    simulated``, else the default model. ``--model`` replaces all pools by one for that model.
+    ``--engine`` applies to every pool whose engines are ours to start.
+    """
+    path = find_config(config)
+    flags = _flags(up)
+    if up.model is not None:
+        model = model_pool(up.model, up.engine or "vllm")
+        return load(path, environ, overrides, flags=[*flags, Flag("pools", [model], "--model")])
+    base = {"pools": [built_in_pool(up.engine)]}
+    loaded = load(path, environ, overrides, base=base, flags=flags)
+    if up.engine is None:
+        return loaded
+    flags += _engine_flags(loaded, up.engine)
+    return load(path, environ, overrides, base=base, flags=flags)
+
+
+def _flags(up: UpFlags) -> list[Flag]:
+    named = {
+        "gateway.host": ("--host", up.host),
+        "gateway.port": ("--port", up.port),
+        "gateway.admin_port": ("--admin-port", up.admin_port),
+        "gateway.workers": ("--workers", up.workers),
+    }
+    return [Flag(field, value, flag) for field, (flag, value) in named.items() if value is not None]
+
+
+def _engine_flags(loaded: LoadedSettings, engine: str) -> list[Flag]:
+    """What makes every process pool one of this engine, arguments for another left behind."""
+    flags = []
+    for index, pool in enumerate(loaded.settings.pools):
+        if pool.backend != "process" or pool.engine == engine:
+            continue
+        values: dict[str, Any] = {"engine": engine, "engine_args": []}
+        if engine == "simulated":  # it computes nothing, so it needs nothing of its own
+            values |= {"gpus": [], "gpus_per_replica": 0, "gpu_memory_bytes": None}
+        flags += [
+            Flag(f"pools.{index}.{name}", value, "--engine") for name, value in values.items()
+        ]
+    return flags
+
+
+def built_in_pool(engine: str | None) -> dict[str, Any]:
+    """The pool of a Tidegate that was told of none."""
+    if engine == "simulated":
+        return {"name": SIMULATED_POOL, "engine": "simulated", "model": SIMULATED_POOL}
+    return {
+        "name": DEFAULT_POOL,
+        "aliases": [DEFAULT_MODEL],
+        "engine": "vllm",
+        "model": str(DEFAULT_MODEL_DIRECTORY),
+        "max_model_len_tokens": DEFAULT_MODEL_LEN_TOKENS,
+    }
+
+
+def model_pool(model: str, engine: str) -> dict[str, Any]:
+    """A pool for the model that ``--model`` names: a directory, or a name for the engine."""
+    here = Path(model).expanduser()
+    if engine == "vllm" and here.is_dir():
+        model = os.path.abspath(here)
+    name = "-".join(Path(model).name.split()) or model
+    # A name on a hub is what its users will write; a path is nobody's name for it.
+    is_name = not model.startswith((".", "/", "~")) and not any(map(str.isspace, model))
+    aliases = [model] if is_name and model != name else []
+    return {"name": name, "aliases": aliases, "engine": engine, "model": model}
+
+
+def check_installed(loaded: LoadedSettings) -> None:
+    """Raise ``ConfigError`` where a pool's engine or model is named as a path and is not there.
+
+    Such a pool would look well at zero, and fail its first request a minute later.
+    """
+    settings = loaded.settings
+    found = []
+    engines = [pool for pool in settings.pools if pool.engine == "vllm"]
+    python = settings.loaders.engine_python.expanduser()
+    if engines and not python.exists():
+        found.append(
+            Problem(
+                "loaders.engine_python",
+                f"= {python}: there is no such program; `make run` sets up the engine, "
+                "`--engine simulated` needs none",
+                loaded.origins["loaders.engine_python"],
+            )
+        )
+    for index, pool in enumerate(settings.pools):
+        model = pool.model or ""
+        if pool.engine != "vllm" or not model.startswith("/") or Path(model).exists():
+            continue
+        field = f"pools.{index}.model"
+        hint = "; `make run` makes it" if Path(model).name == DEFAULT_MODEL else ""
+        found.append(
+            Problem(field, f"= {model}: there is no such directory{hint}", loaded.origins[field])
+        )
+    if found:
+        raise ConfigError(found)

@@ -1,0 +1,145 @@
+"""What is wrong with settings, one line each: field, value, what is allowed, where it came from."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from gateway import fields
+from gateway.settings import CONFLICTS
+
+SHOWN_CHARACTERS = 60
+"""Characters of a wrong value that an error repeats."""
+
+SECRET = re.compile(r"authorization|token|secret|password|passwd|api[_-]?key|credential", re.I)
+HIDDEN = "(hidden)"
+
+DEFAULT = "default"
+"""The origin of a value that nobody gave."""
+
+DATE = "a date"
+"""Key that marks a TOML date, which JSON has no word for."""
+
+OWN_WORDS = frozenset({"value_error", "assertion_error"})
+"""Errors of validators written for one field: their text is better than the field's schema."""
+
+
+class Problem(NamedTuple):
+    """One thing wrong. ``field`` is empty where it is a whole file or argument."""
+
+    field: str
+    message: str
+    origin: str
+
+    def __str__(self) -> str:
+        if not self.field:
+            return one_line(f"{self.origin}: {self.message}")
+        return one_line(f"{self.field} {self.message} ({self.origin})")
+
+
+def one_line(text: str) -> str:
+    """Text with everything escaped that would break the line or steer a terminal."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
+
+
+Origin = Callable[[Sequence[str]], str]
+
+
+def explain(error: ValidationError, origin: Origin, blame: Origin) -> Iterator[Problem]:
+    """The problems in a validation error.
+
+    ``origin`` says where the value of a path came from (``"default"`` where nobody gave it),
+    ``blame`` where to look when it is wrong or missing.
+    """
+    for detail in error.errors(include_url=False):
+        parts = _field_path(detail["loc"])
+        if detail["type"] == CONFLICTS:
+            for path, message in detail["ctx"]["conflicts"]:
+                others = re.findall(r"[a-z_]+(?:\.[a-z0-9_]+)+", message)
+                given = [one for one in (path, *others) if origin(one.split(".")) != DEFAULT]
+                yield Problem(path, message, origin((given or [path])[0].split(".")))
+        elif detail["type"] == "conflict":
+            yield from _contradictions(parts, str(detail["ctx"]["text"]), origin, blame)
+        else:
+            yield Problem(fields.dotted(parts) or "settings", _say(detail, parts), blame(parts))
+
+
+def _field_path(loc: Sequence[str | int]) -> tuple[str, ...]:
+    """pydantic's location without what it adds for unions, keys and the like."""
+    parts = tuple(str(part) for part in loc)
+    for end in range(len(parts)):
+        above = fields.find(parts[:end])
+        if above is None or above.kind == "value":
+            return parts[:end]
+    return parts
+
+
+def _contradictions(
+    parts: tuple[str, ...], text: str, origin: Origin, blame: Origin
+) -> Iterator[Problem]:
+    """A section's fields that contradict each other: each is laid to a field that was given."""
+    section = fields.find(parts)
+    names = section.fields if section is not None else {}
+    for message in text.split("; "):
+        mentioned = [word for word in re.findall(r"[a-z_]+", message) if word in names]
+        given = [word for word in mentioned if origin((*parts, word)) != DEFAULT]
+        source = origin((*parts, given[0])) if given else blame(parts)
+        first, _, rest = message.partition(" ")
+        if first in names:
+            yield Problem(fields.dotted((*parts, first)), rest, source)
+        else:
+            yield Problem(fields.dotted(parts), message, source)
+
+
+def _say(detail: ErrorDetails, parts: tuple[str, ...]) -> str:
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        return f"is no setting{fields.suggest(parts)}"
+    node = fields.find(parts)
+    allowed = fields.describe(node) if node is not None else "something else"
+    if kind == "missing":
+        return f"is missing: it must be {allowed}"
+    value = detail["input"]
+    shown = value.get(DATE, "{...}") if isinstance(value, dict) else show(value, parts)
+    if len(shown) > SHOWN_CHARACTERS:
+        shown = shown[: SHOWN_CHARACTERS - 3] + "..."
+    if kind in OWN_WORDS:
+        return f"= {shown}: {detail['msg'].partition(', ')[2] or detail['msg']}"
+    return f"= {shown}: it must be {allowed}"
+
+
+def show(value: Any, parts: Sequence[str] = ()) -> str:
+    """A value as TOML writes it, on one line; what looks like a secret by its name is hidden."""
+    # Keys of people's own choosing (headers, environment) may carry secrets; our own never do.
+    if len(parts) > 3 and parts[-2] in {"headers", "env"} and SECRET.search(parts[-1]):
+        return HIDDEN
+    if value is None:
+        return "(unset)"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return fields.number(value) if value == value and abs(value) < 1e300 else str(value)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(show(one, (*parts, "0")) for one in value) + "]"
+    if isinstance(value, dict):
+        if not value:
+            return "{}"
+        inside = (
+            f"{fields.key(str(name))} = {show(one, (*parts, str(name)))}"
+            for name, one in value.items()
+        )
+        return "{ " + ", ".join(inside) + " }"
+    return json.dumps(str(value), ensure_ascii=False)
+
+
+def to_json(tree: Any) -> str:
+    """A tree of TOML's values as JSON; dates become something that no setting takes."""
+    return json.dumps(tree, default=lambda date: {DATE: str(date)})

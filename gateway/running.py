@@ -1,0 +1,72 @@
+"""Where the Tidegate of a state directory listens, for the verbs that ask it something.
+
+``up`` leaves a small record while it runs, so that ``tidegate status`` finds it whatever port it
+was given, a port of the system's choice included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+RECORD_NAME = "running.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """One running Tidegate: its control process and its two listeners."""
+
+    pid: int
+    url: str
+    admin_url: str
+
+
+def make_url(host: str, port: int, scheme: str = "http") -> str:
+    """Where a listener is reached from this machine; every-interface addresses become loopback."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host).strip("[]")
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def leave_record(state_dir: Path, running: Running) -> None:
+    """Write the record, whole or not at all. Raises ``OSError`` where it cannot be written."""
+    state_dir.mkdir(parents=True, exist_ok=True)
+    fresh = state_dir / f".{RECORD_NAME}.{running.pid}"
+    fresh.write_text(json.dumps(asdict(running)), encoding="utf-8")
+    fresh.replace(state_dir / RECORD_NAME)
+
+
+def read_record(state_dir: Path) -> Running | None:
+    """The Tidegate that runs with this state directory, ``None`` where none is known to."""
+    try:
+        found = json.loads((state_dir / RECORD_NAME).read_text(encoding="utf-8"))
+        running = Running(
+            pid=int(found["pid"]), url=str(found["url"]), admin_url=str(found["admin_url"])
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return running if _alive(running.pid) else None
+
+
+def remove_record(state_dir: Path, pid: int) -> None:
+    """Take the record away if it is still this process's own."""
+    running = read_record(state_dir)
+    if running is not None and running.pid == pid:
+        with contextlib.suppress(OSError):
+            (state_dir / RECORD_NAME).unlink()
+
+
+def _alive(pid: int) -> bool:
+    if pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # it is there, and somebody else's
+    except OverflowError:
+        return False
+    return True

@@ -1,0 +1,328 @@
+"""The one composition root: settings in, a running Tidegate out.
+
+Everything else gets what it needs as an argument; here it is decided who that is. One process
+holds the control side (autoscaler, backends, admin listener) on one event loop and owns all
+signals; the data path runs in worker processes. Starting is from the inside out (ports, leftovers
+of an earlier run, control loop, workers, admin), stopping the reverse: the workers drain while the
+control loop still keeps their engines, then the engines go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from autoscaler.backends.base import Backend, BackendError, Placement, ReplicaSpec
+from autoscaler.backends.process import ProcessBackend
+from autoscaler.backends.static import StaticBackend
+from autoscaler.loop import ControlLoop
+from autoscaler.placement import Gpu
+from autoscaler.types import ReplicaView
+from gateway import cli_render, machine
+from gateway.admin import create_app
+from gateway.admin_server import listen, serve_admin_on, url
+from gateway.cli_base import complain, out, version
+from gateway.config import LoadedSettings
+from gateway.control import LiveControl
+from gateway.datapath.messages import WorkerConfig
+from gateway.datapath.shared import Shared
+from gateway.fleet import FleetBook
+from gateway.running import Running, leave_record, make_url, remove_record
+from gateway.settings import Settings
+from gateway.workers import ListenError, Workers, open_listeners
+from loaders.engine import EngineCommand, simulated_command, vllm_command
+from loaders.settings import LoaderSettings
+
+log = logging.getLogger("tidegate")
+
+_SPARE_REPLICA_SLOTS = 64
+_FORCED_DRAIN_S = 0.0
+
+
+def run(loaded: LoadedSettings) -> int:
+    """Run until SIGTERM or Ctrl-C. Returns the exit status: 0 after an orderly end, 2 where it
+    could not start (one line says why)."""
+    settings = loaded.settings
+    _set_up_logging(settings.gateway.log_level)
+    try:
+        return asyncio.run(_run(settings))
+    except (ListenError, BackendError) as error:
+        complain(str(error))
+        return 2
+
+
+def worker_config(settings: Settings) -> WorkerConfig:
+    """The settings a worker needs, flat; its index is set per worker."""
+    gateway, holding, router = settings.gateway, settings.gateway.holding, settings.router
+    return WorkerConfig(
+        index=0,
+        max_connections=gateway.max_connections,
+        max_head_bytes=gateway.max_head_bytes,
+        max_headers=gateway.max_headers,
+        max_body_bytes=gateway.max_body_bytes,
+        max_buffered_bytes=gateway.max_buffered_bytes,
+        peek_bytes=gateway.peek_bytes,
+        head_timeout_s=gateway.head_timeout_s,
+        body_timeout_s=gateway.body_timeout_s,
+        idle_timeout_s=gateway.idle_timeout_s,
+        request_timeout_s=gateway.request_timeout_s,
+        upstream_connect_timeout_s=gateway.upstream_connect_timeout_s,
+        upstream_idle_timeout_s=gateway.upstream_idle_timeout_s,
+        upstream_max_idle_connections=gateway.upstream_max_idle_connections,
+        upstream_keepalive_s=gateway.upstream_keepalive_s,
+        max_retries=gateway.max_retries,
+        drain_s=gateway.drain_s,
+        tls_certificate=_text(gateway.tls_certificate),
+        tls_key=_text(gateway.tls_key),
+        tls_reload_s=gateway.tls_reload_s,
+        cors_allow_origins=gateway.cors_allow_origins,
+        hold_max_requests=holding.max_requests,
+        hold_max_bytes=holding.max_bytes,
+        hold_deadline_s=holding.deadline_s,
+        hold_keepalive_s=holding.keepalive_s,
+        release_initial=holding.release_initial,
+        default_bytes_per_token=router.default_bytes_per_token,
+        default_output_tokens=router.default_output_tokens,
+        learning_rate=router.learning_rate,
+        max_inflight_requests=router.max_inflight_requests,
+        max_inflight_tokens=router.max_inflight_tokens,
+    )
+
+
+def engine_command(
+    spec: ReplicaSpec, placement: Placement, loaders: LoaderSettings
+) -> EngineCommand:
+    """The command line of a replica. Raises ``ValueError`` for settings that cannot be run."""
+    pool = spec.pool
+    model = pool.model or pool.name
+    if pool.engine == "simulated":
+        command = simulated_command(
+            model=pool.name,
+            host=placement.host,
+            port=placement.port,
+            args=pool.engine_args,
+            max_model_len_tokens=pool.max_model_len_tokens,
+        )
+    else:
+        command = vllm_command(
+            python=loaders.engine_python,
+            model=model,
+            served_model=pool.name,
+            host=placement.host,
+            port=placement.port,
+            args=pool.engine_args,
+            gpus=placement.gpus,
+            cpus=placement.cpus,
+            max_model_len_tokens=pool.max_model_len_tokens,
+            settings=loaders,
+        )
+    return EngineCommand(argv=command.argv, env={**command.env, **pool.env})
+
+
+def list_gpus() -> Sequence[Gpu] | None:
+    """The GPUs of this machine, or ``None`` where they cannot be told."""
+    found = machine.Machine().gpus()
+    if found is None:
+        return None
+    return [Gpu(index=gpu.index, memory_bytes=gpu.memory_bytes) for gpu in found]
+
+
+class _Tidegate:
+    """Everything that runs, while it runs."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        gateway = settings.gateway
+        count = gateway.workers or os.cpu_count() or 1
+        self.stack = contextlib.ExitStack()
+        self.admin_listener = listen(gateway.admin_host, gateway.admin_port)
+        self.stack.callback(self.admin_listener.close)
+        self.listeners: list[socket.socket] = open_listeners(gateway.host, gateway.port, count)
+        for listener in self.listeners:
+            self.stack.callback(listener.close)
+        slots = _SPARE_REPLICA_SLOTS + sum(
+            2 * max(pool.max_replicas, len(pool.urls)) for pool in settings.pools
+        )
+        self.shared = Shared.create(
+            workers=count, max_replicas=slots, max_pools=max(1, len(settings.pools))
+        )
+        self.stack.callback(self.shared.close)
+        self.book = FleetBook(self.shared, settings.pools, time.monotonic)
+        self.fleet = self.book.publish((), {})
+        self.loop = ControlLoop(
+            pools=settings.pools,
+            settings=settings.autoscaler,
+            backends=self._backends(),
+            observe=self.book.observe,
+            publish=self._publish,
+        )
+        self.workers = Workers(
+            worker_config(settings),
+            self.listeners,
+            self.shared,
+            on_poke=self.loop.poke,
+            on_failing=self.loop.look,
+        )
+        scheme = "https" if gateway.tls_certificate else "http"
+        self.url = make_url(gateway.host, self.workers.port, scheme)
+        self.admin_url = url(self.admin_listener)
+        self.control = LiveControl(
+            loop=self.loop,
+            workers=self.workers,
+            pools=settings.pools,
+            version=version(),
+            url=self.url,
+            admin_url=self.admin_url,
+            clock=time.monotonic,
+            observe=self.book.observe,
+        )
+
+    def _backends(self) -> dict[str, Backend]:
+        settings = self.settings
+        return {
+            "process": ProcessBackend(
+                state_dir=settings.state_dir,
+                settings=settings.autoscaler,
+                command=lambda spec, placement: engine_command(spec, placement, settings.loaders),
+                list_gpus=list_gpus,
+            ),
+            "static": StaticBackend(settings=settings.autoscaler),
+        }
+
+    def _publish(
+        self, replicas: Sequence[ReplicaView], wake_eta_s: Mapping[str, float | None]
+    ) -> None:
+        self.fleet = self.book.publish(replicas, wake_eta_s)
+        self.workers.publish(self.fleet)
+
+    def banner(self) -> str:
+        """What is printed once requests are accepted."""
+        pools = [
+            cli_render.BannerPool(
+                name=pool.name,
+                engine=pool.engine or pool.backend,
+                min_replicas=pool.min_replicas or (1 if pool.backend == "static" else 0),
+            )
+            for pool in self.settings.pools
+        ]
+        return cli_render.banner(
+            url=self.url,
+            admin_url=self.admin_url,
+            pools=pools,
+            insecure_tls=self.url.startswith("https"),
+        )
+
+
+async def _run(settings: Settings) -> int:
+    tidegate = _Tidegate(settings)
+    with tidegate.stack:
+        return await _live(tidegate)
+
+
+async def _live(tidegate: _Tidegate) -> int:
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    _take_signals(stop, hurry)
+    for leftover in await tidegate.loop.open():
+        if leftover.pids:  # most often the kernel has ended them all already
+            pids = ", ".join(map(str, leftover.pids))
+            log.warning("ended what an earlier run left: %s (pids %s)", leftover.replica_id, pids)
+    state_dir = Path(tidegate.settings.state_dir)
+    admin_stop = asyncio.Event()
+    app = create_app(
+        tidegate.control,
+        host=tidegate.settings.gateway.admin_host,
+        allowed_hosts=tidegate.settings.gateway.admin_allowed_hosts,
+    )
+    admin = asyncio.create_task(serve_admin_on(tidegate.admin_listener, app, admin_stop))
+    looping: asyncio.Task[None] | None = None
+    status = 0
+    try:
+        await tidegate.workers.start(tidegate.fleet)
+        looping = asyncio.create_task(tidegate.loop.run())
+        running = Running(pid=os.getpid(), url=tidegate.url, admin_url=tidegate.admin_url)
+        leave_record(state_dir, running)
+        out(tidegate.banner())
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({stopping, looping, admin}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not stop.is_set():
+            status = 1
+            _log_end(looping, admin)
+    except (RuntimeError, TimeoutError) as error:
+        complain(str(error) or "a worker process did not start in time")
+        status = 1
+    finally:
+        complain("stopping: answers under way are finished; Ctrl-C again to cut them")
+        await _stop(tidegate, looping, hurry)
+        admin_stop.set()
+        await asyncio.wait({admin}, timeout=10)
+        remove_record(state_dir, os.getpid())
+    return status
+
+
+async def _stop(
+    tidegate: _Tidegate, looping: asyncio.Task[None] | None, hurry: asyncio.Event
+) -> None:
+    """Drain the workers, then end the engines; at once when somebody is in a hurry."""
+    hurried = asyncio.create_task(hurry.wait())
+    draining = asyncio.create_task(tidegate.workers.drain())
+    await asyncio.wait({hurried, draining}, return_when=asyncio.FIRST_COMPLETED)
+    if not draining.done():
+        draining.cancel()
+        await asyncio.gather(draining, return_exceptions=True)
+        tidegate.workers.kill()
+    # Nobody sends requests any more, so there is nothing left for the engines to finish.
+    await tidegate.loop.close(drain_s=_FORCED_DRAIN_S)
+    if looping is not None:
+        await asyncio.gather(looping, return_exceptions=True)
+    hurried.cancel()
+
+
+# A signal to a whole process group can reach us twice, directly and passed on by our parent (make
+# does so): within this time it is one wish to stop, not a second one to hurry.
+_ONE_SIGNAL_S = 1.0
+
+
+def _take_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
+    running = asyncio.get_running_loop()
+    first_s = math.inf
+
+    def on_signal() -> None:
+        nonlocal first_s
+        if not stop.is_set():
+            first_s = running.time()
+            stop.set()
+        elif running.time() - first_s >= _ONE_SIGNAL_S:
+            hurry.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        running.add_signal_handler(number, on_signal)
+
+
+def _log_end(*tasks: asyncio.Task[None]) -> None:
+    for task in tasks:
+        if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+            log.error("stopped by an internal error", exc_info=error)
+
+
+def _set_up_logging(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for noisy in ("httpx", "httpcore", "asyncio"):
+        logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

@@ -1,0 +1,37 @@
+"""The loaders' settings: where engines are installed, and how they are started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class LoaderSettings(BaseModel):
+    """How engines are started."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    engine_python: Path = Path(".venv-engine/bin/python")
+    """Python interpreter of the environment vLLM is installed in. Engines live apart from the
+    gateway so that their pins never meet ours; ``make run`` makes this one. Relative to the
+    working directory."""
+
+    engine_log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much an engine writes to its own log file. ``info`` shows the phases of a start, which
+    is what is asked for when one fails."""
+
+    cpu_kv_cache_gib: int = Field(default=1, ge=1, le=65_536)
+    """GiB of memory that vLLM's CPU build takes for its KV cache, per replica. 1 holds some 46,000
+    tokens of the default model; vLLM's own default is a share of all memory, which leaves nothing
+    for a second replica. No effect on GPUs."""
+
+    cpu_bind: Literal["auto", "nobind"] = "auto"
+    """How vLLM's CPU build places its threads where the pool pins no cores. ``auto`` is vLLM's own
+    choice, one thread on each physical core but one; two replicas then choose the same cores, so
+    give such a pool ``cpus_per_replica`` or use ``nobind``. No effect on GPUs."""
+
+    cpu_enforce_eager: bool = True
+    """Whether vLLM's CPU build runs without compiling the model. Compiling takes minutes of every
+    start for a few per cent of speed; a pool that never sleeps may want it. No effect on GPUs."""

@@ -1,0 +1,32 @@
+"""The router's settings: what is assumed of a replica or a request that does not say."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class RouterSettings(BaseModel):
+    """How requests are sized and how much one replica is given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    default_bytes_per_token: float = Field(default=4.0, ge=0.5, le=64.0)
+    """Bytes of request body per prompt token, until a model's own ratio has been learned from the
+    ``usage`` of its answers. 4 is what English text costs most tokenizers."""
+
+    default_output_tokens: int = Field(default=256, ge=1, le=1_000_000)
+    """Output tokens expected of a request, until a model's own mean has been learned. A smaller
+    ``max_tokens`` in the request lowers it."""
+
+    learning_rate: float = Field(default=0.05, gt=0.0, le=1.0)
+    """Weight of the newest answer in the learned ratios (exponential mean). 0.05 follows a change
+    of traffic within about 20 answers and is not moved much by one odd request."""
+
+    max_inflight_requests: int = Field(default=256, ge=1, le=100_000)
+    """Requests one replica is given at once, where neither the pool nor the engine says. 256 is
+    vLLM's own ``max_num_seqs``: what is beyond it waits in the gateway, where it can still be
+    sent to another replica."""
+
+    max_inflight_tokens: int | None = Field(default=None, ge=1)
+    """Estimated tokens one replica is given at once; unset: bounded by requests only. A single
+    request larger than this is still sent to an idle replica."""

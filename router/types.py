@@ -1,0 +1,59 @@
+"""The fleet's shared vocabulary: what a replica is to those who route to it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class ReplicaState(StrEnum):
+    """Where a replica is in its life. Only ``READY`` replicas are given new requests."""
+
+    STARTING = "starting"
+    READY = "ready"
+    UNHEALTHY = "unhealthy"
+    DRAINING = "draining"
+    SLEEPING = "sleeping"
+    WAKING = "waking"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class Replica(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine of a pool, as the control side publishes it to the data path.
+
+    ``slot`` indexes the shared ledger and is not reused while any worker still counts tokens on
+    it. ``url`` is the engine's base URL (``http://127.0.0.1:9001``). The three limits are ``None``
+    where they are unknown: unknown is not zero and not infinity, the pool's setting applies.
+    """
+
+    id: str
+    pool: str
+    slot: int
+    url: str
+    state: ReplicaState
+    served_model: str | None = None
+    max_model_len_tokens: int | None = None
+    max_inflight_requests: int | None = None
+    max_inflight_tokens: int | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class Pool(msgspec.Struct, frozen=True, kw_only=True):
+    """The replicas of one model, and how its requests are held when none can take them."""
+
+    name: str
+    slot: int
+    aliases: tuple[str, ...] = ()
+    replicas: tuple[Replica, ...] = ()
+    wake_eta_s: float | None = None
+    max_replicas: int = 1
+
+
+class Fleet(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the data path knows of the fleet: one immutable picture, replaced whole."""
+
+    version: int
+    pools: tuple[Pool, ...] = ()

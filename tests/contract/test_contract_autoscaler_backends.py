@@ -1,0 +1,248 @@
+"""What every backend promises. A backend, the fake of the simulations included, is a subclass."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import tiny_engine
+from fake_fleet import FakeBackend
+from process_fixtures import SETTINGS, ask, tiny_backend, tiny_pool, wait_for_probe, wait_ready
+
+from autoscaler.backends.base import Backend, BackendError, NoRoom, ReplicaSpec, Unsupported
+from autoscaler.backends.static import StaticBackend
+from autoscaler.settings import PoolSettings
+
+FOLDER = str(Path(tiny_engine.__file__).parent)
+
+
+class BackendContract:
+    """Inherited by the tests of each backend, which say how to make one."""
+
+    can_sleep = True
+
+    def make(self, folder: Path) -> Backend:
+        raise NotImplementedError
+
+    def spec(self, replica_id: str) -> ReplicaSpec:
+        raise NotImplementedError
+
+    @asynccontextmanager
+    async def backend(self, folder: Path) -> AsyncIterator[Backend]:
+        backend = self.make(folder)
+        try:
+            await backend.adopt()
+            yield backend
+        finally:
+            await backend.close()
+
+    def test_is_a_backend(self, tmp_path: Path) -> None:
+        assert isinstance(self.make(tmp_path), Backend)
+
+    def test_first_adoption_finds_nothing(self, tmp_path: Path) -> None:
+        async def story() -> None:
+            async with self.backend(tmp_path) as backend:
+                assert await backend.adopt() == []
+
+        asyncio.run(story())
+
+    def test_never_started_is_not_alive_and_stopping_it_is_nothing(self, tmp_path: Path) -> None:
+        async def story() -> None:
+            async with self.backend(tmp_path) as backend:
+                probe = await backend.probe("nobody")
+                assert probe.alive is False
+                assert probe.ready is False
+                assert probe.detail
+                await backend.stop("nobody", grace_s=1.0)
+
+        asyncio.run(story())
+
+    def test_started_becomes_ready_and_tells_its_address(self, tmp_path: Path) -> None:
+        async def story() -> None:
+            async with self.backend(tmp_path) as backend:
+                await backend.start(self.spec("r-1"))
+                probe = await wait_ready(backend, "r-1")
+                assert probe.alive is True
+                assert probe.url is not None
+                assert probe.url.startswith("http://127.0.0.1:")
+                assert probe.served_model == "tiny"
+                assert probe.max_model_len_tokens == 2048
+
+        asyncio.run(story())
+
+    def test_a_second_start_of_the_same_replica_is_refused(self, tmp_path: Path) -> None:
+        async def story() -> None:
+            async with self.backend(tmp_path) as backend:
+                await backend.start(self.spec("r-1"))
+                with pytest.raises(BackendError):
+                    await backend.start(self.spec("r-1"))
+                assert (await wait_ready(backend, "r-1")).alive is True
+
+        asyncio.run(story())
+
+    def test_stop_ends_it_and_may_be_repeated(self, tmp_path: Path) -> None:
+        async def story() -> None:
+            async with self.backend(tmp_path) as backend:
+                await backend.start(self.spec("r-1"))
+                await wait_ready(backend, "r-1")
+                await backend.stop("r-1", grace_s=5.0)
+                assert (await backend.probe("r-1")).alive is False
+                await backend.stop("r-1", grace_s=5.0)
+
+        asyncio.run(story())
+
+    def test_stopped_at_once_after_its_start(self, tmp_path: Path) -> None:
+        async def story() -> None:
+            async with self.backend(tmp_path) as backend:
+                await backend.start(self.spec("r-1"))
+                await backend.stop("r-1", grace_s=0.0)
+                assert (await backend.probe("r-1")).alive is False
+
+        asyncio.run(story())
+
+    def test_replicas_are_apart(self, tmp_path: Path) -> None:
+        async def story() -> None:
+            async with self.backend(tmp_path) as backend:
+                for name in ("r-1", "r-2"):
+                    await backend.start(self.spec(name))
+                await wait_ready(backend, "r-1")
+                await wait_ready(backend, "r-2")
+                await backend.stop("r-1", grace_s=5.0)
+                assert (await backend.probe("r-2")).ready is True
+
+        asyncio.run(story())
+
+    def test_sleep_and_wake_or_unsupported(self, tmp_path: Path) -> None:
+        async def story() -> None:
+            async with self.backend(tmp_path) as backend:
+                await backend.start(self.spec("r-1"))
+                await wait_ready(backend, "r-1")
+                if self.can_sleep:
+                    await backend.sleep("r-1", 1)
+                    await backend.wake("r-1")
+                    assert (await wait_ready(backend, "r-1")).ready is True
+                    return
+                with pytest.raises(Unsupported):
+                    await backend.sleep("r-1", 1)
+                with pytest.raises(Unsupported):
+                    await backend.wake("r-1")
+
+        asyncio.run(story())
+
+    def test_sleep_and_wake_of_nobody_fail(self, tmp_path: Path) -> None:
+        async def story() -> None:
+            async with self.backend(tmp_path) as backend:
+                with pytest.raises(BackendError):
+                    await backend.sleep("nobody", 1)
+                with pytest.raises(BackendError):
+                    await backend.wake("nobody")
+
+        asyncio.run(story())
+
+    def test_close_ends_all_and_may_be_repeated(self, tmp_path: Path) -> None:
+        async def story() -> None:
+            async with self.backend(tmp_path) as backend:
+                await backend.start(self.spec("r-1"))
+                await wait_ready(backend, "r-1")
+                await backend.close()
+                assert (await backend.probe("r-1")).alive is False
+                await backend.close()
+
+        asyncio.run(story())
+
+
+class TestFakeBackend(BackendContract):
+    def make(self, folder: Path) -> Backend:
+        return FakeBackend(clock=time.monotonic, start_s=0.1, wake_s=0.01)
+
+    def spec(self, replica_id: str) -> ReplicaSpec:
+        return ReplicaSpec(id=replica_id, pool=tiny_pool())
+
+    def test_says_when_there_is_no_room(self, tmp_path: Path) -> None:
+        async def story() -> None:
+            backend = FakeBackend(clock=time.monotonic, room=1)
+            await backend.start(self.spec("r-1"))
+            with pytest.raises(NoRoom):
+                await backend.start(self.spec("r-2"))
+
+        asyncio.run(story())
+
+
+class TestProcessBackend(BackendContract):
+    def make(self, folder: Path) -> Backend:
+        return tiny_backend(folder)
+
+    def spec(self, replica_id: str) -> ReplicaSpec:
+        return ReplicaSpec(id=replica_id, pool=tiny_pool())
+
+
+class TestStaticBackend(BackendContract):
+    can_sleep = False
+    url = ""
+
+    @pytest.fixture(autouse=True)
+    def _server(self) -> Iterator[None]:
+        server = subprocess.Popen(
+            [
+                sys.executable,
+                "-u",
+                "-c",
+                SERVER.format(folder=str(Path(tiny_engine.__file__).parent)),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert server.stdout is not None
+        type(self).url = f"http://127.0.0.1:{int(server.stdout.readline())}"
+        yield
+        server.kill()
+        server.wait()
+        server.stdout.close()
+
+    def make(self, folder: Path) -> Backend:
+        return StaticBackend(settings=SETTINGS)
+
+    def spec(self, replica_id: str) -> ReplicaSpec:
+        pool = PoolSettings(name="tiny", backend="static", urls=(self.url,))
+        return ReplicaSpec(id=replica_id, pool=pool, url=self.url)
+
+    def test_stop_leaves_the_server_alone(self, tmp_path: Path) -> None:
+        async def story() -> None:
+            async with self.backend(tmp_path) as backend:
+                await backend.start(self.spec("r-1"))
+                await wait_ready(backend, "r-1")
+                await backend.stop("r-1", grace_s=0.0)
+            assert ask(f"{self.url}/facts")["pid"] > 0
+
+        asyncio.run(story())
+
+    def test_a_server_that_is_down_is_not_ready(self, tmp_path: Path) -> None:
+        async def story() -> None:
+            async with self.backend(tmp_path) as backend:
+                pool = PoolSettings(name="tiny", backend="static", urls=("http://127.0.0.1:1",))
+                spec = ReplicaSpec(id="r-1", pool=pool, url="http://127.0.0.1:1")
+                await backend.start(spec)
+                probe = await wait_for_probe(backend, "r-1", lambda one: one.ready is False)
+                assert probe.url == "http://127.0.0.1:1"
+                assert "/health" in probe.detail
+
+        asyncio.run(story())
+
+
+SERVER = """
+import argparse, socket, sys
+sys.path.insert(0, {folder!r})
+import tiny_engine
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+print(port)
+sys.argv = ["tiny_engine", "--port", str(port)]
+tiny_engine.main()
+"""

@@ -1,0 +1,526 @@
+"""Replicas that are dead, cut, hang or come back: what the client sees of it, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import random
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from datapath_rig import (
+    STREAM,
+    Asked,
+    Gateway,
+    Raw,
+    ScriptedReplica,
+    answers,
+    chunks,
+    eventually,
+    free_port,
+    gateway,
+    make_certificate,
+    post,
+)
+
+from gateway.datapath import metrics
+from gateway.datapath.errors import Reason
+
+SMALL = post({"model": "m", "prompt": "hello"})
+STREAMED = post({"model": "m", "stream": True})
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Gateway]:
+    with gateway() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def balanced(served: Gateway) -> Iterator[None]:
+    yield
+    served.publish()
+    served.settle()
+
+
+def closes_at_once(asked: Asked) -> None:
+    pass
+
+
+def closes_after_request(asked: Asked) -> None:
+    asked.request()
+
+
+def resets(asked: Asked) -> None:
+    asked.request()
+    asked.reset()
+
+
+def half_a_head(asked: Asked) -> None:
+    asked.request()
+    asked.send(b"HTTP/1.1 200 OK\r\ncontent-le")
+
+
+BAD: dict[str, Callable[[Asked], None] | None] = {
+    "dead": None,
+    "accepts and closes": closes_at_once,
+    "closes after the request": closes_after_request,
+    "resets": resets,
+    "half a head": half_a_head,
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_replica_costs_no_client_an_error_while_another_is_healthy(
+    served: Gateway, kind: str
+) -> None:
+    script = BAD[kind]
+    with ScriptedReplica(answers()) as good, ScriptedReplica(script or closes_at_once) as bad:
+        if script is None:
+            bad.stop()
+        known = served.publish(bad, good)
+        for _ in range(12):
+            assert served.ask(SMALL).status == 200
+        # and a body that is long enough to be streamed, as long as none of its tail went out
+        long = json.dumps({"model": "m", "prompt": "x" * 100_000}).encode()
+        if kind in ("dead", "accepts and closes"):
+            assert served.ask(post(long)).status == 200
+        assert known[0].id in served.failing
+    assert len(good.requests) >= 12
+    assert len({request.headers["x-request-id"] for request in good.requests}) == len(good.requests)
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_with_a_single_replica_the_request_waits_until_it_is_back(
+    served: Gateway, kind: str
+) -> None:
+    port = free_port()
+    script = BAD[kind]
+    failures = []
+
+    def once(asked: Asked) -> None:
+        if failures or script is None:
+            answers()(asked)
+        else:
+            failures.append(1)
+            script(asked)
+
+    if script is None:
+        served.publish(served.replica(f"http://127.0.0.1:{port}"))
+        with served.connect() as client:
+            client.send(SMALL)
+            eventually(lambda: served.pool_count(metrics.QUEUED_REQUESTS) == 1)
+            time.sleep(0.7)
+            with ScriptedReplica(once, port=port):
+                assert client.answer().status == 200
+        return
+    with ScriptedReplica(once) as replica:
+        served.publish(replica)
+        assert served.ask(SMALL).status == 200
+        assert failures
+
+
+def test_a_replica_that_always_fails_is_given_up_after_the_retries(served: Gateway) -> None:
+    with ScriptedReplica(closes_after_request) as replica:
+        served.publish(replica)
+        answer = served.ask(SMALL)
+    assert (answer.status, answer.reason) == (502, "replica_failed")
+    assert int(answer.headers["retry-after"]) >= 1
+    assert len(replica.requests) == 3  # the first attempt and max_retries = 2
+
+
+def test_stale_kept_connections_cost_no_attempt(served: Gateway) -> None:
+    """More kept connections than there are retries, each closed the moment it is used again."""
+    gate = threading.Barrier(8, timeout=10)
+
+    def script(asked: Asked) -> None:
+        kept = replica.connections <= 8
+        if asked.request() is None:
+            return
+        if kept:
+            gate.wait()
+        asked.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+        if kept:
+            asked.head()  # and cut without an answer
+        else:
+            answers()(asked)
+
+    with ScriptedReplica(script) as replica:
+        served.publish(replica)
+        clients = [served.connect() for _ in range(8)]
+        for client in clients:
+            client.send(SMALL)
+        for client in clients:
+            assert client.answer().status == 200
+            client.close()
+        assert replica.connections == 8
+        for _ in range(3):
+            assert served.ask(SMALL).status == 200
+        assert replica.connections == 9
+
+
+def test_a_restarted_replica_is_reached_through_its_dead_connections(served: Gateway) -> None:
+    first = ScriptedReplica(answers())
+    served.publish(served.replica(first.url))
+    assert served.ask(SMALL).status == 200
+    first.stop()
+    with ScriptedReplica(answers(), port=first.port) as second:
+        assert served.ask(SMALL).status == 200
+    assert len(second.requests) == 1
+
+
+EVENT = b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'
+
+
+@pytest.mark.parametrize("how", ["close", "reset", "bad chunk"])
+def test_a_stream_cut_midway_says_so_and_does_not_end_well(served: Gateway, how: str) -> None:
+    def script(asked: Asked) -> None:
+        asked.request()
+        asked.send(STREAM + chunks(EVENT))
+        time.sleep(0.05)
+        asked.send(chunks(EVENT))
+        time.sleep(0.05)
+        if how == "reset":
+            asked.reset()
+        elif how == "bad chunk":
+            asked.send(b"zzz\r\n")
+
+    before = served.rejected(Reason.REPLICA_CUT)
+    with ScriptedReplica(script) as replica, served.connect() as client:
+        served.publish(replica)
+        client.send(STREAMED)
+        assert b" 200 " in client.until(b"\r\n\r\n")
+        rest = client.rest()
+    assert rest.startswith(chunks(EVENT) + chunks(EVENT))
+    event = rest[2 * len(chunks(EVENT)) :]
+    assert b'"code":"replica_cut"' in event
+    assert not rest.endswith(b"0\r\n\r\n")
+    assert len(replica.requests) == 1  # after the first byte there is no retry
+    eventually(lambda: served.rejected(Reason.REPLICA_CUT) == before + 1)
+
+
+def test_a_stream_cut_inside_an_event_is_only_closed(served: Gateway) -> None:
+    half = b"data: {" + b"x" * 30
+
+    def script(asked: Asked) -> None:
+        asked.request()
+        asked.send(STREAM + b"100\r\n" + half)
+
+    with ScriptedReplica(script) as replica, served.connect() as client:
+        served.publish(replica)
+        client.send(STREAMED)
+        client.until(b"\r\n\r\n")
+        assert client.rest() == b"100\r\n" + half
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_no_client_takes_a_cut_answer_for_whole(
+    served: Gateway, framing: str, version: bytes
+) -> None:
+    heads = {
+        "length": b"HTTP/1.1 200 OK\r\ncontent-length: 50\r\n\r\nhalf",
+        "chunked": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\nhalf\r\n",
+        "close": b"HTTP/1.1 200 OK\r\n\r\nhalf",
+    }
+
+    def script(asked: Asked) -> None:
+        asked.request()
+        asked.send(heads[framing])
+        time.sleep(0.1)
+        asked.reset()
+
+    with ScriptedReplica(script) as replica, served.connect() as client:
+        served.publish(replica)
+        client.send(SMALL.replace(b"HTTP/1.1", b"HTTP/" + version, 1))
+        head = client.until(b"\r\n\r\n")
+        whole = True
+        if b"content-length" in head or b"transfer-encoding" in head:
+            body = client.rest()
+            whole = body.endswith(b"0\r\n\r\n") or len(body) >= 50
+        else:
+            try:
+                while client.sock.recv(1000):
+                    pass
+            except ConnectionResetError:
+                whole = False
+        assert not whole
+    assert len(replica.requests) == 1
+
+
+def test_a_replica_that_says_nothing_is_504(served: Gateway) -> None:
+    def script(asked: Asked) -> None:
+        asked.request()
+        asked.cancelled()
+
+    with (
+        ScriptedReplica(script) as replica,
+        gateway(upstream_idle_timeout_s=0.6) as quick,
+        quick.connect() as client,
+    ):
+        quick.publish(replica)
+        client.send(SMALL)
+        answer = client.answer()
+        eventually(lambda: replica.cancels == 1)
+    assert (answer.status, answer.reason) == (504, "replica_timeout")
+
+
+def test_a_stream_that_stalls_is_cut(served: Gateway) -> None:
+    def script(asked: Asked) -> None:
+        asked.request()
+        asked.send(STREAM + chunks(EVENT))
+        asked.cancelled()
+
+    with (
+        ScriptedReplica(script) as replica,
+        gateway(upstream_idle_timeout_s=0.6) as quick,
+        quick.connect() as client,
+    ):
+        quick.publish(replica)
+        client.send(STREAMED)
+        rest = client.rest()
+        eventually(lambda: replica.cancels == 1)
+    assert b'"code":"replica_cut"' in rest
+    assert not rest.endswith(b"0\r\n\r\n")
+
+
+def holding(served: Gateway, request: bytes) -> Raw:
+    """A client whose request is held, its first keep-alive comment seen."""
+    served.publish()
+    client = served.connect()
+    client.send(request)
+    eventually(lambda: served.pool_count(metrics.QUEUED_REQUESTS) == 1)
+    return client
+
+
+def test_a_replica_behind_tls_is_asked_if_its_certificate_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_certificate(tmp_path, "engine")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    body = b"y" * 1_000_000
+    with ScriptedReplica(answers(body), tls=context) as replica:
+        with gateway(hold_deadline_s=1.0) as strange:
+            strange.publish(replica)
+            answer = strange.ask(SMALL)
+            assert (answer.status, answer.reason) == (503, "hold_deadline")
+            assert strange.failing
+        assert replica.requests == []
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+        with gateway() as served, served.connect() as client:
+            served.publish(replica)
+            for _ in range(3):
+                client.send(post(b'{"model":"m","p":"' + b"x" * 300_000 + b'"}'))
+                assert client.answer().body == body
+            eventually(lambda: served.worker_count(metrics.UPSTREAM_OPENED) == 1)
+
+
+WELL_FORMED = [
+    b'HTTP/1.1 200 OK\r\ncontent-length: 14\r\n\r\n{"text":"abc"}',
+    STREAM + chunks(EVENT, EVENT) + b"0\r\n\r\n",
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 500 X\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+]
+
+
+def mutated(data: bytes, seed: int) -> bytes:
+    chance = random.Random(seed)
+    result = bytearray(data)
+    for _ in range(chance.randint(1, 4)):
+        at = chance.randrange(len(result) + 1)
+        kind = chance.randrange(3)
+        if kind == 0:
+            result[at : at + 1] = bytes([chance.choice(b"\r\n \t\0:;,0aF9\xff")])
+        elif kind == 1:
+            del result[at : at + chance.randint(1, 20)]
+        else:
+            result[at:at] = chance.choice([b"\r\n", b"\n", b"\r", b"0\r\n\r\n", b"1", bytes(99)])
+    return bytes(result)
+
+
+def test_fuzz_no_answer_of_a_replica_harms_a_worker_or_the_next_client() -> None:
+    """Whatever an engine says, a client reads HTTP that ends, well or visibly not."""
+    wire = [b""]
+
+    def script(asked: Asked) -> None:
+        if asked.request() is not None:
+            asked.send(wire[0][: len(wire[0]) // 2])
+            time.sleep(0.001)
+            asked.send(wire[0][len(wire[0]) // 2 :])
+
+    with ScriptedReplica(script) as replica, gateway(max_retries=0) as served:
+        published = served.replica(replica.url)
+        for seed in range(100):
+            good = WELL_FORMED[seed % 3]
+            wire[0] = mutated(good, seed)
+            served.publish(published)  # it is not to be suspect for long
+            with served.connect() as client:
+                client.send(STREAMED.replace(b"Host: x", b"Host: x\r\nConnection: close"))
+                reply = client.rest()
+            assert reply == b"" or reply.startswith(b"HTTP/1.1 "), (seed, wire[0], reply)
+        wire[0] = WELL_FORMED[1]
+        served.publish(published)
+        assert served.ask(STREAMED).body == EVENT + EVENT
+        assert served.workers.status()[0]["restarts"] == 0
+
+
+OUTCOMES: dict[str, tuple[bytes, bytes]] = {
+    "stream": (STREAM + chunks(EVENT) + b"0\r\n\r\n", EVENT),
+    "stream with length": (
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: %d\r\n\r\n%b"
+        % (len(EVENT), EVENT),
+        EVENT,
+    ),
+    "engine error": (
+        b'HTTP/1.1 400 Bad Request\r\ncontent-length: 19\r\n\r\n{"error":{"a":\r\n1}}',
+        b'data: {"error":{"a": 1}}\n\ndata: [DONE]\n\n',
+    ),
+    "engine error in chunks": (
+        b"HTTP/1.1 500 X\r\ntransfer-encoding: chunked\r\n\r\n"
+        + chunks(b'{"error":', b"1}")
+        + b"0\r\n\r\n",
+        b'data: {"error":1}\n\ndata: [DONE]\n\n',
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OUTCOMES)
+def test_a_held_stream_gets_comments_and_then_the_answer(kind: str) -> None:
+    answer, expected = OUTCOMES[kind]
+
+    def script(asked: Asked) -> None:
+        while asked.request() is not None:
+            asked.send(answer)
+
+    with ScriptedReplica(script) as replica, gateway(hold_keepalive_s=0.1) as served:
+        with holding(served, STREAMED) as client:
+            client.until(b": tidegate: waiting for m")
+            client.buffer = client.buffer[client.buffer.index(b"\r\n") + 2 :]
+            served.publish(replica)
+            body = client.chunked()
+            while body.startswith(b":"):
+                body = body[body.index(b"\n\n") + 2 :]
+            assert body == expected
+            client.send(SMALL)  # the connection goes on
+            assert client.answer().status in (200, 400, 500)
+        assert len(served.pokes) >= 1
+
+
+def test_a_held_stream_whose_replica_fails_keeps_waiting_and_is_answered(served: Gateway) -> None:
+    tries = []
+
+    def script(asked: Asked) -> None:
+        tries.append(1)
+        if len(tries) < 3:
+            asked.request()
+            return
+        while asked.request() is not None:
+            asked.send(STREAM + chunks(EVENT) + b"0\r\n\r\n")
+
+    with ScriptedReplica(script) as replica, gateway(hold_keepalive_s=0.1) as quick:
+        with holding(quick, STREAMED) as client:
+            client.until(b": tidegate: waiting for m")
+            quick.publish(replica)
+            rest = client.until(b"\r\n0\r\n\r\n")
+        assert rest.count(EVENT) == 1
+    assert len(tries) == 3
+
+
+def test_a_held_request_past_its_deadline_is_503_with_the_measured_wake_time() -> None:
+    with gateway(hold_deadline_s=0.4) as served:
+        served.publish(wake_eta_s=41.2)
+        answer = served.ask(SMALL)
+    assert (answer.status, answer.reason) == (503, "hold_deadline")
+    assert answer.headers["retry-after"] == "42"
+
+
+@pytest.mark.parametrize("limit", ["requests", "bytes"])
+def test_what_the_hold_queue_cannot_take_is_429(limit: str) -> None:
+    limits = {"requests": {"hold_max_requests": 2}, "bytes": {"hold_max_bytes": 2 * len(SMALL)}}
+    with ScriptedReplica(answers()) as replica, gateway(**limits[limit]) as served:
+        clients = [served.connect() for _ in range(2)]
+        for client in clients:
+            client.send(SMALL)
+        eventually(lambda: served.pool_count(metrics.QUEUED_REQUESTS) == 2)
+        refused = served.ask(
+            SMALL if limit == "requests" else post({"model": "m", "prompt": "x" * 200})
+        )
+        assert (refused.status, refused.reason) == (429, "hold_queue_full")
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        assert int(refused.headers["retry-after"]) == 30
+        served.publish(replica)
+        for client in clients:
+            assert client.answer().status == 200
+            client.close()
+
+
+def test_held_requests_are_released_in_order_and_no_faster_than_they_are_answered() -> None:
+    most = [0]
+    running = [0]
+    lock = threading.Lock()
+
+    def script(asked: Asked) -> None:
+        while asked.request() is not None:
+            with lock:
+                running[0] += 1
+                most[0] = max(most[0], running[0])
+            time.sleep(0.15)
+            with lock:
+                running[0] -= 1
+            asked.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+
+    with ScriptedReplica(script) as replica, gateway(release_initial=2) as served:
+        clients = []
+        for number in range(12):
+            client = served.connect()
+            client.send(post({"model": "m", "prompt": f"{number:02}"}))
+            clients.append(client)
+            eventually(lambda n=number: served.pool_count(metrics.QUEUED_REQUESTS) == n + 1)
+        served.publish(replica)
+        eventually(lambda: running[0])
+        time.sleep(0.05)
+        assert running[0] == 2
+        for client in clients:
+            assert client.answer().status == 200
+            client.close()
+        order = [json.loads(request.body)["prompt"] for request in replica.requests]
+        assert sorted(order) == [f"{number:02}" for number in range(12)]  # each exactly once
+        # Neighbours may overtake each other between two connections; nobody is left behind.
+        assert all(abs(order.index(p) - int(p)) <= 4 for p in order)
+    assert most[0] <= 12
+
+
+def test_a_replica_that_leaves_finishes_its_streams_and_its_connections_close(
+    served: Gateway,
+) -> None:
+    go = threading.Event()
+
+    def script(asked: Asked) -> None:
+        while asked.request() is not None:
+            asked.send(STREAM + chunks(EVENT))
+            go.wait(10)
+            asked.send(chunks(EVENT) + b"0\r\n\r\n")
+
+    with ScriptedReplica(script) as replica, served.connect() as client:
+        served.publish(replica)
+        client.send(STREAMED)
+        client.until(EVENT)
+        served.publish()
+        go.set()
+        assert EVENT in client.until(b"0\r\n\r\n")
+        eventually(lambda: served.worker_count(metrics.UPSTREAM_CONNECTIONS) == 0, within_s=3)
+
+
+def test_a_replica_in_a_new_place_is_asked_there_and_the_old_connections_close(
+    served: Gateway,
+) -> None:
+    with ScriptedReplica(answers()) as old, ScriptedReplica(answers()) as new:
+        (first,) = served.publish(old)
+        assert served.ask(SMALL).status == 200
+        served.publish(served.replica(new.url, id=first.id))
+        eventually(lambda: served.worker_count(metrics.UPSTREAM_CONNECTIONS) == 0, within_s=3)
+        assert served.ask(SMALL).status == 200
+    assert (len(old.requests), len(new.requests)) == (1, 1)

@@ -1,0 +1,331 @@
+"""Several workers on one port, workers that die, draining, and certificates that change."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import ssl
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from datapath_rig import (
+    STREAM,
+    Asked,
+    Gateway,
+    Raw,
+    ScriptedReplica,
+    answers,
+    chunks,
+    eventually,
+    gateway,
+    get,
+    make_certificate,
+    post,
+)
+
+from gateway.datapath import metrics
+from gateway.workers import ListenError, open_listeners
+
+SMALL = post({"model": "m", "prompt": "hello"})
+STREAMED = post({"model": "m", "stream": True})
+EVENT = b"data: {}\n\n"
+
+
+def worker_of(client: Raw) -> int:
+    """Which worker has this connection: its request ids say so."""
+    client.send(get(b"/health"))
+    request_id = client.answer().headers["x-request-id"]
+    return int(request_id.removeprefix("req-")[16:18], 16)
+
+
+def one_of_each(served: Gateway, workers: int) -> list[Raw]:
+    """A connection to every worker; the kernel spreads them by chance."""
+    found: dict[int, Raw] = {}
+    for _ in range(200):
+        client = served.connect()
+        found.setdefault(worker_of(client), client)
+        if len(found) == workers:
+            return [found[index] for index in range(workers)]
+    raise AssertionError(f"only {sorted(found)} were reached")
+
+
+def test_each_worker_sees_the_others_inflight_tokens() -> None:
+    """Three long requests through one worker; the other must avoid the replica they are on."""
+    go = threading.Event()
+
+    def script(asked: Asked) -> None:
+        while asked.request() is not None:
+            go.wait(10)
+            asked.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+
+    with (
+        ScriptedReplica(script) as busy,
+        ScriptedReplica(answers()) as other,
+        gateway(workers=2) as served,
+    ):
+        first, second = one_of_each(served, 2)
+        (published,) = served.publish(busy)
+        first.send(post({"model": "m", "prompt": "x" * 20_000}))
+        eventually(lambda: len(busy.requests) == 1)
+        assert served.inflight(published.slot)[1] > 5000
+        served.publish(published, served.replica(other.url))
+        for _ in range(20):
+            second.send(SMALL)
+            assert second.answer().status == 200
+        assert (len(busy.requests), len(other.requests)) == (1, 20)
+        go.set()
+        assert first.answer().status == 200
+
+
+def test_a_killed_worker_is_started_again_and_its_ledger_is_cleared() -> None:
+    def script(asked: Asked) -> None:
+        asked.request()
+        asked.cancelled()
+
+    with ScriptedReplica(script) as replica, gateway(workers=2) as served:
+        first, second = one_of_each(served, 2)
+        (published,) = served.publish(replica)
+        for client in (first, second):
+            client.send(STREAMED)
+        eventually(lambda: served.inflight(published.slot)[0] == 2)
+        before = served.pids()
+        os.kill(before[0], signal.SIGKILL)
+        assert first.rest() == b""
+        eventually(lambda: served.inflight(published.slot)[0] == 1)
+        eventually(lambda: replica.cancels == 1)  # the kernel closed its connections
+        # Connections made now wait for the successor or are taken by the other worker.
+        waiting = [served.connect() for _ in range(20)]
+        for client in waiting:
+            client.send(get(b"/v1/models"))
+        for client in waiting:
+            assert client.answer().status == 200
+        eventually(lambda: served.workers.all_listening)
+        assert served.pids()[1] == before[1]
+        assert served.workers.status()[0]["restarts"] == 1
+        second.close()
+        eventually(lambda: served.inflight(published.slot) == (0, 0))
+        with ScriptedReplica(answers()) as good:
+            served.publish(good)  # and the new one hears of the fleet
+            for client in one_of_each(served, 2):
+                client.send(SMALL)
+                assert client.answer().status == 200
+
+
+def test_a_worker_that_dies_while_it_holds_leaves_no_queue_behind() -> None:
+    with gateway() as served:
+        client = served.connect()
+        client.send(SMALL)
+        eventually(lambda: served.pool_count(metrics.QUEUED_REQUESTS) == 1)
+        os.kill(served.pids()[0], signal.SIGKILL)
+        eventually(lambda: served.pool_count(metrics.QUEUED_REQUESTS) == 0)
+        assert client.rest() == b""
+
+
+def test_the_bounds_of_holding_are_over_all_workers() -> None:
+    with gateway(workers=2, hold_max_requests=2) as served:
+        first, second = one_of_each(served, 2)
+        for number, client in enumerate((first, second)):
+            client.send(SMALL)
+            eventually(lambda n=number: served.pool_count(metrics.QUEUED_REQUESTS) == n + 1)
+        for refused in one_of_each(served, 2):
+            refused.send(SMALL)
+            answer = refused.answer()
+            assert (answer.status, answer.reason) == (429, "hold_queue_full")
+        with ScriptedReplica(answers()) as replica:
+            served.publish(replica)
+            for client in (first, second):
+                assert client.answer().status == 200
+
+
+def test_a_worker_may_open_as_many_files_as_the_machine_allows() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        served_by = gateway()
+        served = served_by.__enter__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with contextlib.ExitStack() as stack:
+        stack.push(served_by)
+        clients = [stack.enter_context(served.connect()) for _ in range(300)]
+        for client in clients:
+            client.send(get(b"/health"))
+        for client in clients:
+            assert client.answer().status == 200
+
+
+def test_a_signal_to_the_group_does_not_stop_a_worker() -> None:
+    with gateway() as served:
+        os.kill(served.pids()[0], signal.SIGTERM)
+        os.kill(served.pids()[0], signal.SIGINT)
+        time.sleep(0.1)
+        assert served.ask(get(b"/health")).status == 200
+        assert served.workers.status()[0]["restarts"] == 0
+
+
+def test_drain_finishes_streams_answers_who_is_held_and_closes_the_rest() -> None:
+    go = threading.Event()
+
+    def script(asked: Asked) -> None:
+        while asked.request() is not None:
+            asked.send(STREAM + chunks(EVENT))
+            go.wait(10)
+            asked.send(chunks(EVENT) + b"0\r\n\r\n")
+
+    def slow(asked: Asked) -> None:
+        asked.request()
+        go.wait(10)
+        asked.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+
+    with (
+        ScriptedReplica(script) as replica,
+        ScriptedReplica(slow) as late,
+        ScriptedReplica(answers()) as third,
+        gateway() as served,
+    ):
+        pids = served.pids()
+        idle, stream, running, held = (served.connect() for _ in range(4))
+        idle.send(get(b"/health"))
+        assert idle.answer().status == 200
+        served.publish(replica)
+        stream.send(STREAMED)
+        stream.until(EVENT)
+        served.publish(late)
+        running.send(SMALL)
+        eventually(lambda: late.connections == 1)
+        served.publish()
+        held.send(SMALL)
+        eventually(lambda: served.pool_count(metrics.QUEUED_REQUESTS) == 1)
+        drained = served.drain_soon()
+        assert idle.ended()
+        with pytest.raises(ConnectionRefusedError):
+            eventually(lambda: served.connect().close())
+        # A replica that becomes ready only now still gets the request that waits for it.
+        served.publish(third)
+        answer = held.answer()
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        assert held.ended()
+        assert not drained.done()
+        go.set()
+        assert stream.until(b"0\r\n\r\n").endswith(chunks(EVENT) + b"0\r\n\r\n")
+        assert stream.ended()
+        answer = running.answer()
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        drained.result(10)
+        for pid in pids:
+            assert not Path(f"/proc/{pid}").exists()
+
+
+def test_what_a_drain_cannot_finish_is_told_so_and_cut() -> None:
+    def script(asked: Asked) -> None:
+        asked.request()
+        asked.send(STREAM + chunks(EVENT))
+        asked.cancelled()
+
+    with ScriptedReplica(script) as replica, gateway(drain_s=0.5) as served:
+        stream, held = served.connect(), served.connect()
+        served.publish(replica)
+        stream.send(STREAMED)
+        stream.until(EVENT)
+        served.publish()
+        held.send(SMALL)
+        eventually(lambda: served.pool_count(metrics.QUEUED_REQUESTS) == 1)
+        drained = served.drain_soon()
+        answer = held.answer()
+        assert (answer.status, answer.reason) == (503, "draining")
+        assert answer.headers["retry-after"]
+        assert not stream.rest().endswith(b"0\r\n\r\n")
+        drained.result(5)
+        assert not any(served.books().values())
+
+
+def test_a_worker_whose_control_process_is_gone_drains_and_exits() -> None:
+    with gateway() as served:
+        pid = served.pids()[0]
+        process = served.workers._processes[0].process
+        writer = served.workers._processes[0].writer
+        assert process is not None
+        assert writer is not None
+        served._loop.call_soon_threadsafe(writer.transport.abort)
+        eventually(lambda: process.poll() is not None)
+        assert process.returncode == 0
+        eventually(lambda: served.pids() and served.pids()[0] != pid)
+
+
+def test_a_port_that_is_taken_is_an_error_at_once() -> None:
+    (listener,) = open_listeners("127.0.0.1", 0, 1)
+    port = listener.getsockname()[1]
+    with pytest.raises(ListenError, match=str(port)):
+        open_listeners("127.0.0.1", port, 2)
+    listener.close()
+
+
+def presented(served: Gateway) -> bytes:
+    """The certificate that a new connection is shown."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    with served.connect_tls(context) as client:
+        client.send(get(b"/health"))
+        assert client.answer().status == 200
+        certificate: bytes | None = client.sock.getpeercert(binary_form=True)
+        assert certificate is not None
+        return certificate
+
+
+def test_tls_takes_a_new_certificate_without_a_restart(tmp_path: Path) -> None:
+    make_certificate(tmp_path, "first")
+    context = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
+    body = b'{"model":"m","prompt":"' + b"x" * 300_000 + b'"}'
+    answer = b'{"text":"' + b"y" * 2_000_000 + b'"}'
+    with (
+        ScriptedReplica(answers(answer)) as replica,
+        gateway(
+            tls_certificate=str(tmp_path / "cert.pem"), tls_key=str(tmp_path / "key.pem")
+        ) as served,
+    ):
+        served.publish(replica)
+        with served.connect_tls(context) as client:  # verified, both directions large
+            for _ in range(3):
+                client.send(post(body))
+                assert client.answer().body == answer
+            assert replica.requests[-1].body == body
+            assert client.sock.version() in ("TLSv1.2", "TLSv1.3")
+            old = presented(served)
+            make_certificate(tmp_path, "second")
+            eventually(lambda: presented(served) != old)
+            client.send(post({"model": "m"}))  # what is open goes on
+            assert client.answer().status == 200
+        new = presented(served)
+        # Half a certificate: the last one that was whole stays in force.
+        (tmp_path / "cert.pem").write_text("-----BEGIN CERTIFICATE-----\nMIIB")
+        eventually(lambda: "was not reloaded" in served.log())
+        assert presented(served) == new
+        make_certificate(tmp_path, "third")
+        eventually(lambda: presented(served) != new)
+        # Plain HTTP on the TLS port harms nobody.
+        with served.connect() as plain:
+            plain.send(get(b"/health"))
+            assert not plain.rest().startswith(b"HTTP/1.1 200")
+        assert presented(served)
+
+
+@pytest.mark.parametrize("changed", ["key.pem", "cert.pem"])
+def test_a_key_that_does_not_belong_to_the_certificate_changes_nothing(
+    tmp_path: Path, changed: str
+) -> None:
+    make_certificate(tmp_path, "first")
+    other = tmp_path / "other"
+    other.mkdir()
+    make_certificate(other, "other")
+    with gateway(
+        tls_certificate=str(tmp_path / "cert.pem"), tls_key=str(tmp_path / "key.pem")
+    ) as served:
+        old = presented(served)
+        os.replace(other / changed, tmp_path / changed)
+        eventually(lambda: "was not reloaded" in served.log())
+        assert presented(served) == old

@@ -1,0 +1,243 @@
+"""Processes of a whole Tidegate: how it stops, and that nothing outlives it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from asking import CHAT, ask, ask_now, chat, held, run, spawn, text_of
+from tidegate_process import Tidegate, port_of, simulated, start, up, wait_up
+
+SLOW = ("--decode-tokens-per-s", 20, "--batch-slowdown", 0)
+
+
+def wait_gone(tidegate: Tidegate, within_s: float = 30.0) -> float:
+    """Until no process of this run is left; returns how long that took."""
+    began_s = time.monotonic()
+    while left := tidegate.survivors():
+        assert time.monotonic() - began_s < within_s, left
+        time.sleep(0.05)
+    return time.monotonic() - began_s
+
+
+def assert_port_is_free(url: str) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port_of(url)))
+
+
+def test_sigterm_finishes_streams_and_held_requests_and_takes_no_new_ones(tmp_path: Path) -> None:
+    pools = [simulated("busy", *SLOW), simulated("asleep", "--startup-s", 1)]
+
+    async def story(http: httpx.AsyncClient) -> None:
+        await ask(http, chat("busy"))
+        body = chat("busy", stream=True, max_tokens=40, ignore_eos=True)
+        async with http.stream("POST", CHAT, json=body) as answer:
+            lines = answer.aiter_lines()
+            assert (await anext(lines)).startswith("data: ")
+            (waiting,) = await held(tidegate, http, "asleep", 1)
+            tidegate.process.send_signal(signal.SIGTERM)
+            await asyncio.to_thread(tidegate.wait, "stopping", lambda: "stopping" in tidegate.log())
+            await asyncio.sleep(0.3)
+            with pytest.raises(httpx.ConnectError):
+                await ask(http, chat("busy"))
+            rest = [line async for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert sum('"content":"' in line for line in rest) >= 40
+        text_of(await waiting)
+
+    with up(tmp_path, pools=pools) as tidegate:
+        run(tidegate, story)
+        assert tidegate.process.wait(30) == 0
+        assert tidegate.survivors() == {}
+        assert not (tidegate.state_dir / "running.json").exists()
+        assert_port_is_free(tidegate.url)
+        assert_port_is_free(tidegate.admin_url)
+
+
+def test_second_sigterm_cuts_and_stops_at_once(tmp_path: Path) -> None:
+    async def story(http: httpx.AsyncClient) -> None:
+        task = spawn(ask(http, chat("busy", max_tokens=5_000, ignore_eos=True)))
+        await asyncio.to_thread(
+            tidegate.wait, "one in flight", lambda: tidegate.pool("busy")["inflight_requests"]
+        )
+        tidegate.process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(tidegate.wait, "stopping", lambda: "stopping" in tidegate.log())
+        await asyncio.sleep(1.2)  # sooner it would count as the same wish, passed on by a parent
+        tidegate.process.send_signal(signal.SIGTERM)
+        with pytest.raises(httpx.HTTPError):
+            await task
+
+    with up(tmp_path, pools=[simulated("busy", *SLOW)]) as tidegate:
+        began_s = time.monotonic()
+        run(tidegate, story)
+        assert tidegate.process.wait(30) == 0
+        assert time.monotonic() - began_s < 20  # the answer would have taken four minutes
+        assert tidegate.survivors() == {}
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_kill_9_leaves_no_orphan(tmp_path: Path, stubborn: bool) -> None:
+    """The kernel tells the engines, the workers see their channel close. An engine that heeds no
+    SIGTERM is ended by the next Tidegate of the same directory."""
+    pools = [simulated("one", max_replicas=2)]
+    settings = {"autoscaler": {"terminate_s": 1}}
+    with up(tmp_path, pools=pools, **settings) as first:
+        first.admin("/pools/one/scale", {"replicas": 2})
+        first.wait_ready("one", 2)
+        replicas = first.pool("one")["replicas"]
+        engines = {replica["pid"] for replica in replicas}
+        assert engines <= set(first.survivors())
+        if stubborn:
+            hang(replicas[0]["url"])
+        first.process.kill()
+        first.process.wait()
+        if stubborn:
+            first_left = wait_for_one_left(first)
+            assert first_left in engines
+        else:
+            wait_gone(first)
+            assert_port_is_free(first.url)
+        # Its record and its registry are still there, as after a power cut.
+        assert (tmp_path / "state" / "running.json").exists()
+        with up(tmp_path, pools=pools, **settings) as second:
+            second.expected_log.append("ended what an earlier run left")
+            wait_gone(first)
+            assert ("ended what an earlier run left" in second.log()) is stubborn
+            text_of(ask_now(second, chat("one")))
+
+
+def test_kill_9_tells_held_clients_at_once_and_finishes_streams(tmp_path: Path) -> None:
+    """Nobody is left who could wake an engine, so waiting on would be in vain."""
+    pools = [simulated("busy", *SLOW), simulated("asleep", "--startup-s", 600)]
+
+    async def story(http: httpx.AsyncClient) -> None:
+        await ask(http, chat("busy"))
+        body = chat("busy", stream=True, max_tokens=40, ignore_eos=True)
+        async with http.stream("POST", CHAT, json=body) as answer:
+            lines = answer.aiter_lines()
+            assert (await anext(lines)).startswith("data: ")
+            (waiting,) = await held(tidegate, http, "asleep", 1)
+            tidegate.process.kill()
+            told = await asyncio.wait_for(waiting, 10)
+            rest = [line async for line in lines if line]
+        assert told.status_code == 503
+        assert told.headers["x-tidegate-reason"] == "draining"
+        assert int(told.headers["retry-after"]) >= 1
+        assert rest[-1] == "data: [DONE]"
+
+    with up(tmp_path, pools=pools) as tidegate:
+        run(tidegate, story)
+        tidegate.process.wait()
+        wait_gone(tidegate)
+
+
+def test_sigterm_gives_held_requests_no_longer_than_the_drain(tmp_path: Path) -> None:
+    pools = [simulated("asleep", "--startup-s", 600)]
+
+    async def story(http: httpx.AsyncClient) -> httpx.Response:
+        (waiting,) = await held(tidegate, http, "asleep", 1)
+        tidegate.process.send_signal(signal.SIGTERM)
+        return await waiting
+
+    with up(tmp_path, pools=pools, gateway={"drain_s": 0.5}) as tidegate:
+        told = run(tidegate, story)
+        assert told.status_code == 503
+        assert told.headers["x-tidegate-reason"] == "draining"
+        assert tidegate.process.wait(30) == 0
+
+
+def hang(engine_url: str) -> None:
+    """Make an engine's whole process hang, so that it does not see SIGTERM."""
+    faults = {"faults": ["hang"]}
+    httpx.post(engine_url + "/simulated/faults", json=faults, trust_env=False)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(engine_url + CHAT, json=chat("one"), timeout=0.5, trust_env=False)
+
+
+def wait_for_one_left(tidegate: Tidegate) -> int:
+    """Until one process of this run is left, and stays."""
+    deadline_s = time.monotonic() + 30
+    while len(tidegate.survivors()) > 1:
+        assert time.monotonic() < deadline_s, tidegate.survivors()
+        time.sleep(0.05)
+    time.sleep(0.5)
+    (pid,) = tidegate.survivors()
+    return pid
+
+
+def test_trap_4_second_tidegate_of_a_state_directory_is_refused(tmp_path: Path) -> None:
+    pools = [simulated("one")]
+    with up(tmp_path, pools=pools) as first:
+        text_of(ask_now(first, chat("one")))
+        second = start(tmp_path, pools=pools)
+        try:
+            assert second.process.wait(30) == 2
+            assert second.survivors() == {}
+            (line,) = [line for line in second.log().splitlines() if line]
+            assert str(tmp_path) in line
+            assert "belongs to another Tidegate that is running" in line
+        finally:
+            second.kill_all()
+        # The first has not lost its engine, nor its record.
+        text_of(ask_now(first, chat("one")))
+        assert first.starts("one") == 1
+        assert (first.state_dir / "running.json").exists()
+
+
+def test_port_in_use_is_refused_in_one_line(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        second = start(tmp_path, pools=[simulated("one")], gateway={"port": port})
+        try:
+            assert second.process.wait(30) == 2
+            (line,) = [line for line in second.log().splitlines() if line]
+            assert str(port) in line
+        finally:
+            second.kill_all()
+
+
+def test_each_replica_has_a_log_of_its_own(tmp_path: Path) -> None:
+    with up(tmp_path, pools=[simulated("a/b c".replace(" ", "-"), idle_to_zero_s=0.2)]) as gate:
+        for number in (1, 2):
+            text_of(ask_now(gate, chat("a/b-c")))
+            gate.wait_at_zero("a/b-c")
+            assert len(gate.engine_logs("a-b-c")) == number
+        for log in gate.engine_logs("a-b-c"):
+            assert "startup complete (simulated)" in log.read_text()
+        # Nothing was written beside the state directory.
+        assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["state"]
+
+
+def test_the_installed_command_is_the_same(tmp_path: Path) -> None:
+    """``tidegate`` itself, not its module: what a user types."""
+    command = Path(sys.executable).parent / "tidegate"
+    state = f"state_dir={tmp_path}"
+    up_command = [command, "up", "--engine", "simulated", "--port", "0", "--admin-port", "0"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*up_command, "-s", state], stdout=log, stderr=log, env={**os.environ}
+        )
+    gate = Tidegate(process=process, state_dir=tmp_path, log_path=tmp_path / "log", mark="none")
+    try:
+        wait_up(gate)
+        text_of(ask_now(gate, chat("simulated")))
+        shown = subprocess.run(
+            [command, "status", "-s", state], capture_output=True, text=True, timeout=60, check=True
+        )
+        assert "simulated" in shown.stdout
+        assert gate.url in gate.log()  # the banner
+        process.send_signal(signal.SIGINT)  # Ctrl-C
+        assert process.wait(60) == 0
+    finally:
+        process.kill()

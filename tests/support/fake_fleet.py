@@ -1,0 +1,271 @@
+"""Engines that exist only in memory, as a backend, and the requests they carry."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from virtual_time import now
+
+from autoscaler.backends.base import (
+    BackendError,
+    Leftover,
+    NoRoom,
+    Probe,
+    ReplicaSpec,
+    Unsupported,
+)
+from autoscaler.loop import ControlLoop
+from autoscaler.settings import AutoscalerSettings, PoolSettings
+from autoscaler.types import Observation, PoolDemand, ReplicaLoad, ReplicaView
+from router.types import ReplicaState
+
+TOKENS = 100
+"""Tokens of every request here."""
+
+
+@dataclass
+class Engine:
+    """One engine: when it was started, whether it lives, and how it answers."""
+
+    spec: ReplicaSpec
+    started_at_s: float
+    start_s: float
+    alive: bool = True
+    healthy: bool | None = True
+    asleep: bool = False
+    stopped_at_s: float | None = None
+
+
+@dataclass
+class FakeBackend:
+    """A backend without processes. Its faults are set by the test."""
+
+    clock: Callable[[], float] = now
+    owns_replicas: bool = True
+    start_s: float = 5.0
+    wake_s: float = 1.0
+    stop_s: float = 0.0
+    room: int = 1_000
+    can_sleep: bool = True
+    start_error: Exception | None = None
+    stop_error: Exception | None = None
+    probe_error: Exception | None = None
+    adopt_error: Exception | None = None
+    dies_after_s: float | None = None
+    """How long after its start an engine dies by itself."""
+    engines: dict[str, Engine] = field(default_factory=dict)
+    started: list[str] = field(default_factory=list)
+    stopped: list[str] = field(default_factory=list)
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    closed: bool = False
+
+    async def start(self, spec: ReplicaSpec) -> None:
+        self.calls.append(("start", spec.id))
+        if self.start_error is not None:
+            raise self.start_error
+        if len(self.living()) >= self.room:
+            raise NoRoom("all is taken")
+        if spec.id in self.engines:
+            raise BackendError(f"{spec.id} has been started already")
+        self.started.append(spec.id)
+        self.engines[spec.id] = Engine(spec=spec, started_at_s=self.clock(), start_s=self.start_s)
+
+    def living(self) -> list[Engine]:
+        return [engine for engine in self.engines.values() if engine.alive]
+
+    async def probe(self, replica_id: str) -> Probe:
+        if self.probe_error is not None:
+            raise self.probe_error
+        engine = self.engines.get(replica_id)
+        if engine is None:
+            return Probe(alive=False, ready=False, detail="it was never started")
+        age_s = self.clock() - engine.started_at_s
+        if self.dies_after_s is not None and age_s >= self.dies_after_s:
+            engine.alive = False
+        url = engine.spec.url or f"http://127.0.0.1:1/{replica_id}"
+        if not engine.alive:
+            return Probe(alive=False, ready=False, detail="it died: out of luck", url=url)
+        loaded = age_s >= engine.start_s
+        ready = engine.healthy if loaded else False
+        return Probe(
+            alive=True,
+            ready=ready,
+            detail="" if ready else "not well",
+            phase="" if loaded else "loading weights",
+            url=url,
+            served_model=engine.spec.pool.name,
+            max_model_len_tokens=2048,
+            pid=1,
+        )
+
+    async def stop(self, replica_id: str, *, grace_s: float) -> None:
+        self.calls.append(("stop", replica_id))
+        if self.stop_error is not None:
+            raise self.stop_error
+        if self.stop_s:
+            await asyncio.sleep(self.stop_s)
+        engine = self.engines.pop(replica_id, None)
+        if engine is not None:
+            engine.alive = False
+            self.stopped.append(replica_id)
+
+    async def sleep(self, replica_id: str, level: int) -> None:
+        self.calls.append(("sleep", replica_id))
+        if not self.can_sleep:
+            raise Unsupported("it never sleeps")
+        if replica_id not in self.engines:
+            raise BackendError(f"{replica_id} is not there")
+        self.engines[replica_id].asleep = True
+
+    async def wake(self, replica_id: str) -> None:
+        self.calls.append(("wake", replica_id))
+        if not self.can_sleep:
+            raise Unsupported("it never sleeps")
+        if replica_id not in self.engines:
+            raise BackendError(f"{replica_id} is not there")
+        await asyncio.sleep(self.wake_s)
+        self.engines[replica_id].asleep = False
+
+    async def adopt(self) -> list[Leftover]:
+        if self.adopt_error is not None:
+            raise self.adopt_error
+        return []
+
+    async def close(self) -> None:
+        self.closed = True
+        for replica_id in list(self.engines):
+            await self.stop(replica_id, grace_s=0.0)
+
+
+def process_pool(**fields: object) -> PoolSettings:
+    """A pool of made-up engines."""
+    return PoolSettings.model_validate(
+        {"name": "m", "engine": "simulated", "model": "m", "max_replicas": 8, **fields}
+    )
+
+
+@dataclass
+class World:
+    """A control loop with made-up engines and requests, on virtual time.
+
+    Requests of a pool are held until a replica is ready, given to the least busy one, answered
+    after their time. What the loop is told can be withheld or falsified.
+    """
+
+    pools: list[PoolSettings]
+    settings: AutoscalerSettings
+    backend: FakeBackend = field(default_factory=FakeBackend)
+    capacity: int = 1_000
+    loop: ControlLoop = field(init=False)
+    views: tuple[ReplicaView, ...] = ()
+    etas: dict[str, float | None] = field(default_factory=dict)
+    published: int = 0
+    held: dict[str, int] = field(default_factory=dict)
+    inflight: dict[str, int] = field(default_factory=dict)
+    arrivals: dict[str, int] = field(default_factory=dict)
+    answered: int = 0
+    cut: int = 0
+    blind: bool = False
+    observe_error: Exception | None = None
+    publish_error: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self.loop = ControlLoop(
+            pools=self.pools,
+            settings=self.settings,
+            backends={"process": self.backend, "static": self.backend},
+            observe=self.observe,
+            publish=self.publish,
+            clock=now,
+            sleep=asyncio.sleep,
+        )
+
+    def observe(self) -> Observation:
+        if self.observe_error is not None:
+            raise self.observe_error
+        if self.blind:
+            return Observation(
+                pools={pool.name: PoolDemand(observed_at_s=now()) for pool in self.pools}
+            )
+        pools = {}
+        for pool in self.pools:
+            name = pool.name
+            inflight = sum(
+                self.inflight.get(view.id, 0) for view in self.views if view.pool == name
+            )
+            held = self.held.get(name, 0)
+            pools[name] = PoolDemand(
+                observed_at_s=now(),
+                inflight_requests=inflight,
+                inflight_tokens=inflight * TOKENS,
+                queued_requests=held,
+                queued_tokens=held * TOKENS,
+                arrivals_total=self.arrivals.get(name, 0),
+            )
+        loads = {
+            view.id: ReplicaLoad(
+                inflight_requests=self.inflight.get(view.id, 0),
+                inflight_tokens=self.inflight.get(view.id, 0) * TOKENS,
+            )
+            for view in self.views
+        }
+        return Observation(pools=pools, replicas=loads)
+
+    def publish(self, views: tuple[ReplicaView, ...], etas: object) -> None:
+        if self.publish_error is not None:
+            raise self.publish_error
+        self.published += 1
+        self.views = views
+        self.etas = dict(etas)  # type: ignore[call-overload]
+
+    def ready(self, pool: str = "m") -> list[ReplicaView]:
+        return [
+            view for view in self.views if view.pool == pool and view.state is ReplicaState.READY
+        ]
+
+    async def request(self, seconds: float, pool: str = "m") -> None:
+        """One request: held while no replica is ready, then answered after ``seconds``."""
+        self.arrivals[pool] = self.arrivals.get(pool, 0) + 1
+        self.held[pool] = self.held.get(pool, 0) + 1
+        try:
+            while not (ready := self.free(pool)):
+                self.loop.poke(pool)
+                await asyncio.sleep(0.05)
+        finally:
+            self.held[pool] -= 1
+        replica = min(ready, key=lambda view: self.inflight.get(view.id, 0)).id
+        self.inflight[replica] = self.inflight.get(replica, 0) + 1
+        try:
+            for _ in range(max(1, round(seconds / 0.25))):
+                await asyncio.sleep(min(seconds, 0.25))
+                if replica not in self.backend.engines:
+                    self.cut += 1
+                    return
+            self.answered += 1
+        finally:
+            self.inflight[replica] -= 1
+
+    def free(self, pool: str) -> list[ReplicaView]:
+        return [view for view in self.ready(pool) if self.inflight.get(view.id, 0) < self.capacity]
+
+    def burst(self, count: int, seconds: float, pool: str = "m") -> list[asyncio.Task[None]]:
+        return [asyncio.create_task(self.request(seconds, pool)) for _ in range(count)]
+
+    async def until(self, condition: Callable[[], bool], within_s: float = 600.0) -> float:
+        """Wait for something; returns how long it took, fails if it does not come."""
+        began_s = now()
+        while not condition():
+            assert now() - began_s < within_s, f"not within {within_s} s: {self.loop.status()}"
+            await asyncio.sleep(0.05)
+        return now() - began_s
+
+    async def __aenter__(self) -> World:
+        self._running = asyncio.create_task(self.loop.run())
+        await asyncio.sleep(0.02)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.loop.close(drain_s=0.0)
+        await self._running

@@ -1,0 +1,52 @@
+"""The history of decisions, and the names of replicas."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from autoscaler.fleet import make_slugs
+from autoscaler.history import DecisionHistory
+from autoscaler.types import Bound, Decision, Reason
+
+ONE = Decision(pool="m", at_s=1.0, desired=1, supply=1, reason=Reason.STEADY, detail="first")
+
+
+def test_equal_decisions_in_a_row_count_as_one() -> None:
+    history = DecisionHistory(10)
+    for second in range(5):
+        history.add(replace(ONE, at_s=float(second), detail=f"number {second}"))
+    (past,) = history.of("m")
+    assert (past.count, past.first_at_s, past.last_at_s) == (5, 0.0, 4.0)
+    assert past.decision.detail == "number 4"
+    history.add(replace(ONE, at_s=5.0, bound=Bound.MIN_REPLICAS))
+    history.add(replace(ONE, at_s=6.0))
+    assert [past.count for past in history.of("m")] == [5, 1, 1]
+
+
+def test_history_is_bounded_and_counts_are_not_lost() -> None:
+    history = DecisionHistory(3)
+    for number in range(100):
+        history.add(replace(ONE, desired=number, at_s=float(number)))
+    assert [past.decision.desired for past in history.of("m")] == [97, 98, 99]
+    assert history.counts() == {("m", Reason.STEADY): 100}
+    newest = history.newest("m")
+    assert newest is not None
+    assert newest.desired == 99
+
+
+def test_pools_do_not_mix() -> None:
+    history = DecisionHistory(3)
+    history.add(ONE)
+    history.add(replace(ONE, pool="n"))
+    assert (len(history.of("m")), len(history.of("n")), history.of("o")) == (1, 1, [])
+    assert history.newest("o") is None
+
+
+def test_slugs_are_fit_for_paths_and_differ() -> None:
+    names = ["Qwen/Qwen3-8B", "Qwen-Qwen3-8B", "..", "é", "x" * 300, "a:b", "a b"]
+    slugs = make_slugs(names)
+    assert slugs["Qwen/Qwen3-8B"] == "Qwen-Qwen3-8B"
+    assert slugs["Qwen-Qwen3-8B"] == "Qwen-Qwen3-8B.2"
+    assert len(set(slugs.values())) == len(names)
+    assert all(0 < len(slug) <= 110 and "/" not in slug for slug in slugs.values())
+    assert all(slug[0] not in ".-" for slug in slugs.values())

@@ -1,0 +1,398 @@
+"""The process backend with real processes: what it gives them, and that none outlives its care."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from process_fixtures import (
+    SETTINGS,
+    ask,
+    children_of,
+    is_alive,
+    tiny_backend,
+    tiny_pool,
+    wait_for_probe,
+    wait_ready,
+)
+
+from autoscaler.backends import launch, procs
+from autoscaler.backends.base import (
+    BackendError,
+    NoRoom,
+    ReplicaSpec,
+    StateInUse,
+    StillRunning,
+    Unsupported,
+)
+from autoscaler.backends.process_registry import ProcessRecord, ProcessRegistry
+from autoscaler.placement import Gpu
+
+FOLDERS = [str(Path(__file__).parents[2] / "support"), str(Path(__file__).parents[3])]
+
+OWNER = f"""
+import asyncio, sys
+sys.path[:0] = {FOLDERS!r}
+from pathlib import Path
+from process_fixtures import tiny_backend, tiny_pool, wait_ready
+from autoscaler.backends.base import ReplicaSpec
+
+async def main():
+    backend = tiny_backend(Path(sys.argv[1]))
+    await backend.adopt()
+    for number, extra in enumerate(sys.argv[2:]):
+        pool = tiny_pool(*extra.split())
+        await backend.start(ReplicaSpec(id=f"r-{{number}}", pool=pool))
+        print((await wait_ready(backend, f"r-{{number}}")).pid, flush=True)
+    await asyncio.sleep(2)  # The keeper records who has joined the family.
+    print("kept", flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+def spec(*engine_args: str, replica_id: str = "r-1", **fields: object) -> ReplicaSpec:
+    return ReplicaSpec(id=replica_id, pool=tiny_pool(*engine_args, **fields))
+
+
+async def wait_gone(pids: list[int]) -> None:
+    for _ in range(400):
+        if not any(is_alive(pid) for pid in pids):
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"still there: {[pid for pid in pids if is_alive(pid)]}")
+
+
+def start_owner(folder: Path, *replicas: str) -> tuple[subprocess.Popen[str], list[int]]:
+    """Another process that owns a backend and its engines; returns it and the engines' pids."""
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(folder), *replicas], stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    lines = [owner.stdout.readline().strip() for _ in range(len(replicas) + 1)]
+    assert lines[-1] == "kept"
+    return owner, [int(line) for line in lines[:-1]]
+
+
+def test_nothing_is_left_after_kill_9_of_tidegate(tmp_path: Path) -> None:
+    async def story() -> None:
+        owner, pids = start_owner(tmp_path, "", "--family", "--stubborn --family")
+        family = [child for pid in pids for child in children_of(pid)]
+        assert len(family) == 4
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+        assert owner.stdout is not None
+        owner.stdout.close()
+        assert is_alive(pids[2])
+        backend = tiny_backend(tmp_path)
+        leftovers = await backend.adopt()
+        assert not any(is_alive(pid) for pid in (*pids, *family))
+        assert {one.replica_id for one in leftovers} == {"r-0", "r-1", "r-2"}
+        assert pids[2] in next(one.pids for one in leftovers if one.replica_id == "r-2")
+        assert list((tmp_path / "replicas").glob("*.json")) == []
+        await backend.start(spec(replica_id="r-2"))
+        await wait_ready(backend, "r-2")
+        await backend.close()
+
+    asyncio.run(story())
+
+
+def test_an_engine_is_told_to_end_when_tidegate_dies(tmp_path: Path) -> None:
+    async def story() -> None:
+        owner, pids = start_owner(tmp_path, "")
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+        assert owner.stdout is not None
+        owner.stdout.close()
+        await wait_gone(pids)  # Nobody adopts: the kernel's signal alone.
+
+    asyncio.run(story())
+
+
+def start_stranger() -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+
+
+def test_engines_of_a_tidegate_that_lives_are_not_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        monkeypatch.setattr("autoscaler.backends.family.CLAIM_TRIES", 2)
+        owner, pids = start_owner(tmp_path, "")
+        try:
+            with pytest.raises(StateInUse, match="state_dir"):
+                await tiny_backend(tmp_path).adopt()
+            with pytest.raises(StateInUse):
+                await tiny_backend(tmp_path).start(spec())
+            assert is_alive(pids[0])
+        finally:
+            owner.kill()
+            owner.wait()
+            assert owner.stdout is not None
+            owner.stdout.close()
+        await tiny_backend(tmp_path).adopt()
+
+    asyncio.run(story())
+
+
+def test_the_gate_stays_shut_until_the_process_is_on_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        def full(self: ProcessRegistry, record: ProcessRecord) -> None:
+            gate = Path(f"/proc/{record.leader.pid}/cmdline").read_text()
+            assert launch.__file__ in gate
+            raise OSError("no space left on the device")
+
+        monkeypatch.setattr(ProcessRegistry, "write", full)
+        backend = tiny_backend(tmp_path)
+        with pytest.raises(BackendError, match="no space left"):
+            await backend.start(spec())
+        assert children_of(os.getpid()) == []
+        assert (await backend.probe("r-1")).alive is False
+        await backend.close()
+
+    asyncio.run(story())
+
+
+def test_a_program_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+    async def story() -> None:
+        from process_fixtures import TinyCommand
+
+        backend = tiny_backend(
+            tmp_path, command=lambda spec, placement: TinyCommand(argv=("/no/such/engine",))
+        )
+        await backend.start(spec())
+        probe = await wait_for_probe(backend, "r-1", lambda one: one.alive is False)
+        assert "/no/such/engine was not started: [Errno 2]" in probe.detail
+        await backend.close()
+
+    asyncio.run(story())
+
+
+def test_an_engine_that_fails_is_quoted(tmp_path: Path) -> None:
+    async def story() -> None:
+        backend = tiny_backend(tmp_path)
+        await backend.start(spec("--fail"))
+        probe = await wait_for_probe(backend, "r-1", lambda one: one.alive is False)
+        assert "exited with status 3" in probe.detail
+        assert probe.detail.endswith("reading the weights\nthe weights are not there")
+        await backend.stop("r-1", grace_s=1.0)
+        await backend.start(spec())  # The same replica may be started again.
+        assert (await wait_ready(backend, "r-1")).pid
+        os.kill((await backend.probe("r-1")).pid or 0, signal.SIGKILL)
+        probe = await wait_for_probe(backend, "r-1", lambda one: one.alive is False)
+        assert "was ended by SIGKILL" in probe.detail
+        await backend.close()
+
+    asyncio.run(story())
+
+
+def test_command_that_cannot_be_made_fails_the_start(tmp_path: Path) -> None:
+    async def story() -> None:
+        def refuse(spec: ReplicaSpec, placement: object) -> None:
+            raise ValueError("--port is Tidegate's to set")
+
+        backend = tiny_backend(tmp_path, command=refuse)
+        with pytest.raises(BackendError, match="--port is Tidegate's"):
+            await backend.start(spec())
+        assert (await backend.probe("r-1")).alive is False
+        await backend.close()
+
+    asyncio.run(story())
+
+
+def test_stop_ends_the_whole_family_and_forces_the_stubborn(tmp_path: Path) -> None:
+    async def story() -> None:
+        backend = tiny_backend(tmp_path)
+        await backend.start(spec("--stubborn", "--family"))
+        pid = (await wait_ready(backend, "r-1")).pid
+        assert pid is not None
+        family = [pid, *children_of(pid)]
+        assert len(family) == 3
+        await backend.stop("r-1", grace_s=0.3)
+        assert not any(is_alive(one) for one in family)
+        assert list((tmp_path / "replicas").glob("*.json")) == []
+        await backend.close()
+
+    asyncio.run(story())
+
+
+def test_family_of_an_engine_that_died_is_ended_too(tmp_path: Path) -> None:
+    async def story() -> None:
+        backend = tiny_backend(tmp_path)
+        await backend.start(spec("--family"))
+        pid = (await wait_ready(backend, "r-1")).pid
+        assert pid is not None
+        children = children_of(pid)
+        assert len(children) == 2
+        os.kill(pid, signal.SIGKILL)
+        await wait_for_probe(backend, "r-1", lambda one: one.alive is False)
+        await backend.stop("r-1", grace_s=2.0)
+        assert not any(is_alive(one) for one in children)
+        await backend.close()
+
+    asyncio.run(story())
+
+
+def test_survivor_of_sigkill_is_reported_and_stays_on_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        monkeypatch.setattr(procs, "KILL_ROUNDS", 2)
+        backend = tiny_backend(tmp_path)
+        await backend.start(spec())
+        await wait_ready(backend, "r-1")
+        with monkeypatch.context() as patch:
+            patch.setattr(procs, "send_signal", lambda process, number: None)
+            with pytest.raises(StillRunning, match="survive SIGKILL"):
+                await backend.stop("r-1", grace_s=0.0)
+        assert (tmp_path / "replicas" / "r-1.json").exists()
+        assert (await backend.probe("r-1")).ready is True
+        await backend.stop("r-1", grace_s=0.0)
+        assert not (tmp_path / "replicas" / "r-1.json").exists()
+        await backend.close()
+
+    asyncio.run(story())
+
+
+def test_what_an_engine_is_given(tmp_path: Path) -> None:
+    async def story() -> None:
+        core = sorted(os.sched_getaffinity(0))[-1]
+        backend = tiny_backend(
+            tmp_path,
+            cpus=[core],
+            list_gpus=lambda: [Gpu(index=index, memory_bytes=100) for index in range(4)],
+            environ={**os.environ, "TIDEGATE__SECRET": "x", "KEPT": "yes"},
+        )
+        pool = {"gpus_per_replica": 2, "gpus": (1, 2, 3), "cpus_per_replica": 1}
+        await backend.start(spec(env={"OWN": "1", "TINY": "mine"}, **pool))
+        probe = await wait_ready(backend, "r-1")
+        assert (probe.gpus, probe.cpus) == ((1, 2), (core,))
+        facts = ask(f"{probe.url}/facts")
+        assert facts["cpus"] == [core]
+        env = facts["env"]
+        assert env["CUDA_VISIBLE_DEVICES"] == "1,2"
+        assert (env["OWN"], env["TINY"], env["KEPT"]) == ("1", "mine", "yes")
+        assert "TIDEGATE__SECRET" not in env
+        assert facts["pid"] == probe.pid
+        with pytest.raises(NoRoom, match="2 GPU of"):
+            await backend.start(spec(replica_id="r-2", **pool))
+        await backend.stop("r-1", grace_s=5.0)
+        await backend.start(spec(replica_id="r-2", **pool))
+        await backend.close()
+
+    asyncio.run(story())
+
+
+def test_sleep_reaches_the_engine_and_one_that_cannot_says_so(tmp_path: Path) -> None:
+    async def story() -> None:
+        backend = tiny_backend(tmp_path)
+        await backend.start(spec())
+        await backend.start(spec("--no-sleep", replica_id="r-2"))
+        url = (await wait_ready(backend, "r-1")).url
+        await backend.sleep("r-1", 1)
+        assert ask(f"{url}/facts")["asleep"] is True
+        await backend.wake("r-1")
+        assert ask(f"{url}/facts")["asleep"] is False
+        await wait_ready(backend, "r-2")
+        with pytest.raises(Unsupported, match="no POST /sleep"):
+            await backend.sleep("r-2", 1)
+        await backend.close()
+
+    asyncio.run(story())
+
+
+def test_health_by_another_path_and_its_absence(tmp_path: Path) -> None:
+    async def story() -> None:
+        backend = tiny_backend(tmp_path)
+        await backend.start(spec("--no-health"))
+        await backend.start(spec("--unwell", replica_id="r-2"))
+        assert (await wait_ready(backend, "r-1")).served_model == "tiny"
+        probe = await wait_for_probe(backend, "r-2", lambda one: "503" in one.detail)
+        assert (probe.alive, probe.ready) == (True, False)
+        assert probe.phase == "serving no GPU"
+        await backend.close()
+
+    asyncio.run(story())
+
+
+def test_logs_are_rotated_while_the_engine_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        monkeypatch.setattr("autoscaler.backends.process.KEEP_S", 0.02)
+        settings = SETTINGS.model_copy(update={"log_bytes": 20_000, "log_files": 3})
+        backend = tiny_backend(tmp_path, settings=settings)
+        await backend.start(spec("--chatty-bytes", "50000"))
+        url = (await wait_ready(backend, "r-1")).url
+        for _ in range(20):
+            ask(f"{url}/shout")
+            await asyncio.sleep(0.03)
+        await backend.close()
+        files = sorted((tmp_path / "logs" / "tiny").iterdir())
+        assert [file.name for file in files] == ["r-1.log", "r-1.log.1", "r-1.log.2"]
+        assert all(file.stat().st_size <= 20_000 for file in files[1:])
+        assert files[1].read_bytes().count(b"y") >= 5_000
+
+    asyncio.run(story())
+
+
+def test_logs_of_old_replicas_are_deleted(tmp_path: Path) -> None:
+    async def story() -> None:
+        settings = SETTINGS.model_copy(update={"log_replicas": 2})
+        backend = tiny_backend(tmp_path, settings=settings)
+        for number in range(5):
+            await backend.start(spec("--fail", replica_id=f"r-{number}"))
+            await wait_for_probe(backend, f"r-{number}", lambda one: one.alive is False)
+            await backend.stop(f"r-{number}", grace_s=1.0)
+        assert len(list((tmp_path / "logs" / "tiny").iterdir())) == 3
+        await backend.close()
+
+    asyncio.run(story())
+
+
+def test_the_registry_keeps_up_with_the_family(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        monkeypatch.setattr("autoscaler.backends.process.KEEP_S", 0.02)
+        backend = tiny_backend(tmp_path)
+        await backend.start(spec("--family"))
+        pid = (await wait_ready(backend, "r-1")).pid
+        assert pid is not None
+        record = tmp_path / "replicas" / "r-1.json"
+        for _ in range(400):
+            members = {pair[0] for pair in json.loads(record.read_text())["members"]}
+            if members == {pid, *children_of(pid)}:
+                break
+            await asyncio.sleep(0.05)
+        assert members == {pid, *children_of(pid)}
+        await backend.close()
+
+    asyncio.run(story())
+
+
+def test_cancelled_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        backend = tiny_backend(tmp_path)
+        await backend.adopt()
+        for pause in (0, 1, 2, 3, 5, 8):
+            start = asyncio.create_task(backend.start(spec()))
+            for _ in range(pause):
+                await asyncio.sleep(0)
+            start.cancel()
+            await asyncio.gather(start, return_exceptions=True)
+            await backend.stop("r-1", grace_s=0.0)
+        assert children_of(os.getpid()) == []
+        assert list((tmp_path / "replicas").glob("*.json")) == []
+        await backend.close()
+
+    asyncio.run(story())

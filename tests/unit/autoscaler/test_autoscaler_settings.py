@@ -1,0 +1,105 @@
+"""Settings: what is allowed, what contradicts itself, and that each field explains itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from autoscaler.settings import AutoscalerSettings, PoolSettings, make_policy
+
+PROCESS: dict[str, Any] = {"name": "m", "engine": "vllm", "model": "/models/m"}
+STATIC: dict[str, Any] = {"name": "m", "backend": "static", "urls": ("http://10.0.0.1:8000",)}
+
+
+@pytest.mark.parametrize("kind", [AutoscalerSettings, PoolSettings])
+def test_every_field_is_explained(kind: type[AutoscalerSettings | PoolSettings]) -> None:
+    for name, field in kind.model_fields.items():
+        assert field.description, name
+        assert len(field.description) > 20, name
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"name": "m"}, "engine is missing"),
+        ({"name": "m", "engine": "vllm"}, "model is missing"),
+        ({**PROCESS, "name": ""}, "at least 1 character"),
+        ({**PROCESS, "name": "a b"}, "pattern"),
+        ({**PROCESS, "name": "a\n"}, "pattern"),
+        ({**PROCESS, "aliases": ("",)}, "at least 1 character"),
+        ({**PROCESS, "aliases": ("m",)}, "aliases repeat a name"),
+        ({**PROCESS, "aliases": ("x", "x")}, "aliases repeat a name"),
+        ({**PROCESS, "engine": "llama"}, "'vllm' or 'simulated'"),
+        ({**PROCESS, "min_replicas": 2}, "min_replicas (2) > max_replicas (1)"),
+        ({**PROCESS, "max_replicas": 0}, "greater than or equal to 1"),
+        ({**PROCESS, "urls": ("http://h:1",)}, 'urls is only for backend = "static"'),
+        ({**PROCESS, "gpus": (0,)}, "gpus_per_replica is 0"),
+        ({**PROCESS, "gpus": (0,), "gpus_per_replica": 2}, "(2) > the 1 gpus given"),
+        ({**PROCESS, "gpus": (0, 0), "gpus_per_replica": 1}, "gpus repeat an index"),
+        ({**PROCESS, "gpu_memory_bytes": 1}, "gpus_per_replica is 0"),
+        ({**PROCESS, "engine_args": ("a\0b",)}, "NUL"),
+        ({**PROCESS, "env": {"A=B": "1"}}, "not the name of an environment variable"),
+        ({**PROCESS, "env": {"A": "\0"}}, "NUL"),
+        ({**PROCESS, "colour": "red"}, "Extra inputs"),
+        ({"name": "m", "backend": "static"}, "urls is missing"),
+        ({**STATIC, "engine": "vllm"}, 'engine is only for backend = "process"'),
+        ({**STATIC, "min_replicas": 1}, 'min_replicas is only for backend = "process"'),
+        ({**STATIC, "urls": ("http://h:1", "http://h:1/v1/")}, "urls repeat a server"),
+        ({**STATIC, "urls": ("10.0.0.1:8000",)}, "must be http://"),
+        ({**STATIC, "urls": ("ftp://h",)}, "must be http://"),
+        ({**STATIC, "urls": ("http://u:p@h",)}, "must not carry a password"),
+        ({**STATIC, "urls": ("http://h/x?y=1",)}, "query"),
+        ({**STATIC, "urls": ("http://h/prefix",)}, "must not have a path"),
+        ({**STATIC, "urls": ("http://h:99999",)}, "port"),
+        ({**STATIC, "headers": {"Host": "x"}}, "set by Tidegate itself"),
+        ({**STATIC, "headers": {"X": "a\r\nY: b"}}, "cannot carry"),
+        ({**STATIC, "headers": {"X Y": "a"}}, "not the name of a header"),
+        ({**STATIC, "api_key_env": "1A"}, "pattern"),
+        ({**STATIC, "api_key_env": "K", "headers": {"authorization": "x"}}, "both set"),
+        ({**PROCESS, "health_path": "health"}, "pattern"),
+    ],
+)
+def test_pool_that_cannot_be(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError) as raised:
+        PoolSettings.model_validate(fields)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "kept"),
+    [
+        ("http://h:1", "http://h:1"),
+        ("http://h:1/", "http://h:1"),
+        ("http://h:1/v1", "http://h:1"),
+        ("https://api.example.org/v1/", "https://api.example.org"),
+        ("http://[::1]:8000", "http://[::1]:8000"),
+    ],
+)
+def test_urls_as_people_write_them(url: str, kept: str) -> None:
+    assert PoolSettings.model_validate({**STATIC, "urls": (url,)}).urls == (kept,)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"panic_window_s": 61.0}, "panic_window_s (61) is longer than stable_window_s (60)"),
+        ({"backoff_initial_s": 61.0}, "backoff_max_s (60) is shorter than backoff_initial_s (61)"),
+        ({"tick_s": 0}, "greater than or equal to 0.05"),
+        ({"start_timeout_s": float("nan")}, "less than"),
+    ],
+)
+def test_settings_that_cannot_be(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError) as raised:
+        AutoscalerSettings.model_validate(fields)
+    assert said in str(raised.value)
+
+
+def test_a_pools_own_values_come_first() -> None:
+    settings = AutoscalerSettings()
+    plain = make_policy(PoolSettings.model_validate(PROCESS), settings)
+    assert (plain.idle_to_zero_s, plain.scale_down_delay_s) == (300.0, 60.0)
+    own = {**PROCESS, "idle_to_zero_s": 0, "scale_down_delay_s": 5}
+    policy = make_policy(PoolSettings.model_validate(own), settings)
+    assert (policy.idle_to_zero_s, policy.scale_down_delay_s) == (0.0, 5.0)

@@ -1,0 +1,464 @@
+"""The admin application and its server, over a control that only remembers what it was told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from gateway.admin import METRICS_TYPE, create_app
+from gateway.admin_server import listen, serve_admin, serve_admin_on, url
+from gateway.config import ConfigError
+
+JSON = {"content-type": "application/json"}
+
+
+class RecordingControl:
+    """Two pools, one of them with a name that needs quoting."""
+
+    pools = ("chat", "org/model 1.5")
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.is_ready = True
+        self.failure: Exception | None = None
+
+    def _check(self, pool: str) -> None:
+        if self.failure is not None:
+            raise self.failure
+        if pool not in self.pools:
+            raise KeyError(pool)
+
+    def status(self) -> dict[str, Any]:
+        if self.failure is not None:
+            raise self.failure
+        return {"version": "1", "pools": [{"name": name} for name in self.pools]}
+
+    def ready(self) -> tuple[bool, str]:
+        return (True, "accepting") if self.is_ready else (False, "not every worker is listening")
+
+    def metrics(self) -> bytes:
+        return b"# HELP tidegate_up 1\n"
+
+    def explain(self, pool: str) -> list[dict[str, Any]]:
+        self._check(pool)
+        return [{"desired": number} for number in range(5)]
+
+    async def scale(self, pool: str, replicas: int | None) -> dict[str, Any]:
+        self._check(pool)
+        if replicas is not None and replicas > 4:
+            raise ValueError("max_replicas is 4")
+        self.calls.append(("scale", pool, replicas))
+        return {"pool": pool, "override": replicas}
+
+    async def sleep(self, pool: str, level: int) -> dict[str, Any]:
+        self._check(pool)
+        self.calls.append(("sleep", pool, level))
+        return {"pool": pool}
+
+    async def wake(self, pool: str) -> dict[str, Any]:
+        self._check(pool)
+        self.calls.append(("wake", pool))
+        return {"pool": pool}
+
+    async def drain(self, replica_id: str) -> dict[str, Any]:
+        self._check(replica_id)
+        self.calls.append(("drain", replica_id))
+        return {"replica": replica_id}
+
+
+def call(
+    app: Starlette, method: str, path: str, base: str = "http://127.0.0.1:8001", **kwargs: Any
+) -> httpx.Response:
+    async def run() -> httpx.Response:
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url=base) as client:
+            return await client.request(method, path, **kwargs)
+
+    return asyncio.run(run())
+
+
+def check_error(answer: httpx.Response, status: int, reason: str) -> dict[str, Any]:
+    assert answer.status_code == status
+    assert answer.headers["x-tidegate-reason"] == reason
+    body = answer.json()["error"]
+    assert set(body) == {"message", "type", "param", "code"}
+    assert body["code"] == reason
+    assert body["message"]
+    return body
+
+
+@pytest.fixture
+def control() -> RecordingControl:
+    return RecordingControl()
+
+
+@pytest.fixture
+def app(control: RecordingControl) -> Starlette:
+    return create_app(control)
+
+
+# ── Reading ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_metrics_are_prometheus_text(app: Starlette) -> None:
+    answer = call(app, "GET", "/metrics")
+    assert answer.headers["content-type"] == METRICS_TYPE
+    assert answer.content == b"# HELP tidegate_up 1\n"
+
+
+def test_health_status_and_index(app: Starlette) -> None:
+    assert call(app, "GET", "/healthz").json() == {"status": "alive"}
+    assert call(app, "HEAD", "/healthz").status_code == 200
+    assert [pool["name"] for pool in call(app, "GET", "/status").json()["pools"]] == [
+        "chat",
+        "org/model 1.5",
+    ]
+    endpoints = call(app, "GET", "/").json()["endpoints"]
+    assert len(endpoints) == 10
+    assert all(endpoints.values())
+
+
+def test_ready_and_not_ready(app: Starlette, control: RecordingControl) -> None:
+    answer = call(app, "GET", "/readyz")
+    assert (answer.status_code, answer.json()) == (200, {"ready": True, "reason": "accepting"})
+    control.is_ready = False
+    answer = call(app, "GET", "/readyz")
+    check_error(answer, 503, "not_ready")
+    assert answer.json()["reason"] == "not every worker is listening"
+    assert call(app, "GET", "/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("pool", ["chat", "org%2Fmodel%201.5", "org/model%201.5"])
+def test_explain(app: Starlette, pool: str) -> None:
+    found = call(app, "GET", f"/pools/{pool}/explain").json()
+    assert found["pool"] in RecordingControl.pools
+    assert [one["desired"] for one in found["decisions"]] == [0, 1, 2, 3, 4]
+    newest = call(app, "GET", f"/pools/{pool}/explain?limit=2").json()["decisions"]
+    assert [one["desired"] for one in newest] == [3, 4]
+
+
+@pytest.mark.parametrize("limit", ["-1", "x", "1e3", "99999999999", "²"])
+def test_a_wrong_limit(app: Starlette, limit: str) -> None:
+    check_error(call(app, "GET", "/pools/chat/explain", params={"limit": limit}), 400, "bad_value")
+
+
+# ── Changing ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "expected"),
+    [
+        ("/pools/chat/scale", {"replicas": 2}, ("scale", "chat", 2)),
+        ("/pools/chat/scale", {"replicas": 0}, ("scale", "chat", 0)),
+        ("/pools/chat/scale", {"replicas": None}, ("scale", "chat", None)),
+        ("/pools/org%2Fmodel%201.5/scale", {"replicas": 1}, ("scale", "org/model 1.5", 1)),
+        ("/pools/chat/sleep", {"level": 2}, ("sleep", "chat", 2)),
+        ("/pools/chat/sleep", {}, ("sleep", "chat", 1)),
+        ("/pools/chat/wake", {}, ("wake", "chat")),
+        ("/replicas/chat/drain", {}, ("drain", "chat")),
+    ],
+)
+def test_a_change(
+    app: Starlette, control: RecordingControl, path: str, body: dict, expected: tuple
+) -> None:
+    assert call(app, "POST", path, json=body).status_code == 200
+    assert control.calls == [expected]
+
+
+def test_nothing_is_as_good_as_an_empty_object(app: Starlette, control: RecordingControl) -> None:
+    assert call(app, "POST", "/pools/chat/wake", headers=JSON).status_code == 200
+    assert control.calls == [("wake", "chat")]
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "status", "reason"),
+    [
+        ("/pools/chat/scale", b"{}", 400, "bad_value"),
+        ("/pools/chat/scale", b'{"replicas": -1}', 400, "bad_value"),
+        ("/pools/chat/scale", b'{"replicas": true}', 400, "bad_value"),
+        ("/pools/chat/scale", b'{"replicas": "2"}', 400, "bad_value"),
+        ("/pools/chat/scale", b'{"replicas": 1.0}', 400, "bad_value"),
+        ("/pools/chat/scale", b'{"replicas": 9}', 400, "bad_value"),
+        ("/pools/chat/scale", b'{"replica": 1}', 400, "unknown_field"),
+        ("/pools/chat/scale", b"[1]", 400, "bad_json"),
+        ("/pools/chat/scale", b"{", 400, "bad_json"),
+        ("/pools/chat/scale", b"[" * 60_000, 400, "bad_json"),
+        ("/pools/chat/scale", b"\xff\xfe", 400, "bad_json"),
+        ("/pools/chat/scale", b" " * 70_000, 413, "body_too_large"),
+        ("/pools/chat/sleep", b'{"level": 3}', 400, "bad_value"),
+        ("/pools/chat/sleep", b'{"level": true}', 400, "bad_value"),
+        ("/pools/none/scale", b'{"replicas": 1}', 404, "pool_not_found"),
+        ("/pools/none/sleep", b"{}", 404, "pool_not_found"),
+        ("/pools/none/wake", b"{}", 404, "pool_not_found"),
+        ("/replicas/none/drain", b"{}", 404, "replica_not_found"),
+    ],
+)
+def test_a_change_that_is_refused(
+    app: Starlette, control: RecordingControl, path: str, content: bytes, status: int, reason: str
+) -> None:
+    check_error(call(app, "POST", path, content=content, headers=JSON), status, reason)
+    assert control.calls == []
+
+
+def test_the_message_of_a_bad_value_is_shown(app: Starlette) -> None:
+    body = check_error(
+        call(app, "POST", "/pools/chat/scale", json={"replicas": 9}), 400, "bad_value"
+    )
+    assert body["message"] == "max_replicas is 4"
+
+
+def test_a_body_that_never_ends_is_given_up(
+    app: Starlette, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.admin.BODY_TIMEOUT_S", 0.05)
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(30)
+
+    answer = call(app, "POST", "/pools/chat/wake", content=slowly(), headers=JSON)
+    check_error(answer, 408, "body_timeout")
+
+
+def test_a_body_of_unknown_length_is_limited_too(app: Starlette) -> None:
+    async def much() -> AsyncIterator[bytes]:
+        for _ in range(100):
+            yield b" " * 4096
+
+    answer = call(app, "POST", "/pools/chat/wake", content=much(), headers=JSON)
+    check_error(answer, 413, "body_too_large")
+
+
+# ── Errors ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "reason"),
+    [
+        ("GET", "/nothing", 404, "route_not_found"),
+        ("GET", "/pools/none/explain", 404, "pool_not_found"),
+        ("GET", "/pools/chat/scale", 405, "method_not_allowed"),
+        ("DELETE", "/status", 405, "method_not_allowed"),
+        ("OPTIONS", "/status", 405, "method_not_allowed"),
+    ],
+)
+def test_errors_have_openais_shape(
+    app: Starlette, method: str, path: str, status: int, reason: str
+) -> None:
+    answer = call(app, method, path, headers=JSON)
+    check_error(answer, status, reason)
+    assert ("allow" in answer.headers) is (status == 405)
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "reason"),
+    [
+        (TimeoutError(), 504, "timeout"),
+        (RuntimeError("a secret path /x/y"), 500, "internal_error"),
+    ],
+)
+def test_a_failing_control(
+    app: Starlette,
+    control: RecordingControl,
+    failure: Exception,
+    status: int,
+    reason: str,
+) -> None:
+    control.failure = failure
+    answer = call(app, "POST", "/pools/chat/wake", headers=JSON)
+    check_error(answer, status, reason)
+    assert "secret" not in answer.text
+    if status == 500:
+        check_error(call(app, "GET", "/status"), 500, "internal_error")
+
+
+# ── What a web page could try ─────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("host", "bound", "allowed", "let_in"),
+    [
+        ("127.0.0.1:8001", "127.0.0.1", (), True),
+        ("localhost:8001", "127.0.0.1", (), True),
+        ("LocalHost", "127.0.0.1", (), True),
+        ("[::1]:8001", "::1", (), True),
+        ("10.1.2.3:8001", "127.0.0.1", (), True),
+        ("evil.example:8001", "127.0.0.1", (), False),
+        ("127.0.0.1.evil.example", "127.0.0.1", (), False),
+        ("localhost.evil.example", "127.0.0.1", (), False),
+        ("", "127.0.0.1", (), False),
+        ("tide.lan:8001", "127.0.0.1", ("tide.lan",), True),
+        ("other.lan", "127.0.0.1", ("tide.lan",), False),
+        ("any.name", "127.0.0.1", ("*",), True),
+        ("any.name", "0.0.0.0", (), True),
+        ("any.name", "0.0.0.0", ("tide.lan",), False),
+        ("admin.lan", "admin.lan", (), True),
+    ],
+)
+def test_which_hosts_are_answered(
+    control: RecordingControl, host: str, bound: str, allowed: tuple[str, ...], let_in: bool
+) -> None:
+    app = create_app(control, host=bound, allowed_hosts=allowed)
+    answer = call(app, "GET", "/status", headers={"host": host})
+    if let_in:
+        assert answer.status_code == 200
+    else:
+        check_error(answer, 421, "host_not_allowed")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "reason"),
+    [
+        ({}, 415, "content_type"),
+        ({"content-type": "text/plain"}, 415, "content_type"),
+        ({"content-type": "application/x-www-form-urlencoded"}, 415, "content_type"),
+        ({"content-type": "text/plain; application/json"}, 415, "content_type"),
+        ({**JSON, "origin": "http://evil.example"}, 403, "cross_site"),
+        ({**JSON, "origin": "null"}, 403, "cross_site"),
+        ({**JSON, "origin": "http://127.0.0.1:3000"}, 403, "cross_site"),
+        ({**JSON, "sec-fetch-site": "cross-site"}, 403, "cross_site"),
+        ({**JSON, "sec-fetch-site": "same-site"}, 403, "cross_site"),
+    ],
+)
+def test_a_page_changes_nothing(
+    app: Starlette, control: RecordingControl, headers: dict, status: int, reason: str
+) -> None:
+    answer = call(app, "POST", "/pools/chat/scale", content=b'{"replicas": 0}', headers=headers)
+    check_error(answer, status, reason)
+    assert control.calls == []
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"content-type": "Application/JSON; charset=utf-8"},
+        {**JSON, "origin": "http://127.0.0.1:8001"},
+        {**JSON, "sec-fetch-site": "same-origin"},
+        {**JSON, "sec-fetch-site": "none"},
+    ],
+)
+def test_what_is_no_page_of_others_is_let_in(app: Starlette, headers: dict) -> None:
+    answer = call(app, "POST", "/pools/chat/scale", content=b'{"replicas": 0}', headers=headers)
+    assert answer.status_code == 200
+
+
+def test_a_preflight_is_granted_nothing(app: Starlette) -> None:
+    answer = call(
+        app,
+        "OPTIONS",
+        "/pools/chat/scale",
+        headers={"origin": "http://evil.example", "access-control-request-method": "POST"},
+    )
+    assert answer.status_code == 403
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+# ── The server ────────────────────────────────────────────────────────────────────────────────────
+
+
+def serve(app: Starlette, visit: Callable[[str], Any]) -> Any:
+    """Run the server while ``visit``, in a thread, asks it something; then stop it."""
+
+    async def run() -> Any:
+        stop, found = asyncio.Event(), asyncio.get_running_loop().create_future()
+        serving = asyncio.create_task(
+            serve_admin(app, "127.0.0.1", 0, stop, on_listening=found.set_result, shutdown_s=1)
+        )
+        answer = await asyncio.to_thread(visit, await found)
+        stop.set()
+        await asyncio.wait_for(serving, 10)
+        return answer
+
+    return asyncio.run(run())
+
+
+def test_the_server_serves_and_stops(app: Starlette) -> None:
+    seen: dict[str, Any] = {}
+
+    def visit(base: str) -> httpx.Response:
+        seen["handlers"] = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+        seen["base"] = base
+        return httpx.get(f"{base}/status", trust_env=False)
+
+    answer = serve(app, visit)
+    assert answer.status_code == 200
+    assert "server" not in answer.headers
+    assert not any(
+        isinstance(getattr(handler, "__self__", None), uvicorn.Server)
+        for handler in seen["handlers"]
+    ), "the control process owns the signals"
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{seen['base']}/healthz", trust_env=False)
+
+
+def test_stopping_does_not_wait_for_ever_for_a_slow_answer() -> None:
+    async def slow(request: Request) -> Response:
+        await asyncio.sleep(60)
+        return Response()
+
+    async def run() -> float:
+        loop = asyncio.get_running_loop()
+        stop, listener = asyncio.Event(), listen("127.0.0.1", 0)
+        base = url(listener)
+        serving = asyncio.create_task(
+            serve_admin_on(listener, Starlette(routes=[Route("/", slow)]), stop, shutdown_s=1)
+        )
+        async with httpx.AsyncClient(trust_env=False) as client:
+            asking = asyncio.create_task(client.get(base, timeout=30))
+            await asyncio.sleep(0.3)
+            began = loop.time()
+            stop.set()
+            await asyncio.wait_for(serving, 20)
+            took = loop.time() - began
+            await asyncio.gather(asking, return_exceptions=True)
+        return took
+
+    assert asyncio.run(run()) < 10
+
+
+def test_a_port_in_use_is_one_clear_line(app: Starlette) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError) as caught:
+            asyncio.run(serve_admin(app, "127.0.0.1", port, asyncio.Event()))
+    (line,) = [str(problem) for problem in caught.value.problems]
+    assert f"cannot listen on 127.0.0.1:{port}" in line
+    assert "gateway.admin_port" in line
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+def test_an_address_that_is_not_ours(host: str) -> None:
+    with pytest.raises(ConfigError, match="no such address"):
+        listen(host, 0)
+
+
+def test_the_same_port_can_be_had_again_at_once(app: Starlette) -> None:
+    first = listen("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    with socket.create_connection(("127.0.0.1", port)):
+        accepted = None
+        while accepted is None:
+            try:
+                accepted, _ = first.accept()
+            except BlockingIOError:
+                continue
+        accepted.close()
+    first.close()
+    listen("127.0.0.1", port).close()
+
+
+def test_json_is_what_is_answered(app: Starlette) -> None:
+    assert json.loads(serve(app, lambda base: httpx.get(base, trust_env=False)).content)

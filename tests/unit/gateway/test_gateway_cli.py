@@ -1,0 +1,699 @@
+"""The command line: what each verb prints, its exit code, and that nothing ever is a traceback."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import typer
+
+import gateway
+from gateway import cli, cli_client, cli_render, launch, running
+from gateway.admin import create_app
+from gateway.admin_server import serve_admin
+from gateway.cli_render import BannerPool, Screen
+from gateway.config import ConfigError, LoadedSettings
+
+ROOT = Path(__file__).resolve().parents[3]
+PIPE = Screen()
+TERMINAL = Screen(terminal=True, width=200)
+
+NOW_S = 1_800_000_000.0
+DECISION = {
+    "at_s": NOW_S - 12.0,
+    "desired": 1,
+    "supply": 1,
+    "reason": "wake",
+    "detail": "3 requests are held",
+    "signal": "held",
+    "bound": None,
+    "panicking": False,
+}
+REPLICA = {
+    "id": "chat-1",
+    "state": "starting",
+    "url": "http://127.0.0.1:9001",
+    "pid": 4242,
+    "inflight_requests": 0,
+    "inflight_tokens": 0,
+    "phase": "loading weights",
+    "since_s": 11.6,
+    "error": None,
+}
+POOL = {
+    "name": "chat",
+    "engine": "vllm",
+    "backend": "process",
+    "desired": 1,
+    "override": None,
+    "ready": 0,
+    "starting": 1,
+    "unhealthy": 0,
+    "draining": 0,
+    "sleeping": 0,
+    "queued_requests": 3,
+    "queued_tokens": 900,
+    "inflight_requests": 0,
+    "inflight_tokens": 0,
+    "wake_eta_s": 31.4,
+    "last_decision": DECISION,
+    "failures": 0,
+    "retry_in_s": None,
+    "error": None,
+    "replicas": [REPLICA],
+}
+STATUS = {
+    "version": "0.1.0",
+    "endpoint": "http://127.0.0.1:8000",
+    "admin": "http://127.0.0.1:8001",
+    "uptime_s": 192.0,
+    "workers": [{"pid": 1}, {"pid": 2}],
+    "pools": [POOL],
+}
+
+
+class ScriptedControl:
+    """Answers with what is above."""
+
+    def __init__(self) -> None:
+        self.scaled: list[tuple[str, int | None]] = []
+
+    def status(self) -> dict[str, Any]:
+        return STATUS
+
+    def ready(self) -> tuple[bool, str]:
+        return True, ""
+
+    def metrics(self) -> bytes:
+        return b""
+
+    def explain(self, pool: str) -> list[dict[str, Any]]:
+        if pool not in {"chat", "org/m 1"}:
+            raise KeyError(pool)
+        old = {**DECISION, "desired": 0, "reason": "at_zero", "detail": "nobody asks", "count": 7}
+        return [{**old, "first_at_s": NOW_S - 90, "last_at_s": NOW_S - 13}, DECISION]
+
+    async def scale(self, pool: str, replicas: int | None) -> dict[str, Any]:
+        if pool not in {"chat", "org/m 1"}:
+            raise KeyError(pool)
+        self.scaled.append((pool, replicas))
+        return {"pool": pool, "override": replicas}
+
+    async def sleep(self, pool: str, level: int) -> dict[str, Any]:
+        raise KeyError(pool)
+
+    async def wake(self, pool: str) -> dict[str, Any]:
+        raise KeyError(pool)
+
+    async def drain(self, replica_id: str) -> dict[str, Any]:
+        raise KeyError(replica_id)
+
+
+class Served:
+    """A real admin listener in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.control = ScriptedControl()
+        self.url = ""
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+
+    async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+
+        def listening(url: str) -> None:
+            self.url = url
+            self._ready.set()
+
+        app = create_app(self.control)
+        await serve_admin(app, "127.0.0.1", 0, self._stop, on_listening=listening, shutdown_s=1)
+
+    def __enter__(self) -> Served:
+        self._thread.start()
+        assert self._ready.wait(20)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with Served() as one:
+        yield one
+
+
+@pytest.fixture(autouse=True)
+def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("TIDEGATE")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli, "time", SimpleNamespace(time=lambda: NOW_S))
+    return tmp_path
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[LoadedSettings]:
+    """What ``up`` was to run, in place of running it."""
+    runs: list[LoadedSettings] = []
+
+    def run(loaded: LoadedSettings) -> int:
+        runs.append(loaded)
+        return 0
+
+    monkeypatch.setattr(gateway, "wiring", SimpleNamespace(run=run), raising=False)
+    return runs
+
+
+# ── Reading verbs ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_status(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", "--admin", served.url]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "\x1b" not in out
+    head, _, titles, pool, _, _, replica, _, why = out.splitlines()
+    assert head.startswith("tidegate 0.1.0  http://127.0.0.1:8000")
+    assert "up 3 min 12 s" in head
+    assert "2 workers" in head
+    assert titles.split()[:4] == ["POOL", "ENGINE", "READY", "WANTED"]
+    assert pool.split()[:4] == ["chat", "vllm", "0", "1"]
+    for text in ("1 starting", "900", "31 s"):
+        assert text in pool
+    assert why == "chat: 3 requests are held (12 s ago)"
+    for text in ("chat-1", "starting", "12 s", "4242", "http://127.0.0.1:9001", "loading weights"):
+        assert text in replica
+
+
+def test_status_as_json(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", "--json", "--admin", served.url.removeprefix("http://")]) == 0
+    assert json.loads(capsys.readouterr().out) == STATUS
+
+
+def test_status_again_and_again_until_interrupted(
+    served: Served, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    naps = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "time", SimpleNamespace(time=lambda: NOW_S, sleep=nap))
+    assert cli.main(["status", "--watch", "--interval", "0.5", "--admin", served.url]) == 130
+    assert naps == [0.5] * 3
+    assert capsys.readouterr().out.count("READY") == 3
+
+
+def test_the_admin_listener_is_found_by_record_then_settings(
+    served: Served, somewhere_else: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = running.Running(pid=os.getpid(), url="http://x", admin_url=served.url)
+    running.leave_record(somewhere_else / ".tidegate", one)
+    assert cli.main(["status"]) == 0
+    running.remove_record(somewhere_else / ".tidegate", os.getpid() + 1)
+    assert cli.main(["status"]) == 0
+    running.remove_record(somewhere_else / ".tidegate", os.getpid())
+    port = served.url.rpartition(":")[2]
+    Path("tidegate.toml").write_text(f"[gateway]\nadmin_port = {port}\n", encoding="utf-8")
+    assert cli.main(["status"]) == 0
+    assert cli.main(["status", "--set", "gateway.admin_port=1"]) == 2
+    assert "http://127.0.0.1:1:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 0, "url": "a", "admin_url": "b"}'])
+def test_a_damaged_or_stale_record_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / running.RECORD_NAME).write_text(text, encoding="utf-8")
+    assert running.read_record(tmp_path) is None
+    assert running.read_record(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("count", "expected", "says"),
+    [("2", 2, "held at 2"), ("0", 0, "held at 0"), ("auto", None, "the autoscaler's again")],
+)
+def test_scale(
+    served: Served,
+    capsys: pytest.CaptureFixture[str],
+    count: str,
+    expected: int | None,
+    says: str,
+) -> None:
+    assert cli.main(["scale", "org/m 1", count, "--admin", served.url]) == 0
+    assert served.control.scaled[-1] == ("org/m 1", expected)
+    assert says in capsys.readouterr().out
+
+
+def test_explain(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", "chat", "--admin", served.url]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "chat: 1 wanted, 1 there",
+        "why     3 requests are held",
+        "signal  requests held in the gateway",
+        "bound   none",
+        "nobody asks",
+        "1 min 30 s ago",
+    ):
+        assert text in out
+    assert cli.main(["explain", "chat", "--limit", "1", "--json", "--admin", served.url]) == 0
+    assert len(json.loads(capsys.readouterr().out)["decisions"]) == 1
+
+
+@pytest.mark.parametrize("verb", [["explain", "none"], ["scale", "none", "1"]])
+def test_an_unknown_pool_is_one_line_and_1(
+    served: Served, capsys: pytest.CaptureFixture[str], verb: list[str]
+) -> None:
+    assert cli.main([*verb, "--admin", served.url]) == 1
+    assert capsys.readouterr().err == "tidegate: There is no pool 'none'.\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["status"],
+        ["status", "--json"],
+        ["explain", "p"],
+        ["scale", "p", "1"],
+        ["scale", "p", "auto"],
+    ],
+)
+def test_nobody_there_is_one_line_and_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert cli.main([*arguments, "--admin", "http://127.0.0.1:1"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("tidegate: nothing answers at http://127.0.0.1:1")
+    assert err.count("\n") == 1
+
+
+def test_somebody_else_there_is_one_line_and_2(capsys: pytest.CaptureFixture[str]) -> None:
+    class Other:
+        """An HTTP server that is no Tidegate."""
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            start = {"type": "http.response.start", "status": 200, "headers": []}
+            await send(start)
+            await send({"type": "http.response.body", "body": b"<html>"})
+
+    async def run() -> int:
+        stop, found = asyncio.Event(), asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(
+            serve_admin(Other(), "127.0.0.1", 0, stop, on_listening=found.set_result)
+        )
+        code = await asyncio.to_thread(cli.main, ["status", "--admin", await found])
+        stop.set()
+        await task
+        return code
+
+    assert asyncio.run(run()) == 2
+    assert "is no Tidegate admin listener" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("http://h:1", "http://h:1"),
+        ("h:1/", "http://h:1"),
+        ("https://[::1]:2", "https://[::1]:2"),
+        ("localhost", "http://localhost"),
+        ("ftp://h", None),
+        (":::", None),
+        ("h:99999", None),
+        ("", None),
+    ],
+)
+def test_addresses(address: str, expected: str | None) -> None:
+    if expected is None:
+        with pytest.raises(ValueError, match="is no address"):
+            cli_client.check_address(address)
+    else:
+        assert cli_client.check_address(address) == expected
+
+
+# ── up ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_up_simulated_needs_nothing(started: list[LoadedSettings]) -> None:
+    assert cli.main(["up", "--engine", "simulated", "--port", "0", "--admin-port", "0"]) == 0
+    (loaded,) = started
+    (pool,) = loaded.settings.pools
+    assert (pool.name, pool.engine, pool.min_replicas) == ("simulated", "simulated", 0)
+    assert (loaded.settings.gateway.port, loaded.origins["gateway.port"]) == (0, "--port")
+
+
+def test_up_without_engine_says_how_to_get_one(
+    started: list[LoadedSettings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["up"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("tidegate: loaders.engine_python")
+    assert "--engine simulated" in lines[0]
+    assert "`make run`" in lines[1]
+    assert started == []
+
+
+def test_up_with_the_built_in_pool(started: list[LoadedSettings]) -> None:
+    Path(".venv-engine/bin").mkdir(parents=True)
+    Path(".venv-engine/bin/python").touch()
+    launch.DEFAULT_MODEL_DIRECTORY.mkdir(parents=True)
+    assert cli.main(["up", "--workers", "2"]) == 0
+    (pool,) = started[0].settings.pools
+    assert (pool.name, pool.engine) == ("smollm2", "vllm")
+    assert Path(pool.model or "") == launch.DEFAULT_MODEL_DIRECTORY.absolute()
+    assert started[0].settings.gateway.workers == 2
+
+
+def test_up_turns_configured_pools_to_simulated(started: list[LoadedSettings]) -> None:
+    Path("tidegate.toml").write_text(
+        '[[pools]]\nname = "big"\nengine = "vllm"\nmodel = "/no/such"\nengine_args = ["--x"]\n'
+        "gpus = [0, 1]\ngpus_per_replica = 2\nmax_replicas = 3\n"
+        '[[pools]]\nname = "far"\nbackend = "static"\nurls = ["http://h:1"]\n',
+        encoding="utf-8",
+    )
+    assert cli.main(["up"]) == 2
+    assert cli.main(["up", "--engine", "simulated"]) == 0
+    big, far = started[0].settings.pools
+    assert (big.engine, big.engine_args, big.gpus, big.gpus_per_replica) == ("simulated", (), (), 0)
+    assert (big.max_replicas, started[0].origins["pools.0.engine"]) == (3, "--engine")
+    assert (far.backend, far.engine) == ("static", None)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "aliases"),
+    [
+        ("Qwen/Qwen3-8B", "Qwen3-8B", ("Qwen/Qwen3-8B",)),
+        ("tiny", "tiny", ()),
+        ("./here/model dir", "model-dir", ()),
+    ],
+)
+def test_up_with_one_model(
+    started: list[LoadedSettings], model: str, name: str, aliases: tuple[str, ...]
+) -> None:
+    Path("here/model dir").mkdir(parents=True)
+    python = Path("python")
+    python.touch()
+    sets = ["--set", "loaders.engine_python=python", "--set", "gateway.drain_s=1"]
+    assert cli.main(["up", "--model", model, *sets]) == 0
+    (pool,) = started[0].settings.pools
+    assert (pool.name, pool.aliases, pool.engine) == (name, aliases, "vllm")
+    assert pool.model == (str(Path("here/model dir").absolute()) if model[0] == "." else model)
+    assert cli.main(["up", "--model", model, "--engine", "simulated"]) == 0
+    assert started[1].settings.pools[0].engine == "simulated"
+
+
+def test_up_passes_the_exit_code_and_warnings_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gateway, "wiring", SimpleNamespace(run=lambda _: 7), raising=False)
+    assert cli.main(["up", "--engine", "simulated", "--set", "gateway.admin_host=0.0.0.0"]) == 7
+    assert "tidegate: warning: gateway.admin_host" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "says"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (ConfigError([]), 2, ""),
+        (RuntimeError("it\nbroke"), 70, "tidegate: internal fault at "),
+        (OSError(28, "No space left on device"), 70, "No space left on device"),
+    ],
+)
+def test_nothing_is_ever_a_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    raised: BaseException,
+    code: int,
+    says: str,
+) -> None:
+    def run(_: LoadedSettings) -> int:
+        raise raised
+
+    monkeypatch.setattr(gateway, "wiring", SimpleNamespace(run=run), raising=False)
+    assert cli.main(["up", "--engine", "simulated"]) == code
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert says in err
+    assert err.count("\n") == (1 if says else 0)
+    monkeypatch.setenv("TIDEGATE_DEBUG", "1")
+    cli.main(["up", "--engine", "simulated"])
+    assert ("Traceback" in capsys.readouterr().err) is (code == 70)
+
+
+# ── config and doctor ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_config_check(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "check"]) == 0
+    assert "The settings are good" in capsys.readouterr().out
+    Path("other.toml").write_text("[gateway]\nport = 1\nprot = 2\n", encoding="utf-8")
+    assert cli.main(["config", "check", "-c", "other.toml", "-s", "gateway.workers=-1"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "tidegate: gateway.workers = -1: it must be an integer from 0 to 256 "
+        "(--set gateway.workers=-1)",
+        "tidegate: gateway.prot is no setting; did you mean gateway.port? (other.toml, line 3)",
+    ]
+    assert cli.main(["config", "check", "-c", "other.toml", "--json"]) == 2
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is False
+    assert report["problems"][0]["field"] == "gateway.prot"
+    assert cli.main(["config", "check", "-c", "nowhere.toml"]) == 2
+
+
+def test_config_show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("tidegate.toml").write_text("[gateway]\nport = 9000\n", encoding="utf-8")
+    monkeypatch.setenv("TIDEGATE__GATEWAY__DRAIN_S", "5")
+    assert cli.main(["config", "show"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["gateway.port"].split(maxsplit=2)[1:] == ["9000", "tidegate.toml, line 2"]
+    assert lines["gateway.drain_s"].endswith("environment TIDEGATE__GATEWAY__DRAIN_S")
+    assert lines["gateway.tls_key"].split(maxsplit=2)[1:] == ["(unset)", "default"]
+    assert (
+        cli.main(["config", "show", "--changed", "--json", "-s", "router.learning_rate=0.5"]) == 0
+    )
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["router.learning_rate"] == {
+        "value": 0.5,
+        "origin": "--set router.learning_rate=0.5",
+    }
+    assert "gateway.host" not in shown
+    assert shown["pools.0.name"]["origin"] == "built in"
+
+
+def test_the_printed_example_is_a_good_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "example"]) == 0
+    Path("tidegate.toml").write_text(capsys.readouterr().out, encoding="utf-8")
+    assert cli.main(["config", "check"]) == 0
+
+
+@pytest.mark.parametrize(("worst", "code"), [("ok", 0), ("warn", 0), ("fail", 1)])
+def test_doctor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], worst: str, code: int
+) -> None:
+    checks = [
+        SimpleNamespace(name="python", status="ok", finding="3.11", advice=None),
+        SimpleNamespace(name="disk", status=worst, finding="little", advice="make room"),
+    ]
+    monkeypatch.setattr("gateway.doctor.run_doctor", lambda settings: checks)
+    assert cli.main(["doctor"]) == code
+    out = capsys.readouterr().out
+    assert "disk: make room" in out
+    assert cli.main(["doctor", "--json"]) == code
+    assert [one["status"] for one in json.loads(capsys.readouterr().out)["checks"]] == ["ok", worst]
+
+
+# ── Usage ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["stats"], "status"),
+        (["status", "--nonsense"], "--nonsense"),
+        (["scale", "p"], "N|auto"),
+        (["scale", "p", "many"], "'many' is neither"),
+        (["scale", "p", "1.5"], "neither"),
+        (["up", "--engine", "sglang"], "--engine"),
+        (["up", "--port", "x"], "--port"),
+        (["up", "--workers", "-1"], "--workers"),
+        (["status", "--admin", ":::"], "is no address"),
+        (["explain", "p", "--limit", "0"], "--limit"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert says in err
+    assert err.count("\n") == 1
+    assert "--help`)" in err
+
+
+@pytest.mark.parametrize("verb", ["up", "status", "scale", "explain", "doctor", "config"])
+def test_help_teaches(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    assert cli.main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    assert verb in overview
+    assert cli.main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "tidegate" in text
+    if verb != "config":
+        assert f"tidegate {verb}" in text.partition("Examples")[2] + text.partition("Example")[2]
+
+
+def test_no_arguments_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "Commands" in capsys.readouterr().out
+
+
+def test_every_verb_has_help_with_an_example() -> None:
+    group = typer.main.get_command(cli.app)
+    verbs = dict(group.commands)
+    verbs |= verbs.pop("config").commands
+    assert set(verbs) == {"up", "status", "scale", "explain", "doctor", "check", "show", "example"}
+    for name, verb in verbs.items():
+        assert "**Example" in (verb.help or ""), name
+        assert all(getattr(one, "help", "") for one in verb.params if one.name != "help"), name
+
+
+def test_the_command_itself_is_quick_and_light() -> None:
+    """In its own process: version, no heavy import, and an end to a pipe that closed."""
+    code = (
+        "import sys; from gateway.cli import main; code = main(['--version']); "
+        "heavy = {'pydantic', 'httpx', 'uvicorn', 'starlette', 'uvloop', 'rich.table'}; "
+        "print(sorted(heavy & set(sys.modules))); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    version, heavy = done.stdout.splitlines()
+    assert version.startswith("tidegate ")
+    assert heavy == "[]"
+
+
+def test_a_pipe_that_closed_is_no_error() -> None:
+    code = "import sys; from gateway.cli import main; sys.exit(main(['config', 'example']))"
+    script = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -c 10"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "# Tidegate", "")
+
+
+# ── Rendering ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (None, "?"),
+        (float("nan"), "?"),
+        (-1, "0.0 s"),
+        (0.44, "0.4 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (60, "1 min"),
+        (192, "3 min 12 s"),
+        (3_599.6, "1 h"),
+        (7_500, "2 h 5 min"),
+        (200_000, "2 days 7 h"),
+    ],
+)
+def test_durations(seconds: float | None, expected: str) -> None:
+    assert cli_render.duration(seconds) == expected
+
+
+def test_unknown_is_not_zero() -> None:
+    pool = {**POOL, "queued_requests": None, "queued_tokens": None, "ready": None, "replicas": []}
+    text = cli_render.status({**STATUS, "pools": [pool]}, PIPE, NOW_S)
+    cells = text.splitlines()[3].split("  ")
+    assert [cell.strip() for cell in cells if cell.strip() == "?"] == ["?"] * 3
+
+
+def test_a_terminal_gets_a_table_a_pipe_gets_text() -> None:
+    drawn = cli_render.status(STATUS, TERMINAL, NOW_S)
+    assert "\x1b[" in drawn
+    assert "loading weights" in drawn
+    assert "\x1b[" not in cli_render.status(STATUS, PIPE, NOW_S)
+    assert "\x1b[" in cli_render.explain("chat", [DECISION], TERMINAL, NOW_S)
+    checks = [{"name": "a", "status": "fail", "finding": "f", "advice": "do"}]
+    assert "\x1b[" in cli_render.doctor(checks, TERMINAL)
+
+
+@pytest.mark.parametrize("screen", [PIPE, TERMINAL])
+def test_an_engines_words_do_not_steer_the_terminal(screen: Screen) -> None:
+    evil = "\x1b]0;title\x07\x1b[2Jgone\r"
+    replica = {**REPLICA, "error": f"{evil}\nthe log", "phase": evil}
+    pool = {**POOL, "error": f"first {evil}\nsecond {evil}", "failures": 3, "retry_in_s": 8}
+    text = cli_render.status({**STATUS, "pools": [{**pool, "replicas": [replica]}]}, screen, NOW_S)
+    assert "\x1b]" not in text
+    assert "\x1b[2J" not in text
+    assert "\x07" not in text
+    assert "chat: 3 failures in a row, next try in 8.0 s: first" in text
+    assert "\n  second" in text
+    assert "the log" not in text
+
+
+def test_status_says_what_is_simulated_and_what_is_held() -> None:
+    pool = {**POOL, "engine": "simulated", "override": 1}
+    text = cli_render.status({**STATUS, "pools": [pool]}, PIPE, NOW_S)
+    assert "made-up" in text
+    assert "1 (held)" in text
+
+
+def test_status_of_no_pools() -> None:
+    assert "POOL" in cli_render.status({**STATUS, "pools": []}, PIPE, NOW_S)
+    assert "nothing has been decided" in cli_render.explain("p", [], PIPE, NOW_S)
+
+
+def test_banner() -> None:
+    text = cli_render.banner(
+        url="http://127.0.0.1:8000",
+        admin_url="http://127.0.0.1:8001",
+        pools=[
+            BannerPool(name="it's", engine="vllm"),
+            BannerPool(name="fake", engine="simulated", min_replicas=1),
+        ],
+    )
+    assert "http://127.0.0.1:8000/v1" in text
+    assert "http://127.0.0.1:8001" in text
+    assert "Ctrl-C" in text
+    assert "fake  (a simulation: made-up text)" in text
+    (line,) = [line for line in text.splitlines() if line.strip().startswith("curl")]
+    words = shlex.split(line)
+    assert words[:3] == ["curl", "-sS", "http://127.0.0.1:8000/v1/chat/completions"]
+    body = json.loads(words[words.index("-d") + 1])
+    assert body["model"] == "it's"
+    assert body["messages"]
+
+
+def test_banner_without_pools() -> None:
+    text = cli_render.banner(url="http://h", admin_url="http://a", pools=[])
+    assert "No pool is configured" in text
+    assert "curl" not in text

@@ -1,0 +1,184 @@
+"""One worker's picture of its pools: who is suspect, for how long, and what a change keeps."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+from datapath_rig import DEFAULTS
+
+from gateway.datapath.errors import ApiError
+from gateway.datapath.exchange import Exchange
+from gateway.datapath.http1 import parse_request_head
+from gateway.datapath.messages import Failing
+from gateway.datapath.shared import Shared
+from gateway.datapath.worker import Worker
+from router.types import Fleet, Pool, Replica, ReplicaState
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """A loop whose clock the test sets."""
+
+    now_s = 100.0
+
+    def time(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    running = Loop()
+    yield running
+    running.close()
+
+
+def make(loop: Loop, **changes: Any) -> tuple[Worker, list[Any]]:
+    sent: list[Any] = []
+    shared = Shared.create(workers=1, max_replicas=8, max_pools=4)
+    return Worker(loop, msgspec.structs.replace(DEFAULTS, **changes), shared, sent.append), sent
+
+
+def replica(slot: int = 0, **changes: Any) -> Replica:
+    url = f"http://127.0.0.1:{slot}"
+    made = Replica(id=f"r{slot}", pool="m", slot=slot, url=url, state=ReplicaState.READY)
+    return msgspec.structs.replace(made, **changes)
+
+
+def fleet(version: int, *replicas: Replica, **changes: Any) -> Fleet:
+    pool = Pool(name="m", slot=0, aliases=("a",), replicas=replicas)
+    return Fleet(version=version, pools=(msgspec.structs.replace(pool, **changes),))
+
+
+def test_a_body_in_tiny_pieces_is_kept_in_few_parts(loop: Loop) -> None:
+    worker, _ = make(loop)
+    head = parse_request_head(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n"
+    )
+    exchange = Exchange(SimpleNamespace(worker=worker), head, 0.0)  # type: ignore[arg-type]
+    for number in range(30_000):
+        exchange.feed(b"%02d" % (number % 100))
+    assert len(exchange.parts) < 30
+    assert b"".join(exchange.parts) == b"".join(b"%02d" % (n % 100) for n in range(30_000))
+    assert worker.buffered_bytes == exchange.body_bytes == 60_000
+
+
+def test_a_replica_that_stays_dead_for_days_is_tried_every_few_seconds(loop: Loop) -> None:
+    worker, _ = make(loop)
+    worker.apply(fleet(1, replica()))
+    pool = worker.pools["m"]
+    target = pool.targets["r0"]
+    pauses = []
+    for _ in range(3000):
+        pool.failing(target, suspect=True)
+        assert pool.ready == []
+        pauses.append(target.suspect_until_s - loop.now_s)
+        loop.now_s = target.suspect_until_s
+        pool.tick(loop.now_s)
+        assert pool.ready == [target.view]
+    assert pauses[:6] == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
+    assert max(pauses) == 8.0
+
+
+def test_republishing_a_suspect_clears_it_and_only_suspects_pause(loop: Loop) -> None:
+    worker, _ = make(loop)
+    worker.apply(fleet(1, replica()))
+    pool = worker.pools["m"]
+    pool.failing(pool.targets["r0"], suspect=False)
+    assert len(pool.ready) == 1
+    pool.failing(pool.targets["r0"], suspect=True)
+    assert pool.ready == []
+    worker.apply(fleet(2, replica()))
+    assert len(pool.ready) == 1
+
+
+def test_a_failing_replica_is_reported_at_most_twice_a_second(loop: Loop) -> None:
+    worker, sent = make(loop)
+    for _ in range(100):
+        worker.report_failing("r0")
+        loop.now_s += 0.01
+    assert sent == [Failing(replica="r0")] * 2
+
+
+@pytest.mark.parametrize("state", ReplicaState)
+def test_only_ready_replicas_are_offered(loop: Loop, state: ReplicaState) -> None:
+    worker, _ = make(loop)
+    worker.apply(fleet(1, replica(0), replica(1, state=state)))
+    assert len(worker.pools["m"].ready) == (2 if state is ReplicaState.READY else 1)
+
+
+def test_an_older_picture_is_ignored(loop: Loop) -> None:
+    worker, _ = make(loop)
+    worker.apply(fleet(5, replica()))
+    worker.apply(fleet(4))
+    assert len(worker.pools["m"].ready) == 1
+    worker.apply(fleet(5))
+    assert len(worker.pools["m"].ready) == 1
+
+
+def test_what_stays_the_same_keeps_its_window_and_its_connections(loop: Loop) -> None:
+    worker, _ = make(loop, release_initial=2)
+    worker.apply(fleet(1, replica()))
+    pool = worker.pools["m"]
+    first = pool.targets["r0"]
+    first.view.answered()
+    first.view.answered()
+    worker.apply(fleet(2, replica(), replica(1)))
+    assert pool.targets["r0"] is first
+    assert first.view.window == 4
+    worker.apply(fleet(3, replica(max_inflight_requests=3)))
+    assert pool.targets["r0"].view.window == 3
+    worker.apply(fleet(4, replica(state=ReplicaState.SLEEPING)))
+    worker.apply(fleet(5, replica()))
+    assert pool.targets["r0"].view.window == 2  # it wakes: it is filled slowly again
+
+
+@pytest.mark.parametrize(
+    "change", [{"url": "http://127.0.0.1:99"}, {"slot": 5}, {"headers": (("a", "b"),)}]
+)
+def test_a_replica_that_changes_place_loses_its_connections(
+    loop: Loop, change: dict[str, Any]
+) -> None:
+    worker, _ = make(loop)
+    worker.apply(fleet(1, replica()))
+    old = worker.pools["m"].targets["r0"].upstream
+    worker.apply(fleet(2, msgspec.structs.replace(replica(), **change)))
+    new = worker.pools["m"].targets["r0"].upstream
+    assert new is not old
+    assert old._closed
+    assert not new._closed
+
+
+def test_a_pool_in_another_slot_or_gone_is_closed(loop: Loop) -> None:
+    worker, _ = make(loop)
+    worker.apply(fleet(1, replica()))
+    first = worker.pools["m"]
+    upstream = first.targets["r0"].upstream
+    worker.apply(fleet(2, replica(), slot=1))
+    assert worker.pools["m"] is not first
+    assert upstream._closed
+    worker.apply(Fleet(version=3))
+    with pytest.raises(ApiError):
+        worker.pool_of("m")
+
+
+def test_names_and_aliases_lead_to_the_pool_and_follow_it(loop: Loop) -> None:
+    worker, _ = make(loop)
+    worker.apply(fleet(1))
+    assert worker.pool_of("a") is worker.pool_of("m")
+    assert worker.model_names() == [("m", None), ("a", "m")]
+    worker.apply(fleet(2, aliases=("b",)))
+    with pytest.raises(ApiError) as raised:
+        worker.pool_of("a")
+    assert raised.value.status == 404
+    assert worker.pool_of("b") is worker.pool_of("m")
+
+
+def test_retry_after_is_the_measured_wake_time_or_a_guess(loop: Loop) -> None:
+    worker, _ = make(loop)
+    for number, (eta, expected) in enumerate([(None, 30.0), (0.2, 1.0), (17.5, 17.5)]):
+        worker.apply(fleet(number, wake_eta_s=eta))
+        assert worker.pools["m"].retry_after_s() == expected

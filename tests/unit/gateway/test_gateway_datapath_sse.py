@@ -1,0 +1,78 @@
+"""Frames of our own in a stream, and the usage that is read in passing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.datapath import sse
+
+
+def unframe(data: bytes) -> bytes:
+    """The payload of whole chunks."""
+    payload = b""
+    while data:
+        size, _, data = data.partition(b"\r\n")
+        payload += data[: int(size, 16)]
+        assert data[int(size, 16) :][:2] == b"\r\n"
+        data = data[int(size, 16) + 2 :]
+    return payload
+
+
+@given(st.text())
+def test_a_comment_is_one_line_whatever_is_in_it(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return
+    payload = unframe(sse.comment(text))
+    assert payload.startswith(b": ")
+    assert payload.endswith(b"\n\n")
+    assert b"\n" not in payload[:-2]
+    assert b"\r" not in payload
+
+
+def test_an_error_event_ends_the_stream_well() -> None:
+    data = sse.error_event(b'{"error":{}}')
+    assert data.endswith(sse.LAST_CHUNK)
+    assert unframe(data[: -len(sse.LAST_CHUNK)]) == b'data: {"error":{}}\n\ndata: [DONE]\n\n'
+
+
+def answer(**usage: object) -> bytes:
+    return json.dumps({"choices": [], "usage": usage}).encode()
+
+
+@pytest.mark.parametrize(
+    ("tail", "expected"),
+    [
+        (b"", (None, None)),
+        (b'{"usage":null}', (None, None)),
+        (answer(prompt_tokens=5, total_tokens=12, completion_tokens=7), (5, 7)),
+        (answer(prompt_tokens=5, completion_tokens=7, total_tokens=12), (5, 7)),
+        (answer(completion_tokens=7, prompt_tokens=5), (5, 7)),
+        (answer(input_tokens=5, output_tokens=7), (5, 7)),
+        (answer(prompt_tokens=5, total_tokens=5), (5, None)),
+        (
+            b'{"usage":{"prompt_tokens":5,"total_tokens":12,"completion_tokens":7,'
+            b'"prompt_tokens_details":{"cached_tokens":3}}}',
+            (5, 7),
+        ),
+        (
+            b'data: {"usage":{"prompt_tokens":1,"completion_tokens":1}}\n\n'
+            b'data: {"usage":{"prompt_tokens":5,"completion_tokens":7}}\n\ndata: [DONE]\n\n',
+            (5, 7),
+        ),
+        (b'"usage": {"prompt_tokens": 99999999999999999999}', (999999999, None)),
+        (b'rompt_tokens":5,"completion_tokens":7}}', (None, None)),
+    ],
+)
+def test_usage(tail: bytes, expected: tuple[int | None, int | None]) -> None:
+    assert sse.read_usage(tail) == expected
+
+
+@given(st.binary(max_size=200))
+def test_no_tail_crashes_the_reader(tail: bytes) -> None:
+    sse.read_usage(tail + b'"usage"' + tail)

@@ -1,0 +1,341 @@
+"""The documentation against what it is about: files, commands, settings, metrics, tables.
+
+What can be compared is compared, so that a page that was true when it was written is still true.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+import tomllib
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from prometheus_client.parser import text_string_to_metric_families
+
+from autoscaler import types
+from autoscaler.lifecycle import TABLE, State
+from gateway import exposition
+from gateway.cli import app
+from gateway.config import load
+from gateway.datapath.errors import Reason
+from gateway.datapath.shared import Shared
+from gateway.settings import Settings
+from router.types import ReplicaState
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGES = sorted(
+    path
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "bench" / "README.md")
+    if not path.name.startswith(".")
+)
+TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
+README, ARCHITECTURE = TEXTS["README.md"], TEXTS["docs/ARCHITECTURE.md"]
+METRICS, OPERATIONS = TEXTS["docs/METRICS.md"], TEXTS["docs/OPERATIONS.md"]
+APACHE_2_SHA256 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
+HISTOGRAM_ENDS = ("_bucket", "_sum", "_count")
+
+
+def between(text: str, name: str) -> str:
+    """What stands between the two comments of a marked block."""
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    assert text.count(start) == text.count(end) == 1
+    return text.partition(start)[2].partition(end)[0].strip()
+
+
+def code_in(text: str) -> Iterator[str]:
+    """Every line of a fenced block, without its prompt, and every code span."""
+    fences = re.split(r"^```.*$", text, flags=re.MULTILINE)
+    for block in fences[1::2]:
+        yield from (line.removeprefix("$ ") for line in block.splitlines())
+    for prose in fences[0::2]:
+        yield from re.findall(r"`([^`]+)`", prose)
+
+
+CODE = [(page, code) for page, text in TEXTS.items() for code in code_in(text)]
+
+
+def rows_of(text: str, heading: str) -> dict[str, list[str]]:
+    """The first table after a text, by the code span in its first cell."""
+    table = text.partition(heading)[2].lstrip("\n").split("\n\n", 2)
+    lines = next(part for part in table if part.lstrip().startswith("|")).strip().splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0].strip("`"): row[1:] for row in rows}
+
+
+def verbs(command: Any, path: str = "tidegate") -> dict[str, Any]:
+    """Every command line verb with its whole name."""
+    if not hasattr(command, "commands"):
+        return {path: command}
+    found = {path: command}
+    for name, inner in command.commands.items():
+        found |= verbs(inner, f"{path} {name}")
+    return found
+
+
+VERBS = verbs(typer.main.get_command(app))
+TARGETS = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_every_make_target_is_in_the_readme_and_no_other_anywhere() -> None:
+    assert {"run", "test", "lint", "bench", "clean"} <= TARGETS
+    for target in TARGETS:
+        assert f"`make {target}`" in README
+    for page, code in CODE:
+        for line in re.findall(r"\bmake ((?:[a-z][a-z-]* ?)+)", code.partition("#")[0]):
+            assert set(line.split()) <= TARGETS, f"{page}: make {line}"
+
+
+def test_every_verb_is_in_the_readme_and_no_other_anywhere() -> None:
+    leaves = {name for name, command in VERBS.items() if not hasattr(command, "commands")}
+    assert {"tidegate up", "tidegate status", "tidegate config show"} <= leaves
+    for name in leaves:
+        assert f"`{name}" in README
+    for page, code in CODE:
+        for said in re.findall(r"(?:^|[\s/])tidegate ([a-z]+(?: [a-z]+)?)", code):
+            words = said.split()
+            name = f"tidegate {words[0]}"
+            assert name in VERBS, f"{page}: {name}"
+            if hasattr(VERBS[name], "commands") and len(words) > 1:
+                assert f"tidegate {said}" in VERBS, f"{page}: tidegate {said}"
+
+
+def test_options_that_are_shown_exist() -> None:
+    seen = 0
+    for page, code in CODE:
+        match = re.match(r"(?:\S+=\S+ )*\S*tidegate ([a-z]+(?: [a-z]+)?)(.*)", code)
+        if match is None:
+            continue
+        words = match[1].split()
+        name = f"tidegate {match[1]}"
+        command = VERBS[name if name in VERBS else f"tidegate {words[0]}"]
+        known = {option for one in command.params for option in one.opts} | {"--help"}
+        for option in re.findall(r"(?<=\s)--?[a-z][a-z-]*", match[2]):
+            seen += 1
+            assert option in known, f"{page}: {code}"
+    assert seen > 5
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as a forge makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"(?s)```.*?```", "", text), re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.strip().replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page: str) -> None:
+    prose = re.sub(r"(?s)```.*?```", "", TEXTS[page])
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        place = (ROOT / page).parent / path if path else ROOT / page
+        assert place.exists(), target
+        if anchor:
+            assert anchor in anchors(place.read_text()), target
+
+
+def test_pages_name_only_files_that_exist() -> None:
+    tops = "gateway|router|autoscaler|loaders|modelcache|deploy|bench|tests|docs"
+    named = [
+        (page, path)
+        for page, text in TEXTS.items()
+        for path in re.findall(rf"`((?:{tops}|\.ci)/[\w./-]*)`", text)
+    ]
+    assert len(named) > 60
+    made = {"bench/out/", "bench/results/"}  # folders that appear with what is written there
+    missing = [one for one in named if one[1] not in made and not (ROOT / one[1]).exists()]
+    assert missing == []
+
+
+def test_architecture_names_every_package_and_the_nine_steps() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    for package in packages["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]:
+        assert f"| `{package}` |" in ARCHITECTURE
+    assert re.findall(r"^\| (\d) \| \*\*", ARCHITECTURE, re.MULTILINE) == list("123456789")
+
+
+def test_lifecycle_table_is_the_lifecycle() -> None:
+    lines = [
+        f"| {state} | {event} | {step.state} | {', '.join(step.actions) or '–'} |"
+        for state in State
+        for event, step in TABLE[state].items()
+    ]
+    assert between(ARCHITECTURE, "lifecycle").splitlines()[2:] == lines
+
+
+def metric_families() -> list[Any]:
+    """Every family that Tidegate can expose, from a page with one of each."""
+    pool = types.PoolReport(
+        name="p",
+        desired=0,
+        override=None,
+        ready=0,
+        starting=0,
+        unhealthy=0,
+        draining=0,
+        sleeping=0,
+        wake_eta_s=1.0,
+        demand=None,
+        last_decision=None,
+        replicas=(),
+    )
+    report = types.FleetReport(
+        at_s=0.0,
+        pools=(pool,),
+        decisions={("p", types.Reason.WAKE): 1},
+        troubles={"observe": 1},
+    )
+    shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
+    page = exposition.render(shared=shared, pools=("p",), report=report, version="1")
+    return list(text_string_to_metric_families(page.decode()))
+
+
+def test_metrics_table_is_what_is_exposed() -> None:
+    lines = []
+    for family in metric_families():
+        labels = sorted({name for one in family.samples for name in one.labels} - {"le"})
+        name = family.samples[0].name if family.type == "counter" else family.name
+        shown = ", ".join(f"`{label}`" for label in labels)
+        lines.append(f"| `{name}` | {family.type} | {shown} | {family.documentation} |")
+    assert len(lines) > 25
+    assert between(METRICS, "metrics").splitlines()[2:] == lines
+
+
+def test_metrics_named_anywhere_exist() -> None:
+    known = {sample.name for family in metric_families() for sample in family.samples}
+    known |= {name.removesuffix(end) for name in known for end in HISTOGRAM_ENDS}
+    known |= {"tidegate_simulated_engine"}  # the simulated engine's own
+    for page, text in TEXTS.items():
+        named = set(re.findall(r"\btidegate_[a-z0-9_]+\b", text))
+        assert named <= known, page
+
+
+def test_label_values_are_explained() -> None:
+    outcomes = {
+        sample.labels["outcome"]
+        for family in metric_families()
+        for sample in family.samples
+        if "outcome" in sample.labels
+    }
+    assert set(rows_of(METRICS, "`outcome` of `tidegate_requests_total`")) == outcomes
+    reasons = rows_of(METRICS, "`reason` of `tidegate_decisions_total`")
+    assert set(reasons) == set(types.Reason)
+    for state in ReplicaState:
+        assert f"`{state}`" in METRICS
+
+
+def test_every_reason_of_the_gateway_is_explained_with_its_status() -> None:
+    rows = rows_of(OPERATIONS, "### x-tidegate-reason")
+    assert set(rows) == set(Reason)
+    sources = "".join(path.read_text() for path in (ROOT / "gateway" / "datapath").glob("*.py"))
+    for reason in Reason:
+        given = re.findall(rf"ApiError\(\s*(\d+|\w+),\s*Reason\.{reason.name}\b", sources)
+        numbers = {status for status in given if status.isdigit()}
+        status = rows[reason][0]
+        if f"Reason.{reason.name}" not in sources:
+            assert rows[reason][1] == "not given by this version", reason
+        elif status != "–":
+            assert numbers == {status}, reason
+
+
+def find_setting(path: str) -> Any:
+    """The default of a dotted setting; ``KeyError`` for one that is not there."""
+    here: Any = Settings()
+    for name in path.split("."):
+        if name not in type(here).model_fields:
+            raise KeyError(path)
+        here = getattr(here, name)
+    return here
+
+
+def test_settings_named_in_the_pages_exist() -> None:
+    seen = 0
+    for page, code in CODE:
+        for path in re.findall(r"\b(?:gateway|router|autoscaler|loaders)(?:\.[a-z_]+)+", code):
+            module = ".".join(path.split(".")[:2])
+            if path.endswith(".py") or importlib.util.find_spec(module) is not None:
+                continue
+            if path.endswith("stable_windw_s"):  # the mistake that the tour shows
+                continue
+            seen += 1
+            try:
+                find_setting(path)
+            except KeyError:
+                pytest.fail(f"{page}: there is no setting {path}")
+    assert seen > 20
+
+
+def test_limits_table_has_the_defaults() -> None:
+    units = {"MiB": 1 << 20, "": 1, "s": 1, "bytes": 1, "lines": 1}
+    seen = 0
+    for first, (value, _) in rows_of(OPERATIONS, "## Limits").items():
+        names = re.findall(r"`?([a-z]+[._][a-z_.]*[a-z])`?", first.partition("(per")[0])
+        numbers = re.findall(r"(\d[\d,]*\d|\d) ?([A-Za-z]*)", value)
+        assert len(names) == len(numbers) >= 1, first
+        for name, (number, unit) in zip(names, numbers, strict=True):
+            seen += 1
+            shown = int(number.replace(",", "")) * units[unit]
+            assert find_setting(f"gateway.{name}") == shown, name
+    assert seen > 12
+
+
+def test_settings_files_that_are_shown_load(tmp_path: Path) -> None:
+    blocks = re.findall(r"```toml\n(.*?)```", README + OPERATIONS, re.DOTALL)
+    assert len(blocks) >= 2
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"{number}.toml"
+        path.write_text(block)
+        assert load(path, {}, ()).settings is not None
+
+
+def test_environment_variables_named_exist() -> None:
+    sources = "".join(
+        path.read_text()
+        for folder in ("gateway", "autoscaler", "loaders", "deploy")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    for page, text in TEXTS.items():
+        for name in set(re.findall(r"\bTIDEGATE_[A-Z][A-Z_]*[A-Z]\b", text)):
+            assert name in sources, f"{page}: {name}"
+
+
+def test_picture_is_drawn_for_light_and_dark() -> None:
+    picture = ROOT / "docs" / "img" / "tidegate.svg"
+    root = ET.fromstring(picture.read_text())
+    assert root.attrib["viewBox"]
+    assert "(prefers-color-scheme: dark)" in picture.read_text()
+    assert "(docs/img/tidegate.svg)" in README
+
+
+def test_licence_is_the_whole_text() -> None:
+    assert hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest() == APACHE_2_SHA256
+
+
+def test_measured_block_says_by_which_command() -> None:
+    measured = between(README, "measured")
+    assert "python -m bench" in measured or "make bench" in measured
+    for path in re.findall(r"\(bench/results/([^)]+)\)", measured):
+        assert (ROOT / "bench" / "results" / path).exists()
+
+
+def test_pages_name_no_place_of_one_machine() -> None:
+    for page, text in TEXTS.items():
+        assert re.search(r"(?<![\w.])/(?:work|root|tmp|home)/", text) is None, page
+
+
+def test_decisions_are_numbered_once_and_have_their_parts() -> None:
+    folder = ROOT / "docs" / "decisions"
+    pages = sorted(folder.glob("[0-9]*.md"))
+    assert len({page.name[:4] for page in pages}) == len(pages) >= 8
+    for page in pages:
+        text = page.read_text()
+        assert text.startswith(f"# {page.name[:4]} "), page.name
+        for part in ("**Context.**", "**Decision.**", "**Rejected.**"):
+            assert part in text, page.name

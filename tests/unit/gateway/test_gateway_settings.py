@@ -1,0 +1,145 @@
+"""The tree of settings itself: defaults, contradictions, and that every field is explained."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from gateway import fields
+from gateway.settings import (
+    GatewaySettings,
+    HoldingSettings,
+    Settings,
+    find_conflicts,
+    find_warnings,
+    is_loopback,
+)
+
+POOL = {"name": "a", "engine": "simulated", "model": "a"}
+
+
+def test_defaults_are_usable_and_quiet() -> None:
+    settings = Settings()
+    assert list(find_conflicts(settings)) == []
+    assert settings.gateway.holding == HoldingSettings()
+    assert settings.gateway.port != settings.gateway.admin_port
+
+
+def test_settings_are_frozen_all_the_way_down() -> None:
+    settings = Settings.model_validate({"pools": [POOL]})
+    for section, name in (
+        (settings, "state_dir"),
+        (settings.gateway, "port"),
+        (settings.gateway.holding, "max_requests"),
+        (settings.router, "learning_rate"),
+        (settings.autoscaler, "tick_s"),
+        (settings.loaders, "engine_python"),
+        (settings.pools[0], "name"),
+    ):
+        with pytest.raises(ValidationError):
+            setattr(section, name, getattr(section, name))
+
+
+@pytest.mark.parametrize(
+    "path", ["", "gateway", "gateway.holding", "router", "autoscaler", "pools.0"]
+)
+def test_unknown_fields_are_forbidden_everywhere(path: str) -> None:
+    tree: dict = {"pools": [dict(POOL)]}
+    here = tree
+    for part in path.split(".") if path else []:
+        here = here[int(part)] if part.isdigit() else here.setdefault(part, {})
+    here["no_such_field"] = 1
+    with pytest.raises(ValidationError, match="no_such_field"):
+        Settings.model_validate(tree)
+
+
+def test_every_field_says_what_it_means() -> None:
+    described = list(fields.walk(fields.root()))
+    silent = [".".join(path) for path, node in described if len(node.description.split()) < 3]
+    assert silent == []
+    assert len(described) > 80
+
+
+def test_every_number_has_bounds() -> None:
+    unbounded = []
+    for path, node in fields.walk(fields.root()):
+        schema = node.schema
+        if schema.get("type") in {"integer", "number"} and not (
+            {"minimum", "exclusiveMinimum"} & set(schema)
+        ):
+            unbounded.append(".".join(path))
+    assert unbounded == []
+
+
+@pytest.mark.parametrize(
+    ("name", "tree", "path", "words"),
+    [
+        ("ports", {"gateway": {"port": 9, "admin_port": 9}}, "gateway.admin_port", "gateway.port"),
+        ("cert alone", {"gateway": {"tls_certificate": "c"}}, "gateway.tls_key", "both"),
+        ("key alone", {"gateway": {"tls_key": "k"}}, "gateway.tls_certificate", "both"),
+        (
+            "peek",
+            {"gateway": {"peek_bytes": 16_777_216, "max_buffered_bytes": 65_536}},
+            "gateway.peek_bytes",
+            "max_buffered_bytes",
+        ),
+        ("two names", {"pools": [POOL, POOL]}, "pools.1.name", "pools.0.name"),
+        (
+            "alias is a name",
+            {"pools": [POOL, {**POOL, "name": "b", "aliases": ["a"]}]},
+            "pools.1.aliases.0",
+            "pools.0.name",
+        ),
+        (
+            "two aliases",
+            {"pools": [{**POOL, "aliases": ["x"]}, {**POOL, "name": "b", "aliases": ["y", "x"]}]},
+            "pools.1.aliases.1",
+            "pools.0.aliases.0",
+        ),
+    ],
+)
+def test_contradictions(name: str, tree: dict, path: str, words: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Settings.model_validate(tree)
+    (detail,) = caught.value.errors()
+    ((where, message),) = detail["ctx"]["conflicts"]
+    assert where == path
+    assert words in message
+
+
+def test_two_ports_of_the_systems_choice_are_no_contradiction() -> None:
+    settings = Settings(gateway=GatewaySettings(port=0, admin_port=0))
+    assert list(find_conflicts(settings)) == []
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.9.1", True),
+        ("::1", True),
+        ("[::1]", True),
+        ("localhost", True),
+        ("LOCALHOST", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("example.org", False),
+        ("localhost.example.org", False),
+    ],
+)
+def test_what_is_loopback(host: str, loopback: bool) -> None:
+    assert is_loopback(host) is loopback
+
+
+def test_warnings() -> None:
+    quiet = Settings.model_validate({"pools": [POOL]})
+    assert list(find_warnings(quiet)) == []
+    loud = Settings.model_validate(
+        {"gateway": {"admin_host": "0.0.0.0", "admin_allowed_hosts": ["*"]}}
+    )
+    assert [path for path, _ in find_warnings(loud)] == [
+        "gateway.admin_host",
+        "gateway.admin_allowed_hosts",
+        "pools",
+    ]
