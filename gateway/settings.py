@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from autoscaler.settings import AutoscalerSettings, PoolSettings
 from loaders.settings import LoaderSettings
+from modelcache.settings import ModelCacheSettings
 from router.settings import RouterSettings
 
 LOOPBACK_NAMES = frozenset({"localhost", "ip6-localhost"})
@@ -180,6 +181,9 @@ class Settings(BaseModel):
 
     loaders: LoaderSettings = LoaderSettings()
     """How engines are started."""
+
+    modelcache: ModelCacheSettings = ModelCacheSettings()
+    """Where weights are kept on this node, and what it may take for them."""
 
     pools: tuple[PoolSettings, ...] = Field(default=(), max_length=1_000)
     """The models that are served, one pool of replicas each."""
