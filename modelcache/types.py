@@ -22,11 +22,15 @@ class CacheError(Exception):
 
 
 class SourceError(CacheError):
-    """A store did not give what was asked. ``retryable``: asking again may help."""
+    """A store did not give what was asked. ``retryable``: asking again may help, not before
+    ``retry_after_s`` where the store said so."""
 
-    def __init__(self, message: str, *, retryable: bool = False) -> None:
+    def __init__(
+        self, message: str, *, retryable: bool = False, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(message)
         self.retryable = retryable
+        self.retry_after_s = retry_after_s
 
 
 class NotFound(SourceError):
