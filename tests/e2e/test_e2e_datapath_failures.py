@@ -134,7 +134,7 @@ def test_a_replica_that_always_fails_is_given_up_after_the_retries(served: Gatew
 
 def test_stale_kept_connections_cost_no_attempt(served: Gateway) -> None:
     """More kept connections than there are retries, each closed the moment it is used again."""
-    gate = threading.Barrier(8, timeout=10)
+    gate = threading.Barrier(8, timeout=30)
 
     def script(asked: Asked) -> None:
         kept = replica.connections <= 8
@@ -304,7 +304,7 @@ def test_a_replica_behind_tls_is_asked_if_its_certificate_is_trusted(
     context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
     body = b"y" * 1_000_000
     with ScriptedReplica(answers(body), tls=context) as replica:
-        with gateway(hold_deadline_s=1.0) as strange:
+        with gateway(hold_deadline_s=3.0) as strange:
             strange.publish(replica)
             answer = strange.ask(SMALL)
             assert (answer.status, answer.reason) == (503, "hold_deadline")
@@ -458,39 +458,36 @@ def test_what_the_hold_queue_cannot_take_is_429(limit: str) -> None:
 
 
 def test_held_requests_are_released_in_order_and_no_faster_than_they_are_answered() -> None:
-    most = [0]
-    running = [0]
-    lock = threading.Lock()
+    """The replica answers one at a time, when the test says so: each answer releases two more, for
+    the place that is free and for the trust that has grown."""
+    most, answers_due = 12, threading.Semaphore(0)
 
     def script(asked: Asked) -> None:
         while asked.request() is not None:
-            with lock:
-                running[0] += 1
-                most[0] = max(most[0], running[0])
-            time.sleep(0.15)
-            with lock:
-                running[0] -= 1
+            assert answers_due.acquire(timeout=60)
             asked.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
 
     with ScriptedReplica(script) as replica, gateway(release_initial=2) as served:
         clients = []
-        for number in range(12):
+        for number in range(most):
             client = served.connect()
             client.send(post({"model": "m", "prompt": f"{number:02}"}))
             clients.append(client)
             eventually(lambda n=number: served.pool_count(metrics.QUEUED_REQUESTS) == n + 1)
         served.publish(replica)
-        eventually(lambda: running[0])
-        time.sleep(0.05)
-        assert running[0] == 2
+        for answered in range(most):
+            released = min(most, 2 + 2 * answered)
+            eventually(lambda count=released: len(replica.requests) >= count)
+            time.sleep(0.02)  # for what should not come
+            assert len(replica.requests) == released
+            answers_due.release()
         for client in clients:
             assert client.answer().status == 200
             client.close()
-        order = [json.loads(request.body)["prompt"] for request in replica.requests]
-        assert sorted(order) == [f"{number:02}" for number in range(12)]  # each exactly once
-        # Neighbours may overtake each other between two connections; nobody is left behind.
-        assert all(abs(order.index(p) - int(p)) <= 4 for p in order)
-    assert most[0] <= 12
+        order = [int(json.loads(request.body)["prompt"]) for request in replica.requests]
+    assert sorted(order) == list(range(most))  # each exactly once
+    # The two of a pair may overtake each other on their two connections; nobody is left behind.
+    assert all(abs(place - number) <= 1 for place, number in enumerate(order)), order
 
 
 def test_a_replica_that_leaves_finishes_its_streams_and_its_connections_close(
@@ -501,7 +498,7 @@ def test_a_replica_that_leaves_finishes_its_streams_and_its_connections_close(
     def script(asked: Asked) -> None:
         while asked.request() is not None:
             asked.send(STREAM + chunks(EVENT))
-            go.wait(10)
+            go.wait(30)
             asked.send(chunks(EVENT) + b"0\r\n\r\n")
 
     with ScriptedReplica(script) as replica, served.connect() as client:
@@ -511,7 +508,7 @@ def test_a_replica_that_leaves_finishes_its_streams_and_its_connections_close(
         served.publish()
         go.set()
         assert EVENT in client.until(b"0\r\n\r\n")
-        eventually(lambda: served.worker_count(metrics.UPSTREAM_CONNECTIONS) == 0, within_s=3)
+        eventually(lambda: served.worker_count(metrics.UPSTREAM_CONNECTIONS) == 0)
 
 
 def test_a_replica_in_a_new_place_is_asked_there_and_the_old_connections_close(
@@ -521,6 +518,6 @@ def test_a_replica_in_a_new_place_is_asked_there_and_the_old_connections_close(
         (first,) = served.publish(old)
         assert served.ask(SMALL).status == 200
         served.publish(served.replica(new.url, id=first.id))
-        eventually(lambda: served.worker_count(metrics.UPSTREAM_CONNECTIONS) == 0, within_s=3)
+        eventually(lambda: served.worker_count(metrics.UPSTREAM_CONNECTIONS) == 0)
         assert served.ask(SMALL).status == 200
     assert (len(old.requests), len(new.requests)) == (1, 1)

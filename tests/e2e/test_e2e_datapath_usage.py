@@ -66,6 +66,6 @@ def assert_usage_is_counted(served: Gateway, pieces: list[bytes], *, stream: boo
         served.publish(replica)
         assert served.ask(post({"model": "m", "prompt": "x", "stream": stream})).status == 200
 
-        eventually(lambda: counts() == (prompt + 31, output + 5), within_s=5)
+        eventually(lambda: counts() == (prompt + 31, output + 5))
         served.publish()
     served.settle()

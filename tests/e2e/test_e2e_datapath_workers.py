@@ -59,7 +59,7 @@ def test_each_worker_sees_the_others_inflight_tokens() -> None:
 
     def script(asked: Asked) -> None:
         while asked.request() is not None:
-            go.wait(10)
+            go.wait(30)
             asked.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
 
     with (
@@ -173,19 +173,19 @@ def test_drain_finishes_streams_answers_who_is_held_and_closes_the_rest() -> Non
     def script(asked: Asked) -> None:
         while asked.request() is not None:
             asked.send(STREAM + chunks(EVENT))
-            go.wait(10)
+            go.wait(30)
             asked.send(chunks(EVENT) + b"0\r\n\r\n")
 
     def slow(asked: Asked) -> None:
         asked.request()
-        go.wait(10)
+        go.wait(30)
         asked.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
 
     with (
         ScriptedReplica(script) as replica,
         ScriptedReplica(slow) as late,
         ScriptedReplica(answers()) as third,
-        gateway() as served,
+        gateway(drain_s=60.0) as served,
     ):
         pids = served.pids()
         idle, stream, running, held = (served.connect() for _ in range(4))
@@ -215,7 +215,7 @@ def test_drain_finishes_streams_answers_who_is_held_and_closes_the_rest() -> Non
         assert stream.ended()
         answer = running.answer()
         assert (answer.status, answer.headers["connection"]) == (200, "close")
-        drained.result(10)
+        drained.result(40)
         for pid in pids:
             assert not Path(f"/proc/{pid}").exists()
 
@@ -239,7 +239,7 @@ def test_what_a_drain_cannot_finish_is_told_so_and_cut() -> None:
         assert (answer.status, answer.reason) == (503, "draining")
         assert answer.headers["retry-after"]
         assert not stream.rest().endswith(b"0\r\n\r\n")
-        drained.result(5)
+        drained.result(40)
         assert not any(served.books().values())
 
 
