@@ -12,7 +12,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
-from tidegate_process import Tidegate, simulated, up
+from tidegate_process import SHUT, Tidegate, simulated, up
 
 HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hello"}]
 SLOW = ("--decode-tokens-per-s", 20, "--batch-slowdown", 0)
@@ -35,12 +35,22 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tidegate]:
         simulated("m", aliases=["gpt-4o"]),
         simulated("slow", *SLOW),
         simulated("waking", "--startup-s", 1.5),
-        simulated("full", "--startup-s", 1),
-        simulated("stuck", "--startup-s", 600),
+        simulated("full", *SHUT),
     ]
-    holding = {"keepalive_s": 0.3, "max_requests": 2, "deadline_s": 4, "release_initial": 64}
+    holding = {"keepalive_s": 0.3, "max_requests": 2, "release_initial": 64}
     with up(
         tmp_path_factory.mktemp("openai"), pools=pools, gateway={"holding": holding}
+    ) as tidegate:
+        yield tidegate
+
+
+@pytest.fixture(scope="module")
+def hopeless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tidegate]:
+    """Its only engine takes far longer than anybody may wait."""
+    pools = [simulated("stuck", "--startup-s", 600)]
+    holding = {"keepalive_s": 0.3, "deadline_s": 2}
+    with up(
+        tmp_path_factory.mktemp("hopeless"), pools=pools, gateway={"holding": holding}
     ) as tidegate:
         yield tidegate
 
@@ -73,7 +83,7 @@ def finished(tidegate: Tidegate, pool: str, reason: str) -> float:
 
 def test_models_are_listed_and_retrieved(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [
-        "m", "gpt-4o", "slow", "waking", "full", "stuck",
+        "m", "gpt-4o", "slow", "waking", "full",
     ]  # fmt: skip
     model = client.models.retrieve("gpt-4o")
     assert (model.id, model.object, model.owned_by) == ("gpt-4o", "model", "tidegate")
@@ -239,10 +249,14 @@ def test_cancelled_call_is_cancelled_in_the_engine(tidegate: Tidegate) -> None:
     asyncio.run(story())
 
 
-def test_client_s_timeout_while_held_leaves_the_queue(tidegate: Tidegate, client: OpenAI) -> None:
-    with pytest.raises(openai.APITimeoutError):
+def test_client_s_timeout_while_held_leaves_the_queue(hopeless: Tidegate) -> None:
+    with (
+        OpenAI(base_url=hopeless.url + "/v1", api_key="none", max_retries=0) as client,
+        pytest.raises(openai.APITimeoutError),
+    ):
         client.chat.completions.create(model="stuck", messages=HELLO, timeout=0.5)
-    tidegate.wait_held("stuck", 0)
+    hopeless.wait_held("stuck", 0)
+    hopeless.assert_at_rest()
 
 
 # What goes wrong
@@ -269,9 +283,9 @@ def test_errors_are_the_right_exceptions(tidegate: Tidegate, client: OpenAI) -> 
     assert client.chat.completions.create(model="m", messages=HELLO, max_tokens=3).choices
 
 
-def test_deadline_is_a_503_and_in_a_stream_an_api_error(tidegate: Tidegate) -> None:
+def test_deadline_is_a_503_and_in_a_stream_an_api_error(hopeless: Tidegate) -> None:
     async def story() -> tuple[BaseException | None, BaseException | None]:
-        async with asynchronous(tidegate) as client:
+        async with asynchronous(hopeless) as client:
             create = client.chat.completions.create
             stream = await create(model="stuck", messages=HELLO, stream=True)
             plain = asyncio.create_task(create(model="stuck", messages=HELLO))
@@ -302,15 +316,20 @@ def test_broken_stream_raises_and_does_not_look_whole(tidegate: Tidegate, client
 
 
 def test_retry_after_is_heeded(tidegate: Tidegate) -> None:
-    """Past the bound of held requests the client is told when to come back; with its own default
-    of retries it does, and is answered."""
+    """Past the bound of held requests the client is told when to come back; with retries it
+    does, and is answered."""
 
     async def story() -> None:
         async with asynchronous(tidegate) as client:
             full = client.chat.completions
-            await full.create(model="full", messages=HELLO, max_tokens=1)
+            first = asyncio.create_task(full.create(model="full", messages=HELLO, max_tokens=1))
+            await asyncio.to_thread(tidegate.wait_held, "full", 1)
+            await asyncio.sleep(1.1)
+            await asyncio.to_thread(tidegate.open_gate, "full")
+            await first
             await asyncio.to_thread(tidegate.admin, "/pools/full/scale", {"replicas": 0})
             await asyncio.to_thread(tidegate.wait_at_zero, "full")
+            await asyncio.to_thread(tidegate.admin, "/pools/full/scale", {"replicas": None})
             held = [
                 asyncio.create_task(full.create(model="full", messages=HELLO, max_tokens=2))
                 for _ in range(2)
@@ -320,13 +339,16 @@ def test_retry_after_is_heeded(tidegate: Tidegate) -> None:
                 await full.create(model="full", messages=HELLO, max_tokens=2)
             wait_s = int(refused.value.response.headers["retry-after"])
             assert wait_s >= tidegate.pool("full")["wake_eta_s"] >= 1.0
-            patient = client.with_options(max_retries=2).chat.completions
+            patient = client.with_options(max_retries=10).chat.completions
             began_s = time.monotonic()
-            late = patient.create(model="full", messages=HELLO, max_tokens=2)
+            late = asyncio.create_task(patient.create(model="full", messages=HELLO, max_tokens=2))
+            await asyncio.to_thread(
+                tidegate.wait_count, 2, "tidegate_requests_total", pool="full", outcome="rejected"
+            )
+            await asyncio.to_thread(tidegate.open_gate, "full")
             answers = await asyncio.gather(late, *held)
             assert time.monotonic() - began_s >= wait_s
             assert all(answer.choices[0].message.content for answer in answers)
 
     asyncio.run(story())
     tidegate.wait_count(4, "tidegate_requests_total", pool="full", outcome="ok")
-    tidegate.wait_count(2, "tidegate_requests_total", pool="full", outcome="rejected")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from asking import CHAT, ask, ask_now, chat, run, spawn, text_of
-from tidegate_process import Tidegate, fetch, simulated, up
+from tidegate_process import Tidegate, fetch, let_go, simulated, up
 
 SLOW = ("--decode-tokens-per-s", 20, "--batch-slowdown", 0)
 
@@ -76,6 +76,8 @@ def test_sleep_and_the_next_request_wakes_the_same_engine(tidegate: Tidegate) ->
 def test_drained_replica_finishes_and_goes(tidegate: Tidegate) -> None:
     async def story(http: httpx.AsyncClient) -> None:
         await ask(http, chat("drained"))
+        url = tidegate.engine_url("drained")
+        tidegate.set_faults("drained", "slow:factor=100")  # five seconds a token, until it may end
         task = spawn(ask(http, chat("drained", max_tokens=30, ignore_eos=True)))
         await asyncio.to_thread(
             tidegate.wait, "in flight", lambda: tidegate.pool("drained")["inflight_requests"]
@@ -84,6 +86,7 @@ def test_drained_replica_finishes_and_goes(tidegate: Tidegate) -> None:
         answer = await asyncio.to_thread(tidegate.admin, f"/replicas/{replica['id']}/drain", {})
         assert answer == {"replica": replica["id"], "state": "draining"}
         assert tidegate.pool("drained")["draining"] == 1
+        assert let_go(url)
         text_of(await task)
 
         def is_gone() -> bool:

@@ -9,21 +9,21 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from asking import CHAT, ask, ask_now, chat, error_of, held, run, spawn, text_of
-from tidegate_process import Tidegate, port_of, simulated, up
+from tidegate_process import SHUT, Tidegate, port_of, simulated, up
 
 SLOW = ("--decode-tokens-per-s", 20, "--batch-slowdown", 0)
 
 POOLS = [
     simulated("loading", "--startup-s", 2, idle_to_zero_s=0.2),
-    simulated("killed", "--startup-s", 1),
+    simulated("killed", *SHUT),
     simulated("crash"),
     simulated("cut", *SLOW),
-    simulated("hang", *SLOW),
     simulated("fails"),
     simulated("never"),
     simulated("long", *SLOW, idle_to_zero_s=0.2),
@@ -38,10 +38,10 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tidegate]:
     with up(
         tmp_path_factory.mktemp("faults"),
         pools=POOLS,
-        gateway={"upstream_idle_timeout_s": 2, "holding": {"keepalive_s": 0.3}},
+        gateway={"holding": {"keepalive_s": 0.3}},
         autoscaler={
             "health_interval_s": 0.2,
-            "health_timeout_s": 2,
+            "health_timeout_s": 30,
             "health_failures": 1,
             "unhealthy_restart_s": 0.5,
             "backoff_initial_s": 0.1,
@@ -127,6 +127,10 @@ def test_engine_that_dies_while_it_starts_is_started_again(tidegate: Tidegate) -
         tasks = await held(tidegate, http, "killed", 3)
         (replica,) = tidegate.pool("killed")["replicas"]
         os.kill(replica["pid"], signal.SIGKILL)
+        await asyncio.to_thread(
+            tidegate.wait, "another start", lambda: tidegate.starts("killed") == 2
+        )
+        await asyncio.to_thread(tidegate.open_gate, "killed")
         return await asyncio.gather(*tasks)
 
     for answer in run(tidegate, story):
@@ -171,16 +175,28 @@ def test_stream_that_is_cut_ends_as_an_error_and_is_not_asked_again(tidegate: Ti
     tidegate.wait_count(0, "tidegate_retries_total", pool="cut")
 
 
-def test_engine_that_hangs_is_504_then_replaced(tidegate: Tidegate) -> None:
-    text_of(ask_now(tidegate, chat("hang")))
-    tidegate.set_faults("hang", "hang")
-    answer = ask_now(tidegate, chat("hang"))
-    assert answer.status_code == 504
-    assert answer.headers["x-tidegate-reason"] == "replica_timeout"
-    assert error_of(answer)["type"] == "server_error"
-    # It does not heed SIGTERM either; the next request is answered by its successor.
-    text_of(ask_now(tidegate, chat("hang")))
-    assert tidegate.starts("hang") == 2
+def test_engine_that_hangs_is_504_then_replaced(tmp_path: Path) -> None:
+    with up(
+        tmp_path,
+        pools=[simulated("hang")],
+        gateway={"upstream_idle_timeout_s": 4},
+        autoscaler={
+            "health_interval_s": 0.2,
+            "health_timeout_s": 4,
+            "health_failures": 1,
+            "unhealthy_restart_s": 0.5,
+            "terminate_s": 1,
+        },
+    ) as tidegate:
+        text_of(ask_now(tidegate, chat("hang")))
+        tidegate.set_faults("hang", "hang")
+        answer = ask_now(tidegate, chat("hang"))
+        assert answer.status_code == 504
+        assert answer.headers["x-tidegate-reason"] == "replica_timeout"
+        assert error_of(answer)["type"] == "server_error"
+        # It does not heed SIGTERM either; the next request is answered by its successor.
+        text_of(ask_now(tidegate, chat("hang")))
+        assert tidegate.starts("hang") == 2
 
 
 def test_engine_s_own_errors_pass_untouched(tidegate: Tidegate) -> None:

@@ -5,24 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import time
 from collections.abc import Iterator
 
 import httpx
 import pytest
 from asking import CHAT, ask, ask_now, chat, error_of, held, run, spawn, text_of
-from tidegate_process import Metrics, Tidegate, read_metrics, simulated, up
+from tidegate_process import SHUT, Metrics, Tidegate, read_metrics, simulated, up
 
 RELEASE_INITIAL = 2
 BURST = 40
 
 POOLS = [
-    simulated("burst", "--startup-s", 1, aliases=["other-name"]),
-    simulated("line", "--startup-s", 1, "--decode-tokens-per-s", 40, max_inflight_requests=1),
-    simulated("stream", "--startup-s", 1.2),
-    simulated("plain", "--startup-s", 0.6),
-    simulated("leave", "--startup-s", 2),
-    simulated("paced", "--startup-s", 1, "--decode-tokens-per-s", 40, "--batch-slowdown", 0),
-    simulated("idle", idle_to_zero_s=0.5),
+    simulated("burst", *SHUT),
+    simulated("line", *SHUT, "--decode-tokens-per-s", 40, max_inflight_requests=1),
+    simulated("stream", *SHUT),
+    simulated("plain", *SHUT),
+    simulated("leave", *SHUT),
+    simulated("paced", *SHUT, "--decode-tokens-per-s", 10, "--batch-slowdown", 0),
+    simulated("idle", aliases=["other-name"], idle_to_zero_s=0.5),
 ]
 
 
@@ -54,6 +55,7 @@ def test_burst_wakes_one_engine_and_each_is_answered_once(tidegate: Tidegate) ->
         await asyncio.to_thread(tidegate.wait_held, "burst", BURST)
         over = await ask(http, chat("burst"))
         assert over.status_code == 429
+        await asyncio.to_thread(tidegate.open_gate, "burst")
         return await asyncio.gather(*asks)
 
     answers = run(tidegate, story)
@@ -77,6 +79,7 @@ def test_held_requests_are_answered_in_the_order_they_came(tidegate: Tidegate) -
 
     async def story(http: httpx.AsyncClient) -> None:
         tasks = await held(tidegate, http, "line", 8)
+        await asyncio.to_thread(tidegate.open_gate, "line")
         for task in tasks:
             task.add_done_callback(lambda done: order.append(done.result().headers["x-request-id"]))
         for answer in await asyncio.gather(*tasks):
@@ -93,7 +96,12 @@ def test_trap_9_held_stream_is_kept_alive_by_comments_and_then_streams(tidegate:
             assert answer.status_code == 200
             # The head is here, and nothing can have answered yet.
             assert tidegate.pool("stream")["ready"] == 0
-            return [line async for line in answer.aiter_lines() if line], answer.headers
+            lines = []
+            async for line in answer.aiter_lines():
+                lines += [line] if line else []
+                if len(lines) == 2 and line:
+                    await asyncio.to_thread(tidegate.open_gate, "stream")
+            return lines, answer.headers
 
     lines, headers = run(tidegate, story)
     assert headers["content-type"].startswith("text/event-stream")
@@ -112,6 +120,7 @@ def test_trap_9_held_stream_is_kept_alive_by_comments_and_then_streams(tidegate:
 def test_held_request_that_is_no_stream_gets_its_plain_answer(tidegate: Tidegate) -> None:
     async def story(http: httpx.AsyncClient) -> None:
         (waiting,) = await held(tidegate, http, "plain", 1)
+        await asyncio.to_thread(tidegate.open_gate, "plain")
         answer = await waiting
         assert answer.headers["content-type"] == "application/json"
         text_of(answer)
@@ -124,6 +133,7 @@ def test_client_that_leaves_is_not_sent_to_the_engine(tidegate: Tidegate) -> Non
         first, leaving, last = await held(tidegate, http, "leave", 3)
         leaving.cancel()
         await asyncio.to_thread(tidegate.wait_held, "leave", 2)
+        await asyncio.to_thread(tidegate.open_gate, "leave")
         for answer in await asyncio.gather(first, last):
             text_of(answer)
 
@@ -140,6 +150,7 @@ def test_trap_5_held_requests_are_not_released_all_at_once(tidegate: Tidegate) -
 
     async def story(http: httpx.AsyncClient) -> None:
         tasks = await held(tidegate, http, "paced", count, max_tokens=8, ignore_eos=True)
+        await asyncio.to_thread(tidegate.open_gate, "paced")
         await asyncio.to_thread(tidegate.wait_ready, "paced")
         page = tidegate.engine_url("paced") + "/metrics"
         while not all(task.done() for task in tasks):
@@ -197,31 +208,35 @@ def finished(engine: Metrics) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def bounded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tidegate]:
     holding = {"keepalive_s": 0, "max_requests": 2, "max_bytes": 5_000, "deadline_s": 60}
-    pools = [simulated(name, "--startup-s", 1.5) for name in ("count", "bytes", "quiet")]
+    pools = [simulated("count", *SHUT), simulated("bytes", *SHUT), simulated("quiet")]
     place = tmp_path_factory.mktemp("bounded")
     with up(place, pools=pools, gateway={"holding": holding}) as tidegate:
         yield tidegate
 
 
 def test_past_the_bound_is_429_with_retry_after_from_the_measured_wake(bounded: Tidegate) -> None:
-    async def story(http: httpx.AsyncClient) -> httpx.Response:
+    async def story(http: httpx.AsyncClient) -> tuple[httpx.Response, float]:
         tasks = await held(bounded, http, "count", 2)
+        began_s = time.monotonic()
         over = await ask(http, chat("count"))
+        await asyncio.sleep(1.1)
+        shut_s = time.monotonic() - began_s
+        await asyncio.to_thread(bounded.open_gate, "count")
         for answer in await asyncio.gather(*tasks):
             text_of(answer)
-        return over
+        return over, shut_s
 
-    unmeasured = run(bounded, story)
+    unmeasured, shut_s = run(bounded, story)
     assert unmeasured.status_code == 429
     assert unmeasured.headers["x-tidegate-reason"] == "hold_queue_full"
     assert error_of(unmeasured)["type"] == "rate_limit_error"
     assert unmeasured.headers["retry-after"] == "30"  # a guess: nothing was measured yet
     measured_s = bounded.pool("count")["wake_eta_s"]
-    assert measured_s >= 1.5
+    assert measured_s >= shut_s
     bounded.admin("/pools/count/scale", {"replicas": 0})
     bounded.wait_at_zero("count")
     bounded.admin("/pools/count/scale", {"replicas": None})
-    over = run(bounded, story)
+    over, _ = run(bounded, story)
     assert over.status_code == 429
     assert over.headers["retry-after"] == str(math.ceil(measured_s))
     bounded.assert_at_rest()
@@ -233,8 +248,10 @@ def test_bytes_are_bounded_too(bounded: Tidegate) -> None:
         over = await ask(http, chat("bytes", "y" * 3_000))
         assert over.status_code == 429
         assert over.headers["x-tidegate-reason"] == "hold_queue_full"
-        small = await ask(http, chat("bytes"))
-        for answer in (await large, small):
+        small = spawn(ask(http, chat("bytes")))
+        await asyncio.to_thread(bounded.wait_held, "bytes", 2)
+        await asyncio.to_thread(bounded.open_gate, "bytes")
+        for answer in await asyncio.gather(large, small):
             text_of(answer)
 
     run(bounded, story)
@@ -290,10 +307,13 @@ def test_engine_that_never_comes_up_is_503_and_status_says_why(hopeless: Tidegat
         assert error["type"] == "server_error"
         assert "1.5 s" in error["message"]
     for pool, words in causes.items():
-        shown = hopeless.pool(pool)
-        assert all(word in shown["error"] for word in words), shown["error"]
-        assert shown["failures"] >= 1
-        assert shown["retry_in_s"] is not None
+
+        def is_said(pool: str = pool, words: list[str] = words) -> bool:
+            shown = hopeless.pool(pool)
+            told = all(word in (shown["error"] or "") for word in words)
+            return told and shown["failures"] >= 1 and shown["retry_in_s"] is not None
+
+        hopeless.wait(f"why {pool} does not start", is_said)
     hopeless.assert_at_rest()
 
 
@@ -310,5 +330,5 @@ def test_deadline_of_a_held_stream_is_an_error_event_in_it(hopeless: Tidegate) -
     assert done == "data: [DONE]"
     assert error["code"] == "hold_deadline"
     # Who asked has gone: the engine is not stopped while it loads (it would be for nothing).
-    assert hopeless.pool("forever")["starting"] == 1
+    hopeless.wait("it starting", lambda: hopeless.pool("forever")["starting"] == 1)
     hopeless.assert_at_rest()

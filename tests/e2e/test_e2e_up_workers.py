@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from asking import CHAT, ask, chat, run, spawn, text_of
-from tidegate_process import Tidegate, simulated, up
+from tidegate_process import SHUT, Tidegate, simulated, up
 
 MAX_HELD = 30
 SLOW = ("--decode-tokens-per-s", 20, "--batch-slowdown", 0)
@@ -20,7 +20,7 @@ SLOW = ("--decode-tokens-per-s", 20, "--batch-slowdown", 0)
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tidegate]:
     pools = [
-        simulated("held", "--startup-s", 1),
+        simulated("held", *SHUT),
         simulated("spread", *SLOW, max_replicas=2),
         simulated("dies", *SLOW, idle_to_zero_s=0.5),
     ]
@@ -54,6 +54,7 @@ def test_requests_held_by_both_workers_are_all_answered_by_one_engine(tidegate: 
             spawn(ask(http, chat("held", f"number {n}"), request_id=f"w{n}")) for n in range(count)
         ]
         await asyncio.to_thread(tidegate.wait_held, "held", count)
+        await asyncio.to_thread(tidegate.open_gate, "held")
         return await asyncio.gather(*asks)
 
     answers = run(tidegate, story)
@@ -71,6 +72,7 @@ def test_the_bound_of_held_requests_is_over_both_workers(tidegate: Tidegate) -> 
         asks = [spawn(ask(http, chat("held"))) for _ in range(MAX_HELD)]
         await asyncio.to_thread(tidegate.wait_held, "held", MAX_HELD)
         over = await asyncio.gather(*(ask(http, chat("held")) for _ in range(6)))
+        await asyncio.to_thread(tidegate.open_gate, "held")
         for answer in await asyncio.gather(*asks):
             text_of(answer)
         return over
@@ -89,8 +91,11 @@ def test_workers_see_each_others_load(tidegate: Tidegate) -> None:
         for number in range(16):
             body = chat("spread", f"number {number:02}", max_tokens=4_000, ignore_eos=True)
             asks.append(spawn(ask(http, body)))
-            await asyncio.sleep(0.06)
-        await asyncio.sleep(0.3)
+            await asyncio.to_thread(
+                tidegate.wait,
+                f"{number + 1} in flight",
+                lambda count=number + 1: tidegate.pool("spread")["inflight_requests"] == count,
+            )
         replicas = (await asyncio.to_thread(tidegate.pool, "spread"))["replicas"]
         for task in asks:
             task.cancel()

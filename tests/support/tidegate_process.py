@@ -38,6 +38,10 @@ MARK = "TIDEGATE_TEST_RUN"
 QUICK: Mapping[str, Any] = {"tick_s": 0.1, "start_poll_s": 0.05, "drain_settle_s": 0.2}
 """Settings of the autoscaler with which little time is spent on waiting."""
 
+SHUT = ("--fault", "unhealthy")
+"""Flags of a simulated engine that is not ready before ``Tidegate.open_gate`` says so: what has to
+be seen while a pool starts may then take as long as it takes."""
+
 AT_REST = (
     "inflight_requests",
     "inflight_tokens",
@@ -150,6 +154,19 @@ class Tidegate:
         """Set the faults of the only ready (simulated) replica of a pool."""
         fetch(self.engine_url(pool) + "/simulated/faults", {"faults": faults})
 
+    def starting_url(self, pool: str) -> str:
+        """Where the engine of a pool that is starting will be; waits until that is known."""
+
+        def look() -> str | None:
+            urls = [one["url"] for one in self.pool(pool)["replicas"] if one["state"] == "starting"]
+            return urls[0] if urls else None
+
+        return str(self.wait(f"an engine of {pool} that starts", look))
+
+    def open_gate(self, pool: str) -> None:
+        """Let the engine of a pool that was started ``SHUT`` become ready."""
+        self.wait(f"a gate of {pool} to open", lambda: let_go(self.starting_url(pool)))
+
     def wait_ready(self, pool: str, count: int = 1, within_s: float = WAIT_S) -> None:
         """Until a pool has this many ready replicas."""
         self.wait(f"{count} ready of {pool}", lambda: self.pool(pool)["ready"] == count, within_s)
@@ -175,7 +192,6 @@ class Tidegate:
         self.wait(
             f"{name} {labels} of {value:g}",
             lambda: self.metrics().sum(name, **labels) == value,
-            within_s=10.0,
         )
 
     def wait(self, what: str, look: Callable[[], Found], within_s: float = WAIT_S) -> Found:
@@ -203,7 +219,7 @@ class Tidegate:
                 if name.removeprefix("tidegate_") in AT_REST and value != 0
             }
 
-        deadline_s = time.monotonic() + 15.0
+        deadline_s = time.monotonic() + WAIT_S
         while left := busy():
             assert time.monotonic() < deadline_s, f"still counted at rest: {left}"
             time.sleep(POLL_S)
@@ -260,6 +276,15 @@ def marked(mark: str) -> dict[int, str]:
         except OSError:
             continue
     return found
+
+
+def let_go(engine_url: str) -> bool:
+    """End the faults of a simulated engine; false where it does not listen yet, or no more."""
+    try:
+        fetch(engine_url + "/simulated/faults", {"faults": []})
+    except OSError:
+        return False
+    return True
 
 
 def port_of(url: str) -> int:
