@@ -15,6 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
+WAIT_S = 60.0
+"""How long something that must come about may take, on a machine that does much else."""
+
 _LISTENING = re.compile(r"listening on http://127\.0\.0\.1:(\d+)")
 
 
@@ -31,7 +34,7 @@ class EngineProcess:
         self.port: int | None = None
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.http = httpx.Client(timeout=20)
+        self.http = httpx.Client(timeout=WAIT_S)
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -44,7 +47,7 @@ class EngineProcess:
 
     def wait_until_ready(self) -> EngineProcess:
         """Wait for the port that the log names."""
-        assert self._listening.wait(20), self.lines
+        assert self._listening.wait(WAIT_S), self.lines
         assert self.port is not None, self.lines
         return self
 
@@ -74,20 +77,20 @@ class EngineProcess:
 
     def wait_for_metric(self, name: str, value: float, **labels: str) -> None:
         """Wait until a sample has a value."""
-        end = time.monotonic() + 10
+        end = time.monotonic() + WAIT_S
         while (seen := self.metric(name, **labels)) != value:
             assert time.monotonic() < end, f"{name} stayed {seen}"
             time.sleep(0.02)
 
     def wait_for_load(self, value: int) -> None:
         """Wait until so many requests are under way, asking on a connection of its own."""
-        end = time.monotonic() + 10
-        with httpx.Client() as client:
+        end = time.monotonic() + WAIT_S
+        with httpx.Client(timeout=WAIT_S) as client:
             while client.get(self.url + "/load").json() != {"server_load": value}:
                 assert time.monotonic() < end, f"the load never was {value}"
                 time.sleep(0.01)
 
-    def ended(self, timeout_s: float = 10) -> int:
+    def ended(self, timeout_s: float = 60) -> int:
         """Wait for the process to end; its exit status."""
         status = self.process.wait(timeout_s)
         self._reader.join(5)
