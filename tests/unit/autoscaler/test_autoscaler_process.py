@@ -37,7 +37,7 @@ from autoscaler.placement import Gpu
 FOLDERS = [str(Path(__file__).parents[2] / "support"), str(Path(__file__).parents[3])]
 
 OWNER = f"""
-import asyncio, sys
+import asyncio, json, sys
 sys.path[:0] = {FOLDERS!r}
 from pathlib import Path
 from process_fixtures import tiny_backend, tiny_pool, wait_ready
@@ -50,7 +50,10 @@ async def main():
         pool = tiny_pool(*extra.split())
         await backend.start(ReplicaSpec(id=f"r-{{number}}", pool=pool))
         print((await wait_ready(backend, f"r-{{number}}")).pid, flush=True)
-    await asyncio.sleep(2)  # The keeper records who has joined the family.
+    for number, extra in enumerate(sys.argv[2:]):  # The keeper records who joins the family.
+        record = Path(sys.argv[1]) / "replicas" / f"r-{{number}}.json"
+        while len(json.loads(record.read_text())["members"]) < (3 if "--family" in extra else 1):
+            await asyncio.sleep(0.05)
     print("kept", flush=True)
     await asyncio.sleep(600)
 
@@ -333,9 +336,11 @@ def test_logs_are_rotated_while_the_engine_writes(
         backend = tiny_backend(tmp_path, settings=settings)
         await backend.start(spec("--chatty-bytes", "50000"))
         url = (await wait_ready(backend, "r-1")).url
-        for _ in range(20):
+        for _ in range(400):
             ask(f"{url}/shout")
             await asyncio.sleep(0.03)
+            if (tmp_path / "logs" / "tiny" / "r-1.log.2").exists():
+                break
         await backend.close()
         files = sorted((tmp_path / "logs" / "tiny").iterdir())
         assert [file.name for file in files] == ["r-1.log", "r-1.log.1", "r-1.log.2"]

@@ -172,7 +172,8 @@ def test_an_offer_to_upgrade_is_not_taken_up() -> None:
     ids=["nonsense", "head", "open-head", "body", "lengths", "slow-head", "slow-body"],
 )
 def test_what_is_too_much_or_not_http_is_refused_and_closed(wire: bytes, status: int) -> None:
-    limits = HttpLimits(max_head_bytes=2000, max_body_bytes=4000, request_timeout_s=0.5)
+    timeout_s = 0.5 if status == 408 else 15.0
+    limits = HttpLimits(max_head_bytes=2000, max_body_bytes=4000, request_timeout_s=timeout_s)
 
     async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(wire)
@@ -212,12 +213,15 @@ def test_an_idle_connection_is_closed_and_a_busy_one_is_not() -> None:
 def test_the_handler_learns_that_the_client_left() -> None:
     gone: asyncio.Queue[str] = asyncio.Queue()
 
+    asked = asyncio.Event()
+
     def handle(exchange: Exchange) -> None:
         exchange.on_gone = lambda: gone.put_nowait(exchange.path)
+        asked.set()
 
     async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"GET /a HTTP/1.1\r\nhost: x\r\n\r\n")
-        await asyncio.sleep(0.05)
+        await asked.wait()
         writer.close()
         assert await gone.get() == "/a"
 
@@ -321,14 +325,16 @@ def test_draining_closes_after_a_stream_that_had_begun_before() -> None:
 
 
 def test_draining_ends_at_its_limit() -> None:
+    waiting: asyncio.Queue[Exchange] = asyncio.Queue()
+
     async def main() -> None:
         sock = socket.create_server(("127.0.0.1", 0))
         sock.setblocking(False)
-        http = Http(lambda exchange: None, HttpLimits())
+        http = Http(waiting.put_nowait, HttpLimits())
         await http.listen(sock)
         reader, writer = await asyncio.open_connection(*sock.getsockname())
         writer.write(b"GET /a HTTP/1.1\r\nhost: x\r\n\r\n")
-        await asyncio.sleep(0.05)
+        await waiting.get()
         assert not await http.drain(0.2)
         assert await reader.read() == b""
         writer.close()
