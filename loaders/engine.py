@@ -157,7 +157,7 @@ def merge_flags(ours: Iterable[tuple[str, str | None]], theirs: Sequence[str]) -
 
 def find_install(python: Path) -> EngineInstall | None:
     """The vLLM beside ``python``, or ``None`` where none is found (or it is no environment)."""
-    for site in _site_packages(python):
+    for site in site_packages(python):
         for entry in sorted(site.glob("vllm*.dist-info")):
             match = DIST_INFO.fullmatch(entry.name)
             if match is None:
@@ -170,7 +170,7 @@ def find_install(python: Path) -> EngineInstall | None:
     return None
 
 
-def _site_packages(python: Path) -> list[Path]:
+def site_packages(python: Path) -> list[Path]:
     """``site-packages`` of the environment whose ``bin`` holds ``python`` (its link not followed:
     the interpreter of a virtual environment is usually a link out of it)."""
     root = python.absolute().parent.parent
