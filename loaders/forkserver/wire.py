@@ -1,0 +1,56 @@
+"""Messages between the control process and the fork server: JSON with file descriptors beside it.
+
+One message is one packet of a ``SOCK_SEQPACKET`` socket, so there is no framing, and a peer that
+dies shows as an empty packet. Standard library only: both Pythons import this.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+MAX_BYTES = 1 << 20
+MAX_FDS = 8
+
+
+class Closed(Exception):
+    """The other side has gone."""
+
+
+def send(channel: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+    """Send one message, with copies of ``fds``. Raises ``OSError`` when it is too large for the
+    socket or the other side has gone."""
+    data = json.dumps(message).encode()
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    channel.sendmsg([data], rights)
+
+
+def receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """The next message and the file descriptors that came with it, which are now ours.
+
+    Raises ``Closed`` at the end, ``ValueError`` for what is no message, ``BlockingIOError`` when
+    there is none yet on a socket that does not wait.
+    """
+    space = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+    data, rights, flags, _ = channel.recvmsg(MAX_BYTES, space, socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, content in rights:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    try:
+        if not data:
+            raise Closed("the other side has gone")
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise ValueError("a message was cut short")
+        message = json.loads(data)
+        if not isinstance(message, dict):
+            raise ValueError("a message must be a JSON object")
+    except (Closed, ValueError):
+        for fd in fds:
+            os.close(fd)
+        raise
+    return message, list(fds)
