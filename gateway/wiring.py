@@ -22,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from autoscaler.backends.base import Backend, BackendError, Placement, ReplicaSpec
+from autoscaler.backends.children import make_env
+from autoscaler.backends.forking import ForkPlan
 from autoscaler.backends.process import ProcessBackend
 from autoscaler.backends.static import StaticBackend
 from autoscaler.loop import ControlLoop
@@ -39,7 +41,7 @@ from gateway.fleet import FleetBook
 from gateway.running import Running, leave_record, make_url, remove_record
 from gateway.settings import Settings
 from gateway.workers import ListenError, Workers, open_listeners
-from loaders.engine import EngineCommand, simulated_command, vllm_command
+from loaders.engine import EngineCommand, find_install, simulated_command, vllm_command
 from loaders.settings import LoaderSettings
 
 log = logging.getLogger("tidegate")
@@ -128,6 +130,29 @@ def engine_command(
     return EngineCommand(argv=command.argv, env={**command.env, **pool.env})
 
 
+def fork_plan(settings: Settings, environ: Mapping[str, str]) -> ForkPlan | None:
+    """What the fork server imports, for the first pool that has vLLM; ``None`` without one, or
+    where the settings want none. Pools whose environment differs are started the plain way."""
+    pools = [pool for pool in settings.pools if pool.engine == "vllm"]
+    if not pools or not settings.loaders.fork_server:
+        return None
+    install = find_install(settings.loaders.engine_python)
+    spec = ReplicaSpec(id="fork-server", pool=pools[0])
+    placement = Placement(host="127.0.0.1", port=0)
+    try:
+        command = engine_command(spec, placement, settings.loaders)
+    except ValueError:
+        return None  # each start says so
+    return ForkPlan(
+        python=settings.loaders.engine_python,
+        env=make_env(environ, command, spec, placement),
+        device="cuda" if install is None else install.device,
+        models=tuple(pool.model for pool in pools if pool.model),
+        backoff_s=settings.autoscaler.backoff_initial_s,
+        backoff_max_s=settings.autoscaler.backoff_max_s,
+    )
+
+
 def list_gpus() -> Sequence[Gpu] | None:
     """The GPUs of this machine, or ``None`` where they cannot be told."""
     found = machine.Machine().gpus()
@@ -194,6 +219,8 @@ class _Tidegate:
                 settings=settings.autoscaler,
                 command=lambda spec, placement: engine_command(spec, placement, settings.loaders),
                 list_gpus=list_gpus,
+                fork_plan=fork_plan(settings, os.environ),
+                on_news=lambda replica_id: self.loop.look(replica_id),
             ),
             "static": StaticBackend(settings=settings.autoscaler),
         }

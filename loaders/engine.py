@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from loaders.settings import LoaderSettings
+from loaders.vllm_plugin import ENTRY_POINT, LOAD_FORMAT
 
 LAUNCHER = """\
 import runpy
@@ -100,6 +101,8 @@ def vllm_command(
         ("--disable-uvicorn-access-log", None),
         ("--uvicorn-log-level", "warning"),
     ]
+    if settings.load_format != LOAD_FORMAT or has_plugin(python):
+        flags.append(("--load-format", settings.load_format))
     if max_model_len_tokens is not None:
         flags.append(("--max-model-len", str(max_model_len_tokens)))
     if on_cpu and settings.cpu_enforce_eager:
@@ -168,6 +171,15 @@ def find_install(python: Path) -> EngineInstall | None:
                 distribution=name, version=version, device="cpu" if cpu else "cuda"
             )
     return None
+
+
+def has_plugin(python: Path) -> bool:
+    """Whether vLLM, run by ``python``, will find our load format: Tidegate is installed there."""
+    for site in site_packages(python):
+        for entry in site.glob("tidegate-*.dist-info/entry_points.txt"):
+            if ENTRY_POINT in entry.read_text(encoding="utf-8", errors="replace"):
+                return True
+    return False
 
 
 def site_packages(python: Path) -> list[Path]:

@@ -35,3 +35,15 @@ class LoaderSettings(BaseModel):
     cpu_enforce_eager: bool = True
     """Whether vLLM's CPU build runs without compiling the model. Compiling takes minutes of every
     start for a few per cent of speed; a pool that never sleeps may want it. No effect on GPUs."""
+
+    load_format: str = Field(default="tidegate", min_length=1, max_length=100)
+    """How vLLM reads weights: ``tidegate`` is our reader, used where Tidegate is installed in the
+    engine's environment (``make run`` does that); any of vLLM's own ``--load-format`` names works
+    too, ``auto`` is its default. A pool's ``engine_args`` may name another.
+    ``tidegate doctor`` says which is the fastest here."""
+
+    fork_server: bool = True
+    """Whether a process that has imported vLLM is kept, from which engines are forked: a start then
+    takes some 2 s instead of some 30. It is idle, and costs the memory of what it has imported
+    (about 0.6 GB, of which its engines share most). Without it, or when it cannot be used, engines
+    are started the plain way, and ``tidegate status`` says why."""

@@ -40,6 +40,18 @@ class Family:
             self._record = replace(self._record, members=members)
             self._registry.write(self._record)
 
+    def rename(self, replica_id: str) -> None:
+        """Keep the record under another name. Raises ``OSError`` if it cannot."""
+        before = self._record.replica_id
+        self._record = replace(self._record, replica_id=replica_id)
+        self._registry.write(self._record)
+        self._registry.remove(before)
+
+    def pids(self) -> list[int]:
+        """The processes that were seen at the last ``refresh``, the leader at least."""
+        known = {self._record.leader, *self._record.members}
+        return sorted(process.pid for process in known)
+
     async def end(self, *, grace_s: float, sleep: Sleep, reap: Callable[[], object]) -> set[int]:
         """SIGTERM, ``grace_s`` seconds, SIGKILL; then off the record. Returns the pids found.
 

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import secrets
-import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoscaler.backends import launch
 from autoscaler.backends.base import (
     BackendError,
-    Command,
     Leftover,
     MakeCommand,
     NoRoom,
@@ -32,47 +28,59 @@ from autoscaler.backends.base import (
     Probe,
     ReplicaSpec,
     StillRunning,
+    Unsupported,
+)
+from autoscaler.backends.children import (
+    MARK,
+    Child,
+    Process,
+    describe_end,
+    make_env,
+    make_probe,
+    spawn_plainly,
 )
 from autoscaler.backends.family import Family, Sleep, end_leftovers
-from autoscaler.backends.health import HealthClient, ServedModel, choose_model
-from autoscaler.backends.logs import ReplicaLog, message_of, prune
+from autoscaler.backends.forking import RECORD_ID as FORK_SERVER
+from autoscaler.backends.forking import ForkPlan, Forks, ForkServerStatus
+from autoscaler.backends.health import HealthClient, choose_model
+from autoscaler.backends.logs import ReplicaLog, prune
 from autoscaler.backends.process_registry import ProcessRecord, ProcessRegistry
-from autoscaler.backends.procs import ProcessStat, boot_id, list_stats, read_stat
+from autoscaler.backends.procs import (
+    ProcessStat,
+    boot_id,
+    list_stats,
+    read_pss_bytes,
+    read_stat,
+    reap_orphans,
+)
 from autoscaler.placement import Gpu, GpuUse, assign_cpus, assign_gpus
 from autoscaler.settings import AutoscalerSettings
+from loaders.forkserver.client import ForkedProcess, ForkError
 
 HOST = "127.0.0.1"
-MARK = "TIDEGATE_REPLICA_MARK"
-PHASE_CHARACTERS = 160
+LOG = logging.getLogger("tidegate.autoscaler")
 PORT_TRIES = 32
 KEEP_S = 1.0
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Child:
-    """One replica's process, and everything held for it until it is gone."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standby:
+    """An engine that is forked and waits for its weights. ``parked`` is false until it has come
+    so far; ``pss_bytes`` is the memory of its processes, of what they share only their part."""
 
-    spec: ReplicaSpec
-    placement: Placement
-    mark: str
-    log: ReplicaLog
-    process: subprocess.Popen[bytes] | None = None
-    family: Family | None = None
-    model: ServedModel | None = None
-    ended: bool = False
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    @property
-    def url(self) -> str:
-        """The engine's base URL."""
-        return f"http://{self.placement.host}:{self.placement.port}"
+    pool: str
+    pid: int
+    parked: bool
+    pss_bytes: int
 
 
 class ProcessBackend:
     """Backend for pools with ``backend = "process"``.
 
     ``command`` makes the command line of a replica; ``list_gpus`` tells the GPUs of this machine
-    (``None``: unknown) and is asked when a replica that needs one is started.
+    (``None``: unknown) and is asked when a replica that needs one is started. With a
+    ``fork_plan`` vLLM is forked rather than started, wherever that is possible. ``on_news`` is
+    told the replica that is worth a look now.
     """
 
     owns_replicas = True
@@ -87,6 +95,8 @@ class ProcessBackend:
         cpus: Sequence[int] | None = None,
         environ: Mapping[str, str] | None = None,
         sleep: Sleep = asyncio.sleep,
+        fork_plan: ForkPlan | None = None,
+        on_news: Callable[[str], None] = lambda replica_id: None,
     ) -> None:
         self._settings = settings
         self._command = command
@@ -98,31 +108,52 @@ class ProcessBackend:
         self._registry = ProcessRegistry(state_dir.absolute() / "replicas")
         self._client = HealthClient(timeout_s=settings.health_timeout_s)
         self._children: dict[str, Child] = {}
+        self._standbys: dict[str, Child] = {}
+        self._on_news = on_news
+        self._forks: Forks | None = None
+        if fork_plan is not None:
+            log = self._make_log(self._logs / f"{FORK_SERVER}.log")
+            self._forks = Forks(fork_plan, registry=self._registry, log=log, mark=MARK)
         self._keeper: asyncio.Task[None] | None = None
 
     async def start(self, spec: ReplicaSpec) -> None:
-        """Launch a replica's process. Raises ``NoRoom`` without a free GPU, ``BackendError`` when
-        it cannot be launched."""
+        """Launch a replica's process, or wake the pool's standby. Raises ``NoRoom`` without a free
+        GPU, ``BackendError`` when it cannot be launched."""
         if spec.id in self._children:
             raise BackendError(f"{spec.id} has been started already")
         self._registry.claim()
+        standby = self._standbys.pop(spec.pool.name, None)
+        if standby is not None:
+            if await self._wake_standby(standby, spec):
+                return
+            await self._end(standby, grace_s=0.0)
+        await self._start(spec, self._children, spec.id)
+
+    async def _start(
+        self, spec: ReplicaSpec, shelf: dict[str, Child], key: str, *, parked: bool = False
+    ) -> None:
         gpus, cpus = await self._place(spec)
         placement = Placement(host=HOST, port=self._free_port(), gpus=gpus, cpus=cpus)
         directory = self._logs / re.sub(r"[^A-Za-z0-9._-]+", "-", spec.pool.name)
-        log = ReplicaLog(
-            directory / f"{spec.id}.log",
-            max_bytes=self._settings.log_bytes,
-            files=self._settings.log_files,
+        try:
+            command = self._command(spec, placement)
+        except ValueError as error:
+            raise BackendError(f"{spec.id} was not started: {error}") from error
+        child = Child(
+            spec=spec,
+            placement=placement,
+            mark=secrets.token_hex(16),
+            log=self._make_log(directory / f"{spec.id}.log"),
+            command=command,
         )
-        child = Child(spec=spec, placement=placement, mark=secrets.token_hex(16), log=log)
-        self._children[spec.id] = child
+        shelf[key] = child
         try:
             async with child.lock:
-                living = {one.log.path for one in self._children.values()}
+                living = {one.log.path for one in self._all()}
                 await asyncio.to_thread(
                     prune, directory, keep=self._settings.log_replicas, living=living
                 )
-                await self._launch(child)
+                await self._launch(child, parked=parked)
         except BaseException as error:
             with contextlib.suppress(StillRunning):
                 await self._end(child, grace_s=0.0)
@@ -132,12 +163,93 @@ class ProcessBackend:
         if self._keeper is None:
             self._keeper = asyncio.create_task(self._keep(), name="process-backend-keeper")
 
+    def _make_log(self, path: Path) -> ReplicaLog:
+        settings = self._settings
+        return ReplicaLog(path, max_bytes=settings.log_bytes, files=settings.log_files)
+
+    def _all(self) -> list[Child]:
+        return [*self._children.values(), *self._standbys.values()]
+
+    async def standby(self, spec: ReplicaSpec) -> None:
+        """Keep an engine of a pool forked, all but its weights done, for its next replica.
+
+        ``spec`` is that of a replica to come, its model on this disk; its ``id`` names the standby
+        until then. Nothing to do where the pool has one that would serve. Raises ``Unsupported``
+        without a fork server, and as ``start`` does.
+        """
+        kept = self._standbys.get(spec.pool.name)
+        if kept is not None:
+            alive = kept.process is not None and kept.process.poll() is None
+            if alive and self._fits(kept, spec):
+                return
+            await self.end_standby(spec.pool.name)
+        self._registry.claim()
+        await self._start(spec, self._standbys, spec.pool.name, parked=True)
+
+    async def end_standby(self, pool: str) -> None:
+        """End a pool's standby; nothing to do if it has none."""
+        child = self._standbys.get(pool)
+        if child is not None:
+            async with child.lock:
+                await self._end(child, grace_s=0.0)
+
+    def standbys(self) -> tuple[Standby, ...]:
+        """The standbys that live, with what they cost."""
+        found = []
+        for pool, child in self._standbys.items():
+            if child.process is None or child.family is None or child.process.poll() is not None:
+                continue
+            child.listen()
+            pss_bytes = sum(read_pss_bytes(pid) or 0 for pid in child.family.pids())
+            found.append(
+                Standby(
+                    pool=pool, pid=child.process.pid, parked=child.is_parked, pss_bytes=pss_bytes
+                )
+            )
+        return tuple(found)
+
+    def fork_server(self) -> ForkServerStatus | None:
+        """How the fork server is; ``None`` where there is to be none."""
+        return None if self._forks is None else self._forks.status()
+
+    def _fits(self, child: Child, spec: ReplicaSpec) -> bool:
+        """Whether a standby is what would be started for ``spec`` now, on what is free now."""
+        try:
+            command = self._command(spec, child.placement)
+        except ValueError:
+            return False
+        ours, others = child.placement, [one.placement for one in self._children.values()]
+        free = not any({*ours.cpus} & {*one.cpus} or {*ours.gpus} & {*one.gpus} for one in others)
+        env = make_env(self._environ, command, spec, ours)
+        kept = make_env(self._environ, child.command, child.spec, ours)
+        return free and tuple(command.argv) == tuple(child.command.argv) and env == kept
+
+    async def _wake_standby(self, child: Child, spec: ReplicaSpec) -> bool:
+        """Make a pool's standby its replica; false if it cannot be."""
+        process, family = child.process, child.family
+        async with child.lock:
+            if not isinstance(process, ForkedProcess) or family is None or child.ended:
+                return False
+            if process.poll() is not None or not self._fits(child, spec):
+                return False
+            log = self._make_log(child.log.path.with_name(f"{spec.id}.log"))
+            try:
+                await to_the_end(asyncio.to_thread(family.rename, spec.id))
+                child.log.path.rename(log.path)
+                process.go()
+            except OSError as error:
+                LOG.info("%s: its standby is of no use: %s", spec.pool.name, error)
+                return False
+            child.spec, child.log = spec, log
+            self._children[spec.id] = child
+            return True
+
     async def _place(self, spec: ReplicaSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
         pool = spec.pool
         inventory = None
         if pool.gpus_per_replica:
             inventory = await asyncio.to_thread(self._list_gpus)
-        children = self._children.values()
+        children = list(self._children.values())
         gpus = assign_gpus(
             count=pool.gpus_per_replica,
             memory_bytes=pool.gpu_memory_bytes,
@@ -162,7 +274,7 @@ class ProcessBackend:
 
     def _free_port(self) -> int:
         """A port nobody listens on, and that no other replica was given."""
-        taken = {child.placement.port for child in self._children.values()}
+        taken = {child.placement.port for child in self._all()}
         for _ in range(PORT_TRIES):
             with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
                 probe.bind((HOST, 0))
@@ -171,12 +283,14 @@ class ProcessBackend:
                 return port
         raise BackendError(f"no free port was found on {HOST} in {PORT_TRIES} tries")
 
-    async def _launch(self, child: Child) -> None:
+    async def _launch(self, child: Child, *, parked: bool = False) -> None:
         """Start the gate, put it on record, open it."""
-        spec, placement = child.spec, child.placement
-        command = self._command(spec, placement)
-        process = self._spawn(child, command)
-        child.process = process
+        spec = child.spec
+        env = {
+            **make_env(self._environ, child.command, spec, child.placement),
+            MARK: child.mark,
+        }
+        process = child.process = await self._begin(child, env, parked=parked)
         stat = read_stat(process.pid)
         if stat is None or process.stdin is None:
             raise BackendError(f"{spec.id} ended while it was being launched")
@@ -188,34 +302,35 @@ class ProcessBackend:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(b"!")
         process.stdin.close()
+        if isinstance(process, ForkedProcess):
+            asyncio.get_running_loop().add_reader(process.marks, self._hear, child, process.marks)
 
-    def _spawn(self, child: Child, command: Command) -> subprocess.Popen[bytes]:
-        # Not through asyncio: a cancelled start could lose the process between its birth and us.
-        cores = ",".join(map(str, child.placement.cpus)) or "-"
-        gate = [sys.executable, "-I", "-S", launch.__file__, str(os.getpid()), cores]
-        output = child.log.open()
-        try:
-            return subprocess.Popen(
-                [*gate, *command.argv],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                env=self._make_env(child, command.env),
-                start_new_session=True,
-                bufsize=0,
-            )
-        finally:
-            os.close(output)
+    async def _begin(self, child: Child, env: Mapping[str, str], *, parked: bool) -> Process:
+        """Fork the engine where that is possible, else start it the plain way and keep why."""
+        if self._forks is not None and child.spec.pool.engine == "vllm":
+            output = child.log.open()
+            try:
+                return await self._forks.fork(
+                    child.command, env, child.placement.cpus, child.mark, log=output, parked=parked
+                )
+            except ForkError as error:
+                if parked:
+                    raise Unsupported(f"no engine can be kept forked: {error}") from error
+                child.plainly = str(error)
+                LOG.info("%s is started the plain way: %s", child.spec.id, error)
+            finally:
+                os.close(output)
+        elif parked:
+            raise Unsupported("no engine can be kept forked without a fork server")
+        return spawn_plainly(child, env)
 
-    def _make_env(self, child: Child, command_env: Mapping[str, str]) -> dict[str, str]:
-        # Our own settings may hold secrets, and SPT_NOENV keeps setproctitle (vLLM uses it) from
-        # overwriting the environment, in which the mark is found again.
-        env = {k: v for k, v in self._environ.items() if not k.startswith("TIDEGATE__")}
-        env |= {**command_env, **child.spec.pool.env}
-        if child.placement.gpus:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, child.placement.gpus))
-        env |= {MARK: child.mark, "SPT_NOENV": "1"}
-        return env
+    def _hear(self, child: Child, marks: int) -> None:
+        """A forked engine has told something; that it serves is worth a look at once."""
+        served = child.serves
+        if not child.listen():
+            asyncio.get_running_loop().remove_reader(marks)
+        if child.serves and not served:
+            self._on_news(child.spec.id)
 
     async def probe(self, replica_id: str) -> Probe:
         """See whether the process lives, and ask the engine whether it is well."""
@@ -224,46 +339,15 @@ class ProcessBackend:
             return Probe(alive=False, ready=False, detail="it has no process")
         status = child.process.poll()
         if status is not None:
-            detail = self._ending(child, status)
-            return self._make_probe(child, alive=False, ready=False, detail=detail)
+            detail = describe_end(child, status, lines=self._settings.log_tail_lines)
+            return make_probe(child, alive=False, ready=False, detail=detail)
         pool = child.spec.pool
         health = await self._client.check(child.url, pool.health_path, {})
         if health.ready and child.model is None:
             models = await self._client.list_models(child.url, {})
             child.model = choose_model(models, pool.name, pool.model)
-        lines = [] if health.ready else child.log.tail(1)
-        phase = message_of(lines[0])[:PHASE_CHARACTERS] if lines else ""
-        return self._make_probe(
-            child, alive=True, ready=health.ready, detail=health.detail, phase=phase
-        )
-
-    def _make_probe(
-        self, child: Child, *, alive: bool, ready: bool | None, detail: str, phase: str = ""
-    ) -> Probe:
-        pool, model = child.spec.pool, child.model
-        length = None if model is None else model.max_model_len_tokens
-        return Probe(
-            alive=alive,
-            ready=ready,
-            detail=detail,
-            phase=phase,
-            url=child.url,
-            served_model=None if model is None else model.name,
-            max_model_len_tokens=length or pool.max_model_len_tokens,
-            pid=None if child.process is None else child.process.pid,
-            gpus=child.placement.gpus,
-            cpus=child.placement.cpus,
-        )
-
-    def _ending(self, child: Child, status: int) -> str:
-        """How a process ended, with the last lines it wrote."""
-        how = f"exited with status {status}"
-        if status < 0:
-            with contextlib.suppress(ValueError):
-                how = f"was ended by {signal.Signals(-status).name}"
-        lines = child.log.tail(self._settings.log_tail_lines)
-        said = "; it wrote nothing" if not lines else "; its last lines:\n" + "\n".join(lines)
-        return f"the engine {how} (log: {child.log.path}){said}"
+        phase = "" if health.ready else child.describe_phase()
+        return make_probe(child, alive=True, ready=health.ready, detail=health.detail, phase=phase)
 
     async def stop(self, replica_id: str, *, grace_s: float) -> None:
         """SIGTERM to all processes of a replica, SIGKILL after ``grace_s``."""
@@ -285,8 +369,15 @@ class ProcessBackend:
             else:
                 await child.family.end(grace_s=grace_s, sleep=self._sleep, reap=process.poll)
             await asyncio.to_thread(process.wait)
+            if self._forks is not None:
+                reap_orphans({process.pid}, await asyncio.to_thread(list_stats))
+            if isinstance(process, ForkedProcess):
+                asyncio.get_running_loop().remove_reader(process.marks)
+                process.close()
         child.ended = True
-        del self._children[child.spec.id]
+        for shelf in (self._children, self._standbys):
+            for key in [key for key, one in shelf.items() if one is child]:
+                del shelf[key]
 
     async def sleep(self, replica_id: str, level: int) -> None:
         """Ask the engine to sleep (vLLM's ``/sleep``; it needs ``--enable-sleep-mode``)."""
@@ -309,18 +400,25 @@ class ProcessBackend:
     async def adopt(self) -> list[Leftover]:
         """Own the state directory, and end the processes its last owner left running."""
         grace_s = self._settings.terminate_s
-        return await end_leftovers(self._registry, grace_s=grace_s, sleep=self._sleep)
+        ended = await end_leftovers(self._registry, grace_s=grace_s, sleep=self._sleep)
+        if self._forks is not None:
+            self._forks.start()
+        return ended
 
     async def _keep(self) -> None:
         """Rotate logs, and keep the record of each replica's processes up to date."""
         while True:
             await self._sleep(KEEP_S)
-            if not self._children:
+            if not self._all():
                 continue
             # A full disk, say, must not end an engine: the next look tries again.
             with contextlib.suppress(OSError):
                 stats = await asyncio.to_thread(list_stats)
-                for child in [one for one in self._children.values() if not one.lock.locked()]:
+                if self._forks is not None:
+                    self._forks.log.rotate()
+                    leaders = {one.process.pid for one in self._all() if one.process is not None}
+                    reap_orphans(leaders, stats)
+                for child in [one for one in self._all() if not one.lock.locked()]:
                     async with child.lock:
                         await asyncio.to_thread(self._keep_one, child, stats)
 
@@ -338,9 +436,14 @@ class ProcessBackend:
             self._keeper = None
         grace_s = self._settings.terminate_s
         ids = list(self._children)
+        pools = list(self._standbys)
         results = await asyncio.gather(
-            *(self.stop(one, grace_s=grace_s) for one in ids), return_exceptions=True
+            *(self.stop(one, grace_s=grace_s) for one in ids),
+            *(self.end_standby(pool) for pool in pools),
+            return_exceptions=True,
         )
+        if self._forks is not None:
+            await self._forks.close()
         await self._client.close()
         self._registry.release()
         errors = [one for one in results if isinstance(one, Exception)]

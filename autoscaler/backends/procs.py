@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import Awaitable, Callable, Iterable
@@ -59,6 +60,28 @@ def list_stats() -> list[ProcessStat]:
     """Every process of this machine that this one can see."""
     pids = [int(entry) for entry in os.listdir(PROC) if entry.isdigit()]
     return [stat for stat in map(read_stat, pids) if stat is not None]
+
+
+def read_pss_bytes(pid: int) -> int | None:
+    """Memory of a process, of pages it shares only its part; ``None`` where it cannot be told."""
+    try:
+        text = (PROC / str(pid) / "smaps_rollup").read_text()
+    except OSError:
+        return None
+    for line in text.splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def reap_orphans(sessions: Iterable[int], stats: Iterable[ProcessStat]) -> None:
+    """Let go of ended processes that came to us when their own parent ended, by their session.
+    The session's leader is left to whoever started it."""
+    wanted = set(sessions)
+    for stat in stats:
+        if stat.gone and stat.parent == os.getpid() and stat.session in wanted - {stat.id.pid}:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(stat.id.pid, os.WNOHANG)
 
 
 def carries(pid: int, mark: str) -> bool:

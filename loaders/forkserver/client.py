@@ -12,6 +12,7 @@ import ctypes
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ class ForkError(Exception):
 
 class ServerLost(ForkError):
     """The fork server is gone, or no longer of use."""
+
+
+class Unfit(ServerLost):
+    """It found that engines cannot be forked here; another one would find the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,18 +88,20 @@ class ForkedProcess:
         self.stdin = os.fdopen(gate, "wb", buffering=0)
         self.marks = marks
         self._go = go
+        self._asking = threading.Lock()
 
     def poll(self) -> int | None:
         """The exit status, negative for a signal; ``None`` while it runs."""
-        if self.returncode is None:
-            try:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
-            except ChildProcessError:
-                self.returncode = 0  # somebody else has learnt it, and nobody can any more
-            else:
-                if pid:
-                    self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
+        with self._asking:
+            if self.returncode is None:
+                try:
+                    pid, status = os.waitpid(self.pid, os.WNOHANG)
+                except ChildProcessError:
+                    self.returncode = 0  # somebody else has learnt it, and nobody can any more
+                else:
+                    if pid:
+                        self.returncode = os.waitstatus_to_exitcode(status)
+            return self.returncode
 
     def wait(self) -> int:
         """Wait for its end, in a thread; returns the exit status."""
@@ -116,12 +123,14 @@ class ForkedProcess:
         os.close(self._go)
         self._go = None
 
-    def read_marks(self) -> bytes:
-        """What it has told since the last call; nothing if nothing."""
+    def read_marks(self) -> bytes | None:
+        """What it has told since the last call; ``None`` when it will tell no more."""
         try:
-            return os.read(self.marks, 65_536)
-        except (BlockingIOError, OSError):
+            return os.read(self.marks, 65_536) or None
+        except BlockingIOError:
             return b""
+        except OSError:
+            return None
 
     def close(self) -> None:
         """Give back what is held for it."""
@@ -141,10 +150,11 @@ class ForkServer:
         self._lock = asyncio.Lock()
 
     async def hello(self, *, device: str, models: Sequence[str]) -> Ready:
-        """Have it import everything; returns when it can fork. Raises ``ServerLost``."""
+        """Have it import everything; returns when it can fork. Raises ``Unfit`` or
+        ``ServerLost``."""
         answer = await self._ask({"device": device, "models": list(models)})
         if answer.get("kind") != "ready":
-            raise ServerLost(str(answer.get("reason", "it answered something else")))
+            raise Unfit(str(answer.get("reason", "it answered something else")))
         return Ready(
             seconds=float(answer["seconds"]),
             modules=int(answer["modules"]),
@@ -182,13 +192,16 @@ class ForkServer:
                 "mark": list(request.mark),
                 "parent": os.getpid(),
             }
+            asked = asyncio.ensure_future(self._ask(message, [log, *theirs]))
             try:
-                answer = await self._ask(message, [log, *theirs])
+                answer = await asyncio.shield(asked)
                 if answer.get("kind") != "forked":
                     raise ForkError(str(answer.get("reason", "it answered something else")))
-            except BaseException:
+            except BaseException as error:
                 for fd in ours:  # the gate's end: one that was forked after all ends by itself
                     os.close(fd)
+                if isinstance(error, asyncio.CancelledError):
+                    await _let_go(asked)
                 raise
             return ForkedProcess(int(answer["pid"]), gate=gate_out, marks=marks_in, go=go)
 
@@ -198,13 +211,7 @@ class ForkServer:
                 wire.send(self._channel, message, fds)
             except OSError as error:
                 raise ServerLost(f"it cannot be asked: {error}") from error
-            # An answer that nobody waits for any more must not be taken for the next one's.
-            answer = asyncio.ensure_future(self._answer())
-            try:
-                return await asyncio.shield(answer)
-            except asyncio.CancelledError:
-                await asyncio.wait({answer})
-                raise
+            return await self._answer()
 
     async def _answer(self) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
@@ -231,3 +238,12 @@ class ForkServer:
     def close(self) -> None:
         """End the channel, and with it the fork server; the engines it forked go on."""
         self._channel.close()
+
+
+async def _let_go(asked: asyncio.Future[dict[str, Any]]) -> None:
+    """Learn the end of an engine that was forked for somebody who is gone."""
+    with contextlib.suppress(ForkError):
+        answer = await asked
+        if answer.get("kind") == "forked":
+            with contextlib.suppress(ChildProcessError):
+                await asyncio.to_thread(os.waitpid, int(answer["pid"]), 0)

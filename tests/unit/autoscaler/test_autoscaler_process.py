@@ -321,7 +321,7 @@ def test_health_by_another_path_and_its_absence(tmp_path: Path) -> None:
         assert (await wait_ready(backend, "r-1")).served_model == "tiny"
         probe = await wait_for_probe(backend, "r-2", lambda one: "503" in one.detail)
         assert (probe.alive, probe.ready) == (True, False)
-        assert probe.phase == "serving no GPU"
+        assert probe.phase == "importing: serving no GPU"
         await backend.close()
 
     asyncio.run(story())
