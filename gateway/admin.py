@@ -14,27 +14,26 @@ Every error has OpenAI's shape and names its reason in ``x-tidegate-reason``.
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
-import json
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gateway.admin_answers import error, read_object
+from gateway.admin_models import ModelRoutes
+from gateway.models import Models
 from gateway.settings import LOOPBACK_NAMES, is_loopback
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_BODY_BYTES = 65_536
 """A change is a few words; more is a mistake."""
-BODY_TIMEOUT_S = 10.0
-"""Seconds a client has to send those few words."""
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -86,24 +85,18 @@ def create_app(
     host: str = "127.0.0.1",
     allowed_hosts: Sequence[str] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
+    models: Models | None = None,
 ) -> Starlette:
-    """The application; ``host`` is the address it is bound to, ``allowed_hosts`` further names."""
-    routes = _Routes(control, max_body_bytes)
+    """The application; ``host`` is the address it is bound to, ``allowed_hosts`` further names.
+
+    With ``models`` the model cache is shown and worked on too, below ``/models``.
+    """
+    routes = _Routes(control, max_body_bytes, models)
     return Starlette(
         routes=routes.table(),
         middleware=[Middleware(BrowserGuard, host=host, allowed_hosts=tuple(allowed_hosts))],
         exception_handlers={HTTPException: _http_error, Exception: _internal_error},
     )
-
-
-def error(
-    status: int, reason: str, message: str, *, param: str | None = None, **headers: str
-) -> JSONResponse:
-    """An error as OpenAI shapes it, with its reason in a header for machines."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    body = {"error": {"message": message, "type": kind, "param": param, "code": reason}}
-    extra = {name.replace("_", "-"): value for name, value in headers.items()}
-    return JSONResponse(body, status, {"x-tidegate-reason": reason, **extra})
 
 
 class BrowserGuard:
@@ -167,9 +160,10 @@ class BrowserGuard:
 class _Routes:
     """The endpoints, bound to one ``Control``."""
 
-    def __init__(self, control: Control, max_body_bytes: int) -> None:
+    def __init__(self, control: Control, max_body_bytes: int, models: Models | None) -> None:
         self.control = control
         self.max_body_bytes = max_body_bytes
+        self.models = [] if models is None else ModelRoutes(models, max_body_bytes).table()
 
     def table(self) -> list[Route]:
         """Every route. Pools' names may have slashes in them."""
@@ -184,6 +178,7 @@ class _Routes:
             Route("/pools/{pool:path}/sleep", self.sleep, methods=["POST"]),
             Route("/pools/{pool:path}/wake", self.wake, methods=["POST"]),
             Route("/replicas/{replica:path}/drain", self.drain, methods=["POST"]),
+            *self.models,
         ]
 
     async def index(self, request: Request) -> Response:
@@ -274,28 +269,7 @@ class _Routes:
 
     async def body(self, request: Request, known: set[str]) -> dict[str, Any] | Response:
         """A small JSON object with only ``known`` in it (nothing is ``{}``), or what is wrong."""
-        data = bytearray()
-        try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
-                async for piece in request.stream():
-                    data += piece
-                    if len(data) > self.max_body_bytes:
-                        text = f"The body is larger than {self.max_body_bytes} bytes."
-                        return error(413, "body_too_large", text, connection="close")
-        except TimeoutError:
-            return error(408, "body_timeout", "The body did not arrive.", connection="close")
-        except ClientDisconnect:
-            return error(400, "client_closed", "The client went away.", connection="close")
-        try:
-            body = json.loads(data) if data.strip() else {}
-        except (ValueError, RecursionError):
-            return error(400, "bad_json", "The body is not valid JSON.")
-        if not isinstance(body, dict):
-            return error(400, "bad_json", "The body must be a JSON object.")
-        unknown = sorted(set(body) - known)
-        if unknown:
-            return error(400, "unknown_field", f"Unknown field: {unknown[0]}.", param=unknown[0])
-        return body
+        return await read_object(request, known, self.max_body_bytes)
 
 
 def _whole(value: object) -> bool:

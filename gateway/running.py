@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 RECORD_NAME = "running.json"
+AGENT_NAME = "agent.json"
+"""The record of a cache agent, which may run beside a Tidegate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,18 +32,18 @@ def make_url(host: str, port: int, scheme: str = "http") -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def leave_record(state_dir: Path, running: Running) -> None:
+def leave_record(state_dir: Path, running: Running, name: str = RECORD_NAME) -> None:
     """Write the record, whole or not at all. Raises ``OSError`` where it cannot be written."""
     state_dir.mkdir(parents=True, exist_ok=True)
-    fresh = state_dir / f".{RECORD_NAME}.{running.pid}"
+    fresh = state_dir / f".{name}.{running.pid}"
     fresh.write_text(json.dumps(asdict(running)), encoding="utf-8")
-    fresh.replace(state_dir / RECORD_NAME)
+    fresh.replace(state_dir / name)
 
 
-def read_record(state_dir: Path) -> Running | None:
+def read_record(state_dir: Path, name: str = RECORD_NAME) -> Running | None:
     """The Tidegate that runs with this state directory, ``None`` where none is known to."""
     try:
-        found = json.loads((state_dir / RECORD_NAME).read_text(encoding="utf-8"))
+        found = json.loads((state_dir / name).read_text(encoding="utf-8"))
         running = Running(
             pid=int(found["pid"]), url=str(found["url"]), admin_url=str(found["admin_url"])
         )
@@ -50,12 +52,12 @@ def read_record(state_dir: Path) -> Running | None:
     return running if _alive(running.pid) else None
 
 
-def remove_record(state_dir: Path, pid: int) -> None:
+def remove_record(state_dir: Path, pid: int, name: str = RECORD_NAME) -> None:
     """Take the record away if it is still this process's own."""
-    running = read_record(state_dir)
+    running = read_record(state_dir, name)
     if running is not None and running.pid == pid:
         with contextlib.suppress(OSError):
-            (state_dir / RECORD_NAME).unlink()
+            (state_dir / name).unlink()
 
 
 def _alive(pid: int) -> bool:

@@ -222,7 +222,7 @@ def test_the_message_of_a_bad_value_is_shown(app: Starlette) -> None:
 def test_a_body_that_never_ends_is_given_up(
     app: Starlette, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.admin.BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("gateway.admin_answers.BODY_TIMEOUT_S", 0.05)
 
     async def slowly() -> AsyncIterator[bytes]:
         yield b"{"

@@ -1,0 +1,130 @@
+"""What ``tidegate model`` prints. Pure functions from the answers of ``gateway.models`` to text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gateway.cli_render import BUSY, GOOD, NONE, UNKNOWN, Screen, Table, duration
+
+UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+TIER_STYLES = {"running": GOOD, "sleeping": GOOD, "paged": GOOD, "forked": GOOD, "on_disk": "cyan"}
+
+
+def size(value: float | None) -> str:
+    """Bytes as disks and networks count them: ``0 B``, ``412 kB``, ``14.9 GB``."""
+    if value is None:
+        return UNKNOWN
+    number = float(value)
+    for unit in UNITS:
+        if abs(number) < 999.5 or unit == UNITS[-1]:
+            break
+        number /= 1000
+    return (
+        f"{number:.0f} {unit}" if unit in ("B", "kB") or number >= 99.95 else f"{number:.1f} {unit}"
+    )
+
+
+def listing(found: Mapping[str, Any], screen: Screen, now_s: float) -> str:
+    """What ``tidegate model ls`` shows; ``now_s`` is Unix time."""
+    models = found.get("models") or []
+    head = f"{found.get('dir')}: {_usage(found.get('usage') or {})}"
+    if not models:
+        return f"{head}\nNo model is in it; `tidegate model preload MODEL` brings one.\n"
+    table = Table(("MODEL", "REVISION", "TIER", "SIZE", "ALONE", "IN PAGES", "STATE", "USED"))
+    for entry in models:
+        tier = str(entry.get("tier") or UNKNOWN)
+        used = entry.get("used_at_s")
+        table.add(
+            str(entry.get("url")),
+            short(entry.get("revision")),
+            (tier, TIER_STYLES.get(tier, "")),
+            size(entry.get("size_bytes")),
+            size(entry.get("bytes_unique")),
+            _share(entry.get("bytes_cached"), entry.get("size_bytes")),
+            _state(entry),
+            NONE if used is None else f"{duration(now_s - used)} ago",
+        )
+    return f"{head}\n\n{table.render(screen)}"
+
+
+def short(revision: object) -> str:
+    """A revision as it is told apart by eye: the beginning of a long digest."""
+    text = str(revision or NONE)
+    return text[:12] if len(text) >= 32 else text
+
+
+def _usage(usage: Mapping[str, Any]) -> str:
+    parts = []
+    for name, text in (("bytes_used", "{} taken"), ("quota_bytes", "of {} allowed")):
+        if usage.get(name) is not None:
+            parts.append(text.format(size(usage[name])))
+    free = usage.get("free_bytes")
+    if free is not None:
+        parts.append(f"{', ' if parts else ''}{size(free)} of the disk free")
+    return " ".join(parts).replace(" ,", ",") or "what it takes is not known"
+
+
+def _share(part: float | None, whole: float | None) -> str:
+    if part is None or whole is None:
+        return UNKNOWN
+    return NONE if not whole else f"{100 * part / whole:.0f} %"
+
+
+def _state(entry: Mapping[str, Any]) -> str | tuple[str, str]:
+    leases = entry.get("leases") or ()
+    parts = ["pinned"] if entry.get("pinned") else []
+    parts += [f"in use by {', '.join(map(str, leases))}"] if leases else []
+    if not entry.get("complete"):
+        return ", ".join(["not whole", *parts]), BUSY
+    return ", ".join(parts) or NONE
+
+
+def done(told: Mapping[str, Any]) -> str:
+    """What a verb has done, in a line or two."""
+    model, took = told.get("model"), duration(told.get("elapsed_s"))
+    verb = told["verb"]
+    if verb == "preload":
+        return _preloaded(told, took)
+    if verb == "prewarm":
+        pages = told.get("pages") or {}
+        after = pages.get("after") or {}
+        share = _share(after.get("bytes_cached"), after.get("bytes_total"))
+        return (
+            f"{model}: {size(pages.get('bytes_read'))} read, {share} in the page cache ({took})\n"
+        )
+    if verb == "verify":
+        return _verified(told, took)
+    if verb == "replicate":
+        return "".join(_site(name, one) for name, one in (told.get("sites") or {}).items())
+    if verb == "evict":
+        return f"{model} is evicted; {size(told.get('freed_bytes'))} are free again.\n"
+    if verb == "pin":
+        return f"{model} is pinned; `tidegate model unpin` lets it be evicted again.\n"
+    return f"{model} may be evicted again.\n"
+
+
+def _preloaded(told: Mapping[str, Any], took: str) -> str:
+    model, path = told.get("model"), told.get("path")
+    if told.get("size_bytes") is None:
+        return f"{model} is used where it lies: {path}\n"
+    what = f"{model} {short(told.get('revision'))}, {size(told['size_bytes'])}"
+    if told.get("was_there"):
+        return f"{what}, was there already: {path}\n"
+    return f"{what} in {told.get('files')} files ({took}): {path}\n"
+
+
+def _verified(told: Mapping[str, Any], took: str) -> str:
+    damage = told.get("damage") or []
+    if not damage:
+        return f"{told.get('model')}: every byte is what it was ({took}).\n"
+    lines = [
+        f"{told.get('model')}: {len(damage)} damaged{', mended' if told.get('repaired') else ''}"
+    ]
+    lines += [f"  {' '.join(f'{name}={value}' for name, value in one.items())}" for one in damage]
+    return "\n".join(lines) + "\n"
+
+
+def _site(name: str, outcome: Any) -> str:
+    problem = outcome.get("error") if isinstance(outcome, Mapping) else None
+    return f"{name}: {problem}\n" if problem else f"{name}: it is there\n"

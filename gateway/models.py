@@ -1,0 +1,322 @@
+"""What can be done with the model cache by hand: verbs over a cache, JSON in and JSON out.
+
+One ``Models`` serves the console (``tidegate model …`` where nothing runs) and the admin listener
+(``POST /models/…``), so both do the same and answer the same. All of it blocks, some of it for as
+long as a download takes; it is called from threads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from modelcache.types import (
+    CacheError,
+    Cancelled,
+    Damaged,
+    FileRange,
+    InUse,
+    Manifest,
+    ModelEntry,
+    NoSpace,
+    NotFound,
+    Priority,
+    Progress,
+    SourceError,
+)
+
+OnProgress = Callable[[Progress], None]
+IsCancelled = Callable[[], bool]
+
+SLOW_VERBS = ("preload", "prewarm", "verify", "replicate")
+"""Verbs that take long and tell how far they are."""
+QUICK_VERBS = ("pin", "unpin", "evict")
+
+_OPTIONS: Mapping[str, Mapping[str, type]] = {
+    "preload": {"expected_use_at_s": float},
+    "prewarm": {},
+    "verify": {"repair": bool},
+    "replicate": {"sites": list},
+    "pin": {},
+    "unpin": {},
+    "evict": {"force": bool},
+}
+
+_ERRORS: tuple[tuple[type[CacheError], int, str], ...] = (
+    (NotFound, 404, "model_not_found"),
+    (SourceError, 502, "source_failed"),
+    (InUse, 409, "model_in_use"),
+    (NoSpace, 507, "no_space"),
+    (Damaged, 500, "model_damaged"),
+    (Cancelled, 499, "cancelled"),
+    (CacheError, 500, "cache_failed"),
+)
+"""Error classes, the more special ones first, with the status and the reason they are told by."""
+
+
+class Cached(Protocol):
+    """A model revision that is on the disk."""
+
+    @property
+    def url(self) -> str:
+        """Where it came from."""
+        ...
+
+    @property
+    def revision(self) -> str:
+        """Which one it is, exactly."""
+        ...
+
+    @property
+    def path(self) -> Path:
+        """The directory an engine opens."""
+        ...
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What it consists of; ``None`` for a directory that is used where it lies."""
+        ...
+
+
+class Cache(Protocol):
+    """What is asked of the cache; ``modelcache.cache.ModelCache`` is one."""
+
+    @property
+    def dir(self) -> Path:
+        """Its directory."""
+        ...
+
+    def preload(
+        self,
+        url: str,
+        *,
+        revision: str | None = None,
+        priority: Priority = Priority.PRELOAD,
+        on_progress: OnProgress | None = None,
+        cancelled: IsCancelled | None = None,
+        expected_use_at_s: float | None = None,
+    ) -> Cached:
+        """Bring a model to the disk."""
+        ...
+
+    def find(self, url: str, revision: str | None = None) -> Cached | None:
+        """A model that is on the disk, whole."""
+        ...
+
+    def pin(self, url: str, revision: str | None = None) -> None:
+        """Keep it whatever happens."""
+        ...
+
+    def unpin(self, url: str, revision: str | None = None) -> None:
+        """Let it be evicted again."""
+        ...
+
+    def evict(self, url: str, revision: str | None = None, force: bool = False) -> int:
+        """Take it from the disk; returns the bytes that are free now."""
+        ...
+
+    def ls(self) -> Sequence[ModelEntry]:
+        """What is there."""
+        ...
+
+    def verify(
+        self, url: str, revision: str | None = None, *, repair: bool = False
+    ) -> Sequence[Any]:
+        """Read every byte again; returns what is not as it was."""
+        ...
+
+    def usage(self) -> Any:
+        """What the cache takes, and what it may take."""
+        ...
+
+
+Prewarm = Callable[[Sequence[FileRange], OnProgress, IsCancelled], Any]
+"""Brings files into the page cache; ``modelcache.pagecache.prewarm`` does."""
+Replicate = Callable[[str, str | None, Sequence[str], OnProgress, IsCancelled], Mapping[str, Any]]
+"""Has other sites preload a model: URL, revision, site names; returns an outcome for each site."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """The verbs over one cache. Safe to use from several threads, as the cache is."""
+
+    cache: Cache
+    prewarm: Prewarm
+    replicate: Replicate
+    sites: tuple[str, ...] = ()
+
+    def listing(self) -> dict[str, Any]:
+        """Every revision that is on the disk or on its way, and what all of it takes."""
+        return {
+            "dir": str(self.cache.dir),
+            "usage": as_json(self.cache.usage()),
+            "models": [as_json(entry) for entry in self.cache.ls()],
+        }
+
+    def run(
+        self,
+        verb: str,
+        body: Mapping[str, Any],
+        *,
+        on_progress: OnProgress = lambda progress: None,
+        cancelled: IsCancelled = lambda: False,
+    ) -> dict[str, Any]:
+        """Do what ``verb`` says to the model that ``body`` names.
+
+        Raises ``ValueError`` for a body that is not right, ``CacheError`` where it cannot be done.
+        """
+        url, revision, options = read_body(verb, body)
+        began_s = time.monotonic()
+        if verb == "preload":
+            told = self._preload(url, revision, options, on_progress, cancelled)
+        elif verb == "prewarm":
+            told = self._prewarm(url, revision, on_progress, cancelled)
+        elif verb == "verify":
+            told = self._verify(url, revision, options, on_progress, cancelled)
+        elif verb == "replicate":
+            told = self._replicate(url, revision, options, on_progress, cancelled)
+        elif verb == "evict":
+            told = {"freed_bytes": self.cache.evict(url, revision, options.get("force", False))}
+        else:
+            (self.cache.pin if verb == "pin" else self.cache.unpin)(url, revision)
+            told = {"pinned": verb == "pin"}
+        base = {"verb": verb, "model": url, "revision": revision}
+        return {**base, **told, "elapsed_s": round(time.monotonic() - began_s, 3)}
+
+    def _preload(
+        self,
+        url: str,
+        revision: str | None,
+        options: Mapping[str, Any],
+        on_progress: OnProgress,
+        cancelled: IsCancelled,
+    ) -> dict[str, Any]:
+        there = self.cache.find(url, revision) is not None
+        cached = self.cache.preload(
+            url,
+            revision=revision,
+            on_progress=on_progress,
+            cancelled=cancelled,
+            expected_use_at_s=options.get("expected_use_at_s"),
+        )
+        return {**about(cached), "was_there": there}
+
+    def _prewarm(
+        self, url: str, revision: str | None, on_progress: OnProgress, cancelled: IsCancelled
+    ) -> dict[str, Any]:
+        cached = self.cache.find(url, revision)
+        if cached is None:
+            cached = self.cache.preload(
+                url, revision=revision, on_progress=on_progress, cancelled=cancelled
+            )
+        report = self.prewarm(weights_of(cached.path), on_progress, cancelled)
+        return {**about(cached), "pages": as_json(report)}
+
+    def _verify(
+        self,
+        url: str,
+        revision: str | None,
+        options: Mapping[str, Any],
+        on_progress: OnProgress,
+        cancelled: IsCancelled,
+    ) -> dict[str, Any]:
+        repair = options.get("repair", False)
+        on_progress(Progress(phase="checking"))
+        damage = self.cache.verify(url, revision, repair=repair)
+        return {"damage": [as_json(one) for one in damage], "repaired": bool(damage) and repair}
+
+    def _replicate(
+        self,
+        url: str,
+        revision: str | None,
+        options: Mapping[str, Any],
+        on_progress: OnProgress,
+        cancelled: IsCancelled,
+    ) -> dict[str, Any]:
+        names = options.get("sites") or list(self.sites)
+        unknown = [name for name in names if name not in self.sites]
+        if unknown:
+            known = ", ".join(self.sites) or "none"
+            raise ValueError(f"sites: {unknown[0]!r} is not in modelcache.sites (known: {known})")
+        if not names:
+            raise ValueError("sites: modelcache.sites names none, so there is nowhere to go")
+        outcomes = self.replicate(url, revision, names, on_progress, cancelled)
+        return {"sites": as_json(outcomes)}
+
+
+def read_body(verb: str, body: Mapping[str, Any]) -> tuple[str, str | None, dict[str, Any]]:
+    """The model's URL, its revision and the verb's own options. ``ValueError`` names the field."""
+    url, revision = body.get("model"), body.get("revision")
+    if not isinstance(url, str) or not url:
+        raise ValueError('model: send {"model": "URL"}')
+    if revision is not None and not isinstance(revision, str):
+        raise ValueError("revision: must be text or null")
+    known = _OPTIONS[verb]
+    options = {}
+    for name, value in body.items():
+        if name in ("model", "revision"):
+            continue
+        if name not in known:
+            raise ValueError(f"{name}: unknown field")
+        if value is None:
+            continue
+        options[name] = _option(name, value, known[name])
+    return url, revision, options
+
+
+def _option(name: str, value: Any, kind: type) -> Any:
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind is list and isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return value
+    if kind is bool and isinstance(value, bool):
+        return value
+    wanted = {float: "a number", list: "a list of names", bool: "true or false"}[kind]
+    raise ValueError(f"{name}: must be {wanted}")
+
+
+def about(cached: Cached) -> dict[str, Any]:
+    """What is told of a model that is on the disk."""
+    manifest = cached.manifest
+    return {
+        "model": cached.url,
+        "revision": cached.revision,
+        "path": str(cached.path),
+        "size_bytes": None if manifest is None else manifest.size_bytes,
+        "files": None if manifest is None else len(manifest.files),
+    }
+
+
+def weights_of(directory: Path) -> list[FileRange]:
+    """The files of a model that an engine reads whole at its start. Raises ``NotFound``."""
+    found = sorted(path for path in directory.rglob("*.safetensors") if path.is_file())
+    found = found or sorted(path for path in directory.rglob("*.gguf") if path.is_file())
+    if not found:
+        raise NotFound(f"{directory} has no weights (*.safetensors, *.gguf)")
+    return [FileRange(path=str(path)) for path in found]
+
+
+def as_json(value: Any) -> Any:
+    """Dataclasses, paths and sequences as JSON has them."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {name: as_json(inner) for name, inner in asdict(value).items()}
+    if isinstance(value, Mapping):
+        return {str(name): as_json(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(inner) for inner in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def error_of(problem: Exception) -> tuple[int, str, str] | None:
+    """Status, reason and message of an error that is told; ``None`` for a fault of ours."""
+    if isinstance(problem, ValueError):
+        return 400, "bad_value", str(problem)
+    for kind, status, reason in _ERRORS:
+        if isinstance(problem, kind):
+            return status, reason, str(problem)
+    return None

@@ -1,0 +1,263 @@
+"""``/models…`` of the admin listener: each verb, its progress, its errors, and being left."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fake_cache import REVISION, SIZE_BYTES, FakeCache, fake_models
+
+from gateway import admin_models
+from gateway.admin import create_app
+from gateway.admin_server import serve_admin
+from gateway.models import Models, error_of, read_body
+from modelcache.types import (
+    CacheError,
+    Cancelled,
+    Damaged,
+    InUse,
+    NoSpace,
+    NotFound,
+    Priority,
+    SourceError,
+)
+
+URL = "hf://org/name"
+
+
+class NoControl:
+    """Nothing but the model cache is asked here."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(name)
+
+
+class Served:
+    """A real admin listener in a thread of its own."""
+
+    def __init__(self, models: Models) -> None:
+        self.url = ""
+        self._models = models
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+
+    async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+
+        def listening(url: str) -> None:
+            self.url = url
+            self._ready.set()
+
+        app = create_app(NoControl(), models=self._models)
+        await serve_admin(app, "127.0.0.1", 0, self._stop, on_listening=listening, shutdown_s=1)
+
+    def __enter__(self) -> Served:
+        self._thread.start()
+        assert self._ready.wait(30)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(30)
+
+    def post(self, verb: str, **body: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}/models/{verb}", json=body, timeout=60, trust_env=False)
+
+    def lines(self, verb: str, **body: Any) -> list[dict[str, Any]]:
+        answer = self.post(verb, **body)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["content-type"] == "application/x-ndjson"
+        return [json.loads(line) for line in answer.text.splitlines()]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> FakeCache:
+    return FakeCache(tmp_path)
+
+
+@pytest.fixture
+def served(cache: FakeCache) -> Iterator[Served]:
+    with Served(fake_models(cache, {"eu": "", "us": "nobody answers"})) as one:
+        yield one
+
+
+def test_preload_tells_its_progress_and_its_result(served: Served, cache: FakeCache) -> None:
+    cache.go.clear()
+    url = f"{served.url}/models/preload"
+    with httpx.stream("POST", url, json={"model": URL}, timeout=60, trust_env=False) as answer:
+        lines = (json.loads(line) for line in answer.iter_lines())
+        progress = next(line["progress"] for line in lines if line["progress"]["bytes_done"])
+        assert (progress["phase"], progress["bytes_total"]) == ("fetching", SIZE_BYTES)
+        cache.go.set()
+        *_, last = lines
+    result = last["result"]
+    assert result["elapsed_s"] >= 0
+    assert {name: result[name] for name in ("verb", "model", "revision", "files")} == {
+        "verb": "preload",
+        "model": URL,
+        "revision": REVISION,
+        "files": 1,
+    }
+    assert result["size_bytes"] == SIZE_BYTES
+    assert result["was_there"] is False
+    assert served.lines("preload", model=URL)[-1]["result"]["was_there"] is True
+    assert cache.calls[0] == ("preload", URL, None, Priority.PRELOAD, None)
+
+
+def test_a_client_that_leaves_calls_it_off(served: Served, cache: FakeCache) -> None:
+    cache.go.clear()
+    url = f"{served.url}/models/preload"
+    with httpx.stream("POST", url, json={"model": URL}, timeout=60, trust_env=False) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        assert cache.begun.wait(30)
+    assert cache.left.wait(30)
+    assert cache.models == {}
+
+
+def test_prewarm_preloads_first_and_reads_the_weights(served: Served, cache: FakeCache) -> None:
+    result = served.lines("prewarm", model=URL)[-1]["result"]
+    assert [call[0] for call in cache.calls] == ["preload", "prewarm"]
+    assert cache.calls[-1] == ("prewarm", ["model.safetensors"])
+    assert result["pages"]["after"]["bytes_cached"] == 1000
+    served.lines("prewarm", model=URL)
+    assert [call[0] for call in cache.calls] == ["preload", "prewarm", "prewarm"]
+
+
+def test_pin_unpin_evict_and_the_listing(served: Served, cache: FakeCache) -> None:
+    served.lines("preload", model=URL, revision="main", expected_use_at_s=12)
+    assert cache.calls[-1] == ("preload", URL, "main", Priority.PRELOAD, 12.0)
+    assert served.post("pin", model=URL).json()["pinned"] is True
+    listing = httpx.get(f"{served.url}/models", timeout=60, trust_env=False).json()
+    assert listing["dir"] == str(cache.dir)
+    assert listing["usage"]["bytes_used"] == SIZE_BYTES
+    (entry,) = listing["models"]
+    assert (entry["url"], entry["tier"], entry["pinned"]) == (URL, "on_disk", True)
+    refused = served.post("evict", model=URL)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_in_use")
+    assert refused.headers["x-tidegate-reason"] == "model_in_use"
+    assert served.post("evict", model=URL, force=True).json()["freed_bytes"] == SIZE_BYTES
+    gone = served.post("unpin", model=URL)
+    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize("repair", [False, True])
+def test_verify(served: Served, cache: FakeCache, repair: bool) -> None:
+    served.lines("preload", model=URL)
+    assert served.lines("verify", model=URL)[-1]["result"]["damage"] == []
+    cache.damaged.add(URL)
+    result = served.lines("verify", model=URL, repair=repair)[-1]["result"]
+    assert result["damage"] == [{"path": "model.safetensors", "piece": 2}]
+    assert result["repaired"] is repair
+
+
+def test_replicate_to_all_sites_or_those_named(served: Served, cache: FakeCache) -> None:
+    sites = served.lines("replicate", model=URL)[-1]["result"]["sites"]
+    assert sites == {"eu": {"error": None}, "us": {"error": "nobody answers"}}
+    served.lines("replicate", model=URL, sites=["eu"])
+    assert cache.calls[-1] == ("replicate", URL, None, ("eu",))
+    error = served.lines("replicate", model=URL, sites=["moon"])[-1]["error"]
+    assert (error["status"], error["code"]) == (400, "bad_value")
+    assert "'moon'" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "body", "param"),
+    [
+        ("preload", {}, "model"),
+        ("preload", {"model": 5}, "model"),
+        ("preload", {"model": URL, "revision": 1}, "revision"),
+        ("preload", {"model": URL, "force": True}, "force"),
+        ("preload", {"model": URL, "expected_use_at_s": "soon"}, "expected_use_at_s"),
+        ("evict", {"model": URL, "force": "yes"}, "force"),
+        ("verify", {"model": URL, "repair": 1}, "repair"),
+        ("replicate", {"model": URL, "sites": "eu"}, "sites"),
+    ],
+)
+def test_a_body_that_is_not_right_is_400_and_names_the_field(
+    served: Served, cache: FakeCache, verb: str, body: dict[str, Any], param: str
+) -> None:
+    answer = served.post(verb, **body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "bad_value", param)
+    assert cache.calls == []
+
+
+def test_an_error_of_a_slow_verb_is_its_last_line(served: Served, cache: FakeCache) -> None:
+    cache.errors = {URL: NoSpace("3 GB are wanted, 1 GB is free"), "hf://a/b": KeyError("ours")}
+    error = served.lines("preload", model=URL)[-1]["error"]
+    assert error == {"message": "3 GB are wanted, 1 GB is free", "code": "no_space", "status": 507}
+    fault = served.lines("preload", model="hf://a/b")[-1]["error"]
+    assert (fault["status"], fault["code"]) == (500, "internal_error")
+    assert "ours" not in fault["message"]
+
+
+def test_slow_verbs_at_once_have_a_bound(
+    served: Served, cache: FakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admin_models, "MAX_SLOW", 1)
+    cache.go.clear()
+    url = f"{served.url}/models/preload"
+    with httpx.stream("POST", url, json={"model": URL}, timeout=60, trust_env=False) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        refused = served.post("verify", model=URL)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many")
+        assert refused.headers["retry-after"]
+        assert served.post("pin", model=URL).status_code == 404  # quick ones go on
+        cache.go.set()
+        assert [line for line in lines if '"result"' in line]
+    deadline_s = time.monotonic() + 30
+    while served.post("verify", model=URL).status_code != 200:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def test_a_page_of_another_site_cannot_preload(served: Served, cache: FakeCache) -> None:
+    for headers in ({"origin": "https://evil.example"}, {"content-type": "text/plain"}):
+        answer = httpx.post(
+            f"{served.url}/models/preload",
+            content=json.dumps({"model": URL}),
+            headers=headers,
+            trust_env=False,
+        )
+        assert answer.status_code in (403, 415)
+    assert cache.calls == []
+
+
+def test_the_index_names_the_verbs(served: Served) -> None:
+    endpoints = httpx.get(served.url, trust_env=False).json()["endpoints"]
+    for verb in ("preload", "prewarm", "verify", "replicate", "pin", "unpin", "evict"):
+        assert "model" in endpoints[f"POST /models/{verb}"]
+    assert endpoints["GET /models"]
+
+
+@pytest.mark.parametrize(
+    ("problem", "status", "reason"),
+    [
+        (NotFound("x"), 404, "model_not_found"),
+        (SourceError("x"), 502, "source_failed"),
+        (InUse("x"), 409, "model_in_use"),
+        (NoSpace("x"), 507, "no_space"),
+        (Damaged("x"), 500, "model_damaged"),
+        (Cancelled("x"), 499, "cancelled"),
+        (CacheError("x"), 500, "cache_failed"),
+        (ValueError("x"), 400, "bad_value"),
+    ],
+)
+def test_every_error_of_the_cache_has_a_reason(
+    problem: Exception, status: int, reason: str
+) -> None:
+    assert error_of(problem) == (status, reason, "x")
+    assert error_of(KeyError("x")) is None
+
+
+def test_options_that_are_null_count_as_not_given() -> None:
+    assert read_body("evict", {"model": URL, "force": None, "revision": None}) == (URL, None, {})
