@@ -1,1 +1,4 @@
-"""Where models come from: one module per kind of store, behind one protocol (``base``)."""
+"""Where models come from: one module per kind of store, behind one protocol (``base``).
+
+``opening.open_source`` makes the source of a reference.
+"""

@@ -1,0 +1,166 @@
+"""Models in Google Cloud Storage, listed and read by obstore.
+
+Not by signed URLs as S3: signing takes a service account's own key, which whoever runs on Google's
+machines does not have.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from modelcache.sources import answers, obstores, wire
+from modelcache.sources.base import ANNOUNCE_BYTES, Listing, OnBytes
+from modelcache.sources.listings import make_listing
+from modelcache.sources.reader import home_of
+from modelcache.types import Cancelled, ModelRef, RemoteFile, SourceError
+
+if TYPE_CHECKING:
+    from obstore.store import GCSStore
+
+METADATA_WAIT_S = 1.0
+HINT = "GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default login`, or the machine's"
+
+
+class GsSource:
+    """One model below a prefix of a bucket (or one object)."""
+
+    def __init__(self, ref: ModelRef, environ: Mapping[str, str], *, timeout_s: float) -> None:
+        self.ref = ref
+        self._bucket, _, self._prefix = ref.location.partition("/")
+        self._single = False
+        self._store = self._make_store(environ, timeout_s)
+
+    def _make_store(self, environ: Mapping[str, str], timeout_s: float) -> GCSStore:
+        from obstore.store import GCSStore
+
+        with obstores.failing(self.ref.url, HINT, ()):
+            return GCSStore(
+                self._bucket,
+                client_options=obstores.client_options(timeout_s),
+                retry_config=obstores.retry_config(),
+                **find_access(environ),
+            )
+
+    def list(self) -> Listing:
+        """See ``Source.list``."""
+        import obstore
+
+        with obstores.failing(self.ref.url, HINT, ()):
+            prefix = self._prefix or None
+            found = [meta for page in obstore.list(self._store, prefix=prefix) for meta in page]
+            below = f"{self._prefix}/" if self._prefix else ""
+            metas = [
+                m for m in found if m["path"].startswith(below) and not m["path"].endswith("/")
+            ]
+            self._single = not metas and bool(self._prefix)
+            if self._single:
+                metas = [obstore.head(self._store, self._prefix)]
+                below = self._prefix[: len(self._prefix) - len(self._prefix.rpartition("/")[2])]
+        return make_listing(self.ref, [_file_of(meta, below) for meta in metas])
+
+    def fetch(
+        self,
+        file: RemoteFile,
+        start: int,
+        end: int,
+        fd: int,
+        *,
+        on_bytes: OnBytes,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        """Write a range into a file; see ``Source.fetch``."""
+        import obstore
+
+        below = self._prefix.rpartition("/")[0] if self._single else self._prefix
+        key = f"{below}/{file.path}" if below else file.path
+        shown = f"gs://{self._bucket}/{key}"
+        if not 0 <= start <= end <= file.size_bytes:
+            raise SourceError(f"{shown}: {start}-{end} is not within {file.size_bytes}")
+        if start == end:
+            return
+        if cancelled():
+            raise Cancelled("not wanted any more")
+        with obstores.failing(shown, HINT, ()):
+            got = obstore.get(self._store, key, options={"range": (start, end)})
+            if got.range != (start, end) or got.meta["size"] != file.size_bytes:
+                raise SourceError(f"{shown}: the store sent another range than was asked for")
+            if _version_of(got.meta) != file.version:
+                raise SourceError(f"{shown}: it has changed since it was listed")
+            at = start
+            for chunk in got.stream(min_chunk_size=ANNOUNCE_BYTES // 4):
+                at = _write(fd, memoryview(chunk), at, end, shown, on_bytes)
+                if cancelled():
+                    raise Cancelled("not wanted any more")
+        if at != end:
+            raise SourceError(f"{shown}: cut off, {end - at:,} bytes before the end",
+                              retryable=True)  # fmt: skip
+
+    def close(self) -> None:
+        """Obstore's connections go with the object."""
+
+
+def _write(fd: int, data: memoryview, at: int, end: int, shown: str, on_bytes: OnBytes) -> int:
+    if at + len(data) > end:
+        raise SourceError(f"{shown}: the store sent more than was asked for", retryable=True)
+    for begin in range(0, len(data), ANNOUNCE_BYTES):
+        part = data[begin : begin + ANNOUNCE_BYTES]
+        wire.write_at(fd, part, at)
+        at += len(part)
+        on_bytes(len(part))
+    return at
+
+
+def _version_of(meta: Mapping[str, Any]) -> str:
+    etag = answers.plain_etag(meta["e_tag"] or "")
+    return f"etag:{etag}" if etag else f"date:{meta['last_modified'].isoformat()}"
+
+
+def _file_of(meta: Mapping[str, Any], below: str) -> RemoteFile:
+    return RemoteFile(
+        path=str(meta["path"]).removeprefix(below),
+        size_bytes=int(meta["size"]),
+        version=_version_of(meta),
+    )
+
+
+def find_access(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Settings of obstore's store: an emulator (``STORAGE_EMULATOR_HOST``), a file of credentials,
+    what the metadata server gives, or nothing (public buckets)."""
+    emulator = environ.get("STORAGE_EMULATOR_HOST")
+    if emulator:
+        url = emulator if "://" in emulator else f"http://{emulator}"
+        key = {
+            "gcs_base_url": url,
+            "disable_oauth": True,
+            "client_email": "",
+            "private_key": "",
+            "private_key_id": "",
+        }
+        return {"service_account_key": json.dumps(key)}
+    usual = os.path.join(home_of(environ), ".config/gcloud/application_default_credentials.json")
+    path = environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+    if path or os.path.exists(usual):
+        return {"application_credentials": _readable(path or usual)}
+    return {} if _is_on_google(environ) else {"skip_signature": True}
+
+
+def _is_on_google(environ: Mapping[str, str]) -> bool:
+    """Whether the metadata server answers; a second at most where there is none."""
+    if environ.get("NO_GCE_CHECK", "").lower() == "true":
+        return False
+    host = environ.get("GCE_METADATA_HOST") or "metadata.google.internal"
+    try:
+        socket.create_connection((host, 80), timeout=METADATA_WAIT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _readable(path: str) -> str:
+    if not os.access(path, os.R_OK):
+        raise SourceError(f"GOOGLE_APPLICATION_CREDENTIALS names {path}, which cannot be read")
+    return path

@@ -1,0 +1,156 @@
+"""Models behind plain HTTP: a directory that the server lists, one whose files have the usual
+names, or a single file. Credentials come from ``~/.netrc``."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import netrc
+import os
+from collections.abc import Mapping, Sequence
+from urllib.parse import quote, unquote, urlsplit
+
+from modelcache.sources import answers, indexes
+from modelcache.sources.base import Listing
+from modelcache.sources.listings import ask_each, make_listing
+from modelcache.sources.ranged import RangedSource
+from modelcache.sources.reader import Reader, Request, home_of
+from modelcache.types import ModelRef, NotFound, RemoteFile, SourceError
+
+MOST_DEPTH = 5
+MOST_FOLDERS = 200
+HINT = "~/.netrc (or the file that NETRC names)"
+
+
+class HttpSource(RangedSource):
+    """One model on a web server."""
+
+    def __init__(self, ref: ModelRef, reader: Reader, environ: Mapping[str, str]) -> None:
+        super().__init__(ref, reader)
+        self._headers = netrc_headers(ref, environ)
+        self._single = False
+
+    def list(self) -> Listing:
+        """See ``Source.list``."""
+        url = self.ref.url
+        if not url.endswith("/"):
+            single = self._stat_single(url)
+            if single is not None:
+                self._single = True
+                return self.probed(make_listing(self.ref, [single]))
+            url += "/"
+        self._single = False
+        found = self._walk(url)
+        files = self._stat_all(url, found) if found else self._usual(url)
+        return self.probed(make_listing(self.ref, self._with_checksums(url, files)))
+
+    def request_of(self, file: RemoteFile) -> Request:
+        """See ``RangedSource.request_of``."""
+        if self._single or self.ref.url.rpartition("/")[2] == quote(file.path):
+            return self._request(self.ref.url)
+        return self._request(f"{self.ref.url.rstrip('/')}/{quote(file.path)}")
+
+    def _request(self, url: str) -> Request:
+        return Request(url=url, shown=url, hint=HINT, headers=self._headers)
+
+    def _stat_single(self, url: str) -> RemoteFile | None:
+        """The file that ``url`` is, or ``None`` where it looks like a directory."""
+        try:
+            head = self.reader.head(self._request(url))
+        except NotFound:
+            return None
+        if "html" in head.headers.get("content-type", ""):
+            return None
+        return _file_of(head, unquote(url.rpartition("/")[2]), url)
+
+    def _walk(self, url: str) -> Sequence[str]:
+        """URLs of all files that the server lists below ``url``; none where it lists nothing."""
+        files = dict[str, None]()
+        folders, seen = [(url, 0)], 0
+        while folders:
+            folder, depth = folders.pop()
+            seen += 1
+            if depth > MOST_DEPTH or seen > MOST_FOLDERS:
+                raise SourceError(f"{url}: too many folders within each other; is it one model?")
+            try:
+                head, page = self.reader.page(self._request(folder))
+            except NotFound:
+                links = None
+            except SourceError as error:
+                if error.retryable or depth or self._headers:
+                    raise
+                links = None  # 403: many servers answer so to a directory they do not list
+            else:
+                links = indexes.read_index(folder, head.headers.get("content-type", ""), page)
+            for link in links or ():
+                if link.endswith("/"):
+                    folders.append((link, depth + 1))
+                else:
+                    files[link] = None
+        return tuple(files)
+
+    def _stat_all(self, base: str, links: Sequence[str]) -> Sequence[RemoteFile]:
+        def stat(link: str) -> RemoteFile:
+            path = unquote(link.removeprefix(base))
+            return _file_of(self.reader.head(self._request(link)), path, link)
+
+        return ask_each(stat, links)
+
+    def _usual(self, url: str) -> Sequence[RemoteFile]:
+        """Files by their usual names, and the shards that an index of weights names."""
+        files = self._stat_there(url, indexes.USUAL_FILES)
+        if any(file.path == indexes.SHARDS_FILE for file in files):
+            _, page = self.reader.page(self._request(url + indexes.SHARDS_FILE))
+            shards = [url + quote(name) for name in indexes.read_shards(page)]
+            files = [*files, *self._stat_all(url, shards)]
+        if not any(file.path.endswith(".safetensors") for file in files):
+            raise NotFound(
+                f"{url}: the server lists no files there, and there is no model.safetensors "
+                f"and no {indexes.SHARDS_FILE}"
+            )
+        return files
+
+    def _stat_there(self, url: str, names: Sequence[str]) -> Sequence[RemoteFile]:
+        def stat(name: str) -> RemoteFile | None:
+            try:
+                return _file_of(self.reader.head(self._request(url + name)), name, url + name)
+            except NotFound:
+                return None
+
+        return [file for file in ask_each(stat, names) if file is not None]
+
+    def _with_checksums(self, url: str, files: Sequence[RemoteFile]) -> Sequence[RemoteFile]:
+        """The files, with SHA-256s where a file of checksums lies beside them."""
+        there = {file.path for file in files} & set(indexes.CHECKSUM_FILES)
+        known: dict[str, str] = {}
+        for name in sorted(there):
+            known.update(indexes.read_checksums(self.reader.page(self._request(url + name))[1]))
+        return [
+            dataclasses.replace(file, digests={"sha256": known[file.path]})
+            if file.path in known
+            else file
+            for file in files
+        ]
+
+
+def _file_of(head: answers.Head, path: str, url: str) -> RemoteFile:
+    if head.length is None or head.headers.get("content-encoding"):
+        raise SourceError(f"{url}: the server does not say how long it is")
+    return RemoteFile(path=path, size_bytes=head.length, version=answers.version_of(head.headers))
+
+
+def netrc_headers(ref: ModelRef, environ: Mapping[str, str]) -> dict[str, str]:
+    """The ``Authorization`` that netrc has for the host of a URL; nothing where it has none."""
+    path = environ.get("NETRC") or os.path.join(home_of(environ), ".netrc")
+    host = urlsplit(ref.url).hostname or ""
+    try:
+        found = netrc.netrc(path).authenticators(host)
+    except FileNotFoundError:
+        return {}
+    except (OSError, netrc.NetrcParseError, UnicodeDecodeError) as error:
+        # The text of a parse error may quote the line with the password.
+        raise SourceError(f"{path} cannot be read ({type(error).__name__})") from None
+    if found is None:
+        return {}
+    pair = f"{found[0]}:{found[2]}".encode()
+    return {"Authorization": f"Basic {base64.b64encode(pair).decode()}"}

@@ -1,0 +1,74 @@
+"""From what a store lists to a ``Listing``: nothing that would leave the model's directory, nothing
+twice, and a revision that names exactly these bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from modelcache.refs import check_file_path
+from modelcache.sources.base import Listing
+from modelcache.types import ModelRef, NotFound, RemoteFile, SourceError
+
+MOST_FILES = 100_000
+ASKED_AT_ONCE = 16
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def make_listing(
+    ref: ModelRef, files: Iterable[RemoteFile], *, revision: str | None = None
+) -> Listing:
+    """The listing of ``ref``. ``revision`` is the store's own exact one; without it the revision is
+    a digest of what is listed, and one that was asked for must be that.
+
+    Raises ``NotFound`` where nothing is listed or it is another revision, ``SourceError`` where a
+    path could not become a file below a directory.
+    """
+    ordered = sorted(files, key=lambda file: file.path)
+    if not ordered:
+        raise NotFound(f"{ref.url}: there is nothing there")
+    if len(ordered) > MOST_FILES:
+        raise SourceError(f"{ref.url}: it has more than {MOST_FILES:,} files; is it one model?")
+    _check_paths(ref, ordered)
+    if revision is None:
+        revision = digest_of(ordered)
+        if ref.revision is not None and ref.revision != revision:
+            raise NotFound(
+                f"{ref.url}: the store has revision {revision} of it now, not {ref.revision}"
+            )
+    return Listing(revision=revision, files=tuple(ordered))
+
+
+def _check_paths(ref: ModelRef, files: Sequence[RemoteFile]) -> None:
+    paths = {file.path for file in files}
+    if len(paths) != len(files):
+        raise SourceError(f"{ref.url}: the store lists a file twice")
+    for path in paths:
+        if not check_file_path(path):
+            raise SourceError(f"{ref.url}: a file cannot be called {path[:200]!r}")
+        folder = path.rpartition("/")[0]
+        while folder:
+            if folder in paths:
+                raise SourceError(f"{ref.url}: {folder!r} is both a file and a folder")
+            folder = folder.rpartition("/")[0]
+
+
+def digest_of(files: Iterable[RemoteFile]) -> str:
+    """40 hexadecimal digits that change with any file's path, size, version or digest."""
+    found = hashlib.sha256(b"tidegate-listing-1\n")
+    for file in files:
+        digests = sorted(file.digests.items())
+        found.update(repr((file.path, file.size_bytes, file.version, digests)).encode())
+    return found.hexdigest()[:40]
+
+
+def ask_each(ask: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """``ask`` of every item, several at once, in order. The first error is raised."""
+    if len(items) < 2:
+        return [ask(item) for item in items]
+    with ThreadPoolExecutor(min(ASKED_AT_ONCE, len(items)), "listing") as threads:
+        return list(threads.map(ask, items))

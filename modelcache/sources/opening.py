@@ -1,0 +1,91 @@
+"""From a model's reference to the source that serves it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+
+from modelcache.refs import PATH
+from modelcache.settings import ModelCacheSettings
+from modelcache.sources.base import Source
+from modelcache.sources.reader import Reader, make_reader
+from modelcache.types import CacheError, ModelRef
+
+_CLIENTS = {"gs": "obstore", "s3": "obstore", "oss": "ossfs", "hf": "huggingface_hub"}
+_EXTRA = "pip install 'tidegate[cache]'"
+
+
+class ExtraMissing(CacheError):
+    """A store's client is not installed; the message says what installs it."""
+
+
+def open_source(
+    ref: ModelRef, *, settings: ModelCacheSettings, environ: Mapping[str, str] | None = None
+) -> Source:
+    """The source of a model: connects to nothing yet, except to find out where credentials are.
+
+    ``environ`` is where those are looked for (the process's own environment unless given). Raises
+    ``ExtraMissing`` where a client is not installed, ``SourceError`` where credentials or the
+    endpoint are not usable. The caller closes it.
+    """
+    given = os.environ if environ is None else environ
+    if ref.scheme in ("file", PATH):
+        from modelcache.sources.file import FileSource
+
+        return FileSource(ref)
+    client = _CLIENTS.get(ref.scheme)
+    if client is not None and importlib.util.find_spec(client) is None:
+        raise ExtraMissing(f"{ref.url}: {client} is not installed: {_EXTRA}")
+    return _open_remote(ref, settings, given)
+
+
+def _open_remote(ref: ModelRef, settings: ModelCacheSettings, environ: Mapping[str, str]) -> Source:
+    timeout_s = settings.timeout_s
+    if ref.scheme == "gs":
+        from modelcache.sources.gs import GsSource
+
+        return GsSource(ref, environ, timeout_s=timeout_s)
+    reader = _make_reader(ref, settings, environ)
+    if ref.scheme == "s3":
+        from modelcache.sources.s3 import S3Source
+        from modelcache.sources.s3_access import find_access
+
+        return S3Source(ref, reader, find_access(environ), timeout_s=timeout_s)
+    if ref.scheme == "oss":
+        from modelcache.sources.oss import OssSource
+
+        return OssSource(ref, reader, environ, timeout_s=timeout_s)
+    if ref.scheme == "hf":
+        from modelcache.sources.hf import HfSource
+
+        return HfSource(ref, reader, environ, timeout_s=timeout_s)
+    from modelcache.sources.http import HttpSource
+
+    return HttpSource(ref, reader, environ)
+
+
+def _make_reader(ref: ModelRef, settings: ModelCacheSettings, environ: Mapping[str, str]) -> Reader:
+    return make_reader(
+        environ,
+        timeout_s=settings.timeout_s,
+        connections=settings.connections,
+        rate_bytes_s=rate_of(ref, settings),
+    )
+
+
+def rate_of(ref: ModelRef, settings: ModelCacheSettings) -> int | None:
+    """The tightest limit on bytes a second that applies to a model's store, if any."""
+    limits = [settings.bandwidth_bytes_s] if settings.bandwidth_bytes_s else []
+    fits = [u for u in settings.source_bandwidth_bytes_s if is_below(ref.url, u)]
+    if fits:
+        limits.append(settings.source_bandwidth_bytes_s[max(fits, key=len)])
+    return min(limits, default=None)
+
+
+def is_below(url: str, beginning: str) -> bool:
+    """Whether ``url`` is ``beginning`` or below it: ``s3://models`` is not ``s3://models-2``."""
+    top = beginning.rstrip("/")
+    if beginning.endswith("://"):
+        return url.startswith(beginning)
+    return url == top or url.startswith(f"{top}/")

@@ -1,0 +1,341 @@
+"""Files behind HTTP: pages of a listing, heads of files, and ranges of them into local files.
+
+Ranges go over ``wire``; over httpx only what that cannot do (a proxy, a body in chunks). Redirects
+are followed, credentials never to another server; where a file was redirected to is remembered, so
+that not every piece of it asks the hub again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from modelcache.refs import redact
+from modelcache.sources import answers, wire
+from modelcache.sources.base import ANNOUNCE_BYTES, OnBytes
+from modelcache.types import Cancelled, RemoteFile, SourceError
+
+if TYPE_CHECKING:
+    import httpx
+
+AGENT = "tidegate"
+MOST_REDIRECTS = 5
+MOST_PAGE_BYTES = 32 * 1024 * 1024
+REMEMBER_S = 300.0
+"""Seconds a redirect's target is used again: signed ones are good for an hour or so."""
+
+MOST_REMEMBERED = 4_096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A URL to be read, with the credentials its own server is to get. ``shown`` is what it is
+    called in errors, ``hint`` where its credentials would go."""
+
+    url: str
+    shown: str
+    hint: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class Reader:
+    """Reads from HTTP servers; safe for many threads at once. Made by :func:`make_reader`."""
+
+    environ: Mapping[str, str]
+    timeout_s: float
+    connections: wire.Connections
+    _clients: dict[str, httpx.Client] = field(default_factory=dict)
+    _targets: dict[str, tuple[str, float]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    # -- ranges ----------------------------------------------------------------------------------
+
+    def fetch(
+        self,
+        request: Request,
+        file: RemoteFile,
+        start: int,
+        end: int,
+        fd: int,
+        *,
+        on_bytes: OnBytes,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        """Write bytes ``[start, end)`` of what ``request`` names into ``fd``, as ``Source.fetch``
+        promises it."""
+        if not 0 <= start <= end <= file.size_bytes:
+            raise SourceError(f"{request.shown}: {start}-{end} is not within {file.size_bytes}")
+        if start == end:
+            return
+        if cancelled():
+            raise Cancelled("not wanted any more")
+        want = wire.Want(file=file, start=start, end=end, fd=fd, what=request.shown,
+                         hint=request.hint, on_bytes=on_bytes, cancelled=cancelled)  # fmt: skip
+        with failing(request.shown):
+            known = self._target_of(request.url)
+            if known is not None:
+                try:
+                    return self._follow(request, known, want)
+                except SourceError as error:
+                    if error.retryable:
+                        raise
+                    self._forget(request.url)  # a signed target may have run out: ask anew
+            self._follow(request, request.url, want)
+
+    def _follow(self, request: Request, url: str, want: wire.Want) -> None:
+        asked = url
+        for _ in range(MOST_REDIRECTS + 1):
+            trusted = answers.same_origin(request.url, url)
+            headers = {**_headers(want), **(request.headers if trusted else {})}
+            target = self._read(url, headers, want)
+            if target is None:
+                if url != asked == request.url:
+                    self._remember(request.url, url)
+                return
+            url = target
+        raise SourceError(f"{want.what}: the store redirects more than {MOST_REDIRECTS} times")
+
+    def _read(self, url: str, headers: Mapping[str, str], want: wire.Want) -> str | None:
+        """One request; where it redirects to, or ``None`` when the range is written."""
+        if self._proxy_of(url):
+            return self._read_by_httpx(url, headers, want)
+        bytes_ = wire.format_request("GET", url, headers)
+        try:
+            connection = self.connections.take(url)
+            answer = self._ask(connection, bytes_, want)
+        except wire.Stale:
+            connection = self.connections.take(url, fresh=True)
+            answer = self._ask(connection, bytes_, want)
+        head, first = answer
+        whole = False
+        try:
+            if head.status in answers.REDIRECTS:
+                return answers.next_url(url, head, want.what)
+            answers.check_status(head.status, head.headers, want.what, want.hint)
+            length = answers.check_range(head, want.file, want.start, want.end, want.what)
+            if length is not None:
+                connection.receive(want, first)
+                whole = head.persistent
+                return None
+        finally:
+            if whole:
+                self.connections.give_back(connection)
+            else:
+                connection.close()
+        return self._read_by_httpx(url, headers, want)
+
+    def _ask(
+        self, connection: wire.Connection, request: bytes, want: wire.Want
+    ) -> tuple[answers.Head, bytes]:
+        try:
+            return connection.ask(request, want.cancelled)
+        except BaseException:
+            connection.close()
+            raise
+
+    def _read_by_httpx(self, url: str, headers: Mapping[str, str], want: wire.Want) -> str | None:
+        with self.client(url).stream(
+            "GET", url, headers=dict(headers), follow_redirects=False
+        ) as answer:
+            head = answers.Head(
+                status=answer.status_code, headers=dict(answer.headers), persistent=True
+            )
+            if head.status in answers.REDIRECTS:
+                return answers.next_url(url, head, want.what)
+            answers.check_status(head.status, head.headers, want.what, want.hint)
+            answers.check_range(head, want.file, want.start, want.end, want.what)
+            at = want.start
+            for data in answer.iter_raw(ANNOUNCE_BYTES // 4):
+                if at + len(data) > want.end:
+                    raise SourceError(f"{want.what}: the store sent more than was asked for",
+                                      retryable=True)  # fmt: skip
+                wire.write_at(want.fd, memoryview(data), at)
+                at += len(data)
+                want.on_bytes(len(data))
+                if want.cancelled():
+                    raise Cancelled("not wanted any more")
+        if at != want.end:
+            raise SourceError(f"{want.what}: cut off, {want.end - at:,} bytes before the end",
+                              retryable=True)  # fmt: skip
+        return None
+
+    # -- pages and heads -------------------------------------------------------------------------
+
+    def head(self, request: Request) -> answers.Head:
+        """Headers of a file. Raises what its status means."""
+        with failing(request.shown):
+            answer = self.client(request.url).head(request.url, headers=_plain(request))
+            found = answers.Head(
+                status=answer.status_code, headers=dict(answer.headers), persistent=True
+            )
+            answers.check_status(found.status, found.headers, request.shown, request.hint)
+            return found
+
+    def raw_head(self, request: Request) -> answers.Head:
+        """Headers whatever the status, redirects not followed."""
+        with failing(request.shown):
+            answer = self.client(request.url).head(
+                request.url, headers=_plain(request), follow_redirects=False
+            )
+        return answers.Head(
+            status=answer.status_code, headers=dict(answer.headers), persistent=True
+        )
+
+    def page(self, request: Request) -> tuple[answers.Head, bytes]:
+        """A whole small answer, such as a listing. Raises what its status means."""
+        with failing(request.shown):
+            client = self.client(request.url)
+            with client.stream("GET", request.url, headers=_plain(request)) as answer:
+                head = answers.Head(
+                    status=answer.status_code, headers=dict(answer.headers), persistent=True
+                )
+                answers.check_status(head.status, head.headers, request.shown, request.hint)
+                data = b""
+                for more in answer.iter_bytes():
+                    data += more
+                    if len(data) > MOST_PAGE_BYTES:
+                        raise SourceError(f"{request.shown}: an endless page")
+            return head, data
+
+    def client(self, url: str) -> httpx.Client:
+        """The httpx client for a URL: direct, or over the proxy the environment names for it."""
+        import httpx
+
+        proxy = self._proxy_of(url) or ""
+        with self._lock:
+            found = self._clients.get(proxy)
+            if found is None:
+                found = self._clients[proxy] = httpx.Client(
+                    proxy=proxy or None,
+                    trust_env=False,
+                    verify=tls_context(self.environ),
+                    timeout=httpx.Timeout(self.timeout_s, connect=wire.CONNECT_S),
+                    follow_redirects=True,
+                    max_redirects=MOST_REDIRECTS,
+                    headers={"User-Agent": AGENT},
+                )
+        return found
+
+    def _proxy_of(self, url: str) -> str | None:
+        parts = urlsplit(url)
+        given = {key.lower(): value for key, value in self.environ.items() if value}
+        proxy = given.get(f"{parts.scheme}_proxy") or given.get("all_proxy")
+        if not proxy or is_direct(parts.hostname or "", given.get("no_proxy", "")):
+            return None
+        return proxy
+
+    # -- redirects -------------------------------------------------------------------------------
+
+    def _target_of(self, url: str) -> str | None:
+        with self._lock:
+            target, until_s = self._targets.get(url, ("", 0.0))
+        return target if time.monotonic() < until_s else None
+
+    def _remember(self, url: str, target: str) -> None:
+        with self._lock:
+            if url not in self._targets and len(self._targets) >= MOST_REMEMBERED:
+                self._targets.clear()
+            self._targets[url] = (target, time.monotonic() + REMEMBER_S)
+
+    def _forget(self, url: str) -> None:
+        with self._lock:
+            self._targets.pop(url, None)
+
+    def close(self) -> None:
+        """Close all connections. May be called twice."""
+        self.connections.close()
+        with self._lock:
+            clients, self._clients = list(self._clients.values()), {}
+        for client in clients:
+            client.close()
+
+
+def make_reader(
+    environ: Mapping[str, str], *, timeout_s: float, connections: int, rate_bytes_s: int | None
+) -> Reader:
+    """A reader for ``connections`` ranges at once. Where the store's bandwidth is limited to
+    ``rate_bytes_s``, sockets take in little ahead of the reader: a tenth of a second of it."""
+    ahead = None if rate_bytes_s is None else max(65_536, rate_bytes_s // (10 * connections))
+    return Reader(
+        environ=environ,
+        timeout_s=timeout_s,
+        connections=wire.Connections(
+            timeout_s=timeout_s,
+            most_idle=connections,
+            context=lambda: tls_context(environ),
+            receive_bytes=ahead,
+        ),
+    )
+
+
+def is_direct(host: str, no_proxy: str) -> bool:
+    """Whether ``NO_PROXY`` says that a host is asked directly: itself, its domain, or ``*``."""
+    for entry in no_proxy.split(","):
+        name = entry.strip().lower().lstrip(".").partition(":")[0]
+        if name and (name == "*" or host.lower() == name or host.lower().endswith(f".{name}")):
+            return True
+    return False
+
+
+def tls_context(environ: Mapping[str, str]) -> ssl.SSLContext:
+    """Verifies servers by the system's certificates, or those that the environment names."""
+    file = environ.get("SSL_CERT_FILE") or environ.get("REQUESTS_CA_BUNDLE")
+    try:
+        return ssl.create_default_context(cafile=file or None, capath=environ.get("SSL_CERT_DIR"))
+    except OSError as error:
+        raise SourceError(f"certificates cannot be read from {file}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def failing(what: str) -> Iterator[None]:
+    """Make network errors a ``SourceError`` that names ``what``, and no URL but that."""
+    import httpx
+
+    try:
+        yield
+    except ssl.SSLCertVerificationError as error:
+        reason = error.verify_message or error.reason
+        raise SourceError(f"{what}: the server's certificate is not trusted: {reason}") from None
+    except socket.gaierror as error:
+        raise SourceError(
+            f"{what}: its host is unknown: {error.strerror}", retryable=True
+        ) from None
+    except TimeoutError as error:
+        raise SourceError(f"{what}: timed out: {error}", retryable=True) from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise SourceError(f"{what}: {reason}", retryable=True) from None
+    except httpx.TransportError as error:
+        # Its text may quote the URL, and that may be a signed one.
+        shown = redact(str(error)) or type(error).__name__
+        trusted = "CERTIFICATE_VERIFY_FAILED" not in shown
+        raise SourceError(f"{what}: {shown}", retryable=trusted) from None
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise SourceError(f"{what}: {redact(str(error))}") from None
+
+
+def _headers(want: wire.Want) -> dict[str, str]:
+    return {
+        "User-Agent": AGENT,
+        "Accept": "*/*",
+        "Accept-Encoding": "identity",
+        "Range": f"bytes={want.start}-{want.end - 1}",
+    }
+
+
+def _plain(request: Request) -> dict[str, str]:
+    return {"Accept-Encoding": "identity", **request.headers}
+
+
+def home_of(environ: Mapping[str, str]) -> str:
+    """The home directory, by the environment first."""
+    return environ.get("HOME") or os.path.expanduser("~")

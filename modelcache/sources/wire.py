@@ -1,0 +1,332 @@
+"""Ranges of HTTP bodies into files, with as little of the machine as can be.
+
+A connection is a plain socket. Over ``http`` the kernel moves the body from the socket through a
+pipe into the file (``splice``) and no byte passes through this process; over ``https`` it is
+decrypted into one buffer per connection and written from there. Reads wait for a good part of a
+megabyte (``SO_RCVLOWAT``) instead of for every packet: fewer wake-ups, less CPU.
+
+Only what was asked for is ever taken: see ``answers``. Connections are kept and used again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from modelcache.sources import answers
+from modelcache.sources.base import ANNOUNCE_BYTES, OnBytes
+from modelcache.types import CacheError, Cancelled, NoSpace, RemoteFile, SourceError
+
+SLICE_S = 0.25
+"""How long a read waits for more before it takes what there is, and looks whether it is still
+wanted."""
+
+CONNECT_S = 10.0
+IDLE_S = 20.0
+"""Seconds after which an idle connection is not trusted any more."""
+
+_F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031)
+
+
+class Stale(Exception):
+    """A kept connection turned out to be closed: nothing was answered, so asking again is safe."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Want:
+    """One range to be read, and who wants to hear of it."""
+
+    file: RemoteFile
+    start: int
+    end: int
+    fd: int
+    what: str
+    """What it is called in errors; never a signed URL."""
+    hint: str
+    on_bytes: OnBytes
+    cancelled: Callable[[], bool]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Connection:
+    """One connection to one server. Used by one thread at a time."""
+
+    origin: tuple[str, str, int]
+    sock: socket.socket
+    timeout_s: float
+    used: bool = False
+    idle_since_s: float = 0.0
+    _pipe: tuple[int, int] | None = None
+    _buffer: memoryview | None = None
+    _low_bytes: int = 1
+
+    def ask(self, request: bytes, cancelled: Callable[[], bool]) -> tuple[answers.Head, bytes]:
+        """Send ``request``; the answer's head, and what came of its body with it."""
+        try:
+            self._send(request)
+            data = self._read_head(cancelled)
+        except (ConnectionError, ssl.SSLEOFError) as error:
+            if self.used:
+                raise Stale from error
+            raise
+        end = data.index(b"\r\n\r\n")
+        return answers.parse_head(data[:end]), data[end + 4 :]
+
+    def _send(self, request: bytes) -> None:
+        self.sock.settimeout(self.timeout_s)
+        self.sock.sendall(request)
+
+    def _read_head(self, cancelled: Callable[[], bool]) -> bytes:
+        self._wait_for(1)
+        data = b""
+        while b"\r\n\r\n" not in data:
+            if len(data) > answers.MOST_HEAD_BYTES:
+                raise SourceError("the server's answer has an endless head")
+            more = self._receive_some(cancelled)
+            if not more:
+                raise ConnectionResetError("closed before an answer")
+            data += more
+            if data.startswith(b"HTTP/1.1 100 ") and b"\r\n\r\n" in data:
+                data = data.partition(b"\r\n\r\n")[2]
+        return data
+
+    def _receive_some(self, cancelled: Callable[[], bool]) -> bytes:
+        """Up to 4 KiB: a head and little more, so that most of the body is left to ``splice``."""
+        deadline_s = time.monotonic() + self.timeout_s
+        self.sock.settimeout(SLICE_S)
+        while True:
+            try:
+                return self.sock.recv(4_096)
+            except TimeoutError:
+                self._still_wanted(deadline_s, cancelled)
+
+    def _still_wanted(self, deadline_s: float, cancelled: Callable[[], bool]) -> None:
+        if cancelled():
+            raise Cancelled("not wanted any more")
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"no byte for {self.timeout_s:.0f} s")
+
+    def receive(self, want: Want, first: bytes) -> None:
+        """Write the body into the file: ``first``, then the rest from the socket."""
+        if len(first) > want.end - want.start:
+            raise SourceError(f"{want.what}: the store sent more than it said", retryable=True)
+        if first:
+            write_at(want.fd, memoryview(first), want.start)
+            want.on_bytes(len(first))
+        at = want.start + len(first)
+        if isinstance(self.sock, ssl.SSLSocket):
+            self._receive_tls(self.sock, want, at)
+        else:
+            self._receive_plain(want, at)
+
+    def _receive_plain(self, want: Want, at: int) -> None:
+        if self._pipe is None:
+            self._pipe = os.pipe()
+            with contextlib.suppress(OSError):  # more than an unprivileged user may have: 64 KiB do
+                fcntl.fcntl(self._pipe[1], _F_SETPIPE_SZ, ANNOUNCE_BYTES)
+        self.sock.settimeout(0.0)
+        source, poll = self.sock.fileno(), select.poll()
+        poll.register(source, select.POLLIN)
+        deadline_s = time.monotonic() + self.timeout_s
+        while at < want.end:
+            most = min(want.end - at, ANNOUNCE_BYTES)
+            self._wait_for(most)
+            poll.poll(SLICE_S * 1_000)
+            try:
+                moved = os.splice(source, self._pipe[1], most)
+            except BlockingIOError:
+                self._still_wanted(deadline_s, want.cancelled)
+                continue
+            if moved == 0:
+                raise ConnectionResetError(f"cut off, {want.end - at:,} bytes before the end")
+            self._drain(want.fd, at, moved)
+            at += moved
+            want.on_bytes(moved)
+            if want.cancelled():
+                raise Cancelled("not wanted any more")
+            deadline_s = time.monotonic() + self.timeout_s
+
+    def _drain(self, fd: int, at: int, left: int) -> None:
+        assert self._pipe is not None
+        with writing():
+            while left:
+                moved = os.splice(self._pipe[0], fd, left, offset_dst=at)
+                left -= moved
+                at += moved
+
+    def _wait_for(self, most: int) -> None:
+        """Be woken when this much is there (or the connection ends), not for every packet."""
+        low = 1 if most < 65_536 else most // 2
+        if low != self._low_bytes:
+            with contextlib.suppress(OSError):
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low)
+            self._low_bytes = low
+
+    def _receive_tls(self, sock: ssl.SSLSocket, want: Want, at: int) -> None:
+        if self._buffer is None:
+            self._buffer = memoryview(bytearray(ANNOUNCE_BYTES))
+        sock.settimeout(SLICE_S)
+        deadline_s = time.monotonic() + self.timeout_s
+        while at < want.end:
+            most, have = min(want.end - at, ANNOUNCE_BYTES), 0
+            while have < most:
+                try:
+                    got = sock.recv_into(self._buffer[have:most])
+                except TimeoutError:
+                    self._still_wanted(deadline_s, want.cancelled)
+                    if have:
+                        break
+                    continue
+                if got == 0:
+                    raise ConnectionResetError(f"cut off, {want.end - at:,} bytes before the end")
+                have += got
+                deadline_s = time.monotonic() + self.timeout_s
+            write_at(want.fd, self._buffer[:have], at)
+            at += have
+            want.on_bytes(have)
+            if want.cancelled():
+                raise Cancelled("not wanted any more")
+
+    def close(self) -> None:
+        """Close it, and its pipe. May be called twice."""
+        with contextlib.suppress(OSError):
+            self.sock.close()
+        if self._pipe is not None:
+            for end in self._pipe:
+                os.close(end)
+            self._pipe = None
+        self._buffer = None
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """What fails in here is the disk's doing and not the store's: asking again would not help."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(f"the disk is full: {error.strerror}") from error
+        raise CacheError(f"the file cannot be written: {error.strerror}") from error
+
+
+def write_at(fd: int, data: memoryview, at: int) -> None:
+    """Write all of ``data`` at an offset. Raises ``NoSpace`` or ``CacheError``."""
+    with writing():
+        while data:
+            done = os.pwrite(fd, data, at)
+            data, at = data[done:], at + done
+
+
+@dataclass(slots=True, kw_only=True)
+class Connections:
+    """Kept connections to any number of servers; safe for many threads."""
+
+    timeout_s: float
+    most_idle: int
+    context: Callable[[], ssl.SSLContext]
+    """Makes the TLS context when the first ``https`` server is met."""
+    receive_bytes: int | None = None
+    """Size of each socket's receive buffer, where bandwidth is limited: what the kernel takes in
+    ahead of the reader is not counted by the reader."""
+    _idle: list[Connection] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _context: ssl.SSLContext | None = None
+    _closed: bool = False
+
+    def take(self, url: str, *, fresh: bool = False) -> Connection:
+        """A connection to the server of ``url``; a kept one unless ``fresh``."""
+        origin = origin_of(url)
+        if not fresh:
+            kept = self._take_idle(origin)
+            if kept is not None:
+                return kept
+        return Connection(origin=origin, sock=self._connect(origin), timeout_s=self.timeout_s)
+
+    def _take_idle(self, origin: tuple[str, str, int]) -> Connection | None:
+        now_s, old, found = time.monotonic(), [], None
+        with self._lock:
+            for at in range(len(self._idle) - 1, -1, -1):
+                if now_s - self._idle[at].idle_since_s > IDLE_S:
+                    old.append(self._idle.pop(at))
+                elif found is None and self._idle[at].origin == origin:
+                    found = self._idle.pop(at)
+        for connection in old:
+            connection.close()
+        return found
+
+    def give_back(self, connection: Connection) -> None:
+        """Keep a connection whose answer was read to the end."""
+        connection.used = True
+        connection.idle_since_s = time.monotonic()
+        with self._lock:
+            if not self._closed and len(self._idle) < self.most_idle:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+    def _connect(self, origin: tuple[str, str, int]) -> socket.socket:
+        scheme, host, port = origin
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        error: OSError = OSError("it has no address")
+        for family, kind, protocol, _, address in found:
+            sock = socket.socket(family, kind, protocol)
+            try:
+                if self.receive_bytes is not None:  # counts only when set before connecting
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_bytes)
+                sock.settimeout(min(CONNECT_S, self.timeout_s))
+                sock.connect(address)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if scheme == "https":
+                    return self._tls().wrap_socket(sock, server_hostname=host)
+            except OSError as failed:
+                sock.close()
+                error = failed
+                continue
+            return sock
+        raise error
+
+    def _tls(self) -> ssl.SSLContext:
+        with self._lock:
+            if self._context is None:
+                self._context = self.context()
+            return self._context
+
+    def close(self) -> None:
+        """Close what is idle; what is in use is closed when it comes back."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+
+def origin_of(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port of a URL."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise SourceError("the store's address is neither http nor https")
+    host = parts.hostname.encode("idna").decode() if not parts.hostname.isascii() else None
+    return parts.scheme, host or parts.hostname, parts.port or (443, 80)[parts.scheme == "http"]
+
+
+def format_request(method: str, url: str, headers: Mapping[str, str]) -> bytes:
+    """The bytes of a request without a body."""
+    parts = urlsplit(url)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    host = parts.netloc.rpartition("@")[2]
+    lines = [f"{method} {target} HTTP/1.1", f"Host: {host}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    text = "\r\n".join(lines)
+    if any(c in text.replace("\r\n", "") for c in "\r\n\0") or " " in target:
+        raise SourceError("a request to the store would be malformed")
+    return f"{text}\r\n\r\n".encode("ascii", "strict")
