@@ -1,0 +1,23 @@
+"""Local bytes to tensors, and engines to started processes.
+
+``load``, ``iterate`` and ``check`` read safetensors; they are imported when first asked for, and
+torch when they are called, so that importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loaders.index import BadFile
+    from loaders.loading import Loaded, check, iterate, load
+
+__all__ = ["BadFile", "Loaded", "check", "iterate", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from loaders import index, loading
+
+    return getattr(index if name == "BadFile" else loading, name)
