@@ -91,21 +91,12 @@ COUNTERS = (count_by_cachestat, count_by_mincore)
 
 
 def populate(fd: int, start: int, length: int) -> bool:
-    """Have the kernel read what is missing of a range and mark all of it as used.
-
-    A page that is there costs some nanoseconds and its mark keeps it from being reclaimed. The
-    mapping is undone at once, so nothing counts towards this process's memory. Raises ``OSError``:
-    ``EFAULT`` where the file ends before the range or cannot be read. ``False`` if the kernel has
-    no ``MADV_POPULATE_READ`` (before 5.14).
-    """
+    """Have the kernel read what is missing of a range and mark all of it as used, through
+    mappings that are undone at once. ``False`` and errors as ``Mapping.populate`` has them."""
     for at, size in windows(start, start + length):
         with Mapping(fd, at, size) as mapping:
-            while _libc().madvise(mapping.address, size, _POPULATE_READ) != 0:
-                code = ctypes.get_errno()
-                if code == errno.EINVAL:
-                    return False
-                if code not in (errno.EAGAIN, errno.EINTR):
-                    raise OSError(code, os.strerror(code))
+            if not mapping.populate(0, size):
+                return False
     return True
 
 
@@ -120,6 +111,21 @@ class Mapping:
             raise OSError(code, os.strerror(code))
         self.address: int = address
         self.length = length
+
+    def populate(self, start: int, length: int) -> bool:
+        """Read what is missing of a part into the page cache and mark all of it as used, which
+        keeps it from being reclaimed; 15 ms per gigabyte that is there.
+
+        Raises ``OSError``: ``EFAULT`` where the file ends before the part or cannot be read.
+        ``False`` if the kernel has no ``MADV_POPULATE_READ`` (before 5.14).
+        """
+        while _libc().madvise(self.address + start, length, _POPULATE_READ) != 0:
+            code = ctypes.get_errno()
+            if code == errno.EINVAL:
+                return False
+            if code not in (errno.EAGAIN, errno.EINTR):
+                raise OSError(code, os.strerror(code))
+        return True
 
     def lock(self, start: int, length: int) -> None:
         """Read a part and keep it in memory until the mapping ends. Raises ``OSError``: ``EPERM``

@@ -1,0 +1,366 @@
+"""The page keeper, with real files and its real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from modelcache import kernel, memory
+from modelcache.keeper import KeptFiles, PageKeeper
+from modelcache.keeping import Keeping
+from modelcache.pagecache import drop, residency
+from modelcache.types import CacheError, FileRange, NoSpace
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    """A folder on a disk that other users may enter: of a tmpfs nothing can be made cold."""
+    with tempfile.TemporaryDirectory(prefix="tidegate-keeper-", dir="/var/tmp") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def cold(path: Path, size_bytes: int = MIB) -> FileRange:
+    path.write_bytes(os.urandom(size_bytes))
+    file = FileRange(path=str(path))
+    assert drop([file]).bytes_cached == 0
+    return file
+
+
+def until(check: Callable[[], bool], limit_s: float = 30.0) -> None:
+    end_s = time.monotonic() + limit_s
+    while not check():
+        assert time.monotonic() < end_s, "it did not come about"
+        time.sleep(0.01)
+
+
+def one(keeper: PageKeeper, key: str) -> KeptFiles:
+    return next(kept for kept in keeper.status().kept if kept.key == key)
+
+
+def mapped(pid: int | None) -> str:
+    return Path(f"/proc/{pid}/smaps").read_text()
+
+
+@pytest.fixture
+def keeper() -> Iterator[PageKeeper]:
+    keeper = PageKeeper(budget_bytes=4 * MIB, touch_s=0.05)
+    yield keeper
+    keeper.close()
+
+
+def test_brings_in_what_it_is_to_keep_and_brings_back_what_was_dropped(
+    disk: Path, keeper: PageKeeper
+) -> None:
+    file = cold(disk / "file")
+    keeper.keep("m", [file])
+    until(lambda: one(keeper, "m").bytes_cached == MIB)
+    assert one(keeper, "m").problem == ""
+    # Mapped pages survive a request to forget them.
+    assert drop([file]).bytes_cached == MIB
+    rounds = keeper.status().rounds
+    until(lambda: keeper.status().rounds > rounds + 1)
+    assert one(keeper, "m").bytes_cached == MIB
+
+
+def test_keeps_only_the_ranges_asked_for(disk: Path, keeper: PageKeeper) -> None:
+    cold(disk / "file", 4 * MIB)
+    keeper.keep("rank0", [FileRange(path=str(disk / "file"), start=MIB + 5, end=2 * MIB)])
+    until(lambda: one(keeper, "rank0").bytes_cached == MIB - 5)
+    assert keeper.status().bytes_kept == MIB - 5
+    sizes = [
+        line for line in mapped(keeper.status().pid).splitlines() if line.endswith(f"{disk}/file")
+    ]
+    assert len(sizes) == 1
+    first, last = (int(at, 16) for at in sizes[0].split()[0].split("-"))
+    assert last - first == MIB
+
+
+def test_the_budget_holds_over_all_keys(disk: Path, keeper: PageKeeper) -> None:
+    keeper.keep("a", [cold(disk / "a", 3 * MIB)])
+    two = cold(disk / "b", 2 * MIB)
+    with pytest.raises(NoSpace, match=r"2,097,152 bytes of b .* 3,145,728 of 4,194,304 are taken"):
+        keeper.keep("b", [two])
+    keeper.keep("a", [cold(disk / "c", 2 * MIB)])  # in its own place, not beside it
+    keeper.keep("b", [two])
+    assert keeper.status().bytes_kept == 4 * MIB
+    assert keeper.drop("a")
+    assert not keeper.drop("a")
+    assert [kept.key for kept in keeper.status().kept] == ["b"]
+
+
+def test_what_is_dropped_is_unmapped_and_can_be_let_go(disk: Path, keeper: PageKeeper) -> None:
+    a, b = cold(disk / "a"), cold(disk / "b")
+    keeper.keep("a", [a])
+    keeper.keep("b", [b])
+    until(lambda: one(keeper, "a").bytes_cached == one(keeper, "b").bytes_cached == MIB)
+    keeper.drop("a")
+    until(lambda: f"{disk}/a" not in mapped(keeper.status().pid))
+    assert drop([a]).bytes_cached == 0
+    assert f"{disk}/b" in mapped(keeper.status().pid)
+
+
+def test_a_file_cut_short_or_replaced_or_gone_ends_nothing(disk: Path, keeper: PageKeeper) -> None:
+    file, other = cold(disk / "file", 2 * MIB), cold(disk / "other")
+    keeper.keep("m", [file])
+    keeper.keep("n", [other])
+    until(lambda: one(keeper, "m").bytes_cached == 2 * MIB)
+    pid = keeper.status().pid
+    os.truncate(file.path, 100)
+    rounds = keeper.status().rounds
+    until(lambda: keeper.status().rounds > rounds + 2)
+    assert (one(keeper, "m").bytes_total, one(keeper, "m").bytes_cached) == (100, 100)
+
+    replacement = cold(disk / "new", MIB)
+    os.replace(replacement.path, file.path)
+    until(lambda: one(keeper, "m").bytes_cached == MIB)
+
+    os.unlink(file.path)
+    until(lambda: "No such file" in one(keeper, "m").problem)
+    assert one(keeper, "m").bytes_cached is None
+    # An unlinked file must not go on taking disk space.
+    until(lambda: str(disk / "file") not in mapped(pid))
+    assert one(keeper, "n").bytes_cached == MIB
+    assert (keeper.status().pid, keeper.status().restarts) == (pid, 0)
+
+
+def test_a_file_cut_short_while_its_pages_are_marked_is_no_signal(disk: Path) -> None:
+    """Between the look at its size and the marking."""
+    file = cold(disk / "file", 2 * MIB)
+    keeping = Keeping(lock=False, available=lambda: None, reserve_bytes=0)
+    keeping.want({"m": [file]})
+    sizes: list[int] = []
+
+    def cut() -> int | None:
+        sizes.append(os.stat(file.path).st_size)
+        os.truncate(file.path, 100)
+        return None
+
+    keeping._available = cut
+    list(keeping.round())
+    assert sizes == [2 * MIB]
+    assert "cut short or replaced" in str(keeping.report()["m"]["problem"])
+    keeping._available = lambda: None
+    list(keeping.round())
+    assert keeping.report()["m"]["problem"] == ""
+    keeping.close()
+
+
+def test_its_process_is_started_again_and_told_again(disk: Path, keeper: PageKeeper) -> None:
+    keeper.keep("m", [cold(disk / "file")])
+    until(lambda: one(keeper, "m").bytes_cached == MIB)
+    pid = keeper.status().pid
+    assert pid is not None
+    assert Path(f"/proc/{pid}/oom_score_adj").read_text().strip() == "1000"
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: keeper.status().pid not in (None, pid))
+    until(lambda: f"{disk}/file" in mapped(keeper.status().pid))
+    assert keeper.status().restarts == 1
+
+
+def test_its_process_ends_with_whoever_started_it(disk: Path) -> None:
+    file = cold(disk / "file")
+    script = """
+import sys, time
+from modelcache.keeper import PageKeeper
+from modelcache.types import FileRange
+keeper = PageKeeper(budget_bytes=1 << 30, touch_s=0.05)
+keeper.keep("m", [FileRange(path=sys.argv[1])])
+while not keeper.status().rounds:
+    time.sleep(0.01)
+print(keeper.status().pid, flush=True)
+time.sleep(60)
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, file.path], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+
+    def gone() -> bool:
+        try:
+            return "keeper_process" not in Path(f"/proc/{pid}/cmdline").read_text()
+        except OSError:
+            return True
+
+    until(gone)
+
+
+def test_close_ends_the_process_and_refuses_more(disk: Path) -> None:
+    keeper = PageKeeper(budget_bytes=MIB, touch_s=60.0)
+    keeper.keep("m", [cold(disk / "file")])
+    until(lambda: keeper.status().rounds > 0)
+    pid = keeper.status().pid
+    keeper.close()
+    keeper.close()
+    assert not Path(f"/proc/{pid}").exists()
+    with pytest.raises(CacheError, match="closed"):
+        keeper.keep("m", [FileRange(path=str(disk / "file"))])
+    PageKeeper(budget_bytes=0).close()
+
+
+def test_refuses_files_that_are_not_there(disk: Path, keeper: PageKeeper) -> None:
+    with pytest.raises(CacheError, match="no-such"):
+        keeper.keep("m", [FileRange(path=str(disk / "no-such"))])
+    assert keeper.status().kept == ()
+
+
+LOCKING = """
+import json, os, resource, sys
+from modelcache import kernel
+from modelcache.keeping import Keeping
+from modelcache.types import FileRange
+kernel._libc()
+limit = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
+if os.geteuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+keeping = Keeping(lock=True, available=lambda: None, reserve_bytes=0)
+keeping.want({"m": [FileRange(path=sys.argv[1])]})
+list(keeping.round())
+list(keeping.round())
+status = open("/proc/self/status").read().split("VmLck:")[1].split()[0]
+print(json.dumps([keeping.report()["m"], int(status) * 1024]))
+"""
+
+
+@pytest.mark.parametrize("limit_bytes", [64 * 1024, 2 * MIB])
+def test_locks_what_it_may_and_touches_the_rest(disk: Path, limit_bytes: int) -> None:
+    """As a user without the right to lock beyond RLIMIT_MEMLOCK."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    assert hard == -1 or hard >= limit_bytes or os.geteuid() == 0, (soft, hard)
+    file = cold(disk / "file")
+    ran = subprocess.run(
+        [sys.executable, "-c", LOCKING, file.path, str(limit_bytes)],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    allowed = limit_bytes > MIB
+    report, locked = json.loads(ran.stdout)
+    assert report["locked_bytes"] == locked == (MIB if allowed else 0)
+    assert ("RLIMIT_MEMLOCK" in report["problem"]) is not allowed
+    assert residency([file]).bytes_cached == MIB
+
+
+def test_a_locked_file_cut_short_ends_nothing(disk: Path) -> None:
+    file = cold(disk / "file", 4096)
+    keeping = Keeping(lock=True, available=lambda: None, reserve_bytes=0)
+    keeping.want({"m": [file]})
+    list(keeping.round())
+    assert keeping.report()["m"]["locked_bytes"] == 4096
+    os.truncate(file.path, 10)
+    list(keeping.round())
+    assert keeping.report()["m"] == {"mapped_bytes": 10, "locked_bytes": 10, "problem": ""}
+    keeping.close()
+
+
+def test_brings_nothing_back_while_memory_is_short(disk: Path) -> None:
+    file = cold(disk / "file")
+    free = [99]
+    keeping = Keeping(lock=False, available=lambda: free[0], reserve_bytes=100)
+    keeping.want({"m": [file]})
+    list(keeping.round())
+    assert keeping.pressed
+    assert residency([file]).bytes_cached == 0
+    free[0] = 100
+    list(keeping.round())
+    assert not keeping.pressed
+    assert residency([file]).bytes_cached == MIB
+    keeping.close()
+
+
+def test_reads_where_the_kernel_cannot_populate(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "_POPULATE_READ", 12_345)
+    file = cold(disk / "file", MIB + 77)
+    keeping = Keeping(lock=False, available=lambda: None, reserve_bytes=0)
+    keeping.want({"m": [file]})
+    list(keeping.round())
+    assert residency([file]).bytes_cached == MIB + 77
+    assert keeping.report()["m"]["problem"] == ""
+    keeping.close()
+
+
+def machine(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+MEMINFO = {"proc/meminfo": "MemTotal:  1000 kB\nMemFree: 10 kB\nMemAvailable:   600 kB\n"}
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "total", "available"),
+    [
+        ("plain", {}, 1_024_000, 614_400),
+        (
+            "cgroup v2, a limit further out",
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/b/memory.max": "max\n",
+                "sys/fs/cgroup/a/b/memory.current": "5\n",
+                "sys/fs/cgroup/a/memory.max": "300000\n",
+                "sys/fs/cgroup/a/memory.current": "250000\n",
+                "sys/fs/cgroup/a/memory.stat": "anon 50000\nfile 150000\n",
+            },
+            300_000,
+            200_000,
+        ),
+        (
+            "cgroup v1 seen from inside a container",
+            {
+                "proc/self/cgroup": "9:cpu:/x\n4:memory:/not/here\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "400000\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "390000\n",
+                "sys/fs/cgroup/memory/memory.stat": "cache 1\ntotal_cache 90000\n",
+            },
+            400_000,
+            100_000,
+        ),
+        (
+            "cgroup v1 without a limit",
+            {
+                "proc/self/cgroup": "4:memory:/\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "390000\n",
+            },
+            1_024_000,
+            614_400,
+        ),
+    ],
+)
+def test_memory_is_what_the_machine_and_its_control_groups_leave(
+    tmp_path: Path, name: str, files: dict[str, str], total: int, available: int
+) -> None:
+    root = machine(tmp_path, {**MEMINFO, **files})
+    assert memory.total_bytes(root) == total
+    assert memory.available_bytes(root) == available
+    assert memory.page_budget_bytes(None, root) == total // 2
+    assert memory.page_budget_bytes(7, root) == 7
+
+
+def test_unknown_memory_keeps_nothing(tmp_path: Path) -> None:
+    assert memory.total_bytes(tmp_path) is None
+    assert memory.available_bytes(tmp_path) is None
+    assert memory.page_budget_bytes(None, tmp_path) == 0
+    assert memory.total_bytes() is not None
