@@ -66,7 +66,6 @@ class OssSource(RangedSource):
             token=keys.token or None,
             # fsspec would keep it, and the keys in it, for as long as the process lives.
             skip_instance_cache=True,
-            use_listings_cache=False,
         )
         found = system.find(f"{self._bucket}/{self._prefix}", detail=True)
         return {name: info for name, info in found.items() if not name.endswith("/")}
