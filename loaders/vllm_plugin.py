@@ -94,9 +94,11 @@ def read_files(
     weight is in place. Errors in a file are raised.
     """
     if iterate is None:
-        iterate = getattr(importlib.import_module("loaders"), "iterate", None)
-    if iterate is None:
-        return "this installation has no reader of its own"
+        try:
+            ours: Iterate = importlib.import_module("loaders.loading").iterate
+        except (ImportError, AttributeError) as error:
+            return str(error)
+        iterate = ours
     tensors = chain.from_iterable(iterate(file) for file in files)
     try:
         first = next(tensors)
