@@ -1,0 +1,80 @@
+"""Where checksums of a file come from: the model cache's own layout, by view and by blob."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors_files import sums_of, write_file
+
+from loaders.checksums import find_sums
+from loaders.index import BadFile
+from modelcache.digest import PieceDigests, digest_piece
+from modelcache.layout import Layout
+
+URL, REVISION = "hf://org/model", "0123abcd"
+
+
+@pytest.fixture
+def cached(tmp_path: Path) -> tuple[Layout, str, bytes]:
+    """A cache with one model of one file, ``sub/x.safetensors``."""
+    layout = Layout(tmp_path / "cache")
+    data = write_file(tmp_path / "x", {"a": 4000})
+    pieces = PieceDigests(size_bytes=len(data), pieces=(digest_piece(data),))
+    blob = layout.blob(pieces.digest)
+    view = layout.view(URL, REVISION) / "sub"
+    for folder in (blob.parent, view, layout.manifest(URL, REVISION).parent):
+        folder.mkdir(parents=True)
+    (tmp_path / "x").rename(blob)
+    layout.pieces(pieces.digest).write_bytes(pieces.encode())
+    (view / "x.safetensors").hardlink_to(blob)
+    entry = {"path": "sub/x.safetensors", "size_bytes": len(data), "digest": pieces.digest}
+    layout.manifest(URL, REVISION).write_text(json.dumps({"files": [entry]}))
+    return layout, pieces.digest, data
+
+
+def test_a_file_of_a_view_has_its_blob_s_checksums(cached: tuple[Layout, str, bytes]) -> None:
+    layout, _, data = cached
+    assert find_sums(layout.view(URL, REVISION) / "sub" / "x.safetensors") == sums_of(data)
+
+
+def test_so_has_a_link_to_the_blob(cached: tuple[Layout, str, bytes], tmp_path: Path) -> None:
+    layout, digest, data = cached
+    (tmp_path / "link").symlink_to(layout.blob(digest))
+    assert find_sums(tmp_path / "link") == find_sums(layout.blob(digest)) == sums_of(data)
+
+
+def test_other_files_have_none(cached: tuple[Layout, str, bytes], tmp_path: Path) -> None:
+    layout, digest, _ = cached
+    write_file(tmp_path / "other", {"a": 4})
+    view = layout.view(URL, REVISION)
+    assert find_sums(tmp_path / "other") is None
+    assert find_sums(tmp_path / "gone") is None
+    assert find_sums(view / "unknown.safetensors") is None
+    layout.pieces(digest).unlink()
+    assert find_sums(layout.blob(digest)) is None
+
+
+@pytest.mark.parametrize("change", [b"", b"short", None])
+def test_checksums_that_are_damaged_are_an_error(
+    cached: tuple[Layout, str, bytes], change: bytes | None
+) -> None:
+    layout, digest, _ = cached
+    if change is None:
+        layout.pieces(digest).unlink()
+    else:
+        layout.pieces(digest).write_bytes(change)
+    with pytest.raises(BadFile, match="cannot be verified"):
+        find_sums(layout.view(URL, REVISION) / "sub" / "x.safetensors")
+
+
+def test_a_changed_checksum_is_an_error_not_a_verdict(cached: tuple[Layout, str, bytes]) -> None:
+    """Its BLAKE3 would still hold; what a wrong XXH3-64 says of the bytes must not count."""
+    layout, digest, data = cached
+    pieces = bytearray(layout.pieces(digest).read_bytes())
+    pieces[3] ^= 1
+    layout.pieces(digest).write_bytes(pieces)
+    with pytest.raises(BadFile, match="cannot be verified"):
+        find_sums(layout.blob(digest))
+    assert len(data) > 0
