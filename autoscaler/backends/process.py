@@ -13,9 +13,7 @@ import logging
 import os
 import re
 import secrets
-import socket
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,6 @@ from autoscaler.backends.base import (
     BackendError,
     Leftover,
     MakeCommand,
-    NoRoom,
     Placement,
     Probe,
     ReplicaSpec,
@@ -44,34 +41,22 @@ from autoscaler.backends.forking import RECORD_ID as FORK_SERVER
 from autoscaler.backends.forking import ForkPlan, Forks, ForkServerStatus
 from autoscaler.backends.health import HealthClient, choose_model
 from autoscaler.backends.logs import ReplicaLog, prune
+from autoscaler.backends.placing import HOST, free_port, place
 from autoscaler.backends.process_registry import ProcessRecord, ProcessRegistry
 from autoscaler.backends.procs import (
     ProcessStat,
     boot_id,
     list_stats,
-    read_pss_bytes,
     read_stat,
     reap_orphans,
 )
-from autoscaler.placement import Gpu, GpuUse, assign_cpus, assign_gpus
+from autoscaler.backends.standing import Standby, describe_standby
+from autoscaler.placement import Gpu
 from autoscaler.settings import AutoscalerSettings
 from loaders.forkserver.client import ForkedProcess, ForkError
 
-HOST = "127.0.0.1"
 LOG = logging.getLogger("tidegate.autoscaler")
-PORT_TRIES = 32
 KEEP_S = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Standby:
-    """An engine that is forked and waits for its weights. ``parked`` is false until it has come
-    so far; ``pss_bytes`` is the memory of its processes, of what they share only their part."""
-
-    pool: str
-    pid: int
-    parked: bool
-    pss_bytes: int
 
 
 class ProcessBackend:
@@ -132,8 +117,13 @@ class ProcessBackend:
     async def _start(
         self, spec: ReplicaSpec, shelf: dict[str, Child], key: str, *, parked: bool = False
     ) -> None:
-        gpus, cpus = await self._place(spec)
-        placement = Placement(host=HOST, port=self._free_port(), gpus=gpus, cpus=cpus)
+        inventory = None
+        if spec.pool.gpus_per_replica:
+            inventory = await asyncio.to_thread(self._list_gpus)
+        running = list(self._children.values())
+        gpus, cpus = place(spec, running, inventory=inventory, cpus=self._cpus)
+        port = free_port({child.placement.port for child in self._all()})
+        placement = Placement(host=HOST, port=port, gpus=gpus, cpus=cpus)
         directory = self._logs / re.sub(r"[^A-Za-z0-9._-]+", "-", spec.pool.name)
         try:
             command = self._command(spec, placement)
@@ -195,18 +185,8 @@ class ProcessBackend:
 
     def standbys(self) -> tuple[Standby, ...]:
         """The standbys that live, with what they cost."""
-        found = []
-        for pool, child in self._standbys.items():
-            if child.process is None or child.family is None or child.process.poll() is not None:
-                continue
-            child.listen()
-            pss_bytes = sum(read_pss_bytes(pid) or 0 for pid in child.family.pids())
-            found.append(
-                Standby(
-                    pool=pool, pid=child.process.pid, parked=child.is_parked, pss_bytes=pss_bytes
-                )
-            )
-        return tuple(found)
+        found = (describe_standby(child) for child in list(self._standbys.values()))
+        return tuple(one for one in found if one is not None)
 
     def fork_server(self) -> ForkServerStatus | None:
         """How the fork server is; ``None`` where there is to be none."""
@@ -243,45 +223,6 @@ class ProcessBackend:
             child.spec, child.log = spec, log
             self._children[spec.id] = child
             return True
-
-    async def _place(self, spec: ReplicaSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        pool = spec.pool
-        inventory = None
-        if pool.gpus_per_replica:
-            inventory = await asyncio.to_thread(self._list_gpus)
-        children = list(self._children.values())
-        gpus = assign_gpus(
-            count=pool.gpus_per_replica,
-            memory_bytes=pool.gpu_memory_bytes,
-            allowed=pool.gpus,
-            inventory=inventory,
-            uses=[
-                GpuUse(index=index, memory_bytes=child.spec.pool.gpu_memory_bytes)
-                for child in children
-                for index in child.placement.gpus
-            ],
-        )
-        if gpus is None:
-            which = f"of {list(pool.gpus)} " if pool.gpus else ""
-            known = "" if inventory is not None else " (which GPUs there are is not known)"
-            raise NoRoom(f"{pool.gpus_per_replica} GPU {which}needed, not so many are free{known}")
-        cpus = assign_cpus(
-            count=pool.cpus_per_replica,
-            available=self._cpus,
-            taken=[core for child in children for core in child.placement.cpus],
-        )
-        return gpus, cpus
-
-    def _free_port(self) -> int:
-        """A port nobody listens on, and that no other replica was given."""
-        taken = {child.placement.port for child in self._all()}
-        for _ in range(PORT_TRIES):
-            with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-                probe.bind((HOST, 0))
-                port: int = probe.getsockname()[1]
-            if port not in taken:
-                return port
-        raise BackendError(f"no free port was found on {HOST} in {PORT_TRIES} tries")
 
     async def _launch(self, child: Child, *, parked: bool = False) -> None:
         """Start the gate, put it on record, open it."""
