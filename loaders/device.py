@@ -152,6 +152,12 @@ STREAMS = 4
 """Streams copied on. One keeps a PCIe link busy; more hide the gaps between two copies."""
 
 
+def _import_torch() -> Any:
+    import torch
+
+    return torch
+
+
 @dataclass(frozen=True, slots=True)
 class CudaTicket:
     """A copy marked by an event."""
@@ -168,14 +174,12 @@ class CudaTicket:
 
 
 class CudaTarget:
-    """Tensors in a GPU's memory."""
+    """Tensors in a GPU's memory. ``on`` is torch, or what a test has in its place."""
 
     staged = True
 
-    def __init__(self, device: Any, *, streams: int) -> None:
-        import torch
-
-        self._torch = torch
+    def __init__(self, device: Any, *, streams: int, on: Any = None) -> None:
+        torch = self._torch = _import_torch() if on is None else on
         if not torch.cuda.is_available():
             raise ValueError(f"device: {device} was asked for, and torch sees no GPU")
         index = torch.cuda.current_device() if device.index is None else device.index

@@ -108,7 +108,8 @@ class Slot:
 class Ring:
     """``slots`` slots of ``slot_bytes`` each in one stretch of memory.
 
-    ``lock_memory`` may pin the stretch for a device; what it returns undoes that.
+    ``lock_memory`` may pin the stretch for a device; what it returns undoes that. ``pinned`` says
+    whether it did.
     """
 
     def __init__(
@@ -119,15 +120,11 @@ class Ring:
     ) -> None:
         self._stretch = Stretch(slots * slot_bytes)
         self._unlock = lock_memory(self._stretch) if lock_memory else None
+        self.pinned = self._unlock is not None
         view = self._stretch.view
         self._free = deque(Slot(view[i * slot_bytes : (i + 1) * slot_bytes]) for i in range(slots))
         self._changed = threading.Condition()
         self.size_bytes = self._stretch.size_bytes
-
-    @property
-    def pinned(self) -> bool:
-        """Whether it is locked for a device."""
-        return self._unlock is not None
 
     def take(self) -> Slot:
         """A slot nobody reads from or writes to; waits for one."""
