@@ -54,7 +54,6 @@ class HfSource(RangedSource):
         return self.probed(make_listing(self.ref, files, revision=self._commit))
 
     def _ask(self) -> Any:
-        import httpx
         from huggingface_hub import HfApi
         from huggingface_hub.errors import (
             GatedRepoError,
@@ -89,7 +88,7 @@ class HfSource(RangedSource):
             response = error.response
             answers.check_status(response.status_code, dict(response.headers), url, HINT)
             raise SourceError(f"{url}: the hub's answer makes no sense") from None
-        except (httpx.HTTPError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - which HTTP library's it is depends on the version
             reason = redact(str(error), self._secrets)[:300] or type(error).__name__
             raise SourceError(f"{url}: {reason}", retryable=True) from None
 

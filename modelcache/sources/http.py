@@ -57,8 +57,10 @@ class HttpSource(RangedSource):
         """The file that ``url`` is, or ``None`` where it looks like a directory."""
         try:
             head = self.reader.head(self._request(url))
-        except NotFound:
-            return None
+        except SourceError as error:
+            if error.retryable:
+                raise
+            return None  # also after 403, which many servers answer to a directory
         if "html" in head.headers.get("content-type", ""):
             return None
         return _file_of(head, unquote(url.rpartition("/")[2]), url)
@@ -77,9 +79,9 @@ class HttpSource(RangedSource):
             except NotFound:
                 links = None
             except SourceError as error:
-                if error.retryable or depth or self._headers:
+                if error.retryable or depth:
                     raise
-                links = None  # 403: many servers answer so to a directory they do not list
+                links = None  # 403 again: it lists nothing, and may have the usual files
             else:
                 links = indexes.read_index(folder, head.headers.get("content-type", ""), page)
             for link in links or ():

@@ -326,7 +326,6 @@ def format_request(method: str, url: str, headers: Mapping[str, str]) -> bytes:
     host = parts.netloc.rpartition("@")[2]
     lines = [f"{method} {target} HTTP/1.1", f"Host: {host}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
-    text = "\r\n".join(lines)
-    if any(c in text.replace("\r\n", "") for c in "\r\n\0") or " " in target:
+    if " " in target or any(not line.isascii() or not line.isprintable() for line in lines):
         raise SourceError("a request to the store would be malformed")
-    return f"{text}\r\n\r\n".encode("ascii", "strict")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
