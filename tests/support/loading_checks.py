@@ -25,6 +25,7 @@ from safetensors_files import header, layout, sums_of
 
 import loaders
 from loaders import device as devices
+from loaders import loading
 from loaders.index import BadFile
 
 Tensors = dict[str, Any]
@@ -271,7 +272,6 @@ def check_device_copies_are_waited_for(model: Path) -> None:
         def make(device: Any, *, workers: int, fake: Any = fake, **_: Any) -> Any:
             return devices.CudaTarget(torch.device("cuda", 0), streams=workers, on=fake)
 
-        loading = sys.modules["loaders.loading"]
         loading.make_target = make  # type: ignore[attr-defined]
         try:
             with sharded(20 + seed) as (place, expected):
