@@ -8,8 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from autoscaler.backends import launch
 from autoscaler.backends.base import Command, Placement, Probe, ReplicaSpec
@@ -147,3 +148,13 @@ def describe_end(child: Child, status: int, *, lines: int) -> str:
     tail = child.log.tail(lines)
     said = "; it wrote nothing" if not tail else "; its last lines:\n" + "\n".join(tail)
     return f"the engine {how} (log: {child.log.path}){said}"
+
+
+async def to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await work that cannot be interrupted; a cancellation is raised when it has ended."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise

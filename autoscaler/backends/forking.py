@@ -288,6 +288,8 @@ class Forks:
             await asyncio.gather(self._runner, return_exceptions=True)
             self._runner = None
         await self._take_down()
+        with contextlib.suppress(OSError):
+            adopt_orphans(False)
         self._settle("off", "Tidegate is closing")
 
 

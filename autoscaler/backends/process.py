@@ -13,9 +13,8 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from autoscaler.backends.base import (
     BackendError,
@@ -35,6 +34,7 @@ from autoscaler.backends.children import (
     make_env,
     make_probe,
     spawn_plainly,
+    to_the_end,
 )
 from autoscaler.backends.family import Family, Sleep, end_leftovers
 from autoscaler.backends.forking import RECORD_ID as FORK_SERVER
@@ -304,14 +304,16 @@ class ProcessBackend:
         if process is not None:
             if process.stdin is not None:
                 process.stdin.close()  # A gate that has not opened ends by itself.
+            seen: set[int] = set()
             if child.family is None:
                 process.kill()
                 await asyncio.to_thread(self._registry.remove, child.spec.id)
             else:
-                await child.family.end(grace_s=grace_s, sleep=self._sleep, reap=process.poll)
+                end = child.family.end(grace_s=grace_s, sleep=self._sleep, reap=process.poll)
+                seen = await end
             await asyncio.to_thread(process.wait)
             if self._forks is not None:
-                reap_orphans({process.pid}, await asyncio.to_thread(list_stats))
+                reap_orphans({process.pid}, seen, await asyncio.to_thread(list_stats))
             if isinstance(process, ForkedProcess):
                 asyncio.get_running_loop().remove_reader(process.marks)
                 process.close()
@@ -358,7 +360,9 @@ class ProcessBackend:
                 if self._forks is not None:
                     self._forks.log.rotate()
                     leaders = {one.process.pid for one in self._all() if one.process is not None}
-                    reap_orphans(leaders, stats)
+                    families = [one.family for one in self._all() if one.family is not None]
+                    known = {pid for family in families for pid in family.pids()}
+                    reap_orphans(leaders, known, stats)
                 for child in [one for one in self._all() if not one.lock.locked()]:
                     async with child.lock:
                         await asyncio.to_thread(self._keep_one, child, stats)
@@ -390,13 +394,3 @@ class ProcessBackend:
         errors = [one for one in results if isinstance(one, Exception)]
         if errors:
             raise errors[0]
-
-
-async def to_the_end(work: Coroutine[Any, Any, None]) -> None:
-    """Await work that cannot be interrupted; a cancellation is raised when it has ended."""
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        raise

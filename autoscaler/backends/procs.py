@@ -74,14 +74,19 @@ def read_pss_bytes(pid: int) -> int | None:
     return None
 
 
-def reap_orphans(sessions: Iterable[int], stats: Iterable[ProcessStat]) -> None:
-    """Let go of ended processes that came to us when their own parent ended, by their session.
-    The session's leader is left to whoever started it."""
-    wanted = set(sessions)
+def reap_orphans(
+    leaders: Iterable[int], known: Iterable[int], stats: Iterable[ProcessStat]
+) -> None:
+    """Let go of ended processes that came to us when their own parent ended: the ``known`` ones,
+    and those in the ``leaders``' sessions. Leaders are left to whoever started them."""
+    heads, others = set(leaders), set(known)
     for stat in stats:
-        if stat.gone and stat.parent == os.getpid() and stat.session in wanted - {stat.id.pid}:
+        pid = stat.id.pid
+        if not stat.gone or stat.parent != os.getpid() or pid in heads:
+            continue
+        if pid in others or stat.session in heads:
             with contextlib.suppress(ChildProcessError):
-                os.waitpid(stat.id.pid, os.WNOHANG)
+                os.waitpid(pid, os.WNOHANG)
 
 
 def carries(pid: int, mark: str) -> bool:

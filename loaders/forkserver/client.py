@@ -62,10 +62,11 @@ class Request:
     parked: bool = False
 
 
-def adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent ends. Raises ``OSError``."""
+def adopt_orphans(wanted: bool = True) -> None:
+    """Become the parent of descendants whose own parent ends, or leave them to the system again.
+    Raises ``OSError``."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"orphans cannot be taken in: {os.strerror(number)}")
 

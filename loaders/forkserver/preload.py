@@ -63,7 +63,7 @@ USUAL = (
 """What an engine imports on its way to the first answer; one that is missing costs nothing."""
 
 NATIVE_PREFIXES = (
-    "ATEN_", "BLIS_", "CUBLAS", "CUDA_", "DNNL_", "GLIBC_", "GOMP_", "GOTO", "KMP_", "LC_", "LD_",
+    "ATEN_", "BLIS_", "CUBLAS", "CUDA_", "DNNL_", "GLIBC_", "GOMP_", "GOTO", "KMP_", "LD_",
     "MALLOC_", "MKL_", "NCCL_", "OMP_", "ONEDNN_", "OPENBLAS_", "PYTHON", "TORCH", "TRITON_",
 )  # fmt: skip
 """Variables that native libraries read when they are loaded, which nobody can watch."""

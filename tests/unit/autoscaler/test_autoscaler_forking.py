@@ -1,0 +1,281 @@
+"""The process backend with a fork server: engines forked, parked, started plainly, none left."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import fake_vllm
+import pytest
+from process_fixtures import TinyCommand, ask, is_alive, tiny_backend, wait_for_probe, wait_ready
+
+from autoscaler.backends import forking
+from autoscaler.backends.base import BackendError, Placement, ReplicaSpec, Unsupported
+from autoscaler.backends.forking import ForkPlan
+from autoscaler.backends.process import ProcessBackend
+from autoscaler.backends.procs import carries, list_stats
+from autoscaler.settings import PoolSettings
+
+PLAIN = "import sys; sys.path.insert(0, {!r}); import tiny_engine; sys.exit(tiny_engine.main())"
+
+
+def pool(*engine_args: str, **fields: Any) -> PoolSettings:
+    return PoolSettings.model_validate(
+        {"name": "tiny", "engine": "vllm", "model": "tiny", "engine_args": engine_args, **fields}
+    )
+
+
+def replica(replica_id: str, *engine_args: str, **fields: Any) -> ReplicaSpec:
+    return ReplicaSpec(id=replica_id, pool=pool(*engine_args, **fields))
+
+
+def command(spec: ReplicaSpec, placement: Placement) -> TinyCommand:
+    plain = PLAIN.format(str(Path(fake_vllm.__file__).parent))
+    args = ("--port", str(placement.port), *spec.pool.engine_args)
+    return TinyCommand(argv=(sys.executable, "-c", plain, *args), env={"TINY": "yes"})
+
+
+def run(
+    directory: Path, story: Callable[[ProcessBackend], Awaitable[None]], *, without: str = ""
+) -> None:
+    """Tell a story with a backend whose vLLM is the fake one; all it started is gone after it."""
+    environ = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(fake_vllm.make(directory / "fake", without=without)),
+        "FAKE_VLLM_READS": "as it was",
+    }
+    plan = ForkPlan(
+        python=Path(sys.executable), env=environ, device="cpu", backoff_s=0.05, backoff_max_s=0.1
+    )
+
+    async def tell() -> None:
+        backend = tiny_backend(
+            directory / "state", command=command, environ=environ, fork_plan=plan
+        )
+        await backend.adopt()
+        try:
+            await story(backend)
+        finally:
+            await backend.close()
+        assert zombies() == []
+        assert list((directory / "state" / "replicas").glob("*.json")) == []
+
+    asyncio.run(tell())
+
+
+def zombies() -> list[int]:
+    return [one.id.pid for one in list_stats() if one.parent == os.getpid() and one.gone]
+
+
+async def until(wanted: Callable[[], object]) -> None:
+    """Look until it is so; the test's own time limit bounds it."""
+    for _ in range(2_000):
+        if wanted():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it never came to that")
+
+
+async def pid_of(backend: ProcessBackend, replica_id: str) -> int:
+    found = (await wait_ready(backend, replica_id)).pid
+    assert found is not None
+    return found
+
+
+def is_forked(pid: int) -> bool:
+    return b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_a_forked_engine_is_like_one_that_was_started(tmp_path: Path) -> None:
+    async def story(backend: ProcessBackend) -> None:
+        core = min(os.sched_getaffinity(0))
+        await backend.start(replica("r-1", cpus_per_replica=1, env={"OWN": "1"}))
+        probe = await wait_ready(backend, "r-1")
+        pid = await pid_of(backend, "r-1")
+        assert is_forked(pid)
+        (stat,) = (one for one in list_stats() if one.id.pid == pid)
+        assert (stat.parent, stat.session) == (os.getpid(), pid)
+        facts = ask(f"{probe.url}/facts")
+        assert facts["cpus"] == [core]
+        assert facts["env"].items() >= {"OWN": "1", "TINY": "yes"}.items()
+        record = json.loads((tmp_path / "state/replicas/r-1.json").read_text())
+        assert carries(pid, record["mark"])
+        assert record["leader"][0] == pid
+        server = backend.fork_server()
+        assert server is not None
+        assert (server.state, server.forked) == ("ready", 1)
+        assert server.pss_bytes is not None
+        assert server.pss_bytes > 1 << 20
+        os.kill(pid, signal.SIGKILL)
+        ended = await wait_for_probe(backend, "r-1", lambda one: one.alive is False)
+        assert "SIGKILL" in ended.detail
+
+    run(tmp_path, story)
+
+
+def test_the_gate_of_a_forked_engine_opens_when_it_is_on_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    async def story(backend: ProcessBackend) -> None:
+        write = backend._registry.write
+
+        def spy(record: Any) -> None:
+            log = tmp_path / "state/logs/tiny/r-1.log"
+            seen.append((record.replica_id, log.read_text()))
+            write(record)
+
+        monkeypatch.setattr(backend._registry, "write", spy)
+        await backend.start(replica("r-1"))
+        assert is_forked(await pid_of(backend, "r-1"))
+
+    run(tmp_path, story)
+    assert ("r-1", "") in seen
+
+
+def test_what_imports_have_read_must_be_the_same(tmp_path: Path) -> None:
+    async def story(backend: ProcessBackend) -> None:
+        await backend.start(replica("r-1", env={"FAKE_VLLM_READS": "otherwise"}))
+        assert not is_forked(await pid_of(backend, "r-1"))
+        await backend.start(replica("r-2", "--unwell", env={"OMP_NUM_THREADS": "3"}))
+        probe = await wait_for_probe(backend, "r-2", lambda one: "503" in one.detail)
+        assert "differs in OMP_NUM_THREADS" in probe.phase
+        await backend.start(replica("r-3", env={"NOBODY_READS": "1", "CUDA_VISIBLE_DEVICES": "1"}))
+        assert is_forked(await pid_of(backend, "r-3"))
+
+    run(tmp_path, story)
+
+
+def test_engines_outlive_a_fork_server_that_dies_and_the_next_one_forks(tmp_path: Path) -> None:
+    async def story(backend: ProcessBackend) -> None:
+        await backend.start(replica("r-1"))
+        first = await pid_of(backend, "r-1")
+        server = backend.fork_server()
+        assert server is not None
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGKILL)
+        await backend.start(replica("r-2"))  # forked by the next one, or started plainly
+        await wait_ready(backend, "r-2")
+        await until(lambda: backend.fork_server().state == "ready")  # type: ignore[union-attr]
+        await backend.start(replica("r-3"))
+        assert is_forked(await pid_of(backend, "r-3"))
+        assert is_alive(first)
+        after = backend.fork_server()
+        assert after is not None
+        assert after.pid != server.pid
+        assert after.crashes == 1
+
+    run(tmp_path, story)
+
+
+def test_packages_that_have_changed_are_imported_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(backend: ProcessBackend) -> None:
+        await backend.start(replica("r-1"))
+        assert is_forked(await pid_of(backend, "r-1"))
+        before = backend.fork_server()
+        monkeypatch.setattr(forking, "identity", lambda python: "another version")
+        await backend.start(replica("r-2", "--unwell"))
+        probe = await wait_for_probe(backend, "r-2", lambda one: "503" in one.detail)
+        assert "packages have changed" in probe.phase
+        await until(lambda: backend.fork_server().state == "ready")  # type: ignore[union-attr]
+        assert before is not None
+        assert backend.fork_server().pid != before.pid  # type: ignore[union-attr]
+
+    run(tmp_path, story)
+
+
+def test_where_nothing_can_be_forked_engines_start_plainly(tmp_path: Path) -> None:
+    async def story(backend: ProcessBackend) -> None:
+        await backend.start(replica("r-1"))
+        assert not is_forked(await pid_of(backend, "r-1"))
+        server = backend.fork_server()
+        assert server is not None
+        assert server.state == "unfit"
+        assert "vllm.v1.engine.core" in server.reason
+        with pytest.raises(Unsupported, match="unfit"):
+            await backend.standby(replica("s-1"))
+
+    run(tmp_path, story, without="vllm.v1.engine.core")
+
+
+def test_a_standby_becomes_the_next_replica(tmp_path: Path) -> None:
+    async def story(backend: ProcessBackend) -> None:
+        await backend.standby(replica("s-1"))
+        await until(lambda: [one for one in backend.standbys() if one.parked])
+        (standby,) = backend.standbys()
+        assert standby.pss_bytes > 0
+        await backend.standby(replica("s-2"))  # it has one that would serve
+        assert [one.pid for one in backend.standbys()] == [standby.pid]
+        log = tmp_path / "state/logs/tiny"
+        assert "loading weights" not in (log / "s-1.log").read_text()
+        await backend.start(replica("r-1"))
+        assert await pid_of(backend, "r-1") == standby.pid
+        assert backend.standbys() == ()
+        assert "loading weights" in (log / "r-1.log").read_text()
+        assert [one.stem for one in (tmp_path / "state/replicas").glob("r-*.json")] == ["r-1"]
+        assert not (tmp_path / "state/replicas/s-1.json").exists()
+        await backend.stop("r-1", grace_s=5.0)
+        assert not is_alive(standby.pid)
+
+    run(tmp_path, story)
+
+
+def test_a_standby_for_something_else_is_ended(tmp_path: Path) -> None:
+    async def story(backend: ProcessBackend) -> None:
+        await backend.standby(replica("s-1"))
+        (first,) = backend.standbys()
+        await backend.start(replica("r-1", "--model", "tiny"))
+        assert await pid_of(backend, "r-1") != first.pid
+        assert not is_alive(first.pid)
+        await backend.standby(replica("s-2"))
+        (second,) = backend.standbys()
+        await backend.standby(replica("s-3", env={"OWN": "1"}))
+        (third,) = backend.standbys()
+        assert third.pid != second.pid
+        await backend.end_standby("tiny")
+        assert backend.standbys() == ()
+        assert not is_alive(third.pid)
+
+    run(tmp_path, story)
+
+
+def test_stop_ends_the_family_of_a_forked_engine(tmp_path: Path) -> None:
+    async def story(backend: ProcessBackend) -> None:
+        await backend.start(replica("r-1", "--family", "--stubborn"))
+        leader = await pid_of(backend, "r-1")
+        family = {one.id.pid for one in list_stats() if one.parent == leader}
+        assert len(family) == 2
+        await backend.stop("r-1", grace_s=0.2)
+        assert not any(map(is_alive, family | {leader}))
+
+    run(tmp_path, story)
+
+
+def test_a_start_that_is_called_off_leaves_nothing(tmp_path: Path) -> None:
+    async def story(backend: ProcessBackend) -> None:
+        await until(lambda: backend.fork_server().state == "ready")  # type: ignore[union-attr]
+        for pause_s in (0.0, 0.005, 0.02, 0.05):
+            starting = asyncio.create_task(backend.start(replica("r-1")))
+            await asyncio.sleep(pause_s)
+            starting.cancel()
+            await asyncio.wait({starting})
+            if starting.cancelled():
+                assert (await backend.probe("r-1")).alive is False
+            else:
+                await backend.stop("r-1", grace_s=0.0)
+        await until(lambda: not zombies())
+        await backend.start(replica("r-2"))
+        assert is_forked(await pid_of(backend, "r-2"))
+        with pytest.raises(BackendError, match="already"):
+            await backend.start(replica("r-2"))
+
+    run(tmp_path, story)
