@@ -13,10 +13,11 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from autoscaler.backends.base import BackendError, NoRoom, Probe
+from autoscaler.backends.base import BackendError, NoRoom, Probe, Unsupported
 from autoscaler.fleet import PoolRecord, ReplicaRecord
 from autoscaler.lifecycle import PROBED_STATES, Action, Event, Refused, State, step
 from autoscaler.settings import AutoscalerSettings
+from modelcache.types import Progress, Tier
 
 LOG = logging.getLogger("tidegate.autoscaler")
 
@@ -43,7 +44,8 @@ class Troubles:
 
 
 class Actuator:
-    """Moves replicas through their lives. ``on_change`` is called after every transition."""
+    """Moves replicas through their lives. ``on_change`` is called after every transition,
+    ``on_progress`` when a preparation is a little further."""
 
     def __init__(
         self,
@@ -52,15 +54,18 @@ class Actuator:
         clock: Callable[[], float],
         sleep: Callable[[float], Awaitable[None]],
         on_change: Callable[[], None],
+        on_progress: Callable[[], None],
         troubles: Troubles,
     ) -> None:
         self._settings = settings
         self._clock = clock
         self._sleep = sleep
         self._on_change = on_change
+        self._on_progress = on_progress
         self._troubles = troubles
         self._tasks: set[asyncio.Task[None]] = set()
         self._looking: set[str] = set()
+        self._keeping = asyncio.Lock()
 
     def apply(
         self, pool: PoolRecord, record: ReplicaRecord, event: Event, detail: str = ""
@@ -96,8 +101,16 @@ class Actuator:
         self, pool: PoolRecord, record: ReplicaRecord, action: Action, now_s: float
     ) -> None:
         match action:
-            case Action.START:
+            case Action.PREPARE:
+                record.woken_from = pool.start_tier()
                 record.begun_at_s = now_s
+                self._call(pool, record, self._prepare)
+                record.preparation = record.operation
+            case Action.CALL_OFF:
+                if record.preparation is not None:
+                    record.preparation.cancel()
+                self._call(pool, record, self._release)
+            case Action.START:
                 self._call(pool, record, self._start)
             case Action.STOP:
                 self._call(pool, record, self._stop)
@@ -106,6 +119,7 @@ class Actuator:
             case Action.SLEEP:
                 self._call(pool, record, self._put_to_sleep)
             case Action.WAKE:
+                record.woken_from = Tier.SLEEPING
                 record.begun_at_s = now_s
                 self._call(pool, record, self._wake)
             case Action.DRAIN:
@@ -116,11 +130,15 @@ class Actuator:
                 self._count_failure(pool, record, now_s)
 
     def _measure(self, pool: PoolRecord, record: ReplicaRecord, now_s: float) -> None:
-        if record.begun_at_s is None:
+        if record.begun_at_s is None or record.woken_from is None:
             return
-        slept = record.ready_at_s is not None
-        times_s = pool.wake_times_s if slept else pool.start_times_s
-        times_s.append(now_s - record.begun_at_s)
+        pool.wake_times.add(pool.model_key, record.woken_from, now_s - record.begun_at_s)
+        if pool.wake_times.is_kept:
+            self.spawn(self._keep_times(pool), "wake times")
+
+    async def _keep_times(self, pool: PoolRecord) -> None:
+        async with self._keeping:  # else an older text could replace a newer one
+            await asyncio.to_thread(pool.wake_times.write, pool.wake_times.render())
 
     def _count_failure(self, pool: PoolRecord, record: ReplicaRecord, now_s: float) -> None:
         pool.failures += 1
@@ -141,9 +159,11 @@ class Actuator:
                 await asyncio.wait({earlier})
             await call(pool, record)
 
-        record.operation = self._spawn(follow(), f"{record.id}-call")
+        record.operation = self.spawn(follow(), f"{record.id}-call")
 
-    def _spawn(self, work: Awaitable[None], name: str) -> asyncio.Task[None]:
+    def spawn(self, work: Awaitable[None], name: str) -> asyncio.Task[None]:
+        """Do something beside the loop, until ``close``; an error in it is recorded."""
+
         async def guarded() -> None:
             try:
                 await work
@@ -155,10 +175,34 @@ class Actuator:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    async def _prepare(self, pool: PoolRecord, record: ReplicaRecord) -> None:
+        def report(progress: Progress | None) -> None:
+            if record.state in {State.PREPARING, State.STARTING}:
+                record.progress = progress
+                self._on_progress()
+
+        record.progress = None
+        try:
+            prepared = await pool.preparer.prepare(record.spec, report)
+        except Exception as error:  # noqa: BLE001 -- whatever it is, there is nothing to start
+            record.preparation = record.progress = None
+            record.error = self._troubles.add(f"preparation of {pool.pool.name}", error)
+            self.apply(pool, record, Event.PREPARE_FAILED, record.error)
+        else:
+            record.preparation, record.prepared = None, prepared
+            self.apply(pool, record, Event.PREPARED)
+
+    async def _release(self, pool: PoolRecord, record: ReplicaRecord) -> None:
+        record.prepared = record.progress = None
+        try:
+            await pool.preparer.release(record.id)
+        except Exception as error:  # noqa: BLE001 -- what is held for it ends with this process
+            self._troubles.add(f"release of {pool.pool.name}", error)
+
     async def _start(self, pool: PoolRecord, record: ReplicaRecord) -> None:
         try:
             async with asyncio.timeout(self._settings.call_timeout_s):
-                await pool.backend.start(record.spec)
+                await pool.backend.start(record.prepared or record.spec)
         except NoRoom as error:
             record.not_before_s = self._clock() + self._settings.backoff_initial_s
             self.apply(pool, record, Event.NO_ROOM, str(error))
@@ -168,7 +212,7 @@ class Actuator:
         else:
             record.launched = True
             record.error = None
-            self._spawn(self._watch(pool, record), f"{record.id}-watch")
+            self.spawn(self._watch(pool, record), f"{record.id}-watch")
 
     async def _stop(self, pool: PoolRecord, record: ReplicaRecord) -> None:
         grace_s = self._settings.terminate_s
@@ -182,6 +226,7 @@ class Actuator:
         else:
             record.ended = True
             self.apply(pool, record, Event.ENDED)
+            await self._release(pool, record)
 
     async def _stop_later(self, pool: PoolRecord, record: ReplicaRecord) -> None:
         await self._sleep(self.backoff_s(record.stop_failures))
@@ -197,6 +242,8 @@ class Actuator:
                 error if isinstance(error, BackendError) else BackendError(f"{record.id}: {text}")
             )
             pool.resting = False
+            again_s = self._clock() + self._settings.backoff_max_s
+            pool.bar(Tier.SLEEPING, text, None if isinstance(error, Unsupported) else again_s)
             self.apply(pool, record, Event.SLEEP_FAILED, text)
         else:
             self.apply(pool, record, Event.SLEPT)
@@ -234,7 +281,7 @@ class Actuator:
             finally:
                 self._looking.discard(record.id)
 
-        self._spawn(once(), f"look at {record.id}")
+        self.spawn(once(), f"look at {record.id}")
 
     async def _look(self, pool: PoolRecord, record: ReplicaRecord) -> Probe:
         # A probe may be two requests, each with its own time limit; this bounds a backend's bug.

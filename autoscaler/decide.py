@@ -246,7 +246,7 @@ def hold_up(
             bound=Bound.SCALE_DOWN_DELAY,
         )
     there = status.supply - status.scheduled
-    if (status.starting or status.waking) and proposal.desired < there:
+    if status.loading and proposal.desired < there:
         return replace(
             proposal,
             desired=there,
@@ -268,7 +268,7 @@ def rest(
     """Go to zero, or stay there, only when idle long enough and nothing is on its way."""
     if status.supply == 0 and proposal.desired == 0:
         return Proposal(desired=0, reason=Reason.AT_ZERO, detail="at zero, and nobody asks")
-    if status.starting or status.waking or proposal.reason is Reason.UNKNOWN_DEMAND:
+    if status.loading or proposal.reason is Reason.UNKNOWN_DEMAND:
         return proposal
     if unknown(demand) or demand.arrivals_total is None:
         if proposal.desired > 0:
@@ -333,7 +333,8 @@ def obey(
     """Put the operator's number in place of the decision's.
 
     Zero means "at zero while nobody asks": it waits for requests that are held, in flight or
-    unknown, and one that comes later still wakes the pool. No number takes away an answer.
+    unknown, and one that comes later still wakes the pool. No number takes away an answer. A model
+    that is still on its way here is called off: what has come of it is kept.
     """
     if override > 0:
         return Proposal(

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from autoscaler import phases
 from autoscaler.backends.base import Backend, BackendError, Probe, ReplicaSpec
 from autoscaler.decide import DecideState
+from autoscaler.ladder import Descent, Rung
 from autoscaler.lifecycle import ENDED_STATES, PUBLIC, State
-from autoscaler.plan import Candidate
+from autoscaler.plan import LOADING, Candidate
+from autoscaler.preparer import Preparer
 from autoscaler.settings import AutoscalerSettings, PoolSettings, first, make_policy
 from autoscaler.types import (
     Decision,
     PoolReport,
     PoolStatus,
+    PoolView,
     ReplicaLoad,
     ReplicaReport,
     ReplicaView,
+    TierReport,
 )
+from autoscaler.waketimes import WakeTimes
+from autoscaler.warmth_settings import make_ladder
 from autoscaler.window import DemandWindow
+from modelcache.types import TIERS, Progress, Tier
 from router.types import ReplicaState
 
 
@@ -32,7 +40,8 @@ class ReplicaRecord:
     ``begun_at_s`` is when its start or wake began, ``drain_at_s`` when its drain did.
     ``not_before_s`` is the earliest time of its start. ``ended`` says that its processes are gone
     for sure, ``launched`` that the backend has taken it. ``operation`` is its newest call to the
-    backend; calls follow one another.
+    backend; calls follow one another. ``prepared`` is its spec with the model on this node,
+    ``woken_from`` the tier its start or wake began from.
     """
 
     id: str
@@ -53,6 +62,10 @@ class ReplicaRecord:
     launched: bool = False
     ended: bool = False
     operation: asyncio.Task[None] | None = None
+    preparation: asyncio.Task[None] | None = None
+    prepared: ReplicaSpec | None = None
+    progress: Progress | None = None
+    woken_from: Tier | None = None
 
     @property
     def pool(self) -> str:
@@ -60,16 +73,42 @@ class ReplicaRecord:
         return self.spec.pool.name
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """Why a pool cannot be in a tier: until a time on the loop's clock, or (``None``) for good."""
+
+    why: str
+    until_s: float | None
+
+
 class PoolRecord:
     """One pool: its settings, its demand, its replicas, and how its engine has been doing."""
 
     def __init__(
-        self, pool: PoolSettings, settings: AutoscalerSettings, backend: Backend, slug: str
+        self,
+        pool: PoolSettings,
+        settings: AutoscalerSettings,
+        backend: Backend,
+        slug: str,
+        *,
+        preparer: Preparer,
+        wake_times: WakeTimes,
     ) -> None:
         self.pool = pool
         self.policy = make_policy(pool, settings)
         self.start_timeout_s = first(pool.start_timeout_s, settings.start_timeout_s)
+        self.prepare_timeout_s = first(pool.prepare_timeout_s, settings.prepare_timeout_s)
         self.backend = backend
+        self.preparer = preparer
+        self.ladder = make_ladder(pool.warmth)
+        self.descent = Descent()
+        self.rung: Rung | None = None
+        """Where the ladder last put it, while it is at zero."""
+        self.barred: dict[Tier, Bar] = {}
+        self.looked_at_s: float | None = None
+        self.settling: asyncio.Task[None] | None = None
+        self.settled_for: Tier | None = None
+        self.settle_again_s = 0.0
         self.window = DemandWindow(self.policy)
         self.decide_state = DecideState()
         self.decision: Decision | None = None
@@ -82,8 +121,8 @@ class PoolRecord:
         self.retry_at_s: float | None = None
         self.error: str | None = None
         self.ready_at_s: float | None = None
-        self.start_times_s: deque[float] = deque(maxlen=settings.wake_samples)
-        self.wake_times_s: deque[float] = deque(maxlen=settings.wake_samples)
+        self.wake_times = wake_times
+        self.model_key = f"{pool.engine or pool.backend}:{pool.model or pool.name}"
         self._slug = slug
         self._numbers = 0
 
@@ -114,6 +153,7 @@ class PoolRecord:
         """What ``decide`` is told."""
         return PoolStatus(
             scheduled=self.count(State.SCHEDULED),
+            preparing=self.count(State.PREPARING),
             starting=self.count(State.STARTING),
             waking=self.count(State.WAKING),
             ready=self.count(State.READY),
@@ -139,12 +179,50 @@ class PoolRecord:
             for record in self.replicas.values()
         ]
 
+    def bar(self, tier: Tier, why: str, until_s: float | None) -> None:
+        """Have the ladder leave out a tier, for good or for a while."""
+        self.barred[tier] = Bar(why=why, until_s=until_s)
+
+    def lift_bars(self, now_s: float) -> None:
+        """Let tiers be tried again whose time has come."""
+        self.barred = {
+            tier: bar
+            for tier, bar in self.barred.items()
+            if bar.until_s is None or now_s < bar.until_s
+        }
+
+    def tier(self) -> Tier | None:
+        """How warm it is now; ``None`` for servers that somebody else runs."""
+        if not self.backend.owns_replicas:
+            return None
+        if self.count(State.READY, State.UNHEALTHY, State.DRAINING):
+            return Tier.RUNNING
+        if self.count(State.SETTLING, *ASLEEP, State.WAKING):
+            return Tier.SLEEPING
+        return self.preparer.tier(self.pool)
+
+    def start_tier(self) -> Tier:
+        """What one more start begins from. An engine that stands by is there for one only."""
+        tier = self.preparer.tier(self.pool)
+        taken = any(
+            one.state in LOADING and one.woken_from is Tier.FORKED for one in self.replicas.values()
+        )
+        if tier is not Tier.FORKED or not taken:
+            return tier
+        return Tier.PAGED if Tier.PAGED in self.preparer.tiers(self.pool) else Tier.ON_DISK
+
     def estimate_wake_s(self) -> float | None:
-        """How long the next wake will take, from those measured; ``None`` before the first."""
-        measured = self.start_times_s
-        if self.wake_times_s and self.count(State.SLEEPING, State.WAKING):
-            measured = self.wake_times_s
-        return max(measured, default=None)
+        """How long the wake under way, or else the next, takes at most, by those measured;
+        ``None`` before the first."""
+        loading = [one.woken_from for one in self.replicas.values() if one.state in LOADING]
+        known = [tier for tier in loading if tier is not None]
+        if known:
+            tier = known[0]
+        elif self.count(*ASLEEP):
+            tier = Tier.SLEEPING
+        else:
+            tier = self.preparer.tier(self.pool)
+        return self.wake_times.estimate_s(self.model_key, tier)
 
     def forget(self, failed_kept: int) -> None:
         """Drop the replicas that are gone, except the newest failures."""
@@ -162,7 +240,9 @@ class PoolRecord:
                 del self.replicas[record.id]
 
 
-PUBLISHED = frozenset(State) - {State.SCHEDULED} - ENDED_STATES
+ASLEEP = (State.FALLING_ASLEEP, State.SLEEPING)
+PUBLISHED = frozenset(State) - {State.SCHEDULED, State.PREPARING} - ENDED_STATES
+ADVANCE = tuple(reversed(phases.STEPS))
 
 
 def make_views(pools: Iterable[PoolRecord]) -> tuple[ReplicaView, ...]:
@@ -189,6 +269,16 @@ def make_views(pools: Iterable[PoolRecord]) -> tuple[ReplicaView, ...]:
     return tuple(views)
 
 
+def view_pool(pool: PoolRecord) -> PoolView:
+    """What the data path is told of a pool; the phase is that of the replica nearest to ready."""
+    coming = [
+        (name_step(one), one) for one in pool.replicas.values() if name_step(one) in phases.STEPS
+    ]
+    step, nearest = min(coming, key=lambda one: ADVANCE.index(one[0]), default=("", None))
+    phase = "" if nearest is None else phases.describe_step(step, nearest.progress)
+    return PoolView(wake_eta_s=pool.estimate_wake_s(), phase=phase)
+
+
 def report_pool(pool: PoolRecord, loads: Mapping[str, ReplicaLoad]) -> PoolReport:
     """One pool as ``tidegate status`` shows it."""
     states = Counter(PUBLIC[record.state] for record in pool.replicas.values())
@@ -208,7 +298,44 @@ def report_pool(pool: PoolRecord, loads: Mapping[str, ReplicaLoad]) -> PoolRepor
         failures=pool.failures,
         retry_at_s=pool.retry_at_s if pool.failures else None,
         error=pool.error,
+        tier=pool.tier(),
+        tiers=report_tiers(pool),
+        step_down_at_s=step_down_at_s(pool),
     )
+
+
+def step_down_at_s(pool: PoolRecord) -> float | None:
+    """When a pool at zero will be a tier colder, if nobody asks; ``None`` for never."""
+    seen_at_s = pool.descent.seen_at_s
+    if pool.rung is None or pool.rung.left_s is None or seen_at_s is None:
+        return None
+    return seen_at_s + pool.rung.left_s
+
+
+def report_tiers(pool: PoolRecord) -> tuple[TierReport, ...]:
+    """The tiers a pool knows here, from hot to cold: those it can be in, was in, or was told of."""
+    if not pool.backend.owns_replicas:
+        return ()
+    here = pool.preparer.tiers(pool.pool)
+    reports = []
+    for tier in TIERS[1:]:
+        bar = pool.barred.get(tier)
+        times_s = pool.wake_times.measured(pool.model_key, tier)
+        stays_s = pool.ladder.stays_s(tier)
+        wanted = tier is Tier.SLEEPING and stays_s != 0
+        available = bar is None and (tier in here or wanted or pool.tier() is tier)
+        if available or bar is not None or times_s:
+            reports.append(
+                TierReport(
+                    tier=tier,
+                    available=available,
+                    wake_s=pool.wake_times.median_s(pool.model_key, tier),
+                    wakes=len(times_s),
+                    stays_s=stays_s,
+                    why_not="" if bar is None else bar.why,
+                )
+            )
+    return tuple(reports)
 
 
 def report_replica(record: ReplicaRecord, load: ReplicaLoad | None) -> ReplicaReport:
@@ -220,6 +347,9 @@ def report_replica(record: ReplicaRecord, load: ReplicaLoad | None) -> ReplicaRe
         state=PUBLIC[record.state],
         since_s=record.since_s,
         phase=describe_phase(record),
+        step=name_step(record),
+        progress=record.progress,
+        woken_from=record.woken_from,
         url=probe.url,
         pid=probe.pid,
         served_model=probe.served_model,
@@ -231,15 +361,27 @@ def report_replica(record: ReplicaRecord, load: ReplicaLoad | None) -> ReplicaRe
     )
 
 
+def name_step(record: ReplicaRecord) -> str:
+    """What a replica on its way is at, in one word; nothing for any other."""
+    return phases.name_step(record.state, record.progress, record.probe.phase)
+
+
 def describe_phase(record: ReplicaRecord) -> str:
     """What a replica is at, where its state alone does not say."""
-    if record.state is State.SCHEDULED:
-        return "waits for its start"
-    if record.state is State.STARTING:
-        return record.probe.phase
-    if record.state in {State.SETTLING, State.FALLING_ASLEEP}:
-        return record.state.value.replace("_", " ")
-    return ""
+    match record.state:
+        case State.SCHEDULED:
+            return "waits for its start"
+        case State.PREPARING:
+            return phases.describe_step(name_step(record), record.progress)
+        case State.STARTING if record.progress is not None:
+            beside = phases.describe_progress(record.progress)
+            return f"{record.probe.phase} ({beside})" if record.probe.phase else beside
+        case State.STARTING:
+            return record.probe.phase
+        case State.SETTLING | State.FALLING_ASLEEP:
+            return record.state.value.replace("_", " ")
+        case _:
+            return ""
 
 
 def make_slugs(names: Iterable[str]) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """A replica's life as one table: (state, event) → next state and what to do.
 
-    scheduled ─due─▶ starting ─ready─▶ ready ⇄ unhealthy
-                                        │ ▲
-                              stop/rest │ │ keep
-                                        ▼ │
+    scheduled ─due─▶ preparing ─prepared─▶ starting ─ready─▶ ready ⇄ unhealthy
+                                                              │ ▲
+                                                    stop/rest │ │ keep
+                                                              ▼ │
              draining ─drained─▶ stopping ─ended─▶ stopped
              settling ─drained─▶ falling asleep ─slept─▶ sleeping ─wake─▶ waking ─woken─▶ ready
 
@@ -26,6 +26,8 @@ class State(StrEnum):
 
     SCHEDULED = "scheduled"
     """Wanted, not started: waits for the end of a backoff, or for room."""
+    PREPARING = "preparing"
+    """Its model is brought near. Nothing runs yet, so it can be called off at no cost."""
     STARTING = "starting"
     READY = "ready"
     UNHEALTHY = "unhealthy"
@@ -47,6 +49,8 @@ class Event(StrEnum):
 
     DUE = "due"
     """Its time to start has come."""
+    PREPARED = "prepared"
+    PREPARE_FAILED = "prepare_failed"
     FOUND = "found"
     """It is run by somebody else, and has been registered."""
     START_FAILED = "start_failed"
@@ -56,7 +60,7 @@ class Event(StrEnum):
     HEALTH_LOST = "health_lost"
     EXITED = "exited"
     TIMED_OUT = "timed_out"
-    """It has been starting, or unhealthy, for too long."""
+    """It has been preparing, starting, or unhealthy, for too long."""
     STOP = "stop"
     REST = "rest"
     """It shall sleep."""
@@ -77,6 +81,9 @@ class Event(StrEnum):
 class Action(StrEnum):
     """What the one who applies the table has to do."""
 
+    PREPARE = "prepare"
+    CALL_OFF = "call_off"
+    """End its preparation, if it is under way, and let go of what it held."""
     START = "start"
     STOP = "stop"
     STOP_LATER = "stop_later"
@@ -109,13 +116,20 @@ class Refused(Exception):
 
 
 FAIL = Step(State.FAILED, (Action.STOP, Action.COUNT_FAILURE))
+GIVE_UP = Step(State.FAILED, (Action.CALL_OFF, Action.COUNT_FAILURE))
 STOP_NOW = Step(State.STOPPING, (Action.STOP,))
 
 TABLE: Mapping[State, Mapping[Event, Step]] = {
     State.SCHEDULED: {
-        Event.DUE: Step(State.STARTING, (Action.START,)),
+        Event.DUE: Step(State.PREPARING, (Action.PREPARE,)),
         Event.FOUND: Step(State.UNHEALTHY, (Action.START,)),
-        Event.STOP: Step(State.STOPPED),
+        Event.STOP: Step(State.STOPPED, (Action.CALL_OFF,)),
+    },
+    State.PREPARING: {
+        Event.PREPARED: Step(State.STARTING, (Action.START,)),
+        Event.PREPARE_FAILED: GIVE_UP,
+        Event.TIMED_OUT: GIVE_UP,
+        Event.STOP: Step(State.STOPPED, (Action.CALL_OFF,)),
     },
     State.STARTING: {
         Event.BECAME_READY: Step(State.READY, (Action.MEASURE,)),
@@ -177,6 +191,8 @@ TABLE: Mapping[State, Mapping[Event, Step]] = {
 
 LATE_RESULTS = frozenset(
     {
+        Event.PREPARED,
+        Event.PREPARE_FAILED,
         Event.START_FAILED,
         Event.NO_ROOM,
         Event.BECAME_READY,
@@ -208,6 +224,7 @@ REPEATED: Mapping[State, frozenset[Event]] = {
 
 PUBLIC: Mapping[State, ReplicaState] = {
     State.SCHEDULED: ReplicaState.STARTING,
+    State.PREPARING: ReplicaState.STARTING,
     State.STARTING: ReplicaState.STARTING,
     State.READY: ReplicaState.READY,
     State.UNHEALTHY: ReplicaState.UNHEALTHY,

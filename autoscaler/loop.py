@@ -14,36 +14,38 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from autoscaler.actuator import Actuator, Troubles
-from autoscaler.backends.base import Backend, Leftover, Unsupported
+from autoscaler.backends.base import Backend, Leftover
 from autoscaler.decide import decide
-from autoscaler.fleet import PoolRecord, make_slugs, make_views, report_pool
+from autoscaler.fleet import PoolRecord, make_slugs, make_views, report_pool, view_pool
 from autoscaler.history import DecisionHistory
 from autoscaler.lifecycle import Event, State
+from autoscaler.orders import Orders
 from autoscaler.plan import make_plan
+from autoscaler.preparer import AsItLies, Preparer
 from autoscaler.settings import AutoscalerSettings, PoolSettings
+from autoscaler.stepper import Stepper
 from autoscaler.timers import Timers
 from autoscaler.types import (
     Decision,
     FleetReport,
     Observation,
     PastDecision,
-    PoolReport,
+    PoolView,
     Reason,
     ReplicaView,
 )
+from autoscaler.waketimes import WakeTimes
 
 LOG = logging.getLogger("tidegate.autoscaler")
 
 POKE_GAP_S = 0.01
 """Shortest time between two ticks: pokes that come faster are answered together."""
 CLOSE_POLL_S = 0.1
-SLEEP_LEVELS = (1, 2)
-GOING_TO_SLEEP = frozenset({State.SETTLING, State.FALLING_ASLEEP})
 
-Publish = Callable[[tuple[ReplicaView, ...], Mapping[str, float | None]], None]
+Publish = Callable[[tuple[ReplicaView, ...], Mapping[str, PoolView]], None]
 
 
-class ControlLoop:
+class ControlLoop(Orders):
     """Keeps every pool at the number of replicas its demand asks for."""
 
     def __init__(
@@ -54,20 +56,33 @@ class ControlLoop:
         backends: Mapping[str, Backend],
         observe: Callable[[], Observation],
         publish: Publish,
+        preparer: Preparer | None = None,
+        wake_times: WakeTimes | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """``backends`` by the name pools call them. ``observe`` looks at the data path now, on
-        the same clock; ``publish`` is told the replicas and wake times whenever they change."""
+        the same clock; ``publish`` is told the replicas, and of the pools what clients may know,
+        whenever they change. Without a ``preparer`` models are used as they lie; without
+        ``wake_times`` what was measured is forgotten at the end."""
         self._settings = settings
         self._observe = observe
         self._publish = publish
         self._clock = clock
         self._sleep = sleep
         self._backends = {pool.backend: backends[pool.backend] for pool in pools}
+        self._preparer = preparer or AsItLies()
+        self._wake_times = wake_times or WakeTimes(samples=settings.wake_samples)
         slugs = make_slugs(pool.name for pool in pools)
         self._pools = {
-            pool.name: PoolRecord(pool, settings, backends[pool.backend], slugs[pool.name])
+            pool.name: PoolRecord(
+                pool,
+                settings,
+                backends[pool.backend],
+                slugs[pool.name],
+                preparer=self._preparer,
+                wake_times=self._wake_times,
+            )
             for pool in pools
         }
         self._troubles = Troubles()
@@ -76,9 +91,11 @@ class ControlLoop:
             clock=clock,
             sleep=sleep,
             on_change=self._note_change,
+            on_progress=self._note_progress,
             troubles=self._troubles,
         )
         self._timers = Timers(settings, self._actuator)
+        self._stepper = Stepper(settings, self._actuator, self._troubles, self._note_change)
         self._history = DecisionHistory(settings.history_size)
         self._observation = Observation()
         self._awake = asyncio.Event()
@@ -143,6 +160,7 @@ class ControlLoop:
             self._tick()
             await self._sleep(min(CLOSE_POLL_S, settings.tick_s))
         await self._actuator.close()
+        await self._close_preparer()
         for name, backend in self._backends.items():
             try:
                 async with asyncio.timeout(settings.terminate_s + settings.call_timeout_s):
@@ -150,6 +168,13 @@ class ControlLoop:
             except Exception as error:  # noqa: BLE001 -- the other backends must be closed too
                 self._troubles.add(f"close of {name}", error)
         self._publish_changes()
+
+    async def _close_preparer(self) -> None:
+        try:
+            async with asyncio.timeout(self._settings.call_timeout_s):
+                await self._preparer.close()
+        except Exception as error:  # noqa: BLE001 -- the backends must be closed all the same
+            self._troubles.add("close of models", error)
 
     def _owned_alive(self) -> bool:
         for pool in self._pools.values():
@@ -188,6 +213,8 @@ class ControlLoop:
         if pool.backend.owns_replicas:
             self._carry_out(pool, decision, now_s)
         self._timers.start_due(pool, now_s)
+        if pool.backend.owns_replicas and not self._closing:
+            self._stepper.advance(pool, decision, now_s)
         pool.forget(self._settings.failed_kept)
 
     def _decide(self, pool: PoolRecord, now_s: float) -> Decision:
@@ -238,10 +265,13 @@ class ControlLoop:
             pool.make_candidates(self._observation.replicas),
             may_stop_loading=closing or decision.reason is Reason.OVERRIDE,
             may_stop_sleeping=closing or to_zero,
+            may_rest=decision.reason is Reason.IDLE_TO_ZERO and self._stepper.may_rest(pool),
         )
         for replica_id, event in plan.events:
             record = pool.replicas[replica_id]
-            record.recallable = event is Event.STOP and record.state is State.READY
+            record.recallable = event in {Event.STOP, Event.REST} and record.state is State.READY
+            if event is Event.REST:
+                record.sleep_level, record.sleep_error = pool.pool.warmth.sleep_level, None
             self._actuator.apply(pool, record, event)
         for _ in range(plan.starts):
             pool.add_replica(now_s)
@@ -264,18 +294,22 @@ class ControlLoop:
         self._changed = True
         self._awake.set()
 
+    def _note_progress(self) -> None:
+        """Have the next tick publish; a download is a little further all the time."""
+        self._changed = True
+
     def _publish_changes(self) -> None:
         if not self._changed:
             return
         views = make_views(self._pools.values())
-        etas = {name: pool.estimate_wake_s() for name, pool in self._pools.items()}
-        if (views, etas) != self._published:
+        pools = {name: view_pool(pool) for name, pool in self._pools.items()}
+        if (views, pools) != self._published:
             try:
-                self._publish(views, etas)
+                self._publish(views, pools)
             except Exception as error:  # noqa: BLE001 -- told again at the next tick
                 self._troubles.add("publish", error)
                 return
-            self._published = (views, etas)
+            self._published = (views, pools)
         self._changed = False
 
     def status(self) -> FleetReport:
@@ -293,109 +327,3 @@ class ControlLoop:
     def decisions(self, pool: str) -> list[PastDecision]:
         """The newest decisions of a pool, newest last. Raises ``KeyError`` for an unknown one."""
         return self._history.of(self._pools[pool].pool.name)
-
-    # -- what others ask -------------------------------------------------------------------
-
-    def poke(self, pool: str) -> None:
-        """A request for this pool is held: decide now. Remembered until the next decision, so
-        the wake is not lost if the request goes again. A name that is no pool's is ignored."""
-        record = self._pools.get(pool)
-        if record is not None:
-            record.poked = True
-            self._awake.set()
-
-    def look(self, replica_id: str) -> None:
-        """The data path met trouble with a replica: probe it now, not at its next health check.
-        A name that is no replica's is ignored, and so is one that is being looked at."""
-        for pool in self._pools.values():
-            record = pool.replicas.get(replica_id)
-            if record is not None:
-                self._actuator.look(pool, record)
-
-    def set_replicas(self, pool: str, replicas: int | None) -> PoolReport:
-        """Ask for a fixed number of replicas; ``None`` gives it back to demand.
-
-        0 is "at zero while nobody asks". Raises ``KeyError`` for an unknown pool, ``ValueError``
-        for a number outside 0 to ``max_replicas``.
-        """
-        record = self._pools[pool]
-        if replicas is not None:
-            if not record.backend.owns_replicas:
-                raise ValueError(f"{pool} is static: its servers are started by somebody else")
-            if not 0 <= replicas <= record.pool.max_replicas:
-                raise ValueError(
-                    f"replicas must be 0 to {record.pool.max_replicas} (max_replicas of {pool}), "
-                    f"not {replicas}"
-                )
-        if replicas is None and record.override == 0 and record.make_status().supply == 0:
-            # It was put at zero, and the demand of before is no reason to start it again.
-            record.forget_demand()
-        record.override = replicas
-        record.resting = False
-        self._awake.set()
-        return report_pool(record, self._observation.replicas)
-
-    async def sleep(self, pool: str, level: int = 1) -> PoolReport:
-        """Put a pool's ready replicas to sleep once they are idle; it wakes when somebody asks.
-
-        Returns when they sleep, or when one has gone back to work because a request came. Raises
-        ``KeyError`` for an unknown pool, ``ValueError`` for a level other than 1 or 2 or a pool
-        with none ready, ``Unsupported`` where the backend or the engine cannot, ``BackendError``
-        where it failed.
-        """
-        record = self._pools[pool]
-        if level not in SLEEP_LEVELS:
-            raise ValueError(f"level must be 1 or 2, not {level}")
-        if not record.backend.owns_replicas:
-            raise Unsupported(f"{pool} is static: its servers are somebody else's")
-        tired = [one for one in record.replicas.values() if one.state is State.READY]
-        if not tired:
-            raise ValueError(f"{pool} has no ready replica that could be put to sleep")
-        record.resting = True
-        for one in tired:
-            one.sleep_level, one.sleep_error = level, None
-            one.recallable = True
-            self._actuator.apply(record, one, Event.REST)
-        while not self._closing and any(one.state in GOING_TO_SLEEP for one in tired):
-            await self._sleep(CLOSE_POLL_S)
-        for one in tired:
-            if one.sleep_error is not None and one.state is not State.SLEEPING:
-                record.resting = False
-                raise one.sleep_error
-        return report_pool(record, self._observation.replicas)
-
-    async def wake(self, pool: str) -> PoolReport:
-        """Wake what sleeps, or start one at zero; take drained static servers back into use.
-
-        Returns at once. Raises ``KeyError`` for an unknown pool, ``ValueError`` while an operator
-        keeps it at zero.
-        """
-        record = self._pools[pool]
-        if record.override == 0:
-            raise ValueError(f"{pool} is scaled to 0; give it back with `scale {pool} auto`")
-        record.resting = False
-        record.poked = True
-        static = not record.backend.owns_replicas
-        for one in list(record.replicas.values()):
-            if one.state is State.SLEEPING:
-                self._actuator.apply(record, one, Event.WAKE)
-            elif one.state is State.SETTLING or (one.state is State.DRAINING and static):
-                self._actuator.apply(record, one, Event.KEEP)
-        self._awake.set()
-        return report_pool(record, self._observation.replicas)
-
-    async def drain(self, replica_id: str) -> PoolReport:
-        """Give a replica no more requests, and stop it when it has none left (a static one is
-        only kept out of use, until ``wake``). Returns at once. Raises ``KeyError`` for an unknown
-        replica, ``ValueError`` for one that has failed."""
-        for pool in self._pools.values():
-            record = pool.replicas.get(replica_id)
-            if record is None:
-                continue
-            if record.state is State.FAILED:
-                raise ValueError(f"{replica_id} has failed; there is nothing to drain")
-            record.recallable = False
-            self._actuator.apply(pool, record, Event.STOP)
-            self._publish_changes()
-            return report_pool(pool, self._observation.replicas)
-        raise KeyError(replica_id)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from autoscaler.lifecycle import Event, State
 
-SUPPLY = frozenset({State.SCHEDULED, State.STARTING, State.WAKING, State.READY, State.UNHEALTHY})
-LOADING = frozenset({State.STARTING, State.WAKING})
+LOADING = frozenset({State.PREPARING, State.STARTING, State.WAKING})
+SUPPLY = LOADING | {State.SCHEDULED, State.READY, State.UNHEALTHY}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,16 +39,20 @@ def make_plan(
     *,
     may_stop_loading: bool = False,
     may_stop_sleeping: bool = False,
+    may_rest: bool = False,
 ) -> Plan:
     """What leads from the replicas there are to the desired number.
 
     To grow: call back what drains, wake what sleeps, start the rest; the cheapest first. To
     shrink: take what waits for its start, then the unhealthy, then the least busy. One that loads
-    is not taken (and no ready one in its place), unless an operator asked for the number.
+    is not taken (and no ready one in its place), unless an operator asked for the number. With
+    ``may_rest`` the last one that is ready goes to sleep instead of ending.
     """
     supply = [one for one in replicas if one.state in SUPPLY]
     missing = desired - len(supply)
     events = shrink(-missing, supply, may_stop_loading) if missing < 0 else []
+    if may_rest and desired == 0:
+        events = rest_one(events, supply)
     if may_stop_sleeping and desired == 0:
         events += [(one.id, Event.STOP) for one in replicas if one.state is State.SLEEPING]
     if missing <= 0:
@@ -84,3 +88,16 @@ def shrink(
             ),
         )
     return [(one.id, Event.STOP) for one in order[:surplus]]
+
+
+def rest_one(
+    events: list[tuple[str, Event]], supply: Sequence[Candidate]
+) -> list[tuple[str, Event]]:
+    """The same, but the last ready one to be stopped is put to sleep: one is enough to wake."""
+    ready = {one.id for one in supply if one.state is State.READY}
+    last = next(
+        (place for place in reversed(range(len(events))) if events[place][0] in ready), None
+    )
+    if last is None:
+        return events
+    return [*events[:last], (events[last][0], Event.REST), *events[last + 1 :]]

@@ -18,6 +18,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from autoscaler.types import PoolPolicy
+from autoscaler.warmth_settings import WarmthSettings
 
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 OWN_HEADERS = frozenset({"host", "content-length", "transfer-encoding", "connection", "upgrade"})
@@ -119,6 +120,10 @@ class AutoscalerSettings(BaseModel):
     """Seconds an engine has from its start until it is ready; only this ends a slow start, no
     health check does. Large models on slow disks take many minutes."""
 
+    prepare_timeout_s: float = Field(default=7_200.0, ge=0.1, le=604_800.0)
+    """Seconds a model may take to arrive on this node before its engine is started; what has come
+    by then is kept for the next try. 140 GB at 20 MB/s are two hours."""
+
     start_poll_s: float = Field(default=0.25, ge=0.01, le=60.0)
     """Seconds between two looks at an engine that is starting. Every second of it is added to
     somebody's wait, and a look is one small request."""
@@ -186,8 +191,8 @@ class AutoscalerSettings(BaseModel):
     """Decisions kept per pool for ``tidegate explain``; equal ones in a row count as one."""
 
     wake_samples: int = Field(default=8, ge=1, le=1_000)
-    """Newest measured start times the estimate of the next wake is made of: their maximum, so that
-    a client told to come back is not told too early."""
+    """Newest measured wake times of a model and tier that are kept. The estimate of the next wake
+    is their maximum, so that a client told to come back is not told too early."""
 
     @model_validator(mode="after")
     def _consistent(self) -> AutoscalerSettings:
@@ -227,8 +232,10 @@ class PoolSettings(BaseModel):
     is no model."""
 
     model: str | None = Field(default=None, min_length=1, max_length=4_096)
-    """For ``process``: the path or name given to the engine; required. For ``static``: the name
-    the servers know the model by; unset: the one they list, or the pool's own."""
+    """For ``process``: a directory, a URL (``hf://``, ``s3://``, ``oss://``, ``gs://``, ``http(s)://``,
+    ``file://``) that is fetched into the model cache, or a name the engine knows; required. For
+    ``static``: the name the servers know the model by; unset: the one they list, or the pool's
+    own."""
 
     min_replicas: int = Field(default=0, ge=0, le=10_000)
     """Fewest replicas of a ``process`` pool. 0 lets it go to zero when nobody asks."""
@@ -259,6 +266,9 @@ class PoolSettings(BaseModel):
 
     start_timeout_s: float | None = Field(default=None, ge=0.1, le=86_400.0)
     """This pool's own ``autoscaler.start_timeout_s``."""
+
+    prepare_timeout_s: float | None = Field(default=None, ge=0.1, le=604_800.0)
+    """This pool's own ``autoscaler.prepare_timeout_s``."""
 
     engine_args: tuple[Argument, ...] = Field(default=(), max_length=1_000)
     """Further arguments of the engine's command line, as the engine spells them."""
@@ -294,6 +304,9 @@ class PoolSettings(BaseModel):
     health_path: str = Field(default="/health", pattern=r"^/[\x21-\x7e]*$")
     """Path that answers 200 when a server is well. A server that answers 404 is asked for
     ``/v1/models`` instead."""
+
+    warmth: WarmthSettings = WarmthSettings()
+    """How warm a ``process`` pool stays while it is at zero."""
 
     @model_validator(mode="after")
     def _consistent(self) -> PoolSettings:
@@ -336,6 +349,8 @@ class PoolSettings(BaseModel):
         for field in (*unused, "cpus_per_replica", "min_replicas"):
             if getattr(self, field):
                 yield f'{field} is only for backend = "process"'
+        if self.warmth != WarmthSettings():
+            yield 'warmth is only for backend = "process"'
         if self.api_key_env and any(name.lower() == "authorization" for name in self.headers):
             yield "api_key_env and headers both set Authorization"
 

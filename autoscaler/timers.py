@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from autoscaler.actuator import Actuator
 from autoscaler.backends.base import BackendError
-from autoscaler.fleet import PoolRecord, ReplicaRecord
+from autoscaler.fleet import PoolRecord, ReplicaRecord, describe_phase
 from autoscaler.lifecycle import Event, State
 from autoscaler.settings import AutoscalerSettings
 from autoscaler.types import ReplicaLoad
@@ -31,6 +31,12 @@ class Timers:
     ) -> None:
         in_state_s = now_s - record.since_s
         match record.state:
+            case State.PREPARING if in_state_s >= pool.prepare_timeout_s:
+                text = (
+                    f"its model is not here after {pool.prepare_timeout_s:g} s "
+                    f"(prepare_timeout_s); it was at: {describe_phase(record)}"
+                )
+                self._actuator.apply(pool, record, Event.TIMED_OUT, text)
             case State.STARTING if in_state_s >= pool.start_timeout_s:
                 last = f"; it was at: {record.probe.phase}" if record.probe.phase else ""
                 text = f"not ready after {pool.start_timeout_s:g} s (start_timeout_s){last}"
@@ -68,6 +74,6 @@ class Timers:
                 self._actuator.apply(pool, record, Event.FOUND)
                 continue
             waiting = pool.retry_at_s is not None and now_s < pool.retry_at_s
-            if pool.failures and (waiting or pool.count(State.STARTING)):
+            if pool.failures and (waiting or pool.count(State.PREPARING, State.STARTING)):
                 continue
             self._actuator.apply(pool, record, Event.DUE)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from modelcache.types import Progress, Tier
 from router.types import ReplicaState
 
 
@@ -93,14 +94,15 @@ class Demand:
 class PoolStatus:
     """What a pool has at this moment, counted by state, and what was asked of it.
 
-    ``scheduled`` replicas wait for their start (after a failure, or for a free GPU); ``starting``
-    ones have a process that is loading; ``waking`` ones come back from sleep. ``ready_at_s`` is
-    when a replica last became ready. ``poked``: somebody said since the last decision that a
-    request is held. ``override``: the number an operator asked for. ``resting``: put to sleep by
-    an operator, until somebody asks.
+    ``scheduled`` replicas wait for their start (after a failure, or for a free GPU); ``preparing``
+    ones for their model; ``starting`` ones have a process that is loading; ``waking`` ones come
+    back from sleep. ``ready_at_s`` is when a replica last became ready. ``poked``: somebody said
+    since the last decision that a request is held. ``override``: the number an operator asked for.
+    ``resting``: put to sleep by an operator, until somebody asks.
     """
 
     scheduled: int = 0
+    preparing: int = 0
     starting: int = 0
     waking: int = 0
     ready: int = 0
@@ -115,7 +117,12 @@ class PoolStatus:
     def supply(self) -> int:
         """Replicas that are there or on their way. Pending ones count, or each tick would start
         more."""
-        return self.scheduled + self.starting + self.waking + self.ready + self.unhealthy
+        return self.scheduled + self.loading + self.ready + self.unhealthy
+
+    @property
+    def loading(self) -> int:
+        """Replicas on their way that are being worked on: none of them is given up unasked."""
+        return self.preparing + self.starting + self.waking
 
 
 class Reason(StrEnum):
@@ -209,14 +216,46 @@ class ReplicaView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolView:
+    """What the data path is told of a pool beside its replicas.
+
+    ``wake_eta_s`` is how long its next wake may take, ``None`` before one was measured. ``phase``
+    says to clients what a replica on its way is at: one line of our own words, or nothing.
+    """
+
+    wake_eta_s: float | None = None
+    phase: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierReport:
+    """One tier of a pool on this node, from hot to cold.
+
+    ``wake_s`` is the median of the ``wakes`` measured from there. ``stays_s`` is the time a pool at
+    zero stays there, ``None`` for ever. ``why_not`` says why it is not to be had here.
+    """
+
+    tier: Tier
+    available: bool
+    wake_s: float | None = None
+    wakes: int = 0
+    stays_s: float | None = None
+    why_not: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaReport:
-    """One replica as ``tidegate status`` shows it."""
+    """One replica as ``tidegate status`` shows it. ``step`` is the first word of its ``phase``:
+    one of ``autoscaler.phases.STEPS`` while it is on its way, else nothing."""
 
     id: str
     pool: str
     state: ReplicaState
     since_s: float
     phase: str = ""
+    step: str = ""
+    progress: Progress | None = None
+    woken_from: Tier | None = None
     url: str | None = None
     pid: int | None = None
     served_model: str | None = None
@@ -232,7 +271,9 @@ class PoolReport:
     """One pool as ``tidegate status`` shows it.
 
     ``error`` says why replicas fail, while they do: the newest failure with the engine's last log
-    lines. ``failures`` counts them in a row; the next start is not before ``retry_at_s``.
+    lines. ``failures`` counts them in a row; the next start is not before ``retry_at_s``. ``tier``
+    is how warm it is (``None``: somebody else's), ``step_down_at_s`` when it will be a tier colder
+    if nobody asks.
     """
 
     name: str
@@ -250,6 +291,9 @@ class PoolReport:
     failures: int = 0
     retry_at_s: float | None = None
     error: str | None = None
+    tier: Tier | None = None
+    tiers: tuple[TierReport, ...] = ()
+    step_down_at_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,14 +6,18 @@ Pure functions from data to text. Rich is imported only where a table is drawn o
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-UNKNOWN = "?"
-NONE = "-"
+from gateway.cli_figures import NONE as NONE
+from gateway.cli_figures import UNKNOWN as UNKNOWN
+from gateway.cli_figures import ago as ago
+from gateway.cli_figures import duration as duration
+from gateway.cli_figures import figure as figure
+from gateway.cli_figures import one_line as one_line
+from gateway.cli_warmth import warmth_lines
 
 GOOD = "green"
 BUSY = "yellow"
@@ -61,7 +65,7 @@ class Table:
         return self._rich(screen) if screen.terminal else self._plain()
 
     def _plain(self) -> str:
-        lines = [[_line(_text(cell)) for cell in row] for row in self.rows]
+        lines = [[one_line(_text(cell)) for cell in row] for row in self.rows]
         table = [list(self.headings), *lines]
         widths = [max(len(row[column]) for row in table) for column in range(len(self.headings))]
         text = "\n".join(
@@ -81,7 +85,9 @@ class Table:
         for row in self.rows:
             table.add_row(
                 *(
-                    Text(_line(cell)) if isinstance(cell, str) else Text(_line(cell[0]), cell[1])
+                    Text(one_line(cell))
+                    if isinstance(cell, str)
+                    else Text(one_line(cell[0]), cell[1])
                     for cell in row
                 )
             )
@@ -100,38 +106,6 @@ def on_screen(thing: Any, screen: Screen) -> str:
 
 def _text(cell: str | tuple[str, str]) -> str:
     return cell if isinstance(cell, str) else cell[0]
-
-
-def _line(text: str) -> str:
-    """One line of printable characters: text of engines and files must not steer a terminal."""
-    return "".join(char if char.isprintable() else " " for char in text).strip()
-
-
-# ── Figures ───────────────────────────────────────────────────────────────────────────────────────
-
-
-def figure(value: float | None) -> str:
-    """A count, thousands apart; ``?`` where it is unknown, which is not zero."""
-    return UNKNOWN if value is None else f"{value:,.0f}"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as people say them: ``0.4 s``, ``31 s``, ``3 min 12 s``, ``2 h 5 min``."""
-    if seconds is None or not math.isfinite(seconds):
-        return UNKNOWN
-    seconds = max(0.0, seconds)
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
-    return f"{hours // 24} days {hours % 24} h"
 
 
 # ── status ────────────────────────────────────────────────────────────────────────────────────────
@@ -157,11 +131,13 @@ def status(report: Mapping[str, Any], screen: Screen, now_s: float) -> str:
                 for pool in pools
             ),
         ]
+    if warmth := warmth_lines(pools):
+        parts += ["", *warmth]
     for pool in pools:
         if pool.get("error"):
             parts += ["", *_trouble(pool)]
     if report.get("last_trouble"):
-        parts += ["", f"Last trouble of the control loop: {_line(str(report['last_trouble']))}"]
+        parts += ["", f"Last trouble of the control loop: {one_line(str(report['last_trouble']))}"]
     if any(pool.get("engine") == "simulated" for pool in pools):
         parts += ["", "Pools of engine simulated answer with made-up text at made-up speed."]
     return "\n".join(parts) + "\n"
@@ -169,7 +145,8 @@ def status(report: Mapping[str, Any], screen: Screen, now_s: float) -> str:
 
 def _pools(pools: Iterable[Mapping[str, Any]], screen: Screen) -> str:
     table = Table(
-        ("POOL", "ENGINE", "READY", "WANTED", "OTHERS", "QUEUED", "INFLIGHT", "TOKENS", "WAKE")
+        ("POOL", "ENGINE", "READY", "WANTED", "OTHERS", "QUEUED", "INFLIGHT", "TOKENS", "TIER")
+        + ("WAKE",)
     )
     for pool in pools:
         ready, desired = pool.get("ready"), pool.get("desired")
@@ -185,6 +162,7 @@ def _pools(pools: Iterable[Mapping[str, Any]], screen: Screen) -> str:
             figure(pool.get("queued_requests")),
             figure(pool.get("inflight_requests")),
             figure(_sum(pool.get("inflight_tokens"), pool.get("queued_tokens"))),
+            str(pool.get("tier") or NONE),
             NONE if wake is None else duration(wake),
         )
     return table.render(screen)
@@ -205,14 +183,8 @@ def _sum(*values: float | None) -> float | None:
 def _decision(decision: Mapping[str, Any] | None, now_s: float) -> str:
     if not decision:
         return "nothing decided yet"
-    why = _line(str(decision.get("detail") or decision.get("reason")))
+    why = one_line(str(decision.get("detail") or decision.get("reason")))
     return f"{why} ({ago(decision.get('at_s'), now_s)})"
-
-
-def ago(at_s: float | None, now_s: float) -> str:
-    """How long since a moment."""
-    seconds = None if at_s is None else now_s - at_s
-    return "now" if seconds is not None and seconds < 0.95 else f"{duration(seconds)} ago"
 
 
 def _trouble(pool: Mapping[str, Any]) -> list[str]:
@@ -222,8 +194,8 @@ def _trouble(pool: Mapping[str, Any]) -> list[str]:
     times = f"{failures} failures in a row" if failures > 1 else "failed"
     retry = pool.get("retry_in_s")
     again = f", next try in {duration(retry)}" if retry is not None else ""
-    return [f"{pool.get('name')}: {times}{again}: {_line(first)}"] + [
-        f"  {_line(one)}" for one in rest
+    return [f"{pool.get('name')}: {times}{again}: {one_line(first)}"] + [
+        f"  {one_line(one)}" for one in rest
     ]
 
 
@@ -266,7 +238,7 @@ def explain(pool: str, decisions: Sequence[Mapping[str, Any]], screen: Screen, n
     lines = [
         f"{pool}: {figure(newest.get('desired'))} wanted, {figure(newest.get('supply'))} there "
         "or on their way",
-        f"  why     {_line(str(newest.get('detail') or newest.get('reason') or UNKNOWN))}",
+        f"  why     {one_line(str(newest.get('detail') or newest.get('reason') or UNKNOWN))}",
         f"  signal  {SIGNALS.get(str(newest.get('signal')), newest.get('signal') or NONE)}",
         f"  bound   {BOUNDS.get(str(newest.get('bound')), newest.get('bound') or 'none')}",
     ]
@@ -335,7 +307,7 @@ def doctor(checks: Iterable[Mapping[str, Any]], screen: Screen) -> str:
             str(check.get("finding") or ""),
         )
         if check.get("advice"):
-            advice.append(f"  {check.get('name')}: {_line(str(check['advice']))}")
+            advice.append(f"  {check.get('name')}: {one_line(str(check['advice']))}")
     text = table.render(screen)
     return text + ("\nWhat to do:\n" + "\n".join(advice) + "\n" if advice else "")
 
@@ -364,12 +336,12 @@ def banner(
     if not pools:
         lines.append("  No pool is configured; see tidegate.example.toml.")
     else:
-        lines += ["", "Try it:", "", f"  {curl_line(url, pools[0].name, insecure_tls)}"]
+        lines += ["", "Try it:", "", f"  {curlone_line(url, pools[0].name, insecure_tls)}"]
     lines += ["", "Watch it with `tidegate status --watch`; stop it with Ctrl-C.", ""]
     return "\n".join(lines)
 
 
-def curl_line(url: str, model: str, insecure_tls: bool = False) -> str:
+def curlone_line(url: str, model: str, insecure_tls: bool = False) -> str:
     """One line for a shell that asks a pool for a sentence."""
     body = {
         "model": model,

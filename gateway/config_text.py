@@ -122,7 +122,7 @@ def _section(model: BaseModel, node: fields.Node, parts: fields.Parts) -> list[s
         if isinstance(value, BaseModel):
             below += [
                 *_comment(" ".join(field.description.split())),
-                f"[{fields.dotted(here)}]",
+                f"[{fields.dotted([part for part in here if part != '*'])}]",
                 "",
             ]
             below += _section(value, field, here)

@@ -13,7 +13,14 @@ from typing import Any
 from autoscaler.backends.base import BackendError
 from autoscaler.loop import ControlLoop
 from autoscaler.settings import PoolSettings
-from autoscaler.types import Decision, Observation, PoolReport, ReplicaLoad, ReplicaReport
+from autoscaler.types import (
+    Decision,
+    Observation,
+    PoolReport,
+    ReplicaLoad,
+    ReplicaReport,
+    TierReport,
+)
 from gateway import exposition
 from gateway.datapath import metrics
 from gateway.workers import Workers
@@ -88,6 +95,11 @@ class LiveControl:
             "inflight_tokens": demand.inflight_tokens if demand else None,
             "arrivals_total": demand.arrivals_total if demand else None,
             "wake_eta_s": report.wake_eta_s,
+            "tier": None if report.tier is None else report.tier.value,
+            "tiers": [_tier(one) for one in report.tiers],
+            "step_down_in_s": None
+            if report.step_down_at_s is None
+            else round(max(0.0, report.step_down_at_s - now), 3),
             "last_decision": _decision(report.last_decision, now),
             "failures": report.failures,
             "retry_in_s": None
@@ -177,6 +189,17 @@ def _decision(decision: Decision | None, now: float) -> dict[str, Any] | None:
     }
 
 
+def _tier(report: TierReport) -> dict[str, Any]:
+    return {
+        "tier": report.tier.value,
+        "available": report.available,
+        "wake_s": None if report.wake_s is None else round(report.wake_s, 3),
+        "wakes": report.wakes,
+        "stays_s": report.stays_s,
+        "why_not": report.why_not,
+    }
+
+
 def _replica(replica: ReplicaReport, load: ReplicaLoad | None, now: float) -> dict[str, Any]:
     return {
         "id": replica.id,
@@ -189,6 +212,16 @@ def _replica(replica: ReplicaReport, load: ReplicaLoad | None, now: float) -> di
         "inflight_requests": load.inflight_requests if load else None,
         "inflight_tokens": load.inflight_tokens if load else None,
         "phase": replica.phase,
+        "step": replica.step,
+        "progress": None
+        if replica.progress is None
+        else {
+            "phase": replica.progress.phase,
+            "bytes_done": replica.progress.bytes_done,
+            "bytes_total": replica.progress.bytes_total,
+            "rate_bytes_s": replica.progress.rate_bytes_s,
+        },
+        "woken_from": None if replica.woken_from is None else replica.woken_from.value,
         "since_s": round(now - replica.since_s, 3),
         "error": replica.error,
     }

@@ -18,9 +18,11 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from autoscaler.phases import STEPS
 from autoscaler.types import FleetReport
 from gateway.datapath import metrics
 from gateway.datapath.shared import Shared
+from modelcache.types import TIERS
 from router.types import ReplicaState
 
 PREFIX = "tidegate_"
@@ -54,6 +56,7 @@ class _Page(Collector):
         yield from self._worker_counters()
         if self._report is not None:
             yield from self._replicas(self._report)
+            yield from self._warmth(self._report)
             yield from self._decisions(self._report)
 
     def _pool_counters(self) -> Iterator[Metric]:
@@ -107,6 +110,28 @@ class _Page(Collector):
             if pool.wake_eta_s is not None:
                 wake.add_metric([pool.name], pool.wake_eta_s)
         yield from (replicas, desired, wake, failures)
+
+    @staticmethod
+    def _warmth(report: FleetReport) -> Iterator[Metric]:
+        tier = _family(metrics.TIER, ["pool", "tier"])
+        wake = _family(metrics.TIER_WAKE, ["pool", "tier"])
+        starting = _family(metrics.STARTING_REPLICAS, ["pool", "step"])
+        done = _family(metrics.PREPARED_BYTES, ["pool"])
+        total = _family(metrics.PREPARE_BYTES, ["pool"])
+        for pool in report.pools:
+            for known in TIERS if pool.tier is not None else ():
+                tier.add_metric([pool.name, known.value], known is pool.tier)
+            for one in pool.tiers:
+                if one.wake_s is not None:
+                    wake.add_metric([pool.name, one.tier.value], one.wake_s)
+            steps = [replica.step for replica in pool.replicas]
+            for step in STEPS if pool.tier is not None else ():
+                starting.add_metric([pool.name, step], steps.count(step))
+            coming = [one.progress for one in pool.replicas if one.progress is not None]
+            if coming:
+                done.add_metric([pool.name], sum(one.bytes_done for one in coming))
+                total.add_metric([pool.name], sum(one.bytes_total or 0 for one in coming))
+        yield from (tier, wake, starting, done, total)
 
     @staticmethod
     def _decisions(report: FleetReport) -> Iterator[Metric]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from autoscaler.settings import PoolSettings
-from autoscaler.types import Observation, PoolDemand, ReplicaLoad, ReplicaView
+from autoscaler.types import Observation, PoolDemand, PoolView, ReplicaLoad, ReplicaView
 from gateway.datapath import metrics
 from gateway.datapath.shared import Shared
 from router.types import Fleet, Pool, Replica, ReplicaState
+
+UNTOLD = PoolView()
 
 
 class FleetBook:
@@ -29,10 +31,9 @@ class FleetBook:
         self._retiring: set[int] = set()
         self._version = 0
 
-    def publish(
-        self, replicas: Sequence[ReplicaView], wake_eta_s: Mapping[str, float | None]
-    ) -> Fleet:
-        """The next fleet. Replicas for which no slot is free are left out until one is."""
+    def publish(self, replicas: Sequence[ReplicaView], views: Mapping[str, PoolView]) -> Fleet:
+        """The next fleet, with what is told of pools by name. Replicas for which no slot is free
+        are left out until one is."""
         self._forget({view.id for view in replicas})
         by_pool: dict[str, list[Replica]] = {pool.name: [] for pool in self._pools}
         for view in replicas:
@@ -61,8 +62,9 @@ class FleetBook:
                     slot=index,
                     aliases=pool.aliases,
                     replicas=tuple(by_pool[pool.name]),
-                    wake_eta_s=wake_eta_s.get(pool.name),
+                    wake_eta_s=views.get(pool.name, UNTOLD).wake_eta_s,
                     max_replicas=pool.max_replicas,
+                    phase=views.get(pool.name, UNTOLD).phase,
                 )
                 for index, pool in enumerate(self._pools)
             ),

@@ -42,7 +42,10 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pool(msgspec.Struct, frozen=True, kw_only=True):
-    """The replicas of one model, and how its requests are held when none can take them."""
+    """The replicas of one model, and how its requests are held when none can take them.
+
+    ``phase`` is what a replica on its way is at, for those who wait: a few words, or none.
+    """
 
     name: str
     slot: int
@@ -50,6 +53,7 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     replicas: tuple[Replica, ...] = ()
     wake_eta_s: float | None = None
     max_replicas: int = 1
+    phase: str = ""
 
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):

@@ -125,6 +125,21 @@ WAKE_ETA: Final = Metric(
     "Measured time from a start to ready; absent until one was measured.",
     gauge=True,
 )
+TIER: Final = Metric("tier", "1 for the tier of warmth that the pool is in.", gauge=True)
+TIER_WAKE: Final = Metric(
+    "tier_wake_seconds",
+    "Median measured time from a start or wake out of this tier to ready, on this node.",
+    gauge=True,
+)
+STARTING_REPLICAS: Final = Metric(
+    "starting_replicas", "Replicas on their way to ready, by the step they are at.", gauge=True
+)
+PREPARED_BYTES: Final = Metric(
+    "prepared_bytes", "Bytes of models brought in so far for replicas on their way.", gauge=True
+)
+PREPARE_BYTES: Final = Metric(
+    "prepare_bytes", "Bytes to be brought in for replicas on their way, as known.", gauge=True
+)
 START_FAILURES: Final = Metric("start_failures", "Failed starts in a row.", gauge=True)
 DECISIONS: Final = Metric("decisions_total", "Decisions of the autoscaler, by reason.")
 CONTROL_TROUBLES: Final = Metric(

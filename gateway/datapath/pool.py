@@ -271,10 +271,13 @@ class PoolRuntime:
         return 0.0 if exchange.held_s is None else now - exchange.held_s
 
     def _progress(self, exchange: Exchange, now: float) -> str:
-        states = sorted({target.view.replica.state.value for target in self.targets.values()})
+        phase = self.pool.phase
+        if not phase:
+            states = sorted({target.view.replica.state.value for target in self.targets.values()})
+            phase = ", ".join(states) or "at zero"
         eta = self.pool.wake_eta_s
         return (
-            f"tidegate: waiting for {self.pool.name} ({', '.join(states) or 'at zero'}), "
+            f"tidegate: waiting for {self.pool.name} ({phase}), "
             f"{self._waited_s(exchange, now):.0f} s"
             + ("" if eta is None else f" of about {eta:.0f} s")
         )

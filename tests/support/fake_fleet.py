@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from virtual_time import now
@@ -17,8 +17,10 @@ from autoscaler.backends.base import (
     Unsupported,
 )
 from autoscaler.loop import ControlLoop
+from autoscaler.preparer import Preparer
 from autoscaler.settings import AutoscalerSettings, PoolSettings
-from autoscaler.types import Observation, PoolDemand, ReplicaLoad, ReplicaView
+from autoscaler.types import Observation, PoolDemand, PoolView, ReplicaLoad, ReplicaView
+from autoscaler.waketimes import WakeTimes
 from router.types import ReplicaState
 
 TOKENS = 100
@@ -158,9 +160,12 @@ class World:
     settings: AutoscalerSettings
     backend: FakeBackend = field(default_factory=FakeBackend)
     capacity: int = 1_000
+    preparer: Preparer | None = None
+    wake_times: WakeTimes | None = None
     loop: ControlLoop = field(init=False)
     views: tuple[ReplicaView, ...] = ()
     etas: dict[str, float | None] = field(default_factory=dict)
+    phases: dict[str, str] = field(default_factory=dict)
     published: int = 0
     held: dict[str, int] = field(default_factory=dict)
     inflight: dict[str, int] = field(default_factory=dict)
@@ -178,6 +183,8 @@ class World:
             backends={"process": self.backend, "static": self.backend},
             observe=self.observe,
             publish=self.publish,
+            preparer=self.preparer,
+            wake_times=self.wake_times,
             clock=now,
             sleep=asyncio.sleep,
         )
@@ -213,12 +220,13 @@ class World:
         }
         return Observation(pools=pools, replicas=loads)
 
-    def publish(self, views: tuple[ReplicaView, ...], etas: object) -> None:
+    def publish(self, views: tuple[ReplicaView, ...], pools: Mapping[str, PoolView]) -> None:
         if self.publish_error is not None:
             raise self.publish_error
         self.published += 1
         self.views = views
-        self.etas = dict(etas)  # type: ignore[call-overload]
+        self.etas = {name: view.wake_eta_s for name, view in pools.items()}
+        self.phases = {name: view.phase for name, view in pools.items()}
 
     def ready(self, pool: str = "m") -> list[ReplicaView]:
         return [

@@ -148,7 +148,7 @@ class Tidegate:
 
     def starts(self, pool: str) -> int:
         """How many engines were started for a pool, by what the control loop says it did."""
-        return len(re.findall(rf" {re.escape(pool)}-\d+: scheduled -> starting", self.log()))
+        return len(re.findall(rf" {re.escape(pool)}-\d+: preparing -> starting", self.log()))
 
     def set_faults(self, pool: str, *faults: str) -> None:
         """Set the faults of the only ready (simulated) replica of a pool."""

@@ -26,6 +26,7 @@ PAIRS = [(state, event) for state in State for event in Event]
 
 REFUSED = {
     State.SCHEDULED: {"timed_out", "rest", "keep", "drained", "wake"},
+    State.PREPARING: {"due", "found", "rest", "keep", "drained", "wake"},
     State.STARTING: {"due", "found", "rest", "keep", "drained", "wake"},
     State.READY: {"due", "found", "timed_out", "drained"},
     State.UNHEALTHY: {"due", "found", "rest", "keep", "drained", "wake"},
@@ -85,6 +86,19 @@ def test_trap_11_every_way_from_ready_to_stopping_drains_unless_the_engine_is_go
                 raise AssertionError(f"{state} {event} skips the drain")
             if found.state is State.FAILED:
                 assert event is Event.EXITED
+
+
+def test_what_is_prepared_can_be_called_off_and_is_let_go_of() -> None:
+    for event in (Event.STOP, Event.TIMED_OUT, Event.PREPARE_FAILED):
+        found = step(State.PREPARING, event)
+        assert found is not None
+        assert found.state in ENDED_STATES
+        assert Action.CALL_OFF in found.actions
+        assert Action.STOP not in found.actions, "nothing runs yet"
+    # After a start without room it waits again, still holding what was prepared.
+    waits = step(State.SCHEDULED, Event.STOP)
+    assert waits is not None
+    assert waits.actions == (Action.CALL_OFF,)
 
 
 @given(st.lists(st.sampled_from(Event), max_size=40))

@@ -12,7 +12,7 @@ from pathlib import Path
 from process_fixtures import SETTINGS, ask, children_of, is_alive, tiny_backend, tiny_pool
 
 from autoscaler.loop import ControlLoop
-from autoscaler.types import Observation, PoolDemand, PoolReport, ReplicaLoad, ReplicaView
+from autoscaler.types import Observation, PoolDemand, PoolReport, PoolView, ReplicaLoad, ReplicaView
 from router.types import ReplicaState
 
 QUICK = SETTINGS.model_copy(
@@ -47,9 +47,7 @@ class Gateway:
         idle = ReplicaLoad(inflight_requests=0, inflight_tokens=0)
         return Observation(pools={"tiny": demand}, replicas={v.id: idle for v in self.views})
 
-    def publish(
-        self, views: tuple[ReplicaView, ...], wake_eta_s: Mapping[str, float | None]
-    ) -> None:
+    def publish(self, views: tuple[ReplicaView, ...], pools: Mapping[str, PoolView]) -> None:
         self.views = views
 
     def ready(self) -> list[ReplicaView]:

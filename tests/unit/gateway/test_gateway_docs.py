@@ -20,12 +20,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from autoscaler import types
 from autoscaler.lifecycle import TABLE, State
+from autoscaler.phases import STEPS
 from gateway import exposition
 from gateway.cli import app
 from gateway.config import load
 from gateway.datapath.errors import Reason
 from gateway.datapath.shared import Shared
 from gateway.settings import Settings
+from modelcache.types import TIERS, Progress, Tier
 from router.types import ReplicaState
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -172,6 +174,14 @@ def test_lifecycle_table_is_the_lifecycle() -> None:
 
 def metric_families() -> list[Any]:
     """Every family that Tidegate can expose, from a page with one of each."""
+    replica = types.ReplicaReport(
+        id="p-1",
+        pool="p",
+        state=ReplicaState.STARTING,
+        since_s=0.0,
+        step="fetching",
+        progress=Progress(phase="fetching", bytes_done=1, bytes_total=2),
+    )
     pool = types.PoolReport(
         name="p",
         desired=0,
@@ -184,7 +194,9 @@ def metric_families() -> list[Any]:
         wake_eta_s=1.0,
         demand=None,
         last_decision=None,
-        replicas=(),
+        replicas=(replica,),
+        tier=Tier.REMOTE,
+        tiers=(types.TierReport(tier=Tier.REMOTE, available=True, wake_s=1.0, wakes=1),),
     )
     report = types.FleetReport(
         at_s=0.0,
@@ -227,6 +239,8 @@ def test_label_values_are_explained() -> None:
     assert set(rows_of(METRICS, "`outcome` of `tidegate_requests_total`")) == outcomes
     reasons = rows_of(METRICS, "`reason` of `tidegate_decisions_total`")
     assert set(reasons) == set(types.Reason)
+    assert set(rows_of(METRICS, "`tier` of `tidegate_tier`")) == set(TIERS)
+    assert set(rows_of(METRICS, "`step` of `tidegate_starting_replicas`")) == set(STEPS)
     for state in ReplicaState:
         assert f"`{state}`" in METRICS
 

@@ -1,0 +1,43 @@
+"""Figures as the console says them: counts, durations, moments; and foreign text on one line."""
+
+from __future__ import annotations
+
+import math
+
+UNKNOWN = "?"
+NONE = "-"
+
+
+def figure(value: float | None) -> str:
+    """A count, thousands apart; ``?`` where it is unknown, which is not zero."""
+    return UNKNOWN if value is None else f"{value:,.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people say them: ``0.4 s``, ``31 s``, ``3 min 12 s``, ``2 h 5 min``."""
+    if seconds is None or not math.isfinite(seconds):
+        return UNKNOWN
+    seconds = max(0.0, seconds)
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    return f"{hours // 24} days {hours % 24} h"
+
+
+def ago(at_s: float | None, now_s: float) -> str:
+    """How long since a moment."""
+    seconds = None if at_s is None else now_s - at_s
+    return "now" if seconds is not None and seconds < 0.95 else f"{duration(seconds)} ago"
+
+
+def one_line(text: str) -> str:
+    """One line of printable characters: text of engines and files must not steer a terminal."""
+    return "".join(char if char.isprintable() else " " for char in text).strip()

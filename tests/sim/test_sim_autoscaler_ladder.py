@@ -1,0 +1,458 @@
+"""The ladder with the real loop on virtual time: down step by step, up from anywhere, and never
+down under somebody."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from fake_fleet import FakeBackend, World, process_pool
+from fake_models import PLACE, FakePreparer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from virtual_time import now, run_virtual
+
+from autoscaler.backends.base import BackendError
+from autoscaler.lifecycle import State
+from autoscaler.settings import AutoscalerSettings, PoolSettings
+from autoscaler.types import PoolReport, Reason
+from autoscaler.waketimes import WakeTimes
+from modelcache.types import NoSpace, Tier
+
+QUICK = AutoscalerSettings(
+    idle_to_zero_s=10.0,
+    scale_down_delay_s=1.0,
+    stable_window_s=2.0,
+    panic_window_s=1.0,
+    demand_stale_s=3.0,
+    backoff_initial_s=1.0,
+    backoff_max_s=8.0,
+    drain_s=60.0,
+)
+WARMTH = {"sleeping_s": 30, "forked_s": 40, "paged_s": 50, "on_disk_s": 60}
+
+
+def warm(**warmth: float) -> PoolSettings:
+    return process_pool(max_replicas=2, warmth={**WARMTH, **warmth})
+
+
+def look(world: World) -> PoolReport:
+    return world.loop.status().pools[0]
+
+
+def tier_of(world: World) -> Tier | None:
+    return look(world).tier
+
+
+async def once(world: World) -> None:
+    await asyncio.gather(*world.burst(1, 1.0))
+
+
+def test_down_the_ladder_step_by_step_and_the_next_request_brings_it_up() -> None:
+    async def story() -> None:
+        models, backend = FakePreparer(), FakeBackend()
+        async with World([warm()], QUICK, backend, preparer=models) as world:
+            await once(world)
+            assert tier_of(world) is Tier.RUNNING
+            began_s = now()
+            seen: list[tuple[Tier | None, float]] = []
+            while now() - began_s < 220.0:
+                if not seen or seen[-1][0] is not tier_of(world):
+                    seen.append((tier_of(world), now() - began_s))
+                await asyncio.sleep(0.1)
+            assert [tier for tier, _ in seen] == [
+                Tier.RUNNING,
+                Tier.SLEEPING,
+                Tier.PAGED,  # for a moment: what the engine leaves when it goes
+                Tier.FORKED,
+                Tier.PAGED,
+                Tier.ON_DISK,
+                Tier.REMOTE,
+            ]
+            ends_s = [10.0, 40.0, 42.0, 80.0, 130.0, 190.0]
+            assert [at_s for _, at_s in seen[1:]] == [pytest.approx(e, abs=3.5) for e in ends_s]
+            assert backend.calls.count(("sleep", "m-1")) == 1
+            assert models.settled == [Tier.FORKED, Tier.PAGED, Tier.ON_DISK, Tier.REMOTE]
+            assert models.held == set()
+            await once(world)
+            assert (world.answered, world.cut) == (2, 0)
+            assert tier_of(world) is Tier.RUNNING
+            assert models.held == {"m-2"}
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize(
+    ("idle_s", "tier"),
+    [(20, "sleeping"), (60, "forked"), (110, "paged"), (160, "on_disk"), (260, "remote")],
+)
+def test_each_wake_is_measured_for_the_tier_it_began_from(idle_s: float, tier: str) -> None:
+    async def story() -> None:
+        models = FakePreparer(fetch_s=33.0)
+        async with World([warm()], QUICK, FakeBackend(start_s=5.0), preparer=models) as world:
+            await once(world)
+            await asyncio.sleep(idle_s)
+            assert tier_of(world) == tier
+            await once(world)
+            measured = {one.tier.value: one.wake_s for one in look(world).tiers if one.wakes}
+            expected_s = {"sleeping": 1.0, "remote": 38.0}.get(tier, 5.0)
+            assert measured.pop(tier) == pytest.approx(expected_s, abs=0.7)
+            # The pool's first start was from the fork server, which begins with the pool.
+            assert set(measured) <= {"on_disk", "forked"}
+
+    run_virtual(story())
+
+
+def test_the_promise_is_that_of_the_tier_the_pool_is_in() -> None:
+    async def story() -> None:
+        times = WakeTimes()
+        for tier, seconds in ((Tier.SLEEPING, 1.0), (Tier.FORKED, 4.0), (Tier.REMOTE, 90.0)):
+            times.add("simulated:m", tier, seconds)
+        models = FakePreparer()
+        async with World([warm()], QUICK, preparer=models, wake_times=times) as world:
+            await asyncio.sleep(5.0)
+            assert world.etas["m"] == 4.0
+            await once(world)
+            await world.until(lambda: tier_of(world) is Tier.SLEEPING)
+            await asyncio.sleep(2.0)
+            assert world.etas["m"] == 1.0
+            await world.until(lambda: tier_of(world) is Tier.REMOTE)
+            await asyncio.sleep(2.0)
+            assert world.etas["m"] == 90.0
+
+    run_virtual(story())
+
+
+def test_a_replica_on_its_way_says_what_it_is_at() -> None:
+    async def story() -> None:
+        models = FakePreparer(here=Tier.REMOTE, fetch_s=20.0)
+        backend = FakeBackend(start_s=5.0)
+        async with World([warm()], QUICK, backend, preparer=models) as world:
+            (task,) = world.burst(1, 1.0)
+            seen: list[str] = []
+            while not task.done():
+                phase = world.phases["m"]
+                if phase and (not seen or seen[-1] != phase):
+                    seen.append(phase)
+                report = look(world)
+                for one in report.replicas:
+                    if one.progress is not None:
+                        assert one.step == "fetching"
+                        assert one.phase.startswith("fetching ")
+                await asyncio.sleep(0.25)
+            assert "fetching 5.0 of 10.0 GB at 500.0 MB/s" in seen
+            assert seen[-1] == "loading"
+            assert world.phases["m"] == ""
+            assert backend.engines["m-1"].spec.pool.model == PLACE
+
+    run_virtual(story())
+
+
+def test_time_for_the_model_does_not_count_against_the_start() -> None:
+    async def story() -> None:
+        limits = QUICK.model_copy(update={"start_timeout_s": 10.0, "prepare_timeout_s": 100.0})
+        models = FakePreparer(here=Tier.REMOTE, fetch_s=90.0)
+        async with World([warm()], limits, FakeBackend(start_s=8.0), preparer=models) as world:
+            await once(world)
+            assert world.backend.started == ["m-1"]
+
+    run_virtual(story())
+
+
+def test_a_model_that_does_not_come_in_time_is_a_failure_that_says_so() -> None:
+    async def story() -> None:
+        limits = QUICK.model_copy(update={"prepare_timeout_s": 30.0})
+        models = FakePreparer(here=Tier.REMOTE, fetch_s=90.0)
+        async with World([warm()], limits, preparer=models) as world:
+            (task,) = world.burst(1, 1.0)
+            await world.until(lambda: look(world).failures == 1)
+            error = look(world).error
+            assert error is not None
+            assert "not here after 30 s (prepare_timeout_s)" in error
+            assert "fetching 3.0 of 10.0 GB" in error
+            assert models.called_off == ["m-1"]
+            assert world.backend.started == []
+            models.fetch_s = 5.0
+            await task
+            assert "m-1" not in models.held
+
+    run_virtual(story())
+
+
+def test_a_model_that_cannot_come_is_tried_again_with_pauses() -> None:
+    async def story() -> None:
+        models = FakePreparer(here=Tier.REMOTE, error=NoSpace("it needs 15 GB, 3 GB are free"))
+        async with World([warm()], QUICK, preparer=models) as world:
+            (task,) = world.burst(1, 1.0)
+            began_s = now()
+            await asyncio.sleep(40.0)
+            assert 4 <= len(models.prepared) <= 9, "backoff of 1, 2, 4, 8, 8 … s"
+            assert look(world).error == "it needs 15 GB, 3 GB are free"
+            assert world.loop.status().troubles["preparation of m"] == len(models.prepared)
+            models.error = None
+            await task
+            assert now() - began_s > 40.0
+            assert world.answered == 1
+
+    run_virtual(story())
+
+
+def test_an_operator_can_call_off_a_download_and_demand_cannot() -> None:
+    async def story() -> None:
+        models = FakePreparer(here=Tier.REMOTE, fetch_s=100.0)
+        async with World([warm()], QUICK, preparer=models) as world:
+            (visitor,) = world.burst(1, 1.0)
+            await asyncio.sleep(1.0)
+            visitor.cancel()
+            await asyncio.sleep(60.0)
+            assert models.called_off == [], "trap 1: nobody else's wish ends what is on its way"
+            world.loop.set_replicas("m", 0)
+            await world.until(lambda: not look(world).replicas, 5.0)
+            assert models.called_off == ["m-1"]
+            assert models.held == set()
+            assert world.backend.started == []
+            # And who asks afterwards is served.
+            models.fetch_s = 1.0
+            await once(world)
+
+    run_virtual(story())
+
+
+def test_an_engine_without_room_keeps_what_was_prepared_and_lets_go_when_it_is_given_up() -> None:
+    async def story() -> None:
+        models, backend = FakePreparer(), FakeBackend(room=0)
+        async with World([warm()], QUICK, backend, preparer=models) as world:
+            (visitor,) = world.burst(1, 1.0)
+            await asyncio.sleep(20.0)
+            assert models.held == {"m-1"}
+            visitor.cancel()
+            await world.until(lambda: not look(world).replicas)
+            assert models.held == set()
+
+    run_virtual(story())
+
+
+def test_what_held_a_model_is_let_go_of_however_the_engine_ends() -> None:
+    async def story() -> None:
+        models = FakePreparer()
+        async with World([warm(sleeping_s=0)], QUICK, preparer=models) as world:
+            await once(world)
+            assert models.held == {"m-1"}
+            world.backend.engines["m-1"].alive = False
+            world.burst(1, 1.0)
+            await world.until(lambda: models.held == {"m-2"})
+            world.backend.stop_s = 5.0
+            world.backend.stopped.clear()
+            await world.until(lambda: bool(world.backend.stopped))
+            await asyncio.sleep(0.1)
+            assert models.held == set()
+        assert models.closed
+
+    run_virtual(story())
+
+
+def test_where_sleep_fails_the_step_is_left_out_and_says_why() -> None:
+    async def story() -> None:
+        models, backend = FakePreparer(), FakeBackend(can_sleep=False)
+        async with World([warm()], QUICK, backend, preparer=models) as world:
+            for _ in range(2):
+                await once(world)
+                await world.until(lambda: tier_of(world) is Tier.FORKED)
+            assert [name for name, _ in backend.calls].count("sleep") == 1, "asked once, for good"
+            (asleep,) = [one for one in look(world).tiers if one.tier is Tier.SLEEPING]
+            assert (asleep.available, asleep.why_not) == (False, "it never sleeps")
+
+    run_virtual(story())
+
+
+def test_a_tier_that_failed_is_tried_again_after_a_while() -> None:
+    async def story() -> None:
+        models = FakePreparer(settle_error=BackendError("the fork server died"))
+        async with World([warm(sleeping_s=0)], QUICK, preparer=models) as world:
+            await asyncio.sleep(10.0)
+            (forked,) = [one for one in look(world).tiers if one.tier is Tier.FORKED]
+            assert (forked.available, forked.why_not) == (False, "the fork server died")
+            assert tier_of(world) is Tier.ON_DISK
+            models.settle_error = None
+            await world.until(lambda: tier_of(world) is Tier.FORKED, 2 * QUICK.backoff_max_s)
+
+    run_virtual(story())
+
+
+def test_unsupported_tiers_are_not_asked_for_again() -> None:
+    async def story() -> None:
+        models = FakePreparer(unsupported=frozenset({Tier.FORKED}))
+        async with World([warm(sleeping_s=0, paged_s=5)], QUICK, preparer=models) as world:
+            await once(world)
+            await world.until(lambda: tier_of(world) is Tier.ON_DISK, 100.0)
+            await once(world)
+            await world.until(lambda: tier_of(world) is Tier.ON_DISK, 100.0)
+            assert Tier.FORKED not in models.settled
+            assert not any("warmth" in where for where in world.loop.status().troubles)
+
+    run_virtual(story())
+
+
+def test_an_operators_sleep_has_no_end_but_a_request() -> None:
+    async def story() -> None:
+        models = FakePreparer()
+        async with World([warm(sleeping_s=0)], QUICK, preparer=models) as world:
+            await once(world)
+            await world.loop.sleep("m", 1)
+            await asyncio.sleep(1_000.0)
+            assert tier_of(world) is Tier.SLEEPING
+            await once(world)
+            assert world.backend.started == ["m-1"]
+
+    run_virtual(story())
+
+
+def test_scale_brings_it_up_from_wherever_it_is() -> None:
+    async def story() -> None:
+        models = FakePreparer()
+        async with World([warm()], QUICK, preparer=models) as world:
+            await once(world)
+            for tier in (Tier.SLEEPING, Tier.FORKED, Tier.REMOTE):
+                await world.until(lambda tier=tier: tier_of(world) is tier)  # type: ignore[misc]
+                world.loop.set_replicas("m", 1)
+                await world.until(lambda: len(world.ready()) == 1)
+                world.loop.set_replicas("m", None)
+            assert world.backend.started == ["m-1", "m-2", "m-3"]
+
+    run_virtual(story())
+
+
+def test_unknown_is_not_idle() -> None:
+    async def story() -> None:
+        models = FakePreparer()
+        async with World([warm()], QUICK, preparer=models) as world:
+            await once(world)
+            await world.until(lambda: tier_of(world) is Tier.FORKED)
+            world.blind = True
+            await asyncio.sleep(1_000.0)
+            assert tier_of(world) is Tier.FORKED
+            assert look(world).step_down_at_s is None
+            world.blind = False
+            await world.until(lambda: tier_of(world) is Tier.PAGED, 60.0)
+
+    run_virtual(story())
+
+
+def test_a_change_of_tier_is_called_off_by_who_asks() -> None:
+    async def story() -> None:
+        models = FakePreparer(settle_s=500.0)
+        async with World([warm(sleeping_s=0)], QUICK, preparer=models) as world:
+            await asyncio.sleep(20.0)
+            began_s = now()
+            await once(world)
+            assert now() - began_s < 10.0
+            assert models.settled == []
+
+    run_virtual(story())
+
+
+def test_of_several_replicas_one_sleeps() -> None:
+    async def story() -> None:
+        pool = process_pool(max_replicas=3, target_inflight_tokens=100, warmth=WARMTH)
+        limits = QUICK.model_copy(update={"scale_down_delay_s": 100.0})
+        async with World([pool], limits, preparer=FakePreparer()) as world:
+            await asyncio.gather(*world.burst(3, 20.0))
+            assert len(world.ready()) == 3
+            await world.until(lambda: tier_of(world) is Tier.SLEEPING, 300.0)
+            await asyncio.sleep(5.0)
+            assert len(world.backend.engines) == 1
+
+    run_virtual(story())
+
+
+class Watched(FakePreparer):
+    """A preparer that notes when a pool was taken down although somebody was there."""
+
+    def __init__(self) -> None:
+        super().__init__(fetch_s=8.0)
+        self.world: World | None = None
+        self.wrong: list[str] = []
+
+    async def settle(self, pool: PoolSettings, tier: Tier) -> None:
+        self.check(f"settle {tier}")
+        await super().settle(pool, tier)
+        self.check(f"settled {tier}")
+
+    def check(self, what: str) -> None:
+        assert self.world is not None
+        world = self.world
+        states = {one.state for one in world.loop._pools["m"].replicas.values()}
+        busy = states - {State.FAILED, State.STOPPED}
+        waiting = world.held.get("m", 0) + sum(world.inflight.values())
+        # One that came in this very moment is seen by the next tick, and calls it off.
+        if busy or (waiting and world.loop._pools["m"].decision.reason is not Reason.AT_ZERO):  # type: ignore[union-attr]
+            self.wrong.append(f"{what}: {states}, {waiting} wait")
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("burst"), st.integers(1, 4), st.floats(0.1, 15.0)),
+    st.tuples(st.just("visit"), st.floats(0.0, 0.2)),
+    st.tuples(st.just("wait"), st.floats(0.0, 120.0)),
+    st.tuples(st.just("blind"), st.booleans()),
+    st.tuples(st.just("scale"), st.none() | st.integers(0, 2)),
+    st.tuples(st.just("sleeps"), st.booleans()),
+    st.tuples(st.just("settle takes"), st.floats(0.0, 40.0)),
+    st.tuples(st.just("fetch takes"), st.floats(0.1, 40.0)),
+)
+SECONDS = st.sampled_from([0.0, 5.0, 20.0, 60.0])
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+@given(
+    st.fixed_dictionaries(dict.fromkeys(WARMTH, SECONDS)),
+    st.sampled_from([Tier.ON_DISK, Tier.REMOTE]),
+    st.lists(STEPS, max_size=14),
+)
+def test_whatever_comes_nobody_is_left_in_the_cold(
+    warmth: dict[str, float], here: Tier, steps: list[tuple[Any, ...]]
+) -> None:
+    async def story() -> None:
+        models, backend = Watched(), FakeBackend()
+        models.here = here
+        world = World([warm(**warmth)], QUICK, backend, preparer=models)
+        models.world = world
+        requests: list[asyncio.Task[None]] = []
+        async with world:
+            for name, *values in steps:
+                match name, *values:
+                    case "burst", count, seconds:
+                        requests += world.burst(count, seconds)
+                    case "visit", seconds:
+                        (one,) = world.burst(1, 1.0)
+                        asyncio.get_running_loop().call_later(seconds, one.cancel)
+                    case "wait", seconds:
+                        await asyncio.sleep(seconds)
+                    case "blind", value:
+                        world.blind = value
+                    case "scale", value:
+                        world.loop.set_replicas("m", value)
+                    case "sleeps", value:
+                        backend.can_sleep = value
+                    case "settle takes", seconds:
+                        models.settle_s = seconds
+                    case "fetch takes", seconds:
+                        models.fetch_s = seconds
+                await asyncio.sleep(0.3)
+            world.blind = False
+            await asyncio.wait_for(asyncio.gather(*requests), 600.0)
+            assert (world.answered, world.cut) == (len(requests), 0)
+            world.loop.set_replicas("m", None)
+            models.settle_s = 1.0
+            # However it got there, a pool that nobody asks ends on the last step it has.
+            await world.until(
+                lambda: tier_of(world) is Tier.REMOTE and not look(world).replicas, 900.0
+            )
+            await asyncio.sleep(1.0)
+            assert models.held == set()
+            assert backend.living() == []
+        assert models.wrong == []
+
+    run_virtual(story())

@@ -1,0 +1,85 @@
+"""Models that exist only in memory, and what preparing them takes."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field, replace
+
+from autoscaler.backends.base import ReplicaSpec, Unsupported
+from autoscaler.preparer import Report
+from autoscaler.settings import PoolSettings
+from modelcache.types import TIERS, Progress, Tier
+
+SIZE_BYTES = 10_000_000_000
+PLACE = "/cache/m"
+
+
+@dataclass
+class FakePreparer:
+    """A preparer whose model is fetched in ``fetch_s`` and paged in ``page_s``. Its faults are set
+    by the test."""
+
+    here: Tier = Tier.ON_DISK
+    """Where the model is."""
+    possible: frozenset[Tier] = frozenset({Tier.FORKED, Tier.PAGED, Tier.ON_DISK, Tier.REMOTE})
+    fetch_s: float = 20.0
+    settle_s: float = 1.0
+    error: Exception | None = None
+    settle_error: Exception | None = None
+    unsupported: frozenset[Tier] = frozenset()
+    held: set[str] = field(default_factory=set)
+    prepared: list[str] = field(default_factory=list)
+    called_off: list[str] = field(default_factory=list)
+    settled: list[Tier] = field(default_factory=list)
+    looks: int = 0
+    closed: bool = False
+
+    def tiers(self, pool: PoolSettings) -> frozenset[Tier]:
+        return frozenset({Tier.REMOTE}) if self.here is Tier.REMOTE else self.possible
+
+    def tier(self, pool: PoolSettings) -> Tier:
+        return self.here
+
+    async def look(self, pool: PoolSettings) -> None:
+        self.looks += 1
+
+    async def prepare(self, spec: ReplicaSpec, report: Report) -> ReplicaSpec:
+        self.prepared.append(spec.id)
+        if self.error is not None:
+            raise self.error
+        self.held.add(spec.id)
+        try:
+            if self.here is Tier.REMOTE:
+                for part in range(10):
+                    report(
+                        Progress(
+                            phase="fetching",
+                            bytes_done=part * SIZE_BYTES // 10,
+                            bytes_total=SIZE_BYTES,
+                            rate_bytes_s=SIZE_BYTES / self.fetch_s,
+                        )
+                    )
+                    await asyncio.sleep(self.fetch_s / 10)
+        except asyncio.CancelledError:
+            self.called_off.append(spec.id)
+            raise
+        if self.here in {Tier.REMOTE, Tier.ON_DISK}:
+            self.here = Tier.PAGED
+        report(None)
+        return replace(spec, pool=spec.pool.model_copy(update={"model": PLACE}))
+
+    async def release(self, replica_id: str) -> None:
+        self.held.discard(replica_id)
+
+    async def settle(self, pool: PoolSettings, tier: Tier) -> None:
+        await asyncio.sleep(self.settle_s)
+        if self.settle_error is not None:
+            raise self.settle_error
+        if tier in self.unsupported:
+            raise Unsupported(f"no {tier} here")
+        assert tier in TIERS
+        self.settled.append(tier)
+        self.here = tier
+
+    async def close(self) -> None:
+        self.closed = True
