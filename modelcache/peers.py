@@ -1,0 +1,349 @@
+"""The other nodes: who is there, what they have, and who is left alone for a while or for good.
+
+One that cannot be reached is asked again after a pause that grows; one that is slow is asked for
+no pieces for a while; one that gave bytes which were not what it said, or what the store says, is
+left alone until it starts anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from modelcache.budget import Asked
+from modelcache.peer_client import (
+    Client,
+    PeerBusy,
+    PeerGone,
+    PeerLacks,
+    PeerLied,
+    PeerSlow,
+)
+from modelcache.peer_server import PeerServer
+from modelcache.peer_wire import Keyring
+from modelcache.settings import ModelCacheSettings
+from modelcache.shelf import Shelf, State
+from modelcache.types import Cancelled
+
+log = logging.getLogger("tidegate.modelcache.peers")
+
+POLL_WAIT_S = 2.0
+"""Seconds that a peer may keep a question about its files open."""
+
+GAP_S = 0.05
+"""Seconds between two questions to one peer at the least: news travels in bundles."""
+
+PAUSES_S = (0.25, 30.0)
+"""The first pause after a failure and the longest; each doubles the one before."""
+
+LIAR_S = 3_600.0
+MOST_LIARS = 1_024
+MOST_WATCHED = 64
+"""Peers that one download watches: a thread each. In a larger cluster, any so many."""
+
+
+@dataclass(slots=True)
+class Peer:
+    """One other node."""
+
+    client: Client
+    failures: int = 0
+    slow: int = 0
+    paused_until_s: float = 0.0
+    """Not asked at all until then."""
+    slow_until_s: float = 0.0
+    """Not asked for pieces until then."""
+    banned: str | None = None
+    """Why it is left alone, if it is."""
+    given_bytes: int = 0
+
+    @property
+    def node(self) -> str | None:
+        """Its name, while it is known."""
+        return self.client.node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerStatus:
+    """A peer as status shows it."""
+
+    url: str
+    node: str | None
+    reached: bool
+    banned: str | None
+    given_bytes: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Follower:
+    """What a download wants to know of peers."""
+
+    keys: Callable[[], Sequence[str]]
+    """The files that are still missing."""
+    on_states: Callable[[str, Mapping[str, State]], None]
+    on_lost: Callable[[str], None]
+    stopped: Asked
+    asked: set[str] = field(default_factory=set)
+    """URLs of peers that have answered, or failed to, at least once."""
+
+
+class PeerGroup:
+    """All peers of this node, and its own server for them. Thread-safe."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        token: str,
+        *,
+        shelf: Shelf,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.me: str | None = None
+        """This node's name, once it serves."""
+        self.shelf = shelf
+        self._name = secrets.token_hex(16)
+        self._keyring = Keyring(token)
+        self._clock = clock
+        self._wall = wall
+        self._peers = [
+            Peer(Client(url.rstrip("/"), self._keyring, self._name, wall))
+            for url in dict.fromkeys(urls)
+        ]
+        self._server: PeerServer | None = None
+        self._liars: dict[str, str] = {}
+        self._changed = threading.Condition()
+
+    def serve(self, host: str, port: int) -> int:
+        """Give peers what the shelf has; the port. Raises ``OSError`` where it cannot listen."""
+        server = PeerServer(
+            self.shelf, self._keyring, node=self._name, on_heard=self.heard, clock=self._wall
+        )
+        bound = server.start(host, port)
+        self._server, self.me = server, self._name
+        return bound
+
+    def close(self) -> None:
+        """Serve no more, and let go of all connections."""
+        if self._server is not None:
+            self._server.close()
+        for peer in self._peers:
+            peer.client.close()
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of pieces given to peers."""
+        return self._server.sent_bytes if self._server is not None else 0
+
+    def status(self) -> list[PeerStatus]:
+        """Every peer but ourselves."""
+        now_s = self._clock()
+        return [
+            PeerStatus(
+                url=peer.client.url,
+                node=peer.node,
+                reached=peer.node is not None and peer.paused_until_s <= now_s,
+                banned=peer.banned,
+                given_bytes=peer.given_bytes,
+            )
+            for peer in self._peers
+            if peer.node != self._name
+        ]
+
+    def heard(self, node: str) -> None:
+        """A node has asked us something. If it is one that we wait to reach, now is the time."""
+        with self._changed:
+            if all(peer.node != node or peer.failures for peer in self._peers):
+                for peer in self._peers:
+                    peer.paused_until_s = 0.0
+                self._changed.notify_all()
+
+    def ban(self, node: str, why: str) -> None:
+        """Never believe a node again, until it starts anew."""
+        with self._changed:
+            for peer in self._peers:
+                if peer.node == node:
+                    self._ban(peer, why)
+
+    def _ban(self, peer: Peer, why: str) -> None:
+        log.warning("peer %s is left alone: %s", peer.client.url, why)
+        peer.banned = why
+        peer.paused_until_s = self._clock() + LIAR_S
+        if peer.node is not None:
+            self._liars[peer.node] = why
+            while len(self._liars) > MOST_LIARS:
+                del self._liars[next(iter(self._liars))]
+        # Its name is asked for again when its time is over: a new one is a new start.
+        peer.client.node = None
+
+    def away(self) -> frozenset[str]:
+        """Names of peers that are not to be asked for pieces now."""
+        now_s = self._clock()
+        with self._changed:
+            resting = {
+                peer.node
+                for peer in self._peers
+                if peer.node is not None and max(peer.paused_until_s, peer.slow_until_s) > now_s
+            }
+            return frozenset(resting | self._liars.keys())
+
+    def follow(self, follower: Follower) -> list[threading.Thread]:
+        """Keep a download told of what every peer has, by threads that end when it stops."""
+        chosen = list(self._peers)
+        if len(chosen) > MOST_WATCHED:
+            chosen = random.sample(chosen, MOST_WATCHED)
+        threads = [
+            threading.Thread(
+                target=self._follow, args=(peer, follower), name="peer news", daemon=True
+            )
+            for peer in chosen
+            if peer.node is None or peer.node != self._name
+        ]
+        for thread in threads:
+            thread.start()
+        return threads
+
+    def wake(self) -> None:
+        """Let followers see whether they are to stop."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def settled(self, follower: Follower) -> bool:
+        """Whether every peer has been asked once, with or without an answer."""
+        return (
+            all(
+                peer.node == self._name or peer.banned or peer.client.url in follower.asked
+                for peer in self._peers
+            )
+            or len(follower.asked) >= MOST_WATCHED
+        )
+
+    def _follow(self, peer: Peer, follower: Follower) -> None:
+        since, known = 0, peer.node
+        while not follower.stopped() and self._await_turn(peer, follower):
+            try:
+                node = peer.node or peer.client.hello(follower.stopped)
+                if node == self._name:
+                    return
+                if not self._believed(peer, node):
+                    continue
+                if node != known:
+                    since, known = 0, node
+                wait_s = POLL_WAIT_S if since else 0.0
+                since, states = peer.client.states(follower.keys(), since, wait_s, follower.stopped)
+                with self._changed:
+                    peer.failures = 0
+                if self._believed(peer, node):
+                    follower.on_states(node, states)
+            except Cancelled:
+                return
+            except (PeerGone, PeerLied) as error:
+                since = 0
+                self._failed(peer, error)
+                if known is not None:
+                    follower.on_lost(known)
+            finally:
+                follower.asked.add(peer.client.url)
+            self._sleep(GAP_S, follower)
+
+    def _believed(self, peer: Peer, node: str) -> bool:
+        """Whether a node is not one that lied; if it is, it is left alone for another while."""
+        with self._changed:
+            if node in self._liars:
+                peer.paused_until_s = self._clock() + LIAR_S
+                return False
+            peer.banned = None
+            return True
+
+    def _await_turn(self, peer: Peer, follower: Follower) -> bool:
+        with self._changed:
+            while not follower.stopped():
+                left_s = peer.paused_until_s - self._clock()
+                if left_s <= 0:
+                    return True
+                follower.asked.add(peer.client.url)
+                self._changed.wait(min(left_s, 1.0))
+        return False
+
+    def _sleep(self, for_s: float, follower: Follower) -> None:
+        if not follower.stopped():
+            time.sleep(for_s)
+
+    def _failed(self, peer: Peer, error: Exception) -> None:
+        with self._changed:
+            peer.failures += 1
+            first_s, most_s = PAUSES_S
+            pause_s = min(most_s, first_s * 2 ** min(peer.failures - 1, 16))
+            until_s = self._clock() + pause_s * random.uniform(0.5, 1.0)
+            peer.paused_until_s = max(peer.paused_until_s, until_s)
+            if isinstance(error, PeerLied):
+                self._ban(peer, str(error))
+        log.info("peer %s cannot be asked: %s", peer.client.url, error)
+
+    def fetch(
+        self,
+        node: str,
+        key: str,
+        index: int,
+        into: memoryview,
+        *,
+        timeout_s: float,
+        cancelled: Asked,
+        on_bytes: Callable[[int], None],
+    ) -> bytes | None:
+        """A piece from a peer into memory, checked: its BLAKE3. ``None`` where it did not come,
+        for whatever reason: the peer is dealt with here, and the caller looks elsewhere. Raises
+        ``PeerBusy`` where it will have it later, and ``Cancelled``.
+        """
+        peer = next((one for one in self._peers if one.node == node), None)
+        if peer is None or peer.banned is not None:
+            return None
+        try:
+            digest = peer.client.piece(
+                key, index, into, timeout_s=timeout_s, cancelled=cancelled, on_bytes=on_bytes
+            )
+        except PeerBusy:
+            self._slow(peer, 0.25)
+            raise
+        except PeerLacks:
+            return None
+        except PeerSlow as error:
+            log.info("%s", error)
+            self._slow(peer, 5.0)
+            return None
+        except (PeerGone, PeerLied) as error:
+            self._failed(peer, error)
+            return None
+        with self._changed:
+            peer.slow = 0
+            peer.given_bytes += len(into)
+        return digest
+
+    def _slow(self, peer: Peer, first_s: float) -> None:
+        with self._changed:
+            peer.slow += 1
+            pause_s = min(300.0, first_s * 2 ** min(peer.slow - 1, 16))
+            peer.slow_until_s = self._clock() + pause_s * random.uniform(0.5, 1.0)
+
+
+def make_peers(
+    settings: ModelCacheSettings, environ: Mapping[str, str], shelf: Shelf
+) -> PeerGroup | None:
+    """The peers that settings name, or ``None`` where there are none and none are served.
+
+    Raises ``ValueError`` where peers are wanted and the token is missing or too short.
+    """
+    if not settings.peers and settings.peer_port is None:
+        return None
+    token = environ.get(settings.peer_token_env, "")
+    if not token:
+        raise ValueError(
+            f"modelcache.peers and modelcache.peer_port need the environment variable "
+            f"{settings.peer_token_env}: the secret that all nodes of the cluster share"
+        )
+    return PeerGroup(settings.peers, token, shelf=shelf)
