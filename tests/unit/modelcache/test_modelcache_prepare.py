@@ -1,0 +1,410 @@
+"""Preparation steps as processes: cached by what they are made of, resumed, logged, ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from modelcache import prepare, prepare_run
+from modelcache.prepare import FolderOutputs, Preparation
+from modelcache.prepare_types import Step, StepFailed, input_digest, step_key
+from modelcache.settings import ModelCacheSettings, PreparationStep
+from modelcache.types import Cancelled, FileEntry, NoSpace, Progress
+
+PYTHON = sys.executable
+TOOLS = {"gguf": "1", "torch": "2", "transformers": "3"}
+
+
+def versions(python: Path, names: Sequence[str]) -> Mapping[str, str]:
+    return {name: TOOLS[name] for name in names}
+
+
+def script(text: str, *arguments: str, seen: Path | None = None) -> Step:
+    """A command. What it writes to beside its output is no argument: files among those are part of
+    the step's key."""
+    env = () if seen is None else (("SEEN", str(seen)),)
+    return Step(kind="command", argv=(PYTHON, "-c", text, *arguments), env=env)
+
+
+COUNT = """
+import os, pathlib, sys
+with open(os.environ["SEEN"], "a") as seen:
+    seen.write("x")
+source = pathlib.Path(sys.argv[1], "weights").read_text()
+pathlib.Path(sys.argv[2], "weights").write_text(source + "+")
+pathlib.Path(sys.argv[2], "env").write_text(os.environ.get("EXTRA", ""))
+print("counted")
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "weights").write_text("w")
+    return folder
+
+
+@pytest.fixture
+def preparation(tmp_path: Path) -> Preparation:
+    return Preparation(
+        directory=tmp_path / "prepare",
+        python=Path(PYTHON),
+        outputs=FolderOutputs(tmp_path / "outputs"),
+        environ=dict(os.environ),
+        ask_versions=versions,
+    )
+
+
+def count(tmp_path: Path) -> Step:
+    return script(COUNT, "{input}", "{output}", seen=tmp_path / "runs")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] not in "ZX"
+    except OSError:
+        return False
+
+
+def until(check: Callable[[], bool], limit_s: float = 30.0) -> None:
+    end_s = time.monotonic() + limit_s
+    while not check():
+        assert time.monotonic() < end_s, "it did not come about"
+        time.sleep(0.01)
+
+
+def test_steps_follow_each_other_and_are_done_once(
+    tmp_path: Path, source: Path, preparation: Preparation
+) -> None:
+    steps = [count(tmp_path), replace(count(tmp_path), env=(("EXTRA", "e"), *count(tmp_path).env))]
+    made = preparation.prepare(source, "d", steps)
+    assert (made.path / "weights").read_text() == "w++"
+    assert (made.path / "env").read_text() == "e"
+    assert [run.cached for run in made.runs] == [False, False]
+    assert made.key == made.runs[-1].key
+    assert made.runs[0].log is not None
+    assert "counted" in made.runs[0].log.read_text()
+    again = preparation.prepare(source, "d", steps)
+    assert [run.cached for run in again.runs] == [True, True]
+    assert again.path == made.path == preparation.find("d", steps)
+    # Another second step: the first one's result is used.
+    other = preparation.prepare(source, "d", [steps[0], replace(steps[1], version="2")])
+    assert [run.cached for run in other.runs] == [True, False]
+    assert (tmp_path / "runs").read_text() == "xxx"
+    assert not list((tmp_path / "prepare/work").iterdir())
+    assert preparation.prepare(source, "d", []).path == source
+
+
+STEP = Step(kind="cast", dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("input", step_key("e", STEP, tools=TOOLS, programs={})),
+        ("step", step_key("d", replace(STEP, dtype="bfloat16"), tools=TOOLS, programs={})),
+        ("tool", step_key("d", STEP, tools={**TOOLS, "torch": "3"}, programs={})),
+        ("program", step_key("d", STEP, tools=TOOLS, programs={"/p": "1"})),
+    ],
+)
+def test_another_key_for_another(name: str, other: str) -> None:
+    assert step_key("d", STEP, tools=TOOLS, programs={}) != other
+
+
+def test_the_same_key_for_the_same_result() -> None:
+    key = step_key("d", STEP, tools=TOOLS, programs={})
+    assert key == step_key("d", replace(STEP, timeout_s=1, resumable=True), tools=TOOLS,
+                           programs={})  # fmt: skip
+    assert key == step_key("d", STEP, tools={**TOOLS, "gguf": "9"}, programs={})
+    one = FileEntry(path="a", size_bytes=1, digest="x")
+    two = FileEntry(path="b", size_bytes=1, digest="y", version="v")
+    assert input_digest([one, two]) == input_digest([two, one])
+    assert input_digest([one]) != input_digest([replace(one, digest="z")])
+    assert input_digest([one]) != input_digest([replace(one, path="c")])
+
+
+def test_a_script_that_changed_is_another_step(tmp_path: Path, preparation: Preparation) -> None:
+    program = tmp_path / "quantize.py"
+    program.write_text("1")
+    step = Step(kind="command", argv=(PYTHON, str(program)))
+    before = preparation.keys("d", [step])
+    assert preparation.keys("d", [step]) == before
+    program.write_text("2")
+    assert preparation.keys("d", [step]) != before
+
+
+def test_a_failure_shows_its_last_lines_and_leaves_no_result(
+    source: Path, preparation: Preparation
+) -> None:
+    step = script("print('first'); print('a bar\\rthe reason'); raise SystemExit(3)", "{output}")
+    with pytest.raises(StepFailed, match=r"(?s)exit code 3.*the reason.*log: /") as failed:
+        preparation.prepare(source, "d", [step])
+    assert "a bar" not in str(failed.value)
+    assert preparation.find("d", [step]) is None
+    with pytest.raises(StepFailed, match="signal 9"):
+        preparation.prepare(source, "d", [script("import os; os.kill(os.getpid(), 9)")])
+    with pytest.raises(StepFailed, match="made no file"):
+        preparation.prepare(source, "d", [script("pass")])
+    with pytest.raises(StepFailed, match="cannot start /no/such: No such file"):
+        preparation.prepare(source, "d", [Step(kind="command", argv=("/no/such",))])
+
+
+SLOW = """
+import os, pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+pathlib.Path(os.environ["SEEN"]).write_text(f"{os.getpid()} {child.pid}")
+with open("parts", "a") as parts:
+    parts.write("p")
+print("working", flush=True)
+if pathlib.Path("parts").read_text() != "pp":
+    time.sleep(300)
+"""
+
+
+def test_a_step_called_off_ends_with_all_it_started(
+    tmp_path: Path, source: Path, preparation: Preparation
+) -> None:
+    seen: list[Progress] = []
+    step = script(SLOW, seen=tmp_path / "pids")
+
+    def cancelled() -> bool:
+        return any("working" in progress.detail for progress in seen)
+
+    with pytest.raises(Cancelled):
+        preparation.prepare(source, "d", [step], on_progress=seen.append, cancelled=cancelled)
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert len(pids) == 2
+    assert not any(alive(pid) for pid in pids)
+    assert seen[-1].phase == "preparing"
+
+
+def test_a_step_that_takes_too_long_is_ended(
+    tmp_path: Path, source: Path, preparation: Preparation
+) -> None:
+    step = replace(script(SLOW, seen=tmp_path / "pids"), timeout_s=5.0)
+    with pytest.raises(StepFailed, match="longer than 5 s"):
+        preparation.prepare(source, "d", [step])
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert not any(alive(pid) for pid in pids)
+
+
+WHOLE = """
+import os, sys
+from pathlib import Path
+from modelcache.prepare import FolderOutputs, Preparation
+from modelcache.prepare_types import Step
+base, resumable, seen, *argv = sys.argv[1:]
+Preparation(
+    directory=Path(base, "prepare"), python=Path(sys.executable),
+    outputs=FolderOutputs(Path(base, "outputs")), environ=dict(os.environ),
+).prepare(Path(base, "model"), "d", [
+    Step(kind="command", argv=tuple(argv), resumable=resumable == "1",
+         env=(("SEEN", seen),))
+])
+"""
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_a_killed_process_takes_its_step_along_and_the_next_goes_on(
+    tmp_path: Path, source: Path, preparation: Preparation, resumable: bool
+) -> None:
+    step = replace(script(SLOW, seen=tmp_path / "pids"), resumable=resumable)
+    killed = subprocess.Popen(
+        [
+            PYTHON,
+            "-c",
+            WHOLE,
+            str(tmp_path),
+            str(int(resumable)),
+            str(tmp_path / "pids"),
+            *step.argv,
+        ]
+    )
+    until(lambda: len((tmp_path / "pids").read_text().split()) == 2
+          if (tmp_path / "pids").exists() else False)  # fmt: skip
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    key = preparation.keys("d", [step])[0]
+    parts = tmp_path / "prepare/work" / key / "output/parts"
+    until(lambda: parts.exists() and parts.read_text() == "p")
+    killed.kill()
+    killed.wait()
+    if resumable:
+        made = preparation.prepare(source, "d", [step])
+        assert (made.path / "parts").read_text() == "pp"
+        assert not any(alive(pid) for pid in pids), "it must not go on writing beside us"
+    else:
+        seen: list[Progress] = []
+        with pytest.raises(Cancelled):
+            preparation.prepare(
+                source, "d", [step], on_progress=seen.append,
+                cancelled=lambda: any("working" in one.detail for one in seen)
+                and parts.exists() and (tmp_path / "pids").read_text().split()[0] != str(pids[0]),
+            )  # fmt: skip
+        assert parts.read_text() == "p"
+
+
+def test_two_at_once_make_one_result(
+    tmp_path: Path, source: Path, preparation: Preparation
+) -> None:
+    step = count(tmp_path)
+    paths: list[Path] = []
+
+    def make() -> None:
+        paths.append(preparation.prepare(source, "d", [step]).path)
+
+    threads = [threading.Thread(target=make) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(paths)) == 1
+    assert len(paths) == 4
+    assert (tmp_path / "runs").read_text() == "x"
+
+
+def test_what_waits_for_another_process_can_be_called_off(
+    tmp_path: Path, source: Path, preparation: Preparation
+) -> None:
+    step = count(tmp_path)
+    key = preparation.keys("d", [step])[0]
+    seen: list[Progress] = []
+    with preparation._alone(key, seen.append, lambda: False), pytest.raises(Cancelled):
+        preparation.prepare(
+            source, "d", [step], on_progress=seen.append, cancelled=lambda: len(seen) > 1
+        )
+    assert seen[0].detail == "another process does it"
+
+
+def test_a_log_is_bounded(
+    source: Path, preparation: Preparation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_run, "LOG_MOST_BYTES", 100_000)
+    monkeypatch.setattr(prepare_run, "LOG_TAIL_BYTES", 10_000)
+    monkeypatch.setattr(prepare_run, "MEASURE_S", 0.0)
+    text = """
+import pathlib, time
+pathlib.Path("made").write_text("x")
+for n in range(30):
+    print("line " * 2000, n, flush=True)
+    time.sleep(0.03)
+print("the end", flush=True)
+time.sleep(0.5)
+"""
+    run = preparation.prepare(source, "d", [script(text)]).runs[0]
+    assert run.log is not None
+    assert run.log.stat().st_size < 120_000
+    lines = run.log.read_text().splitlines()
+    assert "[the beginning was cut off]" in lines
+    assert lines[-1] == "the end"
+
+
+def test_says_first_that_the_disk_is_too_small(
+    tmp_path: Path, source: Path, preparation: Preparation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.truncate(source / "weights", 1000)
+
+    class Usage:
+        free = 1499
+
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: Usage)
+    with pytest.raises(NoSpace, match=r"tp_shard needs some 1,500 bytes .*1,499 are free"):
+        preparation.prepare(source, "d", [Step(kind="tp_shard", world_size=2)])
+
+
+def test_old_leftovers_go_but_not_those_in_use(
+    tmp_path: Path, source: Path, preparation: Preparation
+) -> None:
+    for name in ("old", "used", "new"):
+        (tmp_path / "prepare/work" / name / "output").mkdir(parents=True)
+    for name in ("old", "used"):
+        os.utime(tmp_path / "prepare/work" / name, (0, 0))
+    with preparation._alone("used", lambda progress: None, lambda: False):
+        preparation.prepare(source, "d", [])
+    assert {path.name for path in (tmp_path / "prepare/work").iterdir()} == {"used", "new"}
+
+
+def test_commands_do_not_see_our_python(source: Path, preparation: Preparation) -> None:
+    preparation.environ = {**os.environ, "PYTHONPATH": "/ours", "KEPT": "1"}
+    text = "import os, json; json.dump(dict(os.environ), open('env', 'w'))"
+    made = preparation.prepare(source, "d", [script(text)])
+    env = json.loads((made.path / "env").read_text())
+    assert "PYTHONPATH" not in env
+    assert env["KEPT"] == "1"
+    assert env["TIDEGATE_INPUT"] == str(source)
+
+
+def test_an_engine_without_its_packages_is_said_so(source: Path, preparation: Preparation) -> None:
+    preparation.ask_versions = None
+    with pytest.raises(StepFailed, match=r"gguf.* is not installed for"):
+        preparation.prepare(source, "d", [Step(kind="gguf_to_safetensors")])
+    preparation.python = Path("/no/such/python")
+    with pytest.raises(StepFailed, match="cannot say which packages"):
+        preparation.prepare(source, "d", [Step(kind="gguf_to_safetensors")])
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"kind": "cast"}, "needs dtype"),
+        ({"kind": "tp_shard"}, "needs world_size"),
+        ({"kind": "tp_shard", "world_size": 1}, "greater than or equal to 2"),
+        ({"kind": "command"}, "needs argv"),
+        ({"kind": "cast", "dtype": "int4"}, "bfloat16"),
+        ({"kind": "cast", "dtype": "float16", "argv": ["x"]}, "a cast step has no argv"),
+        ({"kind": "gguf_to_safetensors", "world_size": 2}, "has no world_size"),
+        ({"kind": "gguf_to_safetensors", "file": "/etc/x"}, "pattern"),
+        ({"kind": "nonsense"}, "command"),
+    ],
+)
+def test_steps_that_make_no_sense_are_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        PreparationStep.model_validate(fields)
+
+
+def test_steps_belong_to_a_model_however_it_is_written() -> None:
+    settings = ModelCacheSettings.model_validate(
+        {
+            "steps": {
+                "hf://org/name": [
+                    {"kind": "gguf_to_safetensors", "file": "a.gguf"},
+                    {"kind": "command", "argv": ["q", "{input}"], "env": {"B": "2", "A": "1"}},
+                ]
+            }
+        }
+    )
+    steps = settings.steps_for("org/name")
+    assert [step.kind for step in steps] == ["gguf_to_safetensors", "command"]
+    assert (steps[0].file, steps[1].env) == ("a.gguf", (("A", "1"), ("B", "2")))
+    assert settings.steps_for("org/other") == ()
+
+
+def test_the_leash_ends_the_command_with_its_parent(tmp_path: Path) -> None:
+    """Also one that ignores being told."""
+    stubborn = (
+        "import os, pathlib, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(300)"
+    )
+    leash = [PYTHON, "-I", "-m", "modelcache.leash", "0.2"]
+    holder = subprocess.Popen(
+        [PYTHON, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", *leash,
+         PYTHON, "-c", stubborn, str(tmp_path / "pid")],
+    )  # fmt: skip
+    until(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()))
+    pid = int((tmp_path / "pid").read_text())
+    assert alive(pid)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    until(lambda: not alive(pid))
