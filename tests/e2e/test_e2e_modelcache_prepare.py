@@ -1,0 +1,168 @@
+"""Preparation steps on a real model, in the engine's environment, the values compared there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from modelcache.prepare import FolderOutputs, Preparation
+from modelcache.prepare_types import Prepared, Step, StepFailed
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
+
+FIND_GGUF = "from modelcache.default_model import find_source; print(find_source())"
+
+RANKS = 3
+"""The model has nine attention heads and three key-value heads."""
+
+COMPARE_GGUF = """
+import sys
+import gguf, torch
+from pathlib import Path
+from safetensors import safe_open
+source, made = sys.argv[1:]
+names = {"output_norm.weight": "model.norm.weight"}
+for layer in (0, 17, 29):
+    for theirs, ours in (("ffn_down", "mlp.down_proj"), ("ffn_gate", "mlp.gate_proj"),
+                         ("attn_v", "self_attn.v_proj"), ("attn_output", "self_attn.o_proj"),
+                         ("attn_norm", "input_layernorm")):
+        names[f"blk.{layer}.{theirs}.weight"] = f"model.layers.{layer}.{ours}.weight"
+names["token_embd.weight"] = "model.embed_tokens.weight"
+compared = 0
+with safe_open(Path(made, "model.safetensors"), "pt") as file:
+    for tensor in gguf.GGUFReader(source).tensors:
+        if tensor.name in names:
+            values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+            ours = file.get_tensor(names[tensor.name])
+            assert ours.dtype == torch.bfloat16
+            assert torch.equal(values.to(torch.bfloat16), ours), tensor.name
+            compared += 1
+assert compared == len(names), (compared, len(names))
+print("same", compared)
+"""
+
+COMPARE_CAST = """
+import sys
+import torch
+from safetensors.torch import load_file
+before, after = load_file(sys.argv[1]), load_file(sys.argv[2])
+assert before.keys() == after.keys() and len(before) > 200
+for name, tensor in before.items():
+    assert tensor.dtype == torch.bfloat16 and after[name].dtype == torch.float16
+    assert torch.equal(tensor.to(torch.float16), after[name]), name
+print("same", len(before))
+"""
+
+COMPARE_SHARDS = """
+import json, sys
+import torch
+from pathlib import Path
+from safetensors.torch import load_file
+whole = load_file(sys.argv[1])
+folder, ranks = Path(sys.argv[2]), int(sys.argv[3])
+shards = [load_file(folder / f"model-rank-{r}-of-{ranks}.safetensors") for r in range(ranks)]
+said = json.loads((folder / "tidegate-shards.json").read_text())["tensors"]
+cut = 0
+for name, tensor in whole.items():
+    parts, dim = [shard[name] for shard in shards], said[name]["dim"]
+    assert said[name]["shape"] == list(tensor.shape)
+    if dim is None:
+        assert all(torch.equal(part, tensor) for part in parts), name
+    else:
+        assert torch.equal(torch.cat(parts, dim), tensor), name
+        cut += 1
+# As vLLM divides a layer: by heads, not by an accident of the sizes.
+heads = whole["model.layers.0.self_attn.q_proj.weight"].view(9, 64, -1)
+assert torch.equal(shards[1]["model.layers.0.self_attn.q_proj.weight"].view(3, 64, -1), heads[3:6])
+assert cut == 7 * 30 + 1, cut
+print("same", len(whole))
+"""
+
+OVERFLOW = """
+import sys, torch
+from safetensors.torch import save_file
+save_file({"fine": torch.ones(4, dtype=torch.bfloat16),
+           "large": torch.tensor([1.0, 1e6], dtype=torch.bfloat16),
+           "count": torch.arange(3)}, sys.argv[1])
+"""
+
+COMPARE_F32 = """
+import sys, torch
+from safetensors.torch import load_file
+made = load_file(sys.argv[1])
+assert made["large"].dtype == torch.float32 and made["large"].tolist() == [1.0, 999424.0]
+assert made["count"].dtype == torch.int64 and made["count"].tolist() == [0, 1, 2]
+print("same", len(made))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    path = Path("/var/tmp") / f"tidegate-prepare-{os.getpid()}"
+    path.mkdir()
+    yield path
+    shutil.rmtree(path)
+
+
+def ask(python: Path, script: str, *arguments: object) -> str:
+    ran = subprocess.run(
+        [python, "-I", "-c", script, *map(str, arguments)],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran.stdout.strip()
+
+
+def make(folder: Path, python: Path, source: Path, *steps: Step) -> Prepared:
+    return Preparation(
+        directory=folder / "prepare",
+        python=python,
+        outputs=FolderOutputs(folder / "outputs"),
+        environ={"PATH": os.environ["PATH"], "HOME": str(folder)},
+    ).prepare(source, hashlib.sha256(str(source).encode()).hexdigest(), steps)
+
+
+def test_gguf_to_safetensors_then_cast_then_shards(folder: Path, engine_python: Path) -> None:
+    """The whole way, each step's values compared with those of the one before."""
+    gguf = Path(ask(engine_python, FIND_GGUF))
+    convert = Step(kind="gguf_to_safetensors", file=gguf.name)
+    cast = Step(kind="cast", dtype="float16")
+    shard = Step(kind="tp_shard", world_size=RANKS)
+    converted = make(folder, engine_python, gguf.parent, convert)
+    assert ask(engine_python, COMPARE_GGUF, gguf, converted.path) == "same 17"
+    assert (converted.path / "tokenizer.json").exists()
+
+    smaller = make(folder, engine_python, gguf.parent, convert, cast)
+    assert [run.cached for run in smaller.runs] == [True, False]
+    weights = converted.path / "model.safetensors"
+    said = ask(engine_python, COMPARE_CAST, weights, smaller.path / "model.safetensors")
+    assert said == "same 272"
+    assert '"float16"' in (smaller.path / "config.json").read_text()
+
+    shards = make(folder, engine_python, gguf.parent, convert, shard)
+    assert ask(engine_python, COMPARE_SHARDS, weights, shards.path, RANKS) == "same 272"
+    assert [
+        run.cached for run in make(folder, engine_python, gguf.parent, convert, shard).runs
+    ] == [
+        True,
+        True,
+    ]
+
+
+def test_a_cast_that_would_lose_numbers_is_an_error(folder: Path, engine_python: Path) -> None:
+    source = folder / "overflow"
+    source.mkdir()
+    (source / "config.json").write_text('{"torch_dtype": "bfloat16", "text_config": {"dtype": 1}}')
+    ask(engine_python, OVERFLOW, source / "model.safetensors")
+    with pytest.raises(StepFailed, match="'large' has numbers too large for float16"):
+        make(folder, engine_python, source, Step(kind="cast", dtype="float16"))
+    made = make(folder, engine_python, source, Step(kind="cast", dtype="float32"))
+    assert ask(engine_python, COMPARE_F32, made.path / "model.safetensors") == "same 3"
+    config = (made.path / "config.json").read_text()
+    assert config.count('"float32"') == 2
