@@ -29,6 +29,7 @@ from modelcache.types import FileRange
 
 MOST_COPIED_BYTES = 768 * 1024 * 1024
 WARM_ROUNDS = 2
+COLD_ROUNDS = 2
 ALIGNMENT_BYTES = 256
 PIPE_BYTES = 300
 SPARE_BYTES = 64 * 1024 * 1024
@@ -92,23 +93,36 @@ def measure(
     page cache for the next.
     """
     ends_s = time.monotonic() + within_s
-    for name, (package, read) in readers().items():
-        if importlib.util.find_spec(package) is None:
-            yield Speed(format=name, problem="not installed")
-            continue
-        found: list[float | None] = []
-        try:
-            work = partial(_best, read, files, device, WARM_ROUNDS)
-            found.append(in_child(work, ends_s - time.monotonic()))
-            if may_drop and drop(files):
-                work = partial(_best, read, files, device, 0)
-                found.append(in_child(work, ends_s - time.monotonic()))
-        except TimeoutError:
-            yield Speed(format=name, problem="not measured, the time was up")
-        except OSError as error:
-            yield Speed(format=name, problem=str(error)[:300])
-        else:
-            yield Speed(format=name, warm_bytes_s=found[0], cold_bytes_s=(*found, None)[1])
+    there = {
+        name: read
+        for name, (package, read) in readers().items()
+        if importlib.util.find_spec(package) is not None
+    }
+    for number, (name, read) in enumerate(there.items()):
+        left_s = (ends_s - time.monotonic()) / (len(there) - number)
+        yield _measured(name, read, files, may_drop, device, left_s)
+    for name in sorted(readers().keys() - there.keys()):
+        yield Speed(format=name, problem="not installed")
+
+
+def _measured(
+    name: str, read: Read, files: Sequence[str], may_drop: bool, device: str, within_s: float
+) -> Speed:
+    ends_s = time.monotonic() + within_s
+    warm, cold = None, []
+    try:
+        work = partial(_best, read, files, device, WARM_ROUNDS)
+        warm = in_child(work, within_s)
+        work = partial(_best, read, files, device, 0)
+        for _ in range(COLD_ROUNDS if may_drop else 0):
+            if drop(files):
+                cold.append(in_child(work, ends_s - time.monotonic()))
+    except TimeoutError:
+        if warm is None:
+            return Speed(format=name, problem="not measured, the time was up")
+    except OSError as error:
+        return Speed(format=name, problem=str(error)[:300])
+    return Speed(format=name, warm_bytes_s=warm, cold_bytes_s=max(cold, default=None))
 
 
 def in_child(work: Callable[[], float], within_s: float) -> float:
