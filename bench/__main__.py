@@ -6,6 +6,8 @@
   python -m bench datapath    CPU per request and per chunk, latency, memory: Tidegate beside nginx,
                               sglang-router and vllm-router, the router alone on one core
   python -m bench coldhold    200 requests held at zero replicas while the engine starts
+  python -m bench coldstart   a request at zero to its first token, from each tier of warmth
+  python -m bench remote      models from stores to the disk, beside the stores' own clients
 
 Everything listens on 127.0.0.1 and ends within a stated time. bench/README.md explains the methods.
 """
@@ -96,6 +98,32 @@ def _coldhold(arguments: argparse.Namespace) -> int:
     return coldhold.run(options, _command())
 
 
+def _remote(arguments: argparse.Namespace) -> int:
+    from bench import remote
+
+    options = remote.Options(
+        rounds=arguments.rounds,
+        file_bytes=arguments.file_mib * 1024 * 1024,
+        only=tuple(arguments.only.split(",")) if arguments.only else (),
+        rate_bytes_s=arguments.rate_mb_s * 1_000_000,
+        out=arguments.out,
+    )
+    return remote.run(options, _command())
+
+
+def _coldstart(arguments: argparse.Namespace) -> int:
+    from bench import coldstart
+
+    known = [one.name for one in coldstart.CONTENDERS]
+    only = tuple(arguments.only.split(",")) if arguments.only else ()
+    unknown = [name for name in only if name not in known]
+    if unknown:
+        print(f"unknown contender {unknown[0]!r}; known: {', '.join(known)}", file=sys.stderr)
+        return 2
+    options = coldstart.Options(rounds=arguments.rounds, only=only, out=arguments.out)
+    return coldstart.run(options, _command())
+
+
 def _command() -> str:
     return " ".join(["python -m bench", *sys.argv[1:]])
 
@@ -121,6 +149,25 @@ def _add_coldhold(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit-s", type=float, default=420, metavar="S", help="at most (420)")
     parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder of the report")
     parser.set_defaults(run=_coldhold)
+
+
+def _add_remote(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of all clients (5)")
+    parser.add_argument("--file-mib", type=int, default=256, metavar="N", help="four files (256)")
+    parser.add_argument("--only", metavar="A,B", help="such as http:tidegate,http:aiohttp")
+    parser.add_argument("--rate-mb-s", type=int, default=200, metavar="N", help="the cap (200)")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="report's folder")
+    parser.set_defaults(run=_remote)
+
+
+def _add_coldstart(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="starts of each (5)")
+    parser.add_argument("--only", metavar="A,B", help="of: plain, plain_warm, on_disk, paged, "
+                        "forked")  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/results"), help="folder of the report"
+    )
+    parser.set_defaults(run=_coldstart)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -172,6 +219,20 @@ def _parser() -> argparse.ArgumentParser:
         help="many requests held at zero while the engine starts",
         description="Requests to a pool at zero replicas, held while the engine starts: every one "
         "answered, once. Real vLLM by default (`make engine` prepares it). Exit code 1 otherwise.",
+    ))  # fmt: skip
+    _add_remote(commands.add_parser(
+        "remote",
+        help="models from HTTP, S3 and OSS to the disk, digests verified, beside their clients",
+        description="Downloads 1 GB from an nginx on this machine by each client in turn, and one "
+        "download with a bandwidth cap, watched. About 4 minutes. Exit code 1 when a bar is "
+        "missed.",
+    ))  # fmt: skip
+    _add_coldstart(commands.add_parser(
+        "coldstart",
+        help="a request at zero to its first token, from each tier of warmth",
+        description="The real vLLM through the whole of Tidegate: plain from cold disk, then from "
+        "each tier a pool can wait in, with the phases. `make engine` prepares it. About 8 "
+        "minutes. Exit code 1 when a bar is missed.",
     ))  # fmt: skip
     return parser
 
