@@ -16,7 +16,7 @@ from typing import Any
 LOAD_FORMAT = "tidegate"
 ENTRY_POINT = "loaders.vllm_plugin:register"
 
-Iterate = Callable[[str], Iterator[tuple[str, Any]]]
+Iterate = Callable[[list[str]], Iterator[tuple[str, Any]]]
 
 
 def register() -> None:
@@ -99,7 +99,7 @@ def read_files(
         except (ImportError, AttributeError) as error:
             return str(error)
         iterate = ours
-    tensors = chain.from_iterable(iterate(file) for file in files)
+    tensors = iter(iterate(list(files)))
     try:
         first = next(tensors)
     except StopIteration:

@@ -79,7 +79,9 @@ class Child:
         """What it is at while it starts: one of the words of ``phases``, and its newest line."""
         self.listen()
         messages = [message_of(line) for line in self.log.tail(PHASE_LINES)]
-        self.phase = phase_of(messages, self.phase)
+        shown = phase_of(messages, self.phase)
+        if not self.told or shown == "compiling":  # of all else a forked one tells more precisely
+            self.phase = shown
         text = ": ".join([self.phase, *messages[-1:]])[:PHASE_CHARACTERS]
         return f"{text} (started plainly: {self.plainly})" if self.plainly else text
 

@@ -12,7 +12,7 @@ SIGNS = (
     (
         "loading",
         re.compile(
-            r"Starting to load model|Loading (safetensors|pt|weights)|load format|"
+            r"Starting to load model|Loading (safetensors|pt|weights)|"
             r"checkpoint shards|loading weights|start-up: .*(load|weight)",
             re.IGNORECASE,
         ),
@@ -34,6 +34,11 @@ SIGNS = (
 """Lines of vLLM, by the phase they show to have begun."""
 
 
+LONGEST = 300
+"""Characters of a line that tells a phase; vLLM's dumps of its configuration, which have all the
+words in them, are longer."""
+
+
 def later(one: str, other: str) -> str:
     """The later of two phases; an unknown word is before all."""
     return max(one, other, key=lambda word: PHASES.index(word) if word in PHASES else -1)
@@ -43,6 +48,8 @@ def phase_of(lines: Iterable[str], known: str = PHASES[0]) -> str:
     """The phase that log messages show, not before the one that is ``known`` to be reached."""
     phase = known
     for line in lines:
+        if len(line) > LONGEST:
+            continue
         for word, sign in SIGNS:
             if sign.search(line):
                 phase = later(phase, word)

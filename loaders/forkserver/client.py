@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import socket
@@ -211,6 +212,8 @@ class ForkServer:
             try:
                 wire.send(self._channel, message, fds)
             except OSError as error:
+                if error.errno == errno.EMSGSIZE:
+                    raise ForkError("its command and environment are too large") from error
                 raise ServerLost(f"it cannot be asked: {error}") from error
             return await self._answer()
 

@@ -24,7 +24,7 @@ class Closed(Exception):
 def send(channel: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
     """Send one message, with copies of ``fds``. Raises ``OSError`` when it is too large for the
     socket or the other side has gone."""
-    data = json.dumps(message).encode()
+    data = json.dumps(message, ensure_ascii=False).encode(errors="surrogateescape")
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     channel.sendmsg([data], rights)
 
@@ -46,7 +46,7 @@ def receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
             raise Closed("the other side has gone")
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise ValueError("a message was cut short")
-        message = json.loads(data)
+        message = json.loads(data.decode(errors="surrogateescape"))
         if not isinstance(message, dict):
             raise ValueError("a message must be a JSON object")
     except (Closed, ValueError):

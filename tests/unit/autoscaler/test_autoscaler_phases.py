@@ -1,71 +1,42 @@
-"""What a replica on its way is said to be at, to machines, to operators and to those who wait."""
+"""Phases of a start, from lines that vLLM 0.32 wrote."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from autoscaler.lifecycle import State
-from autoscaler.phases import STEPS, describe_progress, describe_step, name_step
-from modelcache.types import Progress
+from autoscaler.backends.logs import message_of
+from autoscaler.backends.phases import PHASES, later, phase_of
 
-FETCHING = Progress(
-    phase="fetching", bytes_done=3_100_000_000, bytes_total=14_900_000_000, rate_bytes_s=1.2e9
-)
-PAGING = Progress(phase="paging", bytes_done=100_000_000, bytes_total=300_000_000)
+CONFIG = "Initializing a V1 LLM engine (v0.32.0) with config: " + "warmup, capture, " * 40
 
 
 @pytest.mark.parametrize(
-    ("progress", "text"),
+    ("line", "phase"),
     [
-        (FETCHING, "fetching 3.1 of 14.9 GB at 1.2 GB/s"),
-        (PAGING, "paging 100.0 of 300.0 MB"),
-        (Progress(phase="listing"), "listing"),
-        (Progress(phase="fetching", bytes_done=5), "fetching 5 B"),
-        (Progress(phase="fetching", bytes_done=5, bytes_total=7), "fetching 5 of 7 B"),
-        (Progress(phase="fetching", bytes_total=0), "fetching 0 of 0 B"),
-        (Progress(phase="checking", bytes_total=1_500, rate_bytes_s=0.0), "checking 0.0 of 1.5 kB"),
+        ("Triton is installed, but doesn't include CPU backend. Disabling Triton.", "importing"),
+        ("Registered model loader `tidegate` with load format `tidegate`", "importing"),
+        ("Inductor compilation was disabled by user settings, optimizations", "importing"),
+        ("Enforce eager set, disabling torch.compiling of nothing", "importing"),
+        (CONFIG, "importing"),
+        ("(Worker pid=7412) INFO 11-24 17:17:12 [cpu_model_runner.py:68] Starting to load model "
+         "/models/m...", "loading"),
+        ("Loading safetensors checkpoint shards:   0% Completed | 0/1 [00:00<?, ?it/s]", "loading"),
+        ("Loading weights with load format tidegate: 1 files", "loading"),
+        ("Compiling a graph for compile range (1, 8192) takes 27.47 s", "compiling"),
+        ("Dynamo bytecode transform time: 6.58 s", "compiling"),
+        ("INFO 11-24 17:17:14 [loader.py:501] Loading weights took 1.30 seconds", "warming"),
+        ("Capturing CUDA graphs (decode, FULL):  10%", "warming"),
+        ("GPU KV cache size: 46,592 tokens", "warming"),
+        ("Starting vLLM server on http://127.0.0.1:18765", "warming"),
     ],
-)
-def test_progress_in_words(progress: Progress, text: str) -> None:
-    assert describe_progress(progress) == text
+)  # fmt: skip
+def test_a_line_shows_its_phase(line: str, phase: str) -> None:
+    assert phase_of([message_of(line)]) == phase
 
 
-@pytest.mark.parametrize(
-    ("state", "progress", "said", "step", "text"),
-    [
-        (State.SCHEDULED, None, "", "scheduled", "scheduled"),
-        (State.PREPARING, None, "", "preparing", "preparing"),
-        (State.PREPARING, FETCHING, "", "fetching", "fetching 3.1 of 14.9 GB at 1.2 GB/s"),
-        (State.PREPARING, Progress(phase="odd"), "", "preparing", "preparing"),
-        (State.STARTING, None, "", "starting", "starting"),
-        (State.STARTING, None, "loading: shard 1 of 3 of /secret", "loading", "loading"),
-        (State.STARTING, None, "reading /secret", "starting", "starting"),
-        (State.STARTING, PAGING, "importing", "importing", "importing, paging 100.0 of 300.0 MB"),
-        (State.WAKING, None, "", "waking", "waking"),
-        (State.READY, PAGING, "loading", "", ""),
-        (State.FAILED, None, "loading", "", ""),
-    ],
-)
-def test_step_and_what_clients_are_told(
-    state: State, progress: Progress | None, said: str, step: str, text: str
-) -> None:
-    assert name_step(state, progress, said) == step
-    assert describe_step(step, progress) == text
-
-
-@given(
-    st.sampled_from(State),
-    st.none() | st.builds(Progress, phase=st.text(), detail=st.text(), bytes_done=st.integers(0)),
-    st.text(),
-)
-def test_clients_are_told_a_short_line_of_our_own_words(
-    state: State, progress: Progress | None, said: str
-) -> None:
-    step = name_step(state, progress, said)
-    assert step == "" or step in STEPS
-    text = describe_step(step, progress)
-    assert text.partition(" ")[0].rstrip(",") in (step, "")
-    assert text.isprintable()
-    assert text.isascii()
+def test_a_phase_is_not_left_backwards() -> None:
+    lines = ["Starting to load model m", "Compiling a graph", "Loading weights with x"]
+    assert phase_of(lines) == "compiling"
+    assert phase_of(["Starting to load model m"], "warming") == "warming"
+    assert [later(PHASES[0], one) for one in PHASES] == list(PHASES)
+    assert later("loading", "serving") == "loading"
