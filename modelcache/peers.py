@@ -217,8 +217,7 @@ class PeerGroup:
         """Whether every peer has been asked once, with or without an answer."""
         return (
             all(
-                peer.node == self._name or peer.banned or peer.client.url in follower.asked
-                for peer in self._peers
+                peer.node == self._name or peer.client.url in follower.asked for peer in self._peers
             )
             or len(follower.asked) >= MOST_WATCHED
         )

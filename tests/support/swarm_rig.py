@@ -1,0 +1,173 @@
+"""Sources in memory that count, limit and fail on demand, and nodes of a small cluster."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from modelcache.layout import Layout, file_key
+from modelcache.partial import Partial
+from modelcache.peers import PeerGroup
+from modelcache.settings import ModelCacheSettings
+from modelcache.shelf import Shelf
+from modelcache.sources.base import ANNOUNCE_BYTES, Listing
+from modelcache.transfer import Transfer
+from modelcache.types import PIECE_BYTES, Cancelled, ModelRef, RemoteFile, SourceError
+
+TOKEN = "the secret of a small cluster"
+URL = "http://store.example/model"
+REVISION = "r1"
+
+
+def make_content(size_bytes: int, seed: int = 1) -> bytes:
+    rng = random.Random(seed)
+    return b"".join(
+        rng.randbytes(min(PIECE_BYTES, size_bytes - at)) for at in range(0, size_bytes, PIECE_BYTES)
+    )
+
+
+@dataclass
+class MemorySource:
+    """A store in memory. ``before`` is called ahead of every range and may raise."""
+
+    files: dict[str, bytes]
+    publishes: bool = True
+    before: Callable[[str, int], None] = lambda path, index: None
+    rate_bytes_s: float | None = None
+    """Of each range."""
+    reads: Counter[tuple[str, int]] = field(default_factory=Counter)
+    at_once: int = 0
+    most_at_once: int = 0
+    ref: ModelRef = field(
+        default_factory=lambda: ModelRef(url=URL, scheme="http", location="store.example/model")
+    )
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def list(self) -> Listing:
+        return Listing(revision=REVISION, files=tuple(self.remote(path) for path in self.files))
+
+    def remote(self, path: str) -> RemoteFile:
+        data = self.files[path]
+        digests = {"sha256": hashlib.sha256(data).hexdigest()} if self.publishes else {}
+        return RemoteFile(path=path, size_bytes=len(data), version="v1", digests=digests)
+
+    def fetch(
+        self,
+        file: RemoteFile,
+        start: int,
+        end: int,
+        fd: int,
+        *,
+        on_bytes: Callable[[int], None],
+        cancelled: Callable[[], bool],
+    ) -> None:
+        index = start // PIECE_BYTES
+        with self.lock:
+            self.reads[file.path, index] += 1
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            self.before(file.path, index)
+            data = self.files[file.path]
+            for at in range(start, end, ANNOUNCE_BYTES):
+                if cancelled():
+                    raise Cancelled("not wanted any more")
+                chunk = data[at : min(at + ANNOUNCE_BYTES, end)]
+                if self.rate_bytes_s is not None:
+                    time.sleep(len(chunk) / self.rate_bytes_s)
+                os.pwrite(fd, chunk, at)
+                on_bytes(len(chunk))
+        finally:
+            with self.lock:
+                self.at_once -= 1
+
+    def close(self) -> None:
+        return None
+
+    @property
+    def read_bytes(self) -> int:
+        """By whole pieces."""
+        total = 0
+        for (path, index), count in self.reads.items():
+            size = len(self.files[path])
+            total += count * (min((index + 1) * PIECE_BYTES, size) - index * PIECE_BYTES)
+        return total
+
+
+class FailingTimes:
+    """Fails each piece so many times, in a way that may pass or not."""
+
+    def __init__(self, times: int, *, retryable: bool = True) -> None:
+        self.times = times
+        self.retryable = retryable
+        self.failed: Counter[tuple[str, int]] = Counter()
+
+    def __call__(self, path: str, index: int) -> None:
+        if self.failed[path, index] < self.times:
+            self.failed[path, index] += 1
+            raise SourceError("the line broke", retryable=self.retryable)
+
+
+@dataclass
+class Node:
+    """A node with a directory of its own, in this process."""
+
+    layout: Layout
+    transfer: Transfer
+    group: PeerGroup | None = None
+    port: int = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def open(self, source: MemorySource) -> list[tuple[RemoteFile, Partial]]:
+        files = source.list().files
+        return [(f, Partial.open(self.layout, key_of(f), f.size_bytes)) for f in files]
+
+    def fetch(self, source: MemorySource, **more: object) -> None:
+        """Fetch and finish every file."""
+        opened = self.open(source)
+        try:
+            self.transfer.run(source, opened, **more)  # type: ignore[arg-type]
+            for file, partial in opened:
+                partial.finish(file.digests)
+        finally:
+            for _, partial in opened:
+                partial.close()
+
+    def read(self, source: MemorySource, path: str) -> bytes:
+        digest = self.layout.known(key_of(source.remote(path))).read_text()
+        return self.layout.blob(digest).read_bytes()
+
+    def close(self) -> None:
+        if self.group is not None:
+            self.group.close()
+
+
+def key_of(file: RemoteFile) -> str:
+    return file_key(URL, file, REVISION)
+
+
+def make_node(
+    root: Path, *, peers: tuple[str, ...] = (), serve: bool = True, token: str = TOKEN,
+    **settings: object,
+) -> Node:  # fmt: skip
+    """A node whose peers are given now; :func:`introduce` gives them later."""
+    chosen = ModelCacheSettings(peers=peers, **settings)  # type: ignore[arg-type]
+    layout = Layout(root)
+    group = PeerGroup(peers, token, shelf=Shelf(layout))
+    port = group.serve("127.0.0.1", 0) if serve else 0
+    return Node(layout, Transfer(chosen, peers=group), group, port)
+
+
+def make_alone(root: Path, **settings: object) -> Node:
+    """A node without peers."""
+    return Node(Layout(root), Transfer(ModelCacheSettings(**settings)))  # type: ignore[arg-type]

@@ -1,0 +1,194 @@
+"""Downloads from one store: whole and right whatever fails, bounded, and quick to end."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from swarm_rig import FailingTimes, MemorySource, make_alone, make_content
+
+from modelcache.lanes import pause
+from modelcache.types import PIECE_BYTES, Cancelled, Damaged, Progress, SourceError
+
+MIB = 1 << 20
+
+
+def small_model() -> dict[str, bytes]:
+    return {
+        "model.safetensors": make_content(5 * PIECE_BYTES + 12_345),
+        "config.json": b"{}",
+        "empty": b"",
+        "exact.bin": make_content(2 * PIECE_BYTES, seed=2),
+    }
+
+
+def test_every_file_arrives_whole_and_every_piece_is_read_once(tmp_path: Path) -> None:
+    source = MemorySource(small_model())
+    node = make_alone(tmp_path)
+    node.fetch(source)
+    for path, data in source.files.items():
+        assert node.read(source, path) == data
+    assert set(source.reads.values()) == {1}
+    totals = node.transfer.totals()
+    assert totals.store_bytes == sum(map(len, source.files.values()))
+    assert (totals.peer_bytes, totals.wasted_bytes, totals.retries) == (0, 0, 0)
+
+
+def test_what_is_there_already_is_not_read_again(tmp_path: Path) -> None:
+    source = MemorySource({"w": make_content(6 * PIECE_BYTES)})
+    node = make_alone(tmp_path)
+    (file, partial), *_ = node.open(source)
+    with partial:
+        node.transfer.run(source, [(file, partial)])
+    source.reads.clear()
+    (file, partial), *_ = node.open(source)
+    with partial:
+        node.transfer.run(source, [(file, partial)])
+    assert not source.reads
+
+
+def test_connections_and_memory_are_bounded_over_all_models(tmp_path: Path) -> None:
+    # 8 MiB of memory is four ranges, whatever the number of connections.
+    node = make_alone(tmp_path, connections=16, memory_bytes=PIECE_BYTES)
+    source = MemorySource({f"f{n}": make_content(2 * PIECE_BYTES, n) for n in range(6)})
+    source.rate_bytes_s = 100 * MIB
+    node.fetch(source)
+    assert source.most_at_once <= 4
+
+    few = make_alone(tmp_path / "few", connections=3)
+    source.most_at_once = 0
+    opened = few.open(source)
+    threads = [
+        threading.Thread(target=few.transfer.run, args=(source, opened[n : n + 2]))
+        for n in (0, 2, 4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert all(not partial.missing() for _, partial in opened)
+    assert source.most_at_once <= 3
+
+
+def test_a_line_that_breaks_costs_a_retry_and_not_the_model(tmp_path: Path) -> None:
+    source = MemorySource(small_model(), before=FailingTimes(2))
+    node = make_alone(tmp_path, retries=2)
+    node.fetch(source)
+    assert node.read(source, "model.safetensors") == source.files["model.safetensors"]
+    assert set(source.reads.values()) == {3}
+    assert node.transfer.totals().retries == 2 * len(source.reads)
+
+
+def test_used_up_retries_are_the_stores_own_error(tmp_path: Path) -> None:
+    source = MemorySource({"w": make_content(3 * PIECE_BYTES)}, before=FailingTimes(9))
+    node = make_alone(tmp_path, retries=1, connections=1)
+    with pytest.raises(SourceError, match="the line broke"):
+        node.fetch(source)
+    assert max(source.reads.values()) == 2
+
+
+def test_an_error_that_asking_again_cannot_mend_ends_it_at_once(tmp_path: Path) -> None:
+    source = MemorySource({"w": make_content(PIECE_BYTES)})
+    source.before = FailingTimes(1, retryable=False)
+    with pytest.raises(SourceError, match="the line broke"):
+        make_alone(tmp_path).fetch(source)
+    assert source.reads.total() == 1
+
+
+def test_called_off_it_ends_and_goes_on_later_where_it_was(tmp_path: Path) -> None:
+    source = MemorySource({"w": make_content(12 * PIECE_BYTES)})
+    source.rate_bytes_s = 40 * MIB
+    node = make_alone(tmp_path, connections=2)
+    (file, partial), *_ = node.open(source)
+    with partial:
+        with pytest.raises(Cancelled):
+            node.transfer.run(
+                source, [(file, partial)], cancelled=lambda: len(partial.missing()) <= 9
+            )
+        left = partial.missing()
+        assert 0 < len(left) <= 9
+        assert source.at_once == 0
+    source.rate_bytes_s = None
+    source.reads.clear()
+    node.fetch(source)
+    # At most a piece for each connection was under way when it ended.
+    assert source.reads.total() == len(left)
+    assert node.read(source, "w") == source.files["w"]
+
+
+def test_a_wait_for_bandwidth_ends_when_it_is_called_off(tmp_path: Path) -> None:
+    source = MemorySource({"w": make_content(4 * PIECE_BYTES)})
+    node = make_alone(tmp_path, bandwidth_bytes_s=65_536)
+    called_off = threading.Event()
+    source.before = lambda path, index: called_off.set()
+    with pytest.raises(Cancelled):
+        node.fetch(source, cancelled=called_off.is_set)
+
+
+def test_progress_grows_to_the_whole_and_tells_the_rate(tmp_path: Path) -> None:
+    source = MemorySource(small_model())
+    source.rate_bytes_s = 20 * MIB
+    seen: list[Progress] = []
+    make_alone(tmp_path, connections=2).fetch(source, on_progress=seen.append)
+    total = sum(map(len, source.files.values()))
+    assert {one.bytes_total for one in seen} == {total}
+    assert [one.bytes_done for one in seen] == sorted(one.bytes_done for one in seen)
+    assert seen[-1].bytes_done == total
+    assert seen[-1].rate_bytes_s
+    assert {one.phase for one in seen} == {"fetching"}
+
+
+def test_wrong_content_is_noticed_when_the_file_is_whole(tmp_path: Path) -> None:
+    source = MemorySource({"w": make_content(2 * PIECE_BYTES)})
+    listed = source.list().files[0]
+    source.files["w"] = make_content(2 * PIECE_BYTES, seed=3)
+    node = make_alone(tmp_path)
+    (_, partial), *_ = node.open(source)
+    with partial:
+        node.transfer.run(source, [(listed, partial)])
+        with pytest.raises(Damaged, match="sha256"):
+            partial.finish(listed.digests)
+
+
+def test_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
+    def full(path: str, index: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    source = MemorySource({"w": make_content(PIECE_BYTES)}, before=full)
+    with pytest.raises(Exception, match="w cannot be written: No space left on device"):
+        make_alone(tmp_path).fetch(source)
+
+
+def test_a_thread_that_hangs_is_left_behind_and_commits_nothing_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelcache.download.JOIN_S", 0.05)
+    inside, release = threading.Event(), threading.Event()
+
+    def hang(path: str, index: int) -> None:
+        inside.set()
+        release.wait(60)
+
+    source = MemorySource({"w": make_content(PIECE_BYTES)}, before=hang)
+    node = make_alone(tmp_path)
+    (file, partial), *_ = node.open(source)
+    with pytest.raises(Cancelled):
+        node.transfer.run(source, [(file, partial)], cancelled=inside.is_set)
+    partial.close()
+    hung = [thread for thread in threading.enumerate() if thread.name == "store"]
+    assert hung
+    release.set()
+    for thread in hung:
+        thread.join(30)
+    (_, partial), *_ = node.open(source)
+    with partial:
+        assert partial.missing() == [0]
+
+
+def test_pauses_grow_are_never_the_same_and_end_somewhere() -> None:
+    assert [pause(n, 1.0) for n in range(4)] == [0.2, 0.4, 0.8, 1.6]
+    assert pause(3, 0.0) == 0.8
+    assert pause(1_000, 1.0) == 10.0
+    assert pause(0, 1.0, asked_s=7.0) == 7.0
+    assert pause(0, 1.0, asked_s=1e9) == 60.0
