@@ -37,7 +37,7 @@ QUICK_VERBS = ("pin", "unpin", "evict")
 
 _OPTIONS: Mapping[str, Mapping[str, type]] = {
     "preload": {"expected_use_at_s": float},
-    "prewarm": {},
+    "prewarm": {"rank": int, "world_size": int},
     "verify": {"repair": bool},
     "replicate": {"sites": list},
     "pin": {},
@@ -173,7 +173,7 @@ class Models:
         if verb == "preload":
             told = self._preload(url, revision, options, on_progress, cancelled)
         elif verb == "prewarm":
-            told = self._prewarm(url, revision, on_progress, cancelled)
+            told = self._prewarm(url, revision, options, on_progress, cancelled)
         elif verb == "verify":
             told = self._verify(url, revision, options, on_progress, cancelled)
         elif verb == "replicate":
@@ -205,14 +205,27 @@ class Models:
         return {**about(cached), "was_there": there}
 
     def _prewarm(
-        self, url: str, revision: str | None, on_progress: OnProgress, cancelled: IsCancelled
+        self,
+        url: str,
+        revision: str | None,
+        options: Mapping[str, Any],
+        on_progress: OnProgress,
+        cancelled: IsCancelled,
     ) -> dict[str, Any]:
+        rank, world_size = options.get("rank", 0), options.get("world_size", 1)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: must be from 0 to world_size - 1 = {world_size - 1}")
         cached = self.cache.find(url, revision)
         if cached is None:
             cached = self.cache.preload(
                 url, revision=revision, on_progress=on_progress, cancelled=cancelled
             )
-        report = self.prewarm(weights_of(cached.path), on_progress, cancelled)
+        wanted = (
+            weights_of(cached.path)
+            if world_size == 1
+            else ranges_of_rank(cached.path, rank, world_size)
+        )
+        report = self.prewarm(wanted, on_progress, cancelled)
         return {**about(cached), "pages": as_json(report)}
 
     def _verify(
@@ -270,11 +283,15 @@ def read_body(verb: str, body: Mapping[str, Any]) -> tuple[str, str | None, dict
 def _option(name: str, value: Any, kind: type) -> Any:
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
     if kind is list and isinstance(value, list) and all(isinstance(one, str) for one in value):
         return value
     if kind is bool and isinstance(value, bool):
         return value
-    wanted = {float: "a number", list: "a list of names", bool: "true or false"}[kind]
+    wanted = {int: "an integer", float: "a number", list: "a list of names", bool: "true or false"}[
+        kind
+    ]
     raise ValueError(f"{name}: must be {wanted}")
 
 
@@ -297,6 +314,34 @@ def weights_of(directory: Path) -> list[FileRange]:
     if not found:
         raise NotFound(f"{directory} has no weights (*.safetensors, *.gguf)")
     return [FileRange(path=str(path)) for path in found]
+
+
+def ranges_of_rank(directory: Path, rank: int, world_size: int) -> list[FileRange]:
+    """The bytes that one tensor-parallel rank needs of a model cut as Llama-like ones are.
+
+    Raises ``CacheError`` where it has no safetensors, or they cannot be cut so.
+    """
+    from loaders.files import choose_tensors, find_files, opened, read_index
+    from loaders.index import BadFile
+    from loaders.plan import cut, usual_cut
+
+    ranges = []
+    try:
+        found = find_files(directory)
+        with opened(found, lambda path: None) as files:
+            indexes = [read_index(file) for file in files]
+            for file, index, entries in zip(
+                files, indexes, choose_tensors(found, files, indexes), strict=True
+            ):
+                path = str(file.path)
+                ranges.append(FileRange(path=path, end=index.header_end))
+                for entry in entries:
+                    dim = usual_cut(entry.name, entry.shape)
+                    part = cut(entry, dim, rank, world_size)
+                    ranges.append(FileRange(path=path, start=part.start, end=part.end))
+    except (BadFile, ValueError) as error:
+        raise CacheError(str(error)) from None
+    return ranges
 
 
 def as_json(value: Any) -> Any:

@@ -59,6 +59,8 @@ class FakeCache:
     damaged: set[str] = field(default_factory=set)
     errors: dict[str, Exception] = field(default_factory=dict)
     calls: list[tuple[Any, ...]] = field(default_factory=list)
+    ranges: list[tuple[int, int | None]] = field(default_factory=list)
+    """What the last prewarm was to read."""
     go: threading.Event = field(default_factory=threading.Event)
     begun: threading.Event = field(default_factory=threading.Event)
     left: threading.Event = field(default_factory=threading.Event)
@@ -168,6 +170,7 @@ def fake_models(cache: FakeCache, sites: dict[str, str] | None = None) -> Models
         cancelled: Callable[[], bool],
     ) -> FakePages:
         cache.calls.append(("prewarm", [Path(file.path).name for file in files]))
+        cache.ranges = [(file.start, file.end) for file in files]
         on_progress(Progress(phase="paging", bytes_done=500, bytes_total=1000))
         return FakePages(
             bytes_total=1000,

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_cache import REVISION, SIZE_BYTES, FakeCache, fake_models
+from safetensors_files import header, layout
 
 from gateway import admin_models
 from gateway.admin import create_app
@@ -129,6 +130,28 @@ def test_prewarm_preloads_first_and_reads_the_weights(served: Served, cache: Fak
     assert result["pages"]["after"]["bytes_cached"] == 1000
     served.lines("prewarm", model=URL)
     assert [call[0] for call in cache.calls] == ["preload", "prewarm", "prewarm"]
+
+
+def test_prewarm_of_one_rank_reads_only_its_bytes(
+    served: Served, cache: FakeCache, tmp_path: Path
+) -> None:
+    rows = [
+        ("model.layers.0.mlp.up_proj.weight", "U8", (8, 100), 800),
+        ("model.norm.weight", "U8", (50,), 50),
+    ]
+    data = header(layout(rows)) + bytes(850)
+    served.lines("preload", model=URL)
+    file = cache.models[URL].path / "model.safetensors"
+    file.write_bytes(data)
+    start = len(data) - 850
+    served.lines("prewarm", model=URL, rank=1, world_size=2)
+    assert cache.ranges == [(0, start), (start + 400, start + 800), (start + 800, start + 850)]
+    for body, says in (({"rank": 2, "world_size": 2}, "rank"), ({"rank": 1}, "world_size - 1 = 0")):
+        error = served.lines("prewarm", model=URL, **body)[-1]["error"]
+        assert (error["code"], says in error["message"]) == ("bad_value", True)
+    error = served.lines("prewarm", model=URL, rank=0, world_size=3)[-1]["error"]
+    assert "cannot be cut into 3" in error["message"]
+    assert served.post("prewarm", model=URL, rank=1.5).status_code == 400
 
 
 def test_pin_unpin_evict_and_the_listing(served: Served, cache: FakeCache) -> None:
