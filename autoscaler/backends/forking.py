@@ -133,7 +133,7 @@ class Forks:
         """Fork the engine that ``command`` would start; it waits behind its gate.
 
         Waits for a server that is importing. Raises ``ForkError``, with the reason, where the
-        engine has to be started the plain way.
+        engine has to be started the plain way: ``ServerLost`` if that may soon be otherwise.
         """
         python, flag, _, *args = [*command.argv[:3], *command.argv[3:]] or ["", "", ""]
         if python != str(self._plan.python.absolute()) or flag != LAUNCHER_FLAG:
@@ -143,10 +143,11 @@ class Forks:
                 async with asyncio.timeout(WAIT_S):
                     await self._settled.wait()
         if self._server is None or self._state != "ready":
-            raise ForkError(f"the fork server is {self._state}: {self._reason}")
+            kind = ForkError if self._state in {"unfit", "off"} else ServerLost
+            raise kind(f"the fork server is {self._state}: {self._reason}")
         if await asyncio.to_thread(identity, self._plan.python) != self._identity:
             self._lose("the engine's packages have changed")
-            raise ForkError("the engine's packages have changed")
+            raise ServerLost("the engine's packages have changed")
         request = Request(args=args, env=env, cpus=cpus, mark=(self._mark, mark), parked=parked)
         try:
             process = await self._server.fork(request, log)

@@ -53,7 +53,7 @@ from autoscaler.backends.procs import (
 from autoscaler.backends.standing import Standby, describe_standby
 from autoscaler.placement import Gpu
 from autoscaler.settings import AutoscalerSettings
-from loaders.forkserver.client import ForkedProcess, ForkError
+from loaders.forkserver.client import ForkedProcess, ForkError, ServerLost
 
 LOG = logging.getLogger("tidegate.autoscaler")
 KEEP_S = 1.0
@@ -256,7 +256,8 @@ class ProcessBackend:
                 )
             except ForkError as error:
                 if parked:
-                    raise Unsupported(f"no engine can be kept forked: {error}") from error
+                    kind = BackendError if isinstance(error, ServerLost) else Unsupported
+                    raise kind(f"no engine can be kept forked: {error}") from error
                 child.plainly = str(error)
                 LOG.info("%s is started the plain way: %s", child.spec.id, error)
             finally:
