@@ -19,6 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from autoscaler.types import PoolPolicy
 from autoscaler.warmth_settings import WarmthSettings
+from modelcache.refs import parse_ref
 
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 OWN_HEADERS = frozenset({"host", "content-length", "transfer-encoding", "connection", "upgrade"})
@@ -329,7 +330,12 @@ class PoolSettings(BaseModel):
         if self.engine is None:
             yield 'engine is missing: a process pool needs one ("vllm" or "simulated")'
         if self.model is None:
-            yield "model is missing: a process pool needs the path or name of one"
+            yield "model is missing: a process pool needs the path, URL or name of one"
+        elif "://" in self.model:
+            try:
+                parse_ref(self.model)
+            except ValueError as error:
+                yield f"model cannot be fetched: {error}"
         for field in ("urls", "headers", "api_key_env"):
             if getattr(self, field):
                 yield f'{field} is only for backend = "static"'

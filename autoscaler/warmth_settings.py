@@ -35,6 +35,11 @@ class WarmthSettings(BaseModel):
     sleep_level: int = Field(default=1, ge=1, le=2)
     """How deep an engine sleeps: 1 keeps its weights in host memory, 2 drops them."""
 
+    @property
+    def keeps_pages(self) -> bool:
+        """Whether there is any step on which the weights are in the page cache."""
+        return self.forked_s != 0 or self.paged_s != 0
+
 
 def make_ladder(warmth: WarmthSettings) -> LadderPolicy:
     """What ``choose_rung`` is told of one pool."""

@@ -21,14 +21,15 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from autoscaler.backends.base import Backend, BackendError, Placement, ReplicaSpec
+from autoscaler.backends.base import BackendError, Placement, ReplicaSpec
 from autoscaler.backends.children import make_env
 from autoscaler.backends.forking import ForkPlan
 from autoscaler.backends.process import ProcessBackend
 from autoscaler.backends.static import StaticBackend
 from autoscaler.loop import ControlLoop
 from autoscaler.placement import Gpu
-from autoscaler.types import ReplicaView
+from autoscaler.settings import PoolSettings
+from autoscaler.types import PoolView, ReplicaView
 from gateway import cli_render, machine
 from gateway.admin import create_app
 from gateway.admin_server import listen, serve_admin_on, url
@@ -40,12 +41,15 @@ from gateway.datapath.shared import Shared
 from gateway.fleet import FleetBook
 from gateway.running import Running, leave_record, make_url, remove_record
 from gateway.settings import Settings
+from gateway.warming import make_wake_times, make_warmth, open_node
 from gateway.workers import ListenError, Workers, open_listeners
 from loaders.engine import EngineCommand, find_install, simulated_command, vllm_command
 from loaders.settings import LoaderSettings
+from modelcache.types import CacheError
 
 log = logging.getLogger("tidegate")
 
+SLEEP_FLAG = "--enable-sleep-mode"
 _SPARE_REPLICA_SLOTS = 64
 _FORCED_DRAIN_S = 0.0
 
@@ -57,7 +61,7 @@ def run(loaded: LoadedSettings) -> int:
     _set_up_logging(settings.gateway.log_level)
     try:
         return asyncio.run(_run(settings))
-    except (ListenError, BackendError) as error:
+    except (ListenError, BackendError, CacheError) as error:
         complain(str(error))
         return 2
 
@@ -115,19 +119,30 @@ def engine_command(
             max_model_len_tokens=pool.max_model_len_tokens,
         )
     else:
+        sleeps = may_sleep(pool, loaders)
         command = vllm_command(
             python=loaders.engine_python,
             model=model,
             served_model=pool.name,
             host=placement.host,
             port=placement.port,
-            args=pool.engine_args,
+            args=(SLEEP_FLAG, *pool.engine_args) if sleeps else pool.engine_args,
             gpus=placement.gpus,
             cpus=placement.cpus,
             max_model_len_tokens=pool.max_model_len_tokens,
             settings=loaders,
         )
+        if sleeps:
+            command.env["VLLM_SERVER_DEV_MODE"] = "1"  # without it there is no /sleep
     return EngineCommand(argv=command.argv, env={**command.env, **pool.env})
+
+
+def may_sleep(pool: PoolSettings, loaders: LoaderSettings) -> bool:
+    """Whether a vLLM is to be able to sleep: its pool wants that, and its build can."""
+    if pool.warmth.sleeping_s == 0 or SLEEP_FLAG in pool.engine_args:
+        return False
+    install = find_install(loaders.engine_python)
+    return install is not None and install.device == "cuda"
 
 
 def fork_plan(settings: Settings, environ: Mapping[str, str]) -> ForkPlan | None:
@@ -183,12 +198,18 @@ class _Tidegate:
         self.stack.callback(self.shared.close)
         self.book = FleetBook(self.shared, settings.pools, time.monotonic)
         self.fleet = self.book.publish((), {})
+        self.node = open_node(settings, os.environ)
+        if self.node is not None:
+            self.stack.callback(self.node.close)
+        process = self._process_backend()
         self.loop = ControlLoop(
             pools=settings.pools,
             settings=settings.autoscaler,
-            backends=self._backends(),
+            backends={"process": process, "static": StaticBackend(settings=settings.autoscaler)},
             observe=self.book.observe,
             publish=self._publish,
+            preparer=make_warmth(settings, process, self.node),
+            wake_times=make_wake_times(settings),
         )
         self.workers = Workers(
             worker_config(settings),
@@ -211,24 +232,19 @@ class _Tidegate:
             observe=self.book.observe,
         )
 
-    def _backends(self) -> dict[str, Backend]:
+    def _process_backend(self) -> ProcessBackend:
         settings = self.settings
-        return {
-            "process": ProcessBackend(
-                state_dir=settings.state_dir,
-                settings=settings.autoscaler,
-                command=lambda spec, placement: engine_command(spec, placement, settings.loaders),
-                list_gpus=list_gpus,
-                fork_plan=fork_plan(settings, os.environ),
-                on_news=lambda replica_id: self.loop.look(replica_id),
-            ),
-            "static": StaticBackend(settings=settings.autoscaler),
-        }
+        return ProcessBackend(
+            state_dir=settings.state_dir,
+            settings=settings.autoscaler,
+            command=lambda spec, placement: engine_command(spec, placement, settings.loaders),
+            list_gpus=list_gpus,
+            fork_plan=fork_plan(settings, os.environ),
+            on_news=lambda replica_id: self.loop.look(replica_id),
+        )
 
-    def _publish(
-        self, replicas: Sequence[ReplicaView], wake_eta_s: Mapping[str, float | None]
-    ) -> None:
-        self.fleet = self.book.publish(replicas, wake_eta_s)
+    def _publish(self, replicas: Sequence[ReplicaView], pools: Mapping[str, PoolView]) -> None:
+        self.fleet = self.book.publish(replicas, pools)
         self.workers.publish(self.fleet)
 
     def banner(self) -> str:

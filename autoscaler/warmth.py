@@ -1,0 +1,359 @@
+"""Brings models near for replicas, and keeps pools at zero as warm as they are told.
+
+The work is done by others, who are passed in: the model cache fetches and leases, the page cache
+and its keeper hold pages, the process backend keeps engines that stand by. What blocks runs in
+threads of our own, bounded in number; what was called off is told so and ends soon.
+
+A wake takes the revision that is on this disk, and asks no store whether there is a newer one:
+somebody waits, and the store may be away. ``tidegate model preload`` brings the newer one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from autoscaler.backends.base import BackendError, ReplicaSpec, Unsupported
+from autoscaler.fleet import make_slugs
+from autoscaler.preparer import Report
+from autoscaler.settings import PoolSettings
+from autoscaler.warmth_parts import (
+    Cache,
+    Cancelled,
+    Keeper,
+    OnProgress,
+    Prewarm,
+    Standbys,
+    Transform,
+    list_files,
+    make_teller,
+)
+from modelcache.refs import parse_ref
+from modelcache.types import CacheError, ModelRef, Priority, Progress, Tier
+
+LOG = logging.getLogger("tidegate.autoscaler")
+
+THREADS = 32
+"""Calls that may block at once: downloads, prewarms, look-ups."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Place:
+    """Where one pool's model is on this node. ``ref`` is set where it has a URL. ``path`` is where
+    the model is, ``made`` where its preparation steps have left it, with what they began from."""
+
+    pool: PoolSettings
+    slug: str
+    ref: ModelRef | None
+    path: Path | None = None
+    made: tuple[Path, Path] | None = None
+    kept: bool = False
+    standby: bool = False
+    lease: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Hold:
+    """What one replica keeps from going."""
+
+    lease: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    leased: Path | None = None
+    paging: asyncio.Task[None] | None = None
+
+
+class Warmth:
+    """A ``Preparer`` over the parts of this node.
+
+    Without a ``cache`` no URL can be fetched; without a ``keeper`` there is no tier ``paged``, and
+    without ``standbys`` no tier ``forked``.
+    """
+
+    def __init__(
+        self,
+        pools: Sequence[PoolSettings],
+        *,
+        cache: Cache | None = None,
+        keeper: Keeper | None = None,
+        standbys: Standbys | None = None,
+        prewarm: Prewarm | None = None,
+        transform: Transform | None = None,
+    ) -> None:
+        self._cache, self._keeper, self._standbys = cache, keeper, standbys
+        self._prewarm, self._transform = prewarm, transform
+        slugs = make_slugs(pool.name for pool in pools)
+        self._places = {pool.name: make_place(pool, slugs[pool.name]) for pool in pools}
+        self._holds: dict[str, Hold] = {}
+        self._flags: set[threading.Event] = set()
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tidegate-models")
+
+    # -- what there is ---------------------------------------------------------------------
+
+    def tiers(self, pool: PoolSettings) -> frozenset[Tier]:
+        """See ``Preparer``."""
+        place = self._places[pool.name]
+        if place.ref is not None and place.path is None:
+            return frozenset({Tier.REMOTE})
+        found = {Tier.ON_DISK} if place.ref is None else {Tier.ON_DISK, Tier.REMOTE}
+        if self._keeper is not None and place.path is not None:
+            found.add(Tier.PAGED)
+        if self._standbys is not None and pool.engine == "vllm":
+            found.add(Tier.FORKED)
+        return frozenset(found)
+
+    def tier(self, pool: PoolSettings) -> Tier:
+        """See ``Preparer``."""
+        place = self._places[pool.name]
+        if place.ref is not None and place.path is None:
+            return Tier.REMOTE
+        if place.standby:
+            return Tier.FORKED
+        return Tier.PAGED if place.kept else Tier.ON_DISK
+
+    async def look(self, pool: PoolSettings) -> None:
+        """See ``Preparer``."""
+        place = self._places[pool.name]
+        if place.standby and self._standbys is not None:
+            place.standby = any(one.pool == pool.name for one in self._standbys.standbys())
+        if place.ref is None:
+            here = Path(pool.model) if pool.model else None
+            is_there = here is not None and await self._run(lambda _: here.is_dir())
+            self._found(place, here if is_there else None)
+        elif self._cache is not None:
+            cache, ref = self._cache, place.ref
+            model = await self._run(lambda _: cache.find(ref.url, ref.revision))
+            self._found(place, None if model is None else model.path)
+
+    def _found(self, place: Place, path: Path | None) -> None:
+        """The model is here now, or not any more; what was kept of another place is let go."""
+        if path != place.path:
+            self._drop_pages(place)
+            place.path, place.made = path, None
+
+    # -- for a replica ---------------------------------------------------------------------
+
+    async def prepare(self, spec: ReplicaSpec, report: Report) -> ReplicaSpec:
+        """See ``Preparer``. Pages are brought in beside the engine's start, not before it: its
+        first seconds need no weights."""
+        place = self._places[spec.pool.name]
+        hold = self._holds.setdefault(spec.id, Hold())
+        tell = make_teller(report)
+        if place.ref is None:
+            await self.look(spec.pool)
+        else:
+            await self._fetch(place, hold, spec.id, tell)
+        path = await self._make(place, tell)
+        place.standby = False  # the backend takes it for this start, or ends it
+        report(None)
+        if path is None:
+            return spec
+        if self._may_page(place):
+            hold.paging = asyncio.create_task(self._page_beside(place, tell, report))
+        return replace(spec, pool=spec.pool.model_copy(update={"model": str(path)}))
+
+    async def _make(self, place: Place, tell: OnProgress) -> Path | None:
+        """Where the model is after its preparation steps, which are run where they were not."""
+        transform, source = self._transform, place.path
+        if source is None or transform is None:
+            return source
+        if place.made is None or place.made[0] != source:
+            model = place.pool.model or ""
+            result = await self._run(lambda cancelled: transform(model, source, tell, cancelled))
+            place.made = (source, result)
+        return place.made[1]
+
+    async def _fetch(self, place: Place, hold: Hold, holder: str, tell: OnProgress) -> None:
+        """Have the model here, and leased for a replica."""
+        cache, ref = self._cache, place.ref
+        if cache is None or ref is None:
+            raise Unsupported(f"{place.pool.name}: a model with a URL needs the model cache")
+
+        def fetch(cancelled: Cancelled) -> Any:
+            return cache.preload(
+                ref.url,
+                revision=ref.revision,
+                priority=Priority.WAKE,
+                on_progress=tell,
+                cancelled=cancelled,
+            )
+
+        model = await self._run(lambda _: cache.find(ref.url, ref.revision))
+        if model is not None:
+            try:
+                await self._lease(hold, model, holder)
+            except CacheError:
+                model = None  # it was evicted between the look and the lease
+        if model is None:
+            model = await self._run(fetch)
+            await self._lease(hold, model, holder)
+        self._found(place, model.path)
+
+    async def _lease(self, hold: Hold, model: Any, holder: str) -> None:
+        cache = self._cache
+        if cache is None or hold.leased == model.path:
+            return
+        await self._run(lambda _: hold.lease.close())
+        # Entered in the thread: what was called off meanwhile is in the stack that is closed.
+        await self._run(lambda _: hold.lease.enter_context(cache.lease(model, holder)))
+        hold.leased = model.path
+
+    async def _page_beside(self, place: Place, tell: OnProgress, report: Report) -> None:
+        try:
+            await self._page(place, tell)
+        except CacheError as error:
+            LOG.info("%s: its pages are not kept: %s", place.pool.name, error)
+        finally:
+            report(None)
+
+    async def release(self, replica_id: str) -> None:
+        """See ``Preparer``."""
+        hold = self._holds.pop(replica_id, None)
+        if hold is None:
+            return
+        if hold.paging is not None:
+            hold.paging.cancel()
+        await self._run(lambda _: hold.lease.close())
+
+    # -- for a pool at zero ----------------------------------------------------------------
+
+    async def settle(self, pool: PoolSettings, tier: Tier) -> None:
+        """See ``Preparer``."""
+        place = self._places[pool.name]
+        if tier is Tier.FORKED:
+            await self._stand_by(place)
+            if self._may_page(place):
+                await self._page_quietly(place)
+            return
+        await self._end_standby(place)
+        if tier is Tier.PAGED:
+            await self._hold_for_pool(place)
+            await self._page(place, silent)
+            return
+        self._drop_pages(place)
+        await self._run(lambda _: place.lease.close())
+        if tier is Tier.REMOTE:
+            await self._evict(place)
+
+    async def _stand_by(self, place: Place) -> None:
+        if self._standbys is None:
+            raise Unsupported("there is no fork server")
+        await self._hold_for_pool(place)
+        path = await self._make(place, silent)
+        pool = place.pool
+        if path is not None:
+            pool = pool.model_copy(update={"model": str(path)})
+        await self._standbys.standby(ReplicaSpec(id=f"{place.slug}-standby", pool=pool))
+        place.standby = True
+
+    async def _end_standby(self, place: Place) -> None:
+        place.standby = False
+        if self._standbys is not None:
+            await self._standbys.end_standby(place.pool.name)
+
+    async def _hold_for_pool(self, place: Place) -> None:
+        """Warmer than on disk, a pool's model is leased: what is kept warm is not evicted."""
+        cache = self._cache
+        if place.ref is None or cache is None:
+            return
+        ref = place.ref
+        model = await self._run(lambda _: cache.find(ref.url, ref.revision))
+        if model is None:
+            self._found(place, None)
+            raise BackendError(f"{place.pool.name}: its model is not on this disk any more")
+        await self._run(lambda _: place.lease.close())
+        holder = f"{place.slug}, at zero"
+        await self._run(lambda _: place.lease.enter_context(cache.lease(model, holder)))
+        self._found(place, model.path)
+
+    async def _evict(self, place: Place) -> None:
+        cache, ref = self._cache, place.ref
+        if cache is None or ref is None:
+            raise Unsupported("what lies in a directory is not removed")
+        others = [one for one in self._places.values() if one is not place and one.ref == ref]
+        if any(one.path is not None for one in others):
+            raise BackendError(f"its model is that of {others[0].pool.name} too")
+        await self._run(lambda _: cache.evict(ref.url, ref.revision))
+        self._found(place, None)
+
+    # -- pages -----------------------------------------------------------------------------
+
+    def _may_page(self, place: Place) -> bool:
+        return Tier.PAGED in self.tiers(place.pool) and place.pool.warmth.keeps_pages
+
+    async def _page_quietly(self, place: Place) -> None:
+        try:
+            await self._page(place, silent)
+        except CacheError as error:
+            LOG.info("%s: its pages are not kept: %s", place.pool.name, error)
+
+    async def _page(self, place: Place, tell: OnProgress) -> None:
+        """Bring a model into the page cache, and have it kept there. Raises ``NoSpace`` where it
+        exceeds the budget."""
+        keeper, path = self._keeper, await self._make(place, tell)
+        if keeper is None or path is None:
+            raise Unsupported("nothing is kept in the page cache")
+        if place.kept:
+            return
+        files = await self._run(lambda _: list_files(path))
+        # First, so that nothing is read in vain; the keeper then finds the reading done.
+        await self._run(lambda _: keeper.keep(place.slug, files))
+        try:
+            prewarm = self._prewarm
+            if prewarm is not None:
+                await self._run(lambda cancelled: prewarm(files, tell, cancelled))
+        except BaseException:
+            keeper.drop(place.slug)
+            raise
+        place.kept = True
+
+    def _drop_pages(self, place: Place) -> None:
+        place.kept = False
+        if self._keeper is not None:
+            self._keeper.drop(place.slug)
+
+    # -- threads ---------------------------------------------------------------------------
+
+    async def _run(self, work: Callable[[Cancelled], Result]) -> Result:
+        """Do what blocks in a thread; it is told when nobody waits for it any more."""
+        flag = threading.Event()
+        self._flags.add(flag)
+        try:
+            running = asyncio.get_running_loop()
+            return await running.run_in_executor(self._threads, work, flag.is_set)
+        finally:
+            flag.set()
+            self._flags.discard(flag)
+
+    async def close(self) -> None:
+        """See ``Preparer``."""
+        for flag in list(self._flags):
+            flag.set()
+        for replica_id in list(self._holds):
+            await self.release(replica_id)
+        await self._run(lambda _: self._let_go())
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _let_go(self) -> None:
+        for place in self._places.values():
+            place.lease.close()
+        if self._keeper is not None:
+            self._keeper.close()
+
+
+def make_place(pool: PoolSettings, slug: str) -> Place:
+    """Where a pool's model may be, before anybody has looked."""
+    model = pool.model or ""
+    ref = parse_ref(model) if "://" in model else None
+    return Place(pool=pool, slug=slug, ref=ref)
+
+
+def silent(progress: Progress) -> None:
+    """Nobody waits for it."""
