@@ -20,9 +20,13 @@ CLASS_WEIGHTS: Mapping[Priority, float] = MappingProxyType(
 )
 """Per cent of a cap that a class gets while all three want it."""
 
-BURST_S = 0.1
+BURST_S = 0.04
 """A bucket holds a claim and this many seconds of its rate: who wakes late to a grant loses none
 of it."""
+
+USED_FRACTION = 0.92
+"""Part of a cap that is used over time. A store counts what it sent, over windows of its own: with
+the burst and what sockets take in ahead of us, a second's worth still stays below the cap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +39,11 @@ class Cap:
 
 
 def make_cap(name: str, rate_bytes_s: float, claim_bytes: int) -> Cap:
-    """A cap for claims of at most ``claim_bytes`` each."""
+    """A cap for claims of at most ``claim_bytes`` each, that stays below what is allowed."""
     return Cap(
-        name=name, rate_bytes_s=rate_bytes_s, burst_bytes=claim_bytes + BURST_S * rate_bytes_s
+        name=name,
+        rate_bytes_s=USED_FRACTION * rate_bytes_s,
+        burst_bytes=claim_bytes + BURST_S * rate_bytes_s,
     )
 
 

@@ -33,6 +33,7 @@ REMEMBER_S = 300.0
 """Seconds a redirect's target is used again: signed ones are good for an hour or so."""
 
 MOST_REMEMBERED = 4_096
+AHEAD_S = 0.03
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,8 +264,11 @@ def make_reader(
     environ: Mapping[str, str], *, timeout_s: float, connections: int, rate_bytes_s: int | None
 ) -> Reader:
     """A reader for ``connections`` ranges at once. Where the store's bandwidth is limited to
-    ``rate_bytes_s``, sockets take in little ahead of the reader: a tenth of a second of it."""
-    ahead = None if rate_bytes_s is None else max(65_536, rate_bytes_s // (10 * connections))
+    ``rate_bytes_s``, sockets take in little ahead of the reader: a few hundredths of a second of
+    it in all, which is enough for a store that is as far away."""
+    ahead = None
+    if rate_bytes_s is not None:
+        ahead = max(65_536, int(AHEAD_S * rate_bytes_s) // connections)
     return Reader(
         environ=environ,
         timeout_s=timeout_s,

@@ -113,6 +113,15 @@ def test_a_cap_is_used_to_nine_tenths_while_somebody_wants_it(
     assert sum(g.claim.size_bytes for g in grants) >= 0.9 * rate * until_s
 
 
+@pytest.mark.parametrize("rate", [64 * MIB, 1_000 * MIB])
+def test_a_cap_stays_below_it_from_the_first_second_on(rate: int) -> None:
+    cap = make_cap("node", rate, MIB)
+    grants = simulate((cap,), [Reader(model="m", read_s=MIB / (10 * rate))] * 16, 4.0)
+    for begin in range(31):
+        second = [g.claim.size_bytes for g in grants if begin <= 10 * g.at_s < begin + 10]
+        assert sum(second) <= 0.98 * rate  # and the store's own view has two per cent more
+
+
 def test_models_share_evenly_however_many_connections_each_has() -> None:
     cap = make_cap("node", 10 * MIB, MIB)
     grants = simulate((cap,), [Reader(model="many")] * 15 + [Reader(model="one")], 30)

@@ -391,5 +391,5 @@ def test_with_a_bandwidth_limit_little_is_taken_in_ahead(server: IndexedServer) 
         return size
 
     assert buffer_bytes(1_000_000) == 2 * 65_536  # the kernel doubles what it is given
-    assert buffer_bytes(8_000_000) == 2 * 200_000
-    assert buffer_bytes(None) != buffer_bytes(8_000_000)
+    assert buffer_bytes(24_000_000) == 2 * 180_000
+    assert buffer_bytes(None) != buffer_bytes(24_000_000)
