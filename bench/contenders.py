@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import procs, tidegate, workload
+from bench import nginx, procs, tidegate, workload
 
 PEER_PACKAGES = ("sglang-router==0.3.2", "vllm-router==0.1.17")
 """Pinned so that two runs compare the same programs; raise them together with the results."""
@@ -118,7 +117,7 @@ http {{
 
 
 def _nginx_path() -> str:
-    return shutil.which("nginx") or "/usr/sbin/nginx"
+    return str(nginx.nginx_path(Path(__file__).resolve().parent.parent))
 
 
 def _start_nginx(name: str, place: Place) -> Running:

@@ -55,6 +55,8 @@ class Source(Protocol):
     ) -> None:
         """Write bytes ``[start, end)`` of ``file`` into ``fd`` at the same offsets.
 
+        ``file`` is of this source's own listing: ``list`` comes first.
+
         ``on_bytes`` is called with every at most ``ANNOUNCE_BYTES`` that have arrived and may
         block to throttle; no more than that is read ahead of it. The file's position is not
         used, so many ranges may be written at once.
