@@ -42,6 +42,10 @@ class PeerLacks(CacheError):
     """It does not have that piece (any more)."""
 
 
+class PeerRefuses(CacheError):
+    """It understood, and will not; the message says why."""
+
+
 class PeerSlow(CacheError):
     """It takes longer than its fellows."""
 
@@ -109,6 +113,13 @@ class Client:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PeerLied(f"{self.url}: an answer of another shape") from error
 
+    def tell(
+        self, target: str, body: Mapping[str, Any], timeout_s: float, cancelled: Callable[[], bool]
+    ) -> Mapping[str, Any]:
+        """Ask something else of it. Raises ``PeerRefuses``, ``PeerGone`` or ``PeerLied``."""
+        data = json.dumps(body).encode()
+        return self._json("POST", target, data, self._name(), timeout_s, cancelled)
+
     def piece(
         self,
         key: str,
@@ -166,15 +177,16 @@ class Client:
         if head.status == 421:
             self.node = None
             raise PeerGone(f"{self.url}: it has been started anew")
-        if head.status != 200:
-            raise PeerGone(f"{self.url}: it answered {head.status}")
         try:
             answer = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise PeerLied(f"{self.url}: an answer of another shape") from error
         if not isinstance(answer, dict):
             raise PeerLied(f"{self.url}: an answer of another shape")
-        return answer
+        if head.status == 200:
+            return answer
+        told = str(answer.get("error", head.status))[:500]
+        raise (PeerRefuses if head.status == 400 else PeerGone)(f"{self.url}: {told}")
 
     @contextlib.contextmanager
     def _asking(self, method: str, target: str, body: bytes, to: str, call: Call) -> Any:

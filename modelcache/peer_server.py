@@ -15,7 +15,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -41,6 +41,11 @@ REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found",
            421: "Misdirected Request", 503: "Service Unavailable"}  # fmt: skip
 
 
+Verb = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""Something else that nodes with the secret may ask: JSON in, JSON out. ``ValueError`` for what is
+wrong with it, ``KeyError`` for what there is not."""
+
+
 class PeerServer:
     """Listens once :meth:`start` is called; :meth:`close` ends every thread of it."""
 
@@ -51,6 +56,7 @@ class PeerServer:
         *,
         node: str,
         on_heard: Callable[[str], None] | None = None,
+        verbs: Mapping[str, Verb] | None = None,
         clock: Callable[[], float] = time.time,
         most_connections: int = MOST_CONNECTIONS,
         most_sending: int = MOST_SENDING,
@@ -60,6 +66,7 @@ class PeerServer:
         self._shelf = shelf
         self._keyring = keyring
         self._on_heard = on_heard
+        self._verbs = dict(verbs or {})
         self._clock = clock
         self._nonces = wire.Nonces()
         self._lock = threading.Lock()
@@ -151,7 +158,21 @@ class PeerServer:
             return self._state(connection, request)
         if target.path == wire.PIECE:
             return self._piece(connection, request, target.query)
+        if target.path in self._verbs:
+            return self._do(connection, request, self._verbs[target.path])
         return self._say(connection, request, 404, {"error": "no such thing"})
+
+    def _do(self, connection: socket.socket, request: wire.Request, verb: Verb) -> bool:
+        try:
+            asked = json.loads(request.body)
+            if not isinstance(asked, dict):
+                raise ValueError("send a JSON object")
+            answer = verb(asked)
+        except (ValueError, RecursionError) as error:
+            return self._say(connection, request, 400, {"error": str(error)})
+        except KeyError:
+            return self._say(connection, request, 404, {"error": "there is none of that name"})
+        return self._say(connection, request, 200, answer)
 
     def _admit(self, request: wire.Request, now_ms: int) -> bool:
         with self._lock:

@@ -24,7 +24,7 @@ from modelcache.peer_client import (
     PeerLied,
     PeerSlow,
 )
-from modelcache.peer_server import PeerServer
+from modelcache.peer_server import PeerServer, Verb
 from modelcache.peer_wire import Keyring
 from modelcache.settings import ModelCacheSettings
 from modelcache.shelf import Shelf, State
@@ -119,10 +119,16 @@ class PeerGroup:
         self._liars: dict[str, str] = {}
         self._changed = threading.Condition()
 
-    def serve(self, host: str, port: int) -> int:
-        """Give peers what the shelf has; the port. Raises ``OSError`` where it cannot listen."""
+    def serve(self, host: str, port: int, verbs: Mapping[str, Verb] | None = None) -> int:
+        """Give peers what the shelf has, and do what ``verbs`` says; the port. Raises ``OSError``
+        where it cannot listen."""
         server = PeerServer(
-            self.shelf, self._keyring, node=self._name, on_heard=self.heard, clock=self._wall
+            self.shelf,
+            self._keyring,
+            node=self._name,
+            on_heard=self.heard,
+            verbs=verbs,
+            clock=self._wall,
         )
         bound = server.start(host, port)
         self._server, self.me = server, self._name
@@ -139,6 +145,10 @@ class PeerGroup:
     def sent_bytes(self) -> int:
         """Bytes of pieces given to peers."""
         return self._server.sent_bytes if self._server is not None else 0
+
+    def client(self, url: str) -> Client:
+        """For asking a node that is no peer, such as another site's. The caller closes it."""
+        return Client(url.rstrip("/"), self._keyring, self._name, self._wall)
 
     def status(self) -> list[PeerStatus]:
         """Every peer but ourselves."""
