@@ -9,27 +9,16 @@ PHASES = ("importing", "loading", "compiling", "warming")
 """In the order of a start."""
 
 SIGNS = (
-    (
-        "loading",
-        re.compile(
-            r"Starting to load model|Loading (safetensors|pt|weights)|"
-            r"checkpoint shards|loading weights|start-up: .*(load|weight)",
-            re.IGNORECASE,
-        ),
-    ),
-    (
-        "compiling",
-        re.compile(r"torch\.compile|dynamo|inductor (?!compilation was)|compil(e|ing) (a|the) "
-                   r"(graph|range|model)|start-up: .*compil", re.IGNORECASE),
-    ),
-    (
-        "warming",
-        re.compile(
-            r"KV cache size|captur|warm(ing|up)|init engine|Supported tasks|vLLM server on|"
-            r"Loading weights took|Available routes|^Route:|start-up: .*(warm|captur|profil)",
-            re.IGNORECASE,
-        ),
-    ),
+    ("loading", re.compile(
+        r"Starting to load model|Loading (safetensors|pt|weights)|checkpoint shards|"
+        r"start-up: .*(load|weight)", re.IGNORECASE)),
+    ("compiling", re.compile(
+        r"torch\.compile takes|directory: .* for vLLM's torch\.compile|Dynamo bytecode|"
+        r"Compiling (a|the) |start-up: .*compil", re.IGNORECASE)),
+    ("warming", re.compile(
+        r"KV cache size|Capturing |Warming up|init engine|Supported tasks|vLLM server on|"
+        r"Loading weights took|Available routes|^Route:|start-up: .*(warm|captur|profil)",
+        re.IGNORECASE)),
 )  # fmt: skip
 """Lines of vLLM, by the phase they show to have begun."""
 

@@ -16,7 +16,8 @@ CONFIG = "Initializing a V1 LLM engine (v0.32.0) with config: " + "warmup, captu
         ("Triton is installed, but doesn't include CPU backend. Disabling Triton.", "importing"),
         ("Registered model loader `tidegate` with load format `tidegate`", "importing"),
         ("Inductor compilation was disabled by user settings, optimizations", "importing"),
-        ("Enforce eager set, disabling torch.compiling of nothing", "importing"),
+        ("Enforce eager set, disabling torch.compile, CUDAGraphs, and JIT kernel warmup. This is "
+         "equivalent to setting -cc.mode=none -cc.cudagraph_mode=none", "importing"),
         (CONFIG, "importing"),
         ("(Worker pid=7412) INFO 11-24 17:17:12 [cpu_model_runner.py:68] Starting to load model "
          "/models/m...", "loading"),
