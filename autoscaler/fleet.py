@@ -195,9 +195,9 @@ class PoolRecord:
         """How warm it is now; ``None`` for servers that somebody else runs."""
         if not self.backend.owns_replicas:
             return None
-        if self.count(State.READY, State.UNHEALTHY, State.DRAINING):
+        if self.count(State.READY, State.UNHEALTHY, State.DRAINING, State.SETTLING):
             return Tier.RUNNING
-        if self.count(State.SETTLING, *ASLEEP, State.WAKING):
+        if self.count(*ASLEEP, State.WAKING):
             return Tier.SLEEPING
         return self.preparer.tier(self.pool)
 

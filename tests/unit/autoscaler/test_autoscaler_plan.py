@@ -63,6 +63,35 @@ def test_plan(desired: int, replicas: list[Candidate], plan: Plan) -> None:
     assert make_plan(desired, replicas) == plan
 
 
+RESTS = [
+    ("one that is idle sleeps", 0, some(S.READY), Plan(events=(("a", Event.REST),))),
+    (
+        "of several, one",
+        0,
+        some(S.READY, S.READY, S.UNHEALTHY),
+        Plan(events=(("c", Event.STOP), ("b", Event.STOP), ("a", Event.REST))),
+    ),
+    ("what is ill does not", 0, some(S.UNHEALTHY), Plan(events=(("a", Event.STOP),))),
+    ("only at zero", 1, some(S.READY, S.READY), Plan(events=(("b", Event.STOP),))),
+    ("what sleeps goes on", 0, some(S.SLEEPING), Plan()),
+]
+
+
+@pytest.mark.parametrize(
+    ("desired", "replicas", "plan"), [pytest.param(*case[1:], id=case[0]) for case in RESTS]
+)
+def test_to_zero_by_way_of_sleep(desired: int, replicas: list[Candidate], plan: Plan) -> None:
+    assert make_plan(desired, replicas, may_rest=True) == plan
+
+
+def test_what_is_being_prepared_is_loading_and_an_operator_may_end_it() -> None:
+    coming = some(S.PREPARING)
+    assert make_plan(1, coming) == Plan()
+    assert make_plan(0, coming) == Plan()
+    ended = Plan(events=(("a", Event.STOP),))
+    assert make_plan(0, coming, may_stop_loading=True) == ended
+
+
 def test_least_busy_goes_first_and_unknown_counts_as_busiest() -> None:
     loads = {"a": 3, "b": None, "c": 0, "d": 9}
     replicas = [

@@ -182,3 +182,23 @@ def test_retry_after_is_the_measured_wake_time_or_a_guess(loop: Loop) -> None:
     for number, (eta, expected) in enumerate([(None, 30.0), (0.2, 1.0), (17.5, 17.5)]):
         worker.apply(fleet(number, wake_eta_s=eta))
         assert worker.pools["m"].retry_after_s() == expected
+
+
+@pytest.mark.parametrize(
+    ("phase", "states", "said"),
+    [
+        ("fetching 3.1 of 14.9 GB at 1.2 GB/s", (), "fetching 3.1 of 14.9 GB at 1.2 GB/s"),
+        ("loading", (ReplicaState.STARTING,), "loading"),
+        ("", (ReplicaState.STARTING, ReplicaState.DRAINING), "draining, starting"),
+        ("", (), "at zero"),
+    ],
+)
+def test_who_waits_is_told_what_for(
+    loop: Loop, phase: str, states: tuple[ReplicaState, ...], said: str
+) -> None:
+    worker, _ = make(loop)
+    replicas = [replica(slot, state=state) for slot, state in enumerate(states)]
+    worker.apply(fleet(1, *replicas, phase=phase, wake_eta_s=20.0))
+    waiting = SimpleNamespace(held_s=100.0)
+    text = worker.pools["m"]._progress(waiting, 103.0)  # type: ignore[arg-type]
+    assert text == f"tidegate: waiting for m ({said}), 3 s of about 20 s"
