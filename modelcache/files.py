@@ -19,10 +19,11 @@ CANNOT = frozenset(
 """What a file system answers that cannot do what was asked at all."""
 
 
-def write_whole(path: Path, data: bytes, *, tmp: Path) -> None:
+def write_whole(path: Path, data: bytes, *, tmp: Path, mtime_ns: int | None = None) -> None:
     """Write a small file by way of ``tmp`` (a directory on the same file system).
 
-    After a crash at any moment ``path`` has its old content or all of the new.
+    After a crash at any moment ``path`` has its old content or all of the new. ``mtime_ns`` is
+    the modification time to give it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp.mkdir(parents=True, exist_ok=True)
@@ -30,6 +31,8 @@ def write_whole(path: Path, data: bytes, *, tmp: Path) -> None:
     with open(fresh, "wb") as file:
         file.write(data)
         file.flush()
+        if mtime_ns is not None:
+            os.utime(file.fileno(), ns=(mtime_ns, mtime_ns))
         os.fsync(file.fileno())
     os.rename(fresh, path)
     sync_directory(path.parent)
@@ -115,18 +118,16 @@ def allocate(fd: int, size_bytes: int) -> None:
     Where the file system cannot reserve blocks it only gets its size. Raises ``OSError`` with
     ``ENOSPC`` where the blocks are not there.
     """
-    os.ftruncate(fd, size_bytes)
-    if size_bytes == 0:
-        return
     libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "fallocate64"):
-        return
-    call = libc.fallocate64
-    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    if call(fd, 0, 0, size_bytes) != 0:
-        code = ctypes.get_errno()
-        if code not in CANNOT:
-            raise OSError(code, os.strerror(code))
+    if size_bytes > 0 and hasattr(libc, "fallocate64"):
+        call = libc.fallocate64
+        call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+        if call(fd, 0, 0, size_bytes) != 0:
+            code = ctypes.get_errno()
+            if code not in CANNOT:
+                raise OSError(code, os.strerror(code))
+    # Only now: a file that has its full size has its blocks too.
+    os.ftruncate(fd, size_bytes)
 
 
 def link_or_clone(source: Path, target: Path) -> str | None:

@@ -96,6 +96,25 @@ class Partial:
             raise
         return partial
 
+    @staticmethod
+    def reserve(layout: Layout, key: str, size_bytes: int) -> None:
+        """Give a file its space on the disk without opening it. Raises ``OSError`` (``ENOSPC``)."""
+        directory = layout.partial(key)
+        directory.mkdir(parents=True, exist_ok=True)
+        fd = os.open(directory / DATA, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            allocate(fd, size_bytes)
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def is_reserved(layout: Layout, key: str, size_bytes: int) -> bool:
+        """Whether a file has its space on the disk already."""
+        try:
+            return os.stat(layout.partial(key) / DATA).st_size == size_bytes
+        except FileNotFoundError:
+            return False
+
     def __enter__(self) -> Partial:
         return self
 
@@ -207,7 +226,7 @@ class Partial:
         layout, digest = self.layout, digests.digest
         blob = layout.blob(digest)
         with locked(layout.store_lock):
-            write_whole(layout.pieces(digest), digests.encode(), tmp=layout.tmp)
+            write_pieces(layout, digests, os.fstat(self.fd).st_mtime_ns)
             note_known(layout, self.key, digest, sha256)
             if replace or not blob.exists():
                 os.rename(self._directory / DATA, blob)
@@ -233,6 +252,13 @@ class Partial:
         start, end = self.span(index)
         with mapped(self.fd, start, end) as buffer:
             return digest_piece(buffer)
+
+
+def write_pieces(layout: Layout, digests: PieceDigests, mtime_ns: int) -> None:
+    """Write a blob's ``.pieces`` file, with the modification time of its bytes: while the two
+    agree nobody has written to the blob since it was hashed. Call it with the store locked."""
+    path = layout.pieces(digests.digest)
+    write_whole(path, digests.encode(), tmp=layout.tmp, mtime_ns=mtime_ns)
 
 
 def note_known(layout: Layout, key: str, digest: str, sha256: str | None) -> None:

@@ -1,0 +1,371 @@
+"""The model cache of a node: everything that is asked of it, in one place.
+
+Blocking, and safe to use from many threads and processes at once. What is asked by URL is
+answered from what is on disk; only ``preload`` (and a repair) goes to a store.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from modelcache.checking import Damage, check_files, check_manifest
+from modelcache.fetching import Fetch
+from modelcache.files import open_lock, try_lock
+from modelcache.finding import CachedModel, Finder
+from modelcache.hub import find_file, find_snapshot, hub_dirs
+from modelcache.leases import Lease
+from modelcache.listed import list_entries, read_fetching
+from modelcache.repair import list_again, plan_salvage
+from modelcache.room import Usage
+from modelcache.settings import ModelCacheSettings
+from modelcache.sources.base import Listing, Source
+from modelcache.store import Store
+from modelcache.types import (
+    PIECE_BYTES,
+    Cancelled,
+    Damaged,
+    Manifest,
+    ModelEntry,
+    ModelRef,
+    NotFound,
+    Priority,
+    Progress,
+    RemoteFile,
+    SourceError,
+)
+from modelcache.want import OnProgress, Transfer, Want, select_files
+
+LOG = logging.getLogger("tidegate.modelcache")
+
+WAIT_S = 0.1
+"""Seconds between two looks at whether another process has fetched what we want too."""
+
+IsCancelled = Callable[[], bool]
+
+
+class ModelCache:
+    """The cache below one directory. Making one touches nothing."""
+
+    def __init__(
+        self,
+        settings: ModelCacheSettings,
+        *,
+        dir: Path,
+        open_source: Callable[[ModelRef], Source],
+        transfer: Transfer,
+        clock: Callable[[], float] = time.time,
+        environ: Mapping[str, str] | None = None,
+        piece_bytes: int = PIECE_BYTES,
+        free_bytes: Callable[[Path], int] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.store = Store(
+            dir,
+            quota_bytes=settings.quota_bytes,
+            reserve_bytes=settings.reserve_bytes,
+            piece_bytes=piece_bytes,
+            free_bytes=free_bytes,
+            clock=clock,
+        )
+        self._finder = Finder(self.store)
+        self._open_source = open_source
+        self._transfer = transfer
+        self._clock = clock
+        self._environ = environ
+
+    @property
+    def dir(self) -> Path:
+        """Its directory."""
+        return self.store.layout.root
+
+    # Getting models
+
+    def preload(
+        self,
+        url: str,
+        *,
+        revision: str | None = None,
+        priority: Priority = Priority.PRELOAD,
+        on_progress: OnProgress | None = None,
+        cancelled: IsCancelled | None = None,
+        expected_use_at_s: float | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+    ) -> CachedModel:
+        """Bring a model to the disk, unless it is there; blocks as long as that takes.
+
+        A name that moves (``main``, or no revision) is looked up at the store; where that cannot
+        be asked, what is here is used, and ``note`` says so. Whoever wants the same model at the
+        same time, in any process, waits for the one that fetches it. ``include`` and ``exclude``
+        are shell patterns over paths.
+
+        Raises ``ValueError`` for a URL that is none; ``NoSpace`` before anything is fetched;
+        ``NotFound``, ``SourceError``, ``Damaged``, ``Cancelled``.
+        """
+        ref = self._finder.ref(url, revision)
+        here = self._finder.in_place(ref)
+        if here is not None:
+            return here
+        if ref.revision is not None and not include:
+            # An exact revision never changes: no need to ask for it.
+            exact = self._finder.open(self._finder.read(ref.url, ref.revision))
+            if exact is not None:
+                return self._expecting(exact, expected_use_at_s)
+        tell = on_progress or (lambda progress: None)
+        stopped = cancelled or (lambda: False)
+        tell(Progress(phase="listing"))
+        with closing(self._open_source(ref)) as source:
+            try:
+                listing = source.list()
+            except NotFound:
+                raise
+            except SourceError as error:
+                return self._expecting(self._offline(ref, error, tell, stopped), expected_use_at_s)
+            want = Want(
+                ref=ref,
+                listing=self._select(ref, listing, include, exclude),
+                priority=priority,
+                find_local=lambda file: self._find_local(ref, file),
+                on_progress=tell,
+                cancelled=stopped,
+            )
+            return self._expecting(self._make(want, source), expected_use_at_s)
+
+    def find(self, url: str, revision: str | None = None) -> CachedModel | None:
+        """A model that is on the disk, whole; asks no store. ``None`` if it is not here.
+
+        Without a revision: what the newest was when it was last asked for.
+        """
+        ref = self._finder.ref(url, revision)
+        return self._finder.in_place(ref) or self._finder.open(self._finder.resolve(ref))
+
+    def publish(self, directory: Path, *, url: str, revision: str) -> CachedModel:
+        """Make a directory of files, on the same disk, a model of the cache without copying.
+
+        ``url`` need be no store's. The files must not be written to any more.
+        """
+        files = tuple(
+            RemoteFile(path=path.relative_to(directory).as_posix(), size_bytes=path.stat().st_size)
+            for path in sorted(directory.rglob("*"))
+            if path.is_file()
+        )
+        want = Want(
+            ref=ModelRef(url=url, scheme=url.partition(":")[0], location=url),
+            listing=Listing(revision=revision, files=files),
+            find_local=lambda file: directory / file.path,
+        )
+        return self._make(want, None)
+
+    def lease(self, model: CachedModel, holder: str) -> Lease:
+        """A hold on a model as long as somebody uses it: until it is released, or this process is
+        gone. Raises ``NotFound`` where the model was evicted meanwhile."""
+        if model.manifest is None:
+            return Lease(holder, lambda: None)
+        with self.store.lock():
+            lease = self.store.take_lease(model.url, model.revision, holder)
+        if lease is None:
+            raise NotFound(f"{model.url}@{model.revision} is not on this disk any more")
+        return lease
+
+    # Keeping models, and letting them go
+
+    def pin(self, url: str, revision: str | None = None) -> None:
+        """Keep a model whatever happens. Raises ``NotFound``."""
+        manifest = self._finder.wanted(url, revision)
+        with self.store.lock():
+            if self._finder.read(manifest.url, manifest.revision) is None:
+                raise NotFound(f"{manifest.url} is not on this disk")
+            self.store.set_pin(manifest.url, manifest.revision, pinned=True)
+
+    def unpin(self, url: str, revision: str | None = None) -> None:
+        """Let a model be evicted again, all its revisions unless one is named."""
+        for record in self._finder.records(url, revision):
+            with self.store.lock():
+                self.store.set_pin(record.url, record.revision, pinned=False)
+
+    def expect(self, url: str, at_s: float | None, revision: str | None = None) -> None:
+        """Say when a model will be used next (seconds since the epoch), ``None``: unknown."""
+        for record in self._finder.records(url, revision):
+            with self.store.lock():
+                self.store.note_use(record.url, record.revision, expected_use_at_s=at_s)
+
+    def evict(self, url: str, revision: str | None = None, force: bool = False) -> int:
+        """Take a model from the disk, all its revisions unless one is named; the bytes freed.
+
+        ``force``: although it is pinned. Raises ``InUse`` where it is leased, being fetched, or
+        pinned, ``NotFound`` where it is not here.
+        """
+        freed = 0
+        for record in self._finder.records(url, revision):
+            with self.store.lock():
+                freed += self.store.room.evict(record.url, record.revision, force=force)
+        return freed
+
+    def evict_for(self, size_bytes: int) -> int:
+        """Evict what is worth least until so many bytes fit in; the bytes freed. ``NoSpace``."""
+        with self.store.lock():
+            return self.store.room.make_room(size_bytes, size_bytes, what="what was asked for")
+
+    def sweep(self) -> None:
+        """Remove what killed processes have left behind and nobody can use."""
+        with self.store.lock():
+            self.store.room.sweep()
+
+    # What there is
+
+    def ls(self) -> list[ModelEntry]:
+        """Every revision that is on the disk or on its way."""
+        return list_entries(self.store)
+
+    def usage(self) -> Usage:
+        """What the cache takes, and what it may take."""
+        return self.store.room.usage()
+
+    def progress(self, url: str) -> Progress | None:
+        """How far a model is that some process of this node is fetching; ``None`` if none is."""
+        return read_fetching(self.store, self._finder.ref(url, None).url)
+
+    def verify(
+        self,
+        url: str,
+        revision: str | None = None,
+        *,
+        repair: bool = False,
+        on_progress: OnProgress | None = None,
+        cancelled: IsCancelled | None = None,
+    ) -> list[Damage]:
+        """Read every byte of a model again; what is not as it was when it was fetched.
+
+        ``repair`` fetches the damaged pieces again, and raises as ``preload`` does.
+        """
+        manifest = self._finder.wanted(url, revision)
+        tell, stopped = on_progress or (lambda progress: None), cancelled or (lambda: False)
+        done = 0
+
+        def count(bytes_more: int) -> None:
+            nonlocal done
+            done += bytes_more
+            tell(Progress(phase="checking", bytes_done=done, bytes_total=manifest.size_bytes))
+
+        found = check_manifest(self.store.layout, manifest.url, manifest.revision)
+        found += check_files(self.store, manifest, on_bytes=count, cancelled=stopped)
+        if found and repair:
+            self._repair(manifest, found, tell, stopped)
+        return found
+
+    # How
+
+    def _make(self, want: Want, source: Source | None) -> CachedModel:
+        """The revision, fetched unless it is whole; one process at a time fetches a model."""
+        manifest = self._have(want)
+        if manifest is None:
+            with self._alone(want):
+                manifest = self._have(want)
+                if manifest is None:
+                    fetch = Fetch(self.store, self._transfer, source, want, clock=self._clock)
+                    manifest = fetch.run()
+        model = self._finder.open(manifest)
+        if model is None:
+            raise NotFound(f"{want.ref.url} was evicted as soon as it was there")
+        return model
+
+    def _have(self, want: Want) -> Manifest | None:
+        """The manifest, if the revision is whole and has every file wanted."""
+        manifest = self._finder.read(want.ref.url, want.listing.revision)
+        if manifest is None or want.salvage or not self.store.is_whole(manifest):
+            return None
+        if not {file.path for file in want.listing.files} <= {file.path for file in manifest.files}:
+            return None
+        with self.store.lock():
+            if self._finder.read(want.ref.url, want.listing.revision) is None:
+                return None
+            self.store.note_ref(manifest, want.ref.revision)
+            self.store.note_use(manifest.url, manifest.revision, used_at_s=self._clock())
+        return manifest
+
+    @contextmanager
+    def _alone(self, want: Want) -> Iterator[None]:
+        """Be the one that fetches this model, after whoever does."""
+        with open_lock(self.store.layout.fetch_lock(want.ref.url)) as fd:
+            while not try_lock(fd):
+                if want.cancelled():
+                    raise Cancelled(f"{want.ref.url} is not wanted any more")
+                progress = read_fetching(self.store, want.ref.url)
+                if progress is not None:
+                    want.on_progress(replace(progress, detail="by another process"))
+                time.sleep(WAIT_S)
+            yield
+
+    def _offline(
+        self, ref: ModelRef, error: SourceError, tell: OnProgress, stopped: IsCancelled
+    ) -> CachedModel:
+        """What is here of a model whose store cannot be asked. Raises ``error`` if nothing is."""
+        model = self._finder.open(self._finder.resolve(ref))
+        if model is None:
+            snapshot = find_snapshot(self._hub_dirs(), ref)
+            if snapshot is None:
+                raise error
+            want = Want(
+                ref=ref,
+                listing=replace(snapshot, files=select_files(snapshot.files)),
+                find_local=lambda file: self._find_local(ref, file),
+                on_progress=tell,
+                cancelled=stopped,
+            )
+            try:
+                model = self._make(want, None)
+            except (NotFound, Damaged):
+                raise error from None
+        note = f"revision {model.revision} from this disk; its store cannot be asked: {error}"
+        LOG.warning("%s: %s", ref.url, note)
+        return replace(model, note=note)
+
+    def _repair(
+        self, manifest: Manifest, found: Sequence[Damage], tell: OnProgress, stopped: IsCancelled
+    ) -> None:
+        """Fetch what is damaged again; the rest of each file is kept."""
+        salvage = plan_salvage(manifest, found)
+        if not salvage:  # only its records
+            with self.store.lock():
+                self.store.complete(manifest, manifest.revision)
+            return
+        ref, listing = list_again(self._open_source, self._finder.ref(manifest.url, None), manifest)
+        with closing(self._open_source(ref)) as source:
+            want = Want(
+                ref=ref, listing=listing, salvage=salvage, on_progress=tell, cancelled=stopped
+            )
+            self._make(want, source)
+
+    def _select(
+        self, ref: ModelRef, listing: Listing, include: Sequence[str], exclude: Sequence[str]
+    ) -> Listing:
+        """The files wanted, with those that were wanted earlier: asking for fewer loses none."""
+        earlier = self._finder.read(ref.url, listing.revision)
+        paths = {file.path for file in (earlier.files if earlier is not None else ())}
+        paths |= {file.path for file in select_files(listing.files, include, exclude)}
+        return replace(listing, files=tuple(f for f in listing.files if f.path in paths))
+
+    def _expecting(self, model: CachedModel, at_s: float | None) -> CachedModel:
+        if at_s is not None:
+            with self.store.lock():
+                self.store.note_use(model.url, model.revision, expected_use_at_s=at_s)
+        return model
+
+    def _hub_dirs(self) -> tuple[Path, ...]:
+        environ = os.environ if self._environ is None else self._environ
+        own = self.store.layout.hub
+        return tuple(path for path in hub_dirs(self.settings.hub_dirs, environ) if path != own)
+
+    def _find_local(self, ref: ModelRef, file: RemoteFile) -> Path | None:
+        """A file of this machine that may be a remote one: in its place, or in a hub's cache."""
+        if ref.scheme == "file":
+            root = Path(ref.location)
+            path = root if root.is_file() else root / file.path
+            return path if path.is_file() else None
+        return find_file(self._hub_dirs(), file)

@@ -1,0 +1,140 @@
+"""What is written down about a revision: its manifest when whole, its listing until then.
+
+Each record is sealed: JSON with the BLAKE3 of its body, so a flipped bit is noticed rather than
+believed.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import blake3
+import msgspec
+
+from modelcache.refs import check_file_path
+from modelcache.types import CacheError, Damaged, FileEntry, Manifest, RemoteFile
+
+FORMAT = 1
+HEADER_BYTES_MOST = 100_000_000
+"""The longest header the safetensors format allows."""
+
+Body = TypeVar("Body")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetching:
+    """A revision that is being fetched, or whose fetching stopped."""
+
+    url: str
+    revision: str
+    files: tuple[RemoteFile, ...]
+    started_at_s: float
+
+    @property
+    def size_bytes(self) -> int:
+        """The sum of its files."""
+        return sum(file.size_bytes for file in self.files)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """When a revision was used, and when it is expected to be. Advice only: losing it is no harm.
+
+    ``reload_s_per_gb``: seconds that one GB of it took to fetch, where that was measured.
+    """
+
+    used_at_s: float | None = None
+    expected_use_at_s: float | None = None
+    reload_s_per_gb: float | None = None
+
+
+class Sealed(msgspec.Struct, forbid_unknown_fields=True):
+    """A record as it is written: its body, and the body's BLAKE3."""
+
+    format: int
+    blake3: str
+    body: msgspec.Raw
+
+
+def seal(body: Manifest | Fetching | Use) -> bytes:
+    """A record's bytes."""
+    data = msgspec.json.encode(body)
+    return msgspec.json.encode(
+        Sealed(format=FORMAT, blake3=blake3.blake3(data).hexdigest(), body=msgspec.Raw(data))
+    )
+
+
+def unseal(data: bytes, kind: type[Body], *, name: str = "the record") -> Body:
+    """What ``seal`` was given. Raises ``Damaged`` for anything that is not exactly that."""
+    try:
+        sealed = msgspec.json.decode(data, type=Sealed)
+        body = bytes(sealed.body)
+        if sealed.format != FORMAT:
+            raise Damaged(f"{name} has format {sealed.format}, this is {FORMAT}")
+        if blake3.blake3(body).hexdigest() != sealed.blake3:
+            raise Damaged(f"{name} is not what was written")
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Damaged(f"{name} cannot be read: {error}") from None
+
+
+def read_record(path: Path, kind: type[Body]) -> Body | None:
+    """The record at ``path``; ``None`` if there is none. Raises ``Damaged``."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Damaged(f"{path.name} cannot be read: {error.strerror}") from error
+    return unseal(data, kind, name=path.name)
+
+
+def check_listing(files: tuple[RemoteFile, ...]) -> None:
+    """Refuse a listing that cannot become a directory: no files, a path that leads elsewhere or
+    comes twice, a file where another wants a directory. Raises ``CacheError``."""
+    if not files:
+        raise CacheError("the model has no files")
+    paths = {file.path for file in files}
+    if len(paths) != len(files):
+        raise CacheError("its store lists a file twice")
+    for file in files:
+        if not check_file_path(file.path):
+            raise CacheError(f"its store lists a file called {file.path!r}")
+        if file.size_bytes < 0:
+            raise CacheError(f"{file.path} has {file.size_bytes} bytes by its store's word")
+        parts = file.path.split("/")
+        for depth in range(1, len(parts)):
+            if "/".join(parts[:depth]) in paths:
+                raise CacheError(f"{'/'.join(parts[:depth])} is a file and a directory")
+
+
+def read_header(path: Path) -> str | None:
+    """The JSON text of a safetensors file's header, unjudged; ``None`` if it has none."""
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            return None
+        (length,) = struct.unpack("<Q", prefix)
+        if length > HEADER_BYTES_MOST:
+            return None
+        header = file.read(length)
+    try:
+        return header.decode() if len(header) == length else None
+    except UnicodeDecodeError:
+        return None
+
+
+def make_entry(file: RemoteFile, digest: str, blob: Callable[[str], Path]) -> FileEntry:
+    """A manifest's line for a file that has become blob ``digest``."""
+    is_weights = file.path.endswith(".safetensors")
+    return FileEntry(
+        path=file.path,
+        size_bytes=file.size_bytes,
+        digest=digest,
+        version=file.version,
+        header=read_header(blob(digest)) if is_weights else None,
+    )

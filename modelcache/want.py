@@ -1,0 +1,76 @@
+"""What is to be made whole, and by whom: what ``modelcache.fetching`` works from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Protocol
+
+from modelcache.partial import Partial
+from modelcache.sources.base import Listing, Source
+from modelcache.types import ModelRef, Priority, Progress, RemoteFile
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+"""Weights that can run code when they are read; nobody needs them beside safetensors."""
+
+OnProgress = Callable[[Progress], None]
+
+
+class Transfer(Protocol):
+    """Whoever brings pieces (``modelcache.transfer.Transfer``)."""
+
+    def run(
+        self,
+        source: Source,
+        files: Sequence[tuple[RemoteFile, Partial]],
+        *,
+        priority: Priority = ...,
+        on_progress: OnProgress | None = ...,
+        cancelled: Callable[[], bool] | None = ...,
+    ) -> None:
+        """Commit every missing piece of ``files``. Its progress is of all their bytes, those that
+        were there before included. Raises ``Damaged`` where ``Partial.on_whole`` did."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Salvage:
+    """A blob of which some pieces are damaged; the others need not be fetched again."""
+
+    digest: str
+    bad_pieces: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Want:
+    """What is to be made whole, and how. ``find_local`` gives a file on this machine that may have
+    a remote file's content; it is hashed, and checked against what the store publishes."""
+
+    ref: ModelRef
+    listing: Listing
+    priority: Priority = Priority.PRELOAD
+    find_local: Callable[[RemoteFile], Path | None] = lambda file: None
+    salvage: Mapping[str, Salvage] = field(default_factory=dict)
+    on_progress: OnProgress = lambda progress: None
+    cancelled: Callable[[], bool] = lambda: False
+
+
+def select_files(
+    files: Sequence[RemoteFile], include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[RemoteFile, ...]:
+    """The files wanted of a listing, by shell patterns over their paths.
+
+    Without ``include``: all, but not the pickles of a model that has safetensors too.
+    """
+
+    def matches(file: RemoteFile, patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(file.path, pattern) for pattern in patterns)
+
+    if include:
+        chosen = [file for file in files if matches(file, include)]
+    else:
+        safe = any(file.path.endswith(".safetensors") for file in files)
+        chosen = [file for file in files if not (safe and matches(file, PICKLES))]
+    return tuple(file for file in chosen if not matches(file, exclude))
