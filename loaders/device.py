@@ -63,13 +63,17 @@ class Target(Protocol):
         """Release what is kept."""
 
 
-def make_target(device: Any, *, spare_bytes: int, workers: int, staged: bool = False) -> Target:
-    """The target for a torch device. ``staged`` sends the CPU's bytes through the ring too."""
+def make_target(
+    device: Any, *, usual_bytes: int, spare_bytes: int, workers: int, staged: bool = False
+) -> Target:
+    """The target for a torch device. On the CPU memory comes in stretches of ``usual_bytes``, of
+    which ``spare_bytes`` may be kept to be used again; ``staged`` sends bytes through the ring
+    there too."""
     import torch
 
     place = torch.device(device)
     if place.type == "cpu":
-        return CpuTarget(spare_bytes=spare_bytes, staged=staged)
+        return CpuTarget(Pool(usual_bytes, spare_bytes), staged=staged)
     if place.type == "cuda":
         return CudaTarget(place, streams=min(workers, STREAMS))
     raise ValueError(f"device: {place} is neither cpu nor cuda")
@@ -115,9 +119,9 @@ def make_tensor(arena: Arena, portion: Portion) -> Tensor:
 class CpuTarget:
     """Tensors in host memory."""
 
-    def __init__(self, *, spare_bytes: int, staged: bool = False) -> None:
+    def __init__(self, pool: Pool, *, staged: bool = False) -> None:
         self.staged = staged
-        self._pool = Pool(spare_bytes)
+        self._pool = pool
 
     def open(self, batch: Batch) -> Arena:
         """Memory in which a batch lies as in the file, to the block: so that reads past the page

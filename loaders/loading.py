@@ -24,6 +24,7 @@ from loaders.files import (
 )
 from loaders.index import BadFile, TensorEntry
 from loaders.plan import (
+    ALIGN_BYTES,
     BATCH_BYTES,
     READ_BYTES,
     CutDim,
@@ -43,8 +44,11 @@ from modelcache.kernel import count_by_cachestat
 THREADS = 8
 """Reads under way at once: what a disk needs to be busy. Copying from the page cache is limited to
 the number of cores besides."""
-MEMORY_BYTES = 256 * 1024 * 1024
+MEMORY_BYTES = 128 * 1024 * 1024
 """Host memory for bytes on their way: the staging ring, or the batches read ahead."""
+BATCHES_AHEAD = 8
+"""Into how many batches what is read ahead is divided; a batch is not used again before the last
+of its tensors is gone."""
 SLOTS_A_THREAD = 2
 """One is read into while the other is copied from."""
 
@@ -207,9 +211,12 @@ def _tensors(
     with ExitStack() as stack:
         found, files, chosen = _look(stack, path, options)
         chosen = _choose(chosen, names)
-        plan = _plan(files, chosen, ranks, BATCH_BYTES if ahead_bytes is None else ahead_bytes // 4)
+        batch_bytes = BATCH_BYTES if ahead_bytes is None else ahead_bytes // BATCHES_AHEAD
+        plan = _plan(files, chosen, ranks, batch_bytes)
         target = make_target(
             device,
+            # Kept tensors' memory is just what they need; what is used again is all of one size.
+            usual_bytes=0 if ahead_bytes is None else batch_bytes + 2 * ALIGN_BYTES,
             spare_bytes=ahead_bytes or 0,
             workers=options.threads,
             staged=options.staged,
@@ -276,7 +283,7 @@ def _plan(
         wants.append(
             FileWant(size_bytes=file.size_bytes, portions=tuple(portions), verified=bool(file.sums))
         )
-    return make_plan(wants, batch_bytes=min(BATCH_BYTES, batch_bytes))
+    return make_plan(wants, batch_bytes=batch_bytes)
 
 
 def _pump(

@@ -54,9 +54,11 @@ class Stretch:
 
 
 class Pool:
-    """Stretches to be tensors' memory. At most ``spare_bytes`` of given-back ones are kept."""
+    """Stretches to be tensors' memory, of ``usual_bytes`` or what is asked if that is more. At
+    most ``spare_bytes`` of given-back ones are kept, and the largest in any case."""
 
-    def __init__(self, spare_bytes: int) -> None:
+    def __init__(self, usual_bytes: int, spare_bytes: int) -> None:
+        self._usual_bytes = usual_bytes
         self._spare_bytes = spare_bytes
         # Stretches come back wherever a tensor dies, maybe inside of one of our own locks, so
         # only what is atomic may be done then: appending.
@@ -64,21 +66,23 @@ class Pool:
         self._open = True
 
     def take(self, size_bytes: int) -> Stretch:
-        """A stretch of at least that size, used before if there is one that is not far too big.
+        """A stretch of at least that size: the smallest that is there, else a new one.
 
         One thread at a time may take.
         """
         spare = []
         while self._back:
             spare.append(self._back.popleft())
-        fitting = [s for s in spare if size_bytes <= s.size_bytes <= 2 * size_bytes]
-        best = min(fitting, key=lambda s: s.size_bytes, default=None)
+        spare.sort(key=lambda stretch: stretch.size_bytes)
+        best = next((s for s in spare if s.size_bytes >= size_bytes), None)
         kept_bytes = 0
-        for stretch in reversed(spare):
+        for stretch in spare:
+            if stretch is best:
+                continue
             kept_bytes += stretch.size_bytes
-            if stretch is not best and kept_bytes <= self._spare_bytes:
-                self._back.appendleft(stretch)
-        return best or Stretch(size_bytes)
+            if kept_bytes <= self._spare_bytes or stretch is spare[-1]:
+                self._back.append(stretch)
+        return best or Stretch(max(size_bytes, self._usual_bytes))
 
     def lend(self, stretch: Stretch) -> Any:
         """The buffer of ``stretch``, which comes back when nothing refers to the buffer."""

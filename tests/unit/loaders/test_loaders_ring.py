@@ -31,7 +31,7 @@ def test_a_stretch_is_at_a_page_and_writable() -> None:
 
 
 def test_memory_comes_back_only_when_nothing_refers_to_it() -> None:
-    pool = Pool(spare_bytes=1 << 20)
+    pool = Pool(0, spare_bytes=1 << 20)
     first = pool.take(5000)
     export = pool.lend(first)
     tensor_like = memoryview(export)
@@ -43,22 +43,27 @@ def test_memory_comes_back_only_when_nothing_refers_to_it() -> None:
     assert pool.take(5000) is first
 
 
-def test_what_comes_back_is_used_where_it_fits_and_kept_within_bounds() -> None:
-    pool = Pool(spare_bytes=10_000)
+def test_the_smallest_that_fits_is_used_and_spares_are_bounded() -> None:
+    pool = Pool(3000, spare_bytes=10_000)
     stretches = [pool.take(size) for size in (4000, 6000, 9000)]
-    for stretch in stretches:
+    assert pool.take(1).size_bytes == 3000
+    for stretch in reversed(stretches):
         pool.lend(stretch)  # referred to by nobody: back at once
-    assert pool.take(9000) is stretches[2]
-    assert pool.take(20_000).size_bytes == 20_000
-    assert pool.take(1000).size_bytes == 1000
-    large = pool.take(50_000)
-    pool.lend(large)
-    pool.take(1)
-    assert pool.take(50_000) is not large
+    assert pool.take(5000) is stretches[1]
+    assert pool.take(9001).size_bytes == 9001
+    assert pool.take(100) is stretches[0]
+    assert pool.take(100) is stretches[2]
+    many = [pool.take(4000) for _ in range(5)]
+    largest = pool.take(50_000)
+    for stretch in (*many, largest):
+        pool.lend(stretch)
+    again = [pool.take(4000) for _ in range(4)]
+    assert sum(stretch in many for stretch in again) == 3, "one taken and two spares"
+    assert largest in again
 
 
 def test_a_closed_pool_keeps_nothing() -> None:
-    pool = Pool(spare_bytes=10_000)
+    pool = Pool(0, spare_bytes=10_000)
     one, two = pool.take(100), pool.take(100)
     pool.lend(one)
     export = pool.lend(two)
