@@ -32,7 +32,9 @@ from gateway.cli_base import (
 )
 from gateway.cli_client import Refused, Unreachable
 from gateway.cli_config import config_app
+from gateway.cli_model import model_app
 from gateway.ours import NotOursError, assert_ours
+from modelcache.types import CacheError
 
 FAULT = 70
 INTERRUPTED = 130
@@ -50,6 +52,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(config_app, name="config", help="Check and show the settings.")
+app.add_typer(model_app, name="model", help="The models in this node's cache.")
 
 
 def _version(wanted: bool) -> None:
@@ -75,6 +78,8 @@ def tidegate(
 
     **Take over:** `tidegate scale POOL 2` holds a pool at two replicas, `tidegate scale POOL auto`
     gives it back.
+
+    **Bring models here ahead of time:** `tidegate model preload MODEL`, `tidegate model ls`.
 
     **Set it up:** `tidegate config example > tidegate.toml`, `tidegate config check`,
     `tidegate doctor`.
@@ -235,19 +240,32 @@ def explain(
 
 
 @app.command()
-def doctor(as_json: AsJson = False, config: Config = None, sets: Sets = None) -> int:
+def doctor(
+    as_json: AsJson = False,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure/--no-measure",
+            help="Try whether engines can be forked, and how fast each load format reads.",
+        ),
+    ] = True,
+    config: Config = None,
+    sets: Sets = None,
+) -> int:
     """Look at this machine and these settings: what is there, what lacks, what to do about it.
 
-    Starts nothing and changes nothing. Exit code 1 when something would keep `tidegate up` from
-    working.
+    Changes nothing, and nothing it starts stays. Measuring takes up to a minute, and for a moment
+    the room of one file of weights in the temporary directory. Exit code 1 when something would
+    keep `tidegate up` from working.
 
-    **Examples:** `tidegate doctor`, `tidegate doctor -c prod.toml --json`
+    **Examples:** `tidegate doctor`, `tidegate doctor --no-measure`,
+    `tidegate doctor -c prod.toml --json`
     """
     from gateway.doctor import run_doctor
 
     loaded = load(config, sets)
     if sys.stderr.isatty() and not as_json:
-        complain("looking at this machine; asking an engine for its version takes some seconds")
+        complain("looking at this machine; what it asks of an engine takes up to a minute")
     checks = [
         {
             "name": check.name,
@@ -255,7 +273,7 @@ def doctor(as_json: AsJson = False, config: Config = None, sets: Sets = None) ->
             "finding": check.finding,
             "advice": check.advice,
         }
-        for check in run_doctor(loaded.settings)
+        for check in run_doctor(loaded.settings, measure=measure)
     ]
     out(as_text({"checks": checks}) if as_json else cli_render.doctor(checks, screen()))
     return 1 if any(check["status"] == "fail" for check in checks) else 0
@@ -285,8 +303,8 @@ def guard(run: Callable[[], int]) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Refused as error:
-        complain(str(error))
+    except (Refused, CacheError) as error:
+        complain(" ".join(str(error).split()))
         return 1
     except Unreachable as error:
         complain(str(error))

@@ -7,13 +7,14 @@ Every check says what was found, also when it is well, and every one that is not
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from autoscaler.settings import PoolSettings
+from gateway.checks import Check, Status, fail, ok, warn
+from gateway.doctor_cache import diagnose_cache
 from gateway.machine import Gpu, Machine, Probes
+from gateway.machine_cache import CacheMachine
 from gateway.settings import Settings
 from loaders.engine import EngineInstall
 
@@ -26,27 +27,17 @@ FILES_BESIDE_CONNECTIONS = 512
 """Open files of a worker that are no connections: listeners, logs, shared memory, libraries."""
 
 
-class Status(StrEnum):
-    """``fail`` keeps ``tidegate up`` from serving; ``warn`` will hurt sooner or later."""
-
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One thing that was looked at. ``advice`` is what to do, where there is something to do."""
-
-    name: str
-    status: Status
-    finding: str
-    advice: str | None = None
-
-
-def run_doctor(settings: Settings) -> list[Check]:
-    """Look at this machine. Takes as long as importing vLLM does, some ten seconds."""
-    return diagnose(settings, Machine())
+def run_doctor(settings: Settings, *, measure: bool = True) -> list[Check]:
+    """Look at this machine. Takes as long as importing vLLM does, some ten seconds; with
+    ``measure`` three times that, for what is started and timed."""
+    machine = Machine()
+    checks = diagnose(settings, machine)
+    engine = next((check for check in checks if check.name == "engine"), None)
+    device = None
+    if engine is not None and engine.status is not Status.FAIL:
+        install = machine.install(_path(settings.loaders.engine_python))
+        device = install.device if install is not None else None
+    return [*checks, *diagnose_cache(settings, CacheMachine(), device=device, measure=measure)]
 
 
 def diagnose(settings: Settings, probes: Probes) -> list[Check]:
@@ -74,38 +65,26 @@ def diagnose(settings: Settings, probes: Probes) -> list[Check]:
     return checks
 
 
-def _ok(name: str, finding: str) -> Check:
-    return Check(name=name, status=Status.OK, finding=finding)
-
-
-def _warn(name: str, finding: str, advice: str) -> Check:
-    return Check(name=name, status=Status.WARN, finding=finding, advice=advice)
-
-
-def _fail(name: str, finding: str, advice: str) -> Check:
-    return Check(name=name, status=Status.FAIL, finding=finding, advice=advice)
-
-
 def _python(probes: Probes) -> Check:
     version = probes.python()
     text = ".".join(map(str, version))
     if OLDEST <= version[:2] <= NEWEST:
-        return _ok("python", text)
-    return _fail("python", text, "use Python 3.11, 3.12 or 3.13")
+        return ok("python", text)
+    return fail("python", text, "use Python 3.11, 3.12 or 3.13")
 
 
 def _system(probes: Probes) -> Check:
     system, release, machine = probes.system()
     text = f"{system} {release} on {machine}"
     if system != "Linux":
-        return _fail("system", text, "Tidegate runs on Linux")
+        return fail("system", text, "Tidegate runs on Linux")
     if not probes.shares_ports():
-        return _fail(
+        return fail(
             "system",
             f"{text}; two sockets cannot share a port",
             "SO_REUSEPORT is needed: this sandbox or kernel forbids it",
         )
-    return _ok("system", text)
+    return ok("system", text)
 
 
 def _cores(settings: Settings, probes: Probes, processes: Sequence[PoolSettings]) -> Check:
@@ -115,25 +94,25 @@ def _cores(settings: Settings, probes: Probes, processes: Sequence[PoolSettings]
         text += f", {quota:g} of them paid for by this container's quota"
     usable = min(float(cores), quota) if quota is not None else float(cores)
     if usable < 2:
-        return _warn(
+        return warn(
             "cpu",
             text,
             "gateway and engine share one core: answers come slowly, also under little load",
         )
     pinned = sum(pool.max_replicas * (pool.cpus_per_replica or 0) for pool in processes)
     if pinned > cores:
-        return _warn(
+        return warn(
             "cpu",
             f"{text}, and the pools at their largest pin {pinned}",
             "lower cpus_per_replica or max_replicas, or cores will be shared",
         )
     if settings.gateway.workers > cores:
-        return _warn(
+        return warn(
             "cpu",
             f"{text}, and gateway.workers is {settings.gateway.workers}",
             "more workers than cores only take turns; 0 is one per core",
         )
-    return _ok("cpu", text)
+    return ok("cpu", text)
 
 
 def _memory(
@@ -145,7 +124,7 @@ def _memory(
     total, available = probes.memory_bytes()
     text = f"{_gib(total)}, {_gib(available)} available"
     if install is None or install.device != "cpu":
-        return _ok("memory", text)
+        return ok("memory", text)
     needed = 0
     for pool in vllm:
         model = probes.model(_path(Path(pool.model or "")))
@@ -154,53 +133,53 @@ def _memory(
         needed += pool.max_replicas * (weights + cache + ENGINE_MEMORY_BYTES)
     text += f"; the engines at their most take about {_gib(needed)}"
     if needed > total:
-        return _warn(
+        return warn(
             "memory",
             text,
             "lower max_replicas or loaders.cpu_kv_cache_gib, or take a smaller model",
         )
     if needed > available and probes.owner(settings.state_dir) is None:
-        return _warn("memory", text, "end something that takes memory, or expect it to be killed")
-    return _ok("memory", text)
+        return warn("memory", text, "end something that takes memory, or expect it to be killed")
+    return ok("memory", text)
 
 
 def _disk(settings: Settings, probes: Probes) -> Check:
     free = probes.disk_free_bytes(settings.state_dir)
     if free is None:
-        return _warn("disk", "free space is not known", f"look at {settings.state_dir}")
+        return warn("disk", "free space is not known", f"look at {settings.state_dir}")
     kept = settings.autoscaler
     logs = kept.log_bytes * kept.log_files * kept.log_replicas * max(1, len(settings.pools))
     text = f"{_gib(free)} free at {settings.state_dir}; logs take {_gib(logs)} at most"
     if free < min(MIN_DISK_BYTES, logs):
-        return _warn("disk", text, "make room, or lower autoscaler.log_bytes and log_replicas")
-    return _ok("disk", text)
+        return warn("disk", text, "make room, or lower autoscaler.log_bytes and log_replicas")
+    return ok("disk", text)
 
 
 def _gpus(processes: Sequence[PoolSettings], gpus: Sequence[Gpu] | None) -> Check:
     if gpus is None:
-        return _warn(
+        return warn(
             "gpu",
             "there is an NVIDIA driver, and it does not answer",
             "run nvidia-smi and see what it says; engines on GPUs will not start",
         )
     if not gpus:
-        return _ok("gpu", "no NVIDIA GPU: engines run on the CPU")
+        return ok("gpu", "no NVIDIA GPU: engines run on the CPU")
     names = ", ".join(f"{gpu.index}: {gpu.name} {_gib(gpu.memory_bytes)}" for gpu in gpus)
     text = f"{names} (driver {gpus[0].driver})"
     wanting = [pool for pool in processes if pool.engine == "vllm"]
     if wanting and not any(pool.gpus_per_replica for pool in wanting):
-        return _warn(
+        return warn(
             "gpu",
             f"{text}; no pool has gpus_per_replica, so every engine sees all of them",
             "set gpus_per_replica = 1 in each pool that shall have a GPU of its own",
         )
-    return _ok("gpu", text)
+    return ok("gpu", text)
 
 
 def _data_path(probes: Probes) -> Check:
     if probes.is_compiled():
-        return _ok("data path", "compiled")
-    return _warn(
+        return ok("data path", "compiled")
+    return warn(
         "data path",
         "plain Python: right, and about half as fast as compiled",
         "with a C compiler and Python's headers (python3-dev), `make dev` compiles it",
@@ -212,7 +191,7 @@ def _engine(
 ) -> Iterator[Check]:
     python = _path(settings.loaders.engine_python)
     if install is None:
-        yield _fail(
+        yield fail(
             "engine",
             f"no vLLM beside {python}",
             "`make engine` installs it; loaders.engine_python names another environment; "
@@ -221,7 +200,7 @@ def _engine(
         return
     text = f"{install.distribution} {install.version} beside {python}"
     if install.device == "cpu" and probes.has_avx2() is False:
-        yield _fail(
+        yield fail(
             "engine",
             f"{text} needs a processor with AVX2, and this one has none",
             "use `--engine simulated`, or a static pool of engines that run elsewhere",
@@ -229,21 +208,21 @@ def _engine(
         return
     device, problem = probes.engine_device(python)
     if device is None:
-        yield _fail("engine", f"{text} cannot be imported: {problem}", "`make clean-engine engine`")
+        yield fail("engine", f"{text} cannot be imported: {problem}", "`make clean-engine engine`")
     elif install.device == "cuda" and device != "cuda":
-        yield _fail(
+        yield fail(
             "engine",
             f"{text} is the GPU build and finds no GPU (device {device!r})",
             "TIDEGATE_ENGINE=cpu make clean-engine engine installs the CPU build",
         )
     elif gpus and install.device == "cpu":
-        yield _warn(
+        yield warn(
             "engine",
             f"{text} is the CPU build, and there is a GPU",
             "`make clean-engine engine` installs the GPU build",
         )
     else:
-        yield _ok("engine", f"{text}, computes on {device}")
+        yield ok("engine", f"{text}, computes on {device}")
 
 
 def _pool(
@@ -258,7 +237,7 @@ def _pool(
         yield from _static_pool(name, pool, probes)
         return
     if pool.engine == "simulated":
-        yield _ok(name, "simulated engine: instant, and no model behind it")
+        yield ok(name, "simulated engine: instant, and no model behind it")
         return
     yield from _pool_gpus(name, pool, gpus)
     device = "CPU" if install is not None and install.device == "cpu" else "GPU"
@@ -266,19 +245,19 @@ def _pool(
     given = pool.model or ""
     model = probes.model(_path(Path(given)))
     if model is None and given.startswith((".", "/", "~")):
-        yield _fail(name, f"there is no directory {given}", "`make engine` makes the default model")
+        yield fail(name, f"there is no directory {given}", "`make engine` makes the default model")
     elif model is None:
-        yield _ok(name, f"{used}; {given} is a name, which the engine fetches at its first start")
+        yield ok(name, f"{used}; {given} is a name, which the engine fetches at its first start")
     elif model.damage:
         advice = "`make engine` makes it again" if model.verified else "fetch the model again"
-        yield _fail(name, f"{given}: {'; '.join(model.damage[:3])}", advice)
+        yield fail(name, f"{given}: {'; '.join(model.damage[:3])}", advice)
     else:
         state = "every byte verified" if model.verified else "not verified, it has no manifest"
-        yield _ok(name, f"{used}; {given}, {_gib(model.weights_bytes)} of weights, {state}")
+        yield ok(name, f"{used}; {given}, {_gib(model.weights_bytes)} of weights, {state}")
     if device == "CPU" and pool.max_replicas > 1 and not pool.cpus_per_replica:
         binding = settings.loaders.cpu_bind
         if binding == "auto":
-            yield _warn(
+            yield warn(
                 name,
                 "several replicas on the CPU, none pinned: each would choose the same cores",
                 'set cpus_per_replica, or loaders.cpu_bind = "nobind"',
@@ -293,16 +272,16 @@ def _pool_gpus(name: str, pool: PoolSettings, gpus: Sequence[Gpu] | None) -> Ite
     usable = len(set(pool.gpus) & there) if pool.gpus else len(there)
     if missing:
         which = ", ".join(map(str, missing))
-        yield _fail(name, f"gpus names {which}, which is not there", "correct pools.gpus")
+        yield fail(name, f"gpus names {which}, which is not there", "correct pools.gpus")
     elif usable < pool.gpus_per_replica:
-        yield _fail(
+        yield fail(
             name,
             f"a replica needs {pool.gpus_per_replica} GPUs and {usable} can be used",
             "lower gpus_per_replica (0 for the CPU)",
         )
     elif pool.gpu_memory_bytes is None and usable < pool.gpus_per_replica * pool.max_replicas:
         fit = usable // pool.gpus_per_replica
-        yield _warn(
+        yield warn(
             name,
             f"max_replicas is {pool.max_replicas} and the GPUs are enough for {fit}",
             "lower max_replicas, or share GPUs with gpu_memory_bytes",
@@ -319,10 +298,10 @@ def _static_pool(name: str, pool: PoolSettings, probes: Probes) -> Iterator[Chec
             closed.append(f"{url} ({problem})")
     text = f"{len(pool.urls)} servers of somebody else's"
     if not closed:
-        yield _ok(name, f"{text}, all of them accept connections")
+        yield ok(name, f"{text}, all of them accept connections")
     else:
         found = f"{text}; no connection to {', '.join(closed[:3])}"
-        yield _warn(name, found, "start them or correct urls; requests go to the others meanwhile")
+        yield warn(name, found, "start them or correct urls; requests go to the others meanwhile")
 
 
 def _listeners(settings: Settings, probes: Probes) -> Iterator[Check]:
@@ -333,18 +312,16 @@ def _listeners(settings: Settings, probes: Probes) -> Iterator[Check]:
         ("admin port", gateway.admin_host, gateway.admin_port),
     ):
         if port == 0:
-            yield _ok(name, "chosen by the system at start")
+            yield ok(name, "chosen by the system at start")
             continue
         problem = probes.can_listen(host, port)
         if problem is None:
-            yield _ok(name, f"{host}:{port} is free")
+            yield ok(name, f"{host}:{port} is free")
         elif owner is not None:
-            yield _ok(name, f"{host}:{port} is held by the Tidegate that runs here (pid {owner})")
+            yield ok(name, f"{host}:{port} is held by the Tidegate that runs here (pid {owner})")
         else:
             flag = "--port" if name == "port" else "--admin-port"
-            yield _fail(
-                name, f"{host}:{port}: {problem}", f"free it, or choose another with {flag}"
-            )
+            yield fail(name, f"{host}:{port}: {problem}", f"free it, or choose another with {flag}")
 
 
 def _open_files(settings: Settings, probes: Probes) -> Check:
@@ -353,18 +330,18 @@ def _open_files(settings: Settings, probes: Probes) -> Check:
     needed = 2 * connections + FILES_BESIDE_CONNECTIONS
     text = f"{soft} may be open, {needed} are wanted for {connections} connections"
     if soft >= needed:
-        return _ok("open files", text)
+        return ok("open files", text)
     how = f"`ulimit -n {needed}` before the start"
     if hard < needed:
         how = f"raise the hard limit ({hard}) for this user or service"
-    return _warn("open files", text, f"{how}, or lower gateway.max_connections")
+    return warn("open files", text, f"{how}, or lower gateway.max_connections")
 
 
 def _state(settings: Settings, probes: Probes) -> Check:
     problem = probes.can_write(settings.state_dir)
     if problem is None:
-        return _ok("state", f"{settings.state_dir} can be written")
-    return _fail(
+        return ok("state", f"{settings.state_dir} can be written")
+    return fail(
         "state", f"{settings.state_dir}: {problem}", "set state_dir to a directory of yours"
     )
 
@@ -375,9 +352,9 @@ def _tls(settings: Settings, probes: Probes) -> Iterator[Check]:
             continue
         problem = probes.can_read(path)
         if problem is None:
-            yield _ok("tls", f"{path} can be read")
+            yield ok("tls", f"{path} can be read")
         else:
-            yield _fail("tls", f"{path}: {problem}", "name a PEM file that this user can read")
+            yield fail("tls", f"{path}: {problem}", "name a PEM file that this user can read")
 
 
 def _path(path: Path) -> Path:

@@ -11,29 +11,36 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from gateway.model_parts import (
+    Cache,
+    Cached,
+    IsCancelled,
+    Keeper,
+    OnProgress,
+    Prewarm,
+    Replicate,
+    nothing_read,
+)
 from modelcache.types import (
     CacheError,
     Cancelled,
     Damaged,
     FileRange,
     InUse,
-    Manifest,
-    ModelEntry,
     NoSpace,
     NotFound,
-    Priority,
     Progress,
     SourceError,
 )
 
-OnProgress = Callable[[Progress], None]
-IsCancelled = Callable[[], bool]
-
 SLOW_VERBS = ("preload", "prewarm", "verify", "replicate")
 """Verbs that take long and tell how far they are."""
 QUICK_VERBS = ("pin", "unpin", "evict")
+
+_KEPT = "asked for: "
+"""Before the keys of pages that somebody wants kept, apart from those of pools."""
 
 _OPTIONS: Mapping[str, Mapping[str, type]] = {
     "preload": {"expected_use_at_s": float},
@@ -57,102 +64,27 @@ _ERRORS: tuple[tuple[type[CacheError], int, str], ...] = (
 """Error classes, the more special ones first, with the status and the reason they are told by."""
 
 
-class Cached(Protocol):
-    """A model revision that is on the disk."""
-
-    @property
-    def url(self) -> str:
-        """Where it came from."""
-        ...
-
-    @property
-    def revision(self) -> str:
-        """Which one it is, exactly."""
-        ...
-
-    @property
-    def path(self) -> Path:
-        """The directory an engine opens."""
-        ...
-
-    @property
-    def manifest(self) -> Manifest | None:
-        """What it consists of; ``None`` for a directory that is used where it lies."""
-        ...
-
-
-class Cache(Protocol):
-    """What is asked of the cache; ``modelcache.cache.ModelCache`` is one."""
-
-    @property
-    def dir(self) -> Path:
-        """Its directory."""
-        ...
-
-    def preload(
-        self,
-        url: str,
-        *,
-        revision: str | None = None,
-        priority: Priority = Priority.PRELOAD,
-        on_progress: OnProgress | None = None,
-        cancelled: IsCancelled | None = None,
-        expected_use_at_s: float | None = None,
-    ) -> Cached:
-        """Bring a model to the disk."""
-        ...
-
-    def find(self, url: str, revision: str | None = None) -> Cached | None:
-        """A model that is on the disk, whole."""
-        ...
-
-    def pin(self, url: str, revision: str | None = None) -> None:
-        """Keep it whatever happens."""
-        ...
-
-    def unpin(self, url: str, revision: str | None = None) -> None:
-        """Let it be evicted again."""
-        ...
-
-    def evict(self, url: str, revision: str | None = None, force: bool = False) -> int:
-        """Take it from the disk; returns the bytes that are free now."""
-        ...
-
-    def ls(self) -> Sequence[ModelEntry]:
-        """What is there."""
-        ...
-
-    def verify(
-        self, url: str, revision: str | None = None, *, repair: bool = False
-    ) -> Sequence[Any]:
-        """Read every byte again; returns what is not as it was."""
-        ...
-
-    def usage(self) -> Any:
-        """What the cache takes, and what it may take."""
-        ...
-
-
-Prewarm = Callable[[Sequence[FileRange], OnProgress, IsCancelled], Any]
-"""Brings files into the page cache; ``modelcache.pagecache.prewarm`` does."""
-Replicate = Callable[[str, str | None, Sequence[str], OnProgress, IsCancelled], Mapping[str, Any]]
-"""Has other sites preload a model: URL, revision, site names; returns an outcome for each site."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Models:
-    """The verbs over one cache. Safe to use from several threads, as the cache is."""
+    """The verbs over one cache. Safe to use from several threads, as the cache is.
+
+    What is prewarmed is kept with ``keeper``, until it is evicted or unpinned.
+    """
 
     cache: Cache
     prewarm: Prewarm
     replicate: Replicate
     sites: tuple[str, ...] = ()
+    keeper: Keeper | None = None
+    traffic: Callable[[], Mapping[str, Any]] = nothing_read
+    """What this process has read from stores and from peers, and given to them."""
 
     def listing(self) -> dict[str, Any]:
         """Every revision that is on the disk or on its way, and what all of it takes."""
         return {
             "dir": str(self.cache.dir),
             "usage": as_json(self.cache.usage()),
+            "traffic": as_json(self.traffic()),
             "models": [as_json(entry) for entry in self.cache.ls()],
         }
 
@@ -180,9 +112,14 @@ class Models:
             told = self._replicate(url, revision, options, on_progress, cancelled)
         elif verb == "evict":
             told = {"freed_bytes": self.cache.evict(url, revision, options.get("force", False))}
+            self._let_go(url)
+        elif verb == "pin":
+            self.cache.pin(url, revision)
+            told = {"pinned": True}
         else:
-            (self.cache.pin if verb == "pin" else self.cache.unpin)(url, revision)
-            told = {"pinned": verb == "pin"}
+            self.cache.unpin(url, revision)
+            self._let_go(url)
+            told = {"pinned": False}
         base = {"verb": verb, "model": url, "revision": revision}
         return {**base, **told, "elapsed_s": round(time.monotonic() - began_s, 3)}
 
@@ -226,7 +163,21 @@ class Models:
             else ranges_of_rank(cached.path, rank, world_size)
         )
         report = self.prewarm(wanted, on_progress, cancelled)
-        return {**about(cached), "pages": as_json(report)}
+        return {**about(cached), "pages": as_json(report), "not_kept": self._keep(url, wanted)}
+
+    def _keep(self, url: str, files: Sequence[FileRange]) -> str:
+        """Have the pages kept; why they are not, empty where they are."""
+        if self.keeper is None:
+            return "nobody runs here who would keep them"
+        try:
+            self.keeper.keep(_KEPT + url, files)
+        except CacheError as error:
+            return str(error)
+        return ""
+
+    def _let_go(self, url: str) -> None:
+        if self.keeper is not None:
+            self.keeper.drop(_KEPT + url)
 
     def _verify(
         self,
@@ -238,7 +189,9 @@ class Models:
     ) -> dict[str, Any]:
         repair = options.get("repair", False)
         on_progress(Progress(phase="checking"))
-        damage = self.cache.verify(url, revision, repair=repair)
+        damage = self.cache.verify(
+            url, revision, repair=repair, on_progress=on_progress, cancelled=cancelled
+        )
         return {"damage": [as_json(one) for one in damage], "repaired": bool(damage) and repair}
 
     def _replicate(
@@ -304,6 +257,7 @@ def about(cached: Cached) -> dict[str, Any]:
         "path": str(cached.path),
         "size_bytes": None if manifest is None else manifest.size_bytes,
         "files": None if manifest is None else len(manifest.files),
+        "note": cached.note,
     }
 
 

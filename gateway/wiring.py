@@ -33,6 +33,7 @@ from autoscaler.types import PoolView, ReplicaView
 from gateway import cli_render, machine
 from gateway.admin import create_app
 from gateway.admin_server import listen, serve_admin_on, url
+from gateway.cache import make_keeper, make_models, open_cache
 from gateway.cli_base import complain, out, version
 from gateway.config import LoadedSettings
 from gateway.control import LiveControl
@@ -41,7 +42,7 @@ from gateway.datapath.shared import Shared
 from gateway.fleet import FleetBook
 from gateway.running import Running, leave_record, make_url, remove_record
 from gateway.settings import Settings
-from gateway.warming import make_wake_times, make_warmth, open_node
+from gateway.warming import make_wake_times, make_warmth
 from gateway.workers import ListenError, Workers, open_listeners
 from loaders.engine import EngineCommand, find_install, simulated_command, vllm_command
 from loaders.settings import LoaderSettings
@@ -198,9 +199,10 @@ class _Tidegate:
         self.stack.callback(self.shared.close)
         self.book = FleetBook(self.shared, settings.pools, time.monotonic)
         self.fleet = self.book.publish((), {})
-        self.node = open_node(settings, os.environ)
-        if self.node is not None:
-            self.stack.callback(self.node.close)
+        self.node = open_cache(settings, os.environ)
+        self.stack.callback(self.node.close)
+        keeper = make_keeper(settings)
+        self.models = make_models(self.node, settings, os.environ, keeper)
         process = self._process_backend()
         self.loop = ControlLoop(
             pools=settings.pools,
@@ -208,7 +210,7 @@ class _Tidegate:
             backends={"process": process, "static": StaticBackend(settings=settings.autoscaler)},
             observe=self.book.observe,
             publish=self._publish,
-            preparer=make_warmth(settings, process, self.node),
+            preparer=make_warmth(settings, process, self.node, keeper),
             wake_times=make_wake_times(settings),
         )
         self.workers = Workers(
@@ -284,6 +286,7 @@ async def _live(tidegate: _Tidegate) -> int:
         tidegate.control,
         host=tidegate.settings.gateway.admin_host,
         allowed_hosts=tidegate.settings.gateway.admin_allowed_hosts,
+        models=tidegate.models,
     )
     admin = asyncio.create_task(serve_admin_on(tidegate.admin_listener, app, admin_stop))
     looping: asyncio.Task[None] | None = None

@@ -33,6 +33,7 @@ class FakeCached:
     revision: str
     path: Path
     manifest: Manifest | None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,13 @@ class FakeCache:
         ]
 
     def verify(
-        self, url: str, revision: str | None = None, *, repair: bool = False
+        self,
+        url: str,
+        revision: str | None = None,
+        *,
+        repair: bool = False,
+        on_progress: Callable[[Progress], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
     ) -> Sequence[FakeDamage]:
         self.calls.append(("verify", url, revision, repair))
         self._there(url)

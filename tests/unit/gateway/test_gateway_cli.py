@@ -512,12 +512,15 @@ def test_doctor(
         SimpleNamespace(name="python", status="ok", finding="3.11", advice=None),
         SimpleNamespace(name="disk", status=worst, finding="little", advice="make room"),
     ]
-    monkeypatch.setattr("gateway.doctor.run_doctor", lambda settings: checks)
+    monkeypatch.setattr(
+        "gateway.doctor.run_doctor", lambda settings, measure: checks if measure else []
+    )
     assert cli.main(["doctor"]) == code
     out = capsys.readouterr().out
     assert "disk: make room" in out
     assert cli.main(["doctor", "--json"]) == code
     assert [one["status"] for one in json.loads(capsys.readouterr().out)["checks"]] == ["ok", worst]
+    assert cli.main(["doctor", "--json", "--no-measure"]) == 0
 
 
 # ── Usage ─────────────────────────────────────────────────────────────────────────────────────────
@@ -571,7 +574,11 @@ def test_every_verb_has_help_with_an_example() -> None:
     group = typer.main.get_command(cli.app)
     verbs = dict(group.commands)
     verbs |= verbs.pop("config").commands
-    assert set(verbs) == {"up", "status", "scale", "explain", "doctor", "check", "show", "example"}
+    verbs |= verbs.pop("model").commands
+    assert set(verbs) == {
+        *("up", "status", "scale", "explain", "doctor", "check", "show", "example"),
+        *("ls", "preload", "prewarm", "pin", "unpin", "evict", "verify", "replicate"),
+    }
     for name, verb in verbs.items():
         assert "**Example" in (verb.help or ""), name
         assert all(getattr(one, "help", "") for one in verb.params if one.name != "help"), name

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from gateway.doctor import Check, Status, diagnose, run_doctor
+from gateway.checks import Check, Status
+from gateway.doctor import diagnose, run_doctor
 from gateway.machine import Gpu, Machine, Model, parse_gpus
 from gateway.settings import Settings
 from loaders.engine import EngineInstall

@@ -6,7 +6,6 @@ import asyncio
 import secrets
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,16 +144,23 @@ def test_one_sites_failure_is_its_own(sites: Callable[..., Site]) -> None:
 def test_asking_twice_joins_what_is_under_way(sites: Callable[..., Site]) -> None:
     eu = sites()
     found: list[dict[str, Outcome]] = []
+    joined = threading.Barrier(4, timeout=60)
 
     def ask() -> None:
-        found.append(replicate(URL, None, {"eu": eu.client()}, on_progress=lambda p: None,
-                               cancelled=never))  # fmt: skip
+        told: list[int] = []
+
+        def note(progress: Progress) -> None:
+            # It tells of bytes only when it has been told of them: it has joined.
+            if progress.bytes_done and not told:
+                told.append(progress.bytes_done)
+                joined.wait()
+
+        found.append(replicate(URL, None, {"eu": eu.client()}, on_progress=note, cancelled=never))
 
     threads = [threading.Thread(target=ask) for _ in range(3)]
     for thread in threads:
         thread.start()
-    while len(eu.serving.peers._server._connections) < 3:  # type: ignore[union-attr]
-        time.sleep(0.01)
+    joined.wait()
     eu.cache.go.set()
     for thread in threads:
         thread.join(30)

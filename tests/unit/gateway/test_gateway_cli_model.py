@@ -1,0 +1,336 @@
+"""``tidegate model``: both ways to do it, what is printed, exit codes, one line for an error."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fake_cache import REVISION, FakeCache, fake_models
+
+from gateway import cli, cli_model, cli_render_models, running
+from gateway.admin import create_app
+from gateway.admin_server import serve_admin
+from gateway.cli_progress import Bar, figures
+from gateway.cli_render import Screen
+from gateway.models import Models
+from modelcache.types import Cancelled, NoSpace, Progress
+
+URL = "hf://org/name"
+NOW_S = 1_800_000_000.0
+
+
+class Served:
+    """A real admin listener in a thread of its own."""
+
+    def __init__(self, models: Models) -> None:
+        self.url = ""
+        self._models = models
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+
+    async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+
+        def listening(url: str) -> None:
+            self.url = url
+            self._ready.set()
+
+        app = create_app(SimpleNamespace(), models=self._models)  # type: ignore[arg-type]
+        await serve_admin(app, "127.0.0.1", 0, self._stop, on_listening=listening, shutdown_s=1)
+
+    def __enter__(self) -> Served:
+        self._thread.start()
+        assert self._ready.wait(30)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(30)
+
+
+@pytest.fixture(autouse=True)
+def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("TIDEGATE")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli_model, "time", SimpleNamespace(time=lambda: NOW_S))
+    return tmp_path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCache:
+    """The cache of this node, which both ways lead to."""
+    cache = FakeCache(tmp_path / "cache")
+    models = fake_models(cache, {"eu": "", "us": "nobody answers"})
+    monkeypatch.setattr("gateway.cache.open_models", lambda settings, environ: models)
+    return cache
+
+
+@pytest.fixture(params=["here", "the one that runs", "an agent", "named"])
+def tidegate(
+    request: pytest.FixtureRequest, cache: FakeCache, tmp_path: Path
+) -> Iterator[Callable[..., int]]:
+    """The command line, with whoever does the work: all must do and say the same."""
+    if request.param == "here":
+        yield lambda *words: cli.main(["model", *words])
+        return
+    models = fake_models(cache, {"eu": "", "us": "nobody answers"})
+    with Served(models) as served:
+        if request.param == "named":
+            yield lambda *words: cli.main(["model", *words, "--admin", served.url])
+            return
+        name = running.AGENT_NAME if request.param == "an agent" else running.RECORD_NAME
+        record = running.Running(pid=os.getpid(), url="", admin_url=served.url)
+        running.leave_record(tmp_path / ".tidegate", record, name)
+        yield lambda *words: cli.main(["model", *words])
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> Any:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_verb_both_ways(
+    tidegate: Callable[..., int], cache: FakeCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tidegate("preload", URL, "--json") == 0
+    told = printed(capsys)
+    assert (told["verb"], told["model"], told["revision"]) == ("preload", URL, REVISION)
+    assert tidegate("prewarm", "org/name", "--json") == 0  # a hub's name is its URL
+    assert printed(capsys)["pages"]["bytes_read"] == 1000
+    assert tidegate("pin", URL, "--json") == 0
+    assert printed(capsys)["pinned"] is True
+    assert tidegate("ls", "--json") == 0
+    (entry,) = printed(capsys)["models"]
+    assert (entry["url"], entry["pinned"], entry["complete"]) == (URL, True, True)
+    assert tidegate("verify", URL, "--json") == 0
+    assert printed(capsys)["damage"] == []
+    assert tidegate("evict", URL) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"tidegate: {URL} is pinned\n")
+    assert tidegate("unpin", URL, "--json") == 0
+    assert printed(capsys)["pinned"] is False
+    assert tidegate("evict", URL, "--json") == 0
+    assert printed(capsys)["freed_bytes"] == 3_000_000
+    assert tidegate("verify", URL) == 1
+    assert capsys.readouterr().err == f"tidegate: {URL} is not in the cache\n"
+    assert [call[0] for call in cache.calls] == [
+        "preload", "prewarm", "pin", "verify", "evict", "unpin", "evict", "verify",
+    ]  # fmt: skip
+
+
+def test_options_arrive(tidegate: Callable[..., int], cache: FakeCache) -> None:
+    assert tidegate("preload", URL, "-r", "main", "--expected-in-s", "60") == 0
+    assert cache.calls[-1][1:3] == (URL, "main")
+    assert cache.calls[-1][-1] == NOW_S + 60
+    assert tidegate("verify", URL, "--repair") == 0
+    assert cache.calls[-1] == ("verify", URL, None, True)
+    assert tidegate("evict", URL, "--revision", REVISION, "--force") == 0
+    assert cache.calls[-1] == ("evict", URL, REVISION, True)
+    assert tidegate("replicate", URL, "--to", "eu") == 0
+    assert cache.calls[-1] == ("replicate", URL, None, ("eu",))
+
+
+def test_what_is_damaged_or_cannot_be_replicated_is_exit_code_1(
+    tidegate: Callable[..., int], cache: FakeCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tidegate("preload", URL)
+    cache.damaged.add(URL)
+    capsys.readouterr()
+    assert tidegate("verify", URL) == 1
+    assert "1 damaged" in capsys.readouterr().out
+    assert tidegate("verify", URL, "--repair") == 0
+    assert "1 damaged, mended" in capsys.readouterr().out
+    assert tidegate("replicate", URL) == 1
+    assert capsys.readouterr().out == "eu: it is there\nus: nobody answers\n"
+    assert tidegate("replicate", URL, "--to", "moon") != 0
+    assert "'moon' is not in modelcache.sites" in capsys.readouterr().err
+
+
+def test_an_error_is_one_line(
+    tidegate: Callable[..., int], cache: FakeCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache.errors[URL] = NoSpace("3 GB are wanted\nand 1 GB is free")
+    assert tidegate("preload", URL) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "tidegate: 3 GB are wanted and 1 GB is free\n")
+
+
+def test_texts(cache: FakeCache, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*words: str) -> str:
+        assert cli.main(["model", *words]) == 0
+        return capsys.readouterr().out
+
+    assert "No model is in it; `tidegate model preload MODEL` brings one." in said("ls")
+    path = cache.dir / "views" / "name"
+    assert said("preload", URL) == f"{URL} 0123456789ab, 3.0 MB in 1 files (0.0 s): {path}\n"
+    assert said("preload", URL) == f"{URL} 0123456789ab, 3.0 MB, was there already: {path}\n"
+    assert said("prewarm", URL).startswith(f"{URL}: 1 kB read, 100 % in the page cache")
+    assert "is pinned" in said("pin", URL)
+    cache.leased.add(URL)
+    head, _, titles, row = said("ls").splitlines()
+    assert head == f"{cache.dir}: 3.0 MB taken of 1.0 GB allowed, 5.0 GB of the disk free"
+    assert titles.split()[:4] == ["MODEL", "REVISION", "TIER", "SIZE"]
+    for text in (URL, "0123456789ab", "on_disk", "25 %", "pinned, in use by replica a-1", "1 min"):
+        assert text in row
+    cache.leased.clear()
+    assert "may be evicted again" in said("unpin", URL)
+    assert said("evict", URL) == f"{URL} is evicted; 3.0 MB are free again.\n"
+    assert "\x1b[" in cli_render_models.listing(
+        {"dir": "d", "models": [{"url": URL}]}, Screen(terminal=True, width=120), NOW_S
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "says"),
+    [
+        ("chat", "hf://org/small", None),
+        ("other-name", "hf://org/small", None),
+        ("Qwen/Qwen3-8B", "hf://Qwen/Qwen3-8B", None),
+        ("hf://org/name@v1", "hf://org/name@v1", None),
+        ("s3://bucket/prefix/", "s3://bucket/prefix", None),
+        ("here/model", "{here}/here/model", None),
+        ("./here/model", "{here}/here/model", None),
+        ("./nowhere", "", "there is no directory ./nowhere"),
+        ("ftp://x/y", "", "unknown scheme 'ftp'"),
+        ("https://user:secret@host/x", "", "carries no user or password"),
+        ("just-a-word", "", "neither a URL"),
+    ],
+)
+def test_what_a_model_may_be_called(
+    cache: FakeCache,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    model: str,
+    says: str | None,
+) -> None:
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    Path("tidegate.toml").write_text(
+        '[[pools]]\nname = "chat"\naliases = ["other-name"]\nengine = "vllm"\n'
+        'model = "hf://org/small"\n'
+    )
+    code = cli.main(["model", "preload", name])
+    err = capsys.readouterr().err
+    if says is None:
+        assert code == 0, err
+        assert cache.calls[-1][1] == model.format(here=tmp_path)
+    else:
+        assert code == 2
+        assert says in err
+        assert "secret" not in err
+        assert err.count("\n") == 1
+        assert cache.calls == []
+
+
+def test_nobody_at_the_address_is_exit_code_2(
+    cache: FakeCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verb in ("preload", "pin"):
+        assert cli.main(["model", verb, URL, "--admin", "http://127.0.0.1:1"]) == 2
+        assert "nothing answers at http://127.0.0.1:1" in capsys.readouterr().err
+    assert cli.main(["model", "ls", "--admin", "::"]) == 2
+    assert cache.calls == []
+
+
+def test_ctrl_c_calls_it_off_and_waits_for_that(
+    cache: FakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.go.clear()
+    began = cache.begun
+
+    class Interrupted(threading.Thread):
+        """A thread whose first join is interrupted once the work has begun."""
+
+        asked = False
+
+        def join(self, timeout: float | None = None) -> None:
+            if self.name == "model preload" and not Interrupted.asked:
+                assert began.wait(30)
+                Interrupted.asked = True
+                raise KeyboardInterrupt
+            super().join(timeout)
+
+    monkeypatch.setattr(cli_model.threading, "Thread", Interrupted)
+    assert cli.main(["model", "preload", URL]) == 130
+    assert cache.left.is_set()
+    assert cache.models == {}
+
+
+def test_a_cancelled_one_is_no_traceback(
+    cache: FakeCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache.errors[URL] = Cancelled("called off")
+    assert cli.main(["model", "preload", URL]) == 1
+    assert capsys.readouterr().err == "tidegate: called off\n"
+
+
+@pytest.mark.parametrize(
+    ("progress", "text"),
+    [
+        (Progress(phase="listing"), ""),
+        (Progress(phase="fetching", bytes_done=1_500_000), "1.5 MB"),
+        (
+            Progress(phase="fetching", bytes_done=10**9, bytes_total=3 * 10**9, rate_bytes_s=10**8),
+            "1.0 GB of 3.0 GB, 100 MB/s, 20 s left",
+        ),
+        (Progress(phase="checking", detail="2 of 3 files"), "2 of 3 files"),
+    ],
+)
+def test_progress_in_figures(progress: Progress, text: str) -> None:
+    assert figures(progress) == text
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("gateway.cli_progress.time", clock)
+    with Bar("preload m") as bar:
+        for second in range(25):
+            now[0] = float(second)
+            bar.show(Progress(phase="fetching", bytes_done=second * 10**6, bytes_total=10**9))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "tidegate: preload m: fetching 10.0 MB of 1.0 GB",
+        "tidegate: preload m: fetching 20.0 MB of 1.0 GB",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar_and_nothing_of_it_stays(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with Bar("preload m") as bar:
+        bar.show(Progress(phase="fetching", bytes_done=10**9, bytes_total=2 * 10**9))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "preload m: fetching" in err
+    assert "1.0 GB of 2.0 GB" in err
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "?"),
+        (0, "0 B"),
+        (999, "999 B"),
+        (1_000, "1 kB"),
+        (999_949, "1.0 MB"),
+        (1_500_000, "1.5 MB"),
+        (412_000_000, "412 MB"),
+        (14_900_000_000, "14.9 GB"),
+        (2.5e15, "2.5 PB"),
+    ],
+)
+def test_sizes(value: float | None, text: str) -> None:
+    assert cli_render_models.size(value) == text
