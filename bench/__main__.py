@@ -6,7 +6,9 @@
   python -m bench datapath    CPU per request and per chunk, latency, memory: Tidegate beside nginx,
                               sglang-router and vllm-router, the router alone on one core
   python -m bench coldhold    200 requests held at zero replicas while the engine starts
+  python -m bench loading     safetensors to memory, beside the libraries and the loaders of others
   python -m bench coldstart   a request at zero to its first token, from each tier of warmth
+  python -m bench pages       files into the page cache, what is cached, and whether it stays
   python -m bench remote      models from stores to the disk, beside the stores' own clients
 
 Everything listens on 127.0.0.1 and ends within a stated time. bench/README.md explains the methods.
@@ -124,6 +126,66 @@ def _coldstart(arguments: argparse.Namespace) -> int:
     return coldstart.run(options, _command())
 
 
+def _pages(arguments: argparse.Namespace) -> int:
+    from bench import machine, pages, pages_report
+
+    options = pages.Options(
+        gb=arguments.gb, rounds=arguments.rounds, decay_s=arguments.decay_s, out=arguments.out
+    )
+    before = machine.counters()
+    results = pages.run(options)
+    noise = machine.noise(before, machine.counters())
+    made = pages_report.document(
+        results,
+        command=_command(),
+        date=datetime.date.today().isoformat(),
+        machine=machine.describe(),
+        noise=noise,
+    )
+    paths = pages_report.write(made, options.out)
+    print("\n" + pages_report.markdown(made))
+    print(f"wrote {', '.join(str(path) for path in paths)}")
+    return 0 if all(verdict["passed"] for verdict in made["verdicts"]) else 1
+
+
+def _loading(arguments: argparse.Namespace) -> int:
+    from bench import loading, loading_report, machine
+
+    options = loading.Options(
+        gb=arguments.gb,
+        rounds=arguments.rounds,
+        only=tuple(arguments.only.split(",")) if arguments.only else (),
+        out=arguments.out,
+    )
+    before = machine.counters()
+    results = loading.run(options)
+    after = machine.counters()
+    date = datetime.date.today().isoformat()
+    made = loading_report.document(
+        results,
+        options=options,
+        command=_command(),
+        date=date,
+        machine=machine.describe(),
+        noise=machine.load(before, after),
+    )
+    paths = loading_report.write(made, arguments.out, f"loading-{date}")
+    print("\n" + loading_report.terminal(made))
+    print(f"wrote {', '.join(str(path) for path in paths)}")
+    missed = any(v["passed"] is False for v in made["verdicts"])
+    return 1 if missed or results.wrong else 0
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gb", type=float, default=4.06, metavar="X", help="of weights (4.06)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of all (3)")
+    parser.add_argument("--only", metavar="A,B", help="these contenders, and the raw limits")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/results"), help="folder of the report"
+    )
+    parser.set_defaults(run=_loading)
+
+
 def _command() -> str:
     return " ".join(["python -m bench", *sys.argv[1:]])
 
@@ -149,6 +211,15 @@ def _add_coldhold(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit-s", type=float, default=420, metavar="S", help="at most (420)")
     parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder of the report")
     parser.set_defaults(run=_coldhold)
+
+
+def _add_pages(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gb", type=float, default=4.0, metavar="X", help="of files (4)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of all ways (5)")
+    parser.add_argument("--decay-s", type=float, default=120.0, metavar="S",
+                        help="how long to watch what stays; 0: not (120)")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="report's folder")
+    parser.set_defaults(run=_pages)
 
 
 def _add_remote(parser: argparse.ArgumentParser) -> None:
@@ -220,6 +291,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Requests to a pool at zero replicas, held while the engine starts: every one "
         "answered, once. Real vLLM by default (`make engine` prepares it). Exit code 1 otherwise.",
     ))  # fmt: skip
+    _add_pages(commands.add_parser(
+        "pages",
+        help="files into the page cache, what is cached, and whether it stays",
+        description="Every way to bring files into the page cache beside each other, how long it "
+        "takes to tell what is cached, a reader beside prewarming, and what is left after two "
+        "minutes with the page keeper and without. Writes 4 GB to the disk and removes them. "
+        "About 6 minutes. Exit code 1 when a bar is missed.",
+    ))  # fmt: skip
     _add_remote(commands.add_parser(
         "remote",
         help="models from HTTP, S3 and OSS to the disk, digests verified, beside their clients",
@@ -233,6 +312,14 @@ def _parser() -> argparse.ArgumentParser:
         description="The real vLLM through the whole of Tidegate: plain from cold disk, then from "
         "each tier a pool can wait in, with the phases. `make engine` prepares it. About 8 "
         "minutes. Exit code 1 when a bar is missed.",
+    ))  # fmt: skip
+    _add_loading(commands.add_parser(
+        "loading",
+        help="safetensors to memory, cold and warm, beside every other loader",
+        description="The same files read by Tidegate's loader, the safetensors library, vLLM's "
+        "strategies, runai-model-streamer, fastsafetensors, InstantTensor, tensorizer, and the "
+        "raw disk. Needs the engine environment (`make engine`), 9 GB of disk, and the network "
+        "once for the peers' packages. About 15 minutes. Exit code 1 when a bar is missed.",
     ))  # fmt: skip
     return parser
 

@@ -46,6 +46,7 @@ def counters() -> dict[str, float]:
         "busy_s": (user + nice + system + irq + softirq) * tick_s,
         "stolen_s": steal * tick_s,
         "own_s": _own_cpu_s(),
+        "waited_s": _waited_s(),
         "at_s": time.monotonic(),
     }
 
@@ -58,3 +59,23 @@ def noise(before: dict[str, float], after: dict[str, float]) -> dict[str, float]
         "other_busy_fraction": round(other_s / max(passed["at_s"], 1e-9), 3),
         "stolen_s": round(passed["stolen_s"], 2),
     }
+
+
+def load(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """How busy the machine was between two :func:`counters`, whoever by: cores in use, and how
+    much of the time something waited for a core."""
+    passed = {name: after[name] - before[name] for name in before}
+    time_s = max(passed["at_s"], 1e-9)
+    return {
+        "busy_fraction": round(passed["busy_s"] / time_s, 3),
+        "pressure_fraction": round(passed["waited_s"] / time_s, 3),
+    }
+
+
+def _waited_s() -> float:
+    """Seconds in which something that could run did not; 0 where the kernel does not count."""
+    try:
+        found = re.search(r"^some .*total=(\d+)", Path("/proc/pressure/cpu").read_text())
+    except OSError:
+        return 0.0
+    return int(found[1]) / 1e6 if found else 0.0

@@ -20,8 +20,10 @@ from modelcache import kernel
 from modelcache.spans import Opened, Span, merge
 from modelcache.types import PIECE_BYTES, CacheError, Cancelled, FileRange, Progress, Residency
 
-RUN_BYTES = 8 * PIECE_BYTES
-"""Bytes that one thread reads in a row, so that the kernel's read-ahead gets going."""
+RUN_BYTES = 1024 * 1024 * 1024
+"""Bytes that one thread reads in a row. The kernel's read-ahead begins anew with each run, first
+with single pages: short runs cost twice the time of the processor, then and whenever the pages are
+counted or mapped."""
 
 STREAMS = 2
 """Threads that read when nobody else must be considered. One nearly fills a local disk; a remote
