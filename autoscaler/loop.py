@@ -71,7 +71,8 @@ class ControlLoop(Orders):
         self._clock = clock
         self._sleep = sleep
         self._backends = {pool.backend: backends[pool.backend] for pool in pools}
-        self._preparer = preparer or AsItLies()
+        as_it_lies = AsItLies()
+        self._preparer = preparer or as_it_lies
         self._wake_times = wake_times or WakeTimes(samples=settings.wake_samples)
         slugs = make_slugs(pool.name for pool in pools)
         self._pools = {
@@ -80,7 +81,8 @@ class ControlLoop(Orders):
                 settings,
                 backends[pool.backend],
                 slugs[pool.name],
-                preparer=self._preparer,
+                # What somebody else runs is not ours to bring near, or to keep warm.
+                preparer=self._preparer if backends[pool.backend].owns_replicas else as_it_lies,
                 wake_times=self._wake_times,
             )
             for pool in pools

@@ -91,9 +91,13 @@ def create_app(
 
     With ``models`` the model cache is shown and worked on too, below ``/models``.
     """
-    routes = _Routes(control, max_body_bytes, models)
+    return assemble(_Routes(control, max_body_bytes, models).table(), host, allowed_hosts)
+
+
+def assemble(routes: Sequence[Route], host: str, allowed_hosts: Sequence[str]) -> Starlette:
+    """An application of these routes and of an index of them, guarded against web pages."""
     return Starlette(
-        routes=routes.table(),
+        routes=[_index(routes), *routes],
         middleware=[Middleware(BrowserGuard, host=host, allowed_hosts=tuple(allowed_hosts))],
         exception_handlers={HTTPException: _http_error, Exception: _internal_error},
     )
@@ -168,7 +172,6 @@ class _Routes:
     def table(self) -> list[Route]:
         """Every route. Pools' names may have slashes in them."""
         return [
-            Route("/", self.index),
             Route("/metrics", self.metrics),
             Route("/healthz", self.healthz),
             Route("/readyz", self.readyz),
@@ -180,15 +183,6 @@ class _Routes:
             Route("/replicas/{replica:path}/drain", self.drain, methods=["POST"]),
             *self.models,
         ]
-
-    async def index(self, request: Request) -> Response:
-        """What there is here."""
-        paths = {
-            f"{method} {route.path.replace(':path', '')}": (route.endpoint.__doc__ or "").strip()
-            for route in self.table()
-            for method in sorted((route.methods or set()) - {"HEAD"})
-        }
-        return JSONResponse({"tidegate": "admin", "endpoints": paths})
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus text."""
@@ -270,6 +264,20 @@ class _Routes:
     async def body(self, request: Request, known: set[str]) -> dict[str, Any] | Response:
         """A small JSON object with only ``known`` in it (nothing is ``{}``), or what is wrong."""
         return await read_object(request, known, self.max_body_bytes)
+
+
+def _index(routes: Sequence[Route]) -> Route:
+    async def index(request: Request) -> Response:
+        """What there is here."""
+        return JSONResponse({"tidegate": "admin", "endpoints": paths})
+
+    own = Route("/", index)
+    paths = {
+        f"{method} {route.path.replace(':path', '')}": (route.endpoint.__doc__ or "").strip()
+        for route in (own, *routes)
+        for method in sorted((route.methods or set()) - {"HEAD"})
+    }
+    return own
 
 
 def _whole(value: object) -> bool:

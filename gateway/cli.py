@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import typer
 
 from gateway import cli_base, cli_client, cli_render
+from gateway.cli_agent import agent
 from gateway.cli_base import (
     Admin,
     AsJson,
@@ -53,6 +54,7 @@ app = typer.Typer(
 )
 app.add_typer(config_app, name="config", help="Check and show the settings.")
 app.add_typer(model_app, name="model", help="The models in this node's cache.")
+app.command()(agent)
 
 
 def _version(wanted: bool) -> None:

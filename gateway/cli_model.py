@@ -375,4 +375,4 @@ def model_replicate(
     """
     told = _do("replicate", model, revision, as_json, (admin, config, sets), sites=to)
     outcomes = (told.get("sites") or {}).values()
-    return 1 if any(one.get("error") for one in outcomes) else 0
+    return 1 if any(one.get("error") or one.get("done") is False for one in outcomes) else 0

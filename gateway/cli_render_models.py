@@ -125,6 +125,7 @@ def _verified(told: Mapping[str, Any], took: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _site(name: str, outcome: Any) -> str:
-    problem = outcome.get("error") if isinstance(outcome, Mapping) else None
-    return f"{name}: {problem}\n" if problem else f"{name}: it is there\n"
+def _site(name: str, outcome: Mapping[str, Any]) -> str:
+    if outcome.get("error"):
+        return f"{name}: {outcome['error']}\n"
+    return f"{name}: {'it is there' if outcome.get('done', True) else 'not done'}\n"

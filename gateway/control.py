@@ -7,7 +7,7 @@ monotonic clock become Unix times (``at_s``) or durations (``since_s``).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from autoscaler.backends.base import BackendError
@@ -40,6 +40,7 @@ class LiveControl:
         admin_url: str,
         clock: Callable[[], float],
         observe: Callable[[], Observation],
+        traffic: Callable[[], Mapping[str, Any]],
     ) -> None:
         self._loop = loop
         self._workers = workers
@@ -49,6 +50,7 @@ class LiveControl:
         self._admin_url = admin_url
         self._clock = clock
         self._observe = observe
+        self._traffic = traffic
         self._started_s = clock()
 
     def status(self) -> dict[str, Any]:
@@ -122,6 +124,7 @@ class LiveControl:
             pools=tuple(self._pools),
             report=self._loop.status(),
             version=self._version,
+            traffic=self._traffic(),
         )
 
     def explain(self, pool: str) -> list[dict[str, Any]]:

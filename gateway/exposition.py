@@ -6,7 +6,8 @@ format.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -29,28 +30,55 @@ PREFIX = "tidegate_"
 
 
 def render(
-    *, shared: Shared, pools: Sequence[str], report: FleetReport | None, version: str
+    *,
+    shared: Shared,
+    pools: Sequence[str],
+    report: FleetReport | None,
+    version: str,
+    traffic: Mapping[str, Any],
 ) -> bytes:
-    """The whole page, in Prometheus text format 0.0.4."""
+    """The whole page, in Prometheus text format 0.0.4. ``traffic``: the model cache's figures."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Page(shared, pools, report, version))
+    registry.register(_Page(shared, pools, report, version, traffic))
     return generate_latest(registry)
+
+
+def render_agent(*, version: str, traffic: Mapping[str, Any]) -> bytes:
+    """The page of a cache agent, which has no pools."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_AgentPage(version, traffic))
+    return generate_latest(registry)
+
+
+class _AgentPage(Collector):
+    def __init__(self, version: str, traffic: Mapping[str, Any]) -> None:
+        self._version = version
+        self._traffic = traffic
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, one after the other."""
+        yield _build(self._version)
+        yield from _cache(self._traffic)
 
 
 class _Page(Collector):
     def __init__(
-        self, shared: Shared, pools: Sequence[str], report: FleetReport | None, version: str
+        self,
+        shared: Shared,
+        pools: Sequence[str],
+        report: FleetReport | None,
+        version: str,
+        traffic: Mapping[str, Any],
     ) -> None:
         self._shared = shared
         self._pools = pools
         self._report = report
         self._version = version
+        self._traffic = traffic
 
     def collect(self) -> Iterator[Metric]:
         """All families, one after the other."""
-        info = InfoMetricFamily(PREFIX + metrics.BUILD.name, metrics.BUILD.help)
-        info.add_metric([], {"version": self._version})
-        yield info
+        yield _build(self._version)
         yield from self._pool_counters()
         yield from self._histograms()
         yield from self._worker_counters()
@@ -58,6 +86,7 @@ class _Page(Collector):
             yield from self._replicas(self._report)
             yield from self._warmth(self._report)
             yield from self._decisions(self._report)
+        yield from _cache(self._traffic)
 
     def _pool_counters(self) -> Iterator[Metric]:
         families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
@@ -142,6 +171,25 @@ class _Page(Collector):
         for where, count in sorted(report.troubles.items()):
             troubles.add_metric([where], count)
         yield from (decisions, troubles)
+
+
+def _build(version: str) -> Metric:
+    info = InfoMetricFamily(PREFIX + metrics.BUILD.name, metrics.BUILD.help)
+    info.add_metric([], {"version": version})
+    return info
+
+
+def _cache(traffic: Mapping[str, Any]) -> Iterator[Metric]:
+    """The model cache's figures, those that are told."""
+    families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+    for figure, metric in metrics.CACHE_METRICS.items():
+        if figure not in traffic:
+            continue
+        family = families.get(metric.name)
+        if family is None:
+            family = families[metric.name] = _family(metric, [])
+        family.add_metric([value for _, value in metric.labels], traffic[figure])
+    yield from families.values()
 
 
 def _family(metric: metrics.Metric, labels: list[str]) -> CounterMetricFamily | GaugeMetricFamily:

@@ -66,6 +66,14 @@ def load_for_up(
     return load(path, environ, overrides, base=base, flags=flags)
 
 
+def load_for_agent(
+    config: Path | None, environ: Mapping[str, str], overrides: Sequence[str], flags: Sequence[Flag]
+) -> LoadedSettings:
+    """Settings as ``tidegate agent`` uses them; raises ``ConfigError``. Pools are of no account."""
+    base = {"pools": [built_in_pool(None)]}
+    return load(find_config(config), environ, overrides, base=base, flags=list(flags))
+
+
 def _flags(up: UpFlags) -> list[Flag]:
     named = {
         "gateway.host": ("--host", up.host),

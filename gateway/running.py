@@ -19,7 +19,8 @@ AGENT_NAME = "agent.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
-    """One running Tidegate: its control process and its two listeners."""
+    """One running Tidegate: its control process and its two listeners. An agent's ``url`` is where
+    its peers are served."""
 
     pid: int
     url: str

@@ -12,11 +12,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
-import signal
 import socket
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,12 +37,14 @@ from gateway.control import LiveControl
 from gateway.datapath.messages import WorkerConfig
 from gateway.datapath.shared import Shared
 from gateway.fleet import FleetBook
+from gateway.lifetime import set_up_logging, take_signals
 from gateway.running import Running, leave_record, make_url, remove_record
 from gateway.settings import Settings
 from gateway.warming import make_wake_times, make_warmth
 from gateway.workers import ListenError, Workers, open_listeners
 from loaders.engine import EngineCommand, find_install, simulated_command, vllm_command
 from loaders.settings import LoaderSettings
+from modelcache.agent import start_serving
 from modelcache.types import CacheError
 
 log = logging.getLogger("tidegate")
@@ -59,7 +58,7 @@ def run(loaded: LoadedSettings) -> int:
     """Run until SIGTERM or Ctrl-C. Returns the exit status: 0 after an orderly end, 2 where it
     could not start (one line says why)."""
     settings = loaded.settings
-    _set_up_logging(settings.gateway.log_level)
+    set_up_logging(settings.gateway.log_level)
     try:
         return asyncio.run(_run(settings))
     except (ListenError, BackendError, CacheError) as error:
@@ -201,6 +200,9 @@ class _Tidegate:
         self.fleet = self.book.publish((), {})
         self.node = open_cache(settings, os.environ)
         self.stack.callback(self.node.close)
+        serving = start_serving(settings.modelcache, self.node.peers, self.node.cache)
+        if serving is not None:
+            self.stack.callback(serving.close)
         keeper = make_keeper(settings)
         self.models = make_models(self.node, settings, os.environ, keeper)
         process = self._process_backend()
@@ -232,6 +234,7 @@ class _Tidegate:
             admin_url=self.admin_url,
             clock=time.monotonic,
             observe=self.book.observe,
+            traffic=self.models.traffic,
         )
 
     def _process_backend(self) -> ProcessBackend:
@@ -275,7 +278,7 @@ async def _run(settings: Settings) -> int:
 
 async def _live(tidegate: _Tidegate) -> int:
     stop, hurry = asyncio.Event(), asyncio.Event()
-    _take_signals(stop, hurry)
+    take_signals(stop, hurry)
     for leftover in await tidegate.loop.open():
         if leftover.pids:  # most often the kernel has ended them all already
             pids = ", ".join(map(str, leftover.pids))
@@ -333,41 +336,10 @@ async def _stop(
     hurried.cancel()
 
 
-# A signal to a whole process group can reach us twice, directly and passed on by our parent (make
-# does so): within this time it is one wish to stop, not a second one to hurry.
-_ONE_SIGNAL_S = 1.0
-
-
-def _take_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
-    running = asyncio.get_running_loop()
-    first_s = math.inf
-
-    def on_signal() -> None:
-        nonlocal first_s
-        if not stop.is_set():
-            first_s = running.time()
-            stop.set()
-        elif running.time() - first_s >= _ONE_SIGNAL_S:
-            hurry.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        running.add_signal_handler(number, on_signal)
-
-
 def _log_end(*tasks: asyncio.Task[None]) -> None:
     for task in tasks:
         if task.done() and not task.cancelled() and (error := task.exception()) is not None:
             log.error("stopped by an internal error", exc_info=error)
-
-
-def _set_up_logging(level: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
-    for noisy in ("httpx", "httpcore", "asyncio"):
-        logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
 
 
 def _text(path: Path | None) -> str | None:

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from modelcache.digest import RECORD as PIECE_RECORD
 from modelcache.digest import (
     Piece,
     PieceDigests,
@@ -226,9 +227,12 @@ class Partial:
         layout, digest = self.layout, digests.digest
         blob = layout.blob(digest)
         with locked(layout.store_lock):
-            write_pieces(layout, digests, os.fstat(self.fd).st_mtime_ns)
+            # Another model's file may be the same blob; its digests go by its own bytes' time.
+            stays = not replace and is_sound(layout, digest, self.size_bytes, self.piece_bytes)
+            if not stays:
+                write_pieces(layout, digests, os.fstat(self.fd).st_mtime_ns)
             note_known(layout, self.key, digest, sha256)
-            if replace or not blob.exists():
+            if not stays:
                 os.rename(self._directory / DATA, blob)
                 os.fchmod(self.fd, 0o444)  # after it: a partial has to stay writable
                 sync_directory(blob.parent)
@@ -259,6 +263,24 @@ def write_pieces(layout: Layout, digests: PieceDigests, mtime_ns: int) -> None:
     agree nobody has written to the blob since it was hashed. Call it with the store locked."""
     path = layout.pieces(digests.digest)
     write_whole(path, digests.encode(), tmp=layout.tmp, mtime_ns=mtime_ns)
+
+
+def is_sound(layout: Layout, digest: str, size_bytes: int, piece_bytes: int) -> bool:
+    """Whether a blob is there and nobody has written to it since it was hashed.
+
+    A look at sizes and times, microseconds; whether the disk still gives the same bytes only
+    ``check_blob`` can say.
+    """
+    try:
+        blob = os.stat(layout.blob(digest))
+        pieces = os.stat(layout.pieces(digest))
+    except FileNotFoundError:
+        return False
+    return (
+        blob.st_size == size_bytes
+        and blob.st_mtime_ns == pieces.st_mtime_ns
+        and pieces.st_size == count_pieces(size_bytes, piece_bytes) * PIECE_RECORD.size
+    )
 
 
 def note_known(layout: Layout, key: str, digest: str, sha256: str | None) -> None:

@@ -16,12 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from modelcache import leases
-from modelcache.digest import RECORD, PieceDigests, count_pieces, read_pieces
+from modelcache.digest import PieceDigests, read_pieces
 from modelcache.files import locked, remove, remove_empty, remove_tree, write_whole
 from modelcache.hub import show_in_hub
 from modelcache.layout import Layout
 from modelcache.manifest import Fetching, seal
-from modelcache.partial import note_known, write_pieces
+from modelcache.partial import is_sound, note_known, write_pieces
 from modelcache.records import (
     FETCHING,
     MANIFEST,
@@ -81,21 +81,8 @@ class Store:
         return [digest for path in paths if (digest := read_known(path)) is not None]
 
     def is_sound(self, digest: str, size_bytes: int) -> bool:
-        """Whether a blob is there and nobody has written to it since it was hashed.
-
-        A look at sizes and times, microseconds; whether the disk still gives the same bytes only
-        ``check_blob`` can say.
-        """
-        try:
-            blob = os.stat(self.layout.blob(digest))
-            pieces = os.stat(self.layout.pieces(digest))
-        except FileNotFoundError:
-            return False
-        return (
-            blob.st_size == size_bytes
-            and blob.st_mtime_ns == pieces.st_mtime_ns
-            and pieces.st_size == count_pieces(size_bytes, self.piece_bytes) * RECORD.size
-        )
+        """Whether a blob is there and nobody has written to it since; see ``partial.is_sound``."""
+        return is_sound(self.layout, digest, size_bytes, self.piece_bytes)
 
     def read_pieces(self, digest: str, size_bytes: int) -> PieceDigests:
         """The digests of a blob's pieces. Raises ``Damaged``."""

@@ -146,6 +146,22 @@ CONTROL_TROUBLES: Final = Metric(
     "control_troubles_total", "Errors the control loop met and survived, by where they rose."
 )
 
+# Of the model cache, by the name of the figure in what the cache tells of its traffic.
+CACHE_METRICS: Final[dict[str, Metric]] = {
+    "store_bytes": Metric(
+        "cache_read_bytes_total",
+        "Bytes of models read, by where from.",
+        (("origin", "store"),),
+    ),
+    "peer_bytes": Metric("cache_read_bytes_total", "", (("origin", "peers"),)),
+    "wasted_bytes": Metric(
+        "cache_wasted_bytes_total", "Bytes read and thrown away: broken off, wrong, or twice."
+    ),
+    "sent_bytes": Metric("cache_sent_bytes_total", "Bytes of models given to peers."),
+    "retries": Metric("cache_retries_total", "Reads of a store that were repeated."),
+    "peer_failures": Metric("cache_peer_failures_total", "Reads from peers that failed."),
+}
+
 # Where each histogram starts inside a pool's block: its bucket counts, then the overflow bucket.
 HISTOGRAM_OFFSETS: Final[list[int]] = []
 _offset = len(POOL_METRICS)

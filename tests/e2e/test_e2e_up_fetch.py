@@ -19,6 +19,7 @@ from gateway.cache import open_cache
 from gateway.settings import Settings
 
 PIECE_BYTES = 8 * 1024 * 1024
+PROBE_BYTES = 100
 SIZE_BYTES = 2 * PIECE_BYTES + 1_000_000
 
 
@@ -33,7 +34,8 @@ class Store(IndexedServer):
 
     def wait(self, handler: Handler, path: str, data: bytes) -> bool:
         wanted = handler.wanted(len(data))
-        if wanted is not None and wanted[0] >= PIECE_BYTES:
+        # A few bytes from the middle are how a listing finds out whether ranges are given.
+        if wanted is not None and wanted[0] >= PIECE_BYTES and wanted[1] - wanted[0] > PROBE_BYTES:
             self.gate.wait()
         return False
 

@@ -12,6 +12,7 @@ from autoscaler.backends.base import BackendError, Unsupported
 from autoscaler.lifecycle import State
 from autoscaler.settings import AutoscalerSettings, PoolSettings
 from autoscaler.types import Reason
+from autoscaler.warmth import Warmth
 from router.types import ReplicaState
 
 QUICK = AutoscalerSettings(
@@ -224,6 +225,20 @@ def test_static_servers_are_watched_never_stopped_and_keep_their_number() -> Non
             decision = world.loop.status().pools[0].last_decision
             assert decision is not None
             assert (decision.desired, decision.reason) == (2, Reason.STATIC)
+
+    run_virtual(story())
+
+
+def test_static_servers_models_are_not_prepared() -> None:
+    """What brings models near knows only pools whose engines are ours to start."""
+
+    async def story() -> None:
+        backend = FakeBackend(owns_replicas=False, start_s=0.0)
+        preparer = Warmth([])
+        async with World([static_pool()], QUICK, backend, preparer=preparer) as world:
+            await world.until(lambda: len(world.ready("s")) == 2)
+            await asyncio.sleep(1_000.0)
+            assert len(world.ready("s")) == 2
 
     run_virtual(story())
 

@@ -553,7 +553,7 @@ def test_wrong_usage_is_one_line_and_2(
     assert "--help`)" in err
 
 
-@pytest.mark.parametrize("verb", ["up", "status", "scale", "explain", "doctor", "config"])
+@pytest.mark.parametrize("verb", ["up", "agent", "status", "scale", "explain", "doctor", "config"])
 def test_help_teaches(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     assert cli.main(["--help"]) == 0
     overview = capsys.readouterr().out
@@ -576,7 +576,7 @@ def test_every_verb_has_help_with_an_example() -> None:
     verbs |= verbs.pop("config").commands
     verbs |= verbs.pop("model").commands
     assert set(verbs) == {
-        *("up", "status", "scale", "explain", "doctor", "check", "show", "example"),
+        *("up", "agent", "status", "scale", "explain", "doctor", "check", "show", "example"),
         *("ls", "preload", "prewarm", "pin", "unpin", "evict", "verify", "replicate"),
     }
     for name, verb in verbs.items():

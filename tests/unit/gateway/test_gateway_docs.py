@@ -27,10 +27,14 @@ from gateway.config import load
 from gateway.datapath.errors import Reason
 from gateway.datapath.shared import Shared
 from gateway.settings import Settings
+from modelcache.agent import describe
+from modelcache.settings import ModelCacheSettings
+from modelcache.transfer import Transfer
 from modelcache.types import TIERS, Progress, Tier
 from router.types import ReplicaState
 
 ROOT = Path(__file__).resolve().parents[3]
+TRANSFER = Transfer(ModelCacheSettings())
 PAGES = sorted(
     path
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "bench" / "README.md")
@@ -205,7 +209,9 @@ def metric_families() -> list[Any]:
         troubles={"observe": 1},
     )
     shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
-    page = exposition.render(shared=shared, pools=("p",), report=report, version="1")
+    page = exposition.render(
+        shared=shared, pools=("p",), report=report, version="1", traffic=describe(None, TRANSFER)
+    )
     return list(text_string_to_metric_families(page.decode()))
 
 
