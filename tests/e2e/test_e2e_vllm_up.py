@@ -233,7 +233,11 @@ def test_goes_to_zero_when_idle_and_no_process_is_left(tidegate: Tidegate) -> No
     tidegate.wait_at_zero("small")
     assert not [pid for pid in family if is_running(pid)]
     workers = {worker["pid"] for worker in tidegate.admin("/status")["workers"]}
-    assert set(tidegate.survivors()) == workers
+    # What is meant to stay: the fork server with an engine that stands by, and who keeps pages.
+    others = {pid: line for pid, line in tidegate.survivors().items() if pid not in workers}
+    meant = ("loaders.forkserver", "modelcache.keeper_process")
+    assert not set(others) & family
+    assert [line for line in others.values() if not any(part in line for part in meant)] == []
     reasons = [one["reason"] for one in tidegate.admin("/pools/small/explain")["decisions"]]
     assert "idle_to_zero" in reasons
 
