@@ -25,6 +25,7 @@ from autoscaler.fleet import make_slugs
 from autoscaler.preparer import Report
 from autoscaler.settings import PoolSettings
 from autoscaler.warmth_parts import (
+    Bring,
     Cache,
     Cancelled,
     Keeper,
@@ -86,9 +87,10 @@ class Warmth:
         standbys: Standbys | None = None,
         prewarm: Prewarm | None = None,
         transform: Transform | None = None,
+        bring: Bring | None = None,
     ) -> None:
         self._cache, self._keeper, self._standbys = cache, keeper, standbys
-        self._prewarm, self._transform = prewarm, transform
+        self._prewarm, self._transform, self._bring = prewarm, transform, bring
         slugs = make_slugs(pool.name for pool in pools)
         self._places = {pool.name: make_place(pool, slugs[pool.name]) for pool in pools}
         self._holds: dict[str, Hold] = {}
@@ -151,6 +153,7 @@ class Warmth:
         else:
             await self._fetch(place, hold, spec.id, tell)
         path = await self._make(place, tell)
+        await self._bring_compiled(place, path)
         place.standby = False  # the backend takes it for this start, or ends it
         report(None)
         if path is None:
@@ -169,6 +172,12 @@ class Warmth:
             result = await self._run(lambda cancelled: transform(model, source, tell, cancelled))
             place.made = (source, result)
         return place.made[1]
+
+    async def _bring_compiled(self, place: Place, path: Path | None) -> None:
+        """What was compiled elsewhere for these engines is theirs before they start."""
+        bring = self._bring
+        if bring is not None and path is not None and place.pool.engine == "vllm":
+            await self._run(lambda _: bring(place.pool, path))
 
     async def _fetch(self, place: Place, hold: Hold, holder: str, tell: OnProgress) -> None:
         """Have the model here, and leased for a replica."""
@@ -247,6 +256,7 @@ class Warmth:
             raise Unsupported("there is no fork server")
         await self._hold_for_pool(place)
         path = await self._make(place, silent)
+        await self._bring_compiled(place, path)
         pool = place.pool
         if path is not None:
             pool = pool.model_copy(update={"model": str(path)})

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from autoscaler.backends.base import ReplicaSpec
 from autoscaler.preparer import Report
+from autoscaler.settings import PoolSettings
 from modelcache.types import FileRange, Priority, Progress
 
 REPORT_S = 0.1
@@ -81,6 +82,8 @@ class Standbys(Protocol):
         ...
 
 
+Bring = Callable[[PoolSettings, Path], object]
+"""Unpacks what a model at a path has brought along for a pool's engines. Blocks."""
 Prewarm = Callable[[Sequence[FileRange], OnProgress, Cancelled], object]
 """Reads files into the page cache (``modelcache.pagecache.prewarm``)."""
 Transform = Callable[[str, Path, OnProgress, Cancelled], Path]

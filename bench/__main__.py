@@ -10,6 +10,7 @@
   python -m bench coldstart   a request at zero to its first token, from each tier of warmth
   python -m bench pages       files into the page cache, what is cached, and whether it stays
   python -m bench remote      models from stores to the disk, beside the stores' own clients
+  python -m bench cache       ten nodes that start the same model at once, from one limited store
 
 Everything listens on 127.0.0.1 and ends within a stated time. bench/README.md explains the methods.
 """
@@ -111,6 +112,20 @@ def _remote(arguments: argparse.Namespace) -> int:
         out=arguments.out,
     )
     return remote.run(options, _command())
+
+
+def _cache(arguments: argparse.Namespace) -> int:
+    from bench import cache
+
+    options = cache.Options(
+        nodes=arguments.nodes,
+        size_bytes=round(arguments.gb * 1e9),
+        rate_bytes_s=arguments.rate_mb_s * 1_000_000,
+        rounds=arguments.rounds,
+        apart_s=arguments.apart_s,
+        out=arguments.out,
+    )
+    return cache.run(options, _command())
 
 
 def _coldstart(arguments: argparse.Namespace) -> int:
@@ -231,6 +246,17 @@ def _add_remote(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_remote)
 
 
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nodes", type=int, default=10, metavar="N", help="at once (10)")
+    parser.add_argument("--gb", type=float, default=1.0, metavar="X", help="the model (1)")
+    parser.add_argument("--rate-mb-s", type=int, default=80, metavar="N", help="the store's (80)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of one and all (3)")
+    parser.add_argument("--apart-s", type=float, default=0.0, metavar="S",
+                        help="between one node's beginning and the next one's (0)")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="report's folder")
+    parser.set_defaults(run=_cache)
+
+
 def _add_coldstart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="starts of each (5)")
     parser.add_argument("--only", metavar="A,B", help="of: plain, plain_warm, on_disk, paged, "
@@ -305,6 +331,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Downloads 1 GB from an nginx on this machine by each client in turn, and one "
         "download with a bandwidth cap, watched. About 4 minutes. Exit code 1 when a bar is "
         "missed.",
+    ))  # fmt: skip
+    _add_cache(commands.add_parser(
+        "cache",
+        help="ten nodes that start the same model at once, from one store of limited rate",
+        description="One node alone, then ten that know each other, fetch the same model at once: "
+        "what the store sent, and how long it took. Every node is a process with its own disk "
+        "store; needs about 12 GB of disk. About 3 minutes. Exit code 1 when a bar is missed.",
     ))  # fmt: skip
     _add_coldstart(commands.add_parser(
         "coldstart",

@@ -31,6 +31,7 @@ from gateway.cli_base import (
     out,
     screen,
 )
+from gateway.cli_bundle import bundle
 from gateway.cli_client import Refused, Unreachable
 from gateway.cli_config import config_app
 from gateway.cli_model import model_app
@@ -55,6 +56,7 @@ app = typer.Typer(
 app.add_typer(config_app, name="config", help="Check and show the settings.")
 app.add_typer(model_app, name="model", help="The models in this node's cache.")
 app.command()(agent)
+model_app.command("bundle")(bundle)
 
 
 def _version(wanted: bool) -> None:

@@ -5,6 +5,7 @@ A part of the composition root, ``gateway.wiring``, for whoever starts engines h
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -12,15 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoscaler.backends.process import ProcessBackend
+from autoscaler.settings import PoolSettings
 from autoscaler.waketimes import WakeTimes
 from autoscaler.warmth import Warmth
-from autoscaler.warmth_parts import Transform
+from autoscaler.warmth_parts import Bring, Transform
+from gateway.bundles import Bundles
+from gateway.engines import plain_command
 from gateway.settings import Settings
 from modelcache import pagecache
 from modelcache.prepare import FolderOutputs, Preparation
 from modelcache.prepare_types import input_digest
 from modelcache.refs import parse_ref
-from modelcache.types import FileEntry, FileRange, Progress
+from modelcache.types import FileEntry, FileRange, NotFound, Progress
 
 if TYPE_CHECKING:
     from gateway.cache import NodeCache
@@ -30,7 +34,11 @@ WAKE_TIMES = "wake_times.json"
 
 
 def make_warmth(
-    settings: Settings, backend: ProcessBackend, node: NodeCache, keeper: PageKeeper | None
+    settings: Settings,
+    backend: ProcessBackend,
+    node: NodeCache,
+    keeper: PageKeeper | None,
+    bundles: Bundles | None,
 ) -> Warmth:
     """What prepares the models of these pools. Nothing is read, kept or started yet."""
     pools = [pool for pool in settings.pools if pool.backend == "process"]
@@ -41,7 +49,19 @@ def make_warmth(
         standbys=backend if settings.loaders.fork_server else None,
         prewarm=prewarm,
         transform=make_transform(settings, node, os.environ) if settings.modelcache.steps else None,
+        bring=None if bundles is None else make_bring(settings, bundles),
     )
+
+
+def make_bring(settings: Settings, bundles: Bundles) -> Bring:
+    """Unpacks what models bring along for their engines."""
+
+    def bring(pool: PoolSettings, model: Path) -> None:
+        with contextlib.suppress(ValueError):  # settings that cannot be run: the start says so
+            here = pool.model_copy(update={"model": str(model)})
+            bundles.bring(plain_command(here, settings.loaders), model)
+
+    return bring
 
 
 def make_wake_times(settings: Settings) -> WakeTimes:
@@ -62,6 +82,30 @@ def prewarm(
 ) -> object:
     """Read files into the page cache."""
     return pagecache.prewarm(files, on_progress=on_progress, cancelled=cancelled)
+
+
+def locate(pool: PoolSettings, settings: Settings, environ: Mapping[str, str]) -> str:
+    """Where a pool's model is on this disk as its engines open it, after its preparation steps; its
+    name where it is a hub's that engines fetch themselves. Raises ``NotFound``."""
+    from gateway.cache import open_cache
+
+    model = pool.model or pool.name
+    node = open_cache(settings, environ)
+    try:
+        if "://" in model:
+            ref = parse_ref(model)
+            found = node.cache.find(ref.url, ref.revision)
+            if found is None:
+                raise NotFound(f"{ref.url} is not on this disk: `tidegate model preload {ref.url}`")
+            path = found.path
+        elif Path(model).is_dir():
+            path = Path(model).absolute()
+        else:
+            return model
+        transform = make_transform(settings, node, environ)
+        return str(transform(model, path, lambda progress: None, lambda: False))
+    finally:
+        node.close()
 
 
 def make_transform(settings: Settings, node: NodeCache, environ: Mapping[str, str]) -> Transform:

@@ -18,16 +18,12 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from autoscaler.backends.base import BackendError, Placement, ReplicaSpec
-from autoscaler.backends.children import make_env
-from autoscaler.backends.forking import ForkPlan
+from autoscaler.backends.base import BackendError
 from autoscaler.backends.process import ProcessBackend
 from autoscaler.backends.static import StaticBackend
 from autoscaler.loop import ControlLoop
-from autoscaler.placement import Gpu
-from autoscaler.settings import PoolSettings
 from autoscaler.types import PoolView, ReplicaView
-from gateway import cli_render, machine
+from gateway import cli_render
 from gateway.admin import create_app
 from gateway.admin_server import listen, serve_admin_on, url
 from gateway.cache import make_keeper, make_models, open_cache
@@ -36,20 +32,18 @@ from gateway.config import LoadedSettings
 from gateway.control import LiveControl
 from gateway.datapath.messages import WorkerConfig
 from gateway.datapath.shared import Shared
+from gateway.engines import engine_command, fork_plan, list_gpus, make_bundles
 from gateway.fleet import FleetBook
 from gateway.lifetime import set_up_logging, take_signals
 from gateway.running import Running, leave_record, make_url, remove_record
 from gateway.settings import Settings
 from gateway.warming import make_wake_times, make_warmth
 from gateway.workers import ListenError, Workers, open_listeners
-from loaders.engine import EngineCommand, find_install, simulated_command, vllm_command
-from loaders.settings import LoaderSettings
 from modelcache.agent import start_serving
 from modelcache.types import CacheError
 
 log = logging.getLogger("tidegate")
 
-SLEEP_FLAG = "--enable-sleep-mode"
 _SPARE_REPLICA_SLOTS = 64
 _FORCED_DRAIN_S = 0.0
 
@@ -104,78 +98,6 @@ def worker_config(settings: Settings) -> WorkerConfig:
     )
 
 
-def engine_command(
-    spec: ReplicaSpec, placement: Placement, loaders: LoaderSettings
-) -> EngineCommand:
-    """The command line of a replica. Raises ``ValueError`` for settings that cannot be run."""
-    pool = spec.pool
-    model = pool.model or pool.name
-    if pool.engine == "simulated":
-        command = simulated_command(
-            model=pool.name,
-            host=placement.host,
-            port=placement.port,
-            args=pool.engine_args,
-            max_model_len_tokens=pool.max_model_len_tokens,
-        )
-    else:
-        sleeps = may_sleep(pool, loaders)
-        command = vllm_command(
-            python=loaders.engine_python,
-            model=model,
-            served_model=pool.name,
-            host=placement.host,
-            port=placement.port,
-            args=(SLEEP_FLAG, *pool.engine_args) if sleeps else pool.engine_args,
-            gpus=placement.gpus,
-            cpus=placement.cpus,
-            max_model_len_tokens=pool.max_model_len_tokens,
-            settings=loaders,
-        )
-        if sleeps:
-            command.env["VLLM_SERVER_DEV_MODE"] = "1"  # without it there is no /sleep
-    return EngineCommand(argv=command.argv, env={**command.env, **pool.env})
-
-
-def may_sleep(pool: PoolSettings, loaders: LoaderSettings) -> bool:
-    """Whether a vLLM is to be able to sleep: its pool wants that, and its build can."""
-    if pool.warmth.sleeping_s == 0 or SLEEP_FLAG in pool.engine_args:
-        return False
-    install = find_install(loaders.engine_python)
-    return install is not None and install.device == "cuda"
-
-
-def fork_plan(settings: Settings, environ: Mapping[str, str]) -> ForkPlan | None:
-    """What the fork server imports, for the first pool that has vLLM; ``None`` without one, or
-    where the settings want none. Pools whose environment differs are started the plain way."""
-    pools = [pool for pool in settings.pools if pool.engine == "vllm"]
-    if not pools or not settings.loaders.fork_server:
-        return None
-    install = find_install(settings.loaders.engine_python)
-    spec = ReplicaSpec(id="fork-server", pool=pools[0])
-    placement = Placement(host="127.0.0.1", port=0)
-    try:
-        command = engine_command(spec, placement, settings.loaders)
-    except ValueError:
-        return None  # each start says so
-    return ForkPlan(
-        python=settings.loaders.engine_python,
-        env=make_env(environ, command, spec, placement),
-        device="cuda" if install is None else install.device,
-        models=tuple(pool.model for pool in pools if pool.model),
-        backoff_s=settings.autoscaler.backoff_initial_s,
-        backoff_max_s=settings.autoscaler.backoff_max_s,
-    )
-
-
-def list_gpus() -> Sequence[Gpu] | None:
-    """The GPUs of this machine, or ``None`` where they cannot be told."""
-    found = machine.Machine().gpus()
-    if found is None:
-        return None
-    return [Gpu(index=gpu.index, memory_bytes=gpu.memory_bytes) for gpu in found]
-
-
 class _Tidegate:
     """Everything that runs, while it runs."""
 
@@ -205,6 +127,7 @@ class _Tidegate:
             self.stack.callback(serving.close)
         keeper = make_keeper(settings)
         self.models = make_models(self.node, settings, os.environ, keeper)
+        self.bundles = make_bundles(settings)
         process = self._process_backend()
         self.loop = ControlLoop(
             pools=settings.pools,
@@ -212,7 +135,7 @@ class _Tidegate:
             backends={"process": process, "static": StaticBackend(settings=settings.autoscaler)},
             observe=self.book.observe,
             publish=self._publish,
-            preparer=make_warmth(settings, process, self.node, keeper),
+            preparer=make_warmth(settings, process, self.node, keeper, self.bundles),
             wake_times=make_wake_times(settings),
         )
         self.workers = Workers(
@@ -242,9 +165,11 @@ class _Tidegate:
         return ProcessBackend(
             state_dir=settings.state_dir,
             settings=settings.autoscaler,
-            command=lambda spec, placement: engine_command(spec, placement, settings.loaders),
+            command=lambda spec, placement: engine_command(
+                spec, placement, settings.loaders, self.bundles
+            ),
             list_gpus=list_gpus,
-            fork_plan=fork_plan(settings, os.environ),
+            fork_plan=fork_plan(settings, os.environ, self.bundles),
             on_news=lambda replica_id: self.loop.look(replica_id),
         )
 

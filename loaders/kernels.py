@@ -91,6 +91,21 @@ def make_key(
     return BundleKey(digest=whole.hexdigest()[:32], facts=facts)
 
 
+def model_facts(model: str) -> str:
+    """What of a model decides what is compiled for it: its configuration, wherever it lies; its
+    name where it is on no disk. Weights of the same shapes share what is compiled."""
+    digest = hashlib.sha256()
+    found = False
+    for name in ("config.json", "quantize_config.json", "hf_quant_config.json"):
+        try:
+            digest.update(Path(model, name).read_bytes())
+        except OSError:
+            continue
+        digest.update(name.encode())
+        found = True
+    return digest.hexdigest() if found else model
+
+
 def bundle_env(root: Path) -> dict[str, str]:
     """Environment variables that point every cache of an engine into ``root``, and have vLLM
     remember the memory it measured."""
@@ -100,7 +115,9 @@ def bundle_env(root: Path) -> dict[str, str]:
         "VLLM_ENABLE_STARTUP_PLAN": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(place / "inductor"),
         "TRITON_CACHE_DIR": str(place / "triton"),
-        "FLASHINFER_WORKSPACE_BASE": str(place / "flashinfer"),
+        # Read when FlashInfer is imported, so it is one place for all that are forked from one
+        # import. FlashInfer tells its own combinations apart.
+        "FLASHINFER_WORKSPACE_BASE": str(place.parent / "flashinfer"),
         "CUDA_CACHE_PATH": str(place / "cuda"),
     }
 

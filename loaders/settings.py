@@ -47,3 +47,13 @@ class LoaderSettings(BaseModel):
     takes some 2 s instead of some 30. It is idle, and costs the memory of what it has imported
     (about 0.6 GB, of which its engines share most). Without it, or when it cannot be used, engines
     are started the plain way, and ``tidegate status`` says why."""
+
+    keep_compiled: bool = True
+    """Whether what vLLM compiles, tunes and measures when it starts is kept for the next start, a
+    folder for each combination of engine, libraries, GPU, driver, model and settings, in
+    ``bundles`` in the cache's directory. ``tidegate model bundle`` packs one, to be shipped with
+    the model."""
+
+    compiled_quota_bytes: int = Field(default=8_589_934_592, ge=0)
+    """Most bytes of that which are kept; what was not used for longest goes first. 8 GiB holds some
+    tens of combinations."""

@@ -8,6 +8,7 @@ damaged is an error, never a reason to try another reader on it.
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -46,6 +47,8 @@ def make_loader_class() -> type:
             theirs = super()._get_weights_iterator
             why = self._why_not(source)
             if why is None:
+                if not getattr(self, "counter_before_loading_weights", 0.0):
+                    self.counter_before_loading_weights = time.perf_counter()
                 _, files, is_safetensors, _ = self._prepare_weights(
                     source.model_or_path,
                     source.subfolder,

@@ -70,16 +70,21 @@ NATIVE_PREFIXES = (
 
 READ_LATE = frozenset(
     {
+        "CUDA_CACHE_PATH",
         "CUDA_DEVICE_ORDER",
         "CUDA_VISIBLE_DEVICES",
         "SPT_NOENV",
         "TIDEGATE_REPLICA_MARK",
+        "TORCHINDUCTOR_CACHE_DIR",
+        "TRITON_CACHE_DIR",
+        "VLLM_CACHE_ROOT",
+        "VLLM_ENABLE_STARTUP_PLAN",
         "VLLM_CPU_KVCACHE_SPACE",
         "VLLM_CPU_OMP_THREADS_BIND",
     }
 )
 """Variables that take effect after the fork, whatever was looked at before: no GPU has been
-touched by then, and vLLM reads its own two when it makes its configuration."""
+touched by then, and vLLM, Inductor and Triton ask for theirs each time they need them."""
 
 
 def preload(device: str, models: Iterable[str]) -> list[str]:

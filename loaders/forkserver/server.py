@@ -14,11 +14,12 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from loaders.forkserver import wire
 from loaders.forkserver.child import Order, become_engine, fork_orphan
-from loaders.forkserver.preload import differences, preload, watched_environment
+from loaders.forkserver.preload import READ_LATE, differences, preload, watched_environment
 
 REFUSED_FLAGS = frozenset({"--numa-bind", "--headless", "--grpc"})
 """Flags with which vLLM needs processes that were started, or another server."""
@@ -78,7 +79,7 @@ def serve(channel: socket.socket, device: str, given: dict[str, str], looked_at:
             if refusal:
                 wire.send(channel, {"kind": "refused", "reason": refusal})
                 continue
-            message["env"] |= added
+            message["env"] = with_added(message["env"], added)
             order = Order.read(message, fds, device)
             pid = fork_orphan(order)
             if pid is None:
@@ -90,6 +91,12 @@ def serve(channel: socket.socket, device: str, given: dict[str, str], looked_at:
             wire.send(channel, {"kind": "refused", "reason": f"{type(error).__name__}: {error}"})
         finally:
             _close(fds)
+
+
+def with_added(env: Mapping[str, str], added: Mapping[str, str]) -> dict[str, str]:
+    """An engine's environment with what the imports have set, which is as it would have been in its
+    own process; what is read later is the engine's own all the same."""
+    return {**env, **{n: v for n, v in added.items() if n not in READ_LATE or n not in env}}
 
 
 def why_not(message: dict[str, Any], given: dict[str, str], looked_at: set[str]) -> str | None:

@@ -577,7 +577,7 @@ def test_every_verb_has_help_with_an_example() -> None:
     verbs |= verbs.pop("model").commands
     assert set(verbs) == {
         *("up", "agent", "status", "scale", "explain", "doctor", "check", "show", "example"),
-        *("ls", "preload", "prewarm", "pin", "unpin", "evict", "verify", "replicate"),
+        *("ls", "preload", "prewarm", "pin", "unpin", "evict", "verify", "replicate", "bundle"),
     }
     for name, verb in verbs.items():
         assert "**Example" in (verb.help or ""), name

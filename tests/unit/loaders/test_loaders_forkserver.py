@@ -15,6 +15,7 @@ from loaders.forkserver import wire
 from loaders.forkserver.marks import Marks, read_marks
 from loaders.forkserver.preload import differences, watched_environment
 from loaders.forkserver.quicken import may_have_processor
+from loaders.forkserver.server import with_added
 from loaders.vllm_plugin import read_files
 
 RESTAMP = """
@@ -73,6 +74,14 @@ def test_what_differs_matters_if_it_was_read(
     ours: dict[str, str], theirs: dict[str, str], found: list[str]
 ) -> None:
     assert differences(ours, theirs, {"READ", "CUDA_VISIBLE_DEVICES"}) == found
+
+
+def test_what_imports_set_is_an_engine_s_too_but_not_where_it_names_its_own_caches() -> None:
+    """Inductor writes its folder into the environment when it is imported."""
+    added = {"LD_PRELOAD": "/new.so", "TORCHINDUCTOR_CACHE_DIR": "/tmp/theirs"}
+    own = {"LD_PRELOAD": "/old.so", "TORCHINDUCTOR_CACHE_DIR": "/bundle", "HOME": "/"}
+    assert with_added(own, added) == {**own, "LD_PRELOAD": "/new.so"}
+    assert with_added({"HOME": "/"}, added) == {"HOME": "/", **added}
 
 
 def test_looks_at_the_environment_are_seen_and_then_no_more() -> None:

@@ -1,0 +1,119 @@
+"""What is run for a replica: an engine's command line, its environment, and what is kept for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from autoscaler.backends.base import Placement, ReplicaSpec
+from autoscaler.backends.children import make_env
+from autoscaler.backends.forking import ForkPlan
+from autoscaler.placement import Gpu
+from autoscaler.settings import PoolSettings
+from gateway import machine
+from gateway.bundles import Bundles
+from gateway.cache import cache_dir
+from gateway.settings import Settings
+from loaders.engine import EngineCommand, find_install, simulated_command, vllm_command
+from loaders.settings import LoaderSettings
+
+SLEEP_FLAG = "--enable-sleep-mode"
+
+
+def engine_command(
+    spec: ReplicaSpec,
+    placement: Placement,
+    loaders: LoaderSettings,
+    bundles: Bundles | None = None,
+) -> EngineCommand:
+    """The command line of a replica. Raises ``ValueError`` for settings that cannot be run."""
+    pool = spec.pool
+    model = pool.model or pool.name
+    if pool.engine == "simulated":
+        command = simulated_command(
+            model=pool.name,
+            host=placement.host,
+            port=placement.port,
+            args=pool.engine_args,
+            max_model_len_tokens=pool.max_model_len_tokens,
+        )
+    else:
+        sleeps = may_sleep(pool, loaders)
+        command = vllm_command(
+            python=loaders.engine_python,
+            model=model,
+            served_model=pool.name,
+            host=placement.host,
+            port=placement.port,
+            args=(SLEEP_FLAG, *pool.engine_args) if sleeps else pool.engine_args,
+            gpus=placement.gpus,
+            cpus=placement.cpus,
+            max_model_len_tokens=pool.max_model_len_tokens,
+            settings=loaders,
+        )
+        if sleeps:
+            command.env["VLLM_SERVER_DEV_MODE"] = "1"  # without it there is no /sleep
+        if bundles is not None:
+            command.env.update(bundles.env(command, model))
+    return EngineCommand(argv=command.argv, env={**command.env, **pool.env})
+
+
+def may_sleep(pool: PoolSettings, loaders: LoaderSettings) -> bool:
+    """Whether a vLLM is to be able to sleep: its pool wants that, and its build can."""
+    if pool.warmth.sleeping_s == 0 or SLEEP_FLAG in pool.engine_args:
+        return False
+    install = find_install(loaders.engine_python)
+    return install is not None and install.device == "cuda"
+
+
+def fork_plan(
+    settings: Settings, environ: Mapping[str, str], bundles: Bundles | None = None
+) -> ForkPlan | None:
+    """What the fork server imports, for the first pool that has vLLM; ``None`` without one, or
+    where the settings want none. Pools whose environment differs are started the plain way."""
+    pools = [pool for pool in settings.pools if pool.engine == "vllm"]
+    if not pools or not settings.loaders.fork_server:
+        return None
+    install = find_install(settings.loaders.engine_python)
+    spec = ReplicaSpec(id="fork-server", pool=pools[0])
+    placement = Placement(host="127.0.0.1", port=0)
+    try:
+        command = engine_command(spec, placement, settings.loaders, bundles)
+    except ValueError:
+        return None  # each start says so
+    return ForkPlan(
+        python=settings.loaders.engine_python,
+        env=make_env(environ, command, spec, placement),
+        device="cuda" if install is None else install.device,
+        models=tuple(pool.model for pool in pools if pool.model),
+        backoff_s=settings.autoscaler.backoff_initial_s,
+        backoff_max_s=settings.autoscaler.backoff_max_s,
+    )
+
+
+def make_bundles(settings: Settings) -> Bundles | None:
+    """Where this node keeps what engines compile and measure; ``None`` where that is not wanted."""
+    loaders = settings.loaders
+    if not loaders.keep_compiled or not any(pool.engine == "vllm" for pool in settings.pools):
+        return None
+    return Bundles(
+        cache_dir(settings) / "bundles",
+        python=loaders.engine_python,
+        quota_bytes=loaders.compiled_quota_bytes,
+        gpus=lambda: tuple((one.name, one.driver) for one in machine.Machine().gpus() or ()),
+    )
+
+
+def plain_command(pool: PoolSettings, loaders: LoaderSettings) -> EngineCommand:
+    """A pool's command as it is before anything is assigned: for what is the same for all its
+    replicas. Raises ``ValueError`` as ``engine_command`` does."""
+    gpus = tuple(range(pool.gpus_per_replica))
+    spec = ReplicaSpec(id=pool.name, pool=pool)
+    return engine_command(spec, Placement(host="127.0.0.1", port=0, gpus=gpus), loaders)
+
+
+def list_gpus() -> Sequence[Gpu] | None:
+    """The GPUs of this machine, or ``None`` where they cannot be told."""
+    found = machine.Machine().gpus()
+    if found is None:
+        return None
+    return [Gpu(index=gpu.index, memory_bytes=gpu.memory_bytes) for gpu in found]
