@@ -260,7 +260,7 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
 def _add_coldstart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="starts of each (5)")
     parser.add_argument("--only", metavar="A,B", help="of: plain, plain_warm, on_disk, paged, "
-                        "forked")  # fmt: skip
+                        "remote, forked")  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=Path("bench/results"), help="folder of the report"
     )

@@ -14,15 +14,17 @@ import contextlib
 import datetime
 import json
 import os
+import sys
 import tempfile
 import time
 import urllib.request
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import coldstart_report, machine, tidegate, workload
+from bench import cache, coldstart_report, machine, tidegate, workload
 from bench.asking import Answer, ask
 from bench.coldhold import ENGINE_PYTHON, MODEL_FOLDER, EngineMissingError
 from modelcache import pagecache
@@ -33,6 +35,8 @@ LOOK_S = 0.02
 FORK_SERVER_S = 120.0
 QUESTION = "What is the capital of France?"
 STARTING = "starting"
+STORE_BYTES_S = 200e6
+WORDS = {"listing": "fetching", "checking": "fetching", "preparing": "deciding"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +50,8 @@ class Contender:
     cold_engine: bool = False
     cold_model: bool = False
     tier: str = ""
+    remote: bool = False
+    """The model is in a store of ``STORE_BYTES_S`` and nowhere on this disk."""
 
 
 CONTENDERS = (
@@ -73,6 +79,13 @@ CONTENDERS = (
         name="paged",
         title="paged: fork server, weights in page cache",
         warmth="forked_s = 0",
+    ),
+    Contender(
+        name="remote",
+        title="remote: fork server, weights in a store of 200 MB/s",
+        warmth="forked_s = 0, paged_s = 0, on_disk_s = 0",
+        tier="remote",
+        remote=True,
     ),
     Contender(name="forked", title="forked: an engine stands by", warmth="", tier="forked"),
 )
@@ -146,8 +159,15 @@ def vars_of(one: Round) -> dict[str, Any]:
 
 def measure(contender: Contender, options: Options) -> tuple[list[Round], dict[str, int]]:
     """All rounds of one contender, and its memory at zero. Raises ``RuntimeError``."""
-    with tempfile.TemporaryDirectory(prefix="tidegate-coldstart-") as folder:
-        gate = tidegate.start(_pool(contender), Path(folder))
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tidegate-coldstart-"))
+        model = str(MODEL_FOLDER.resolve())
+        if contender.remote:
+            log = Path(folder) / "source.log"
+            source, port = cache.start_source(Path(model), STORE_BYTES_S, log, sys.executable)
+            stack.callback(source.stop)
+            model = f"http://127.0.0.1:{port}/"
+        gate = tidegate.start(_pool(contender, model), Path(folder))
         try:
             if "fork_server" not in contender.loaders:
                 _wait_for_fork_server(gate, Path(folder))
@@ -174,13 +194,13 @@ def measure(contender: Contender, options: Options) -> tuple[list[Round], dict[s
             gate.child.stop(grace_s=30.0)
 
 
-def _pool(contender: Contender) -> str:
+def _pool(contender: Contender, model: str) -> str:
     lines = [
         "[[pools]]",
         f'name = "{POOL}"',
         'backend = "process"',
         'engine = "vllm"',
-        f'model = "{MODEL_FOLDER.resolve()}"',
+        f'model = "{model}"',
         "max_model_len_tokens = 2048",
         "max_replicas = 1",
         "idle_to_zero_s = 3600",
@@ -288,7 +308,8 @@ def label(pool: dict[str, Any]) -> str:
     newest = replicas[-1]
     if newest["state"] != STARTING:
         return "answering" if newest["state"] == "ready" else "deciding"
-    return str(newest.get("phase") or "importing").split(":")[0].split(" ")[0]
+    word = str(newest.get("phase") or "importing").split(":")[0].split(" ")[0]
+    return WORDS.get(word, word)
 
 
 def split(

@@ -13,9 +13,20 @@ PLAIN = "plain"
 BAR_FRACTION = 0.85
 AIM_FRACTION = 0.90
 FORKED = ("on_disk", "paged", "forked")
-PHASES = ("deciding", "importing", "loading", "compiling", "warming", "answering")
+PHASES = (
+    "deciding",
+    "fetching",
+    "paging",
+    "importing",
+    "loading",
+    "compiling",
+    "warming",
+    "answering",
+)
 COLOURS = {
     "deciding": "#8a8f98",
+    "fetching": "#4f9d4f",
+    "paging": "#9bbf5a",
     "importing": "#c9a227",
     "loading": "#0b7a75",
     "compiling": "#7a4b94",
@@ -104,7 +115,8 @@ def markdown(made: Mapping[str, Any], plot: str) -> str:
         "Real vLLM (CPU build), the default model, one streaming request to a pool at zero, "
         "through `tidegate up`: seconds from sending it to its first token. Medians, lowest and "
         "highest in brackets; phases as `/status` showed them, their medians. Cold disk: pages of "
-        "the engine's environment, its Python and the model dropped before each start.",
+        "the engine's environment, its Python and the model dropped before each start. "
+        "`sleeping` is missing: vLLM's CPU build cannot sleep.",
         "",
         "| | seconds | less than plain | " + " | ".join(PHASES) + " | waits with (PSS) |",
         "|---|---|---|" + "---|" * (len(PHASES) + 1),

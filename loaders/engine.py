@@ -228,7 +228,9 @@ def _environment(python: Path, model: str, settings: LoaderSettings) -> dict[str
         "VLLM_LOGGING_COLOR": "0",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if Path(model).is_dir():
+    # A model with a URL is on the disk before its engine starts, and the fork server's environment
+    # has to be that of its engines already.
+    if "://" in model or Path(model).is_dir():
         env["HF_HUB_OFFLINE"] = "1"
         env["TRANSFORMERS_OFFLINE"] = "1"
     return env

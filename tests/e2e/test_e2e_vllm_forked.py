@@ -40,7 +40,11 @@ def tidegate(
     other = {"name": "other", "env": {"TORCH_SHOW_CPP_STACKTRACES": "0"}}
     with up(
         tmp_path_factory.mktemp("forked"),
-        pools=[{**pool, "name": "small"}, {**pool, **other}],
+        pools=[
+            {**pool, "name": "small"},
+            {**pool, **other},
+            {**pool, "name": "fetched", "model": f"file://{model_dir}"},
+        ],
         loaders={"engine_python": engine_python, "cpu_bind": "nobind"},
         autoscaler={"scale_down_delay_s": 0, "backoff_initial_s": 0.1},
     ) as running:
@@ -110,6 +114,16 @@ def test_two_engines_forked_at_once_answer(tidegate: Tidegate) -> None:
 
     assert all("Paris" in text for text in asyncio.run(story()))
     scale(tidegate, "small", 1)
+
+
+def test_a_model_that_is_fetched_first_is_forked_too(tidegate: Tidegate) -> None:
+    assert tidegate.pool("fetched")["tier"] == "remote"
+    text = answer(tidegate, "fetched")
+    (replica,) = tidegate.pool("fetched")["replicas"]
+    assert replica["woken_from"] == "remote"
+    assert is_forked(replica["pid"])
+    assert "Paris" in text
+    scale(tidegate, "fetched", 0)
 
 
 def test_one_that_cannot_be_forked_is_started_plainly_and_says_the_same(

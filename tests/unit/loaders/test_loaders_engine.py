@@ -188,6 +188,8 @@ def test_no_command_has_a_flag_twice(cpu_python: Path) -> None:
 def test_a_directory_is_served_without_asking_a_hub(cpu_python: Path, tmp_path: Path) -> None:
     assert build(cpu_python, model=str(tmp_path)).env["HF_HUB_OFFLINE"] == "1"
     assert "HF_HUB_OFFLINE" not in build(cpu_python, model="org/model").env
+    # As the fork server sees it before the model is fetched, and its engines after.
+    assert build(cpu_python, model="s3://bucket/model").env["HF_HUB_OFFLINE"] == "1"
 
 
 def test_the_gateways_environment_does_not_reach_the_engine(
