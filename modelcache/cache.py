@@ -284,6 +284,8 @@ class ModelCache:
             return None
         with self.store.lock():
             if self._finder.read(want.ref.url, want.listing.revision) is None:
+                return None  # evicted just now
+            if not self.store.is_whole(manifest):
                 return None
             self.store.note_ref(manifest, want.ref.revision)
             self.store.note_use(manifest.url, manifest.revision, used_at_s=self._clock())
@@ -338,7 +340,12 @@ class ModelCache:
         ref, listing = list_again(self._open_source, self._finder.ref(manifest.url, None), manifest)
         with closing(self._open_source(ref)) as source:
             want = Want(
-                ref=ref, listing=listing, salvage=salvage, on_progress=tell, cancelled=stopped
+                ref=ref,
+                listing=listing,
+                salvage=salvage,
+                created_at_s=manifest.created_at_s,
+                on_progress=tell,
+                cancelled=stopped,
             )
             self._make(want, source)
 

@@ -145,6 +145,9 @@ class Fetch:
                     started_at_s=self._clock(),
                 )
             )
+            for file in self.files:
+                if file.digest is not None and not self.layout.blob(file.digest).exists():
+                    file.digest = None  # evicted after it was recognised, before it was held
             try:
                 self._link()
                 self._reserve_rest()
@@ -306,11 +309,12 @@ class Fetch:
             if file.digest is not None
         )
         assert len(entries) == len(self.files), "every file has become a blob"
+        created_at_s = self.want.created_at_s
         manifest = Manifest(
             url=self.want.ref.url,
             revision=self.want.listing.revision,
             files=entries,
-            created_at_s=self._clock(),
+            created_at_s=self._clock() if created_at_s is None else created_at_s,
         )
         with self.store.lock():
             self.store.complete(manifest, self.want.ref.revision)

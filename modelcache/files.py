@@ -50,6 +50,14 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def directories(path: Path) -> list[Path]:
+    """The directories in one, by name; none where it is not there, or not there any more."""
+    try:
+        return [child for child in sorted(path.iterdir()) if child.is_dir()]
+    except FileNotFoundError:
+        return []
+
+
 def remove(path: Path) -> bool:
     """Remove a file; whether there was one."""
     try:
@@ -107,9 +115,13 @@ def is_locked(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        return not try_lock(fd)
+        # A shared lock: two that look at once must not take each other for a holder.
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
     finally:
         os.close(fd)
+    return False
 
 
 def allocate(fd: int, size_bytes: int) -> None:

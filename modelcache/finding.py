@@ -40,7 +40,7 @@ class Finder:
 
     def ref(self, url: str, revision: str | None) -> ModelRef:
         """What people mean by ``url``: a directory before a hub's model of the same name."""
-        if "://" not in url and revision is None and Path(url).expanduser().is_dir():
+        if url and "://" not in url and revision is None and Path(url).expanduser().is_dir():
             return ModelRef(url=url, scheme=PATH, location=url)
         if url.startswith(f"{PREPARED}://"):
             return ModelRef(url=url, scheme=PREPARED, location=url, revision=revision)

@@ -132,15 +132,19 @@ def show_in_hub(layout: Layout, manifest: Manifest, name: str | None) -> None:
         write_whole(ref, manifest.revision.encode(), tmp=layout.tmp)
 
 
-def hide_from_hub(snapshot: Path) -> None:
-    """Take a snapshot out of ``hub/``. Call it with the store locked."""
-    model = snapshot.parent.parent
-    remove_view(snapshot)
-    refs = model / "refs"
-    for directory, _, names in os.walk(refs, topdown=False):
-        for name in names:
-            path = Path(directory) / name
-            if path.read_text(errors="replace").strip() == snapshot.name:
-                path.unlink()
-        remove_empty(Path(directory))
-    remove_empty(model / "blobs", refs, model)
+def sweep_hub(layout: Layout, shown: set[Path]) -> None:
+    """Leave these snapshots in ``hub/`` and no others, nor what led to others; whoever was killed
+    at it may have left either. Call it with the store locked."""
+    for model in sorted(layout.hub.glob("models--*")):
+        names_left = {path.name for path in shown if path.parent.parent == model}
+        for snapshot in sorted(model.glob("snapshots/*")):
+            if snapshot not in shown:
+                remove_view(snapshot)
+        refs = model / "refs"
+        for directory, _, names in os.walk(refs, topdown=False):
+            for name in names:
+                path = Path(directory) / name
+                if path.read_text(errors="replace").strip() not in names_left:
+                    path.unlink()
+            remove_empty(Path(directory))
+        remove_empty(model / "blobs", refs, model / "snapshots", model)

@@ -59,12 +59,17 @@ def read_fetching(store: Store, url: str) -> Progress | None:
     """How far the revision of ``url`` is that some process is fetching; ``None`` if none is."""
     if not is_locked(store.layout.fetch_lock(url)):
         return None
-    for record in read_all(store.layout):
-        if record.url == url and record.fetching is not None:
-            done = _bytes_there(store, record.fetching, record)
-            total = record.fetching.size_bytes
-            return Progress(phase="fetching", bytes_done=min(done, total), bytes_total=total)
-    return Progress(phase="listing")
+    under_way = [
+        (record.fetching, record)
+        for record in read_all(store.layout)
+        if record.url == url and record.fetching is not None
+    ]
+    if not under_way:
+        return Progress(phase="listing")
+    # Earlier ones have stopped; the lock is the model's, and only one has it.
+    fetching, record = max(under_way, key=lambda found: found[0].started_at_s)
+    done, total = _bytes_there(store, fetching, record), fetching.size_bytes
+    return Progress(phase="fetching", bytes_done=min(done, total), bytes_total=total)
 
 
 def _bytes_there(store: Store, fetching: Fetching, record: Record) -> int:

@@ -126,13 +126,14 @@ class Partial:
         return f"Partial({self.key} {self.bytes_done}/{self.size_bytes} bytes)"
 
     def _open(self) -> None:
-        self._directory.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        self._journal = os.open(self._directory / JOURNAL, flags | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InUse(f"{self.key} is being fetched by another process") from None
+        with locked(self.layout.store_lock):  # not while a sweep looks whether it is open
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._journal = os.open(self._directory / JOURNAL, flags | os.O_APPEND, 0o644)
+            try:
+                fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InUse(f"{self.key} is being fetched by another process") from None
         self.fd = os.open(self._directory / DATA, flags, 0o644)
         header = HEADER.pack(MAGIC, self.size_bytes, self.piece_bytes)
         journal = os.pread(self._journal, os.fstat(self._journal).st_size, 0)
@@ -310,7 +311,9 @@ def read_progress(directory: Path) -> int:
         return 0
     if len(journal) < HEADER.size:
         return 0
-    _, size_bytes, piece_bytes = HEADER.unpack_from(journal)
+    magic, size_bytes, piece_bytes = HEADER.unpack_from(journal)
+    if magic != MAGIC or piece_bytes == 0:
+        return 0  # damaged: whoever opens it begins anew
     done = 0
     for index in decode_journal(journal):
         if index < count_pieces(size_bytes, piece_bytes):
@@ -320,7 +323,7 @@ def read_progress(directory: Path) -> int:
 
 
 def is_open(directory: Path) -> bool:
-    """Whether some process has this partial file open."""
+    """Whether some process has this partial file open. Call it with the store locked."""
     try:
         fd = os.open(directory / JOURNAL, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelcache import leases
-from modelcache.files import is_locked
+from modelcache.files import directories, is_locked
 from modelcache.layout import REFS, Layout, file_key
 from modelcache.manifest import Fetching, Use, read_record
-from modelcache.types import Damaged, Manifest
+from modelcache.types import Damaged, Manifest, RemoteFile
 
 MANIFEST = "manifest.json"
 SPARE = "manifest.copy.json"
@@ -93,6 +93,14 @@ def read_known(path: Path) -> str | None:
     return text if good else None
 
 
+def known_blobs(layout: Layout, key: str, file: RemoteFile) -> list[str]:
+    """The blobs that a remote file is known to be, there or not, sound or not."""
+    paths = [layout.known(key)]
+    if "sha256" in file.digests:
+        paths.append(layout.known_sha256(file.digests["sha256"]))
+    return [digest for path in paths if (digest := read_known(path)) is not None]
+
+
 def read_all(layout: Layout) -> list[Record]:
     """Every revision that is there, whole or not."""
     return [record for _, record in scan(layout) if record is not None]
@@ -100,13 +108,9 @@ def read_all(layout: Layout) -> list[Record]:
 
 def scan(layout: Layout) -> Iterator[tuple[Path, Record | None]]:
     """Every revision's directory, with what it says; ``None`` where nothing of it can be read."""
-    try:
-        models = sorted((layout.root / "models").iterdir())
-    except FileNotFoundError:
-        return
-    for model in models:
-        for directory in sorted(model.iterdir()):
-            if directory.name != REFS and directory.is_dir():
+    for model in directories(layout.root / "models"):
+        for directory in directories(model):
+            if directory.name != REFS:
                 yield directory, read_directory(layout, directory)
 
 
@@ -129,11 +133,11 @@ def read_directory(layout: Layout, directory: Path) -> Record | None:
         blobs = {file.digest: file.size_bytes for file in manifest.files}
     for file in fetching.files if fetching is not None else ():
         key = file_key(url, file, revision)
-        digest = read_known(layout.known(key))
-        if digest is None and "sha256" in file.digests:
-            digest = read_known(layout.known_sha256(file.digests["sha256"]))
-        if digest is not None and layout.blob(digest).exists():
-            blobs[digest] = file.size_bytes
+        known = [
+            digest for digest in known_blobs(layout, key, file) if layout.blob(digest).exists()
+        ]
+        if known:
+            blobs[known[0]] = file.size_bytes
         if layout.partial(key).is_dir():
             partials[key] = file.size_bytes
     return Record(

@@ -11,13 +11,13 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modelcache import leases
 from modelcache.evict import Candidate, choose
-from modelcache.files import remove, remove_empty, remove_tree
-from modelcache.hub import hide_from_hub, hub_place
+from modelcache.files import directories, remove, remove_empty, remove_tree
+from modelcache.hub import hub_place, sweep_hub
 from modelcache.layout import REFS, Layout
 from modelcache.partial import is_open
 from modelcache.records import (
@@ -152,6 +152,7 @@ class Room:
         self._sweep_views(records)
         self._sweep_blobs({digest for record in records for digest in record.blobs})
         self._sweep_partials({key for record in records for key in record.partials})
+        self._sweep_fetching(records)
         self._sweep_refs()
         for path in _files(layout.root / "known"):
             digest = read_known(path)
@@ -167,10 +168,7 @@ class Room:
             if view not in views and not held:
                 remove_view(view)
         shown = {hub_place(layout, manifest.url, manifest.revision) for manifest in whole}
-        snapshots = {place[0] for place in shown if place is not None}
-        for snapshot in layout.hub.glob("models--*/snapshots/*"):
-            if snapshot not in snapshots:
-                hide_from_hub(snapshot)
+        sweep_hub(layout, {place[0] for place in shown if place is not None})
 
     def _sweep_blobs(self, wanted: set[str]) -> None:
         for path in _grandchildren(self.layout.root / "blobs"):
@@ -181,15 +179,25 @@ class Room:
                 remove_empty(path.parent)
 
     def _sweep_partials(self, wanted: set[str]) -> None:
-        for directory in _children(self.layout.root / "partial"):
+        for directory in directories(self.layout.root / "partial"):
             digest = read_known(self.layout.known(directory.name))
             finished = digest is not None and self.layout.blob(digest).exists()
             if (directory.name not in wanted or finished) and not is_open(directory):
                 remove_tree(directory)
 
+    def _sweep_fetching(self, records: Sequence[Record]) -> None:
+        """Whoever was killed after the manifest had its name has left what led up to it."""
+        for record in records:
+            if record.manifest is None or record.fetching is None or record.busy:
+                continue
+            whole = {file.path for file in record.manifest.files}
+            more = any(file.path not in whole for file in record.fetching.files)
+            if not more and not any(self.layout.partial(key).is_dir() for key in record.partials):
+                remove(self.layout.revision(record.url, record.revision) / FETCHING)
+
     def _sweep_refs(self) -> None:
-        for model in _children(self.layout.root / "models"):
-            if [directory.name for directory in _children(model)] == [REFS]:
+        for model in directories(self.layout.root / "models"):
+            if [directory.name for directory in directories(model)] == [REFS]:
                 remove_tree(model / REFS)
             remove_empty(model)
 
@@ -207,6 +215,13 @@ class Room:
     ) -> list[Candidate]:
         """The revisions as eviction sees them; ``on_disk``: with what the disk would get back."""
         names = count_names(self.layout.root) if on_disk else {}
+        own = next((record.url for record in records if record.key == keep), None)
+
+        def kept(record: Record) -> str:
+            if record.key == keep:
+                return "being fetched"
+            # Whoever fetches one revision of a model is the only one that fetches any of it.
+            return (replace(record, busy=False) if record.url == own else record).kept
 
         def size(path: Path, size_bytes: int) -> int:
             if not on_disk:
@@ -225,7 +240,7 @@ class Room:
                     if self.layout.blob(digest).exists()
                 }
                 | record.partials,
-                kept="being fetched" if record.key == keep else record.kept,
+                kept=kept(record),
                 used_at_s=record.use.used_at_s,
                 expected_use_at_s=record.use.expected_use_at_s,
                 reload_s_per_gb=record.use.reload_s_per_gb,
@@ -277,15 +292,8 @@ def count_names(root: Path) -> dict[tuple[int, int], int]:
     return names
 
 
-def _children(directory: Path) -> list[Path]:
-    try:
-        return [path for path in sorted(directory.iterdir()) if path.is_dir()]
-    except FileNotFoundError:
-        return []
-
-
 def _grandchildren(directory: Path) -> list[Path]:
-    return [path for child in _children(directory) for path in sorted(child.iterdir())]
+    return [path for child in directories(directory) for path in sorted(child.iterdir())]
 
 
 def _files(directory: Path) -> list[Path]:

@@ -28,7 +28,7 @@ from modelcache.records import (
     PIN,
     SPARE,
     USE,
-    read_known,
+    known_blobs,
     read_manifest,
     read_use,
 )
@@ -75,10 +75,7 @@ class Store:
 
     def known(self, key: str, file: RemoteFile) -> list[str]:
         """The blobs that a remote file is known to be, there or not, sound or not."""
-        paths = [self.layout.known(key)]
-        if "sha256" in file.digests:
-            paths.append(self.layout.known_sha256(file.digests["sha256"]))
-        return [digest for path in paths if (digest := read_known(path)) is not None]
+        return known_blobs(self.layout, key, file)
 
     def is_sound(self, digest: str, size_bytes: int) -> bool:
         """Whether a blob is there and nobody has written to it since; see ``partial.is_sound``."""
@@ -161,9 +158,13 @@ class Store:
     def take_over(self, linked: Path, key: str, sha256: str | None, digests: PieceDigests) -> str:
         """Make a file a blob that was hashed and has a name in the store's directory already."""
         digest = digests.digest
-        write_pieces(self.layout, digests, os.stat(linked).st_mtime_ns)
+        # A blob that is there stays: views of other models are names of it.
+        stays = self.is_sound(digest, digests.size_bytes)
+        if not stays:
+            write_pieces(self.layout, digests, os.stat(linked).st_mtime_ns)
         note_known(self.layout, key, digest, sha256)
-        os.rename(linked, self.layout.blob(digest))
+        if not stays:
+            os.rename(linked, self.layout.blob(digest))
         remove_tree(linked.parent)
         return digest
 

@@ -46,13 +46,15 @@ class Salvage:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Want:
     """What is to be made whole, and how. ``find_local`` gives a file on this machine that may have
-    a remote file's content; it is hashed, and checked against what the store publishes."""
+    a remote file's content; it is hashed, and checked against what the store publishes.
+    ``created_at_s``: when it was made whole first, where it is mended."""
 
     ref: ModelRef
     listing: Listing
     priority: Priority = Priority.PRELOAD
     find_local: Callable[[RemoteFile], Path | None] = lambda file: None
     salvage: Mapping[str, Salvage] = field(default_factory=dict)
+    created_at_s: float | None = None
     on_progress: OnProgress = lambda progress: None
     cancelled: Callable[[], bool] = lambda: False
 

@@ -196,7 +196,7 @@ def peer_url_in(log: str) -> str | None:
 
 
 def test_a_download_of_an_agent_that_ended_goes_on_with_the_next(
-    store: IndexedServer, tmp_path: Path
+    agents: Callable[..., Agent], store: IndexedServer, tmp_path: Path
 ) -> None:
     """kill -9 in the middle: what was whole by then is not fetched again."""
     slow: list[str] = []
@@ -226,8 +226,7 @@ def test_a_download_of_an_agent_that_ended_goes_on_with_the_next(
     assert asking.wait(60) == 2
     over.append(True)
     before = len(store.reads())
-    again = start(tmp_path / "a")
+    agents("a")
     told = console(tmp_path / "a", "preload", url)
     assert (Path(told["path"]) / "model.safetensors").read_bytes() == WEIGHTS
     assert weights_read(store, before) < len(WEIGHTS)
-    stop(again)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ WRITE = 1024
 
 @dataclass
 class FolderSource:
-    """A model in ``root / <location>``; its revision is a digest of its files.
+    """A model in ``root / <location>``; its revision is as long as a commit, of its files.
 
     Every range that is fetched is noted in ``log`` by the bytes that were written, with one
     append each, so that they are counted whoever is killed.
@@ -64,7 +65,7 @@ class FolderSource:
                 )
             )
         listed = json.dumps([(file.path, file.version) for file in files])
-        revision = hashlib.sha256(listed.encode()).hexdigest()[:20]
+        revision = hashlib.sha256(listed.encode()).hexdigest()[:40]
         if self.ref.revision not in (None, "main", revision):
             raise NotFound(f"{self.ref.url}: there is no revision {self.ref.revision}")
         return Listing(revision=revision, files=tuple(files))
@@ -133,6 +134,7 @@ class Rig:
     free_bytes: int = 1 << 40
     down: bool = False
     digests: bool = True
+    clock: Callable[[], float] = time.time
     sources: list[ModelRef] = field(default_factory=list)
 
     @property
@@ -163,6 +165,7 @@ class Rig:
             transfer=OneByOne(),  # type: ignore[arg-type]
             piece_bytes=PIECE,
             free_bytes=lambda _: self.free_bytes,
+            clock=lambda: self.clock(),
             environ={},
         )
 
@@ -186,6 +189,12 @@ def read_tree(directory: Path) -> dict[str, bytes]:
         for path in directory.rglob("*")
         if path.is_file()
     }
+
+
+def bytes_of(size_bytes: int, seed: int = 0) -> bytes:
+    """Bytes of which no two pieces are alike, the same ones for the same seed."""
+    block = b"".join(b"%08d%08d" % (seed, at) for at in range(-(-size_bytes // 16)))
+    return block[:size_bytes]
 
 
 def count_bytes(directory: Path) -> int:

@@ -1,0 +1,258 @@
+"""Records: sealed, so a damaged one is noticed; listings, so that none becomes a bad directory."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modelcache.layout import Layout, file_key, model_key, safe_name
+from modelcache.manifest import (
+    HEADER_BYTES_MOST,
+    Fetching,
+    Use,
+    check_listing,
+    make_entry,
+    read_header,
+    read_record,
+    seal,
+    unseal,
+)
+from modelcache.records import MANIFEST, SPARE, read_known, read_manifest, read_use
+from modelcache.types import CacheError, Damaged, FileEntry, Manifest, RemoteFile
+from modelcache.want import select_files
+
+URL = "s3://models/qwen"
+MADE = Manifest(
+    url=URL,
+    revision="r1",
+    files=(
+        FileEntry(path="a/model.safetensors", size_bytes=9, digest="ab" * 32, header='{"x":1}'),
+        FileEntry(path="config.json", size_bytes=0, digest="cd" * 32, version="é"),
+    ),
+    created_at_s=12.5,
+)
+UNDER_WAY = Fetching(
+    url=URL,
+    revision="r1",
+    files=(RemoteFile(path="x", size_bytes=3, version="v", digests={"md5": "00"}),),
+    started_at_s=1.0,
+)
+
+
+@pytest.mark.parametrize("body", [MADE, UNDER_WAY, Use(), Use(used_at_s=1.0, reload_s_per_gb=2.5)])
+def test_a_record_is_read_as_it_was_written(
+    tmp_path: Path, body: Manifest | Fetching | Use
+) -> None:
+    path = tmp_path / "record"
+    path.write_bytes(seal(body))
+    assert read_record(path, type(body)) == body
+    assert body.size_bytes in (9, 3) if not isinstance(body, Use) else True
+
+
+def test_no_record_is_none_and_an_unreadable_one_is_damage(tmp_path: Path) -> None:
+    assert read_record(tmp_path / "none", Use) is None
+    with pytest.raises(Damaged, match="cannot be read"):
+        read_record(tmp_path, Use)
+
+
+@pytest.mark.parametrize("body", [MADE, UNDER_WAY])
+def test_every_flipped_bit_of_a_record_is_noticed(body: Manifest | Fetching) -> None:
+    data = seal(body)
+    for bit in range(len(data) * 8):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(Damaged):
+            unseal(bytes(flipped), type(body))
+
+
+@given(st.integers(0, 10_000), st.binary(max_size=20))
+def test_a_torn_record_is_noticed(at: int, tail: bytes) -> None:
+    data = seal(MADE)
+    torn = data[: at % len(data)] + tail
+    if torn != data:
+        with pytest.raises(Damaged):
+            unseal(torn, Manifest)
+
+
+def test_a_record_of_another_kind_or_format_is_refused() -> None:
+    with pytest.raises(Damaged, match="cannot be read"):
+        unseal(seal(Use(used_at_s=1.0)), Manifest)
+    newer = seal(MADE).replace(b'"format":1', b'"format":2')
+    with pytest.raises(Damaged, match="has format 2, this is 1"):
+        unseal(newer, Manifest, name="manifest.json")
+
+
+def test_a_damaged_manifest_is_read_from_its_spare_copy(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    directory = layout.revision(URL, "r1")
+    directory.mkdir(parents=True)
+    assert read_manifest(layout, URL, "r1") is None
+    (directory / SPARE).write_bytes(seal(MADE))
+    # The spare comes first: a revision is whole only once the manifest has its name.
+    assert read_manifest(layout, URL, "r1") is None
+    (directory / MANIFEST).write_bytes(seal(MADE)[:-3])
+    assert read_manifest(layout, URL, "r1") == MADE
+    (directory / SPARE).write_bytes(b"{}")
+    with pytest.raises(Damaged):
+        read_manifest(layout, URL, "r1")
+    (directory / SPARE).unlink()
+    with pytest.raises(Damaged):
+        read_manifest(layout, URL, "r1")
+
+
+def test_a_damaged_note_of_use_is_no_note(tmp_path: Path) -> None:
+    (tmp_path / "use.json").write_bytes(b"\xff\xfe")
+    assert read_use(tmp_path) == Use()
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        (b"ab" * 32, True),
+        (b"AB" * 32, False),
+        (b"ab" * 31, False),
+        (b"../" * 21 + b"x", False),
+        (b"\xff" * 64, False),
+        (b"", False),
+    ],
+)
+def test_a_known_blob_is_a_digest_or_nothing(tmp_path: Path, text: bytes, known: bool) -> None:
+    path = tmp_path / "known"
+    path.write_bytes(text)
+    assert read_known(path) == (text.decode() if known else None)
+
+
+def listing(*paths: str, size_bytes: int = 1) -> tuple[RemoteFile, ...]:
+    return tuple(RemoteFile(path=path, size_bytes=size_bytes) for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        ((), "no files"),
+        (listing("a", "a"), "twice"),
+        (listing("../a"), "called"),
+        (listing("/a"), "called"),
+        (listing("a//b"), "called"),
+        (listing("a/./b"), "called"),
+        (listing(""), "called"),
+        (listing("a\\b"), "called"),
+        (listing("a\nb"), "called"),
+        (listing("x" * 256), "called"),
+        (listing("a", size_bytes=-1), "-1 bytes"),
+        (listing("a", "a/b"), "a is a file and a directory"),
+        (listing("a/b/c/d", "a/b"), "a/b is a file and a directory"),
+    ],
+)
+def test_a_listing_that_cannot_become_a_directory_is_refused(
+    files: tuple[RemoteFile, ...], problem: str
+) -> None:
+    with pytest.raises(CacheError, match=problem):
+        check_listing(files)
+
+
+def test_any_other_listing_is_taken() -> None:
+    check_listing(listing("a", "ab/c", "a.b/c", "ab/d e", "é"))
+
+
+def safetensors(header: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if length is None else length) + header + b"weights"
+
+
+@pytest.mark.parametrize(
+    ("data", "header"),
+    [
+        (safetensors(b'{"w":1}'), '{"w":1}'),
+        (safetensors(b"not json"), "not json"),
+        (safetensors(b""), ""),
+        (b"", None),
+        (b"1234567", None),
+        (safetensors(b"{}", 1_000), None),
+        (safetensors(b"{}", HEADER_BYTES_MOST + 1), None),
+        (safetensors(b"\xff\xff"), None),
+    ],
+)
+def test_the_header_of_weights_is_kept_where_there_is_one(
+    tmp_path: Path, data: bytes, header: str | None
+) -> None:
+    path = tmp_path / "blob"
+    path.write_bytes(data)
+    assert read_header(path) == header
+    weights = RemoteFile(path="m.safetensors", size_bytes=len(data), version="v")
+    assert make_entry(weights, "d", lambda _: path).header == header
+    other = RemoteFile(path="m.json", size_bytes=len(data))
+    assert make_entry(other, "d", lambda _: path).header is None
+
+
+FILES = listing("a.safetensors", "b.bin", "c.json", "d/e.pt", "d/f.txt")
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "wanted"),
+    [
+        ((), (), "a.safetensors c.json d/f.txt"),
+        ((), ("*.json", "d/*"), "a.safetensors"),
+        (("*.bin", "*.pt"), (), "b.bin d/e.pt"),
+        (("*",), ("*.pt",), "a.safetensors b.bin c.json d/f.txt"),
+        (("none",), (), ""),
+    ],
+)
+def test_files_are_chosen_by_patterns_and_pickles_only_when_asked_for(
+    include: tuple[str, ...], exclude: tuple[str, ...], wanted: str
+) -> None:
+    assert " ".join(file.path for file in select_files(FILES, include, exclude)) == wanted
+
+
+def test_pickles_are_wanted_of_a_model_that_has_nothing_else() -> None:
+    assert len(select_files(listing("pytorch_model.bin", "config.json"))) == 2
+
+
+def test_a_files_key_changes_with_whatever_may_change_its_content() -> None:
+    file = RemoteFile(path="p", size_bytes=1, version="v", digests={"md5": "0", "sha256": "1"})
+    others = [
+        RemoteFile(path="q", size_bytes=1, version="v", digests=file.digests),
+        RemoteFile(path="p", size_bytes=2, version="v", digests=file.digests),
+        RemoteFile(path="p", size_bytes=1, version="w", digests=file.digests),
+        RemoteFile(path="p", size_bytes=1, version="v", digests={"md5": "0"}),
+        RemoteFile(path="p", size_bytes=1),
+    ]
+    keys = {file_key(URL, file, "r1"), file_key(URL + "2", file, "r1")}
+    assert len(keys | {file_key(URL, other, "r1") for other in others}) == 7
+    # The order in which a store names digests is chance.
+    again = RemoteFile(
+        path="p", size_bytes=1, version="v", digests=dict(sorted(file.digests.items())[::-1])
+    )
+    assert file_key(URL, again, "r1") == file_key(URL, file, "r1")
+
+
+def test_a_file_without_a_version_is_of_one_revision_only() -> None:
+    bare, versioned = (
+        RemoteFile(path="p", size_bytes=1),
+        RemoteFile(path="p", size_bytes=1, version="v"),
+    )
+    assert file_key(URL, bare, "r1") != file_key(URL, bare, "r2")
+    assert file_key(URL, versioned, "r1") == file_key(URL, versioned, "r2")
+
+
+@given(st.text(max_size=300))
+def test_every_name_becomes_one_that_a_file_can_have(text: str) -> None:
+    for name in (safe_name(text), model_key(f"s3://b/{text}")):
+        assert 0 < len(name) <= 80
+        assert not set(name) & set("/\\\0")
+        assert name not in (".", "..", "refs")
+    if len(text) <= 80 and text.isascii() and text.isalnum() and text != "refs":
+        assert safe_name(text) == text
+
+
+def test_models_of_the_same_name_have_different_keys() -> None:
+    assert model_key("s3://a/qwen") != model_key("s3://b/qwen")
+    assert model_key("s3://a/qwen").startswith("qwen-")
+
+
+def test_what_is_written_down_is_json_for_people() -> None:
+    assert json.loads(seal(MADE))["body"]["files"][0]["path"] == "a/model.safetensors"
