@@ -248,8 +248,8 @@ def _add_remote(parser: argparse.ArgumentParser) -> None:
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=10, metavar="N", help="at once (10)")
-    parser.add_argument("--gb", type=float, default=1.0, metavar="X", help="the model (1)")
-    parser.add_argument("--rate-mb-s", type=int, default=80, metavar="N", help="the store's (80)")
+    parser.add_argument("--gb", type=float, default=0.5, metavar="X", help="the model (0.5)")
+    parser.add_argument("--rate-mb-s", type=int, default=25, metavar="N", help="the store's (25)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of one and all (3)")
     parser.add_argument("--apart-s", type=float, default=0.0, metavar="S",
                         help="between one node's beginning and the next one's (0)")  # fmt: skip
@@ -337,7 +337,7 @@ def _parser() -> argparse.ArgumentParser:
         help="ten nodes that start the same model at once, from one store of limited rate",
         description="One node alone, then ten that know each other, fetch the same model at once: "
         "what the store sent, and how long it took. Every node is a process with its own disk "
-        "store; needs about 12 GB of disk. About 3 minutes. Exit code 1 when a bar is missed.",
+        "store; needs about 6 GB of disk. About 3 minutes. Exit code 1 when a bar is missed.",
     ))  # fmt: skip
     _add_coldstart(commands.add_parser(
         "coldstart",

@@ -33,9 +33,10 @@ class Options:
     """One run."""
 
     nodes: int = 10
-    size_bytes: int = 1_000_000_000
+    size_bytes: int = 500_000_000
     shards: int = 3
-    rate_bytes_s: int = 80_000_000
+    rate_bytes_s: int = 25_000_000
+    """Little enough that one machine's cores and disk can play ten nodes."""
     rounds: int = 3
     apart_s: float = 0.0
     """Seconds between one node's beginning and the next one's."""

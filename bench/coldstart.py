@@ -172,23 +172,19 @@ def measure(contender: Contender, options: Options) -> tuple[list[Round], dict[s
             if "fork_server" not in contender.loaders:
                 _wait_for_fork_server(gate, Path(folder))
             found = []
-            for number in range(options.rounds + 1):
+            for number in range(options.rounds):
+                if number:
+                    _to_zero(gate)
                 _settle(gate, contender)
                 cold_left = _set_pages(contender)
                 time.sleep(0.5)
                 memory = _memory(gate)
                 one = asyncio.run(_ask(gate, options.limit_s))
                 one.cold_left = cold_left
-                # The first start of a Tidegate fills caches that no later one pays for; a pool's
-                # first start ever is not what a tier is about. The plain ones have no such.
-                kept = number > 0 or "fork_server" in contender.loaders
-                print(f"{contender.name:12}{number:3} {one.ttft_s:7.2f} s  {_line(one)}"
-                      f"{'' if kept else '  (not counted)'}", flush=True)  # fmt: skip
-                if kept:
-                    found.append(one)
-                if len(found) == options.rounds:
-                    break
-                _to_zero(gate)
+                print(
+                    f"{contender.name:12}{number:3} {one.ttft_s:7.2f} s  {_line(one)}", flush=True
+                )
+                found.append(one)
             return found, memory
         finally:
             gate.child.stop(grace_s=30.0)

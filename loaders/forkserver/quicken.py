@@ -47,6 +47,7 @@ def quicken(marks: Marks, *, device: str, hold: Hold | None) -> None:
         ("marks", lambda: _place_marks(marks)),
         ("overlap", _overlap),
         ("processor look-up", _look_before_loading),
+        ("model look-up", lambda: _ask_class_here(device)),
     ]
     if device == "cpu":
         steps += [("threads", _fit_threads), ("lazy KV cache", _take_zeros_lazily)]
@@ -298,6 +299,23 @@ def _look_before_loading() -> None:
         return original(tokenizer, **kwargs) if may_have_processor(tokenizer.name_or_path) else None
 
     hf._try_get_processor_chat_template = look
+
+
+def _ask_class_here(device: str) -> None:
+    """What a model's class can do is asked of the class. vLLM starts a Python that imports
+    everything for that, so that CUDA stays uninitialised; a class that is imported already touches
+    no GPU, and on a CPU there is none."""
+    from vllm.model_executor.models import registry
+
+    kind, info = registry._LazyRegisteredModel, registry._ModelInfo
+    original = kind.inspect_model_cls
+
+    def ask(self: Any) -> Any:
+        if device != "cpu" and self.module_name not in sys.modules:
+            return original(self)
+        return info.from_model_cls(self.load_model_cls())
+
+    kind.inspect_model_cls = ask
 
 
 def may_have_processor(model: str) -> bool:
