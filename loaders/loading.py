@@ -294,11 +294,11 @@ def _pump(
     ring: Ring | None,
     ahead_bytes: int | None,
 ) -> Pump:
-    cores = len(os.sched_getaffinity(0))
+    copiers = min(len(os.sched_getaffinity(0)), options.threads)
     reader = Reader(
         how=options.how,
         count_cached=options.count_cached,
-        turns=threading.Semaphore(min(cores, options.threads)),
+        turns=threading.Semaphore(copiers),
     )
     return Pump(
         plan=plan,
@@ -307,6 +307,7 @@ def _pump(
         target=target,
         ring=ring,
         threads=options.threads,
+        copiers=copiers,
         ahead_bytes=ahead_bytes,
     )
 

@@ -78,15 +78,16 @@ class Reader:
             reason = error.strerror or str(error)
             raise BadFile(f"cannot be read: {reason}", path=str(file.path)) from error
 
+    def is_cached(self, file: OpenFile, read: Read) -> bool:
+        """Whether it is to be copied out of the page cache. A question to the kernel, no read."""
+        if self.how != "auto":
+            return self.how == "cached"
+        pages = self.count_cached(file.fd, read.start, read.end - read.start)
+        return pages is None or 2 * pages * self._page_bytes >= read.end - read.start
+
     def _choose(self, file: OpenFile, read: Read) -> int | None:
         """The descriptor to read with past the cache, or ``None``."""
-        if self.how == "cached":
-            return None
-        if self.how == "auto":
-            pages = self.count_cached(file.fd, read.start, read.end - read.start)
-            if pages is None or 2 * pages * self._page_bytes >= read.end - read.start:
-                return None
-        return file.direct()
+        return None if self.is_cached(file, read) else file.direct()
 
     def _fill_direct(
         self,

@@ -6,6 +6,7 @@ import os
 import random
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,6 +94,7 @@ def a_pump(
         target=target or Memory(staged=staged),
         ring=Ring(2, GRID) if staged else None,
         threads=threads,
+        copiers=min(2, threads),
         ahead_bytes=ahead_bytes,
     )
 
@@ -244,8 +246,39 @@ def test_a_flipped_bit_is_caught_wherever_it_is(at: int, bit: int, staged: bool)
                 target=Memory(staged=staged),
                 ring=Ring(2, plans.READ_BYTES) if staged else None,
                 threads=2,
+                copiers=2,
                 ahead_bytes=None,
             )
             with pytest.raises(BadFile, match="damaged") as caught:
                 list(pump.batches())
             assert (caught.value.piece, caught.value.path) == (piece, str(path))
+
+
+@pytest.mark.parametrize(("how", "most"), [("cached", 2), ("direct", 6)])
+def test_only_as_many_threads_as_cores_copy_out_of_the_page_cache(
+    tmp_path: Path, how: How, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read past the cache is for all of them. The rest of a plan is theirs as well."""
+    path = tmp_path / "x"
+    path.write_bytes(bytes(40 * GRID))
+    seen: set[str] = set()
+    original = Reader.fill
+
+    def fill(self: Reader, *given: Any) -> None:
+        seen.add(threading.current_thread().name)
+        time.sleep(0.002)  # so that every thread that may gets one
+        original(self, *given)
+
+    monkeypatch.setattr(Reader, "fill", fill)
+    size = path.stat().st_size
+    portion = Portion(name="t", dtype="U8", shape=(size,), start=0, end=size)
+    want = FileWant(size_bytes=size, portions=(portion,), verified=False)
+    with (
+        opened(find_files(path), lambda _: None) as files,
+        a_pump(files, [want], threads=6, how=how, batch_bytes=size) as pump,
+    ):
+        list(pump.batches())
+    assert len(seen) <= most
+    assert {"loader-0", "loader-1"} & seen
+    if how == "direct":
+        assert len(seen) > 2
