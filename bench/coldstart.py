@@ -82,7 +82,7 @@ CONTENDERS = (
     ),
     Contender(
         name="remote",
-        title="remote: fork server, weights in a store of 200 MB/s",
+        title="remote: weights in a store of 200 MB/s",
         warmth="forked_s = 0, paged_s = 0, on_disk_s = 0",
         tier="remote",
         remote=True,
