@@ -74,7 +74,8 @@ class Stepper:
             return
         where = pool.preparer.tier(pool.pool)
         looked_s = None if pool.looked_at_s is None else now_s - pool.looked_at_s
-        if looked_s is None or (where is Tier.REMOTE and looked_s >= self._again_s):
+        # What was there may be gone: a standby dies, somebody evicts by hand.
+        if looked_s is None or looked_s >= self._again_s:
             pool.looked_at_s = now_s
             work = self._look(pool)
         elif where is not tier and (pool.settled_for is not tier or now_s >= pool.settle_again_s):

@@ -59,6 +59,8 @@ class Place:
     made: tuple[Path, Path] | None = None
     kept: bool = False
     standby: bool = False
+    paging: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One at a time brings its pages in: who is called off lets go of what is kept."""
     lease: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
 
@@ -217,7 +219,7 @@ class Warmth:
     async def _page_beside(self, place: Place, tell: OnProgress, report: Report) -> None:
         try:
             await self._page(place, tell)
-        except CacheError as error:
+        except (CacheError, OSError) as error:
             LOG.info("%s: its pages are not kept: %s", place.pool.name, error)
         finally:
             report(None)
@@ -310,8 +312,11 @@ class Warmth:
         keeper, path = self._keeper, await self._make(place, tell)
         if keeper is None or path is None:
             raise Unsupported("nothing is kept in the page cache")
-        if place.kept:
-            return
+        async with place.paging:
+            if not place.kept:
+                await self._page_alone(place, keeper, path, tell)
+
+    async def _page_alone(self, place: Place, keeper: Keeper, path: Path, tell: OnProgress) -> None:
         files = await self._run(lambda _: list_files(path))
         # First, so that nothing is read in vain; the keeper then finds the reading done.
         await self._run(lambda _: keeper.keep(place.slug, files))

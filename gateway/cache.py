@@ -86,6 +86,7 @@ def make_models(
     keeper: Keeper | None = None,
 ) -> Models:
     """The verbs over a node's cache; what is prewarmed is kept by ``keeper``."""
+    from gateway.preparing import make_transform
     from modelcache.agent import describe
     from modelcache.replicate import make_replicator
 
@@ -96,6 +97,7 @@ def make_models(
         sites=tuple(settings.modelcache.sites),
         keeper=keeper,
         traffic=lambda: describe(node.peers, node.transfer),
+        transform=make_transform(settings, node, environ) if settings.modelcache.steps else None,
     )
 
 
@@ -106,5 +108,8 @@ def open_models(settings: Settings, environ: Mapping[str, str]) -> Models:
 
 def _prewarm(files: Sequence[FileRange], on_progress: OnProgress, cancelled: IsCancelled) -> Any:
     from modelcache import pagecache
+    from modelcache.foreground import ForegroundReads
 
-    return pagecache.prewarm(files, on_progress=on_progress, cancelled=cancelled)
+    # Nobody waits for it: whoever reads from the same disk meanwhile goes first.
+    others = ForegroundReads([file.path for file in files])
+    return pagecache.prewarm(files, on_progress=on_progress, cancelled=cancelled, yield_to=others)

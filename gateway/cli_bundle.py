@@ -47,8 +47,9 @@ def bundle(
     here = locate(given, settings, os.environ)
     placed = given.model_copy(update={"model": here})
     try:
-        file = bundles.pack(plain_command(placed, settings.loaders), here, into)
-    except BadBundle as error:
+        command = plain_command(placed, settings.loaders)
+        file = bundles.pack(command, here, into, given.env)
+    except (BadBundle, OSError, ValueError) as error:
         raise CacheError(str(error)) from None
     told = {"pool": given.name, "file": str(file), "size_bytes": file.stat().st_size}
     out(as_text(told) if as_json else f"{file}  ({size(file.stat().st_size)})\n")

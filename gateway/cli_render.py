@@ -17,7 +17,7 @@ from gateway.cli_figures import ago as ago
 from gateway.cli_figures import duration as duration
 from gateway.cli_figures import figure as figure
 from gateway.cli_figures import one_line as one_line
-from gateway.cli_warmth import warmth_lines
+from gateway.cli_warmth import fork_lines, warmth_lines
 
 GOOD = "green"
 BUSY = "yellow"
@@ -131,7 +131,7 @@ def status(report: Mapping[str, Any], screen: Screen, now_s: float) -> str:
                 for pool in pools
             ),
         ]
-    if warmth := warmth_lines(pools):
+    if warmth := [*warmth_lines(pools), *fork_lines(report.get("fork_server"))]:
         parts += ["", *warmth]
     for pool in pools:
         if pool.get("error"):

@@ -35,3 +35,24 @@ def wake(tier: Mapping[str, Any]) -> str:
     """A tier and its usual wake time, where it was measured."""
     measured = tier.get("wake_s")
     return f"{tier.get('tier')}" + ("" if measured is None else f" in {duration(measured)}")
+
+
+def fork_lines(server: Mapping[str, Any] | None) -> list[str]:
+    """How the fork server is, and what it and each engine that stands by take of the memory;
+    nothing where there is to be none."""
+    if server is None:
+        return []
+    state = server.get("state")
+    if state != "ready":
+        plain = "" if state == "importing" else ": engines start plainly"
+        return [one_line(f"fork server: {state} ({server.get('reason')}){plain}")]
+    parts = [f"fork server: ready, {memory(server.get('pss_bytes'))}"]
+    for one in server.get("standbys") or []:
+        ready = "stands by" if one.get("parked") else "is on its way to stand by"
+        parts.append(f"{one.get('pool')} {ready}, {memory(one.get('pss_bytes'))}")
+    return [one_line("; ".join(parts))]
+
+
+def memory(size_bytes: float | None) -> str:
+    """Memory in MB; ``?`` for unknown."""
+    return "?" if size_bytes is None else f"{size_bytes / 1e6:.0f} MB"

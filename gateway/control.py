@@ -25,6 +25,9 @@ from gateway import exposition
 from gateway.datapath import metrics
 from gateway.workers import Workers
 
+FORKS_S = 2.0
+"""Seconds for which what was seen of the fork server is told again."""
+
 
 class LiveControl:
     """The running Tidegate, for those who ask it something."""
@@ -41,6 +44,7 @@ class LiveControl:
         clock: Callable[[], float],
         observe: Callable[[], Observation],
         traffic: Callable[[], Mapping[str, Any]],
+        forks: Callable[[], dict[str, Any] | None],
     ) -> None:
         self._loop = loop
         self._workers = workers
@@ -51,6 +55,8 @@ class LiveControl:
         self._clock = clock
         self._observe = observe
         self._traffic = traffic
+        self._forks = forks
+        self._forks_seen: tuple[float, dict[str, Any] | None] | None = None
         self._started_s = clock()
 
     def status(self) -> dict[str, Any]:
@@ -69,9 +75,18 @@ class LiveControl:
             "uptime_s": round(self._clock() - self._started_s, 3),
             "workers": workers,
             "pools": [self._pool(pool, seen, report.at_s) for pool in report.pools],
+            "fork_server": self._fork_server(),
             "troubles": dict(report.troubles),
             "last_trouble": report.last_trouble,
         }
+
+    def _fork_server(self) -> dict[str, Any] | None:
+        """How the fork server is and what stands by; memory is read from the kernel, so not at
+        every look."""
+        now = self._clock()
+        if self._forks_seen is None or now - self._forks_seen[0] >= FORKS_S:
+            self._forks_seen = (now, self._forks())
+        return self._forks_seen[1]
 
     def _pool(self, report: PoolReport, seen: Observation, now: float) -> dict[str, Any]:
         settings = self._pools[report.name]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from autoscaler.backends.base import Placement, ReplicaSpec
 from autoscaler.backends.children import make_env
 from autoscaler.backends.forking import ForkPlan
+from autoscaler.backends.process import ProcessBackend
 from autoscaler.placement import Gpu
 from autoscaler.settings import PoolSettings
 from gateway import machine
@@ -48,13 +51,27 @@ def engine_command(
             gpus=placement.gpus,
             cpus=placement.cpus,
             max_model_len_tokens=pool.max_model_len_tokens,
+            gpu_memory_fraction=gpu_memory_fraction(pool),
             settings=loaders,
         )
         if sleeps:
             command.env["VLLM_SERVER_DEV_MODE"] = "1"  # without it there is no /sleep
         if bundles is not None:
-            command.env.update(bundles.env(command, model))
+            command.env.update(bundles.env(command, model, pool.env))
     return EngineCommand(argv=command.argv, env={**command.env, **pool.env})
+
+
+def gpu_memory_fraction(
+    pool: PoolSettings, gpus: Callable[[], Sequence[Gpu] | None] | None = None
+) -> float | None:
+    """The share of a GPU's memory that a replica may take, where its pool names bytes; ``None``
+    leaves it to vLLM. Of GPUs of several sizes the smallest counts."""
+    if pool.gpu_memory_bytes is None:
+        return None
+    sizes = [one.memory_bytes for one in (gpus or list_gpus)() or () if one.memory_bytes]
+    if not sizes:
+        return None
+    return min(1.0, pool.gpu_memory_bytes / min(sizes))
 
 
 def may_sleep(pool: PoolSettings, loaders: LoaderSettings) -> bool:
@@ -66,10 +83,14 @@ def may_sleep(pool: PoolSettings, loaders: LoaderSettings) -> bool:
 
 
 def fork_plan(
-    settings: Settings, environ: Mapping[str, str], bundles: Bundles | None = None
+    settings: Settings,
+    environ: Mapping[str, str],
+    bundles: Bundles | None = None,
+    find: Callable[[str], str | None] = lambda model: None,
 ) -> ForkPlan | None:
     """What the fork server imports, for the first pool that has vLLM; ``None`` without one, or
-    where the settings want none. Pools whose environment differs are started the plain way."""
+    where the settings want none. Pools whose environment differs are started the plain way.
+    ``find`` tells where a model with a URL is on this disk."""
     pools = [pool for pool in settings.pools if pool.engine == "vllm"]
     if not pools or not settings.loaders.fork_server:
         return None
@@ -84,10 +105,18 @@ def fork_plan(
         python=settings.loaders.engine_python,
         env=make_env(environ, command, spec, placement),
         device="cuda" if install is None else install.device,
-        models=tuple(pool.model for pool in pools if pool.model),
+        models=tuple(find(pool.model) or pool.model for pool in pools if pool.model),
         backoff_s=settings.autoscaler.backoff_initial_s,
         backoff_max_s=settings.autoscaler.backoff_max_s,
     )
+
+
+def describe_forks(backend: ProcessBackend) -> dict[str, Any] | None:
+    """How the fork server is, as JSON has it, with the engines that stand by; ``None`` without."""
+    server = backend.fork_server()
+    if server is None:
+        return None
+    return {**asdict(server), "standbys": [asdict(one) for one in backend.standbys()]}
 
 
 def make_bundles(settings: Settings) -> Bundles | None:
@@ -99,8 +128,13 @@ def make_bundles(settings: Settings) -> Bundles | None:
         cache_dir(settings) / "bundles",
         python=loaders.engine_python,
         quota_bytes=loaders.compiled_quota_bytes,
-        gpus=lambda: tuple((one.name, one.driver) for one in machine.Machine().gpus() or ()),
+        gpus=_gpu_kinds,
     )
+
+
+def _gpu_kinds() -> tuple[tuple[str, str], ...] | None:
+    found = machine.Machine().gpus()
+    return None if found is None else tuple((one.name, one.driver) for one in found)
 
 
 def plain_command(pool: PoolSettings, loaders: LoaderSettings) -> EngineCommand:

@@ -101,6 +101,8 @@ class Cache(Protocol):
 
 Prewarm = Callable[[Sequence[FileRange], OnProgress, IsCancelled], Any]
 """Brings files into the page cache; ``modelcache.pagecache.prewarm`` does."""
+Transform = Callable[[str, Path, OnProgress, IsCancelled], Path]
+"""The model of a URL after its preparation steps, from where it lies as fetched."""
 Replicate = Callable[[str, str | None, Sequence[str], OnProgress, IsCancelled], Mapping[str, Any]]
 """Has other sites preload a model: URL, revision, site names; returns an outcome for each site."""
 

@@ -21,6 +21,7 @@ from gateway.model_parts import (
     OnProgress,
     Prewarm,
     Replicate,
+    Transform,
     nothing_read,
 )
 from modelcache.types import (
@@ -78,6 +79,8 @@ class Models:
     keeper: Keeper | None = None
     traffic: Callable[[], Mapping[str, Any]] = nothing_read
     """What this process has read from stores and from peers, and given to them."""
+    transform: Transform | None = None
+    """Runs a model's preparation steps, where it has any."""
 
     def listing(self) -> dict[str, Any]:
         """Every revision that is on the disk or on its way, and what all of it takes."""
@@ -139,7 +142,11 @@ class Models:
             cancelled=cancelled,
             expected_use_at_s=options.get("expected_use_at_s"),
         )
-        return {**about(cached), "was_there": there}
+        told = {**about(cached), "was_there": there}
+        if self.transform is not None:
+            made = self.transform(url, cached.path, on_progress, cancelled)
+            told["prepared"] = None if made == cached.path else str(made)
+        return told
 
     def _prewarm(
         self,

@@ -16,15 +16,14 @@ from autoscaler.backends.process import ProcessBackend
 from autoscaler.settings import PoolSettings
 from autoscaler.waketimes import WakeTimes
 from autoscaler.warmth import Warmth
-from autoscaler.warmth_parts import Bring, Transform
+from autoscaler.warmth_parts import Bring
 from gateway.bundles import Bundles
 from gateway.engines import plain_command
+from gateway.preparing import make_transform
 from gateway.settings import Settings
 from modelcache import pagecache
-from modelcache.prepare import FolderOutputs, Preparation
-from modelcache.prepare_types import input_digest
 from modelcache.refs import parse_ref
-from modelcache.types import FileEntry, FileRange, NotFound, Progress
+from modelcache.types import FileRange, NotFound, Progress
 
 if TYPE_CHECKING:
     from gateway.cache import NodeCache
@@ -59,7 +58,7 @@ def make_bring(settings: Settings, bundles: Bundles) -> Bring:
     def bring(pool: PoolSettings, model: Path) -> None:
         with contextlib.suppress(ValueError):  # settings that cannot be run: the start says so
             here = pool.model_copy(update={"model": str(model)})
-            bundles.bring(plain_command(here, settings.loaders), model)
+            bundles.bring(plain_command(here, settings.loaders), model, pool.env)
 
     return bring
 
@@ -80,7 +79,7 @@ def prewarm(
     on_progress: Callable[[Progress], None],
     cancelled: Callable[[], bool],
 ) -> object:
-    """Read files into the page cache."""
+    """Read files into the page cache, for somebody who waits."""
     return pagecache.prewarm(files, on_progress=on_progress, cancelled=cancelled)
 
 
@@ -106,52 +105,3 @@ def locate(pool: PoolSettings, settings: Settings, environ: Mapping[str, str]) -
         return str(transform(model, path, lambda progress: None, lambda: False))
     finally:
         node.close()
-
-
-def make_transform(settings: Settings, node: NodeCache, environ: Mapping[str, str]) -> Transform:
-    """The preparation steps of models, run in the engine's environment; results are kept beside
-    the cache."""
-    from gateway.cache import cache_dir
-
-    directory = cache_dir(settings) / "prepared"
-    preparation = Preparation(
-        directory=directory,
-        python=settings.loaders.engine_python.absolute(),
-        outputs=FolderOutputs(directory / "outputs"),
-        environ=environ,
-    )
-
-    def transform(
-        model: str,
-        source: Path,
-        on_progress: Callable[[Progress], None],
-        cancelled: Callable[[], bool],
-    ) -> Path:
-        steps = settings.modelcache.steps_for(model)
-        if not steps:
-            return source
-        digest = input_digest(list_entries(model, source, node))
-        prepared = preparation.prepare(
-            source, digest, steps, on_progress=on_progress, cancelled=cancelled
-        )
-        return prepared.path
-
-    return transform
-
-
-def list_entries(model: str, source: Path, node: NodeCache) -> Sequence[FileEntry]:
-    """What a model consists of: its manifest, or for a directory that nobody fetched its files by
-    size and time of change, so that it need not be read."""
-    if "://" in model:
-        ref = parse_ref(model)
-        found = node.cache.find(ref.url, ref.revision)
-        if found is not None and found.manifest is not None and found.path == source:
-            return tuple(found.manifest.files)
-    entries = []
-    for path in sorted(source.rglob("*")):
-        if path.is_file():
-            seen = path.stat()
-            name = path.relative_to(source).as_posix()
-            changed = f"changed {seen.st_mtime_ns}"
-            entries.append(FileEntry(path=name, size_bytes=seen.st_size, digest=changed))
-    return entries

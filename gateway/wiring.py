@@ -32,7 +32,13 @@ from gateway.config import LoadedSettings
 from gateway.control import LiveControl
 from gateway.datapath.messages import WorkerConfig
 from gateway.datapath.shared import Shared
-from gateway.engines import engine_command, fork_plan, list_gpus, make_bundles
+from gateway.engines import (
+    describe_forks,
+    engine_command,
+    fork_plan,
+    list_gpus,
+    make_bundles,
+)
 from gateway.fleet import FleetBook
 from gateway.lifetime import set_up_logging, take_signals
 from gateway.running import Running, leave_record, make_url, remove_record
@@ -158,6 +164,7 @@ class _Tidegate:
             clock=time.monotonic,
             observe=self.book.observe,
             traffic=self.models.traffic,
+            forks=lambda: describe_forks(process),
         )
 
     def _process_backend(self) -> ProcessBackend:
@@ -169,9 +176,16 @@ class _Tidegate:
                 spec, placement, settings.loaders, self.bundles
             ),
             list_gpus=list_gpus,
-            fork_plan=fork_plan(settings, os.environ, self.bundles),
+            fork_plan=fork_plan(settings, os.environ, self.bundles, self._find_model),
             on_news=lambda replica_id: self.loop.look(replica_id),
         )
+
+    def _find_model(self, model: str) -> str | None:
+        """Where a model with a URL is on this disk."""
+        if "://" not in model:
+            return None
+        found = self.node.cache.find(model)
+        return None if found is None else str(found.path)
 
     def _publish(self, replicas: Sequence[ReplicaView], pools: Mapping[str, PoolView]) -> None:
         self.fleet = self.book.publish(replicas, pools)

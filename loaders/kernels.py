@@ -20,10 +20,11 @@ import re
 import shutil
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from loaders.engine import find_install, site_packages
+from loaders.engine import ALIASES, find_install, site_packages
 
 KEY_FORMAT = 1
 NOT_COMPILED_IN = frozenset(
@@ -62,12 +63,18 @@ class BundleKey:
 
 
 def make_key(
-    *, python: Path, model: str, args: Sequence[str], gpus: Sequence[tuple[str, str]] = ()
+    *,
+    python: Path,
+    model: str,
+    args: Sequence[str],
+    env: Mapping[str, str] | None = None,
+    gpus: Sequence[tuple[str, str]] = (),
 ) -> BundleKey | None:
     """The key of an engine that will be run by ``python`` with ``args`` (its command line).
 
-    ``model`` names the weights (a manifest's digest, or a path where there is none); ``gpus`` are
-    the (name, driver version) it will run on. ``None`` where no engine is found.
+    ``model`` names what of the model matters (``model_facts``), ``env`` are the user's own
+    variables, ``gpus`` the (name, driver version) it will run on. ``None`` where no engine is
+    found.
     """
     install = find_install(python)
     if install is None:
@@ -77,6 +84,7 @@ def make_key(
         "engine": f"{install.distribution} {install.version} {install.device}",
         "model": model,
         "settings": json.dumps(sorted(_settings_in(args))),
+        "env": json.dumps(sorted((env or {}).items())),
         "gpus": json.dumps(sorted(gpus)),
     }
     if not gpus:
@@ -124,7 +132,11 @@ def bundle_env(root: Path) -> dict[str, str]:
 
 def size_of(root: Path) -> int:
     """Bytes of the files in a bundle's directory; 0 where there is none."""
-    return sum(path.lstat().st_size for path in _files(root))
+    total = 0
+    for path in _files(root):
+        with suppress(FileNotFoundError):  # an engine is at work in it
+            total += path.lstat().st_size
+    return total
 
 
 def pack(root: Path, target: Path) -> int:
@@ -217,12 +229,13 @@ def _settings_in(args: Sequence[str]) -> list[str]:
     """The flags, each with its values, that what is compiled may depend on."""
     groups: list[list[str]] = []
     for arg in args:
-        is_flag = arg.startswith("--")
-        if is_flag and "=" in arg:
+        is_flag = arg.startswith("-") and not arg.lstrip("-")[:1].isdigit()
+        if is_flag and arg.startswith("--") and "=" in arg:
             name, _, value = arg.partition("=")
             groups.append([name.replace("_", "-"), value])
         elif is_flag:
-            groups.append([arg.replace("_", "-")])
+            name = arg.replace("_", "-") if arg.startswith("--") else arg
+            groups.append([ALIASES.get(name, name)])
         elif groups:
             groups[-1].append(arg)
     return [" ".join(group) for group in groups if group[0] not in NOT_COMPILED_IN]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ from loaders.plan import (
     plan_check,
     usual_cut,
 )
-from loaders.pump import Pump
+from loaders.pump import Pump, usable_cores
 from loaders.readers import CountCached, How, Reader
 from loaders.report import Report, Tally
 from loaders.ring import Ring
@@ -294,7 +293,7 @@ def _pump(
     ring: Ring | None,
     ahead_bytes: int | None,
 ) -> Pump:
-    copiers = min(len(os.sched_getaffinity(0)), options.threads)
+    copiers = min(len(usable_cores()), options.threads)
     reader = Reader(
         how=options.how,
         count_cached=options.count_cached,

@@ -6,9 +6,11 @@ when all of it is there. How far threads may run ahead of the consumer is bounde
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from loaders.device import Arena, Target
@@ -130,6 +132,8 @@ class Pump:
     def _work(self, worker: int) -> None:
         tally = self.tallies[worker]
         scratch: list[Stretch] = []
+        with suppress(OSError):  # a core that went away meanwhile
+            os.sched_setaffinity(0, usable_cores())
         try:
             while (job := self._take(worker, tally)) is not None:
                 read, arenas = job
@@ -231,6 +235,16 @@ class Pump:
             tally.copy_s += time.perf_counter() - began_s
         finally:
             ring.give_back(slot, slot.ticket)
+
+
+def usable_cores() -> set[int]:
+    """The cores that any thread of this process may use. The one that loads may be pinned to a few
+    (vLLM's CPU build pins it to one), and what it starts would be too."""
+    cores = set(os.sched_getaffinity(0))
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(OSError):
+            cores |= os.sched_getaffinity(int(thread))
+    return cores
 
 
 def _count_reads(plan: Plan) -> list[int]:

@@ -78,16 +78,17 @@ class Reader:
             reason = error.strerror or str(error)
             raise BadFile(f"cannot be read: {reason}", path=str(file.path)) from error
 
-    def is_cached(self, file: OpenFile, read: Read) -> bool:
-        """Whether it is to be copied out of the page cache. A question to the kernel, no read."""
+    def is_cached(self, file: OpenFile, read: Read) -> bool | None:
+        """Whether it is to be copied out of the page cache; ``None`` where the kernel cannot tell.
+        A question, no read."""
         if self.how != "auto":
             return self.how == "cached"
         pages = self.count_cached(file.fd, read.start, read.end - read.start)
-        return pages is None or 2 * pages * self._page_bytes >= read.end - read.start
+        return None if pages is None else 2 * pages * self._page_bytes >= read.end - read.start
 
     def _choose(self, file: OpenFile, read: Read) -> int | None:
         """The descriptor to read with past the cache, or ``None``."""
-        return None if self.is_cached(file, read) else file.direct()
+        return file.direct() if self.is_cached(file, read) is False else None
 
     def _fill_direct(
         self,

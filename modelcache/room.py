@@ -35,6 +35,10 @@ from modelcache.records import (
 from modelcache.types import InUse, NoSpace
 from modelcache.views import remove_view, view_of
 
+OTHERS = frozenset({"bundles", "prepared"})
+"""What lies in the cache's directory too, and cannot be evicted to make room for models: what
+engines have compiled (which has a limit of its own) and results of preparation steps."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
@@ -271,8 +275,11 @@ def disk_free_bytes(path: Path) -> int:
 
 
 def walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Every file and symbolic link below ``root``, with the name at the top it is under."""
-    for directory, _, names in os.walk(root):
+    """Every file and symbolic link below ``root``, with the name at the top it is under; not what
+    others keep there (``OTHERS``)."""
+    for directory, folders, names in os.walk(root):
+        if directory == str(root):
+            folders[:] = [name for name in folders if name not in OTHERS]
         top = Path(directory).relative_to(root).parts[:1]
         for name in names:
             try:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from modelcache.prepare_types import Step
 from modelcache.refs import parse_ref
@@ -169,11 +177,20 @@ class ModelCacheSettings(BaseModel):
     (``world_size``), ``command`` (``argv``, ``env``, ``version``, ``resumable``); each takes
     ``timeout_s``. docs/decisions/0015-pages-and-preparation.md says more."""
 
+    @field_validator("steps")
+    @classmethod
+    def _are_models(
+        cls, steps: dict[str, tuple[PreparationStep, ...]]
+    ) -> dict[str, tuple[PreparationStep, ...]]:
+        for name in steps:
+            parse_ref(os.path.expanduser(name))  # raises for what is none
+        return steps
+
     def steps_for(self, model: str) -> tuple[Step, ...]:
         """The steps of a model, however the same place is written. Raises ``ValueError`` where
         ``model`` is no reference."""
-        url = parse_ref(model).url
+        url = parse_ref(os.path.expanduser(model)).url
         for name, steps in self.steps.items():
-            if parse_ref(name).url == url:
+            if parse_ref(os.path.expanduser(name)).url == url:
                 return tuple(step.step() for step in steps)
         return ()

@@ -48,6 +48,7 @@ class Child:
     phase: str = PHASES[0]
     told: list[tuple[float, str]] = field(default_factory=list)
     plainly: str = ""
+    sleep_level: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property

@@ -76,12 +76,19 @@ class HealthClient:
         except (httpx.HTTPError, ValueError, RecursionError):
             return None
 
-    async def post(self, url: str, headers: Mapping[str, str], *, timeout_s: float) -> None:
-        """POST without a body. Raises ``Unsupported`` where the server has no such path, and
-        ``BackendError`` for any other failure."""
+    async def post(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        *,
+        timeout_s: float,
+        body: Mapping[str, object] | None = None,
+    ) -> None:
+        """POST, with ``body`` as JSON if there is one. Raises ``Unsupported`` where the server has
+        no such path, and ``BackendError`` for any other failure."""
         path = httpx.URL(url).path
         try:
-            status, body = await self._ask("POST", url, headers, timeout_s)
+            status, answer = await self._ask("POST", url, headers, timeout_s, body)
         except httpx.TimeoutException:
             raise BackendError(f"no answer to POST {path} in {timeout_s:g} s") from None
         except httpx.HTTPError as error:
@@ -89,7 +96,7 @@ class HealthClient:
         if status in ABSENT:
             raise Unsupported(f"the engine has no POST {path} (it answered {status})")
         if not 200 <= status < 300:
-            text = body[:200].decode(errors="replace")
+            text = answer[:200].decode(errors="replace")
             raise BackendError(f"POST {path} was answered {status}: {text}")
 
     async def close(self) -> None:
@@ -99,7 +106,12 @@ class HealthClient:
             self._client = None
 
     async def _ask(
-        self, method: str, url: str, headers: Mapping[str, str], timeout_s: float
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        timeout_s: float,
+        content: Mapping[str, object] | None = None,
     ) -> tuple[int, bytes]:
         if self._client is None:
             self._client = httpx.AsyncClient(
@@ -111,7 +123,12 @@ class HealthClient:
         body = bytearray()
         # Uncompressed, so that the bound on what is read is one on what is kept.
         asked = {"Accept-Encoding": "identity", **headers}
-        async with self._client.stream(method, url, headers=asked, timeout=timeout) as answer:
+        sent = None if content is None else json.dumps(content).encode()
+        if sent is not None:
+            asked["Content-Type"] = "application/json"
+        async with self._client.stream(
+            method, url, headers=asked, timeout=timeout, content=sent
+        ) as answer:
             async for piece in answer.aiter_bytes(READ_BYTES):
                 body += piece
                 if len(body) > MAX_ANSWER_BYTES:

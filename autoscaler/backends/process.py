@@ -16,6 +16,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from autoscaler.backends import sleeping
 from autoscaler.backends.base import (
     BackendError,
     Leftover,
@@ -326,14 +327,12 @@ class ProcessBackend:
     async def sleep(self, replica_id: str, level: int) -> None:
         """Ask the engine to sleep (vLLM's ``/sleep``; it needs ``--enable-sleep-mode``)."""
         child = self._find(replica_id)
-        timeout_s = self._settings.call_timeout_s
-        await self._client.post(f"{child.url}/sleep?level={level}", {}, timeout_s=timeout_s)
+        await sleeping.put_to_sleep(self._client, child, level, self._settings.call_timeout_s)
 
     async def wake(self, replica_id: str) -> None:
-        """Ask the engine to wake (vLLM's ``/wake_up``)."""
+        """Ask the engine to wake (vLLM's ``/wake_up``, and what belongs to it)."""
         child = self._find(replica_id)
-        timeout_s = self._settings.call_timeout_s
-        await self._client.post(f"{child.url}/wake_up", {}, timeout_s=timeout_s)
+        await sleeping.wake(self._client, child, self._settings.call_timeout_s)
 
     def _find(self, replica_id: str) -> Child:
         child = self._children.get(replica_id)

@@ -73,6 +73,39 @@ def test_a_model_of_the_same_shape_elsewhere_is_the_same(
     assert bundles.env(given, str(model)) != bundles.env(given, str(moved))
 
 
+@pytest.mark.parametrize(
+    ("args", "env"),
+    [(("-O3",), {}), (("-tp", "2"), {}), ((), {"VLLM_ATTENTION_BACKEND": "FLASHINFER"})],
+)
+def test_short_flags_and_the_pool_s_own_variables_matter_too(
+    python: Path, model: Path, tmp_path: Path, args: tuple[str, ...], env: dict[str, str]
+) -> None:
+    bundles = make(python, tmp_path / "bundles")
+    plain = ("--load-format", "tidegate")
+    first = bundles.env(command(python, *plain), str(model))
+    assert bundles.env(command(python, *plain, *args), str(model), env) != first
+
+
+def test_gpus_that_cannot_be_told_now_are_asked_again(
+    python: Path, model: Path, tmp_path: Path
+) -> None:
+    told: list[list[tuple[str, str]] | None] = [[GPU], None]
+    bundles = Bundles(tmp_path / "b", python=python, quota_bytes=1, gpus=lambda: told.pop())
+    assert bundles.env(command(python), str(model)) == {}
+    assert bundles.env(command(python), str(model)) != {}
+
+
+def test_what_a_fork_server_was_told_of_does_not_keep_a_shipped_one_out(
+    python: Path, model: Path, tmp_path: Path
+) -> None:
+    here, there = make(python, tmp_path / "here"), make(python, tmp_path / "there")
+    given = command(python)
+    fill(here, given, model)
+    here.pack(given, str(model), model / SHIPPED)
+    assert there.env(given, str(model))  # only noted, nothing compiled
+    assert there.bring(given, model) > 0
+
+
 def test_without_an_engine_nothing_is_pointed_anywhere(model: Path, tmp_path: Path) -> None:
     bundles = make(tmp_path / "nowhere/bin/python", tmp_path / "bundles")
     assert bundles.env(command(tmp_path), str(model)) == {}
@@ -134,7 +167,9 @@ def test_past_the_quota_what_was_not_used_for_longest_goes(
         place = fill(bundles, given, model, bytes(100_000)).parent
         os.utime(place, (1_000 + number, 1_000 + number))
         folders.append(place)
-    bundles.bring(command(python, "--seed", "0"), model)  # used again: now the newest
+    # Used again by another process: now it is the newest. What a process has given to engines it
+    # does not remove itself.
+    make(python, tmp_path / "bundles", 250_000).bring(command(python, "--seed", "0"), model)
     assert [folder.exists() for folder in folders] == [True, False, True]
     assert (folders[0] / FACTS).exists()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gateway.cli_warmth import warmth_lines
+from gateway.cli_warmth import fork_lines, warmth_lines
 
 
 def tier(name: str, **fields: Any) -> dict[str, Any]:
@@ -42,3 +42,32 @@ def test_a_line_for_each_pool(pool: dict[str, Any], line: str) -> None:
 @pytest.mark.parametrize("pool", [{}, {"tiers": []}, {"tiers": [tier("forked", available=False)]}])
 def test_nothing_is_said_of_pools_without_tiers(pool: dict[str, Any]) -> None:
     assert warmth_lines([{"name": "static", **pool}]) == []
+
+
+@pytest.mark.parametrize(
+    ("server", "line"),
+    [
+        (None, []),
+        (
+            {"state": "unfit", "reason": "another vLLM"},
+            ["fork server: unfit (another vLLM): engines start plainly"],
+        ),
+        (
+            {"state": "importing", "reason": "it imports vLLM"},
+            ["fork server: importing (it imports vLLM)"],
+        ),
+        (
+            {
+                "state": "ready",
+                "pss_bytes": 630_000_000,
+                "standbys": [
+                    {"pool": "a", "parked": True, "pss_bytes": 560_000_000},
+                    {"pool": "b", "parked": False, "pss_bytes": None},
+                ],
+            },
+            ["fork server: ready, 630 MB; a stands by, 560 MB; b is on its way to stand by, ?"],
+        ),
+    ],
+)
+def test_the_fork_server_is_told_of(server: dict[str, Any] | None, line: list[str]) -> None:
+    assert fork_lines(server) == line

@@ -391,6 +391,20 @@ def test_steps_belong_to_a_model_however_it_is_written() -> None:
     assert settings.steps_for("org/other") == ()
 
 
+def test_a_step_s_model_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/her")
+    steps = {"~/models/x": [{"kind": "cast", "dtype": "bfloat16"}]}
+    settings = ModelCacheSettings.model_validate({"steps": steps})
+    assert len(settings.steps_for("/home/her/models/x")) == 1
+
+
+def test_what_is_no_model_is_found_when_settings_are_read() -> None:
+    """Not when some other pool starts."""
+    steps = {"not a model!!": [{"kind": "cast", "dtype": "bfloat16"}]}
+    with pytest.raises(ValueError, match="not a model"):
+        ModelCacheSettings.model_validate({"steps": steps})
+
+
 def test_the_leash_ends_the_command_with_its_parent(tmp_path: Path) -> None:
     """Also one that ignores being told."""
     stubborn = (

@@ -13,7 +13,7 @@ from folder_store import PIECE, Rig, bytes_of, count_bytes, read_tree
 
 from modelcache import files, leases
 from modelcache.cache import ModelCache
-from modelcache.room import disk_free_bytes
+from modelcache.room import OTHERS, disk_free_bytes
 from modelcache.types import Cancelled, InUse, NoSpace, Progress
 
 SIZE = 16 * PIECE
@@ -262,6 +262,17 @@ def test_an_older_revision_that_was_stopped_does_not_count_as_being_fetched(rig:
     model = cache.preload(url)
     assert read_tree(model.path) == {"model.bin": bytes_of(SIZE, 99)}
     assert [entry.revision for entry in cache.ls()] == [model.revision]
+
+
+def test_what_others_keep_in_the_folder_is_not_the_models(rig: Rig) -> None:
+    """It could not be evicted to make room, so it must not take any."""
+    cache = rig.cache(quota_bytes=2 * SIZE)
+    bring(cache, put(rig, "a"))
+    before = cache.usage().bytes_used
+    for name in OTHERS:
+        (cache.dir / name).mkdir()
+        (cache.dir / name / "file").write_bytes(bytes(5 * SIZE))
+    assert cache.usage().bytes_used == before
 
 
 def test_sweeping_takes_leftovers_and_nothing_else(rig: Rig) -> None:

@@ -1,0 +1,69 @@
+"""The verbs over a model cache, without console or listener."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from fake_cache import FakeCache, fake_models
+
+from modelcache.types import FileRange, NoSpace, Progress
+
+URL = "hf://org/name"
+
+
+class FakeKeeper:
+    """Keeps what it is given, unless it is full."""
+
+    def __init__(self, full: bool = False) -> None:
+        self.kept: dict[str, int] = {}
+        self.full = full
+
+    def keep(self, key: str, files: list[FileRange]) -> None:
+        if self.full:
+            raise NoSpace("page_budget_bytes: no room")
+        self.kept[key] = len(files)
+
+    def drop(self, key: str) -> bool:
+        return self.kept.pop(key, None) is not None
+
+
+def test_preload_runs_a_model_s_preparation_steps_ahead_of_its_use(tmp_path: Path) -> None:
+    asked: list[tuple[str, Path]] = []
+
+    def transform(
+        model: str,
+        source: Path,
+        on_progress: Callable[[Progress], None],
+        cancelled: Callable[[], bool],
+    ) -> Path:
+        asked.append((model, source))
+        return tmp_path / "prepared"
+
+    models = replace(fake_models(FakeCache(tmp_path)), transform=transform)
+    told = models.run("preload", {"model": URL})
+    assert asked == [(URL, Path(told["path"]))]
+    assert told["prepared"] == str(tmp_path / "prepared")
+
+
+def test_a_model_without_steps_is_what_was_fetched(tmp_path: Path) -> None:
+    models = replace(fake_models(FakeCache(tmp_path)), transform=lambda url, path, *_: path)
+    assert models.run("preload", {"model": URL})["prepared"] is None
+    assert "prepared" not in fake_models(FakeCache(tmp_path)).run("preload", {"model": URL})
+
+
+def test_prewarmed_pages_are_kept_until_the_model_is_let_go(tmp_path: Path) -> None:
+    keeper = FakeKeeper()
+    models = replace(fake_models(FakeCache(tmp_path)), keeper=keeper)
+    assert models.run("prewarm", {"model": URL})["not_kept"] == ""
+    assert list(keeper.kept.values()) == [1]
+    models.run("evict", {"model": URL})
+    assert keeper.kept == {}
+
+
+def test_why_pages_are_not_kept_is_told(tmp_path: Path) -> None:
+    full = replace(fake_models(FakeCache(tmp_path)), keeper=FakeKeeper(full=True))
+    assert "page_budget_bytes" in full.run("prewarm", {"model": URL})["not_kept"]
+    alone = fake_models(FakeCache(tmp_path))
+    assert "nobody runs here" in alone.run("prewarm", {"model": URL})["not_kept"]
