@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ from loaders.forkserver.quicken import make_hold, quicken, say
 
 PR_SET_PDEATHSIG = 1
 NOT_STARTED = 125
+LOOK_S = 1.0
+GRACE_S = 15.0
+"""Between Tidegate's end and that of an engine that has not ended by itself."""
+
 PARENT_S = 2.0
 """Longest wait for the kernel to give the orphan to Tidegate, which takes microseconds."""
 
@@ -104,6 +109,9 @@ def become_engine(order: Order) -> int:
     os.chdir(order.cwd)
     if order.cpus:
         os.sched_setaffinity(0, order.cpus)
+    threading.Thread(
+        target=end_with, args=(order.parent,), name="tidegate-leash", daemon=True
+    ).start()
     marks = Marks(told)
     marks(IMPORTING)
     hold = make_hold(marks, go[0]) if go else None
@@ -113,6 +121,18 @@ def become_engine(order: Order) -> int:
     except Exception:  # noqa: BLE001 -- the engine's log is where a failed start is explained
         traceback.print_exc()
         return 1
+
+
+def end_with(parent: int) -> None:
+    """End this engine, its processes included, some time after Tidegate has gone.
+
+    The kernel has sent SIGTERM by then. One that is just starting may not end by that: its main
+    thread does, and then waits for others that wait for an engine core.
+    """
+    while os.getppid() == parent:
+        time.sleep(LOOK_S)
+    time.sleep(GRACE_S)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _is_child_of(parent: int) -> bool:

@@ -233,8 +233,8 @@ def test_goes_to_zero_when_idle_and_no_process_is_left(tidegate: Tidegate) -> No
     tidegate.wait_at_zero("small")
     assert not [pid for pid in family if is_running(pid)]
     workers = {worker["pid"] for worker in tidegate.admin("/status")["workers"]}
-    # What the engine found out about the model is kept for its next start.
-    assert list((tidegate.state_dir / "cache" / "bundles").glob("*/vllm/**/*.json"))
+    # What the engine compiles and measures has a place of its own.
+    assert list((tidegate.state_dir / "cache" / "bundles").glob("*/facts.json"))
     # What is meant to stay: the fork server with an engine that stands by, and who keeps pages.
     others = {pid: line for pid, line in tidegate.survivors().items() if pid not in workers}
     meant = ("loaders.forkserver", "modelcache.keeper_process")
