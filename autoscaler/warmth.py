@@ -76,8 +76,9 @@ class Hold:
 class Warmth:
     """A ``Preparer`` over the parts of this node.
 
-    Without a ``cache`` no URL can be fetched; without a ``keeper`` there is no tier ``paged``, and
-    without ``standbys`` no tier ``forked``.
+    ``prewarm`` is for replicas, ``prewarm_behind`` for pools at zero: nobody waits for it, so it
+    stands back for others. Without a ``cache`` no URL can be fetched; without a ``keeper`` there
+    is no tier ``paged``, and without ``standbys`` no tier ``forked``.
     """
 
     def __init__(
@@ -88,11 +89,13 @@ class Warmth:
         keeper: Keeper | None = None,
         standbys: Standbys | None = None,
         prewarm: Prewarm | None = None,
+        prewarm_behind: Prewarm | None = None,
         transform: Transform | None = None,
         bring: Bring | None = None,
     ) -> None:
         self._cache, self._keeper, self._standbys = cache, keeper, standbys
         self._prewarm, self._transform, self._bring = prewarm, transform, bring
+        self._prewarm_behind = prewarm_behind or prewarm
         slugs = make_slugs(pool.name for pool in pools)
         self._places = {pool.name: make_place(pool, slugs[pool.name]) for pool in pools}
         self._holds: dict[str, Hold] = {}
@@ -218,7 +221,7 @@ class Warmth:
 
     async def _page_beside(self, place: Place, tell: OnProgress, report: Report) -> None:
         try:
-            await self._page(place, tell)
+            await self._page(place, tell, self._prewarm)
         except (CacheError, OSError) as error:
             LOG.info("%s: its pages are not kept: %s", place.pool.name, error)
         finally:
@@ -246,7 +249,7 @@ class Warmth:
         await self._end_standby(place)
         if tier is Tier.PAGED:
             await self._hold_for_pool(place)
-            await self._page(place, silent)
+            await self._page(place, silent, self._prewarm_behind)
             return
         self._drop_pages(place)
         await self._run(lambda _: place.lease.close())
@@ -302,11 +305,11 @@ class Warmth:
 
     async def _page_quietly(self, place: Place) -> None:
         try:
-            await self._page(place, silent)
+            await self._page(place, silent, self._prewarm_behind)
         except CacheError as error:
             LOG.info("%s: its pages are not kept: %s", place.pool.name, error)
 
-    async def _page(self, place: Place, tell: OnProgress) -> None:
+    async def _page(self, place: Place, tell: OnProgress, prewarm: Prewarm | None) -> None:
         """Bring a model into the page cache, and have it kept there. Raises ``NoSpace`` where it
         exceeds the budget."""
         keeper, path = self._keeper, await self._make(place, tell)
@@ -314,14 +317,15 @@ class Warmth:
             raise Unsupported("nothing is kept in the page cache")
         async with place.paging:
             if not place.kept:
-                await self._page_alone(place, keeper, path, tell)
+                await self._page_alone(place, keeper, path, tell, prewarm)
 
-    async def _page_alone(self, place: Place, keeper: Keeper, path: Path, tell: OnProgress) -> None:
+    async def _page_alone(
+        self, place: Place, keeper: Keeper, path: Path, tell: OnProgress, prewarm: Prewarm | None
+    ) -> None:
         files = await self._run(lambda _: list_files(path))
         # First, so that nothing is read in vain; the keeper then finds the reading done.
         await self._run(lambda _: keeper.keep(place.slug, files))
         try:
-            prewarm = self._prewarm
             if prewarm is not None:
                 await self._run(lambda cancelled: prewarm(files, tell, cancelled))
         except BaseException:

@@ -92,7 +92,7 @@ def make_models(
 
     return Models(
         cache=node.cache,
-        prewarm=_prewarm,
+        prewarm=prewarm_behind,
         replicate=make_replicator(settings.modelcache, environ),
         sites=tuple(settings.modelcache.sites),
         keeper=keeper,
@@ -106,10 +106,12 @@ def open_models(settings: Settings, environ: Mapping[str, str]) -> Models:
     return make_models(open_cache(settings, environ), settings, environ)
 
 
-def _prewarm(files: Sequence[FileRange], on_progress: OnProgress, cancelled: IsCancelled) -> Any:
+def prewarm_behind(
+    files: Sequence[FileRange], on_progress: OnProgress, cancelled: IsCancelled
+) -> Any:
+    """Read files into the page cache, behind whoever else reads from the same disk."""
     from modelcache import pagecache
     from modelcache.foreground import ForegroundReads
 
-    # Nobody waits for it: whoever reads from the same disk meanwhile goes first.
     others = ForegroundReads([file.path for file in files])
     return pagecache.prewarm(files, on_progress=on_progress, cancelled=cancelled, yield_to=others)

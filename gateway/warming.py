@@ -18,6 +18,7 @@ from autoscaler.waketimes import WakeTimes
 from autoscaler.warmth import Warmth
 from autoscaler.warmth_parts import Bring
 from gateway.bundles import Bundles
+from gateway.cache import prewarm_behind
 from gateway.engines import plain_command
 from gateway.preparing import make_transform
 from gateway.settings import Settings
@@ -47,6 +48,7 @@ def make_warmth(
         keeper=keeper,
         standbys=backend if settings.loaders.fork_server else None,
         prewarm=prewarm,
+        prewarm_behind=prewarm_behind,
         transform=make_transform(settings, node, os.environ) if settings.modelcache.steps else None,
         bring=None if bundles is None else make_bring(settings, bundles),
     )

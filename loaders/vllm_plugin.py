@@ -107,6 +107,6 @@ def read_files(
         first = next(tensors)
     except StopIteration:
         return "there are no tensors"
-    except (ImportError, NotImplementedError) as error:
+    except (ImportError, NotImplementedError) as error:  # torch's word for a device that cannot
         return str(error)
     return chain([first], tensors)

@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,16 +23,18 @@ from autoscaler.settings import PoolSettings
 FOLDER = str(Path(tiny_engine.__file__).parent)
 
 
-class BackendContract:
+class BackendContract(ABC):
     """Inherited by the tests of each backend, which say how to make one."""
 
     can_sleep = True
 
+    @abstractmethod
     def make(self, folder: Path) -> Backend:
-        raise NotImplementedError
+        """The backend, with its state in this folder."""
 
+    @abstractmethod
     def spec(self, replica_id: str) -> ReplicaSpec:
-        raise NotImplementedError
+        """A replica that it can start."""
 
     @asynccontextmanager
     async def backend(self, folder: Path) -> AsyncIterator[Backend]:

@@ -352,6 +352,24 @@ def test_a_change_of_tier_is_called_off_by_who_asks() -> None:
     run_virtual(story())
 
 
+def test_what_was_there_and_is_gone_is_noticed_and_brought_again() -> None:
+    """A standby dies, somebody evicts by hand: looked at now and then, at every tier."""
+
+    async def story() -> None:
+        models = FakePreparer()
+        pool = warm(sleeping_s=0, forked_s=1_000)
+        async with World([pool], QUICK, preparer=models) as world:
+            await world.until(lambda: models.here is Tier.FORKED, 60.0)
+            await asyncio.sleep(20.0)
+            looks = models.looks
+            models.here = Tier.ON_DISK  # gone
+            await world.until(lambda: models.here is Tier.FORKED, 60.0)
+            await asyncio.sleep(60.0)
+            assert models.looks > looks
+
+    run_virtual(story())
+
+
 def test_of_several_replicas_one_sleeps() -> None:
     async def story() -> None:
         pool = process_pool(max_replicas=3, target_inflight_tokens=100, warmth=WARMTH)

@@ -358,6 +358,66 @@ def test_down_the_tiers_and_what_each_lets_go_of(tmp_path: Path) -> None:
     run(node, story)
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Ten seconds at most."""
+    for _ in range(1_000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not come about")
+
+
+def test_at_zero_pages_are_read_behind_others_and_for_a_replica_at_once(tmp_path: Path) -> None:
+    behind: list[Sequence[FileRange]] = []
+    remote = pool()
+    node = Node(tmp_path, remote, prewarm_behind=lambda files, *_: behind.append(files))
+    node.cache.here = True
+
+    async def story() -> None:
+        await node.warmth.look(remote)
+        await node.warmth.settle(remote, Tier.PAGED)
+        assert (len(behind), len(node.read)) == (1, 0)
+        await node.warmth.settle(remote, Tier.ON_DISK)
+        await node.prepare(remote)
+        await until(lambda: bool(node.read))
+        assert len(behind) == 1
+
+    run(node, story)
+
+
+def test_pages_that_one_replica_lets_go_of_are_not_taken_for_kept(tmp_path: Path) -> None:
+    """Two replicas at once: the first is ended while it pages, the second then has to."""
+    remote = pool()
+    begun, ended = threading.Event(), threading.Event()
+    reads: list[int] = []
+
+    def prewarm(files: Sequence[FileRange], on_progress: OnProgress, cancelled: Cancelled) -> None:
+        reads.append(len(files))
+        if len(reads) == 1:
+            begun.set()
+            while not cancelled():
+                threading.Event().wait(0.005)
+            ended.set()
+
+    node = Node(tmp_path, remote)
+    node.warmth._prewarm = prewarm
+    node.cache.here = True
+
+    async def story() -> None:
+        await node.warmth.look(remote)
+        await node.prepare(remote, "m-1")
+        await asyncio.to_thread(begun.wait, 10)
+        await node.prepare(remote, "m-2")
+        await asyncio.sleep(0.05)
+        await node.warmth.release("m-1")
+        await asyncio.to_thread(ended.wait, 10)
+        await until(lambda: node.warmth.tier(remote) is Tier.PAGED)
+        assert len(reads) == 2
+        assert "m" in node.keeper.kept
+
+    run(node, story)
+
+
 def test_a_model_of_two_pools_stays_for_the_other(tmp_path: Path) -> None:
     one, other = pool(), pool(name="n")
     node = Node(tmp_path, one, other)
