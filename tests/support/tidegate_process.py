@@ -143,8 +143,12 @@ class Tidegate:
         return read_metrics(self.engine_url(pool) + "/metrics")
 
     def engine_logs(self, pool: str) -> list[Path]:
-        """One log per replica that was ever started for a pool."""
-        return sorted((self.state_dir / "logs" / pool).glob("*.log"))
+        """One log per replica that was ever started for a pool.
+
+        An engine that stands by writes one of its own, whenever it comes to it: not a replica's.
+        """
+        logs = (self.state_dir / "logs" / pool).glob("*.log")
+        return sorted(log for log in logs if not log.stem.endswith("-standby"))
 
     def starts(self, pool: str) -> int:
         """How many engines were started for a pool, by what the control loop says it did."""
