@@ -140,6 +140,7 @@ class LiveControl:
             report=self._loop.status(),
             version=self._version,
             traffic=self._traffic(),
+            forks=self._fork_server(),
         )
 
     def explain(self, pool: str) -> list[dict[str, Any]]:

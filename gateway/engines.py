@@ -27,8 +27,10 @@ def engine_command(
     placement: Placement,
     loaders: LoaderSettings,
     bundles: Bundles | None = None,
+    gpus: Callable[[], Sequence[Gpu] | None] | None = None,
 ) -> EngineCommand:
-    """The command line of a replica. Raises ``ValueError`` for settings that cannot be run."""
+    """The command line of a replica. Raises ``ValueError`` for settings that cannot be run.
+    ``gpus`` tells the GPUs of this machine; without, they are looked for."""
     pool = spec.pool
     model = pool.model or pool.name
     if pool.engine == "simulated":
@@ -51,7 +53,7 @@ def engine_command(
             gpus=placement.gpus,
             cpus=placement.cpus,
             max_model_len_tokens=pool.max_model_len_tokens,
-            gpu_memory_fraction=gpu_memory_fraction(pool),
+            gpu_memory_fraction=gpu_memory_fraction(pool, gpus),
             settings=loaders,
         )
         if sleeps:
@@ -108,6 +110,9 @@ def fork_plan(
         models=tuple(find(pool.model) or pool.model for pool in pools if pool.model),
         backoff_s=settings.autoscaler.backoff_initial_s,
         backoff_max_s=settings.autoscaler.backoff_max_s,
+        import_timeout_s=settings.loaders.fork_import_timeout_s,
+        wait_s=settings.loaders.fork_wait_s,
+        timeout_s=settings.loaders.fork_timeout_s,
     )
 
 
@@ -143,6 +148,25 @@ def plain_command(pool: PoolSettings, loaders: LoaderSettings) -> EngineCommand:
     gpus = tuple(range(pool.gpus_per_replica))
     spec = ReplicaSpec(id=pool.name, pool=pool)
     return engine_command(spec, Placement(host="127.0.0.1", port=0, gpus=gpus), loaders)
+
+
+class Inventory:
+    """The GPUs of this machine as they were last seen: a look takes up to seconds."""
+
+    def __init__(self, look: Callable[[], Sequence[Gpu] | None] | None = None) -> None:
+        self._look = look or list_gpus
+        self._seen: Sequence[Gpu] | None = None
+
+    def look(self) -> Sequence[Gpu] | None:
+        """Look now; not for an event loop."""
+        seen = self._look()
+        if seen is not None:
+            self._seen = seen
+        return seen
+
+    def seen(self) -> Sequence[Gpu] | None:
+        """What the last look that told them found; looks if there was none."""
+        return self.look() if self._seen is None else self._seen
 
 
 def list_gpus() -> Sequence[Gpu] | None:

@@ -19,6 +19,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from autoscaler.backends.forking import FORK_STATES
 from autoscaler.phases import STEPS
 from autoscaler.types import FleetReport
 from gateway.datapath import metrics
@@ -36,10 +37,12 @@ def render(
     report: FleetReport | None,
     version: str,
     traffic: Mapping[str, Any],
+    forks: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The whole page, in Prometheus text format 0.0.4. ``traffic``: the model cache's figures."""
+    """The whole page, in Prometheus text format 0.0.4. ``traffic``: the model cache's figures;
+    ``forks``: those of the fork server, as ``/status`` has them."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Page(shared, pools, report, version, traffic))
+    registry.register(_Page(shared, pools, report, version, traffic, forks))
     return generate_latest(registry)
 
 
@@ -69,7 +72,9 @@ class _Page(Collector):
         report: FleetReport | None,
         version: str,
         traffic: Mapping[str, Any],
+        forks: Mapping[str, Any] | None,
     ) -> None:
+        self._forks = forks
         self._shared = shared
         self._pools = pools
         self._report = report
@@ -86,6 +91,7 @@ class _Page(Collector):
             yield from self._replicas(self._report)
             yield from self._warmth(self._report)
             yield from self._decisions(self._report)
+        yield from _forks(self._forks)
         yield from _cache(self._traffic)
 
     def _pool_counters(self) -> Iterator[Metric]:
@@ -171,6 +177,25 @@ class _Page(Collector):
         for where, count in sorted(report.troubles.items()):
             troubles.add_metric([where], count)
         yield from (decisions, troubles)
+
+
+def _forks(forks: Mapping[str, Any] | None) -> Iterator[Metric]:
+    """The fork server and what stands by; what is not known is left out."""
+    state = _family(metrics.FORK_SERVER, ["state"])
+    memory = _family(metrics.FORK_SERVER_BYTES, [])
+    total = _family(metrics.FORKS, [])
+    crashes = _family(metrics.FORK_SERVER_CRASHES, [])
+    standbys = _family(metrics.STANDBY_BYTES, ["pool"])
+    if forks is not None:
+        for known in FORK_STATES:
+            state.add_metric([known], known == forks["state"])
+        if forks["pss_bytes"] is not None:
+            memory.add_metric([], forks["pss_bytes"])
+        total.add_metric([], forks["forked"])
+        crashes.add_metric([], forks["crashes"])
+        for one in forks["standbys"]:
+            standbys.add_metric([one["pool"]], one["pss_bytes"])
+    yield from (state, memory, total, crashes, standbys)
 
 
 def _build(version: str) -> Metric:

@@ -33,10 +33,10 @@ from gateway.control import LiveControl
 from gateway.datapath.messages import WorkerConfig
 from gateway.datapath.shared import Shared
 from gateway.engines import (
+    Inventory,
     describe_forks,
     engine_command,
     fork_plan,
-    list_gpus,
     make_bundles,
 )
 from gateway.fleet import FleetBook
@@ -168,14 +168,14 @@ class _Tidegate:
         )
 
     def _process_backend(self) -> ProcessBackend:
-        settings = self.settings
+        settings, inventory = self.settings, Inventory()
         return ProcessBackend(
             state_dir=settings.state_dir,
             settings=settings.autoscaler,
             command=lambda spec, placement: engine_command(
-                spec, placement, settings.loaders, self.bundles
+                spec, placement, settings.loaders, self.bundles, inventory.seen
             ),
-            list_gpus=list_gpus,
+            list_gpus=inventory.look,
             fork_plan=fork_plan(settings, os.environ, self.bundles, self._find_model),
             on_news=lambda replica_id: self.loop.look(replica_id),
         )

@@ -48,6 +48,18 @@ class LoaderSettings(BaseModel):
     (about 0.6 GB, of which its engines share most). Without it, or when it cannot be used, engines
     are started the plain way, and ``tidegate status`` says why."""
 
+    fork_import_timeout_s: float = Field(default=600.0, gt=0.0, le=86_400.0)
+    """Longest time that process may import, in seconds; then it is ended and begun anew. Generous:
+    from a slow disk, on a busy machine, vLLM takes minutes."""
+
+    fork_wait_s: float = Field(default=45.0, ge=0.0, le=3_600.0)
+    """Longest time, in seconds, that an engine's start waits for that process while it imports.
+    Both at once would take each other's processor, and a plain start is the longer of the two."""
+
+    fork_timeout_s: float = Field(default=10.0, gt=0.0, le=3_600.0)
+    """Longest time, in seconds, in which it has to fork when asked; it takes milliseconds. One
+    that hangs is ended, and the engine is started the plain way."""
+
     keep_compiled: bool = True
     """Whether what vLLM compiles, tunes and measures when it starts is kept for the next start, a
     folder for each combination of engine, libraries, GPU, driver, model and settings, in

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from autoscaler.backends import launch
 from autoscaler.backends.base import Command, StillRunning
+from autoscaler.backends.children import to_the_end
 from autoscaler.backends.family import Family, Sleep
 from autoscaler.backends.logs import ReplicaLog
 from autoscaler.backends.process_registry import ProcessRecord, ProcessRegistry
@@ -44,10 +46,6 @@ ROOT = str(Path(__file__).resolve().parents[2])
 LAUNCHER_FLAG = "-c"
 WATCH_S = 0.5
 IDENTITY_S = 5.0
-WAIT_S = 45.0
-"""Longest wait of an engine's start for a fork server that is importing: both at once would take
-each other's processor, and the plain start is the longer of the two."""
-IMPORT_S = 600.0
 STEADY_S = 60.0
 """A server that lasted this long had nothing wrong with it from the start."""
 
@@ -55,8 +53,8 @@ STEADY_S = 60.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForkPlan:
     """What to keep ready: an engine's Python, the environment its engines get (all but what is
-    each one's own), the models whose code to import, and what is waited at most between two tries
-    to bring it up."""
+    each one's own), the models whose code to import, and what is waited at most: between two tries
+    to bring it up, for its imports, by a start for those imports, and for a fork."""
 
     python: Path
     env: Mapping[str, str]
@@ -64,6 +62,12 @@ class ForkPlan:
     models: tuple[str, ...] = ()
     backoff_s: float = 1.0
     backoff_max_s: float = 60.0
+    import_timeout_s: float = 600.0
+    wait_s: float = 45.0
+    timeout_s: float = 10.0
+
+
+FORK_STATES = ("off", "importing", "ready", "waiting", "unfit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +144,7 @@ class Forks:
             raise ForkError("its program is another")
         if self._state == "importing":
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(WAIT_S):
+                async with asyncio.timeout(self._plan.wait_s):
                     await self._settled.wait()
         if self._server is None or self._state != "ready":
             kind = ForkError if self._state in {"unfit", "off"} else ServerLost
@@ -150,7 +154,7 @@ class Forks:
             raise ServerLost("the engine's packages have changed")
         request = Request(args=args, env=env, cpus=cpus, mark=(self._mark, mark), parked=parked)
         try:
-            process = await self._server.fork(request, log)
+            process = await self._server.fork(request, log, timeout_s=self._plan.timeout_s)
         except ServerLost as error:
             self._lose(str(error))
             raise
@@ -175,9 +179,9 @@ class Forks:
                 await self._watch()
             except Unfit as error:
                 self._reason, state = str(error), "unfit"
-            except (ServerLost, OSError, TimeoutError) as error:
+            except (ServerLost, OSError) as error:
                 self._reason = str(error) or type(error).__name__
-            await self._take_down()
+            await to_the_end(self._take_down())
             self._settle(state, self._reason)
             self._crashes += 1
             if self._clock() - began_s >= STEADY_S:
@@ -185,7 +189,7 @@ class Forks:
             LOG.warning("the fork server is %s (%s): engines start plainly", state, self._reason)
             await self._sleep(pause_s)
             pause_s = min(pause_s * 2.0, self._plan.backoff_max_s)
-            while self._state == "unfit" and self._same_packages():
+            while self._state == "unfit" and await asyncio.to_thread(self._same_packages):
                 await self._sleep(IDENTITY_S)
 
     def _same_packages(self) -> bool:
@@ -204,8 +208,12 @@ class Forks:
         try:
             server = ForkServer(ours)
             self._launch(theirs)
-            async with asyncio.timeout(IMPORT_S):
+            async with asyncio.timeout(self._plan.import_timeout_s):
                 ready = await server.hello(device=self._plan.device, models=self._plan.models)
+        except TimeoutError as error:
+            ours.close()
+            limit_s = self._plan.import_timeout_s
+            raise ServerLost(f"it has not imported everything within {limit_s:g} s") from error
         except BaseException:
             ours.close()
             raise
@@ -259,6 +267,9 @@ class Forks:
             if process is None or (status := process.poll()) is not None:
                 self._reason = f"it ended with status {status}" if process else "it is gone"
                 return
+            if self._server is None or self._server.broken:
+                self._reason = "it did not answer in time"
+                return
             if self._clock() >= next_look_s:
                 next_look_s = self._clock() + IDENTITY_S
                 if not await asyncio.to_thread(self._same_packages):
@@ -266,11 +277,15 @@ class Forks:
                     return
 
     async def _take_down(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-        process, family = self._process, self._family
-        self._process = self._family = None
+        server, process, family = self._server, self._process, self._family
+        self._server = self._process = self._family = None
+        if server is not None:
+            server.hang_up()
+        await self._end(process, family)
+        for pid in () if server is None else server.close():
+            await asyncio.to_thread(_end_child, pid)
+
+    async def _end(self, process: subprocess.Popen[bytes] | None, family: Family | None) -> None:
         if process is None:
             return
         if process.stdin is not None:
@@ -292,6 +307,15 @@ class Forks:
         with contextlib.suppress(OSError):
             adopt_orphans(False)
         self._settle("off", "Tidegate is closing")
+
+
+def _end_child(pid: int) -> None:
+    """End an engine that was forked when nobody waited for it any more, and learn its end. It is
+    ours since it was forked, and its number is its own until then."""
+    with contextlib.suppress(ChildProcessError, ProcessLookupError):
+        if os.waitpid(pid, os.WNOHANG) == (0, 0):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def identity(python: Path) -> str:

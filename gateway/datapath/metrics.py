@@ -140,6 +140,21 @@ PREPARED_BYTES: Final = Metric(
 PREPARE_BYTES: Final = Metric(
     "prepare_bytes", "Bytes to be brought in for replicas on their way, as known.", gauge=True
 )
+FORK_SERVER: Final = Metric(
+    "fork_server", "1 for the state that the fork server is in; absent without one.", gauge=True
+)
+FORK_SERVER_BYTES: Final = Metric(
+    "fork_server_bytes", "Memory of the fork server, of what it shares only its part.", gauge=True
+)
+FORKS: Final = Metric("forks_total", "Engines forked.")
+FORK_SERVER_CRASHES: Final = Metric(
+    "fork_server_crashes_total", "Times that the fork server ended or could not be brought up."
+)
+STANDBY_BYTES: Final = Metric(
+    "standby_bytes",
+    "Memory of an engine that stands by, of what it shares only its part.",
+    gauge=True,
+)
 START_FAILURES: Final = Metric("start_failures", "Failed starts in a row.", gauge=True)
 DECISIONS: Final = Metric("decisions_total", "Decisions of the autoscaler, by reason.")
 CONTROL_TROUBLES: Final = Metric(

@@ -150,6 +150,7 @@ class ForkServer:
         self._channel = channel
         self._channel.setblocking(False)
         self._lock = asyncio.Lock()
+        self._broken = False
 
     async def hello(self, *, device: str, models: Sequence[str]) -> Ready:
         """Have it import everything; returns when it can fork. Raises ``Unfit`` or
@@ -163,10 +164,11 @@ class ForkServer:
             missing=tuple(answer["missing"]),
         )
 
-    async def fork(self, request: Request, log: int) -> ForkedProcess:
+    async def fork(self, request: Request, log: int, *, timeout_s: float) -> ForkedProcess:
         """Fork an engine whose output goes to ``log``; it waits behind its gate.
 
-        Raises ``ForkError`` when it refuses, ``ServerLost`` when it is gone.
+        Raises ``ForkError`` when it refuses, ``ServerLost`` when it is gone, or has not answered
+        within ``timeout_s``: then it is of no more use.
         """
         async with contextlib.AsyncExitStack() as stack:
 
@@ -196,26 +198,36 @@ class ForkServer:
             }
             asked = asyncio.ensure_future(self._ask(message, [log, *theirs]))
             try:
-                answer = await asyncio.shield(asked)
+                async with asyncio.timeout(timeout_s):
+                    answer = await asyncio.shield(asked)
                 if answer.get("kind") != "forked":
                     raise ForkError(str(answer.get("reason", "it answered something else")))
             except BaseException as error:
                 for fd in ours:  # the gate's end: one that was forked after all ends by itself
                     os.close(fd)
+                if isinstance(error, TimeoutError):
+                    asked.cancel()
+                    raise ServerLost(f"it has not answered within {timeout_s:g} s") from error
                 if isinstance(error, asyncio.CancelledError):
-                    await _let_go(asked)
+                    await _let_go(asked, timeout_s)
                 raise
             return ForkedProcess(int(answer["pid"]), gate=gate_out, marks=marks_in, go=go)
 
     async def _ask(self, message: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
         async with self._lock:
+            if self._broken:
+                raise ServerLost("an answer of it was not waited for")
             try:
                 wire.send(self._channel, message, fds)
             except OSError as error:
                 if error.errno == errno.EMSGSIZE:
                     raise ForkError("its command and environment are too large") from error
                 raise ServerLost(f"it cannot be asked: {error}") from error
-            return await self._answer()
+            try:
+                return await self._answer()
+            except asyncio.CancelledError:
+                self._broken = True  # its answer, if it comes, would be taken for the next one
+                raise
 
     async def _answer(self) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
@@ -239,15 +251,36 @@ class ForkServer:
         finally:
             loop.remove_reader(self._channel)
 
-    def close(self) -> None:
-        """End the channel, and with it the fork server; the engines it forked go on."""
+    @property
+    def broken(self) -> bool:
+        """Whether somebody stopped waiting for an answer: it is of no more use."""
+        return self._broken
+
+    def hang_up(self) -> None:
+        """Tell the fork server to end; the engines it forked go on."""
+        with contextlib.suppress(OSError):
+            self._channel.shutdown(socket.SHUT_WR)
+
+    def close(self) -> list[int]:
+        """End the channel; the processes of engines that it forked for nobody any more, when it
+        has ended: its answers that came late."""
+        late = []
+        with contextlib.suppress(BlockingIOError, wire.Closed, ValueError, OSError):
+            while True:
+                answer, fds = wire.receive(self._channel)
+                for fd in fds:
+                    os.close(fd)
+                if answer.get("kind") == "forked":
+                    late.append(int(answer["pid"]))
         self._channel.close()
+        return late
 
 
-async def _let_go(asked: asyncio.Future[dict[str, Any]]) -> None:
+async def _let_go(asked: asyncio.Future[dict[str, Any]], timeout_s: float) -> None:
     """Learn the end of an engine that was forked for somebody who is gone."""
-    with contextlib.suppress(ForkError):
-        answer = await asked
+    with contextlib.suppress(ForkError, TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            answer = await asked
         if answer.get("kind") == "forked":
             with contextlib.suppress(ChildProcessError):
                 await asyncio.to_thread(os.waitpid, int(answer["pid"]), 0)

@@ -42,7 +42,11 @@ def command(spec: ReplicaSpec, placement: Placement) -> TinyCommand:
 
 
 def run(
-    directory: Path, story: Callable[[ProcessBackend], Awaitable[None]], *, without: str = ""
+    directory: Path,
+    story: Callable[[ProcessBackend], Awaitable[None]],
+    *,
+    without: str = "",
+    **limits: Any,
 ) -> None:
     """Tell a story with a backend whose vLLM is the fake one; all it started is gone after it."""
     environ = {
@@ -51,7 +55,12 @@ def run(
         "FAKE_VLLM_READS": "as it was",
     }
     plan = ForkPlan(
-        python=Path(sys.executable), env=environ, device="cpu", backoff_s=0.05, backoff_max_s=0.1
+        python=Path(sys.executable),
+        env=environ,
+        device="cpu",
+        backoff_s=0.05,
+        backoff_max_s=0.1,
+        **limits,
     )
 
     async def tell() -> None:
@@ -173,6 +182,86 @@ def test_engines_outlive_a_fork_server_that_dies_and_the_next_one_forks(tmp_path
         assert after.crashes == 1
 
     run(tmp_path, story)
+
+
+def test_a_fork_server_that_hangs_holds_up_no_start(tmp_path: Path) -> None:
+    """It is asked, and says nothing: the start is a plain one, the next comes from a new server."""
+
+    async def story(backend: ProcessBackend) -> None:
+        await backend.start(replica("r-1"))
+        first = await pid_of(backend, "r-1")
+        server = backend.fork_server()
+        assert server is not None
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGSTOP)
+        # The second is asked while the first waits, and must not be given the first one's answer.
+        await asyncio.gather(backend.start(replica("r-2")), backend.start(replica("r-3")))
+        for replica_id in ("r-2", "r-3"):
+            assert not is_forked(await pid_of(backend, replica_id))
+        await until(lambda: not is_alive(server.pid or 0))
+        await until(lambda: backend.fork_server().state == "ready")  # type: ignore[union-attr]
+        await backend.start(replica("r-4"))
+        assert is_forked(await pid_of(backend, "r-4"))
+        assert is_alive(first)
+
+    run(tmp_path, story, timeout_s=0.5)
+
+
+def test_a_start_that_is_called_off_does_not_wait_for_a_server_that_hangs(tmp_path: Path) -> None:
+    async def story(backend: ProcessBackend) -> None:
+        await backend.start(replica("r-1"))
+        server = backend.fork_server()
+        assert server is not None
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGSTOP)
+        start = asyncio.create_task(backend.start(replica("r-2")))
+        await asyncio.sleep(0.3)
+        start.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await start
+        os.kill(server.pid, signal.SIGCONT)  # its answer comes late, and is nobody's
+        await backend.start(replica("r-3"))
+        await wait_ready(backend, "r-3")
+        await backend.stop("r-1", grace_s=0.0)
+        await backend.stop("r-3", grace_s=0.0)
+
+    run(tmp_path, story, timeout_s=1.0)
+
+
+def test_closing_while_a_fork_server_is_taken_down_leaves_no_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taking_down = asyncio.Event()
+    end = forking.Family.end
+
+    async def slow(self: forking.Family, **given: Any) -> None:
+        taking_down.set()
+        await asyncio.sleep(0.2)
+        await end(self, **given)
+
+    async def story(backend: ProcessBackend) -> None:
+        await backend.start(replica("r-1"))
+        await backend.stop("r-1", grace_s=0.0)
+        server = backend.fork_server()
+        assert server is not None
+        assert server.pid is not None
+        monkeypatch.setattr(forking.Family, "end", slow)
+        os.kill(server.pid, signal.SIGKILL)
+        await taking_down.wait()
+
+    run(tmp_path, story)
+
+
+def test_imports_that_never_end_are_ended(tmp_path: Path) -> None:
+    async def story(backend: ProcessBackend) -> None:
+        await backend.start(replica("r-1"))
+        assert not is_forked(await pid_of(backend, "r-1"))
+        server = backend.fork_server()
+        assert server is not None
+        assert server.crashes >= 1 or server.state == "importing"
+        await until(lambda: "within 0.01 s" in backend.fork_server().reason)  # type: ignore[union-attr]
+
+    run(tmp_path, story, import_timeout_s=0.01, wait_s=0.2)
 
 
 def test_packages_that_have_changed_are_imported_anew(

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -150,8 +151,12 @@ def test_the_gate_stays_shut_until_the_process_is_on_record(
 ) -> None:
     async def story() -> None:
         def full(self: ProcessRegistry, record: ProcessRecord) -> None:
-            gate = Path(f"/proc/{record.leader.pid}/cmdline").read_text()
-            assert launch.__file__ in gate
+            command = Path(f"/proc/{record.leader.pid}/cmdline")
+            for _ in range(1_000):  # empty for a moment: a program that has just replaced another
+                if command.read_text():
+                    break
+                time.sleep(0.01)
+            assert launch.__file__ in command.read_text()
             raise OSError("no space left on the device")
 
         monkeypatch.setattr(ProcessRegistry, "write", full)

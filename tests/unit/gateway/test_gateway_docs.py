@@ -19,6 +19,7 @@ import typer
 from prometheus_client.parser import text_string_to_metric_families
 
 from autoscaler import types
+from autoscaler.backends.forking import FORK_STATES
 from autoscaler.lifecycle import TABLE, State
 from autoscaler.phases import STEPS
 from gateway import exposition
@@ -35,6 +36,13 @@ from router.types import ReplicaState
 
 ROOT = Path(__file__).resolve().parents[3]
 TRANSFER = Transfer(ModelCacheSettings())
+FORKS: dict[str, Any] = {
+    "state": "ready",
+    "pss_bytes": 7,
+    "forked": 3,
+    "crashes": 2,
+    "standbys": [{"pool": "p", "pss_bytes": 5}],
+}
 PAGES = sorted(
     path
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "bench" / "README.md")
@@ -210,9 +218,39 @@ def metric_families() -> list[Any]:
     )
     shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
     page = exposition.render(
-        shared=shared, pools=("p",), report=report, version="1", traffic=describe(None, TRANSFER)
+        shared=shared,
+        pools=("p",),
+        report=report,
+        version="1",
+        traffic=describe(None, TRANSFER),
+        forks=FORKS,
     )
     return list(text_string_to_metric_families(page.decode()))
+
+
+def test_what_is_not_known_of_the_fork_server_is_left_out() -> None:
+    def samples(forks: dict[str, Any] | None) -> dict[str, float]:
+        shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
+        page = exposition.render(
+            shared=shared, pools=(), report=None, version="1", traffic={}, forks=forks
+        )
+        return {
+            " ".join([one.name, *one.labels.values()]): one.value
+            for family in text_string_to_metric_families(page.decode())
+            for one in family.samples
+            if "fork" in one.name or "standby" in one.name
+        }
+
+    assert samples(None) == {}
+    known = samples(FORKS)
+    assert known["tidegate_fork_server ready"] == 1
+    assert known["tidegate_fork_server importing"] == 0
+    assert known["tidegate_fork_server_bytes"] == 7
+    assert known["tidegate_standby_bytes p"] == 5
+    gone = samples({**FORKS, "state": "waiting", "pss_bytes": None, "standbys": []})
+    assert gone["tidegate_fork_server waiting"] == 1
+    assert gone["tidegate_fork_server_crashes_total"] == 2
+    assert set(known) - set(gone) == {"tidegate_fork_server_bytes", "tidegate_standby_bytes p"}
 
 
 def test_metrics_table_is_what_is_exposed() -> None:
@@ -246,6 +284,7 @@ def test_label_values_are_explained() -> None:
     reasons = rows_of(METRICS, "`reason` of `tidegate_decisions_total`")
     assert set(reasons) == set(types.Reason)
     assert set(rows_of(METRICS, "`tier` of `tidegate_tier`")) == set(TIERS)
+    assert set(rows_of(METRICS, "`state` of `tidegate_fork_server`")) == set(FORK_STATES)
     assert set(rows_of(METRICS, "`step` of `tidegate_starting_replicas`")) == set(STEPS)
     for state in ReplicaState:
         assert f"`{state}`" in METRICS
