@@ -181,9 +181,9 @@ class Forks:
                 self._reason, state = str(error), "unfit"
             except (ServerLost, OSError) as error:
                 self._reason = str(error) or type(error).__name__
-            await to_the_end(self._take_down())
-            self._settle(state, self._reason)
             self._crashes += 1
+            self._settle(state, self._reason)  # before it is ended: nobody is to ask it any more
+            await to_the_end(self._take_down())
             if self._clock() - began_s >= STEADY_S:
                 pause_s = self._plan.backoff_s
             LOG.warning("the fork server is %s (%s): engines start plainly", state, self._reason)

@@ -199,7 +199,7 @@ def test_an_interrupted_step_stops_its_command_and_says_one_line(
         "import os, signal, pathlib, prepare, environments\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"workshop = environments.Workshop(pathlib.Path({str(tmp_path)!r}))\n"
-        f"argv = [sys.executable, '-c', {SLOW!r}]\n"
+        f"argv = [sys.executable, '-c', {SLOW!r}, {str(tmp_path)!r}]\n"
         "prepare.prepare = lambda *a, **k: workshop.run('slow', argv, log='l', grows=[])\n"
         "sys.exit(prepare.main(['engine']))\n"
     )
@@ -207,16 +207,17 @@ def test_an_interrupted_step_stops_its_command_and_says_one_line(
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        deadline_s = time.monotonic() + 20
+        deadline_s = time.monotonic() + 60
         while not (log.exists() and "\non" in log.read_text()) and time.monotonic() < deadline_s:
             time.sleep(0.05)
         process.send_signal(number)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=50)
     assert process.returncode == 130
     assert err == "\ninterrupted: the same command carries on from here\n"
     assert "Traceback" not in out
     running = [command_line(path) for path in Path("/proc").glob("[0-9]*/cmdline")]
-    assert not [line for line in running if SLOW.encode() in line.split(b"\0")]
+    # By its own word: another run of this suite on this machine has such commands too.
+    assert not [line for line in running if str(tmp_path).encode() in line.split(b"\0")]
 
 
 def command_line(path: Path) -> bytes:

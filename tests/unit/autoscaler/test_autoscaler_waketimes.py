@@ -128,7 +128,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(GOOD, JSON)), max_size=3))
 def test_no_content_breaks_it(wakes: list[dict[str, Any]]) -> None:
     for (model, node), tier, seconds in read_entries({"version": 1, "wakes": [*wakes, GOOD]}):

@@ -77,7 +77,7 @@ def test_all_streams_are_open_at_once(
     programs: native.Programs, replica: int, tmp_path: Path
 ) -> None:
     shape = workload.Shape(
-        name="held", prompt_bytes=50, variants=2, stream=True, tokens=10, interval_ms=50
+        name="held", prompt_bytes=50, variants=2, stream=True, tokens=10, interval_ms=150
     )
     made = asyncio.run(
         load(programs, written(shape, tmp_path), replica, "--connections", "40", "--once")
@@ -108,6 +108,8 @@ class Spoiler:
                 return data.replace(b"200 OK", b"502 No", 1)
             case "framing":
                 return data.replace(b"\r\n0\r\n\r\n", b"\r\nx\r\n\r\n")
+            case "cut":  # a busy machine may read all of the answer at once
+                return data.partition(b"t000002")[0]
             case _:
                 return data
 

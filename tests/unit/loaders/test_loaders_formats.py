@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from process_fixtures import children_of
 
 from loaders import formats
 from loaders.formats import Speed, choose, drop, in_child, measure
@@ -39,6 +41,7 @@ def test_what_goes_wrong_in_a_child_is_told(work: Callable[[], float], says: str
 
 
 def test_a_child_answers_or_is_ended_in_time() -> None:
+    before = set(children_of(os.getpid()))  # an earlier test's, if any
     assert in_child(lambda: 12.5, 60.0) == 12.5
     began_s = time.monotonic()
     with pytest.raises(TimeoutError):
@@ -46,18 +49,26 @@ def test_a_child_answers_or_is_ended_in_time() -> None:
     assert time.monotonic() - began_s < 300
     with pytest.raises(TimeoutError):
         in_child(lambda: 1.0, 0.0)
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)  # none is left
+    assert set(children_of(os.getpid())) <= before, "none is left"
 
 
-def test_pages_are_dropped_and_that_is_checked(tmp_path: Path) -> None:
+def test_pages_are_dropped_and_that_is_checked() -> None:
     from modelcache import pagecache
     from modelcache.types import FileRange
 
-    file = tmp_path / "weights"
-    file.write_bytes(os.urandom(4 << 20))
-    assert drop([str(file)])
-    assert pagecache.residency([FileRange(path=str(file))]).bytes_cached == 0
+    # On a disk: of a file in a tmpfs nothing can be dropped.
+    with tempfile.TemporaryDirectory(prefix="tidegate-formats-", dir="/var/tmp") as folder:
+        file = Path(folder, "weights")
+        file.write_bytes(os.urandom(4 << 20))
+        assert drop([str(file)])
+        whole = [FileRange(path=str(file))]
+        # The kernel spares pages that something is being done with at the moment.
+        for _ in range(1_000):
+            if pagecache.residency(whole).bytes_cached == 0:
+                break
+            drop([str(file)])
+            time.sleep(0.01)
+        assert pagecache.residency(whole).bytes_cached == 0
 
 
 def test_every_format_is_tried_absent_or_out_of_time(

@@ -63,7 +63,9 @@ class BlockPoolMachine(RuleBasedStateMachine):
             assert self.pool.usage_fraction == 0
 
 
-BlockPoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
+BlockPoolMachine.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=30, deadline=None
+)
 TestBlockPool = BlockPoolMachine.TestCase
 
 

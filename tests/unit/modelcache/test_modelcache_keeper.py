@@ -35,7 +35,8 @@ def disk() -> Iterator[Path]:
 def cold(path: Path, size_bytes: int = MIB) -> FileRange:
     path.write_bytes(os.urandom(size_bytes))
     file = FileRange(path=str(path))
-    assert drop([file]).bytes_cached == 0
+    # The kernel spares pages that something is being done with at the moment.
+    until(lambda: drop([file]).bytes_cached == 0)
     return file
 
 
@@ -68,6 +69,9 @@ def test_brings_in_what_it_is_to_keep_and_brings_back_what_was_dropped(
     keeper.keep("m", [file])
     until(lambda: one(keeper, "m").bytes_cached == MIB)
     assert one(keeper, "m").problem == ""
+    # What is cached by a read ahead may not be mapped yet; after a whole round all of it is.
+    rounds = keeper.status().rounds
+    until(lambda: keeper.status().rounds > rounds + 1)
     # Mapped pages survive a request to forget them.
     assert drop([file]).bytes_cached == MIB
     rounds = keeper.status().rounds
@@ -108,7 +112,7 @@ def test_what_is_dropped_is_unmapped_and_can_be_let_go(disk: Path, keeper: PageK
     until(lambda: one(keeper, "a").bytes_cached == one(keeper, "b").bytes_cached == MIB)
     keeper.drop("a")
     until(lambda: f"{disk}/a" not in mapped(keeper.status().pid))
-    assert drop([a]).bytes_cached == 0
+    until(lambda: drop([a]).bytes_cached == 0)
     assert f"{disk}/b" in mapped(keeper.status().pid)
 
 
