@@ -234,9 +234,9 @@ class PoolSettings(BaseModel):
 
     model: str | None = Field(default=None, min_length=1, max_length=4_096)
     """For ``process``: a directory, a URL (``hf://``, ``s3://``, ``oss://``, ``gs://``, ``http(s)://``,
-    ``file://``) that is fetched into the model cache, or a name the engine knows; required. For
-    ``static``: the name the servers know the model by; unset: the one they list, or the pool's
-    own."""
+    ``file://``) or a hub's ``org/name``, which are fetched into the model cache, or a name the
+    engine knows; required. For ``static``: the name the servers know the model by; unset: the one
+    they list, or the pool's own."""
 
     min_replicas: int = Field(default=0, ge=0, le=10_000)
     """Fewest replicas of a ``process`` pool. 0 lets it go to zero when nobody asks."""

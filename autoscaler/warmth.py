@@ -16,7 +16,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,9 +35,10 @@ from autoscaler.warmth_parts import (
     Transform,
     list_files,
     make_teller,
+    silent,
 )
-from modelcache.refs import parse_ref
-from modelcache.types import CacheError, ModelRef, Priority, Progress, Tier
+from autoscaler.warmth_places import Hold, Place, make_place
+from modelcache.types import CacheError, Priority, Tier
 
 LOG = logging.getLogger("tidegate.autoscaler")
 
@@ -45,32 +46,6 @@ THREADS = 32
 """Calls that may block at once: downloads, prewarms, look-ups."""
 
 Result = TypeVar("Result")
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Place:
-    """Where one pool's model is on this node. ``ref`` is set where it has a URL. ``path`` is where
-    the model is, ``made`` where its preparation steps have left it, with what they began from."""
-
-    pool: PoolSettings
-    slug: str
-    ref: ModelRef | None
-    path: Path | None = None
-    made: tuple[Path, Path] | None = None
-    kept: bool = False
-    standby: bool = False
-    paging: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """One at a time brings its pages in: who is called off lets go of what is kept."""
-    lease: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Hold:
-    """What one replica keeps from going."""
-
-    lease: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    leased: Path | None = None
-    paging: asyncio.Task[None] | None = None
 
 
 class Warmth:
@@ -157,26 +132,46 @@ class Warmth:
             await self.look(spec.pool)
         else:
             await self._fetch(place, hold, spec.id, tell)
-        path = await self._make(place, tell)
+        path = await self._make_for(place, hold, spec.id, tell)
         await self._bring_compiled(place, path)
         place.standby = False  # the backend takes it for this start, or ends it
         report(None)
         if path is None:
             return spec
         if self._may_page(place):
-            hold.paging = asyncio.create_task(self._page_beside(place, tell, report))
+            hold.paging = asyncio.create_task(self._page_beside(place, path, tell, report))
         return replace(spec, pool=spec.pool.model_copy(update={"model": str(path)}))
 
-    async def _make(self, place: Place, tell: OnProgress) -> Path | None:
-        """Where the model is after its preparation steps, which are run where they were not."""
-        transform, source = self._transform, place.path
+    async def _make(
+        self, place: Place, leases: contextlib.ExitStack, holder: str, tell: OnProgress
+    ) -> Path | None:
+        """Where the model is after its preparation steps, which are run where they were not. Their
+        result is held in ``leases``: whoever reads it must not lose it to an eviction."""
+        transform, source, cache = self._transform, place.path, self._cache
         if source is None or transform is None:
             return source
-        if place.made is None or place.made[0] != source:
-            model = place.pool.model or ""
-            result = await self._run(lambda cancelled: transform(model, source, tell, cancelled))
-            place.made = (source, result)
-        return place.made[1]
+        known = place.made[1] if place.made is not None and place.made[0] == source else None
+        if known is not None and cache is not None:
+            with contextlib.suppress(CacheError):  # it was evicted: it is made again
+                await self._run(lambda _: leases.enter_context(cache.lease(known, holder)))
+                return Path(known.path)
+        model = place.pool.model or ""
+        # Entered in the thread: what was called off meanwhile is in the stack that is closed.
+        made = await self._run(
+            lambda stop: leases.enter_context(transform(model, source, holder, tell, stop))
+        )
+        place.made = (source, made)
+        return Path(made.path)
+
+    async def _make_for(
+        self, place: Place, hold: Hold, holder: str, tell: OnProgress
+    ) -> Path | None:
+        """The same for a replica, which lets go of an earlier result only when it has this one."""
+        before, hold.made = hold.made, contextlib.ExitStack()
+        try:
+            return await self._make(place, hold.made, holder, tell)
+        finally:
+            await self._run(lambda _: before.close())
 
     async def _bring_compiled(self, place: Place, path: Path | None) -> None:
         """What was compiled elsewhere for these engines is theirs before they start."""
@@ -219,9 +214,11 @@ class Warmth:
         await self._run(lambda _: hold.lease.enter_context(cache.lease(model, holder)))
         hold.leased = model.path
 
-    async def _page_beside(self, place: Place, tell: OnProgress, report: Report) -> None:
+    async def _page_beside(
+        self, place: Place, path: Path, tell: OnProgress, report: Report
+    ) -> None:
         try:
-            await self._page(place, tell, self._prewarm)
+            await self._page(place, path, tell, self._prewarm)
         except (CacheError, OSError) as error:
             LOG.info("%s: its pages are not kept: %s", place.pool.name, error)
         finally:
@@ -234,7 +231,7 @@ class Warmth:
             return
         if hold.paging is not None:
             hold.paging.cancel()
-        await self._run(lambda _: hold.lease.close())
+        await self._run(lambda _: hold.let_go())
 
     # -- for a pool at zero ----------------------------------------------------------------
 
@@ -242,51 +239,54 @@ class Warmth:
         """See ``Preparer``."""
         place = self._places[pool.name]
         if tier is Tier.FORKED:
-            await self._stand_by(place)
+            path = await self._stand_by(place)
             if self._may_page(place):
-                await self._page_quietly(place)
+                await self._page_quietly(place, path)
             return
         await self._end_standby(place)
         if tier is Tier.PAGED:
-            await self._hold_for_pool(place)
-            await self._page(place, silent, self._prewarm_behind)
+            path = await self._hold_for_pool(place)
+            await self._page(place, path, silent, self._prewarm_behind)
             return
         self._drop_pages(place)
         await self._run(lambda _: place.lease.close())
         if tier is Tier.REMOTE:
             await self._evict(place)
 
-    async def _stand_by(self, place: Place) -> None:
+    async def _stand_by(self, place: Place) -> Path | None:
         if self._standbys is None:
             raise Unsupported("there is no fork server")
-        await self._hold_for_pool(place)
-        path = await self._make(place, silent)
+        path = await self._hold_for_pool(place)
         await self._bring_compiled(place, path)
         pool = place.pool
         if path is not None:
             pool = pool.model_copy(update={"model": str(path)})
         await self._standbys.standby(ReplicaSpec(id=f"{place.slug}-standby", pool=pool))
         place.standby = True
+        return path
 
     async def _end_standby(self, place: Place) -> None:
         place.standby = False
         if self._standbys is not None:
             await self._standbys.end_standby(place.pool.name)
 
-    async def _hold_for_pool(self, place: Place) -> None:
-        """Warmer than on disk, a pool's model is leased: what is kept warm is not evicted."""
-        cache = self._cache
-        if place.ref is None or cache is None:
-            return
-        ref = place.ref
-        model = await self._run(lambda _: cache.find(ref.url, ref.revision))
-        if model is None:
-            self._found(place, None)
-            raise BackendError(f"{place.pool.name}: its model is not on this disk any more")
-        await self._run(lambda _: place.lease.close())
-        holder = f"{place.slug}, at zero"
-        await self._run(lambda _: place.lease.enter_context(cache.lease(model, holder)))
-        self._found(place, model.path)
+    async def _hold_for_pool(self, place: Place) -> Path | None:
+        """Warmer than on disk, a pool's model is leased, and what steps have made of it: what is
+        kept warm is not evicted. Where it is; what was leased before is let go only then."""
+        cache, ref, holder = self._cache, place.ref, f"{place.slug}, at zero"
+        before, place.lease = place.lease, contextlib.ExitStack()
+        leases = place.lease
+        try:
+            if ref is not None and cache is not None:
+                model = await self._run(lambda _: cache.find(ref.url, ref.revision))
+                if model is None:
+                    self._found(place, None)
+                    raise BackendError(f"{place.pool.name}: its model is not on this disk any more")
+                await self._run(lambda _: leases.enter_context(cache.lease(model, holder)))
+                self._found(place, model.path)
+            return await self._make(place, leases, holder, silent)
+        finally:
+            await self._run(lambda _: before.close())
 
     async def _evict(self, place: Place) -> None:
         cache, ref = self._cache, place.ref
@@ -303,16 +303,18 @@ class Warmth:
     def _may_page(self, place: Place) -> bool:
         return Tier.PAGED in self.tiers(place.pool) and place.pool.warmth.keeps_pages
 
-    async def _page_quietly(self, place: Place) -> None:
+    async def _page_quietly(self, place: Place, path: Path | None) -> None:
         try:
-            await self._page(place, silent, self._prewarm_behind)
+            await self._page(place, path, silent, self._prewarm_behind)
         except CacheError as error:
             LOG.info("%s: its pages are not kept: %s", place.pool.name, error)
 
-    async def _page(self, place: Place, tell: OnProgress, prewarm: Prewarm | None) -> None:
+    async def _page(
+        self, place: Place, path: Path | None, tell: OnProgress, prewarm: Prewarm | None
+    ) -> None:
         """Bring a model into the page cache, and have it kept there. Raises ``NoSpace`` where it
         exceeds the budget."""
-        keeper, path = self._keeper, await self._make(place, tell)
+        keeper = self._keeper
         if keeper is None or path is None:
             raise Unsupported("nothing is kept in the page cache")
         async with place.paging:
@@ -365,14 +367,3 @@ class Warmth:
             place.lease.close()
         if self._keeper is not None:
             self._keeper.close()
-
-
-def make_place(pool: PoolSettings, slug: str) -> Place:
-    """Where a pool's model may be, before anybody has looked."""
-    model = pool.model or ""
-    ref = parse_ref(model) if "://" in model else None
-    return Place(pool=pool, slug=slug, ref=ref)
-
-
-def silent(progress: Progress) -> None:
-    """Nobody waits for it."""

@@ -86,8 +86,11 @@ Bring = Callable[[PoolSettings, Path], object]
 """Unpacks what a model at a path has brought along for a pool's engines. Blocks."""
 Prewarm = Callable[[Sequence[FileRange], OnProgress, Cancelled], object]
 """Reads files into the page cache (``modelcache.pagecache.prewarm``)."""
-Transform = Callable[[str, Path, OnProgress, Cancelled], Path]
-"""The model that a pool names, after its preparation steps, from where it is as fetched."""
+Transform = Callable[
+    [str, Path, str, OnProgress, Cancelled], contextlib.AbstractContextManager[Any]
+]
+"""The model that a pool names (with its ``path``), after its preparation steps, from where it is as
+fetched; held for whoever is named, as long as its context is open. Blocks."""
 
 
 def make_teller(report: Report) -> OnProgress:
@@ -113,3 +116,7 @@ def list_files(directory: Path) -> list[FileRange]:
     weights = weights or [path for path in files if path.suffix in {".bin", ".gguf", ".pt"}]
     small = [path for path in files if path not in weights and path.stat().st_size <= SMALL_BYTES]
     return [FileRange(path=str(path)) for path in (*weights, *small)]
+
+
+def silent(progress: Progress) -> None:
+    """Nobody waits for it."""

@@ -14,6 +14,7 @@ Every error has OpenAI's shape and names its reason in ``x-tidegate-reason``.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.admin_answers import error, read_object
 from gateway.admin_models import ModelRoutes
+from gateway.exposition import render_cache
 from gateway.models import Models
 from gateway.settings import LOOPBACK_NAMES, is_loopback
 
@@ -167,6 +169,7 @@ class _Routes:
     def __init__(self, control: Control, max_body_bytes: int, models: Models | None) -> None:
         self.control = control
         self.max_body_bytes = max_body_bytes
+        self.cache = None if models is None else models.cache
         self.models = [] if models is None else ModelRoutes(models, max_body_bytes).table()
 
     def table(self) -> list[Route]:
@@ -186,7 +189,11 @@ class _Routes:
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus text."""
-        return Response(self.control.metrics(), headers={"content-type": METRICS_TYPE})
+        page = self.control.metrics()
+        if self.cache is not None:
+            # It looks at every file of the cache, so not on this loop.
+            page += render_cache(await asyncio.to_thread(self.cache.usage))
+        return Response(page, headers={"content-type": METRICS_TYPE})
 
     async def healthz(self, request: Request) -> Response:
         """200 as long as the process lives."""

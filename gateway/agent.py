@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from gateway.admin_server import listen, serve_admin_on, url
 from gateway.cache import NodeCache, make_keeper, make_models, open_cache
 from gateway.cli_base import complain, out, version
 from gateway.config import LoadedSettings
-from gateway.exposition import render_agent
+from gateway.exposition import render_agent, render_cache
 from gateway.lifetime import set_up_logging, take_signals
 from gateway.models import Models, as_json
 from gateway.running import AGENT_NAME, Running, leave_record, make_url, remove_record
@@ -39,10 +40,26 @@ def run(loaded: LoadedSettings) -> int:
     set_up_logging(settings.gateway.log_level)
     try:
         node = open_cache(settings, os.environ)
+        _check_writable(settings.state_dir, "state_dir")
+        _check_writable(node.cache.dir, "modelcache.dir")
         return asyncio.run(_run(settings, node))
     except CacheError as error:
         complain(" ".join(str(error).split()))
         return 2
+
+
+def _check_writable(directory: Path, field: str) -> None:
+    """Raise ``CacheError`` where nothing can be written in a directory, made if it is not there.
+
+    A volume of another user would otherwise be found out by the first download.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        why = f"{error.strerror or error} (as user {os.geteuid()})"
+        raise CacheError(f"{field} = {directory}: cannot be written to: {why}") from error
 
 
 async def _run(settings: Settings, node: NodeCache) -> int:
@@ -120,8 +137,9 @@ def create_agent_app(
 
     async def metrics(request: Request) -> Response:
         """Prometheus text."""
-        text = render_agent(version=version(), traffic=models.traffic())
-        return Response(text, headers={"content-type": METRICS_TYPE})
+        page = render_agent(version=version(), traffic=models.traffic())
+        page += render_cache(await asyncio.to_thread(models.cache.usage))
+        return Response(page, headers={"content-type": METRICS_TYPE})
 
     routes = [
         Route("/metrics", metrics),

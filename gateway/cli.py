@@ -101,9 +101,10 @@ def up(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="PATH_OR_NAME",
+            metavar="MODEL",
             help="Serve this one model instead of the configured pools: a checkpoint directory, "
-            "or a name the engine knows.",
+            "org/name of a hub, a URL (hf://, s3://, gs://, oss://, https://, file://), or a name "
+            "the engine knows.",
         ),
     ] = None,
     host: Annotated[
@@ -129,6 +130,8 @@ def up(
     - `tidegate up` — ./tidegate.toml, or the small model that `make run` brings
 
     - `tidegate up --engine simulated` — try everything without an engine
+
+    - `tidegate up --model Qwen/Qwen3-0.6B` — fetched by the first request
 
     - `tidegate up --model ~/models/Qwen3-8B -s pools.0.gpus_per_replica=1`
 

@@ -18,7 +18,7 @@ import typer
 from gateway import cli_client, cli_render_models
 from gateway.cli_base import Admin, AsJson, Config, Sets, as_text, load, out, screen
 from gateway.cli_progress import Bar
-from modelcache.types import Progress
+from modelcache.types import PREPARED, Progress
 
 if TYPE_CHECKING:
     from gateway.models import Models
@@ -31,7 +31,7 @@ ModelName = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A URL (hf://, s3://, gs://, oss://, https://, file://), org/name of a hub, a "
-        "directory, or a pool's name.",
+        "directory, a pool's name, or prepared://KEY for what steps have made.",
     ),
 ]
 Revision = Annotated[
@@ -157,6 +157,8 @@ def name_model(text: str, settings: Settings) -> str:
     """
     from modelcache.refs import PATH, parse_ref
 
+    if text.startswith(f"{PREPARED}://"):
+        return text
     for pool in settings.pools:
         if text == pool.name or text in pool.aliases:
             text = pool.model or text
@@ -200,7 +202,8 @@ def model_ls(
     """Show the models in this node's cache, and what they take.
 
     TIER is how warm a model is here, ALONE what evicting it would free (files that no other
-    revision has), IN PAGES how much of it is in the page cache. A `?` is unknown.
+    revision has), IN PAGES how much of it is in the page cache. A `?` is unknown. What preparation
+    steps have made of a model stands below it.
 
     **Examples:** `tidegate model ls`, `tidegate model ls --json | jq '.models[].url'`
     """
@@ -314,17 +317,25 @@ def model_evict(
     force: Annotated[
         bool, typer.Option("--force", help="Also where it is pinned; never where it is in use.")
     ] = False,
+    prepared: Annotated[
+        bool,
+        typer.Option("--prepared", help="Only what preparation steps have made of it, not itself."),
+    ] = False,
     as_json: AsJson = False,
     admin: Admin = None,
     config: Config = None,
     sets: Sets = None,
 ) -> int:
-    """Take a model from this node's disk. Files that another revision has too stay.
+    """Take a model from this node's disk, with what preparation steps have made of it.
+
+    Files that another revision has too stay. Where some of it is in use nothing goes.
 
     **Examples:** `tidegate model evict hf://Qwen/Qwen3-8B`,
-    `tidegate model evict Qwen/Qwen3-8B --revision main --force`
+    `tidegate model evict Qwen/Qwen3-8B --revision main --force`,
+    `tidegate model evict my-pool --prepared`
     """
-    _do("evict", model, revision, as_json, (admin, config, sets), force=force)
+    where = (admin, config, sets)
+    _do("evict", model, revision, as_json, where, force=force, prepared=prepared)
     return 0
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gateway.cli_render import BUSY, GOOD, NONE, UNKNOWN, Screen, Table, duration
+from modelcache.types import PREPARED, SHORT_CHARACTERS
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 TIER_STYLES = {"running": GOOD, "sleeping": GOOD, "paged": GOOD, "forked": GOOD, "on_disk": "cyan"}
@@ -32,11 +33,11 @@ def listing(found: Mapping[str, Any], screen: Screen, now_s: float) -> str:
     if not models:
         return f"{head}\nNo model is in it; `tidegate model preload MODEL` brings one.\n"
     table = Table(("MODEL", "REVISION", "TIER", "SIZE", "ALONE", "IN PAGES", "STATE", "USED"))
-    for entry in models:
+    for entry in below_their_models(models):
         tier = str(entry.get("tier") or UNKNOWN)
         used = entry.get("used_at_s")
         table.add(
-            str(entry.get("url")),
+            _name(entry),
             short(entry.get("revision")),
             (tier, TIER_STYLES.get(tier, "")),
             size(entry.get("size_bytes")),
@@ -46,6 +47,32 @@ def listing(found: Mapping[str, Any], screen: Screen, now_s: float) -> str:
             NONE if used is None else f"{duration(now_s - used)} ago",
         )
     return f"{head}\n\n{table.render(screen)}"
+
+
+def below_their_models(models: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What was made of a model after the model; of one that is not here at the end."""
+    made: dict[tuple[Any, Any], list[Mapping[str, Any]]] = {}
+    for entry in models:
+        if entry.get("made"):
+            origin = entry["made"]
+            made.setdefault((origin.get("model"), origin.get("revision")), []).append(entry)
+    found: list[Mapping[str, Any]] = []
+    for entry in models:
+        if not entry.get("made"):
+            found += [entry, *made.pop((entry.get("url"), entry.get("revision")), [])]
+    return found + [entry for rest in made.values() for entry in rest]
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    """What a model is called; of a result what it is, whose, and enough of its key to name it."""
+    scheme, _, key = str(entry.get("url")).partition("://")
+    if scheme != PREPARED:
+        return str(entry.get("url"))
+    name = f"{PREPARED}://{key[:SHORT_CHARACTERS]}"
+    origin = entry.get("made")
+    if not origin:
+        return name
+    return f"└ {name} ({' + '.join(origin.get('steps') or ())} of {origin.get('model')})"
 
 
 def short(revision: object) -> str:
@@ -59,6 +86,8 @@ def _usage(usage: Mapping[str, Any]) -> str:
     for name, text in (("bytes_used", "{} taken"), ("quota_bytes", "of {} allowed")):
         if usage.get(name) is not None:
             parts.append(text.format(size(usage[name])))
+    if usage.get("bytes_prepared"):
+        parts.append(f"({size(usage['bytes_prepared'])} by what was made here)")
     free = usage.get("free_bytes")
     if free is not None:
         parts.append(f"{', ' if parts else ''}{size(free)} of the disk free")
@@ -75,6 +104,8 @@ def _state(entry: Mapping[str, Any]) -> str | tuple[str, str]:
     leases = entry.get("leases") or ()
     parts = ["pinned"] if entry.get("pinned") else []
     parts += [f"in use by {', '.join(map(str, leases))}"] if leases else []
+    if leases and not entry.get("complete") and str(entry.get("url")).startswith(PREPARED):
+        return "being made", BUSY
     if not entry.get("complete"):
         return ", ".join(["not whole", *parts]), BUSY
     return ", ".join(parts) or NONE
@@ -98,7 +129,8 @@ def done(told: Mapping[str, Any]) -> str:
     if verb == "replicate":
         return "".join(_site(name, one) for name, one in (told.get("sites") or {}).items())
     if verb == "evict":
-        return f"{model} is evicted; {size(told.get('freed_bytes'))} are free again.\n"
+        what = f"What was made of {model}" if told.get("prepared") else model
+        return f"{what} is evicted; {size(told.get('freed_bytes'))} are free again.\n"
     if verb == "pin":
         return f"{model} is pinned; `tidegate model unpin` lets it be evicted again.\n"
     return f"{model} may be evicted again.\n"

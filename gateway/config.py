@@ -31,6 +31,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from gateway import fields, problems, toml_lines
+from gateway.hub_names import through_cache
 from gateway.problems import DEFAULT, Problem
 from gateway.settings import Settings, find_warnings
 
@@ -193,6 +194,7 @@ class _Draft:
             self.found += problems.explain(error, self.origin, self.blame)
         if settings is None or self.found:
             raise ConfigError(list(dict.fromkeys(self.found)))
+        settings = through_cache(settings)
         return LoadedSettings(
             settings=settings,
             origins={fields.dotted(parts): self.origin(parts) for parts, _ in leaves(settings)},

@@ -29,6 +29,14 @@ from router.types import ReplicaState
 
 PREFIX = "tidegate_"
 
+CACHE_KINDS: Mapping[str, str] = {
+    "models": "bytes_blobs",
+    "prepared": "bytes_prepared",
+    "partial": "bytes_partial",
+    "records": "bytes_records",
+}
+"""What the model cache takes bytes for, by the name of the figure of its usage."""
+
 
 def render(
     *,
@@ -51,6 +59,29 @@ def render_agent(*, version: str, traffic: Mapping[str, Any]) -> bytes:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_AgentPage(version, traffic))
     return generate_latest(registry)
+
+
+def render_cache(usage: Any) -> bytes:
+    """What the model cache takes (its ``Usage``), to follow one of the pages above."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_CachePage(usage))
+    return generate_latest(registry)
+
+
+class _CachePage(Collector):
+    def __init__(self, usage: Any) -> None:
+        self._usage = usage
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, one after the other."""
+        taken = _family(metrics.CACHE_BYTES, ["kind"])
+        for kind, figure in CACHE_KINDS.items():
+            taken.add_metric([kind], getattr(self._usage, figure))
+        yield taken
+        if self._usage.quota_bytes is not None:
+            quota = _family(metrics.CACHE_QUOTA, [])
+            quota.add_metric([], self._usage.quota_bytes)
+            yield quota
 
 
 class _AgentPage(Collector):

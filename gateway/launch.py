@@ -13,6 +13,7 @@ from typing import Any
 
 from gateway.config import ConfigError, Flag, LoadedSettings, load
 from gateway.problems import Problem
+from modelcache.refs import parse_ref
 
 CONFIG_NAME = "tidegate.toml"
 SIMULATED_POOL = "simulated"
@@ -113,15 +114,26 @@ def built_in_pool(engine: str | None) -> dict[str, Any]:
 
 
 def model_pool(model: str, engine: str) -> dict[str, Any]:
-    """A pool for the model that ``--model`` names: a directory, or a name for the engine."""
+    """A pool for the model that ``--model`` names: a directory, a URL, a hub's name or a name that
+    the engine knows."""
     here = Path(model).expanduser()
     if engine == "vllm" and here.is_dir():
         model = os.path.abspath(here)
-    name = "-".join(Path(model).name.split()) or model
+    known_as = _known_as(model)
+    name = "-".join(Path(known_as).name.split()) or known_as
     # A name on a hub is what its users will write; a path is nobody's name for it.
-    is_name = not model.startswith((".", "/", "~")) and not any(map(str.isspace, model))
-    aliases = [model] if is_name and model != name else []
+    is_name = not known_as.startswith((".", "/", "~")) and not any(map(str.isspace, known_as))
+    aliases = [known_as] if is_name and "://" not in known_as and known_as != name else []
     return {"name": name, "aliases": aliases, "engine": engine, "model": model}
+
+
+def _known_as(model: str) -> str:
+    """``org/name`` of a hub's model, however it is given; everything else as it is."""
+    try:
+        ref = parse_ref(model)
+    except ValueError:
+        return model
+    return ref.location if ref.scheme == "hf" else model
 
 
 def check_installed(loaded: LoadedSettings) -> None:

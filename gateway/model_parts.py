@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,8 +75,11 @@ class Cache(Protocol):
         """Let it be evicted again."""
         ...
 
-    def evict(self, url: str, revision: str | None = None, force: bool = False) -> int:
-        """Take it from the disk; returns the bytes that are free now."""
+    def evict(
+        self, url: str, revision: str | None = None, force: bool = False, prepared: bool = False
+    ) -> int:
+        """Take it from the disk, or only what was made of it; returns the bytes that are free
+        now."""
         ...
 
     def ls(self) -> Sequence[ModelEntry]:
@@ -101,8 +105,9 @@ class Cache(Protocol):
 
 Prewarm = Callable[[Sequence[FileRange], OnProgress, IsCancelled], Any]
 """Brings files into the page cache; ``modelcache.pagecache.prewarm`` does."""
-Transform = Callable[[str, Path, OnProgress, IsCancelled], Path]
-"""The model of a URL after its preparation steps, from where it lies as fetched."""
+Transform = Callable[[str, Path, str, OnProgress, IsCancelled], AbstractContextManager[Cached]]
+"""The model of a URL after its preparation steps, from where it lies as fetched; held for whoever
+is named, as long as its context is open."""
 Replicate = Callable[[str, str | None, Sequence[str], OnProgress, IsCancelled], Mapping[str, Any]]
 """Has other sites preload a model: URL, revision, site names; returns an outcome for each site."""
 

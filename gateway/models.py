@@ -50,7 +50,7 @@ _OPTIONS: Mapping[str, Mapping[str, type]] = {
     "replicate": {"sites": list},
     "pin": {},
     "unpin": {},
-    "evict": {"force": bool},
+    "evict": {"force": bool, "prepared": bool},
 }
 
 _ERRORS: tuple[tuple[type[CacheError], int, str], ...] = (
@@ -114,8 +114,11 @@ class Models:
         elif verb == "replicate":
             told = self._replicate(url, revision, options, on_progress, cancelled)
         elif verb == "evict":
-            told = {"freed_bytes": self.cache.evict(url, revision, options.get("force", False))}
-            self._let_go(url)
+            force, prepared = options.get("force", False), options.get("prepared", False)
+            told = {"freed_bytes": self.cache.evict(url, revision, force, prepared)}
+            told |= {"prepared": True} if prepared else {}
+            if not prepared:
+                self._let_go(url)
         elif verb == "pin":
             self.cache.pin(url, revision)
             told = {"pinned": True}
@@ -144,8 +147,8 @@ class Models:
         )
         told = {**about(cached), "was_there": there}
         if self.transform is not None:
-            made = self.transform(url, cached.path, on_progress, cancelled)
-            told["prepared"] = None if made == cached.path else str(made)
+            with self.transform(url, cached.path, "preload", on_progress, cancelled) as made:
+                told["prepared"] = None if made.path == cached.path else str(made.path)
         return told
 
     def _prewarm(

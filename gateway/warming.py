@@ -104,6 +104,7 @@ def locate(pool: PoolSettings, settings: Settings, environ: Mapping[str, str]) -
         else:
             return model
         transform = make_transform(settings, node, environ)
-        return str(transform(model, path, lambda progress: None, lambda: False))
+        with transform(model, path, "a look", lambda progress: None, lambda: False) as made:
+            return str(made.path)
     finally:
         node.close()

@@ -28,8 +28,10 @@ from modelcache.sources.base import Listing, Source
 from modelcache.store import Store
 from modelcache.types import (
     PIECE_BYTES,
+    CacheError,
     Cancelled,
     Damaged,
+    Made,
     Manifest,
     ModelEntry,
     ModelRef,
@@ -145,10 +147,20 @@ class ModelCache:
         ref = self._finder.ref(url, revision)
         return self._finder.in_place(ref) or self._finder.open(self._finder.resolve(ref))
 
-    def publish(self, directory: Path, *, url: str, revision: str) -> CachedModel:
+    def publish(
+        self,
+        directory: Path,
+        *,
+        url: str,
+        revision: str,
+        made: Made | None = None,
+        on_progress: OnProgress | None = None,
+        cancelled: IsCancelled | None = None,
+    ) -> CachedModel:
         """Make a directory of files, on the same disk, a model of the cache without copying.
 
-        ``url`` need be no store's. The files must not be written to any more.
+        ``url`` need be no store's; ``made`` is what it was made of. The files must not be written
+        to any more.
         """
         files = tuple(
             RemoteFile(path=path.relative_to(directory).as_posix(), size_bytes=path.stat().st_size)
@@ -159,6 +171,10 @@ class ModelCache:
             ref=ModelRef(url=url, scheme=url.partition(":")[0], location=url),
             listing=Listing(revision=revision, files=files),
             find_local=lambda file: directory / file.path,
+            given=True,
+            made=made,
+            on_progress=on_progress or (lambda progress: None),
+            cancelled=cancelled or (lambda: False),
         )
         return self._make(want, None)
 
@@ -176,36 +192,39 @@ class ModelCache:
     # Keeping models, and letting them go
 
     def pin(self, url: str, revision: str | None = None) -> None:
-        """Keep a model whatever happens. Raises ``NotFound``."""
-        manifest = self._finder.wanted(url, revision)
+        """Keep a model whatever happens, and what steps have made of it to be used. Raises
+        ``NotFound``."""
         with self.store.lock():
-            if self._finder.read(manifest.url, manifest.revision) is None:
-                raise NotFound(f"{manifest.url} is not on this disk")
-            self.store.set_pin(manifest.url, manifest.revision, pinned=True)
+            wanted = self._finder.to_pin(url, revision)
+            for record in wanted:
+                self.store.set_pin(record.url, record.revision, pinned=True)
 
     def unpin(self, url: str, revision: str | None = None) -> None:
-        """Let a model be evicted again, all its revisions unless one is named."""
-        for record in self._finder.records(url, revision):
-            with self.store.lock():
+        """Let a model be evicted again, all its revisions unless one is named, and what was made
+        of it."""
+        with self.store.lock():
+            for record in self._finder.records(url, revision)[0]:
                 self.store.set_pin(record.url, record.revision, pinned=False)
 
     def expect(self, url: str, at_s: float | None, revision: str | None = None) -> None:
         """Say when a model will be used next (seconds since the epoch), ``None``: unknown."""
-        for record in self._finder.records(url, revision):
-            with self.store.lock():
+        with self.store.lock():
+            for record in self._finder.records(url, revision)[0]:
                 self.store.note_use(record.url, record.revision, expected_use_at_s=at_s)
 
-    def evict(self, url: str, revision: str | None = None, force: bool = False) -> int:
-        """Take a model from the disk, all its revisions unless one is named; the bytes freed.
+    def evict(
+        self, url: str, revision: str | None = None, force: bool = False, prepared: bool = False
+    ) -> int:
+        """Take a model from the disk with what was made of it, all its revisions unless one is
+        named; the bytes freed.
 
-        ``force``: although it is pinned. Raises ``InUse`` where it is leased, being fetched, or
-        pinned, ``NotFound`` where it is not here.
+        ``force``: although it is pinned. ``prepared``: only what was made of it. Raises ``InUse``
+        where something of that is leased, being fetched or made, or pinned, and then nothing has
+        gone; ``NotFound`` where nothing is here.
         """
-        freed = 0
-        for record in self._finder.records(url, revision):
-            with self.store.lock():
-                freed += self.store.room.evict(record.url, record.revision, force=force)
-        return freed
+        with self.store.lock():
+            records, works = self._finder.records(url, revision, prepared=prepared)
+            return self.store.room.evict(records, works, force=force)
 
     def evict_for(self, size_bytes: int) -> int:
         """Evict what is worth least until so many bytes fit in; the bytes freed. ``NoSpace``."""
@@ -255,6 +274,8 @@ class ModelCache:
 
         found = check_manifest(self.store.layout, manifest.url, manifest.revision)
         found += check_files(self.store, manifest, on_bytes=count, cancelled=stopped)
+        if found and repair and manifest.made is not None:
+            raise CacheError(f"{url} is damaged, and was made here: evict it to have it made again")
         if found and repair:
             self._repair(manifest, found, tell, stopped)
         return found

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from modelcache.budget import Asked
 from modelcache.digest import count_pieces
 from modelcache.partial import Partial
-from modelcache.peers import Follower
+from modelcache.peer_types import Follower
 from modelcache.shelf import Holding, Shelf, State
 from modelcache.sources.base import Source
 from modelcache.swarm import Board, File, Seen, mask_of

@@ -4,7 +4,7 @@ Each revision is worth the seconds it would cost to load again, spread over the 
 be used next; what is worth least for the bytes it frees goes first. The next use is what somebody
 expects (the forecaster), or, without that, as far ahead as the last one is behind: so without
 expectations, and with equal costs, the order is LRU. An expectation that has passed counts for as
-long again as it is overdue, then fades like any other.
+long again as it is overdue, then fades like any other. What is spare goes before all that.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ class Candidate:
 
     ``parts`` are the bytes that would go with it, by name of blob or partial file; a part that
     another revision has too goes only with the last of them. ``kept`` says why it must stay
-    (``leased by …``, ``pinned``), empty if it need not.
+    (``leased by …``, ``pinned``), empty if it need not. ``spare``: nobody uses it while what was
+    made of it is there, so it goes before whatever is used.
     """
 
     key: str
     parts: Mapping[str, int]
     kept: str = ""
+    spare: bool = False
     used_at_s: float | None = None
     expected_use_at_s: float | None = None
     reload_s_per_gb: float | None = None
@@ -56,7 +58,7 @@ def choose(candidates: Sequence[Candidate], bytes_needed: int, now_s: float) -> 
         return Choice(keys=(), bytes_freed=0, enough=True, kept=kept)
     order = sorted(
         (candidate for candidate in candidates if not candidate.kept),
-        key=lambda candidate: (worth(candidate, now_s), candidate.key),
+        key=lambda candidate: (not candidate.spare, worth(candidate, now_s), candidate.key),
     )
     going = Going(candidates)
     for candidate in order:

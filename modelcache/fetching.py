@@ -17,7 +17,7 @@ from pathlib import Path
 
 from modelcache.checking import compare_file, hash_file
 from modelcache.digest import RECORD, PieceDigests, count_pieces
-from modelcache.files import copy_range, link_or_clone, remove, remove_empty
+from modelcache.files import copy_range, link, link_or_clone, remove, remove_empty
 from modelcache.layout import file_key
 from modelcache.manifest import Fetching, check_listing, make_entry
 from modelcache.partial import TREE, Partial
@@ -168,7 +168,11 @@ class Fetch:
             linked = directory / LINKED
             remove(linked)
             try:
-                file.linked = link_or_clone(file.local.resolve(), linked) is not None
+                # A clone would count twice until what was given has gone.
+                given = self.want.given and not file.local.is_symlink()
+                file.linked = given and link(file.local, linked)
+                if not file.linked:
+                    file.linked = link_or_clone(file.local.resolve(), linked) is not None
             except OSError:
                 file.local = None
 
@@ -315,6 +319,7 @@ class Fetch:
             revision=self.want.listing.revision,
             files=entries,
             created_at_s=self._clock() if created_at_s is None else created_at_s,
+            made=self.want.made,
         )
         with self.store.lock():
             self.store.complete(manifest, self.want.ref.revision)

@@ -6,15 +6,19 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from modelcache.files import directories
+from modelcache.layout import RESULT, result_key, result_url
 from modelcache.records import Record, read_all, read_manifest
 from modelcache.refs import PATH, parse_ref
 from modelcache.store import Store
-from modelcache.types import Damaged, Manifest, ModelRef, NotFound
+from modelcache.types import PREPARED, Damaged, Made, Manifest, ModelRef, NotFound
+from modelcache.works import Work, read_works
 
 LOG = logging.getLogger("tidegate.modelcache")
 
-PREPARED = "prepared"
-"""The scheme of models that were made here: ``prepared://<key>``. No store has them."""
+
+KEY_CHARACTERS = 64
+"""Letters of a result's whole key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +47,7 @@ class Finder:
         if url and "://" not in url and revision is None and Path(url).expanduser().is_dir():
             return ModelRef(url=url, scheme=PATH, location=url)
         if url.startswith(f"{PREPARED}://"):
+            url = self._whole_name(url)
             return ModelRef(url=url, scheme=PREPARED, location=url, revision=revision)
         return parse_ref(url, revision)
 
@@ -102,17 +107,62 @@ class Finder:
             raise NotFound(f"{ref.url} is not on this disk")
         return manifest
 
+    def to_pin(self, url: str, revision: str | None) -> list[Record]:
+        """One revision of a model, the newest unless it is named, with the results of its last
+        steps: what is used of it. Raises ``NotFound``."""
+        if self.ref(url, revision).scheme == PATH:
+            named, records = "", self.records(url, revision)[0]
+        else:
+            manifest = self.wanted(url, revision)
+            named, records = manifest.url, self.records(manifest.url, manifest.revision)[0]
+        used = [one for one in records if one.use.final or one.url == named]
+        if not used:
+            raise NotFound(f"{url} is not on this disk")
+        return used
+
     def _all(self, url: str) -> list[Record]:
         return [record for record in read_all(self.store.layout) if record.url == url]
 
-    def records(self, url: str, revision: str | None) -> list[Record]:
-        """A model's revisions, or the one that is named. Raises ``NotFound`` if there is none."""
+    def _whole_name(self, url: str) -> str:
+        """The name of a result of which the beginning of the key was given."""
+        layout, given = self.store.layout, result_key(url) or ""
+        if len(given) == KEY_CHARACTERS:
+            return url
+        names = {path.name for path in directories(layout.root / PREPARED / "work")}
+        names |= {
+            result_key(record.url) or ""
+            for record in read_all(layout)
+            if record.result_key is not None
+        }
+        fits = [name for name in names if given and name.startswith(given)]
+        return result_url(fits[0]) if len(fits) == 1 else url
+
+    def records(
+        self, url: str, revision: str | None, *, prepared: bool = False
+    ) -> tuple[list[Record], list[Work]]:
+        """A model's revisions, or the one that is named, with what was made of them; and what is
+        being made, or was left half made. ``prepared``: without the model itself.
+
+        Raises ``NotFound`` if there is nothing.
+        """
         ref = self.ref(url, revision)
-        found = self._all(ref.url)
-        if ref.revision is not None:
+        exact = ref.revision
+        if exact is not None:
             manifest = self.resolve(ref)
-            exact = ref.revision if manifest is None else manifest.revision
-            found = [record for record in found if record.revision == exact]
-        if not found:
-            raise NotFound(f"{ref.url} is not on this disk")
-        return found
+            exact = exact if manifest is None else manifest.revision
+        model = str(Path(ref.location).expanduser().absolute()) if ref.scheme == PATH else ref.url
+
+        def is_meant(found_url: str, found_revision: str, made: Made | None) -> bool:
+            if found_url == ref.url and not (prepared and ref.scheme != PREPARED):
+                return exact in (None, found_revision)
+            return made is not None and made.model == model and exact in (None, made.revision)
+
+        layout = self.store.layout
+        records = [one for one in read_all(layout) if is_meant(one.url, one.revision, one.made)]
+        works = [one for one in read_works(layout) if is_meant(one.url, RESULT, one.made)]
+        if not (records or works) and ref.scheme == PATH:
+            raise NotFound(f"{url} is used where it lies; the cache has nothing of it")
+        if not (records or works):
+            what = f"nothing that was made of {model}" if prepared else ref.url
+            raise NotFound(f"{what} is {'' if prepared else 'not '}on this disk")
+        return records, works

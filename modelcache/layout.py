@@ -10,7 +10,10 @@ models/<model key>/refs/      which revision a name (``main``) last stood for
 views/<model key>/<rev>/      the model as a directory: hard links to blobs
 hub/                          the same in the layout of a Hugging Face cache
 leases/<model key>/<rev>/     one locked file for each holder
-locks/                        the store's lock, and one for each model being fetched
+locks/                        the store's lock, and one for each model being fetched or made
+prepared/work/<key>/          a preparation step's result on its way: output/, and job.json;
+                              whole, it is a model like any other, ``prepared://<key>``
+prepared/logs/<key>.log       what the step said
 tmp/                          what is being written; nothing in it counts
 """
 
@@ -23,10 +26,12 @@ from pathlib import Path
 
 import blake3
 
-from modelcache.types import RemoteFile
+from modelcache.types import PREPARED, RemoteFile
 
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 REFS = "refs"
+RESULT = "made"
+"""The one revision that each of them has."""
 
 
 def file_key(url: str, file: RemoteFile, revision: str) -> str:
@@ -58,6 +63,17 @@ def safe_name(text: str) -> str:
     if PLAIN.fullmatch(text) and text != REFS:
         return text
     return "x-" + blake3.blake3(text.encode()).hexdigest()[:32]
+
+
+def result_url(key: str) -> str:
+    """What a preparation step's result is called in the cache."""
+    return f"{PREPARED}://{key}"
+
+
+def result_key(url: str) -> str | None:
+    """The key of the result that ``url`` is; ``None`` for a model that was fetched."""
+    scheme, _, key = url.partition("://")
+    return key if scheme == PREPARED else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +129,18 @@ class Layout:
     def fetch_lock(self, url: str) -> Path:
         """Locked by whoever fetches a revision of this model."""
         return self.root / "locks" / f"{model_key(url)}.fetch"
+
+    def work(self, key: str) -> Path:
+        """The directory of a step's result on its way."""
+        return self.root / PREPARED / "work" / key
+
+    def step_lock(self, key: str) -> Path:
+        """Locked while a step's result is being made, by whoever makes it and by the step."""
+        return self.root / "locks" / f"{key}.step"
+
+    def step_log(self, key: str) -> Path:
+        """What a step said while it made its result."""
+        return self.root / PREPARED / "logs" / f"{key}.log"
 
     @property
     def store_lock(self) -> Path:

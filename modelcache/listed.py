@@ -5,22 +5,29 @@ from __future__ import annotations
 from collections import Counter
 
 from modelcache.files import is_locked
-from modelcache.layout import file_key
+from modelcache.layout import RESULT, file_key
 from modelcache.manifest import Fetching
 from modelcache.partial import read_progress
 from modelcache.records import Record, read_all
 from modelcache.store import Store
 from modelcache.types import CacheError, FileRange, ModelEntry, Progress, Tier
+from modelcache.works import Work, read_works
 
 PAGED_FRACTION = 0.95
 """From this part of its bytes on, a model counts as being in the page cache."""
 
 
 def list_entries(store: Store) -> list[ModelEntry]:
-    """Every revision that is on the disk or on its way."""
+    """Every revision that is on the disk or on its way, fetched or made."""
     records = read_all(store.layout)
     holders = Counter(part for record in records for part in (record.blobs | record.partials))
-    return [_entry(store, record, holders) for record in records]
+    works = read_works(store.layout)
+    # A result is shown once: where it is written until it is whole, and only then as a revision.
+    on_its_way = {work.url for work in works}
+    shown = [one for one in records if one.manifest is not None or one.url not in on_its_way]
+    whole = {one.url for one in records if one.manifest is not None}
+    entries = [_entry(store, record, holders) for record in shown]
+    return entries + [_entry_of_work(work) for work in works if work.url not in whole]
 
 
 def _entry(store: Store, record: Record, holders: Counter[str]) -> ModelEntry:
@@ -41,6 +48,23 @@ def _entry(store: Store, record: Record, holders: Counter[str]) -> ModelEntry:
         leases=record.holders,
         used_at_s=record.use.used_at_s,
         expected_use_at_s=record.use.expected_use_at_s,
+        made=record.made,
+    )
+
+
+def _entry_of_work(work: Work) -> ModelEntry:
+    return ModelEntry(
+        url=work.url,
+        revision=RESULT,
+        tier=Tier.REMOTE,
+        size_bytes=work.bytes_taken,
+        bytes_unique=work.bytes_alone,
+        bytes_cached=None,
+        complete=False,
+        pinned=False,
+        leases=("the step that makes it",) if work.busy else (),
+        used_at_s=work.used_at_s,
+        made=work.made,
     )
 
 

@@ -16,7 +16,7 @@ import blake3
 import msgspec
 
 from modelcache.refs import check_file_path
-from modelcache.types import CacheError, Damaged, FileEntry, Manifest, RemoteFile
+from modelcache.types import CacheError, Damaged, FileEntry, Made, Manifest, RemoteFile
 
 FORMAT = 1
 HEADER_BYTES_MOST = 100_000_000
@@ -44,12 +44,32 @@ class Fetching:
 class Use:
     """When a revision was used, and when it is expected to be. Advice only: losing it is no harm.
 
-    ``reload_s_per_gb``: seconds that one GB of it took to fetch, where that was measured.
+    ``reload_s_per_gb``: seconds that one GB of it took to fetch, or to make of its model, where
+    that was measured. ``final``: a result of steps that was wanted for itself, not only as a step
+    on the way to another.
     """
 
     used_at_s: float | None = None
     expected_use_at_s: float | None = None
     reload_s_per_gb: float | None = None
+    final: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A preparation step that makes a result, or that was interrupted at it.
+
+    ``promised_bytes`` is what the result will take at most, as far as that can be told; 0 where it
+    cannot. ``resumes``: the next try can go on with what is there. ``whole``: the step has ended
+    well after ``took_s`` seconds, and its result has only to be taken into the cache. ``made`` is
+    ``None`` where nobody has written down what it was made of.
+    """
+
+    made: Made | None
+    resumes: bool
+    promised_bytes: int = 0
+    whole: bool = False
+    took_s: float = 0.0
 
 
 class Sealed(msgspec.Struct, forbid_unknown_fields=True):
@@ -60,7 +80,7 @@ class Sealed(msgspec.Struct, forbid_unknown_fields=True):
     body: msgspec.Raw
 
 
-def seal(body: Manifest | Fetching | Use) -> bytes:
+def seal(body: Manifest | Fetching | Use | Job) -> bytes:
     """A record's bytes."""
     data = msgspec.json.encode(body)
     return msgspec.json.encode(

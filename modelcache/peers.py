@@ -13,21 +13,15 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from modelcache.budget import Asked
-from modelcache.peer_client import (
-    Client,
-    PeerBusy,
-    PeerGone,
-    PeerLacks,
-    PeerLied,
-    PeerSlow,
-)
+from modelcache.peer_client import Client, PeerBusy, PeerGone, PeerLacks, PeerLied, PeerSlow
+from modelcache.peer_names import LookUp, PeerNames, look_up
 from modelcache.peer_server import PeerServer, Verb
+from modelcache.peer_types import Follower, Peer, PeerStatus
 from modelcache.peer_wire import Keyring
 from modelcache.settings import ModelCacheSettings
-from modelcache.shelf import Shelf, State
+from modelcache.shelf import Shelf
 from modelcache.types import Cancelled
 
 log = logging.getLogger("tidegate.modelcache.peers")
@@ -47,51 +41,6 @@ MOST_WATCHED = 64
 """Peers that one download watches: a thread each. In a larger cluster, any so many."""
 
 
-@dataclass(slots=True)
-class Peer:
-    """One other node."""
-
-    client: Client
-    failures: int = 0
-    slow: int = 0
-    paused_until_s: float = 0.0
-    """Not asked at all until then."""
-    slow_until_s: float = 0.0
-    """Not asked for pieces until then."""
-    banned: str | None = None
-    """Why it is left alone, if it is."""
-    given_bytes: int = 0
-
-    @property
-    def node(self) -> str | None:
-        """Its name, while it is known."""
-        return self.client.node
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeerStatus:
-    """A peer as status shows it."""
-
-    url: str
-    node: str | None
-    reached: bool
-    banned: str | None
-    given_bytes: int
-
-
-@dataclass(slots=True, kw_only=True)
-class Follower:
-    """What a download wants to know of peers."""
-
-    keys: Callable[[], Sequence[str]]
-    """The files that are still missing."""
-    on_states: Callable[[str, Mapping[str, State]], None]
-    on_lost: Callable[[str], None]
-    stopped: Asked
-    asked: set[str] = field(default_factory=set)
-    """URLs of peers that have answered, or failed to, at least once."""
-
-
 class PeerGroup:
     """All peers of this node, and its own server for them. Thread-safe."""
 
@@ -101,6 +50,8 @@ class PeerGroup:
         token: str,
         *,
         shelf: Shelf,
+        names: Sequence[str] = (),
+        look_up: LookUp = look_up,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -111,10 +62,9 @@ class PeerGroup:
         self._keyring = Keyring(token)
         self._clock = clock
         self._wall = wall
-        self._peers = [
-            Peer(Client(url.rstrip("/"), self._keyring, self._name, wall))
-            for url in dict.fromkeys(urls)
-        ]
+        # Replaced and never changed, so that it can be read at any time.
+        self._peers = [Peer(self.client(url)) for url in dict.fromkeys(urls)]
+        self._names = PeerNames(names, self._found, look_up) if names else None
         self._server: PeerServer | None = None
         self._liars: dict[str, str] = {}
         self._changed = threading.Condition()
@@ -132,10 +82,13 @@ class PeerGroup:
         )
         bound = server.start(host, port)
         self._server, self.me = server, self._name
+        self._look()
         return bound
 
     def close(self) -> None:
         """Serve no more, and let go of all connections."""
+        if self._names is not None:
+            self._names.close()
         if self._server is not None:
             self._server.close()
         for peer in self._peers:
@@ -172,6 +125,32 @@ class PeerGroup:
                 for peer in self._peers:
                     peer.paused_until_s = 0.0
                 self._changed.notify_all()
+                self._look()
+
+    def _look(self) -> None:
+        if self._names is not None:
+            self._names.look()
+
+    def _found(self, name: str, urls: Sequence[str]) -> None:
+        """What a name stands for now. Who is not among it any more is let go of where it was never
+        reached, or cannot be: a node may leave its name for a moment and still give."""
+        with self._changed:
+            kept = [
+                peer
+                for peer in self._peers
+                if peer.name != name
+                or peer.client.url in urls
+                or (peer.node is not None and not peer.failures)
+            ]
+            for peer in self._peers:
+                peer.gone = all(peer is not one for one in kept)
+            known = {peer.client.url for peer in kept}
+            added = [Peer(self.client(url), name=name) for url in urls if url not in known]
+            left = [peer for peer in self._peers if peer.gone]
+            self._peers = kept + added
+            self._changed.notify_all()
+        for peer in left:
+            peer.client.close()
 
     def ban(self, node: str, why: str) -> None:
         """Never believe a node again, until it starts anew."""
@@ -204,19 +183,45 @@ class PeerGroup:
 
     def follow(self, follower: Follower) -> list[threading.Thread]:
         """Keep a download told of what every peer has, by threads that end when it stops."""
-        chosen = list(self._peers)
-        if len(chosen) > MOST_WATCHED:
-            chosen = random.sample(chosen, MOST_WATCHED)
-        threads = [
-            threading.Thread(
-                target=self._follow, args=(peer, follower), name="peer news", daemon=True
+        followed: dict[str, Peer] = {}
+        threads = self._threads(follower, followed)
+        if self._names is not None:
+            self._look()
+            threads.append(
+                threading.Thread(target=self._follow_more, args=(follower, followed), daemon=True)
             )
-            for peer in chosen
-            if peer.node is None or peer.node != self._name
-        ]
         for thread in threads:
             thread.start()
         return threads
+
+    def _threads(self, follower: Follower, followed: dict[str, Peer]) -> list[threading.Thread]:
+        """Threads, not started yet, for peers that are not followed yet, as far as may be."""
+        fresh = [peer for peer in self._peers if followed.get(peer.client.url) is not peer]
+        room = MOST_WATCHED - sum(not peer.gone for peer in followed.values())
+        if len(fresh) > room:
+            fresh = random.sample(fresh, max(0, room))
+        followed.update({peer.client.url: peer for peer in fresh})
+        return [
+            threading.Thread(
+                target=self._follow, args=(peer, follower), name="peer news", daemon=True
+            )
+            for peer in fresh
+            if peer.node is None or peer.node != self._name
+        ]
+
+    def _follow_more(self, follower: Follower, followed: dict[str, Peer]) -> None:
+        """Follow also whom the names bring later, until the download stops."""
+        started: list[threading.Thread] = []
+        while not follower.stopped():
+            with self._changed:
+                fresh = self._threads(follower, followed)
+                if not fresh:
+                    self._changed.wait(1.0)
+            for thread in fresh:
+                thread.start()
+            started = [one for one in (*started, *fresh) if one.is_alive()]
+        for thread in started:
+            thread.join()
 
     def wake(self) -> None:
         """Let followers see whether they are to stop."""
@@ -225,6 +230,8 @@ class PeerGroup:
 
     def settled(self, follower: Follower) -> bool:
         """Whether every peer has been asked once, with or without an answer."""
+        if self._names is not None and not self._names.looked:
+            return False
         return (
             all(
                 peer.node == self._name or peer.client.url in follower.asked for peer in self._peers
@@ -259,6 +266,8 @@ class PeerGroup:
             finally:
                 follower.asked.add(peer.client.url)
             self._sleep(GAP_S, follower)
+        if peer.gone and known is not None:
+            follower.on_lost(known)
 
     def _believed(self, peer: Peer, node: str) -> bool:
         """Whether a node is not one that lied; if it is, it is left alone for another while."""
@@ -271,7 +280,7 @@ class PeerGroup:
 
     def _await_turn(self, peer: Peer, follower: Follower) -> bool:
         with self._changed:
-            while not follower.stopped():
+            while not follower.stopped() and not peer.gone:
                 left_s = peer.paused_until_s - self._clock()
                 if left_s <= 0:
                     return True
@@ -347,12 +356,12 @@ def make_peers(
 
     Raises ``ValueError`` where peers are wanted and the token is missing or too short.
     """
-    if not settings.peers and settings.peer_port is None:
+    if not settings.peers and not settings.peer_names and settings.peer_port is None:
         return None
     token = environ.get(settings.peer_token_env, "")
     if not token:
         raise ValueError(
-            f"modelcache.peers and modelcache.peer_port need the environment variable "
+            f"modelcache.peers, peer_names and peer_port need the environment variable "
             f"{settings.peer_token_env}: the secret that all nodes of the cluster share"
         )
-    return PeerGroup(settings.peers, token, shelf=shelf)
+    return PeerGroup(settings.peers, token, shelf=shelf, names=settings.peer_names)

@@ -3,47 +3,42 @@
 A result's key is a digest of what it is made of, how, and with which tools; where the key is known
 nothing is run. Steps run in the engine's environment, as processes that end with this one. What an
 interrupted step left is gone on with if the step can, and one step at a time makes each result,
-over all processes of the node.
+over all processes of the node. Results lie in the model cache, within its quota.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from modelcache.prepare_run import Run, run_step
+from modelcache.cache import ModelCache
+from modelcache.files import open_lock, try_lock
+from modelcache.manifest import Job
+from modelcache.prepare_run import Run, bytes_under, run_step
+from modelcache.prepare_size import expect_bytes
 from modelcache.prepare_types import (
     INPUT,
     OUTPUT,
     PYTHON,
     TOOLS,
-    Outputs,
-    Prepared,
     Step,
     StepFailed,
     StepRun,
     step_key,
 )
-from modelcache.types import Cancelled, NoSpace, Progress
-
-LEFTOVER_S = 7 * 86_400.0
-"""Seconds after which what an interrupted step left is no longer kept for it."""
+from modelcache.results import Held, Results
+from modelcache.types import Cancelled, Made, Progress
 
 PROGRAM_MOST_BYTES = 64 * 1024 * 1024
 """Largest file among a command's arguments whose content is part of the step's key."""
 
 WAIT_S = 0.1
-GROWTH: Mapping[str, float] = {"gguf_to_safetensors": 5.0, "cast": 2.0, "tp_shard": 1.5}
-"""Room that must be free before a step begins, as a multiple of its input."""
 
 FOREIGN = frozenset({"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONSTARTUP"})
 
@@ -58,38 +53,42 @@ print(json.dumps({n: v(n) for n in sys.argv[1:]}))
 AskVersions = Callable[[Path, Sequence[str]], Mapping[str, str]]
 
 
-class FolderOutputs:
-    """Results as folders below one folder, for whoever has no model cache."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A prepared model: where it is, the key of its last step, and how each went.
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    ``held`` keeps its last result from being evicted until it is released; ``None`` where there
+    were no steps.
+    """
 
-    def find(self, key: str) -> Path | None:
-        """The folder with this result; ``None`` if there is none."""
-        path = self._directory / key
-        return path if path.is_dir() else None
+    path: Path
+    key: str
+    runs: tuple[StepRun, ...]
+    held: Held | None
 
-    def publish(self, key: str, directory: Path) -> Path:
-        """Move a folder, synced, to where it is found from now on."""
-        for path in sorted(directory.rglob("*")):
-            _sync(path)
-        _sync(directory)
-        self._directory.mkdir(parents=True, exist_ok=True)
-        directory.rename(self._directory / key)
-        _sync(self._directory)
-        return self._directory / key
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """Who asked for a result: what they are told, and whether they still want it."""
+
+    holder: str
+    on_progress: Callable[[Progress], None]
+    cancelled: Callable[[], bool]
 
 
 @dataclass(slots=True, kw_only=True)
 class Preparation:
-    """Runs steps. ``directory`` is for work, logs and locks; ``python`` the engine's interpreter;
+    """Runs steps, with work and results in ``cache``. ``python`` is the engine's interpreter,
     ``environ`` what commands see of the environment."""
 
-    directory: Path
+    cache: ModelCache
     python: Path
-    outputs: Outputs
     environ: Mapping[str, str]
     ask_versions: AskVersions | None = None
+    results: Results = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.results = Results(self.cache)
 
     def prepare(
         self,
@@ -97,38 +96,69 @@ class Preparation:
         digest: str,
         steps: Sequence[Step],
         *,
+        model: str,
+        revision: str,
+        holder: str = "preparing",
         on_progress: Callable[[Progress], None] = lambda progress: None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Prepared:
-        """The model in ``source``, whose ``input_digest`` is ``digest``, after all steps.
+        """The model in ``source``, whose ``input_digest`` is ``digest``, after all steps; leased
+        for ``holder``. ``model`` and ``revision`` say which it is.
 
         Blocks as long as it takes; ``source`` must stay meanwhile. Raises ``StepFailed``,
         ``NoSpace``, or ``Cancelled`` soon after ``cancelled()`` turns true.
         """
-        self._sweep()
+        asked = Asked(holder=holder, on_progress=on_progress, cancelled=cancelled)
+        keys = self.keys(digest, steps)
         runs: list[StepRun] = []
         path = source
-        for step, key in zip(steps, self.keys(digest, steps), strict=True):
-            began_s = time.monotonic()
-            found = self.outputs.find(key)
-            log = None
-            if found is None:
-                with self._alone(key, on_progress, cancelled) as lock:
-                    found = self.outputs.find(key)
-                    if found is None:
-                        log = self.directory / "logs" / f"{key}.log"
-                        found = self._make(step, key, path, log, lock, on_progress, cancelled)
-            elapsed_s = time.monotonic() - began_s
-            runs.append(
-                StepRun(kind=step.kind, key=key, cached=log is None, elapsed_s=elapsed_s, log=log)
+        held: Held | None = None
+        for number, (step, key) in enumerate(zip(steps, keys, strict=True)):
+            made = Made(
+                model=model,
+                revision=revision,
+                steps=tuple(one.kind for one in steps[: number + 1]),
+                before=keys[number - 1] if number else "",
             )
-            path = found
-        return Prepared(path=path, key=runs[-1].key if runs else digest, runs=tuple(runs))
+            before = held
+            try:
+                held, run = self._result(step, key, path, made, asked, final=key == keys[-1])
+            finally:
+                # What a step begins with stays until it has ended.
+                if before is not None:
+                    before.lease.release()
+            runs.append(run)
+            path = held.model.path
+        key = runs[-1].key if runs else digest
+        return Prepared(path=path, key=key, runs=tuple(runs), held=held)
 
     def find(self, digest: str, steps: Sequence[Step]) -> Path | None:
         """Where the model is after all steps, if that was made already."""
         keys = self.keys(digest, steps)
-        return self.outputs.find(keys[-1]) if keys else None
+        return self.results.find(keys[-1]) if keys else None
+
+    def _result(
+        self, step: Step, key: str, source: Path, made: Made, asked: Asked, *, final: bool
+    ) -> tuple[Held, StepRun]:
+        """One step's result, made unless it is there."""
+        began_s = time.monotonic()
+        log = None
+        held = self.results.hold(key, asked.holder, final=final)
+        if held is None:
+            with self._alone(key, asked) as lock:
+                held = self.results.hold(key, asked.holder, final=final)
+                if held is None:
+                    log = self.cache.store.layout.step_log(key)
+                    self.results.sweep()
+                    if not self.results.is_whole(key):
+                        self._make(step, key, source, made, log, lock, asked)
+                    held = self.results.publish(
+                        key, made, asked.holder, final=final,
+                        on_progress=asked.on_progress, cancelled=asked.cancelled,
+                    )  # fmt: skip
+        elapsed_s = time.monotonic() - began_s
+        run = StepRun(kind=step.kind, key=key, cached=log is None, elapsed_s=elapsed_s, log=log)
+        return held, run
 
     def keys(self, digest: str, steps: Sequence[Step]) -> list[str]:
         """The key of each step's result. Raises ``StepFailed`` where the engine's interpreter
@@ -144,42 +174,45 @@ class Preparation:
         return found
 
     def _make(
-        self,
-        step: Step,
-        key: str,
-        source: Path,
-        log: Path,
-        lock: int,
-        on_progress: Callable[[Progress], None],
-        cancelled: Callable[[], bool],
-    ) -> Path:
-        work = self.directory / "work" / key
-        output = work / "output"
-        if work.exists() and not step.resumes:
-            shutil.rmtree(work)
-        output.mkdir(parents=True, exist_ok=True)
-        os.utime(work)
-        _check_room(step, source, work)
-        run_step(
-            Run(
-                name=step.kind,
-                argv=self._argv(step, source, output),
-                env=self._env(step, source, output),
-                log=log,
-                output=output,
-                timeout_s=step.timeout_s,
-                hold=(lock,),
-            ),
-            on_progress=on_progress,
-            cancelled=cancelled,
+        self, step: Step, key: str, source: Path, made: Made, log: Path, lock: int, asked: Asked
+    ) -> None:
+        """Run a step, with room made for its result before it begins where its size is known."""
+        began_s = time.monotonic()
+        promised = expect_bytes(step, source) or 0
+        job = Job(made=made, resumes=step.resumes, promised_bytes=promised)
+        output = self.results.begin(key, job)
+        run = Run(
+            name=step.kind,
+            argv=self._argv(step, source, output),
+            env=self._env(step, source, output),
+            log=log,
+            output=output,
+            timeout_s=step.timeout_s,
+            hold=(lock,),
+            on_size=lambda size_bytes: self.results.check_room(key, size_bytes),
         )
+        try:
+            run_step(run, on_progress=asked.on_progress, cancelled=asked.cancelled)
+            self._check_output(step, key, output, log)
+        except BaseException:
+            if not step.resumes:
+                self.results.discard(key)
+            raise
+        self.results.note_whole(key, job, time.monotonic() - began_s)
+
+    def _check_output(self, step: Step, key: str, output: Path, log: Path) -> None:
+        """Whether what a step has left can be a model, and fits."""
         for partial in output.rglob(".*.partial"):
             partial.unlink()
-        if not any(path.is_file() for path in output.rglob("*")):
+        paths = list(output.rglob("*"))
+        for path in paths:
+            if path.is_symlink() and not path.is_file():
+                raise StepFailed(
+                    f"{step.kind} made {path.name}, a link to no file: a result has files only"
+                )
+        if not any(path.is_file() for path in paths):
             raise StepFailed(f"{step.kind} made no file; its log is {log}")
-        path = self.outputs.publish(key, output)
-        shutil.rmtree(work, ignore_errors=True)
-        return path
+        self.results.check_room(key, bytes_under(output))
 
     def _argv(self, step: Step, source: Path, output: Path) -> tuple[str, ...]:
         if step.kind == "command":
@@ -202,53 +235,16 @@ class Preparation:
         return env | dict(step.env)
 
     @contextlib.contextmanager
-    def _alone(
-        self,
-        key: str,
-        on_progress: Callable[[Progress], None],
-        cancelled: Callable[[], bool],
-    ) -> Iterator[int]:
+    def _alone(self, key: str, asked: Asked) -> Iterator[int]:
         """One maker of a result at a time. The lock goes when both its process and the step that
         it started are gone."""
-        folder = self.directory / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / key).open("w") as lock:
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    on_progress(Progress(phase="preparing", detail="another process does it"))
-                if cancelled():
+        with open_lock(self.cache.store.layout.step_lock(key)) as lock:
+            while not try_lock(lock):
+                asked.on_progress(Progress(phase="preparing", detail="another process does it"))
+                if asked.cancelled():
                     raise Cancelled("preparing was called off")
                 time.sleep(WAIT_S)
-            yield lock.fileno()
-
-    def _sweep(self) -> None:
-        """Remove what interrupted steps left long ago. One that works has its folder's time set
-        when it begins, and is locked."""
-        for work in (self.directory / "work").glob("*"):
-            with contextlib.suppress(OSError):
-                if time.time() - work.stat().st_mtime < LEFTOVER_S:
-                    continue
-                with (self.directory / "locks" / work.name).open("w") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(work)
-
-
-def _check_room(step: Step, source: Path, work: Path) -> None:
-    """Raise ``NoSpace`` where the result would not fit; a command's size is not known."""
-    growth = GROWTH.get(step.kind)
-    if growth is None:
-        return
-    size = _size(source)
-    needed = int(size * (4.0 if step.dtype == "float32" and step.kind == "cast" else growth))
-    needed -= _size(work)
-    free = shutil.disk_usage(work).free
-    if free < needed:
-        raise NoSpace(
-            f"{step.kind} needs some {needed:,} bytes on the disk of {work}; {free:,} are free"
-        )
+            yield lock
 
 
 def _fill(argument: str, places: Mapping[str, str]) -> str:
@@ -280,19 +276,3 @@ def _ask_versions(python: Path, names: Sequence[str]) -> Mapping[str, str]:
     if missing:
         raise StepFailed(f"{', '.join(missing)} is not installed for {python}")
     return found
-
-
-def _size(path: Path) -> int:
-    if path.is_file():
-        return path.stat().st_size
-    return sum(one.stat().st_size for one in path.rglob("*") if one.is_file())
-
-
-def _sync(path: Path) -> None:
-    if path.is_symlink() or not (path.is_file() or path.is_dir()):
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

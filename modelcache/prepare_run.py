@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modelcache.prepare_types import StepFailed
-from modelcache.types import Cancelled, Progress
+from modelcache.types import Cancelled, NoSpace, Progress
 
 LOG_MOST_BYTES = 16 * 1024 * 1024
 """A log longer than this loses its beginning."""
@@ -29,7 +30,8 @@ LINE_CHARACTERS = 200
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """What is run: its name for people, the command, its whole environment, where its output and
-    its log go, the seconds it may take, and descriptors (a lock's) it keeps open to its end."""
+    its log go, the seconds it may take, and descriptors (a lock's) it keeps open to its end.
+    ``on_size`` is told now and then what the output takes; what it raises ends the step."""
 
     name: str
     argv: tuple[str, ...]
@@ -38,12 +40,14 @@ class Run:
     output: Path
     timeout_s: float
     hold: tuple[int, ...] = ()
+    on_size: Callable[[int], None] = lambda size_bytes: None
 
 
 def run_step(
     run: Run, *, on_progress: Callable[[Progress], None], cancelled: Callable[[], bool]
 ) -> None:
-    """Run it to its end. Raises ``StepFailed`` with its last lines, ``Cancelled``."""
+    """Run it to its end. Raises ``StepFailed`` with its last lines, ``NoSpace`` where those say
+    that the disk is full, ``Cancelled``."""
     run.log.parent.mkdir(parents=True, exist_ok=True)
     leash = [sys.executable, "-I", "-m", "modelcache.leash", str(GRACE_S)]
     with run.log.open("ab") as log:
@@ -66,7 +70,10 @@ def run_step(
                     process.kill()
                     process.wait()
     if process.returncode != 0:
-        raise StepFailed(_failure(run, process.returncode))
+        failure = _failure(run, process.returncode)
+        if os.strerror(errno.ENOSPC) in failure:
+            raise NoSpace(f"the disk of {run.output} is full: {failure}")
+        raise StepFailed(failure)
 
 
 def _watch(
@@ -87,8 +94,9 @@ def _watch(
         if now_s - began_s > run.timeout_s:
             raise StepFailed(f"{run.name} took longer than {run.timeout_s:g} s; log: {run.log}")
         if now_s - measured_s >= MEASURE_S:
-            measured_s, size = now_s, _bytes_under(run.output)
+            measured_s, size = now_s, bytes_under(run.output)
             _bound(run.log)
+            run.on_size(size)
         line = next(reversed(_tail(run.log, 4096)), "")
         on_progress(
             Progress(phase="preparing", bytes_done=size, detail=f"{run.name}: {line}".rstrip(": "))
@@ -122,7 +130,8 @@ def _bound(log: Path) -> None:
         file.write(b"[the beginning was cut off]\n" + tail)
 
 
-def _bytes_under(folder: Path) -> int:
+def bytes_under(folder: Path) -> int:
+    """The bytes of all files below a folder, which may change meanwhile."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from modelcache.types import CacheError, FileEntry
 
@@ -69,27 +69,6 @@ class StepRun:
     cached: bool
     elapsed_s: float
     log: Path | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """A prepared model: where it is, the key of its last step, and how each went."""
-
-    path: Path
-    key: str
-    runs: tuple[StepRun, ...]
-
-
-class Outputs(Protocol):
-    """Where results are kept, by the key of the step that made them. The model cache is one, with
-    each result a revision of its own; ``prepare.FolderOutputs`` is one without a cache."""
-
-    def find(self, key: str) -> Path | None:
-        """The folder with this result; ``None`` if there is none."""
-
-    def publish(self, key: str, directory: Path) -> Path:
-        """Take over ``directory`` (on the same file system, complete, no longer written to) as
-        the result of ``key``; where it is now."""
 
 
 def input_digest(files: Iterable[FileEntry]) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from modelcache import leases
 from modelcache.files import directories, is_locked
-from modelcache.layout import REFS, Layout, file_key
+from modelcache.layout import REFS, Layout, file_key, result_key, result_url
 from modelcache.manifest import Fetching, Use, read_record
-from modelcache.types import Damaged, Manifest, RemoteFile
+from modelcache.types import SHORT_CHARACTERS, Damaged, Made, Manifest, RemoteFile
 
 MANIFEST = "manifest.json"
 SPARE = "manifest.copy.json"
@@ -44,6 +44,22 @@ class Record:
         return f"{self.url}@{self.revision}"
 
     @property
+    def made(self) -> Made | None:
+        """What it was made of; ``None`` for a model that was fetched."""
+        return None if self.manifest is None else self.manifest.made
+
+    @property
+    def result_key(self) -> str | None:
+        """The key of the preparation step whose result it is; ``None`` if it is none."""
+        return result_key(self.url)
+
+    @property
+    def name(self) -> str:
+        """What people are told it is."""
+        key = self.result_key
+        return self.key if key is None else name_result(key, self.made)
+
+    @property
     def size_bytes(self) -> int:
         """What it takes when whole."""
         found = self.manifest or self.fetching
@@ -57,6 +73,12 @@ class Record:
         if self.busy and self.fetching is not None:
             return "being fetched"
         return "pinned" if self.pinned else ""
+
+
+def name_result(key: str, made: Made | None) -> str:
+    """What people are told a result of preparation steps is."""
+    short = result_url(key[:SHORT_CHARACTERS])
+    return short if made is None else f"{' + '.join(made.steps)} of {made.model} ({short})"
 
 
 def read_manifest(layout: Layout, url: str, revision: str) -> Manifest | None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modelcache import leases
+from modelcache.counting import count_kinds, count_names, find_made
 from modelcache.evict import Candidate, choose
 from modelcache.files import directories, remove, remove_empty, remove_tree
 from modelcache.hub import hub_place, sweep_hub
@@ -28,16 +28,12 @@ from modelcache.records import (
     USE,
     Record,
     read_all,
-    read_directory,
     read_known,
     scan,
 )
-from modelcache.types import InUse, NoSpace
+from modelcache.types import PREPARED, InUse, NoSpace
 from modelcache.views import remove_view, view_of
-
-OTHERS = frozenset({"bundles", "prepared"})
-"""What lies in the cache's directory too, and cannot be evicted to make room for models: what
-engines have compiled (which has a limit of its own) and results of preparation steps."""
+from modelcache.works import Work, read_works, remove_work, sweep_works
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +42,17 @@ class Usage:
     names it has. ``quota_bytes`` is ``None`` without a quota."""
 
     bytes_used: int
-    """All of it: blobs with their pieces' digests, files on their way, records."""
+    """The sum of what follows."""
     bytes_blobs: int
+    """Of models that were fetched, with their pieces' digests."""
+    bytes_prepared: int
+    """Of results of preparation steps: those that are whole, as far as no fetched model has the
+    same bytes, and those on their way."""
     bytes_partial: int
+    """Files that are being fetched."""
     bytes_records: int
+    bytes_promised: int
+    """What steps under way will still take, as far as that can be told; not part of the sum."""
     free_bytes: int
     """What the disk has left for anybody."""
     quota_bytes: int | None
@@ -76,68 +79,81 @@ class Room:
 
     def usage(self) -> Usage:
         """What the cache takes now."""
-        kinds: dict[tuple[int, int], tuple[str, int]] = {}
-        for top, info in walk(self.layout.root):
-            kind = top if top in ("blobs", "partial") else ""
-            file = (info.st_dev, info.st_ino)
-            # A blob has names in views too, and is one wherever it was met first.
-            kinds[file] = max(kinds.get(file, ("", 0)), (kind, info.st_size))
-        sizes = {"blobs": 0, "partial": 0, "": 0}
+        kinds = count_kinds(self.layout.root)
+        for file in find_made(self.layout, read_all(self.layout)):
+            if file in kinds:
+                kinds[file] = (PREPARED, kinds[file][1])
+        sizes = {"blobs": 0, "partial": 0, PREPARED: 0, "": 0}
         for kind, size_bytes in kinds.values():
             sizes[kind] += size_bytes
         return Usage(
             bytes_used=sum(sizes.values()),
             bytes_blobs=sizes["blobs"],
+            bytes_prepared=sizes[PREPARED],
             bytes_partial=sizes["partial"],
             bytes_records=sizes[""],
+            bytes_promised=self._promised(),
             free_bytes=self._free_bytes(self.layout.root),
             quota_bytes=self.quota_bytes,
             reserve_bytes=self.reserve_bytes,
         )
 
-    def make_room(self, quota_need: int, disk_need: int, *, what: str, keep: str = "") -> int:
+    def make_room(
+        self, quota_need: int, disk_need: int, *, what: str, keep: str = "", making: str = ""
+    ) -> int:
         """Evict until so many bytes fit into the quota and on the disk; the bytes freed.
 
-        ``keep`` is the key of a record that stays. Raises ``NoSpace``, and then nothing but
+        ``keep`` is the key of a record that stays, ``making`` that of the preparation step which
+        asks: what it was promised earlier does not count. Raises ``NoSpace``, and then nothing but
         leftovers has gone.
         """
-        if self._short(quota_need, disk_need) == (0, 0):
+        if self._short(quota_need, disk_need, making) == (0, 0):
             return 0
-        before = self.usage().bytes_used
+        before = self._used()
         self.sweep()
-        records = read_all(self.layout)
-        short_quota, short_disk = self._short(quota_need, disk_need)
+        records, works = read_all(self.layout), read_works(self.layout)
+        short_quota, short_disk = self._short(quota_need, disk_need, making)
         now_s = self._clock()
-        by_quota = choose(self._candidates(records, keep), short_quota, now_s)
-        by_disk = choose(self._candidates(records, keep, on_disk=True), short_disk, now_s)
+        by_quota = choose(self._candidates(records, works, keep), short_quota, now_s)
+        by_disk = choose(self._candidates(records, works, keep, on_disk=True), short_disk, now_s)
         if not (by_quota.enough and by_disk.enough):
-            raise NoSpace(self._explain(what, quota_need, disk_need, by_quota.kept))
+            names = {one.key: one.name for one in records} | {one.url: one.name for one in works}
+            kept = {names[key]: why for key, why in by_quota.kept.items()}
+            raise NoSpace(self._explain(what, quota_need, disk_need, kept))
         going = {*by_quota.keys, *by_disk.keys}
-        self.remove_records([record for record in records if record.key in going])
-        return before - self.usage().bytes_used
+        self._remove(
+            [record for record in records if record.key in going],
+            [work for work in works if work.url in going],
+        )
+        return before - self._used()
 
-    def evict(self, url: str, revision: str, *, force: bool = False) -> int:
-        """Remove one revision, whole or not; the bytes freed.
+    def evict(
+        self, records: Sequence[Record], works: Sequence[Work] = (), *, force: bool = False
+    ) -> int:
+        """Remove revisions, whole or not, and results on their way; the bytes freed.
 
-        Raises ``InUse`` for one that is leased or being fetched, and for one that is pinned
-        unless ``force`` is given.
+        Raises ``InUse`` where one is leased, being fetched or made, or pinned and ``force`` is not
+        given; then none has gone.
         """
-        record = read_directory(self.layout, self.layout.revision(url, revision))
-        if record is None:
-            return 0
-        if record.kept and not (force and record.kept == "pinned"):
-            raise InUse(f"{record.key} is {record.kept}")
-        before = self.usage().bytes_used
-        self.remove_records([record])
-        return before - self.usage().bytes_used
+        kept = [(one.name, one.kept) for one in records] + [(one.name, one.kept) for one in works]
+        for name, why in kept:
+            if why and not (force and why == "pinned"):
+                raise InUse(f"{name} is {why}")
+        before = self._used()
+        self._remove(records, works)
+        return before - self._used()
 
-    def remove_records(self, records: Sequence[Record]) -> None:
-        """Remove revisions and whatever only they had."""
+    def _remove(self, records: Sequence[Record], works: Sequence[Work] = ()) -> None:
+        """Remove revisions and whatever only they had, and results on their way."""
+        for work in works:
+            remove_work(self.layout, work.key)
         for record in records:
             directory = self.layout.revision(record.url, record.revision)
             for name in (MANIFEST, SPARE, FETCHING, PIN, USE):
                 remove(directory / name)
             remove_empty(directory)
+            if record.result_key is not None:
+                remove(self.layout.step_log(record.result_key))
         self.sweep()
 
     def sweep(self) -> None:
@@ -153,6 +169,8 @@ class Room:
                 remove_tree(directory)
             else:
                 records.append(record)
+        records = self._sweep_unmade(records)
+        sweep_works(layout, {one.result_key or "" for one in records}, self._clock())
         self._sweep_views(records)
         self._sweep_blobs({digest for record in records for digest in record.blobs})
         self._sweep_partials({key for record in records for key in record.partials})
@@ -162,6 +180,17 @@ class Room:
             digest = read_known(path)
             if digest is None or not layout.blob(digest).exists():
                 remove(path)
+
+    def _sweep_unmade(self, records: Sequence[Record]) -> list[Record]:
+        """Whoever was killed while a step's result became a revision has left it whole where the
+        step wrote it: what the cache has of it is only other names. What remains of ``records``."""
+        left = []
+        for record in records:
+            if record.result_key is None or record.manifest is not None or record.busy:
+                left.append(record)
+            else:
+                remove(self.layout.revision(record.url, record.revision) / FETCHING)
+        return left
 
     def _sweep_views(self, records: Sequence[Record]) -> None:
         layout = self.layout
@@ -205,21 +234,40 @@ class Room:
                 remove_tree(model / REFS)
             remove_empty(model)
 
-    def _short(self, quota_need: int, disk_need: int) -> tuple[int, int]:
+    def _used(self) -> int:
+        """``bytes_used`` alone, which needs no record read."""
+        return sum(size_bytes for _, size_bytes in count_kinds(self.layout.root).values())
+
+    def _promised(self, making: str = "") -> int:
+        """What steps under way will still take, those of ``making`` left out."""
+        works = read_works(self.layout)
+        return sum(work.bytes_to_come for work in works if work.key != making)
+
+    def _short(self, quota_need: int, disk_need: int, making: str = "") -> tuple[int, int]:
         """By how many bytes the quota and the disk are too small."""
-        disk = disk_need - (self._free_bytes(self.layout.root) - self.reserve_bytes)
-        if disk_need <= 0:
-            disk = 0
-        if self.quota_bytes is None or quota_need <= 0:
-            return 0, max(disk, 0)
-        return max(quota_need + self.usage().bytes_used - self.quota_bytes, 0), max(disk, 0)
+        promised = self._promised(making)
+        quota = disk = 0
+        if disk_need > 0:
+            free_bytes = self._free_bytes(self.layout.root) - self.reserve_bytes
+            disk = max(disk_need + promised - free_bytes, 0)
+        if self.quota_bytes is not None and quota_need > 0:
+            quota = max(quota_need + promised + self._used() - self.quota_bytes, 0)
+        return quota, disk
 
     def _candidates(
-        self, records: Sequence[Record], keep: str, *, on_disk: bool = False
+        self,
+        records: Sequence[Record],
+        works: Sequence[Work],
+        keep: str,
+        *,
+        on_disk: bool = False,
     ) -> list[Candidate]:
-        """The revisions as eviction sees them; ``on_disk``: with what the disk would get back."""
+        """The revisions and the results on their way as eviction sees them; ``on_disk``: with what
+        the disk would get back."""
         names = count_names(self.layout.root) if on_disk else {}
         own = next((record.url for record in records if record.key == keep), None)
+        expected = {record.key: record.use.expected_use_at_s for record in records}
+        steps_on = {record.made.before for record in records if record.made is not None}
 
         def kept(record: Record) -> str:
             if record.key == keep:
@@ -235,7 +283,13 @@ class Room:
             shared = info.st_nlink > names.get((info.st_dev, info.st_ino), 1)
             return 0 if shared else size_bytes
 
-        return [
+        def expected_use(record: Record) -> float | None:
+            """A result is used when its model is, whoever said when that will be."""
+            if record.use.expected_use_at_s is not None or record.made is None:
+                return record.use.expected_use_at_s
+            return expected.get(f"{record.made.model}@{record.made.revision}")
+
+        found = [
             Candidate(
                 key=record.key,
                 parts={
@@ -245,11 +299,21 @@ class Room:
                 }
                 | record.partials,
                 kept=kept(record),
+                spare=record.result_key in steps_on and not record.use.final,
                 used_at_s=record.use.used_at_s,
-                expected_use_at_s=record.use.expected_use_at_s,
+                expected_use_at_s=expected_use(record),
                 reload_s_per_gb=record.use.reload_s_per_gb,
             )
             for record in records
+        ]
+        return found + [
+            Candidate(
+                key=work.url,
+                parts={work.url: work.bytes_alone},
+                kept=work.kept,
+                used_at_s=work.used_at_s,
+            )
+            for work in works
         ]
 
     def _explain(self, what: str, quota_need: int, disk_need: int, kept: Mapping[str, str]) -> str:
@@ -261,6 +325,8 @@ class Room:
         if usage.quota_bytes is not None:
             text += f" of its quota of {usage.quota_bytes}"
         text += f", the disk has {usage.free_bytes} free, {usage.reserve_bytes} of them reserved"
+        if usage.bytes_promised:
+            text += f"; preparation steps under way take {usage.bytes_promised} more"
         if kept:
             stays = "; ".join(f"{key} ({why})" for key, why in sorted(kept.items()))
             text += f". What cannot be evicted: {stays}"
@@ -272,31 +338,6 @@ def disk_free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-def walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Every file and symbolic link below ``root``, with the name at the top it is under; not what
-    others keep there (``OTHERS``)."""
-    for directory, folders, names in os.walk(root):
-        if directory == str(root):
-            folders[:] = [name for name in folders if name not in OTHERS]
-        top = Path(directory).relative_to(root).parts[:1]
-        for name in names:
-            try:
-                info = os.lstat(os.path.join(directory, name))
-            except FileNotFoundError:
-                continue
-            if stat.S_ISREG(info.st_mode) or stat.S_ISLNK(info.st_mode):
-                yield (top[0] if top else ""), info
-
-
-def count_names(root: Path) -> dict[tuple[int, int], int]:
-    """How many names each file has below ``root``."""
-    names: dict[tuple[int, int], int] = {}
-    for _, info in walk(root):
-        file = (info.st_dev, info.st_ino)
-        names[file] = names.get(file, 0) + 1
-    return names
 
 
 def _grandchildren(directory: Path) -> list[Path]:

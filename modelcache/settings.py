@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -20,6 +21,7 @@ from modelcache.refs import parse_ref
 from modelcache.types import PIECE_BYTES
 
 BaseUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/@?#]+$")]
+NameUrl = Annotated[str, StringConstraints(pattern=r"^http://[^\s/@?#:\[\]]+(:[0-9]{1,5})?$")]
 
 
 STEP_FIELDS = {
@@ -108,8 +110,9 @@ class ModelCacheSettings(BaseModel):
     disk; several Tidegates on one node may share it."""
 
     quota_bytes: int | None = Field(default=None, ge=0)
-    """Most bytes the cache may take; what was not used for longest goes first, never what is
-    pinned or leased. Unset: all of the disk but ``reserve_bytes``."""
+    """Most bytes the cache may take, results of preparation steps included; what was not used for
+    longest goes first, never what is pinned or leased. Unset: all of the disk but
+    ``reserve_bytes``."""
 
     reserve_bytes: int = Field(default=2_147_483_648, ge=0)
     """Bytes of the disk that are left free whatever the quota says. 2 GiB keeps logs and a
@@ -153,8 +156,18 @@ class ModelCacheSettings(BaseModel):
     """Hugging Face caches whose files are taken over (hard-linked where possible) rather than
     fetched again. Unset: ``HF_HUB_CACHE``, ``HF_HOME/hub`` or ``~/.cache/huggingface/hub``."""
 
+    hub_names: bool = True
+    """Whether a pool whose model is a hub's ``org/name`` has it fetched into this cache, as
+    ``hf://org/name`` is. Without, engines fetch such a model themselves; so they do where their
+    arguments name a revision or a place for downloads."""
+
     peers: tuple[BaseUrl, ...] = ()
     """Other nodes' caches (``http://10.0.0.7:8002``), asked for pieces before the store."""
+
+    peer_names: tuple[NameUrl, ...] = ()
+    """The same by host names that stand for many nodes, one for each address of the name
+    (``http://tidegate-cache-agent:8002``, a headless Kubernetes service). Looked up every 10
+    seconds, for nodes come and go."""
 
     peer_token_env: str = "TIDEGATE_PEER_TOKEN"
     """Environment variable with the secret that all nodes of a cluster share. Without it this
@@ -176,6 +189,13 @@ class ModelCacheSettings(BaseModel):
     ``gguf_to_safetensors`` (``file``, ``dtype``), ``cast`` (``dtype``), ``tp_shard``
     (``world_size``), ``command`` (``argv``, ``env``, ``version``, ``resumable``); each takes
     ``timeout_s``. docs/decisions/0015-pages-and-preparation.md says more."""
+
+    @field_validator("peer_names")
+    @classmethod
+    def _have_ports(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            urlsplit(name).port  # noqa: B018 - raises for one that is out of range
+        return names
 
     @field_validator("steps")
     @classmethod

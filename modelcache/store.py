@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from modelcache import leases
 from modelcache.digest import PieceDigests, read_pieces
@@ -125,7 +126,7 @@ class Store:
         write_whole(ref, manifest.revision.encode(), tmp=self.layout.tmp)
         show_in_hub(self.layout, manifest, name)
 
-    def note_use(self, url: str, revision: str, **changes: float | None) -> None:
+    def note_use(self, url: str, revision: str, **changes: Any) -> None:
         """Change the record of a revision's use (the fields of ``Use``)."""
         directory = self.layout.revision(url, revision)
         if directory.is_dir():
@@ -140,9 +141,14 @@ class Store:
         else:
             remove(path)
 
-    def take_lease(self, url: str, revision: str, holder: str) -> leases.Lease | None:
-        """A lease on a whole revision, ``None`` where it is not there any more."""
-        if read_manifest(self.layout, url, revision) is None:
+    def take_lease(
+        self, url: str, revision: str, holder: str, *, ahead: bool = False
+    ) -> leases.Lease | None:
+        """A lease on a whole revision, ``None`` where it is not there any more.
+
+        ``ahead``: also on one that will be made, so that it is never there without.
+        """
+        if not ahead and read_manifest(self.layout, url, revision) is None:
             return None
 
         def released() -> None:

@@ -16,6 +16,12 @@ PIECE_BYTES = 8 * 1024 * 1024
 """Bytes of a piece: the unit of checking, of resuming and of sharing between nodes. Part of what a
 digest means, so not a setting."""
 
+PREPARED = "prepared"
+"""The scheme of models that were made here: ``prepared://<key>``. No store has them."""
+
+SHORT_CHARACTERS = 12
+"""So many letters of such a key are shown, and are enough to name it."""
+
 
 class CacheError(Exception):
     """The cache could not do what it was asked; the message says why, for people."""
@@ -124,14 +130,31 @@ class FileEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What a result of preparation steps was made of.
+
+    ``model`` and ``revision`` are those of the model (a URL; or a path, and what it was then);
+    ``steps`` the kinds of all steps from it to this result. ``before`` is the key of the result
+    that the last of them began with, empty where it began with the model itself.
+    """
+
+    model: str
+    revision: str
+    steps: tuple[str, ...]
+    before: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """Everything one revision of a model consists of. ``revision`` is exact (a commit, or a digest
-    of the listing), where a ref's may be a name that moves."""
+    of the listing), where a ref's may be a name that moves. ``made`` is set where it was made
+    here, by preparation steps."""
 
     url: str
     revision: str
     files: tuple[FileEntry, ...]
     created_at_s: float
+    made: Made | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -176,7 +199,8 @@ class ModelEntry:
     """One model revision in the cache, as ``tidegate model ls`` shows it.
 
     ``bytes_unique`` is what evicting it would free: blobs that no other revision has.
-    ``complete`` is false while it is being fetched, or where fetching stopped.
+    ``complete`` is false while it is being fetched or made, or where that stopped. ``made`` is set
+    for a result of preparation steps.
     """
 
     url: str
@@ -190,3 +214,4 @@ class ModelEntry:
     leases: tuple[str, ...] = ()
     used_at_s: float | None = None
     expected_use_at_s: float | None = None
+    made: Made | None = None

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from modelcache.partial import Partial
 from modelcache.sources.base import Listing, Source
-from modelcache.types import ModelRef, Priority, Progress, RemoteFile
+from modelcache.types import Made, ModelRef, Priority, Progress, RemoteFile
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 """Weights that can run code when they are read; nobody needs them beside safetensors."""
@@ -47,7 +47,9 @@ class Salvage:
 class Want:
     """What is to be made whole, and how. ``find_local`` gives a file on this machine that may have
     a remote file's content; it is hashed, and checked against what the store publishes.
-    ``created_at_s``: when it was made whole first, where it is mended."""
+    ``created_at_s``: when it was made whole first, where it is mended. ``given``: its local files
+    are given away to the cache, which takes their names and never copies their bytes. ``made``:
+    what it was made of."""
 
     ref: ModelRef
     listing: Listing
@@ -55,6 +57,8 @@ class Want:
     find_local: Callable[[RemoteFile], Path | None] = lambda file: None
     salvage: Mapping[str, Salvage] = field(default_factory=dict)
     created_at_s: float | None = None
+    given: bool = False
+    made: Made | None = None
     on_progress: OnProgress = lambda progress: None
     cancelled: Callable[[], bool] = lambda: False
 

@@ -177,6 +177,13 @@ CACHE_METRICS: Final[dict[str, Metric]] = {
     "peer_failures": Metric("cache_peer_failures_total", "Reads from peers that failed."),
 }
 
+CACHE_BYTES: Final = Metric(
+    "cache_bytes", "Bytes that the model cache takes on this disk, by what for.", gauge=True
+)
+CACHE_QUOTA: Final = Metric(
+    "cache_quota_bytes", "Most bytes that it may take; absent without a quota.", gauge=True
+)
+
 # Where each histogram starts inside a pool's block: its bucket counts, then the overflow bucket.
 HISTOGRAM_OFFSETS: Final[list[int]] = []
 _offset = len(POOL_METRICS)

@@ -51,7 +51,7 @@ class Store:
     @contextmanager
     def opened(self, url: str | None = None, revision: str | None = None) -> Iterator[Source]:
         ref = parse_ref(url or self.url, revision)
-        source = open_source(ref, settings=ModelCacheSettings(timeout_s=10), environ=self.environ)
+        source = open_source(ref, settings=ModelCacheSettings(timeout_s=30), environ=self.environ)
         try:
             yield source
         finally:
@@ -469,7 +469,7 @@ def test_sources_are_used_by_many_at_once(tmp_path: Path) -> None:
 
         def read(number: int) -> None:
             random = Random(number)
-            barrier.wait(20)
+            barrier.wait(60)
             for turn in range(40):
                 file = random.choice(files)
                 start = random.randrange(file.size_bytes)

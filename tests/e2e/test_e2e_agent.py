@@ -187,6 +187,24 @@ def test_a_node_takes_from_an_agent_what_the_store_gave_it(
         assert weights_read(store) == reads
 
 
+def test_a_node_finds_an_agent_by_a_name(
+    agents: Callable[..., Agent], store: IndexedServer
+) -> None:
+    """``localhost`` stands for a headless service: all its addresses are asked, and one gives."""
+    url = f"{store.url}/models/tiny/"
+    first = agents("first")
+    console(first.state_dir, "preload", url)
+    reads = weights_read(store)
+    names = json.dumps([f"http://localhost:{first.url.rpartition(':')[2]}"])
+    second = agents("second", f"modelcache.peer_names={names}")
+    told = console(second.state_dir, "preload", url)
+    assert (Path(told["path"]) / "model.safetensors").read_bytes() == WEIGHTS
+    assert weights_read(store) == reads
+    traffic = json.loads(fetch(second.admin_url + "/status"))["traffic"]
+    assert traffic["peer_bytes"] >= len(WEIGHTS)
+    assert first.url in [one["url"] for one in traffic["peers"] if one["reached"]]
+
+
 def peer_url_in(log: str) -> str | None:
     """Where a Tidegate says it gives to peers."""
     for line in log.splitlines():

@@ -6,13 +6,16 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from folder_store import Rig
 
-from modelcache.prepare import FolderOutputs, Preparation
-from modelcache.prepare_types import Prepared, Step, StepFailed
+from modelcache.prepare import Preparation, Prepared
+from modelcache.prepare_size import expect_bytes
+from modelcache.prepare_types import Step, StepFailed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 
@@ -104,8 +107,7 @@ print("same", len(made))
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
-    path = Path("/var/tmp") / f"tidegate-prepare-{os.getpid()}"
-    path.mkdir()
+    path = Path(tempfile.mkdtemp(dir="/var/tmp", prefix="tidegate-prepare-"))
     yield path
     shutil.rmtree(path)
 
@@ -121,11 +123,21 @@ def ask(python: Path, script: str, *arguments: object) -> str:
 
 def make(folder: Path, python: Path, source: Path, *steps: Step) -> Prepared:
     return Preparation(
-        directory=folder / "prepare",
+        cache=Rig(root=folder).cache(),
         python=python,
-        outputs=FolderOutputs(folder / "outputs"),
         environ={"PATH": os.environ["PATH"], "HOME": str(folder)},
-    ).prepare(source, hashlib.sha256(str(source).encode()).hexdigest(), steps)
+    ).prepare(
+        source, hashlib.sha256(str(source).encode()).hexdigest(), steps,
+        model=str(source), revision="in place",
+    )  # fmt: skip
+
+
+def check_size(step: Step, source: Path, made: Prepared) -> None:
+    """What a step was given room for is what it takes, or little more."""
+    taken = sum(path.stat().st_size for path in made.path.rglob("*") if path.is_file())
+    expected = expect_bytes(step, source)
+    assert expected is not None
+    assert taken <= expected <= 1.05 * taken, (step.kind, taken, expected)
 
 
 def test_gguf_to_safetensors_then_cast_then_shards(folder: Path, engine_python: Path) -> None:
@@ -137,15 +149,18 @@ def test_gguf_to_safetensors_then_cast_then_shards(folder: Path, engine_python: 
     converted = make(folder, engine_python, gguf.parent, convert)
     assert ask(engine_python, COMPARE_GGUF, gguf, converted.path) == "same 17"
     assert (converted.path / "tokenizer.json").exists()
+    check_size(convert, gguf.parent, converted)
 
     smaller = make(folder, engine_python, gguf.parent, convert, cast)
     assert [run.cached for run in smaller.runs] == [True, False]
     weights = converted.path / "model.safetensors"
+    check_size(cast, converted.path, smaller)
     said = ask(engine_python, COMPARE_CAST, weights, smaller.path / "model.safetensors")
     assert said == "same 272"
     assert '"float16"' in (smaller.path / "config.json").read_text()
 
     shards = make(folder, engine_python, gguf.parent, convert, shard)
+    check_size(shard, converted.path, shards)
     assert ask(engine_python, COMPARE_SHARDS, weights, shards.path, RANKS) == "same 272"
     assert [
         run.cached for run in make(folder, engine_python, gguf.parent, convert, shard).runs

@@ -39,8 +39,12 @@ class FakeCached:
 @dataclass(frozen=True)
 class FakeUsage:
     bytes_used: int
+    bytes_blobs: int
     quota_bytes: int | None
     free_bytes: int
+    bytes_prepared: int = 0
+    bytes_partial: int = 0
+    bytes_records: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,10 @@ class FakeCache:
         self._there(url)
         self.pinned.discard(url)
 
-    def evict(self, url: str, revision: str | None = None, force: bool = False) -> int:
-        self.calls.append(("evict", url, revision, force))
+    def evict(
+        self, url: str, revision: str | None = None, force: bool = False, prepared: bool = False
+    ) -> int:
+        self.calls.append(("evict", url, revision, force, prepared))
         self._there(url)
         if url in self.leased or (url in self.pinned and not force):
             raise InUse(f"{url} is pinned")
@@ -151,7 +157,7 @@ class FakeCache:
 
     def usage(self) -> FakeUsage:
         used = SIZE_BYTES * len(self.models)
-        return FakeUsage(bytes_used=used, quota_bytes=10**9, free_bytes=5 * 10**9)
+        return FakeUsage(bytes_used=used, bytes_blobs=used, quota_bytes=10**9, free_bytes=5 * 10**9)
 
     def _there(self, url: str) -> None:
         if url not in self.models:

@@ -29,11 +29,14 @@ from typing import Any
 
 from modelcache import pagecache
 from modelcache.cache import ModelCache
+from modelcache.files import open_lock, try_lock
 from modelcache.keeper import PageKeeper
+from modelcache.manifest import Job
+from modelcache.results import Results
 from modelcache.settings import ModelCacheSettings
 from modelcache.sources.opening import open_source
 from modelcache.transfer import Transfer
-from modelcache.types import FileRange
+from modelcache.types import FileRange, Made
 
 PIECE_BYTES = 65_536
 CONNECTIONS = 4
@@ -119,7 +122,34 @@ def prewarm(cache: ModelCache, order: Mapping[str, Any]) -> None:
             time.sleep(0.005)
 
 
-VERBS = {verb.__name__: verb for verb in (preload, evict, evict_for, publish, repair, prewarm)}
+def take_over(cache: ModelCache, order: Mapping[str, Any]) -> None:
+    """Take a preparation step's result into the cache, once the step has ended."""
+    results, key, job = Results(cache), order["key"], job_of(order)
+    with open_lock(cache.store.layout.step_lock(key)) as lock:
+        assert try_lock(lock)
+        if not results.is_whole(key):
+            output = results.begin(key, job)
+            for path in sorted(Path(order["from"]).iterdir()):
+                with open(output / path.name, "wb") as file:
+                    file.write(path.read_bytes())
+            results.note_whole(key, job, 1.0)
+        assert job.made is not None
+        held = results.publish(
+            key, job.made, "its user", final=True,
+            on_progress=lambda progress: None, cancelled=lambda: False,
+        )  # fmt: skip
+        held.lease.release()
+
+
+def job_of(order: Mapping[str, Any]) -> Job:
+    """What that step is."""
+    made = Made(model=order["url"], revision="r", steps=("command",))
+    return Job(made=made, resumes=False, promised_bytes=order["size_bytes"])
+
+
+VERBS = {
+    verb.__name__: verb for verb in (preload, evict, evict_for, publish, repair, prewarm, take_over)
+}
 
 
 class Steps:

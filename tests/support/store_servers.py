@@ -192,10 +192,12 @@ class HubServer(ObjectServer):
         self.repo, self.token, self.elsewhere = repo, token, elsewhere
         self.commits = {"main": "1" * 40, "v1": "2" * 40}
         self.redirected = 0
+        self._sha256: dict[str, str] = {}
 
     def put(self, path: str, data: bytes) -> None:
         self.objects[path] = data
-        self.elsewhere.objects[f"lfs/{hashlib.sha256(data).hexdigest()}"] = data
+        self._sha256[path] = hashlib.sha256(data).hexdigest()
+        self.elsewhere.objects[f"lfs/{self._sha256[path]}"] = data
 
     def special(self, handler: Handler, path: str, query: dict[str, str]) -> Answer | None:
         if self.token and handler.headers.get("Authorization") != f"Bearer {self.token}":
@@ -213,7 +215,7 @@ class HubServer(ObjectServer):
         if not is_large(name):
             return handler.slice(name, data)
         self.redirected += 1
-        target = f"{self.elsewhere.url}/lfs/{hashlib.sha256(data).hexdigest()}?Signature=topsecret"
+        target = f"{self.elsewhere.url}/lfs/{self._sha256[name]}?Signature=topsecret"
         return 302, {"Location": target, "X-Linked-Size": str(len(data))}, b""
 
     def _info(self, revision: str) -> Answer:
@@ -231,8 +233,7 @@ class HubServer(ObjectServer):
         blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
         found: dict[str, object] = {"rfilename": name, "size": len(data), "blobId": blob}
         if is_large(name):
-            sha256 = hashlib.sha256(data).hexdigest()
-            found["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 134}
+            found["lfs"] = {"sha256": self._sha256[name], "size": len(data), "pointerSize": 134}
         return found
 
 

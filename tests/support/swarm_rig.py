@@ -14,6 +14,7 @@ from pathlib import Path
 
 from modelcache.layout import Layout, file_key
 from modelcache.partial import Partial
+from modelcache.peer_names import LookUp, look_up
 from modelcache.peers import PeerGroup
 from modelcache.settings import ModelCacheSettings
 from modelcache.shelf import Shelf
@@ -158,12 +159,12 @@ def key_of(file: RemoteFile) -> str:
 
 def make_node(
     root: Path, *, peers: tuple[str, ...] = (), serve: bool = True, token: str = TOKEN,
-    **settings: object,
+    names: tuple[str, ...] = (), look_up: LookUp = look_up, **settings: object,
 ) -> Node:  # fmt: skip
     """A node whose peers are given now; :func:`introduce` gives them later."""
     chosen = ModelCacheSettings(peers=peers, **settings)  # type: ignore[arg-type]
     layout = Layout(root)
-    group = PeerGroup(peers, token, shelf=Shelf(layout))
+    group = PeerGroup(peers, token, shelf=Shelf(layout), names=names, look_up=look_up)
     port = group.serve("127.0.0.1", 0) if serve else 0
     return Node(layout, Transfer(chosen, peers=group), group, port)
 

@@ -51,6 +51,9 @@ class FakeCache:
     evicted_before_lease: bool = False
     calls: list[tuple[str, Any]] = field(default_factory=list)
     leases: list[str] = field(default_factory=list)
+    results: list[str] = field(default_factory=list)
+    """Who holds what preparation steps have made."""
+    results_evicted: bool = False
 
     def model(self) -> Model:
         path = self.root / "view"
@@ -91,11 +94,14 @@ class FakeCache:
         if self.evicted_before_lease:
             self.evicted_before_lease = self.here = False
             raise NotFound("it was evicted")
-        self.leases.append(holder)
+        if model.url != URL and self.results_evicted:
+            raise NotFound("it was evicted")
+        holders = self.leases if model.url == URL else self.results
+        holders.append(holder)
         try:
             yield
         finally:
-            self.leases.remove(holder)
+            holders.remove(holder)
 
     def evict(self, url: str, revision: str | None = None) -> int:
         if self.leases:
@@ -190,7 +196,7 @@ def run(node: Node, story: Callable[[], Coroutine[Any, Any, None]]) -> None:
             await story()
         finally:
             await node.warmth.close()
-        assert node.cache.leases == []
+        assert node.cache.leases == node.cache.results == []
         assert node.keeper.closed
 
     asyncio.run(whole())
@@ -359,8 +365,8 @@ def test_down_the_tiers_and_what_each_lets_go_of(tmp_path: Path) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Ten seconds at most."""
-    for _ in range(1_000):
+    """The test's own time limit bounds it."""
+    for _ in range(6_000):
         if condition():
             return
         await asyncio.sleep(0.01)
@@ -406,11 +412,11 @@ def test_pages_that_one_replica_lets_go_of_are_not_taken_for_kept(tmp_path: Path
     async def story() -> None:
         await node.warmth.look(remote)
         await node.prepare(remote, "m-1")
-        await asyncio.to_thread(begun.wait, 10)
+        assert await asyncio.to_thread(begun.wait, 60)
         await node.prepare(remote, "m-2")
         await asyncio.sleep(0.05)
         await node.warmth.release("m-1")
-        await asyncio.to_thread(ended.wait, 10)
+        assert await asyncio.to_thread(ended.wait, 60)
         await until(lambda: node.warmth.tier(remote) is Tier.PAGED)
         assert len(reads) == 2
         assert "m" in node.keeper.kept
@@ -486,13 +492,7 @@ def test_preparation_steps_are_run_once_and_their_result_is_what_starts(tmp_path
     remote = pool()
     made: list[tuple[str, Path]] = []
 
-    def transform(model: str, source: Path, tell: OnProgress, cancelled: Cancelled) -> Path:
-        made.append((model, source))
-        result = tmp_path / "made"
-        result.mkdir(exist_ok=True)
-        return result
-
-    node = Node(tmp_path, remote, transform=transform)
+    node = Node(tmp_path, remote, transform=transforming(tmp_path, made))
 
     async def story() -> None:
         spec = await node.prepare(remote)
@@ -501,6 +501,88 @@ def test_preparation_steps_are_run_once_and_their_result_is_what_starts(tmp_path
         assert made == [(URL, tmp_path / "view")]
         await node.warmth.settle(remote, Tier.FORKED)
         assert node.standbys.there["m"].pool.model == str(tmp_path / "made")
+
+    run(node, story)
+
+
+def transforming(
+    root: Path, made: list[tuple[str, Path]], held: list[str] | None = None
+) -> Callable[..., contextlib.AbstractContextManager[Model]]:
+    """Preparation steps whose result is noted in ``made``, and who holds it in ``held``."""
+
+    @contextlib.contextmanager
+    def transform(
+        model: str, source: Path, holder: str, tell: OnProgress, cancelled: Cancelled
+    ) -> Iterator[Model]:
+        made.append((model, source))
+        result = root / "made"
+        result.mkdir(exist_ok=True)
+        (result / "a.safetensors").write_bytes(b"made")
+        names = [] if held is None else held
+        names.append(holder)
+        try:
+            yield Model("prepared://key", "made", result)
+        finally:
+            names.remove(holder)
+
+    return transform
+
+
+def test_what_steps_have_made_is_leased_by_each_who_uses_it(tmp_path: Path) -> None:
+    """A running, starting or standing-by replica reads the result, so the result must stay."""
+    remote = pool()
+    held: list[str] = []
+    node = Node(tmp_path, remote, transform=transforming(tmp_path, [], held))
+
+    async def story() -> None:
+        await node.prepare(remote)
+        assert (held, node.cache.results) == (["m-1"], [])
+        await node.prepare(remote, "m-2")
+        assert (held, node.cache.results) == (["m-1"], ["m-2"])
+        await node.warmth.settle(remote, Tier.PAGED)
+        assert node.cache.results == ["m-2", "m, at zero"]
+        await node.warmth.settle(remote, Tier.FORKED)
+        assert node.cache.results == ["m-2", "m, at zero"], "once, however often it is settled"
+        await node.warmth.release("m-1")
+        await node.warmth.release("m-2")
+        assert (held, node.cache.results) == ([], ["m, at zero"])
+        await node.warmth.settle(remote, Tier.ON_DISK)
+        assert (held, node.cache.results) == ([], [])
+
+    run(node, story)
+
+
+def test_a_directory_s_results_are_leased_too(tmp_path: Path) -> None:
+    local = pool(str(tmp_path))
+    held: list[str] = []
+    node = Node(tmp_path, local, transform=transforming(tmp_path, [], held))
+
+    async def story() -> None:
+        await node.warmth.look(local)
+        await node.warmth.settle(local, Tier.PAGED)
+        assert held == ["m, at zero"]
+        await node.warmth.settle(local, Tier.PAGED)
+        assert held + node.cache.results == ["m, at zero"]
+        await node.prepare(local)
+        assert sorted(held + node.cache.results) == ["m, at zero", "m-1"]
+
+    run(node, story)
+
+
+def test_a_result_that_was_evicted_is_made_again(tmp_path: Path) -> None:
+    remote = pool()
+    made: list[tuple[str, Path]] = []
+    held: list[str] = []
+    node = Node(tmp_path, remote, transform=transforming(tmp_path, made, held))
+
+    async def story() -> None:
+        await node.prepare(remote)
+        await node.warmth.release("m-1")
+        node.cache.results_evicted = True
+        spec = await node.prepare(remote, "m-2")
+        assert len(made) == 2
+        assert held == ["m-2"]
+        assert spec.pool.model == str(tmp_path / "made")
 
     run(node, story)
 

@@ -41,6 +41,8 @@ def test_metrics_are_those_of_the_cache() -> None:
     assert 'tidegate_cache_read_bytes_total{origin="store"} 7.0' in text
     assert 'tidegate_cache_read_bytes_total{origin="peers"} 5.0' in text
     assert "tidegate_cache_sent_bytes_total 3.0" in text
+    assert 'tidegate_cache_bytes{kind="prepared"} 0.0' in text
+    assert "tidegate_cache_quota_bytes 1e+09" in text
     assert "tidegate_arrivals_total" not in text
 
 
@@ -86,4 +88,22 @@ def test_what_it_lacks_is_one_line(
     assert cli.main(arguments) == 2
     err = capsys.readouterr().err
     assert said in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("field", ["state_dir", "modelcache.dir"])
+def test_a_directory_that_cannot_be_written_to_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    field: str,
+) -> None:
+    monkeypatch.setenv("TIDEGATE_PEER_TOKEN", "a secret for this very test")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    places = {"state_dir": tmp_path / "state", field: tmp_path / "file" / "in it"}
+    words = [word for name, place in places.items() for word in ("-s", f"{name}={place}")]
+    assert cli.main(["agent", "--admin-port", "0", "--peer-port", "0", *words]) == 2
+    err = capsys.readouterr().err
+    assert f"{field} = {tmp_path / 'file' / 'in it'}: cannot be written to" in err
     assert err.count("\n") == 1

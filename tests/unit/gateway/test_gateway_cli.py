@@ -396,15 +396,17 @@ def test_up_turns_configured_pools_to_simulated(started: list[LoadedSettings]) -
 
 
 @pytest.mark.parametrize(
-    ("model", "name", "aliases"),
+    ("model", "name", "aliases", "meant"),
     [
-        ("Qwen/Qwen3-8B", "Qwen3-8B", ("Qwen/Qwen3-8B",)),
-        ("tiny", "tiny", ()),
-        ("./here/model dir", "model-dir", ()),
+        ("Qwen/Qwen3-8B", "Qwen3-8B", ("Qwen/Qwen3-8B",), "hf://Qwen/Qwen3-8B"),
+        ("hf://Qwen/Qwen3-8B@v1", "Qwen3-8B", ("Qwen/Qwen3-8B",), "hf://Qwen/Qwen3-8B@v1"),
+        ("s3://models/qwen", "qwen", (), "s3://models/qwen"),
+        ("tiny", "tiny", (), "tiny"),
+        ("./here/model dir", "model-dir", (), "{here}/here/model dir"),
     ],
 )
 def test_up_with_one_model(
-    started: list[LoadedSettings], model: str, name: str, aliases: tuple[str, ...]
+    started: list[LoadedSettings], model: str, name: str, aliases: tuple[str, ...], meant: str
 ) -> None:
     Path("here/model dir").mkdir(parents=True)
     python = Path("python")
@@ -413,7 +415,7 @@ def test_up_with_one_model(
     assert cli.main(["up", "--model", model, *sets]) == 0
     (pool,) = started[0].settings.pools
     assert (pool.name, pool.aliases, pool.engine) == (name, aliases, "vllm")
-    assert pool.model == (str(Path("here/model dir").absolute()) if model[0] == "." else model)
+    assert pool.model == meant.format(here=Path.cwd())
     assert cli.main(["up", "--model", model, "--engine", "simulated"]) == 0
     assert started[1].settings.pools[0].engine == "simulated"
 

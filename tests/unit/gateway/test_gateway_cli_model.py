@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -133,7 +134,10 @@ def test_options_arrive(tidegate: Callable[..., int], cache: FakeCache) -> None:
     assert tidegate("verify", URL, "--repair") == 0
     assert cache.calls[-1] == ("verify", URL, None, True)
     assert tidegate("evict", URL, "--revision", REVISION, "--force") == 0
-    assert cache.calls[-1] == ("evict", URL, REVISION, True)
+    assert cache.calls[-1] == ("evict", URL, REVISION, True, False)
+    assert tidegate("preload", URL) == 0
+    assert tidegate("evict", URL, "--prepared") == 0
+    assert cache.calls[-1] == ("evict", URL, None, False, True)
     assert tidegate("replicate", URL, "--to", "eu") == 0
     assert cache.calls[-1] == ("replicate", URL, None, ("eu",))
 
@@ -170,7 +174,9 @@ def test_texts(cache: FakeCache, capsys: pytest.CaptureFixture[str]) -> None:
 
     assert "No model is in it; `tidegate model preload MODEL` brings one." in said("ls")
     path = cache.dir / "views" / "name"
-    assert said("preload", URL) == f"{URL} 0123456789ab, 3.0 MB in 1 files (0.0 s): {path}\n"
+    shown = f"{URL} 0123456789ab, 3.0 MB in 1 files (TIME): {path}\n"
+    # How long it took is up to the machine.
+    assert re.sub(r"\(\d+(\.\d)? s\)", "(TIME)", said("preload", URL)) == shown
     assert said("preload", URL) == f"{URL} 0123456789ab, 3.0 MB, was there already: {path}\n"
     assert said("prewarm", URL).startswith(f"{URL}: 1 kB read, 100 % in the page cache")
     assert "is pinned" in said("pin", URL)
@@ -188,9 +194,43 @@ def test_texts(cache: FakeCache, capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_what_was_made_of_a_model_stands_below_it() -> None:
+    key = "3fe29c81d0e4" + "0" * 52
+    made = {"model": URL, "revision": REVISION, "steps": ["gguf_to_safetensors", "cast"]}
+    result = {
+        "url": f"prepared://{key}", "revision": "made", "tier": "on_disk", "size_bytes": 2_000_000,
+        "complete": True, "leases": ["m-1"], "made": made, "used_at_s": NOW_S - 60,
+    }  # fmt: skip
+    half = {**result, "complete": False, "leases": ["the step that makes it"], "tier": "remote"}
+    left = {**half, "leases": [], "made": None}
+    models = [
+        left,
+        half,
+        {"url": "hf://org/other", "revision": "1", "complete": True},
+        result,
+        {"url": URL, "revision": REVISION, "complete": True},
+        {**result, "made": {**made, "model": "hf://org/gone"}},
+    ]
+    usage = {"bytes_used": 9_000_000, "bytes_prepared": 5_000_000, "quota_bytes": 10**7}
+    found = {"dir": "d", "models": models, "usage": usage}
+    text = cli_render_models.listing(found, Screen(terminal=False, width=200), NOW_S)
+    head, _, _, *rows = text.splitlines()
+    assert head == "d: 9.0 MB taken of 10.0 MB allowed (5.0 MB by what was made here)"
+    name = f"prepared://{key[:12]} (gguf_to_safetensors + cast of "
+    begins = (
+        f"prepared://{key[:12]}", "hf://org/other", URL, f"└ {name}{URL})", f"└ {name}{URL})",
+        f"└ {name}hf://org/gone)",
+    )  # fmt: skip
+    assert all(row.startswith(begin) for row, begin in zip(rows, begins, strict=True)), text
+    assert "not whole" in rows[0]
+    assert "being made" in rows[3]
+    assert "in use by m-1" in rows[4]
+
+
 @pytest.mark.parametrize(
     ("name", "model", "says"),
     [
+        ("prepared://3fe29c81d0e4", "prepared://3fe29c81d0e4", None),
         ("chat", "hf://org/small", None),
         ("other-name", "hf://org/small", None),
         ("Qwen/Qwen3-8B", "hf://Qwen/Qwen3-8B", None),

@@ -29,6 +29,7 @@ from gateway.datapath.errors import Reason
 from gateway.datapath.shared import Shared
 from gateway.settings import Settings
 from modelcache.agent import describe
+from modelcache.room import Usage
 from modelcache.settings import ModelCacheSettings
 from modelcache.transfer import Transfer
 from modelcache.types import TIERS, Progress, Tier
@@ -36,6 +37,17 @@ from router.types import ReplicaState
 
 ROOT = Path(__file__).resolve().parents[3]
 TRANSFER = Transfer(ModelCacheSettings())
+USAGE = Usage(
+    bytes_used=10,
+    bytes_blobs=4,
+    bytes_prepared=3,
+    bytes_partial=2,
+    bytes_records=1,
+    bytes_promised=0,
+    free_bytes=5,
+    quota_bytes=20,
+    reserve_bytes=0,
+)
 FORKS: dict[str, Any] = {
     "state": "ready",
     "pss_bytes": 7,
@@ -225,6 +237,7 @@ def metric_families() -> list[Any]:
         traffic=describe(None, TRANSFER),
         forks=FORKS,
     )
+    page += exposition.render_cache(USAGE)
     return list(text_string_to_metric_families(page.decode()))
 
 
@@ -284,6 +297,7 @@ def test_label_values_are_explained() -> None:
     reasons = rows_of(METRICS, "`reason` of `tidegate_decisions_total`")
     assert set(reasons) == set(types.Reason)
     assert set(rows_of(METRICS, "`tier` of `tidegate_tier`")) == set(TIERS)
+    assert set(rows_of(METRICS, "`kind` of `tidegate_cache_bytes`")) == set(exposition.CACHE_KINDS)
     assert set(rows_of(METRICS, "`state` of `tidegate_fork_server`")) == set(FORK_STATES)
     assert set(rows_of(METRICS, "`step` of `tidegate_starting_replicas`")) == set(STEPS)
     for state in ReplicaState:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from fake_cache import FakeCache, fake_models
+from fake_cache import FakeCache, FakeCached, fake_models
 
 from modelcache.types import FileRange, NoSpace, Progress
 
@@ -29,17 +30,23 @@ class FakeKeeper:
         return self.kept.pop(key, None) is not None
 
 
+def at(path: Path) -> FakeCached:
+    return FakeCached(url="prepared://key", revision="made", path=path, manifest=None)
+
+
 def test_preload_runs_a_model_s_preparation_steps_ahead_of_its_use(tmp_path: Path) -> None:
     asked: list[tuple[str, Path]] = []
 
+    @contextmanager
     def transform(
         model: str,
         source: Path,
+        holder: str,
         on_progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
-    ) -> Path:
+    ) -> Iterator[FakeCached]:
         asked.append((model, source))
-        return tmp_path / "prepared"
+        yield at(tmp_path / "prepared")
 
     models = replace(fake_models(FakeCache(tmp_path)), transform=transform)
     told = models.run("preload", {"model": URL})
@@ -48,7 +55,9 @@ def test_preload_runs_a_model_s_preparation_steps_ahead_of_its_use(tmp_path: Pat
 
 
 def test_a_model_without_steps_is_what_was_fetched(tmp_path: Path) -> None:
-    models = replace(fake_models(FakeCache(tmp_path)), transform=lambda url, path, *_: path)
+    models = replace(
+        fake_models(FakeCache(tmp_path)), transform=lambda url, path, *_: nullcontext(at(path))
+    )
     assert models.run("preload", {"model": URL})["prepared"] is None
     assert "prepared" not in fake_models(FakeCache(tmp_path)).run("preload", {"model": URL})
 

@@ -21,12 +21,14 @@ def one(
     expected: float | None = None,
     cost: float | None = None,
     kept: str = "",
+    spare: bool = False,
     parts: dict[str, int] | None = None,
 ) -> Candidate:
     return Candidate(
         key=key,
         parts={key: size_bytes} if parts is None else parts,
         kept=kept,
+        spare=spare,
         used_at_s=used,
         expected_use_at_s=expected,
         reload_s_per_gb=cost,
@@ -81,6 +83,16 @@ def order_of(*candidates: Candidate) -> str:
             "dear but long unused against cheap and fresh",
             (one("dear", used=0, cost=5), one("fresh", used=990, cost=1)),
             "dear fresh",
+        ),
+        (
+            "what nobody uses meanwhile, however dear and fresh",
+            (one("old", used=1), one("spare", used=999, cost=900, spare=True)),
+            "spare old",
+        ),
+        (
+            "spare ones among each other like all",
+            (one("b", used=500, spare=True), one("a", used=900, spare=True)),
+            "b a",
         ),
         (
             "dear enough outlives fresh",

@@ -8,20 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from folder_store import flip_bit, read_tree
+from folder_store import count_bytes, flip_bit, read_tree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kill_child import CONNECTIONS, PIECE_BYTES, files_of, make_cache
+from kill_child import CONNECTIONS, PIECE_BYTES, files_of, make_cache, take_over
 from kill_rig import REVISION, Moment, Struck, Work, Yard, kill_yard, make_bytes, repaired
 
 from modelcache import pagecache
 from modelcache.cache import ModelCache
 from modelcache.types import Damaged
+from modelcache.works import read_works
+
+pytestmark = pytest.mark.timeout(600)
+"""Processes by the hundred: on a busy machine a test of these takes minutes, and nothing hangs."""
 
 WASTE_BYTES = CONNECTIONS * PIECE_BYTES
 """What a kill may cost: what each connection was about to bring, once."""
 
-DOWNLOADS, EVICTIONS, PREWARMS, REPAIRS = 90, 70, 50, 15
+DOWNLOADS, EVICTIONS, PREWARMS, REPAIRS, RESULTS = 90, 70, 50, 15, 40
 """Kills of each kind."""
 
 WEIGHTS = "model-00001-of-00002.safetensors"
@@ -334,6 +338,45 @@ def test_killed_at_any_step_publishing_or_evicting_leaves_nothing_of_a_hub_s_mod
             elif url in {entry.url for entry in struck.cache.ls() if not entry.complete}:
                 struck.cache.evict(url)
             check_end(yard, struck)
+
+
+def test_a_step_s_result_killed_anywhere_is_all_there_or_left_to_be_made(
+    yard: Yard, models: Models
+) -> None:
+    """Half made it is swept, whole it is taken over later without being made again; its bytes are
+    counted all the while, and it is never believed half."""
+    files = {"model.safetensors": make_bytes(300_000, 8), "config.json": b"{}"}
+    yard.put_here("step", "prepared://step", files)
+    del yard.models["prepared://step"]
+    order = {
+        "verb": "take_over", "key": "step", "url": models.leased, "from": str(yard.root / "step"),
+        "size_bytes": 310_000,
+    }  # fmt: skip
+    work = yard.measure(Work(start="bare", order=order))
+    again, kills = 0, range(0, work.steps, max(1, work.steps // RESULTS))
+    for step in kills:
+        moment = Moment(fraction=step / work.steps, torn=0.5)
+        with yard.struck(work, moment, models.leased) as struck:
+            cache = struck.cache
+            assert cache.usage().bytes_used == count_bytes(cache.dir)
+            yard.check_leased(cache, models.leased)
+            found = cache.find("prepared://step")
+            if found is not None:
+                assert read_tree(found.path) == files
+                assert cache.verify("prepared://step") == []
+            cache.sweep()
+            left = read_works(cache.store.layout)
+            assert all(one.job is not None and one.job.whole for one in left)
+            assert not (left and cache.find("prepared://step") is not None)
+            again += not left and cache.find("prepared://step") is None
+            take_over(cache, order)
+            found = cache.find("prepared://step")
+            assert found is not None
+            assert read_tree(found.path) == files
+            assert read_works(cache.store.layout) == []
+            cache.evict("prepared://step")
+            check_end(yard, struck)
+    assert 0 < again < len(kills), "some kills are before it was whole, and some after"
 
 
 @settings(max_examples=70, **examples)

@@ -32,6 +32,14 @@ def never() -> bool:
     return False
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever answers is waited for, however busy this machine is: what these tests say of peers
+    holds once they are heard."""
+    monkeypatch.setattr("modelcache.download.CENSUS_S", 30.0)
+    monkeypatch.setattr("modelcache.peer_client.ANSWER_S", 30.0)
+
+
 @pytest.fixture
 def nodes() -> Iterator[Callable[..., Node]]:
     """Makes nodes that end with the test."""
@@ -46,22 +54,29 @@ def nodes() -> Iterator[Callable[..., Node]]:
         node.close()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextlib.contextmanager
+def reserved(count: int = 1) -> Iterator[list[int]]:
+    """Ports that nobody is given meanwhile, and that can be listened at."""
+    with contextlib.ExitStack() as stack:
+        ports = []
+        for _ in range(count):
+            held = stack.enter_context(socket.socket())
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held.bind(("127.0.0.1", 0))
+            ports.append(int(held.getsockname()[1]))
+        yield ports
 
 
 def make_cluster(root: Path, count: int, **settings: object) -> list[Node]:
     """Nodes that all know each other, themselves included, as one configuration for all has it."""
-    ports = [free_port() for _ in range(count)]
-    urls = tuple(f"http://127.0.0.1:{port}" for port in ports)
     made = []
-    for port in ports:
-        node = make_node(root / str(port), peers=urls, serve=False, **settings)
-        assert node.group is not None
-        node.port = node.group.serve("127.0.0.1", port)
-        made.append(node)
+    with reserved(count) as ports:
+        urls = tuple(f"http://127.0.0.1:{port}" for port in ports)
+        for port in ports:
+            node = make_node(root / str(port), peers=urls, serve=False, **settings)
+            assert node.group is not None
+            node.port = node.group.serve("127.0.0.1", port)
+            made.append(node)
     return made
 
 
@@ -126,8 +141,9 @@ def test_a_peer_that_is_not_there_is_no_hindrance(
     tmp_path: Path, nodes: Callable[..., Node]
 ) -> None:
     source = MemorySource({"w": make_content(3 * PIECE_BYTES)})
-    node = nodes(tmp_path, peers=(f"http://127.0.0.1:{free_port()}",))
-    node.fetch(source)
+    with reserved() as (port,):
+        node = nodes(tmp_path, peers=(f"http://127.0.0.1:{port}",))
+        node.fetch(source)
     assert set(source.reads.values()) == {1}
 
 
@@ -272,9 +288,10 @@ LIES = ("flipped", "short", "unsigned", "garbage")
 def test_whatever_a_peer_does_the_model_is_right_and_comes(
     way: str, tmp_path: Path, nodes: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modelcache.lanes.LOST_S", 0.5)
-    monkeypatch.setattr("modelcache.lanes.LOST_FACTOR", 0.1)
-    monkeypatch.setattr("modelcache.peer_client.ANSWER_S", 1.0)
+    if way in ("silent", "trickle"):
+        # Short only where it is what ends the waiting: all others answer, on a busy machine late.
+        monkeypatch.setattr("modelcache.lanes.LOST_S", 0.5)
+        monkeypatch.setattr("modelcache.lanes.LOST_FACTOR", 0.1)
     data = make_content(4 * PIECE_BYTES)
     bad = BadPeer(4, data, way)
     try:

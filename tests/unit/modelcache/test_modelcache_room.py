@@ -13,7 +13,8 @@ from folder_store import PIECE, Rig, bytes_of, count_bytes, read_tree
 
 from modelcache import files, leases
 from modelcache.cache import ModelCache
-from modelcache.room import OTHERS, disk_free_bytes
+from modelcache.counting import OTHERS
+from modelcache.room import disk_free_bytes
 from modelcache.types import Cancelled, InUse, NoSpace, Progress
 
 SIZE = 16 * PIECE

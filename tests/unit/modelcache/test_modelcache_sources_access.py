@@ -126,7 +126,7 @@ def oss() -> Iterator[OssServer]:
 
 
 def list_at(url: str, environ: dict[str, str]) -> Listing:
-    source = open_source(parse_ref(url), settings=ModelCacheSettings(timeout_s=5), environ=environ)
+    source = open_source(parse_ref(url), settings=ModelCacheSettings(timeout_s=30), environ=environ)
     try:
         return source.list()
     finally:
@@ -174,7 +174,7 @@ def test_oss_credentials_from_a_url_are_renewed_in_time(tmp_path: Path) -> None:
             "OSS_REGION": "cn-hangzhou",
             "ALIBABA_CLOUD_CREDENTIALS_URI": f"{server.url}/role",
         }
-        reader = make_reader(environ, timeout_s=5, connections=2, rate_bytes_s=None)
+        reader = make_reader(environ, timeout_s=30, connections=2, rate_bytes_s=None)
         bucket, access = oss_access.find_access("models", environ, reader)
         assert (bucket, access.endpoint) == ("models", "https://oss-cn-hangzhou.aliyuncs.com")
         access.clock = lambda: now_s + asked_for[-1]

@@ -1,0 +1,80 @@
+"""Pools whose model is a hub's ``org/name``: fetched into the model cache, as their URL would be.
+
+Engines can fetch such a model themselves. Then it is fetched once for each place they keep it in,
+by one connection after the other, and none of what the cache knows (pages, leases, quota, peers, a
+fork server whose engines need no hub) is there for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from autoscaler.settings import PoolSettings
+from gateway.settings import Settings
+from modelcache.refs import parse_ref
+
+THEIR_OWN = ("--revision", "--code-revision", "--tokenizer-revision", "--download-dir")
+"""Arguments by which an engine is told what to fetch or where to keep it: then it does."""
+
+FETCHES_NOTHING = "dummy"
+"""The load format that makes weights up."""
+
+
+def has_hub() -> bool:
+    """Whether what reads a hub is installed."""
+    return find_spec("huggingface_hub") is not None
+
+
+def through_cache(
+    settings: Settings,
+    *,
+    can_read: Callable[[], bool] = has_hub,
+    is_directory: Callable[[str], bool] = lambda name: Path(name).is_dir(),
+) -> Settings:
+    """Settings in which such a pool names its model by ``hf://``; the same where there is none.
+
+    Left alone are simulated engines, names of directories that exist, pools whose arguments say
+    what is fetched or how, and all of them where the settings say so or nothing reads a hub.
+    """
+    if not settings.modelcache.hub_names:
+        return settings
+    pools = [_through_cache(pool, settings, is_directory) for pool in settings.pools]
+    if tuple(pools) == settings.pools or not can_read():
+        return settings
+    return settings.model_copy(update={"pools": tuple(pools)})
+
+
+def _through_cache(
+    pool: PoolSettings, settings: Settings, is_directory: Callable[[str], bool]
+) -> PoolSettings:
+    model = pool.model or ""
+    if pool.engine != "vllm" or "://" in model or is_directory(model):
+        return pool
+    if _fetches_itself(pool.engine_args, settings.loaders.load_format):
+        return pool
+    try:
+        ref = parse_ref(model)
+    except ValueError:
+        return pool  # a name that the engine knows
+    if ref.scheme != "hf" or ref.location.count("/") != 1:
+        return pool
+    revision = "" if ref.revision is None else f"@{ref.revision}"
+    return pool.model_copy(update={"model": f"{ref.url}{revision}"})
+
+
+def _fetches_itself(args: Sequence[str], load_format: str) -> bool:
+    words = [word for arg in args for word in _words(arg)]
+    given = dict(zip(words, [*words[1:], ""], strict=False))  # of a flag, what comes after it
+    if any(name in given for name in THEIR_OWN):
+        return True
+    return given.get("--load-format", load_format) == FETCHES_NOTHING
+
+
+def _words(arg: str) -> Sequence[str]:
+    """``--download_dir=/x`` as ``--download-dir`` and ``/x``."""
+    if not arg.startswith("--"):
+        return (arg,)
+    name, equals, value = arg.partition("=")
+    return (name.replace("_", "-"), value) if equals else (name.replace("_", "-"),)
