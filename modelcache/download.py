@@ -121,7 +121,7 @@ class Download:
         self._samples: deque[tuple[float, int]] = deque()
         self._shelf = self.peers.shelf if self.peers is not None else Shelf()
         self._total_bytes = sum(partial.size_bytes for _, partial in files)
-        self._done_bytes = sum(partial.bytes_done for _, partial in files)
+        self._done_bytes = self._told_bytes = sum(partial.bytes_done for _, partial in files)
         self.jobs = [self._job(remote, partial) for remote, partial in files if partial.missing()]
         me = self.peers.me if self.peers is not None else None
         self.board = Board(
@@ -257,7 +257,9 @@ class Download:
     def _progress(self) -> Progress:
         with self.lock:
             moving = sum(one.moved_bytes for one in (*self.reading, *self.asking))
-            done = min(self._total_bytes, self._done_bytes + moving)
+            # What was thrown away is read again before it counts anew: a bar does not go back.
+            done = max(self._told_bytes, min(self._total_bytes, self._done_bytes + moving))
+            self._told_bytes = done
             given, nodes = self._given_bytes, len({n for f in self.board.files for n in f.peers})
         now_s = self.clock()
         self._samples.append((now_s, done))
@@ -329,6 +331,8 @@ class Download:
         """A piece is there, from a peer (``given``) or from the store."""
         with self.lock:
             self.board.done(attempt.job.file, attempt.index)
+            self.reading.discard(attempt)  # or it would be counted twice
+            self.asking.discard(attempt)
             self._done_bytes += size_bytes
             self._given_bytes += size_bytes if given else 0
             pace = self.peer_pace if given else self.store_pace

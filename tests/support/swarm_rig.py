@@ -36,11 +36,13 @@ def make_content(size_bytes: int, seed: int = 1) -> bytes:
 
 @dataclass
 class MemorySource:
-    """A store in memory. ``before`` is called ahead of every range and may raise."""
+    """A store in memory. ``before`` is called ahead of every range, ``after`` when all of its bytes
+    have come; both may raise."""
 
     files: dict[str, bytes]
     publishes: bool = True
     before: Callable[[str, int], None] = lambda path, index: None
+    after: Callable[[str, int], None] = lambda path, index: None
     rate_bytes_s: float | None = None
     """Of each range."""
     reads: Counter[tuple[str, int]] = field(default_factory=Counter)
@@ -85,6 +87,7 @@ class MemorySource:
                     time.sleep(len(chunk) / self.rate_bytes_s)
                 os.pwrite(fd, chunk, at)
                 on_bytes(len(chunk))
+            self.after(file.path, index)
         finally:
             with self.lock:
                 self.at_once -= 1

@@ -202,12 +202,12 @@ def test_an_idle_connection_is_closed_and_a_busy_one_is_not() -> None:
 
     async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"GET /a HTTP/1.1\r\nhost: x\r\n\r\n")
-        await asyncio.sleep(1.2)
+        await asyncio.sleep(2.5)
         (await waiting.get()).respond(200, b"ok")
         assert (await answer(reader))[1] == b"ok"
         assert await reader.read() == b""
 
-    talk(conversation, waiting.put_nowait, HttpLimits(keepalive_s=0.3, request_timeout_s=0.3))
+    talk(conversation, waiting.put_nowait, HttpLimits(keepalive_s=1.0, request_timeout_s=1.0))
 
 
 def test_the_handler_learns_that_the_client_left() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,30 @@ def test_progress_grows_to_the_whole_and_tells_the_rate(tmp_path: Path) -> None:
     assert seen[-1].bytes_done == total
     assert seen[-1].rate_bytes_s
     assert {one.phase for one in seen} == {"fetching"}
+
+
+def test_progress_does_not_go_back_when_a_piece_is_read_again(tmp_path: Path) -> None:
+    """The first reading of one piece breaks off at its end, after it was told of."""
+    source = MemorySource({"w": make_content(4 * PIECE_BYTES)})
+    source.rate_bytes_s = 40 * MIB
+    broken: list[int] = []
+
+    def arrived(path: str, index: int) -> None:
+        if index == 1 and not broken:
+            broken.append(index)
+            told = len(seen)
+            for _ in range(3_000):
+                if len(seen) >= told + 2:
+                    break
+                time.sleep(0.01)
+            raise SourceError("the connection broke", retryable=True)
+
+    source.after = arrived
+    seen: list[Progress] = []
+    make_alone(tmp_path, connections=2).fetch(source, on_progress=seen.append)
+    assert broken == [1]
+    assert [one.bytes_done for one in seen] == sorted(one.bytes_done for one in seen)
+    assert seen[-1].bytes_done == 4 * PIECE_BYTES
 
 
 def test_wrong_content_is_noticed_when_the_file_is_whole(tmp_path: Path) -> None:
