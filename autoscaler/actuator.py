@@ -177,7 +177,7 @@ class Actuator:
 
     async def _prepare(self, pool: PoolRecord, record: ReplicaRecord) -> None:
         def report(progress: Progress | None) -> None:
-            if record.state in {State.PREPARING, State.STARTING}:
+            if progress is None or record.state in {State.PREPARING, State.STARTING}:
                 record.progress = progress
                 self._on_progress()
 

@@ -187,6 +187,7 @@ class ClientConnection(Connection):
                 exchange.complete_at_once(rest)
                 return
             if length > worker.config.max_body_bytes:
+                self._reading_body = True  # it is still on its way: linger, or a reset ends it
                 raise ApiError(
                     413,
                     Reason.BODY_TOO_LARGE,

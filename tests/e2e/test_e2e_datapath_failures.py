@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from datapath_rig import (
     STREAM,
+    WAIT_S,
     Asked,
     Gateway,
     Raw,
@@ -88,7 +89,7 @@ def test_a_bad_replica_costs_no_client_an_error_while_another_is_healthy(
         long = json.dumps({"model": "m", "prompt": "x" * 100_000}).encode()
         if kind in ("dead", "accepts and closes"):
             assert served.ask(post(long)).status == 200
-        assert known[0].id in served.failing
+        eventually(lambda: known[0].id in served.failing)  # the workers tell it beside their work
     assert len(good.requests) >= 12
     assert len({request.headers["x-request-id"] for request in good.requests}) == len(good.requests)
 
@@ -177,12 +178,14 @@ EVENT = b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'
 
 @pytest.mark.parametrize("how", ["close", "reset", "bad chunk"])
 def test_a_stream_cut_midway_says_so_and_does_not_end_well(served: Gateway, how: str) -> None:
+    seen = threading.Semaphore(0)  # what is cut is behind the client then, however busy all are
+
     def script(asked: Asked) -> None:
         asked.request()
         asked.send(STREAM + chunks(EVENT))
-        time.sleep(0.05)
+        seen.acquire(timeout=WAIT_S)
         asked.send(chunks(EVENT))
-        time.sleep(0.05)
+        seen.acquire(timeout=WAIT_S)
         if how == "reset":
             asked.reset()
         elif how == "bad chunk":
@@ -193,10 +196,11 @@ def test_a_stream_cut_midway_says_so_and_does_not_end_well(served: Gateway, how:
         served.publish(replica)
         client.send(STREAMED)
         assert b" 200 " in client.until(b"\r\n\r\n")
+        for _ in range(2):
+            assert client.exactly(len(chunks(EVENT))) == chunks(EVENT)
+            seen.release()
         rest = client.rest()
-    assert rest.startswith(chunks(EVENT) + chunks(EVENT))
-    event = rest[2 * len(chunks(EVENT)) :]
-    assert b'"code":"replica_cut"' in event
+    assert b'"code":"replica_cut"' in rest
     assert not rest.endswith(b"0\r\n\r\n")
     assert len(replica.requests) == 1  # after the first byte there is no retry
     eventually(lambda: served.rejected(Reason.REPLICA_CUT) == before + 1)
@@ -227,16 +231,19 @@ def test_no_client_takes_a_cut_answer_for_whole(
         "close": b"HTTP/1.1 200 OK\r\n\r\nhalf",
     }
 
+    begun = threading.Event()
+
     def script(asked: Asked) -> None:
         asked.request()
         asked.send(heads[framing])
-        time.sleep(0.1)
+        begun.wait(WAIT_S)
         asked.reset()
 
     with ScriptedReplica(script) as replica, served.connect() as client:
         served.publish(replica)
         client.send(SMALL.replace(b"HTTP/1.1", b"HTTP/" + version, 1))
         head = client.until(b"\r\n\r\n")
+        begun.set()
         whole = True
         if b"content-length" in head or b"transfer-encoding" in head:
             body = client.rest()
@@ -276,7 +283,7 @@ def test_a_stream_that_stalls_is_cut(served: Gateway) -> None:
 
     with (
         ScriptedReplica(script) as replica,
-        gateway(upstream_idle_timeout_s=0.6) as quick,
+        gateway(upstream_idle_timeout_s=2.0) as quick,  # its first bytes must come sooner
         quick.connect() as client,
     ):
         quick.publish(replica)
@@ -308,7 +315,7 @@ def test_a_replica_behind_tls_is_asked_if_its_certificate_is_trusted(
             strange.publish(replica)
             answer = strange.ask(SMALL)
             assert (answer.status, answer.reason) == (503, "hold_deadline")
-            assert strange.failing
+            eventually(lambda: strange.failing)
         assert replica.requests == []
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
         with gateway() as served, served.connect() as client:
@@ -398,7 +405,7 @@ def test_a_held_stream_gets_comments_and_then_the_answer(kind: str) -> None:
     with ScriptedReplica(script) as replica, gateway(hold_keepalive_s=0.1) as served:
         with holding(served, STREAMED) as client:
             client.until(b": tidegate: waiting for m")
-            client.buffer = client.buffer[client.buffer.index(b"\r\n") + 2 :]
+            client.until(b"\r\n")
             served.publish(replica)
             body = client.chunked()
             while body.startswith(b":"):

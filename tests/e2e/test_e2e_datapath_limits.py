@@ -171,6 +171,7 @@ def test_a_refusal_is_read_by_a_client_that_is_still_sending(small: Gateway) -> 
     ):
         with small.connect() as client:
             client.send(head)
+            assert select.select([client.sock], [], [], WAIT_S)[0]  # the refusal is on its way
             for _ in range(10):
                 client.send(b"x" * 100_000)
             answer = client.answer()
@@ -289,6 +290,7 @@ def test_a_slow_body_after_an_early_answer_began_does_not_write_into_it(
     with ScriptedReplica(script) as early, short_body.connect() as client:
         short_body.publish(early)
         client.send(H + b"Content-Length: 200000\r\n\r\n" + MODEL_FIRST + b"x" * 70_000)
+        drip(client, b"x")  # it stalls only now: however long the answer took to begin
         assert b"connection: close" in client.until(b"\r\n\r\n")
         assert client.rest() == b"first"
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 from datapath_rig import (
     STREAM,
+    WAIT_S,
     Asked,
     Gateway,
     ScriptedReplica,
@@ -371,6 +372,7 @@ def test_garbage_after_an_answer_never_reaches_the_client(
     whole = b"".join(FRAMINGS[framing])
 
     closed = []
+    arrived = threading.Semaphore(0)
 
     def script(asked: Asked) -> None:
         while asked.request() is not None:
@@ -378,7 +380,7 @@ def test_garbage_after_an_answer_never_reaches_the_client(
                 asked.send(whole + garbage)
             else:
                 asked.send(whole)
-                time.sleep(0.03)
+                arrived.acquire(timeout=WAIT_S)
                 asked.send(garbage)
         closed.append(asked)
 
@@ -387,6 +389,7 @@ def test_garbage_after_an_answer_never_reaches_the_client(
             once.publish(replica)
             client.send(SMALL)
             answer = client.answer()
+            arrived.release()
             assert client.buffer == b""
             assert (answer.status, answer.body) == (200, BODY) or (
                 together and answer.status == 502 and answer.reason == "replica_failed"

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -75,6 +76,14 @@ class Console:
 
     def told(self, *words: str, status: int = 0) -> Any:
         return json.loads(self.run(*words, "--json", status=status).stdout)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """A shell has what it runs in the background ignore SIGINT, and that is inherited."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -148,18 +157,33 @@ def test_what_is_not_there_is_one_line(both_ways: Console, store: IndexedServer)
 
 
 class Slow:
-    """Holds back the weights until it is told to go on."""
+    """Holds back the weights until it is told to go on, or who asked has gone."""
 
     def __init__(self) -> None:
         self.asked = 0
+        self.left = 0
         self.over = False
 
     def __call__(self, handler: Handler, path: str, data: bytes) -> bool:
         if handler.headers.get("Range") and path.endswith(".safetensors"):
             self.asked += 1
             while not self.over and self.asked > 2:
+                if has_left(handler.connection):
+                    self.left += 1
+                    handler.close_connection = True
+                    return True
                 time.sleep(0.02)
         return False
+
+
+def has_left(connection: socket.socket) -> bool:
+    """Whether the other side has closed a connection."""
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
 
 
 def test_ctrl_c_ends_a_download_and_the_next_goes_on(
@@ -203,6 +227,7 @@ def test_a_running_one_s_download_goes_when_its_console_goes(
         wait(tidegate, lambda: slow.asked >= 3)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
+        wait(tidegate, lambda: slow.left)  # else it could have fetched all before it is called off
         slow.over = True
         wait(tidegate, lambda: not console.told("ls")["models"][0]["complete"])
         console.run("preload", url_of(store))

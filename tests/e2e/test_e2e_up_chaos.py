@@ -109,7 +109,7 @@ async def user(
 async def plain(http: httpx.AsyncClient, body: dict[str, object]) -> str:
     try:
         answer = await ask(http, body)
-    except (httpx.RemoteProtocolError, httpx.ReadError, httpx.ConnectError):
+    except (httpx.RemoteProtocolError, httpx.NetworkError):
         return "cut"  # its worker was killed, or its engine died mid-answer
     if answer.status_code == 200:
         text_of(answer)
@@ -129,7 +129,7 @@ async def streamed(http: httpx.AsyncClient, body: dict[str, object]) -> str:
             async for line in answer.aiter_lines():
                 if line.startswith("data: "):
                     events.append(line)
-    except (httpx.RemoteProtocolError, httpx.ReadError, httpx.ConnectError):
+    except (httpx.RemoteProtocolError, httpx.NetworkError):
         assert "data: [DONE]" not in events
         return "cut"
     # It ended in good order: so it is whole, or says what went wrong, and [DONE] comes once.

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from asking import CHAT, ask, ask_now, chat, error_of, held, run, spawn, text_of
-from tidegate_process import SHUT, Metrics, Tidegate, read_metrics, simulated, up
+from tidegate_process import SHUT, Metrics, Tidegate, let_go, read_metrics, simulated, up
 
 RELEASE_INITIAL = 2
 BURST = 40
@@ -150,9 +150,9 @@ def test_trap_5_held_requests_are_not_released_all_at_once(tidegate: Tidegate) -
 
     async def story(http: httpx.AsyncClient) -> None:
         tasks = await held(tidegate, http, "paced", count, max_tokens=8, ignore_eos=True)
-        await asyncio.to_thread(tidegate.open_gate, "paced")
-        await asyncio.to_thread(tidegate.wait_ready, "paced")
-        page = tidegate.engine_url("paced") + "/metrics"
+        url = await asyncio.to_thread(tidegate.starting_url, "paced")
+        await asyncio.to_thread(tidegate.wait, "its gate to open", lambda: let_go(url))
+        page = url + "/metrics"  # from the first moment on
         while not all(task.done() for task in tasks):
             pages.append(await asyncio.to_thread(read_metrics, page))
             await asyncio.sleep(0.02)
@@ -217,6 +217,8 @@ def bounded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tidegate]:
 def test_past_the_bound_is_429_with_retry_after_from_the_measured_wake(bounded: Tidegate) -> None:
     async def story(http: httpx.AsyncClient) -> tuple[httpx.Response, float]:
         tasks = await held(bounded, http, "count", 2)
+        # The measured time begins with the start, which comes a moment after the first is held.
+        await asyncio.to_thread(bounded.starting_url, "count")
         began_s = time.monotonic()
         over = await ask(http, chat("count"))
         await asyncio.sleep(1.1)

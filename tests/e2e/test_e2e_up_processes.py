@@ -19,7 +19,7 @@ from tidegate_process import SHUT, Tidegate, let_go, port_of, simulated, start, 
 SLOW = ("--decode-tokens-per-s", 20, "--batch-slowdown", 0)
 
 
-def wait_gone(tidegate: Tidegate, within_s: float = 30.0) -> float:
+def wait_gone(tidegate: Tidegate, within_s: float = 60.0) -> float:
     """Until no process of this run is left; returns how long that took."""
     began_s = time.monotonic()
     while left := tidegate.survivors():
@@ -167,13 +167,13 @@ def hang(engine_url: str) -> None:
     """Make an engine's whole process hang, so that it does not see SIGTERM."""
     faults = {"faults": ["hang"]}
     httpx.post(engine_url + "/simulated/faults", json=faults, timeout=60, trust_env=False)
-    with pytest.raises(httpx.ReadTimeout):
+    with pytest.raises(httpx.TimeoutException):
         httpx.post(engine_url + CHAT, json=chat("one"), timeout=0.5, trust_env=False)
 
 
 def wait_for_one_left(tidegate: Tidegate) -> int:
     """Until one process of this run is left, and stays."""
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 60
     while len(tidegate.survivors()) > 1:
         assert time.monotonic() < deadline_s, tidegate.survivors()
         time.sleep(0.05)

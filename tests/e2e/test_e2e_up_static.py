@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from asking import CHAT, ask, ask_now, chat, error_of, held, run, spawn, text_of
+from asking import CHAT, ask, ask_now, chat, error_of, held, run, spawn, text_of, wait_told
 from simulated_server import SimulatedServer
 from tidegate_process import Tidegate, port_of, up
 
@@ -105,6 +105,7 @@ def test_server_that_is_unwell_gets_nothing_until_it_is_well_again(
 ) -> None:
     servers[0].set_faults("unhealthy")
     tidegate.wait("one unhealthy", lambda: tidegate.pool("ours")["unhealthy"] == 1)
+    wait_told(tidegate, "ours")
     before = [server.answered() for server in servers]
 
     async def story(http: httpx.AsyncClient) -> None:

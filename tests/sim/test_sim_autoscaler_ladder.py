@@ -474,3 +474,19 @@ def test_whatever_comes_nobody_is_left_in_the_cold(
         assert models.wrong == []
 
     run_virtual(story())
+
+
+def test_pages_that_come_after_the_engine_are_told_of_until_they_are_in() -> None:
+    async def story() -> None:
+        models = FakePreparer(page_s=30.0)
+        async with World([warm()], QUICK, FakeBackend(), preparer=models) as world:
+            world.loop.set_replicas("m", 1)
+            while not look(world).ready:
+                await asyncio.sleep(0.1)
+            (replica,) = look(world).replicas
+            assert replica.progress is not None
+            await asyncio.sleep(31.0)
+            (replica,) = look(world).replicas
+            assert (replica.state, replica.progress) == ("ready", None)
+
+    run_virtual(story())

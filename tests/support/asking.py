@@ -71,6 +71,38 @@ async def held(
     return tasks
 
 
+def look_while_it_answers(tidegate: Tidegate, pool: str) -> dict[str, Any]:
+    """The ready replica of a pool, as ``/status`` shows it while it answers a request of ours.
+
+    An idle engine may sleep or go at any moment; one that answers does not.
+    """
+
+    async def story(http: httpx.AsyncClient) -> dict[str, Any]:
+        body = chat(pool, stream=True, max_tokens=4_000, ignore_eos=True)
+        async with http.stream("POST", CHAT, json=body) as answer:
+            async for line in answer.aiter_lines():
+                if line.startswith("data: "):
+                    break
+            replicas = (await asyncio.to_thread(tidegate.pool, pool))["replicas"]
+        (replica,) = [one for one in replicas if one["state"] == "ready"]
+        found: dict[str, Any] = replica
+        return found
+
+    return run(tidegate, story)
+
+
+def wait_told(tidegate: Tidegate, pool: str) -> None:
+    """Until the data path knows what ``/status`` has shown: it is told at the end of a tick, and
+    ``/status`` may be ahead of that."""
+
+    def ticks() -> tuple[float, int]:
+        decisions = tidegate.admin(f"/pools/{pool}/explain")["decisions"]
+        return decisions[-1]["first_at_s"], decisions[-1]["count"]
+
+    before = ticks()
+    tidegate.wait("another tick", lambda: ticks()[1] != before[1] or ticks()[0] > before[0] + 0.01)
+
+
 def text_of(answer: httpx.Response) -> str:
     """What a whole chat answer says."""
     assert answer.status_code == 200, answer.text

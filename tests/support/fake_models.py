@@ -16,14 +16,15 @@ PLACE = "/cache/m"
 
 @dataclass
 class FakePreparer:
-    """A preparer whose model is fetched in ``fetch_s`` and paged in ``page_s``. Its faults are set
-    by the test."""
+    """A preparer whose model is fetched in ``fetch_s`` and, if ``page_s`` is set, paged in that time
+    beside the engine's start. Its faults are set by the test."""
 
     here: Tier = Tier.ON_DISK
     """Where the model is."""
     possible: frozenset[Tier] = frozenset({Tier.FORKED, Tier.PAGED, Tier.ON_DISK, Tier.REMOTE})
     fetch_s: float = 20.0
     settle_s: float = 1.0
+    page_s: float | None = None
     error: Exception | None = None
     settle_error: Exception | None = None
     unsupported: frozenset[Tier] = frozenset()
@@ -65,7 +66,11 @@ class FakePreparer:
             raise
         if self.here in {Tier.REMOTE, Tier.ON_DISK}:
             self.here = Tier.PAGED
-        report(None)
+        if self.page_s is None:
+            report(None)
+        else:
+            report(Progress(phase="paging", bytes_done=0, bytes_total=SIZE_BYTES))
+            asyncio.get_running_loop().call_later(self.page_s, report, None)
         return replace(spec, pool=spec.pool.model_copy(update={"model": PLACE}))
 
     async def release(self, replica_id: str) -> None:

@@ -72,7 +72,7 @@ def nginx(folder: Path, scratch: Path, *, index: str = "html") -> Iterator[str]:
 
 
 def _wait(process: subprocess.Popen[bytes], port: int, scratch: Path) -> None:
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + 60
     while procs.http_status(port, b"GET / HTTP/1.0\r\n\r\n") is None:
         if process.poll() is not None or time.monotonic() > deadline_s:
             raise RuntimeError(f"nginx did not start: {(scratch / 'output.log').read_text()}")

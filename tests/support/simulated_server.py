@@ -13,7 +13,7 @@ import httpx
 from tidegate_process import Metrics, read_metrics
 
 _LISTENING = re.compile(r"listening on (http://127\.0\.0\.1:\d+)")
-_START_S = 30.0
+_START_S = 60.0
 
 
 class SimulatedServer:
@@ -66,6 +66,6 @@ class SimulatedServer:
     def set_faults(self, *faults: str) -> Any:
         """Set its faults in place of those before."""
         answer = httpx.post(
-            self.url + "/simulated/faults", json={"faults": faults}, trust_env=False
+            self.url + "/simulated/faults", json={"faults": faults}, trust_env=False, timeout=60
         )
         return answer.raise_for_status().json()

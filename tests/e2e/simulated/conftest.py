@@ -93,7 +93,7 @@ class EngineProcess:
     def ended(self, timeout_s: float = 60) -> int:
         """Wait for the process to end; its exit status."""
         status = self.process.wait(timeout_s)
-        self._reader.join(5)
+        self._reader.join(timeout_s)
         return status
 
     def close(self) -> None:

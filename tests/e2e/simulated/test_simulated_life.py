@@ -52,7 +52,7 @@ def test_start_up_has_phases_and_health_says_503_until_they_are_over(start: Any)
     engine = start("--port", str(port), "--importing-s", "3", "--warming-s", "3", ready=False)
     health = f"http://127.0.0.1:{port}/health"
     assert "importing" in _wait_for(health, 503).text
-    assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 503
+    assert httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=60).status_code == 503
     end = time.monotonic() + 60
     while "warming" not in httpx.get(health, timeout=60).text:
         assert time.monotonic() < end
@@ -194,8 +194,7 @@ def test_falling_asleep_ends_what_runs_with_what_there_is(start: Any, events: An
         target=lambda: replies.append(engine.chat(stream=True, max_tokens=500, ignore_eos=True))
     )
     asker.start()
-    engine.wait_for_load(1)
-    time.sleep(0.3)
+    engine.wait_for_metric("vllm:num_requests_running", 1)
     assert httpx.post(engine.url + "/sleep?level=1", timeout=60).status_code == 200
     asker.join(60)
     (reply,) = replies

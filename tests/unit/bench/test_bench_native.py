@@ -40,7 +40,7 @@ def replica(programs: native.Programs, tmp_path: Path) -> Iterator[int]:
 async def load(programs: native.Programs, file: Path, port: int, *more: str) -> dict[str, Any]:
     process = await asyncio.create_subprocess_exec(
         str(programs.loadgen), "--port", str(port), "--requests", str(file), "--warmup-s", "0.05",
-        "--window-s", "0.8", *(more or ("--connections", "3")), stdout=asyncio.subprocess.PIPE,
+        "--window-s", "0.3", *(more or ("--connections", "3")), stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     output, _ = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == 0
