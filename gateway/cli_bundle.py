@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from gateway.cli_base import AsJson, Config, PoolName, Sets, as_text, load, out
+from gateway.cli_progress import Bar
 from gateway.cli_render_models import size
 from modelcache.types import CacheError
 
@@ -44,7 +45,8 @@ def bundle(
         raise typer.BadParameter(
             f"{given.name}: only what vLLM compiles is kept, and only with loaders.keep_compiled"
         )
-    here = locate(given, settings, os.environ)
+    with Bar(given.model or given.name) as bar:
+        here = locate(given, settings, os.environ, bar.show)
     placed = given.model_copy(update={"model": here})
     try:
         command = plain_command(placed, settings.loaders)

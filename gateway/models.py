@@ -8,7 +8,8 @@ long as a download takes; it is called from threads.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,7 @@ class Models:
             force, prepared = options.get("force", False), options.get("prepared", False)
             told = {"freed_bytes": self.cache.evict(url, revision, force, prepared)}
             told |= {"prepared": True} if prepared else {}
-            if not prepared:
-                self._let_go(url)
+            self._let_go(url)
         elif verb == "pin":
             self.cache.pin(url, revision)
             told = {"pinned": True}
@@ -146,10 +146,24 @@ class Models:
             expected_use_at_s=options.get("expected_use_at_s"),
         )
         told = {**about(cached), "was_there": there}
-        if self.transform is not None:
-            with self.transform(url, cached.path, "preload", on_progress, cancelled) as made:
-                told["prepared"] = None if made.path == cached.path else str(made.path)
-        return told
+        with self._made(url, cached, "preload", on_progress, cancelled) as made:
+            return {**told, **what_was_made(cached, made)}
+
+    @contextmanager
+    def _made(
+        self,
+        url: str,
+        cached: Cached,
+        holder: str,
+        on_progress: OnProgress,
+        cancelled: IsCancelled,
+    ) -> Iterator[Cached]:
+        """A model after its preparation steps: what engines open. Held as long as it is needed."""
+        if self.transform is None:
+            yield cached
+            return
+        with self.transform(url, cached.path, holder, on_progress, cancelled) as made:
+            yield made
 
     def _prewarm(
         self,
@@ -167,13 +181,15 @@ class Models:
             cached = self.cache.preload(
                 url, revision=revision, on_progress=on_progress, cancelled=cancelled
             )
-        wanted = (
-            weights_of(cached.path)
-            if world_size == 1
-            else ranges_of_rank(cached.path, rank, world_size)
-        )
-        report = self.prewarm(wanted, on_progress, cancelled)
-        return {**about(cached), "pages": as_json(report), "not_kept": self._keep(url, wanted)}
+        with self._made(url, cached, "prewarm", on_progress, cancelled) as made:
+            wanted = (
+                weights_of(made.path)
+                if world_size == 1
+                else ranges_of_rank(made.path, rank, world_size)
+            )
+            pages = as_json(self.prewarm(wanted, on_progress, cancelled))
+            told = {**about(cached), **what_was_made(cached, made), "pages": pages}
+            return {**told, "not_kept": self._keep(url, wanted)}
 
     def _keep(self, url: str, files: Sequence[FileRange]) -> str:
         """Have the pages kept; why they are not, empty where they are."""
@@ -269,6 +285,11 @@ def about(cached: Cached) -> dict[str, Any]:
         "files": None if manifest is None else len(manifest.files),
         "note": cached.note,
     }
+
+
+def what_was_made(cached: Cached, made: Cached) -> dict[str, Any]:
+    """Where the result of a model's preparation steps is; ``None`` for one without steps."""
+    return {"prepared": None if made.path == cached.path else str(made.path)}
 
 
 def weights_of(directory: Path) -> list[FileRange]:

@@ -85,9 +85,15 @@ def prewarm(
     return pagecache.prewarm(files, on_progress=on_progress, cancelled=cancelled)
 
 
-def locate(pool: PoolSettings, settings: Settings, environ: Mapping[str, str]) -> str:
-    """Where a pool's model is on this disk as its engines open it, after its preparation steps; its
-    name where it is a hub's that engines fetch themselves. Raises ``NotFound``."""
+def locate(
+    pool: PoolSettings,
+    settings: Settings,
+    environ: Mapping[str, str],
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> str:
+    """Where a pool's model is on this disk as its engines open it, after its preparation steps,
+    which are run where that was not done yet; its name where it is a hub's that engines fetch
+    themselves. Raises ``NotFound``."""
     from gateway.cache import open_cache
 
     model = pool.model or pool.name
@@ -104,7 +110,7 @@ def locate(pool: PoolSettings, settings: Settings, environ: Mapping[str, str]) -
         else:
             return model
         transform = make_transform(settings, node, environ)
-        with transform(model, path, "a look", lambda progress: None, lambda: False) as made:
+        with transform(model, path, "a look", on_progress, lambda: False) as made:
             return str(made.path)
     finally:
         node.close()

@@ -481,8 +481,7 @@ def test_pages_that_come_after_the_engine_are_told_of_until_they_are_in() -> Non
         models = FakePreparer(page_s=30.0)
         async with World([warm()], QUICK, FakeBackend(), preparer=models) as world:
             world.loop.set_replicas("m", 1)
-            while not look(world).ready:
-                await asyncio.sleep(0.1)
+            await world.until(lambda: look(world).ready == 1)
             (replica,) = look(world).replicas
             assert replica.progress is not None
             await asyncio.sleep(31.0)

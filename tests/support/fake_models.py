@@ -16,8 +16,8 @@ PLACE = "/cache/m"
 
 @dataclass
 class FakePreparer:
-    """A preparer whose model is fetched in ``fetch_s`` and, if ``page_s`` is set, paged in that time
-    beside the engine's start. Its faults are set by the test."""
+    """A preparer whose model is fetched in ``fetch_s`` and, if ``page_s`` is set, paged in that
+    time beside the engine's start. Its faults are set by the test."""
 
     here: Tier = Tier.ON_DISK
     """Where the model is."""

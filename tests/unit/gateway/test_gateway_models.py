@@ -54,12 +54,33 @@ def test_preload_runs_a_model_s_preparation_steps_ahead_of_its_use(tmp_path: Pat
     assert told["prepared"] == str(tmp_path / "prepared")
 
 
+def test_prewarm_pages_what_engines_open(tmp_path: Path) -> None:
+    made = tmp_path / "prepared"
+    made.mkdir()
+    (made / "model.safetensors").write_bytes(b"made")
+    paged: list[FileRange] = []
+    keeper = FakeKeeper()
+    models = replace(
+        fake_models(FakeCache(tmp_path)),
+        transform=lambda *_: nullcontext(at(made)),
+        prewarm=lambda files, on_progress, cancelled: paged.extend(files),
+        keeper=keeper,
+    )
+    told = models.run("prewarm", {"model": URL})
+    assert [Path(one.path) for one in paged] == [made / "model.safetensors"]
+    assert told["prepared"] == str(made)
+    assert told["path"] != told["prepared"]
+    assert keeper.kept == {f"asked for: {URL}": 1}
+    models.run("evict", {"model": URL, "prepared": True})
+    assert keeper.kept == {}  # or its bytes would not be free
+
+
 def test_a_model_without_steps_is_what_was_fetched(tmp_path: Path) -> None:
     models = replace(
         fake_models(FakeCache(tmp_path)), transform=lambda url, path, *_: nullcontext(at(path))
     )
     assert models.run("preload", {"model": URL})["prepared"] is None
-    assert "prepared" not in fake_models(FakeCache(tmp_path)).run("preload", {"model": URL})
+    assert fake_models(FakeCache(tmp_path)).run("preload", {"model": URL})["prepared"] is None
 
 
 def test_prewarmed_pages_are_kept_until_the_model_is_let_go(tmp_path: Path) -> None:
