@@ -41,7 +41,7 @@ from modelcache.types import (
     RemoteFile,
     SourceError,
 )
-from modelcache.want import OnProgress, Transfer, Want, select_files
+from modelcache.want import OnProgress, Transfer, Want, narrow
 
 LOG = logging.getLogger("tidegate.modelcache")
 
@@ -105,7 +105,7 @@ class ModelCache:
         A name that moves (``main``, or no revision) is looked up at the store; where that cannot
         be asked, what is here is used, and ``note`` says so. Whoever wants the same model at the
         same time, in any process, waits for the one that fetches it. ``include`` and ``exclude``
-        are shell patterns over paths.
+        are shell patterns over paths; without, those of the settings apply.
 
         Raises ``ValueError`` for a URL that is none; ``NoSpace`` before anything is fetched;
         ``NotFound``, ``SourceError``, ``Damaged``, ``Cancelled``.
@@ -114,6 +114,8 @@ class ModelCache:
         here = self._finder.in_place(ref)
         if here is not None:
             return here
+        if not include and not exclude:
+            include, exclude = self.settings.files_for(ref.url)
         if ref.revision is not None and not include:
             # An exact revision never changes: no need to ask for it.
             exact = self._finder.open(self._finder.read(ref.url, ref.revision))
@@ -336,7 +338,7 @@ class ModelCache:
                 raise error
             want = Want(
                 ref=ref,
-                listing=replace(snapshot, files=select_files(snapshot.files)),
+                listing=self._select(ref, snapshot, *self.settings.files_for(ref.url)),
                 find_local=lambda file: self._find_local(ref, file),
                 on_progress=tell,
                 cancelled=stopped,
@@ -375,9 +377,7 @@ class ModelCache:
     ) -> Listing:
         """The files wanted, with those that were wanted earlier: asking for fewer loses none."""
         earlier = self._finder.read(ref.url, listing.revision)
-        paths = {file.path for file in (earlier.files if earlier is not None else ())}
-        paths |= {file.path for file in select_files(listing.files, include, exclude)}
-        return replace(listing, files=tuple(f for f in listing.files if f.path in paths))
+        return narrow(listing, ref.url, earlier, include, exclude)
 
     def _expecting(self, model: CachedModel, at_s: float | None) -> CachedModel:
         if at_s is not None:
@@ -387,8 +387,8 @@ class ModelCache:
 
     def _hub_dirs(self) -> tuple[Path, ...]:
         environ = os.environ if self._environ is None else self._environ
-        own = self.store.layout.hub
-        return tuple(path for path in hub_dirs(self.settings.hub_dirs, environ) if path != own)
+        found = hub_dirs(self.settings.hub_dirs, environ)
+        return tuple(path for path in found if path != self.store.layout.hub)
 
     def _find_local(self, ref: ModelRef, file: RemoteFile) -> Path | None:
         """A file of this machine that may be a remote one: in its place, or in a hub's cache."""

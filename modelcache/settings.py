@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -22,6 +23,10 @@ from modelcache.types import PIECE_BYTES
 
 BaseUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/@?#]+$")]
 NameUrl = Annotated[str, StringConstraints(pattern=r"^http://[^\s/@?#:\[\]]+(:[0-9]{1,5})?$")]
+
+
+FilePattern = Annotated[str, StringConstraints(pattern=r"^!?[^!/\s][^\s]*$", max_length=255)]
+Of = TypeVar("Of")
 
 
 STEP_FIELDS = {
@@ -183,6 +188,12 @@ class ModelCacheSettings(BaseModel):
     sites: dict[str, BaseUrl] = Field(default_factory=dict)
     """Other sites' cache agents by site name, for ``tidegate model replicate``."""
 
+    files: dict[str, tuple[FilePattern, ...]] = Field(default_factory=dict)
+    """Which files of a model are fetched, by the model as pools name it; a pattern that begins with
+    ``!`` leaves files out: ``"hf://org/Qwen3-8B-GGUF" = ["*Q4_K_M.gguf", "*.json"]``. Without: all,
+    but of a model that has safetensors no pickles, nor what other runtimes read (ONNX, TensorFlow,
+    Flax)."""
+
     steps: dict[str, tuple[PreparationStep, ...]] = Field(default_factory=dict)
     """What is done to a model before it is used, by the model as pools name it:
     ``"oss://models/qwen" = [{ kind = "cast", dtype = "bfloat16" }]``. Kinds:
@@ -197,20 +208,30 @@ class ModelCacheSettings(BaseModel):
             urlsplit(name).port  # noqa: B018 - raises for one that is out of range
         return names
 
-    @field_validator("steps")
+    @field_validator("steps", "files")
     @classmethod
-    def _are_models(
-        cls, steps: dict[str, tuple[PreparationStep, ...]]
-    ) -> dict[str, tuple[PreparationStep, ...]]:
-        for name in steps:
+    def _are_models(cls, given: dict[str, Of]) -> dict[str, Of]:
+        for name in given:
             parse_ref(os.path.expanduser(name))  # raises for what is none
-        return steps
+        return given
 
     def steps_for(self, model: str) -> tuple[Step, ...]:
         """The steps of a model, however the same place is written. Raises ``ValueError`` where
         ``model`` is no reference."""
-        url = parse_ref(os.path.expanduser(model)).url
-        for name, steps in self.steps.items():
-            if parse_ref(os.path.expanduser(name)).url == url:
-                return tuple(step.step() for step in steps)
-        return ()
+        return tuple(step.step() for step in _find(self.steps, model))
+
+    def files_for(self, model: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Patterns of the files of a model that are wanted, and of those that are not; none where
+        nothing is said of it. Raises ``ValueError`` where ``model`` is no reference."""
+        given = _find(self.files, model) if self.files else ()
+        wanted = tuple(one for one in given if not one.startswith("!"))
+        return wanted, tuple(one[1:] for one in given if one.startswith("!"))
+
+
+def _find(given: Mapping[str, tuple[Of, ...]], model: str) -> tuple[Of, ...]:
+    """What is given for a model, however the same place is written."""
+    url = parse_ref(os.path.expanduser(model)).url
+    for name, values in given.items():
+        if parse_ref(os.path.expanduser(name)).url == url:
+            return values
+    return ()

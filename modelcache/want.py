@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Protocol
 
 from modelcache.partial import Partial
 from modelcache.sources.base import Listing, Source
-from modelcache.types import Made, ModelRef, Priority, Progress, RemoteFile
+from modelcache.types import (
+    Made,
+    Manifest,
+    ModelRef,
+    NotFound,
+    Priority,
+    Progress,
+    RemoteFile,
+)
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 """Weights that can run code when they are read; nobody needs them beside safetensors."""
+
+FOREIGN = (
+    *("*.onnx", "*.onnx_data*", "*.h5", "*.msgpack", "*.ot", "*.tflite", "*.mlmodel"),
+    *("*.mlpackage/*", "*openvino_model.*"),
+)
+"""The same weights for runtimes that are none of our engines; hubs often have several of them, and
+together more bytes than what is opened."""
 
 OnProgress = Callable[[Progress], None]
 
@@ -68,7 +83,8 @@ def select_files(
 ) -> tuple[RemoteFile, ...]:
     """The files wanted of a listing, by shell patterns over their paths.
 
-    Without ``include``: all, but not the pickles of a model that has safetensors too.
+    Without ``include``: all, but of a model that has safetensors no pickles, nor what other
+    runtimes read.
     """
 
     def matches(file: RemoteFile, patterns: Sequence[str]) -> bool:
@@ -78,5 +94,24 @@ def select_files(
         chosen = [file for file in files if matches(file, include)]
     else:
         safe = any(file.path.endswith(".safetensors") for file in files)
-        chosen = [file for file in files if not (safe and matches(file, PICKLES))]
+        needless = (*PICKLES, *FOREIGN) if safe else ()
+        chosen = [file for file in files if not matches(file, needless)]
     return tuple(file for file in chosen if not matches(file, exclude))
+
+
+def narrow(
+    listing: Listing,
+    url: str,
+    earlier: Manifest | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> Listing:
+    """The files wanted of a model at ``url``, with those that were wanted ``earlier``: asking for
+    fewer loses none. Raises ``NotFound`` where patterns leave nothing."""
+    chosen = select_files(listing.files, include, exclude)
+    if listing.files and not chosen:
+        patterns = ", ".join([*include, *(f"!{one}" for one in exclude)])
+        raise NotFound(f"{url}: none of its {len(listing.files)} files is wanted by {patterns}")
+    paths = {file.path for file in chosen}
+    paths |= {entry.path for entry in (earlier.files if earlier is not None else ())}
+    return replace(listing, files=tuple(file for file in listing.files if file.path in paths))

@@ -136,6 +136,16 @@ def test_only_the_files_wanted_are_brought(rig: Rig, cache: ModelCache, url: str
     assert cache.usage().bytes_used == count_bytes(cache.dir)
 
 
+def test_settings_say_which_files_are_wanted(rig: Rig, url: str) -> None:
+    cache = rig.cache(files={url: ["*.safetensors", "*.json"]})
+    model = cache.preload(url)
+    assert set(read_tree(model.path)) == {"model.safetensors", "config.json"}
+    all_but = rig.cache("other", files={f"{url}/": ["!sub/*"]})
+    assert read_tree(all_but.preload(url).path) == read_tree(model.path)
+    asked = rig.cache("third", files={url: ["*.json"]})
+    assert set(read_tree(asked.preload(url, include=["sub/*"]).path)) == {"sub/vocab.txt"}
+
+
 def test_more_files_of_an_exact_revision_are_brought(rig: Rig, cache: ModelCache, url: str) -> None:
     revision = cache.preload(url, include=["config.json"]).revision
     model = cache.preload(url, revision=revision, include=["sub/*"])
@@ -143,8 +153,8 @@ def test_more_files_of_an_exact_revision_are_brought(rig: Rig, cache: ModelCache
 
 
 def test_no_file_wanted_is_an_error(cache: ModelCache, url: str) -> None:
-    with pytest.raises(CacheError, match="no files"):
-        cache.preload(url, include=["nothing*"])
+    with pytest.raises(CacheError, match=r"none of its 3 files .* nothing\*, !x"):
+        cache.preload(url, include=["nothing*"], exclude=["x"])
     assert count_bytes(cache.dir) == 0
 
 

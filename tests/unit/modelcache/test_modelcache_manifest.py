@@ -208,6 +208,19 @@ def test_files_are_chosen_by_patterns_and_pickles_only_when_asked_for(
     assert " ".join(file.path for file in select_files(FILES, include, exclude)) == wanted
 
 
+def test_what_other_runtimes_read_is_not_wanted_beside_safetensors() -> None:
+    others = (
+        "flax_model.msgpack", "tf_model.h5", "rust_model.ot", "onnx/model_q4.onnx",
+        "onnx/model.onnx_data", "onnx/model.onnx_data_1", "openvino/openvino_model.bin",
+        "openvino/openvino_model.xml", "coreml/text.mlpackage/Data/weights/weight.data",
+    )  # fmt: skip
+    kept = ("config.json", "model.safetensors", "gguf/model-q4.gguf", "onnx/README.md")
+    chosen = select_files(listing(*kept, *others))
+    assert {file.path for file in chosen} == set(kept)
+    assert len(select_files(listing("config.json", *others))) == len(others) + 1
+    assert len(select_files(listing(*kept, *others), include=("*",))) == len(kept) + len(others)
+
+
 def test_pickles_are_wanted_of_a_model_that_has_nothing_else() -> None:
     assert len(select_files(listing("pytorch_model.bin", "config.json"))) == 2
 

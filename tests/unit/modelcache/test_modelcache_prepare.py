@@ -379,6 +379,18 @@ def test_steps_belong_to_a_model_however_it_is_written() -> None:
     assert settings.steps_for("org/other") == ()
 
 
+def test_files_are_wanted_of_a_model_however_it_is_written() -> None:
+    settings = ModelCacheSettings.model_validate(
+        {"files": {"hf://org/name": ["*Q4*.gguf", "!sub/*", "*.json"], "s3://models/m": ["!x*"]}}
+    )
+    assert settings.files_for("org/name") == (("*Q4*.gguf", "*.json"), ("sub/*",))
+    assert settings.files_for("s3://models/m/") == ((), ("x*",))
+    assert settings.files_for("org/other") == ((), ())
+    for wrong in ({"not a model!!": ["*"]}, {"org/name": [""]}, {"org/name": ["!"]}):
+        with pytest.raises(ValueError, match="not a model|pattern"):
+            ModelCacheSettings.model_validate({"files": wrong})
+
+
 def test_a_step_s_model_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/her")
     steps = {"~/models/x": [{"kind": "cast", "dtype": "bfloat16"}]}
