@@ -387,7 +387,7 @@ def test_files_are_wanted_of_a_model_however_it_is_written() -> None:
     assert settings.files_for("s3://models/m/") == ((), ("x*",))
     assert settings.files_for("org/other") == ((), ())
     for wrong in ({"not a model!!": ["*"]}, {"org/name": [""]}, {"org/name": ["!"]}):
-        with pytest.raises(ValueError, match="not a model|pattern"):
+        with pytest.raises(ValueError, match=r"not a model|pattern"):
             ModelCacheSettings.model_validate({"files": wrong})
 
 
