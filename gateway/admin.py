@@ -14,7 +14,6 @@ Every error has OpenAI's shape and names its reason in ``x-tidegate-reason``.
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
@@ -32,6 +31,7 @@ from gateway.admin_models import ModelRoutes
 from gateway.exposition import render_cache
 from gateway.models import Models
 from gateway.settings import LOOPBACK_NAMES, is_loopback
+from gateway.usage_look import UsageLook
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_BODY_BYTES = 65_536
@@ -169,7 +169,7 @@ class _Routes:
     def __init__(self, control: Control, max_body_bytes: int, models: Models | None) -> None:
         self.control = control
         self.max_body_bytes = max_body_bytes
-        self.cache = None if models is None else models.cache
+        self.usage = None if models is None else UsageLook(models.cache.usage)
         self.models = [] if models is None else ModelRoutes(models, max_body_bytes).table()
 
     def table(self) -> list[Route]:
@@ -190,9 +190,8 @@ class _Routes:
     async def metrics(self, request: Request) -> Response:
         """Prometheus text."""
         page = self.control.metrics()
-        if self.cache is not None:
-            # It looks at every file of the cache, so not on this loop.
-            page += render_cache(await asyncio.to_thread(self.cache.usage))
+        if self.usage is not None:
+            page += render_cache(await self.usage.get(), self.usage.failures)
         return Response(page, headers={"content-type": METRICS_TYPE})
 
     async def healthz(self, request: Request) -> Response:

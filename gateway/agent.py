@@ -7,6 +7,8 @@ peer listener gives pieces and takes orders, the admin listener has the verbs of
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -29,8 +31,11 @@ from gateway.lifetime import set_up_logging, take_signals
 from gateway.models import Models, as_json
 from gateway.running import AGENT_NAME, Running, leave_record, make_url, remove_record
 from gateway.settings import Settings
+from gateway.usage_look import UsageLook
 from modelcache.agent import Serving, run_agent
 from modelcache.types import CacheError
+
+log = logging.getLogger("tidegate.agent")
 
 
 def run(loaded: LoadedSettings) -> int:
@@ -58,6 +63,9 @@ def _check_writable(directory: Path, field: str) -> None:
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            log.warning("%s = %s: %s; what is there is served", field, directory, error.strerror)
+            return
         why = f"{error.strerror or error} (as user {os.geteuid()})"
         raise CacheError(f"{field} = {directory}: cannot be written to: {why}") from error
 
@@ -131,6 +139,8 @@ def create_agent_app(
         reason = "serving peers" if ready else "not serving peers yet"
         return JSONResponse({"ready": ready, "reason": reason}, 200 if ready else 503)
 
+    usage = UsageLook(models.cache.usage)
+
     async def status(request: Request) -> Response:
         """Where peers are served, what the cache takes, and what was read and given."""
         return JSONResponse(await asyncio.to_thread(_status, models, where()))
@@ -138,7 +148,7 @@ def create_agent_app(
     async def metrics(request: Request) -> Response:
         """Prometheus text."""
         page = render_agent(version=version(), traffic=models.traffic())
-        page += render_cache(await asyncio.to_thread(models.cache.usage))
+        page += render_cache(await usage.get(), usage.failures)
         return Response(page, headers={"content-type": METRICS_TYPE})
 
     routes = [

@@ -61,19 +61,26 @@ def render_agent(*, version: str, traffic: Mapping[str, Any]) -> bytes:
     return generate_latest(registry)
 
 
-def render_cache(usage: Any) -> bytes:
-    """What the model cache takes (its ``Usage``), to follow one of the pages above."""
+def render_cache(usage: Any | None, failures: int = 0) -> bytes:
+    """What the model cache takes (its ``Usage``; ``None``: not known), and how often that could not
+    be told, to follow one of the pages above."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_CachePage(usage))
+    registry.register(_CachePage(usage, failures))
     return generate_latest(registry)
 
 
 class _CachePage(Collector):
-    def __init__(self, usage: Any) -> None:
+    def __init__(self, usage: Any | None, failures: int) -> None:
         self._usage = usage
+        self._failures = failures
 
     def collect(self) -> Iterator[Metric]:
         """All families, one after the other."""
+        failures = _family(metrics.CACHE_LOOK_FAILURES, [])
+        failures.add_metric([], self._failures)
+        yield failures
+        if self._usage is None:
+            return
         taken = _family(metrics.CACHE_BYTES, ["kind"])
         for kind, figure in CACHE_KINDS.items():
             taken.add_metric([kind], getattr(self._usage, figure))

@@ -15,11 +15,23 @@ from autoscaler.settings import PoolSettings
 from gateway.settings import Settings
 from modelcache.refs import parse_ref
 
-THEIR_OWN = ("--revision", "--code-revision", "--tokenizer-revision", "--download-dir")
-"""Arguments by which an engine is told what to fetch or where to keep it: then it does."""
+THEIR_OWN = frozenset(
+    {
+        *("--revision", "--code-revision", "--tokenizer-revision", "--download-dir"),
+        # These may name another repository of the hub: whoever has its model here is offline.
+        *("--tokenizer", "--hf-config-path", "--lora-modules", "--speculative-config", "--config"),
+        *("--hf-token", "--hf-overrides", "-sc"),
+    }
+)
+"""Arguments by which an engine is told what to fetch, from where, or where to keep it: then it
+does."""
 
-FETCHES_NOTHING = "dummy"
-"""The load format that makes weights up."""
+OTHERS_FORMATS = frozenset({"dummy", "pt", "npcache"})
+"""Load formats that make weights up, or want files which are not fetched beside safetensors."""
+
+THEIR_ENVIRONMENT = ("HF_", "HUGGING_FACE_", "TRANSFORMERS_", "VLLM_USE_MODELSCOPE", "MODELSCOPE_")
+"""What variables begin with that say where a hub is and who asks it. Set for a pool alone, the
+cache does not see them."""
 
 
 def has_hub() -> bool:
@@ -35,8 +47,9 @@ def through_cache(
 ) -> Settings:
     """Settings in which such a pool names its model by ``hf://``; the same where there is none.
 
-    Left alone are simulated engines, names of directories that exist, pools whose arguments say
-    what is fetched or how, and all of them where the settings say so or nothing reads a hub.
+    Left alone are simulated engines, names of directories that exist, pools whose arguments or
+    environment say what is fetched or how, and all of them where the settings say so or nothing
+    reads a hub.
     """
     if not settings.modelcache.hub_names:
         return settings
@@ -54,6 +67,8 @@ def _through_cache(
         return pool
     if _fetches_itself(pool.engine_args, settings.loaders.load_format):
         return pool
+    if any(name.startswith(THEIR_ENVIRONMENT) for name in pool.env):
+        return pool
     try:
         ref = parse_ref(model)
     except ValueError:
@@ -67,9 +82,9 @@ def _through_cache(
 def _fetches_itself(args: Sequence[str], load_format: str) -> bool:
     words = [word for arg in args for word in _words(arg)]
     given = dict(zip(words, [*words[1:], ""], strict=False))  # of a flag, what comes after it
-    if any(name in given for name in THEIR_OWN):
+    if any(name.partition(".")[0] in THEIR_OWN for name in given):  # --speculative-config.model
         return True
-    return given.get("--load-format", load_format) == FETCHES_NOTHING
+    return given.get("--load-format", load_format) in OTHERS_FORMATS
 
 
 def _words(arg: str) -> Sequence[str]:

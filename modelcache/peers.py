@@ -37,6 +37,8 @@ PAUSES_S = (0.25, 30.0)
 
 LIAR_S = 3_600.0
 MOST_LIARS = 1_024
+MOST_HEARD = 1_024
+"""Names of nodes that are no peers, and have asked us, that are remembered."""
 MOST_WATCHED = 64
 """Peers that one download watches: a thread each. In a larger cluster, any so many."""
 
@@ -67,6 +69,7 @@ class PeerGroup:
         self._names = PeerNames(names, self._found, look_up) if names else None
         self._server: PeerServer | None = None
         self._liars: dict[str, str] = {}
+        self._heard: dict[str, None] = {}
         self._changed = threading.Condition()
 
     def serve(self, host: str, port: int, verbs: Mapping[str, Verb] | None = None) -> int:
@@ -119,13 +122,22 @@ class PeerGroup:
         ]
 
     def heard(self, node: str) -> None:
-        """A node has asked us something. If it is one that we wait to reach, now is the time."""
+        """A node has asked us something. If it is one that we wait to reach, now is the time: it,
+        or whoever is not reached and may have begun anew under this name. Once for each name, for
+        there may be strangers that are no peers of ours and ask again and again."""
         with self._changed:
-            if all(peer.node != node or peer.failures for peer in self._peers):
-                for peer in self._peers:
-                    peer.paused_until_s = 0.0
-                self._changed.notify_all()
-                self._look()
+            waited_for = [peer for peer in self._peers if peer.node == node and peer.failures]
+            if not waited_for:
+                if node in self._heard or any(peer.node == node for peer in self._peers):
+                    return
+                self._heard[node] = None
+                while len(self._heard) > MOST_HEARD:
+                    del self._heard[next(iter(self._heard))]
+                waited_for = [peer for peer in self._peers if peer.node is None or peer.failures]
+            for peer in waited_for:
+                peer.paused_until_s = 0.0
+            self._changed.notify_all()
+            self._look()
 
     def _look(self) -> None:
         if self._names is not None:

@@ -177,6 +177,9 @@ CACHE_METRICS: Final[dict[str, Metric]] = {
     "peer_failures": Metric("cache_peer_failures_total", "Reads from peers that failed."),
 }
 
+CACHE_LOOK_FAILURES: Final = Metric(
+    "cache_look_failures_total", "Times that it could not be told what the model cache takes."
+)
 CACHE_BYTES: Final = Metric(
     "cache_bytes", "Bytes that the model cache takes on this disk, by what for.", gauge=True
 )

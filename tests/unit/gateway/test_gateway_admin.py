@@ -126,7 +126,9 @@ def test_what_the_model_cache_takes_follows_the_other_metrics(
     cache = FakeCache(tmp_path)
     cache.preload("hf://org/name")
     answer = call(create_app(control, models=fake_models(cache)), "GET", "/metrics")
-    assert answer.text.startswith("# HELP tidegate_up 1\n# HELP tidegate_cache_bytes ")
+    assert answer.text.startswith(
+        "# HELP tidegate_up 1\n# HELP tidegate_cache_look_failures_total "
+    )
     assert 'tidegate_cache_bytes{kind="models"} 3e+06' in answer.text
     assert 'tidegate_cache_bytes{kind="prepared"} 0.0' in answer.text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from fake_cache import FakeCache, fake_models
 from starlette.testclient import TestClient
 
 from gateway import cli
-from gateway.agent import banner, create_agent_app
+from gateway.agent import _check_writable, banner, create_agent_app
 
 TRAFFIC = {
     "store_bytes": 7,
@@ -89,6 +90,17 @@ def test_what_it_lacks_is_one_line(
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_a_full_disk_does_not_keep_it_from_serving_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    _check_writable(tmp_path, "modelcache.dir")
+    assert f"modelcache.dir = {tmp_path}: No space left" in caplog.text
 
 
 @pytest.mark.parametrize("field", ["state_dir", "modelcache.dir"])

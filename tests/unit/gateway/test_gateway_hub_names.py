@@ -41,6 +41,12 @@ def model_of(given: Settings, *directories: str, can_read: bool = True) -> str |
         ("Qwen/Qwen3-8B", ("--revision", "v1"), "Qwen/Qwen3-8B"),
         ("Qwen/Qwen3-8B", ("--revision=v1",), "Qwen/Qwen3-8B"),
         ("Qwen/Qwen3-8B", ("--download_dir", "/data"), "Qwen/Qwen3-8B"),
+        ("Qwen/Qwen3-8B", ("--tokenizer", "org/tokens"), "Qwen/Qwen3-8B"),
+        ("Qwen/Qwen3-8B", ("--speculative-config", '{"model": "org/eagle"}'), "Qwen/Qwen3-8B"),
+        ("Qwen/Qwen3-8B", ("--speculative-config.model=org/eagle",), "Qwen/Qwen3-8B"),
+        ("Qwen/Qwen3-8B", ("--lora-modules", "a=org/lora"), "Qwen/Qwen3-8B"),
+        ("Qwen/Qwen3-8B", ("--tokenizer-mode", "slow"), "hf://Qwen/Qwen3-8B"),
+        ("Qwen/Qwen3-8B", ("--load-format", "npcache"), "Qwen/Qwen3-8B"),
         ("Qwen/Qwen3-8B", ("--load-format", "dummy"), "Qwen/Qwen3-8B"),
         ("Qwen/Qwen3-8B", ("--load-format=dummy",), "Qwen/Qwen3-8B"),
         ("Qwen/Qwen3-8B", ("--load-format", "auto"), "hf://Qwen/Qwen3-8B"),
@@ -56,6 +62,9 @@ def test_pools_that_are_left_alone() -> None:
     assert model_of(settings(name, loaders={"load_format": "dummy"})) == name
     assert model_of(settings(name, modelcache={"hub_names": False})) == name
     assert model_of(settings(name), can_read=False) == name
+    for variable in ("HF_TOKEN", "HF_ENDPOINT", "VLLM_USE_MODELSCOPE", "HUGGING_FACE_HUB_TOKEN"):
+        assert model_of(settings(name, pool={"env": {variable: "1"}})) == name
+    assert model_of(settings(name, pool={"env": {"VLLM_X": "1"}})) == f"hf://{name}"
     static = {"name": "p", "backend": "static", "urls": ["http://127.0.0.1:1"], "model": name}
     assert model_of(Settings.model_validate({"pools": [static]})) == name
 

@@ -20,7 +20,7 @@ from swarm_rig import TOKEN, MemorySource, Node, key_of, make_content, make_node
 from modelcache import peer_wire as wire
 from modelcache.peer_client import Client, PeerGone, PeerLacks, PeerLied
 from modelcache.peer_server import PeerServer, read_request
-from modelcache.peers import PeerGroup, make_peers
+from modelcache.peers import MOST_HEARD, PeerGroup, make_peers
 from modelcache.settings import ModelCacheSettings
 from modelcache.shelf import Shelf, State
 from modelcache.types import PIECE_BYTES
@@ -621,3 +621,35 @@ def test_peers_need_the_clusters_secret() -> None:
         make_peers(wanted, {"TIDEGATE_PEER_TOKEN": "short"}, Shelf())
     assert make_peers(ModelCacheSettings(), {}, Shelf()) is None
     assert isinstance(make_peers(wanted, {"TIDEGATE_PEER_TOKEN": TOKEN}, Shelf()), PeerGroup)
+
+
+# -- who asks ------------------------------------------------------------------------------------
+
+
+def test_a_stranger_that_asks_again_and_again_does_not_undo_pauses() -> None:
+    urls = [f"http://10.9.9.{n}:8002" for n in (1, 2, 3)]
+    group = PeerGroup(urls, "a secret for this test", shelf=Shelf(), clock=lambda: 100.0)
+    lost, unknown, fine = group._peers
+    for peer, node in ((lost, "lost"), (fine, "fine")):
+        peer.client.node = node
+
+    def pause() -> None:
+        for peer in (lost, unknown):
+            peer.failures, peer.paused_until_s = 7, 130.0
+
+    try:
+        pause()
+        group.heard("fine")  # a peer that is reached, and may ask as often as it likes
+        assert (lost.paused_until_s, unknown.paused_until_s) == (130.0, 130.0)
+        group.heard("stranger")  # it may be either of the two, begun anew
+        assert (lost.paused_until_s, unknown.paused_until_s) == (0.0, 0.0)
+        pause()
+        group.heard("stranger")
+        assert (lost.paused_until_s, unknown.paused_until_s) == (130.0, 130.0)
+        group.heard("lost")  # it is back under its own name, and the other is not
+        assert (lost.paused_until_s, unknown.paused_until_s) == (0.0, 130.0)
+        for n in range(MOST_HEARD + 5):
+            group.heard(f"s{n}")
+        assert len(group._heard) == MOST_HEARD
+    finally:
+        group.close()
