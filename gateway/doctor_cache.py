@@ -5,6 +5,7 @@ As in ``gateway.doctor``, this only decides what an answer means.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def _sources(settings: Settings, probes: CacheProbes) -> Check:
         if "://" in (pool.model or "")
     }
     what = ", ".join(f"{scheme}:// ({', '.join(gone)})" for scheme, gone in lacking.items())
-    advice = "`pip install 'tidegate[cache]'` brings them"
+    needed = " ".join(sorted({one for gone in lacking.values() for one in gone}))
+    advice = f"{sys.executable} -m pip install {needed.replace('_', '-')}"
     if wanted & set(lacking):
         pools = ", ".join(sorted(wanted & set(lacking)))
         return fail(

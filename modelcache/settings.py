@@ -200,7 +200,8 @@ class ModelCacheSettings(BaseModel):
     ``"oss://models/qwen" = [{ kind = "cast", dtype = "bfloat16" }]``. Kinds:
     ``gguf_to_safetensors`` (``file``, ``dtype``), ``cast`` (``dtype``), ``tp_shard``
     (``world_size``), ``command`` (``argv``, ``env``, ``version``, ``resumable``); each takes
-    ``timeout_s``. docs/decisions/0015-pages-and-preparation.md says more."""
+    ``timeout_s``. In ``argv`` ``{input}`` becomes the model's folder, ``{output}`` the folder for
+    the result, ``{python}`` the engine's interpreter. docs/OPERATIONS.md has an example."""
 
     @field_validator("peer_names")
     @classmethod

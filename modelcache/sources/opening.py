@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Mapping
 
 from modelcache.refs import PATH
@@ -13,7 +14,6 @@ from modelcache.sources.reader import Reader, make_reader
 from modelcache.types import CacheError, ModelRef
 
 _CLIENTS = {"gs": "obstore", "s3": "obstore", "oss": "ossfs", "hf": "huggingface_hub"}
-_EXTRA = "pip install 'tidegate[cache]'"
 
 
 class ExtraMissing(CacheError):
@@ -36,7 +36,8 @@ def open_source(
         return FileSource(ref)
     client = _CLIENTS.get(ref.scheme)
     if client is not None and importlib.util.find_spec(client) is None:
-        raise ExtraMissing(f"{ref.url}: {client} is not installed: {_EXTRA}")
+        install = f"{sys.executable} -m pip install {client.replace('_', '-')}"
+        raise ExtraMissing(f"{ref.url}: {client} is not installed: {install}")
     return _open_remote(ref, settings, given)
 
 

@@ -371,7 +371,7 @@ def test_settings_files_that_are_shown_load(tmp_path: Path) -> None:
 def test_environment_variables_named_exist() -> None:
     sources = "".join(
         path.read_text()
-        for folder in ("gateway", "autoscaler", "loaders", "deploy")
+        for folder in ("gateway", "autoscaler", "loaders", "modelcache", "deploy")
         for path in (ROOT / folder).rglob("*.py")
     )
     for page, text in TEXTS.items():
