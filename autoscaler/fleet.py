@@ -275,7 +275,8 @@ def view_pool(pool: PoolRecord) -> PoolView:
         (name_step(one), one) for one in pool.replicas.values() if name_step(one) in phases.STEPS
     ]
     step, nearest = min(coming, key=lambda one: ADVANCE.index(one[0]), default=("", None))
-    phase = "" if nearest is None else phases.describe_step(step, nearest.progress)
+    failures = pool.failures
+    phase = "" if nearest is None else phases.describe_step(step, nearest.progress, failures)
     return PoolView(wake_eta_s=pool.estimate_wake_s(), phase=phase)
 
 

@@ -75,7 +75,7 @@ class Orders:
     async def sleep(self, pool: str, level: int = 1) -> PoolReport:
         """Put a pool's ready replicas to sleep once they are idle; it wakes when somebody asks.
 
-        Returns when they sleep, or when one has gone back to work because a request came. Raises
+        Returns when they sleep, or did already, or when one has gone back to work because a request came. Raises
         ``KeyError`` for an unknown pool, ``ValueError`` for a level other than 1 or 2 or a pool
         with none ready, ``Unsupported`` where the backend or the engine cannot, ``BackendError``
         where it failed.
@@ -86,6 +86,9 @@ class Orders:
         if not record.backend.owns_replicas:
             raise Unsupported(f"{pool} is static: its servers are somebody else's")
         tired = [one for one in record.replicas.values() if one.state is State.READY]
+        if not tired and any(one.state is State.SLEEPING for one in record.replicas.values()):
+            record.resting = True
+            return report_pool(record, self._observation.replicas)
         if not tired:
             raise ValueError(f"{pool} has no ready replica that could be put to sleep")
         record.resting = True

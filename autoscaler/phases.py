@@ -35,11 +35,14 @@ def name_step(state: State, progress: Progress | None, probe_phase: str) -> str:
             return ""
 
 
-def describe_step(step: str, progress: Progress | None) -> str:
+def describe_step(step: str, progress: Progress | None, failures: int = 0) -> str:
     """A step and how far it is, in our own words only: clients are told this while they wait.
 
     Bytes that are brought in beside the engine's start are told after what the engine is at.
+    ``failures``: starts that failed in a row before this one.
     """
+    if step == SCHEDULED and failures:
+        return f"{step}, after {failures} failed start{'s' if failures > 1 else ''}"
     if progress is None or progress.phase not in CACHE_STEPS:
         return step
     if step in CACHE_STEPS:

@@ -113,7 +113,9 @@ def build() -> Path:
     if (target / "done").is_file():
         return target
     if importlib.util.find_spec("mypyc") is None:
-        raise CompileError(f"mypy is not installed here: {sys.executable} -m pip install mypy setuptools")
+        raise CompileError(
+            f"mypy is not installed here: {sys.executable} -m pip install mypy setuptools"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         scratch = Path(folder)

@@ -302,6 +302,8 @@ def test_an_operators_sleep_has_no_end_but_a_request() -> None:
             await world.loop.sleep("m", 1)
             await asyncio.sleep(1_000.0)
             assert tier_of(world) is Tier.SLEEPING
+            assert (await world.loop.sleep("m", 1)).sleeping == 1  # it does already
+            assert world.backend.calls.count(("sleep", "m-1")) == 1
             await once(world)
             assert world.backend.started == ["m-1"]
 

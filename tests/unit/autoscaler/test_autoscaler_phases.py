@@ -6,6 +6,7 @@ import pytest
 
 from autoscaler.backends.logs import message_of
 from autoscaler.backends.phases import PHASES, later, phase_of
+from autoscaler.phases import describe_step
 
 CONFIG = "Initializing a V1 LLM engine (v0.32.0) with config: " + "warmup, capture, " * 40
 
@@ -41,3 +42,16 @@ def test_a_phase_is_not_left_backwards() -> None:
     assert phase_of(["Starting to load model m"], "warming") == "warming"
     assert [later(PHASES[0], one) for one in PHASES] == list(PHASES)
     assert later("loading", "serving") == "loading"
+
+
+@pytest.mark.parametrize(
+    ("step", "failures", "told"),
+    [
+        ("scheduled", 0, "scheduled"),
+        ("scheduled", 1, "scheduled, after 1 failed start"),
+        ("scheduled", 5, "scheduled, after 5 failed starts"),
+        ("loading", 5, "loading"),
+    ],
+)
+def test_who_waits_is_told_of_failed_starts(step: str, failures: int, told: str) -> None:
+    assert describe_step(step, None, failures) == told
