@@ -75,10 +75,10 @@ class Orders:
     async def sleep(self, pool: str, level: int = 1) -> PoolReport:
         """Put a pool's ready replicas to sleep once they are idle; it wakes when somebody asks.
 
-        Returns when they sleep, or did already, or when one has gone back to work because a request came. Raises
-        ``KeyError`` for an unknown pool, ``ValueError`` for a level other than 1 or 2 or a pool
-        with none ready, ``Unsupported`` where the backend or the engine cannot, ``BackendError``
-        where it failed.
+        Returns when they sleep, or did already, or when one has gone back to work because a
+        request came. Raises ``KeyError`` for an unknown pool, ``ValueError`` for a level other
+        than 1 or 2 or a pool with none ready, ``Unsupported`` where the backend or the engine
+        cannot, ``BackendError`` where it failed.
         """
         record = self._pools[pool]
         if level not in SLEEP_LEVELS:
