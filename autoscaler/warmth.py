@@ -37,7 +37,7 @@ from autoscaler.warmth_parts import (
     make_teller,
     silent,
 )
-from autoscaler.warmth_places import Hold, Place, make_place
+from autoscaler.warmth_places import Hold, Leases, Place, in_place, make_place
 from modelcache.types import CacheError, Priority, Tier
 
 LOG = logging.getLogger("tidegate.autoscaler")
@@ -72,7 +72,10 @@ class Warmth:
         self._prewarm, self._transform, self._bring = prewarm, transform, bring
         self._prewarm_behind = prewarm_behind or prewarm
         slugs = make_slugs(pool.name for pool in pools)
-        self._places = {pool.name: make_place(pool, slugs[pool.name]) for pool in pools}
+        self._leases = Leases()
+        self._places = {
+            pool.name: make_place(pool, slugs[pool.name], self._leases.part()) for pool in pools
+        }
         self._holds: dict[str, Hold] = {}
         self._flags: set[threading.Event] = set()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tidegate-models")
@@ -108,17 +111,17 @@ class Warmth:
         if place.ref is None:
             here = Path(pool.model) if pool.model else None
             is_there = here is not None and await self._run(lambda _: here.is_dir())
-            self._found(place, here if is_there else None)
+            self._found(place, in_place(here) if here is not None and is_there else None)
         elif self._cache is not None:
             cache, ref = self._cache, place.ref
-            model = await self._run(lambda _: cache.find(ref.url, ref.revision))
-            self._found(place, None if model is None else model.path)
+            self._found(place, await self._run(lambda _: cache.find(ref.url, ref.revision)))
 
-    def _found(self, place: Place, path: Path | None) -> None:
-        """The model is here now, or not any more; what was kept of another place is let go."""
-        if path != place.path:
+    def _found(self, place: Place, model: Any) -> None:
+        """What is here now, ``None`` for nothing; what was kept of another place is let go."""
+        before, place.model = place.path, model
+        if place.path != before:
             self._drop_pages(place)
-            place.path, place.made = path, None
+            place.made = None
 
     # -- for a replica ---------------------------------------------------------------------
 
@@ -126,7 +129,7 @@ class Warmth:
         """See ``Preparer``. Pages are brought in beside the engine's start, not before it: its
         first seconds need no weights."""
         place = self._places[spec.pool.name]
-        hold = self._holds.setdefault(spec.id, Hold())
+        hold = self._hold(spec.id)
         tell = make_teller(report)
         if place.ref is None:
             await self.look(spec.pool)
@@ -142,36 +145,43 @@ class Warmth:
             hold.paging = asyncio.create_task(self._page_beside(place, path, tell, report))
         return replace(spec, pool=spec.pool.model_copy(update={"model": str(path)}))
 
+    def _hold(self, replica_id: str) -> Hold:
+        if replica_id not in self._holds:
+            self._holds[replica_id] = Hold(leases=self._leases.part())
+        return self._holds[replica_id]
+
     async def _make(
-        self, place: Place, leases: contextlib.ExitStack, holder: str, tell: OnProgress
+        self, place: Place, leases: Leases, holder: str, tell: OnProgress
     ) -> Path | None:
         """Where the model is after its preparation steps, which are run where they were not. Their
         result is held in ``leases``: whoever reads it must not lose it to an eviction."""
-        transform, source, cache = self._transform, place.path, self._cache
-        if source is None or transform is None:
-            return source
-        known = place.made[1] if place.made is not None and place.made[0] == source else None
+        transform, model, cache, path = self._transform, place.model, self._cache, place.path
+        if path is None or transform is None:
+            return path
+        known = place.made[1] if place.made is not None and place.made[0] == path else None
+        if known is not None and known.path == path:
+            return path  # there are no steps, and who wants the model has leased it
         if known is not None and cache is not None:
             with contextlib.suppress(CacheError):  # it was evicted: it is made again
-                await self._run(lambda _: leases.enter_context(cache.lease(known, holder)))
+                await self._run(lambda _: leases.enter(cache.lease(known, holder)))
                 return Path(known.path)
-        model = place.pool.model or ""
-        # Entered in the thread: what was called off meanwhile is in the stack that is closed.
+        name = place.pool.model or ""
+        # Entered in the thread, which may go on when this is called off.
         made = await self._run(
-            lambda stop: leases.enter_context(transform(model, source, holder, tell, stop))
+            lambda stop: leases.enter(transform(name, model, holder, tell, stop))
         )
-        place.made = (source, made)
+        place.made = (path, made)
         return Path(made.path)
 
     async def _make_for(
         self, place: Place, hold: Hold, holder: str, tell: OnProgress
     ) -> Path | None:
         """The same for a replica, which lets go of an earlier result only when it has this one."""
-        before, hold.made = hold.made, contextlib.ExitStack()
+        before, hold.made = hold.made, hold.leases.part()
         try:
             return await self._make(place, hold.made, holder, tell)
         finally:
-            await self._run(lambda _: before.close())
+            await self._let_go(before)
 
     async def _bring_compiled(self, place: Place, path: Path | None) -> None:
         """What was compiled elsewhere for these engines is theirs before they start."""
@@ -203,15 +213,16 @@ class Warmth:
         if model is None:
             model = await self._run(fetch)
             await self._lease(hold, model, holder)
-        self._found(place, model.path)
+        self._found(place, model)
 
     async def _lease(self, hold: Hold, model: Any, holder: str) -> None:
         cache = self._cache
         if cache is None or hold.leased == model.path:
             return
-        await self._run(lambda _: hold.lease.close())
-        # Entered in the thread: what was called off meanwhile is in the stack that is closed.
-        await self._run(lambda _: hold.lease.enter_context(cache.lease(model, holder)))
+        before, hold.model, hold.leased = hold.model, hold.leases.part(), None
+        await self._let_go(before)
+        leases = hold.model
+        await self._run(lambda _: leases.enter(cache.lease(model, holder)))
         hold.leased = model.path
 
     async def _page_beside(
@@ -231,7 +242,7 @@ class Warmth:
             return
         if hold.paging is not None:
             hold.paging.cancel()
-        await self._run(lambda _: hold.let_go())
+        await self._let_go(hold.leases)
 
     # -- for a pool at zero ----------------------------------------------------------------
 
@@ -249,7 +260,7 @@ class Warmth:
             await self._page(place, path, silent, self._prewarm_behind)
             return
         self._drop_pages(place)
-        await self._run(lambda _: place.lease.close())
+        await self._let_go(place.leases)
         if tier is Tier.REMOTE:
             await self._evict(place)
 
@@ -274,19 +285,19 @@ class Warmth:
         """Warmer than on disk, a pool's model is leased, and what steps have made of it: what is
         kept warm is not evicted. Where it is; what was leased before is let go only then."""
         cache, ref, holder = self._cache, place.ref, f"{place.slug}, at zero"
-        before, place.lease = place.lease, contextlib.ExitStack()
-        leases = place.lease
+        before, place.leases = place.leases, self._leases.part()
+        leases = place.leases
         try:
             if ref is not None and cache is not None:
                 model = await self._run(lambda _: cache.find(ref.url, ref.revision))
                 if model is None:
                     self._found(place, None)
                     raise BackendError(f"{place.pool.name}: its model is not on this disk any more")
-                await self._run(lambda _: leases.enter_context(cache.lease(model, holder)))
-                self._found(place, model.path)
+                await self._run(lambda _: leases.enter(cache.lease(model, holder)))
+                self._found(place, model)
             return await self._make(place, leases, holder, silent)
         finally:
-            await self._run(lambda _: before.close())
+            await self._let_go(before)
 
     async def _evict(self, place: Place) -> None:
         cache, ref = self._cache, place.ref
@@ -353,17 +364,26 @@ class Warmth:
             flag.set()
             self._flags.discard(flag)
 
+    async def _let_go(self, leases: Leases) -> None:
+        """Release these, which is done even if this is called off. Where there are none it takes
+        no thread."""
+        if leases.refuse():
+            running = asyncio.get_running_loop()
+            await asyncio.shield(running.run_in_executor(self._threads, leases.close))
+        else:
+            leases.close()
+
     async def close(self) -> None:
         """See ``Preparer``."""
+        self._leases.refuse()  # whoever is called off now comes too late with a lease
         for flag in list(self._flags):
             flag.set()
         for replica_id in list(self._holds):
             await self.release(replica_id)
-        await self._run(lambda _: self._let_go())
+        await self._run(lambda _: self._end())
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _let_go(self) -> None:
-        for place in self._places.values():
-            place.lease.close()
+    def _end(self) -> None:
+        self._leases.close()
         if self._keeper is not None:
             self._keeper.close()

@@ -86,11 +86,10 @@ Bring = Callable[[PoolSettings, Path], object]
 """Unpacks what a model at a path has brought along for a pool's engines. Blocks."""
 Prewarm = Callable[[Sequence[FileRange], OnProgress, Cancelled], object]
 """Reads files into the page cache (``modelcache.pagecache.prewarm``)."""
-Transform = Callable[
-    [str, Path, str, OnProgress, Cancelled], contextlib.AbstractContextManager[Any]
-]
-"""The model that a pool names (with its ``path``), after its preparation steps, from where it is as
-fetched; held for whoever is named, as long as its context is open. Blocks."""
+Transform = Callable[[str, Any, str, OnProgress, Cancelled], contextlib.AbstractContextManager[Any]]
+"""The model that a pool names (with its ``path``), after its preparation steps, from what the cache
+has of it (or a directory ``in_place``); held for whoever is named, as long as its context is open.
+The same model where there are no steps. Blocks."""
 
 
 def make_teller(report: Report) -> OnProgress:

@@ -105,9 +105,9 @@ class Cache(Protocol):
 
 Prewarm = Callable[[Sequence[FileRange], OnProgress, IsCancelled], Any]
 """Brings files into the page cache; ``modelcache.pagecache.prewarm`` does."""
-Transform = Callable[[str, Path, str, OnProgress, IsCancelled], AbstractContextManager[Cached]]
-"""The model of a URL after its preparation steps, from where it lies as fetched; held for whoever
-is named, as long as its context is open."""
+Transform = Callable[[str, Any, str, OnProgress, IsCancelled], AbstractContextManager[Cached]]
+"""The model of a URL after its preparation steps, from the revision that the cache gave for it
+(as it gave it); held for whoever is named, as long as its context is open."""
 Replicate = Callable[[str, str | None, Sequence[str], OnProgress, IsCancelled], Mapping[str, Any]]
 """Has other sites preload a model: URL, revision, site names; returns an outcome for each site."""
 

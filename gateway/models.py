@@ -162,7 +162,7 @@ class Models:
         if self.transform is None:
             yield cached
             return
-        with self.transform(url, cached.path, holder, on_progress, cancelled) as made:
+        with self.transform(url, cached, holder, on_progress, cancelled) as made:
             yield made
 
     def _prewarm(

@@ -4,75 +4,78 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gateway.settings import Settings
 from modelcache.finding import CachedModel
 from modelcache.prepare import Preparation
-from modelcache.prepare_types import input_digest
-from modelcache.refs import parse_ref
+from modelcache.prepare_types import Step, input_digest
+from modelcache.results import Held
 from modelcache.types import FileEntry, Progress
 
 if TYPE_CHECKING:
     from gateway.cache import NodeCache
 
 Transform = Callable[
-    [str, Path, str, Callable[[Progress], None], Callable[[], bool]],
+    [str, CachedModel, str, Callable[[Progress], None], Callable[[], bool]],
     AbstractContextManager[CachedModel],
 ]
 
 
 def make_transform(settings: Settings, node: NodeCache, environ: Mapping[str, str]) -> Transform:
     """The preparation steps of models, run in the engine's environment; results are kept in the
-    cache, each leased for its user as long as the context is open."""
+    cache, each leased for its user as long as the context is open. What steps begin with is given
+    as the cache has it: found by its URL again it might be another revision by now."""
     preparation = Preparation(
         cache=node.cache, python=settings.loaders.engine_python.absolute(), environ=environ
     )
 
-    @contextmanager
-    def transform(
-        model: str,
-        source: Path,
+    def hold(
+        source: CachedModel,
+        steps: Sequence[Step],
         holder: str,
         on_progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
-    ) -> Iterator[CachedModel]:
-        found = find_source(model, source, node)
-        steps = settings.modelcache.steps_for(model)
-        if not steps:
-            yield found
-            return
+    ) -> Held:
+        """The last step's result, leased; made with its source leased, unless it is there."""
+        digest = input_digest(list_entries(source))
+        held = preparation.results.hold(preparation.keys(digest, steps)[-1], holder, final=True)
+        if held is not None:
+            return held
         with ExitStack() as leases:
-            with node.cache.lease(found, f"preparation for {holder}"):
+            with node.cache.lease(source, f"preparation for {holder}"):
                 made = preparation.prepare(
-                    source,
-                    input_digest(list_entries(found)),
+                    source.path,
+                    digest,
                     steps,
-                    model=found.url,
-                    revision=found.revision,
+                    model=source.url,
+                    revision=source.revision,
                     holder=holder,
                     on_progress=on_progress,
                     cancelled=cancelled,
                 )
                 assert made.held is not None, "there is a step"
                 leases.enter_context(made.held.lease)
-            yield made.held.model
+            leases.pop_all()  # its user has it from here on
+        return made.held
+
+    @contextmanager
+    def transform(
+        model: str,
+        source: CachedModel,
+        holder: str,
+        on_progress: Callable[[Progress], None],
+        cancelled: Callable[[], bool],
+    ) -> Iterator[CachedModel]:
+        steps = settings.modelcache.steps_for(model)
+        if not steps:
+            yield source
+            return
+        held = hold(source, steps, holder, on_progress, cancelled)
+        with held.lease:
+            yield held.model
 
     return transform
-
-
-def find_source(model: str, source: Path, node: NodeCache) -> CachedModel:
-    """What steps begin with: the cache's; or a directory that is used where it lies, as one is of
-    which the cache has another revision by now."""
-    if "://" not in model:
-        where = str(Path(model).expanduser().absolute())
-        return CachedModel(url=where, revision="in place", path=source, manifest=None)
-    ref = parse_ref(model)
-    found = node.cache.find(ref.url, ref.revision)
-    if found is None or found.path != source:
-        return CachedModel(url=ref.url, revision="in place", path=source, manifest=None)
-    return found
 
 
 def list_entries(model: CachedModel) -> Sequence[FileEntry]:

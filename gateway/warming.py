@@ -17,6 +17,7 @@ from autoscaler.settings import PoolSettings
 from autoscaler.waketimes import WakeTimes
 from autoscaler.warmth import Warmth
 from autoscaler.warmth_parts import Bring
+from autoscaler.warmth_places import in_place
 from gateway.bundles import Bundles
 from gateway.cache import prewarm_behind
 from gateway.engines import plain_command
@@ -104,13 +105,12 @@ def locate(
             found = node.cache.find(ref.url, ref.revision)
             if found is None:
                 raise NotFound(f"{ref.url} is not on this disk: `tidegate model preload {ref.url}`")
-            path = found.path
         elif Path(model).is_dir():
-            path = Path(model).absolute()
+            found = in_place(Path(model).absolute())
         else:
             return model
         transform = make_transform(settings, node, environ)
-        with transform(model, path, "a look", on_progress, lambda: False) as made:
+        with transform(model, found, "a look", on_progress, lambda: False) as made:
             return str(made.path)
     finally:
         node.close()

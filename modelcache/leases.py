@@ -62,10 +62,15 @@ def take(layout: Layout, directory: Path, holder: str, released: Callable[[], No
     directory.mkdir(parents=True, exist_ok=True)
     name = uuid.uuid4().hex
     fd = os.open(layout.tmp / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    fcntl.flock(fd, fcntl.LOCK_EX)
-    os.write(fd, holder[:HOLDER_CHARACTERS].encode())
     path = directory / name
-    os.rename(layout.tmp / name, path)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        os.write(fd, holder[:HOLDER_CHARACTERS].encode())
+        os.rename(layout.tmp / name, path)
+    except BaseException:
+        remove(layout.tmp / name)
+        os.close(fd)
+        raise
 
     def release() -> None:
         remove(path)

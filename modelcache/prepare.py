@@ -32,8 +32,9 @@ from modelcache.prepare_types import (
     StepRun,
     step_key,
 )
-from modelcache.results import Held, Results
+from modelcache.results import Held, Results, find_refused
 from modelcache.types import Cancelled, Made, Progress
+from modelcache.works import has_name
 
 PROGRAM_MOST_BYTES = 64 * 1024 * 1024
 """Largest file among a command's arguments whose content is part of the step's key."""
@@ -188,6 +189,8 @@ class Preparation:
             log=log,
             output=output,
             timeout_s=step.timeout_s,
+            free_bytes=self.results.free_bytes,
+            reserve_bytes=self.results.reserve_bytes,
             hold=(lock,),
             on_size=lambda size_bytes: self.results.check_room(key, size_bytes),
         )
@@ -212,6 +215,12 @@ class Preparation:
                 )
         if not any(path.is_file() for path in paths):
             raise StepFailed(f"{step.kind} made no file; its log is {log}")
+        refused = find_refused(output)
+        if refused is not None:
+            raise StepFailed(
+                f"{step.kind} made a file called {refused[:200]!r}: paths of a model have no "
+                "backslash, nothing that cannot be printed, and at most 1024 characters"
+            )
         self.results.check_room(key, bytes_under(output))
 
     def _argv(self, step: Step, source: Path, output: Path) -> tuple[str, ...]:
@@ -238,13 +247,18 @@ class Preparation:
     def _alone(self, key: str, asked: Asked) -> Iterator[int]:
         """One maker of a result at a time. The lock goes when both its process and the step that
         it started are gone."""
-        with open_lock(self.cache.store.layout.step_lock(key)) as lock:
-            while not try_lock(lock):
-                asked.on_progress(Progress(phase="preparing", detail="another process does it"))
-                if asked.cancelled():
-                    raise Cancelled("preparing was called off")
-                time.sleep(WAIT_S)
-            yield lock
+        path = self.cache.store.layout.step_lock(key)
+        while True:
+            with open_lock(path) as lock:
+                while not try_lock(lock):
+                    asked.on_progress(Progress(phase="preparing", detail="another process does it"))
+                    if asked.cancelled():
+                        raise Cancelled("preparing was called off")
+                    time.sleep(WAIT_S)
+                # One that was swept while we waited locks nobody out.
+                if has_name(lock, path):
+                    yield lock
+                    return
 
 
 def _fill(argument: str, places: Mapping[str, str]) -> str:

@@ -23,6 +23,9 @@ LOG_TAIL_BYTES = 1024 * 1024
 WATCH_S = 0.1
 MEASURE_S = 2.0
 GRACE_S = 10.0
+NEARLY_FULL_BYTES = 64 * 1024 * 1024
+"""What a disk may have left that a step has found full: less than its next write."""
+
 FAILURE_LINES = 12
 LINE_CHARACTERS = 200
 
@@ -31,7 +34,8 @@ LINE_CHARACTERS = 200
 class Run:
     """What is run: its name for people, the command, its whole environment, where its output and
     its log go, the seconds it may take, and descriptors (a lock's) it keeps open to its end.
-    ``on_size`` is told now and then what the output takes; what it raises ends the step."""
+    ``on_size`` is told now and then what the output takes; what it raises ends the step.
+    ``free_bytes`` says what the output's disk has left, of which ``reserve_bytes`` are nobody's."""
 
     name: str
     argv: tuple[str, ...]
@@ -39,6 +43,8 @@ class Run:
     log: Path
     output: Path
     timeout_s: float
+    free_bytes: Callable[[], int]
+    reserve_bytes: int
     hold: tuple[int, ...] = ()
     on_size: Callable[[int], None] = lambda size_bytes: None
 
@@ -47,7 +53,7 @@ def run_step(
     run: Run, *, on_progress: Callable[[Progress], None], cancelled: Callable[[], bool]
 ) -> None:
     """Run it to its end. Raises ``StepFailed`` with its last lines, ``NoSpace`` where those say
-    that the disk is full, ``Cancelled``."""
+    that a disk is full and its output's is, ``Cancelled``."""
     run.log.parent.mkdir(parents=True, exist_ok=True)
     leash = [sys.executable, "-I", "-m", "modelcache.leash", str(GRACE_S)]
     with run.log.open("ab") as log:
@@ -70,10 +76,7 @@ def run_step(
                     process.kill()
                     process.wait()
     if process.returncode != 0:
-        failure = _failure(run, process.returncode)
-        if os.strerror(errno.ENOSPC) in failure:
-            raise NoSpace(f"the disk of {run.output} is full: {failure}")
-        raise StepFailed(failure)
+        raise _explain(run, process.returncode)
 
 
 def _watch(
@@ -101,6 +104,20 @@ def _watch(
         on_progress(
             Progress(phase="preparing", bytes_done=size, detail=f"{run.name}: {line}".rstrip(": "))
         )
+
+
+def _explain(run: Run, code: int) -> StepFailed | NoSpace:
+    """Why it has failed. What it says of a full disk may be of any (``/tmp``, ``/dev/shm``)."""
+    failure = _failure(run, code)
+    if os.strerror(errno.ENOSPC) not in failure:
+        return StepFailed(failure)
+    free_bytes = run.free_bytes()
+    if free_bytes <= max(run.reserve_bytes, NEARLY_FULL_BYTES):
+        return NoSpace(f"the disk of {run.output} is full ({free_bytes} bytes free): {failure}")
+    return StepFailed(
+        f"{run.name} says that a disk is full, perhaps that of its temporary files; the disk of "
+        f"{run.output} has {free_bytes} bytes free: {failure}"
+    )
 
 
 def _failure(run: Run, code: int) -> str:

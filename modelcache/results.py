@@ -19,6 +19,7 @@ from modelcache.layout import RESULT, result_url
 from modelcache.leases import Lease
 from modelcache.manifest import Job
 from modelcache.records import PIN, name_result, read_directory, read_use
+from modelcache.refs import check_file_path
 from modelcache.types import Made, NoSpace, NotFound, Progress
 from modelcache.works import OUTPUT, note_job, read_job, read_work
 
@@ -54,14 +55,18 @@ class Results:
             lease = self._cache.lease(model, holder)
         except NotFound:
             return None
-        if final:
-            self._note_final(model)
+        try:
+            if final:
+                self._note_final(model)
+        except BaseException:
+            lease.release()
+            raise
         return Held(model=model, lease=lease)
 
     def _note_final(self, model: CachedModel) -> None:
         if not read_use(self._layout.revision(model.url, model.revision)).final:
             with self._store.lock():
-                self._store.note_use(model.url, model.revision, final=True)
+                self._store.advise(model.url, model.revision, final=True)
 
     # Making one. Whoever calls these holds the result's lock.
 
@@ -94,12 +99,23 @@ class Results:
             return
         with self._store.lock():
             what = name_result(key, job.made)
-            self._store.room.make_room(1, 1, what=what, making=key)
+            self._store.room.make_room(1, 1, what=what, making=key, grown_bytes=size_bytes)
+
+    @property
+    def reserve_bytes(self) -> int:
+        """What the cache leaves free of its disk."""
+        return self._store.room.reserve_bytes
+
+    def free_bytes(self) -> int:
+        """What the cache's disk has left."""
+        return self._store.room.free_bytes()
 
     def is_whole(self, key: str) -> bool:
         """Whether the step has done its work, and the cache has only to take it over."""
-        job = read_job(self._layout, key)
-        return job is not None and job.whole
+        job, output = read_job(self._layout, key), self._layout.work(key) / OUTPUT
+        if job is None or not job.whole or not output.is_dir():
+            return False
+        return find_refused(output) is None
 
     def note_whole(self, key: str, job: Job, took_s: float) -> None:
         """The step has done its work: whoever is interrupted from now on need not repeat it."""
@@ -132,17 +148,17 @@ class Results:
                 layout.work(key) / OUTPUT, url=url, revision=RESULT, made=made,
                 on_progress=on_progress, cancelled=cancelled,
             )  # fmt: skip
+            size_bytes = 0 if model.manifest is None else model.manifest.size_bytes
+            with self._store.lock():
+                cost = took_s / (size_bytes / 1e9) if size_bytes and took_s else None
+                self._store.advise(url, RESULT, reload_s_per_gb=cost, final=final)
+                # What is used of a pinned model is as pinned as the model.
+                if final and (layout.revision(made.model, made.revision) / PIN).exists():
+                    self._store.set_pin(url, RESULT, pinned=True)
+                remove_tree(layout.work(key))
         except BaseException:
             lease.release()
             raise
-        size_bytes = 0 if model.manifest is None else model.manifest.size_bytes
-        with self._store.lock():
-            cost = took_s / (size_bytes / 1e9) if size_bytes and took_s else None
-            self._store.note_use(url, RESULT, reload_s_per_gb=cost, final=final)
-            # What is used of a pinned model is as pinned as the model.
-            if final and (layout.revision(made.model, made.revision) / PIN).exists():
-                self._store.set_pin(url, RESULT, pinned=True)
-            remove_tree(layout.work(key))
         return Held(model=model, lease=lease)
 
     def _cost_s(self, key: str) -> float:
@@ -161,6 +177,15 @@ class Results:
         """Remove what no step can go on with, and what was left long ago."""
         with self._store.lock():
             self._store.room.sweep()
+
+
+def find_refused(output: Path) -> str | None:
+    """The path of a file that no model may have, below a result; ``None`` if all may stay."""
+    for path in sorted(output.rglob("*")):
+        name = path.relative_to(output).as_posix()
+        if path.is_file() and not check_file_path(name):
+            return name
+    return None
 
 
 def _sync(path: Path) -> None:

@@ -93,19 +93,31 @@ class Room:
             bytes_partial=sizes["partial"],
             bytes_records=sizes[""],
             bytes_promised=self._promised(),
-            free_bytes=self._free_bytes(self.layout.root),
+            free_bytes=self.free_bytes(),
             quota_bytes=self.quota_bytes,
             reserve_bytes=self.reserve_bytes,
         )
 
+    def free_bytes(self) -> int:
+        """What the disk has left for anybody."""
+        return self._free_bytes(self.layout.root)
+
     def make_room(
-        self, quota_need: int, disk_need: int, *, what: str, keep: str = "", making: str = ""
+        self,
+        quota_need: int,
+        disk_need: int,
+        *,
+        what: str,
+        keep: str = "",
+        making: str = "",
+        grown_bytes: int | None = None,
     ) -> int:
         """Evict until so many bytes fit into the quota and on the disk; the bytes freed.
 
         ``keep`` is the key of a record that stays, ``making`` that of the preparation step which
-        asks: what it was promised earlier does not count. Raises ``NoSpace``, and then nothing but
-        leftovers has gone.
+        asks: what it was promised earlier does not count. ``grown_bytes`` is what ``what`` takes
+        already, where that is too much. Raises ``NoSpace``, and then nothing but leftovers has
+        gone.
         """
         if self._short(quota_need, disk_need, making) == (0, 0):
             return 0
@@ -119,7 +131,12 @@ class Room:
         if not (by_quota.enough and by_disk.enough):
             names = {one.key: one.name for one in records} | {one.url: one.name for one in works}
             kept = {names[key]: why for key, why in by_quota.kept.items()}
-            raise NoSpace(self._explain(what, quota_need, disk_need, kept))
+            if grown_bytes is None:
+                problem = f"{what} needs {max(quota_need, disk_need)} bytes more"
+            else:
+                limit = self._limit(quota=not by_quota.enough)
+                problem = f"{what} has grown to {grown_bytes} bytes, more than {limit}"
+            raise NoSpace(self._explain(problem, kept))
         going = {*by_quota.keys, *by_disk.keys}
         self._remove(
             [record for record in records if record.key in going],
@@ -248,8 +265,7 @@ class Room:
         promised = self._promised(making)
         quota = disk = 0
         if disk_need > 0:
-            free_bytes = self._free_bytes(self.layout.root) - self.reserve_bytes
-            disk = max(disk_need + promised - free_bytes, 0)
+            disk = max(disk_need + promised - (self.free_bytes() - self.reserve_bytes), 0)
         if self.quota_bytes is not None and quota_need > 0:
             quota = max(quota_need + promised + self._used() - self.quota_bytes, 0)
         return quota, disk
@@ -316,12 +332,15 @@ class Room:
             for work in works
         ]
 
-    def _explain(self, what: str, quota_need: int, disk_need: int, kept: Mapping[str, str]) -> str:
+    def _limit(self, *, quota: bool) -> str:
+        """What is in the way of more, for people: the quota's setting, or the disk's."""
+        if quota:
+            return f"modelcache.quota_bytes ({self.quota_bytes}) leaves it"
+        return f"modelcache.reserve_bytes ({self.reserve_bytes}) leaves it of the disk"
+
+    def _explain(self, problem: str, kept: Mapping[str, str]) -> str:
         usage = self.usage()
-        text = (
-            f"{what} needs {max(quota_need, disk_need)} bytes more; the cache at "
-            f"{self.layout.root} takes {usage.bytes_used}"
-        )
+        text = f"{problem}; the cache at {self.layout.root} takes {usage.bytes_used}"
         if usage.quota_bytes is not None:
             text += f" of its quota of {usage.quota_bytes}"
         text += f", the disk has {usage.free_bytes} free, {usage.reserve_bytes} of them reserved"

@@ -8,6 +8,7 @@ lies about without a revision is swept.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,8 @@ from modelcache.records import (
 from modelcache.room import Room
 from modelcache.types import PIECE_BYTES, Manifest, RemoteFile
 from modelcache.views import build_view, view_is_whole, view_of
+
+LOG = logging.getLogger("tidegate.modelcache")
 
 
 class Store:
@@ -133,6 +136,13 @@ class Store:
             use = replace(read_use(directory), **changes)
             write_whole(directory / USE, seal(use), tmp=self.layout.tmp)
 
+    def advise(self, url: str, revision: str, **changes: Any) -> None:
+        """``note_use`` where the disk takes it: it is advice only, so a full disk stops nobody."""
+        try:
+            self.note_use(url, revision, **changes)
+        except OSError as error:
+            LOG.warning("%s: how it is used cannot be noted: %s", url, error)
+
     def set_pin(self, url: str, revision: str, *, pinned: bool) -> None:
         """Pin a revision or let it go."""
         path = self.layout.revision(url, revision) / PIN
@@ -154,12 +164,12 @@ class Store:
         def released() -> None:
             with self.lock():
                 remove_empty(directory, directory.parent)
-                self.note_use(url, revision, used_at_s=self._clock())
+                self.advise(url, revision, used_at_s=self._clock())
 
         directory = self.layout.leases(url, revision)
-        lease = leases.take(self.layout, directory, holder, released)
-        self.note_use(url, revision, used_at_s=self._clock())
-        return lease
+        self.advise(url, revision, used_at_s=self._clock())
+        # Last: whatever failed after it would leave a lease that nobody could release.
+        return leases.take(self.layout, directory, holder, released)
 
     def take_over(self, linked: Path, key: str, sha256: str | None, digests: PieceDigests) -> str:
         """Make a file a blob that was hashed and has a name in the store's directory already."""

@@ -6,9 +6,13 @@ What a step writes lies in a folder named by its result's key, beside a note of 
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from modelcache.files import (
     directories,
@@ -22,6 +26,8 @@ from modelcache.layout import Layout, result_url
 from modelcache.manifest import Job, read_record, seal
 from modelcache.records import name_result
 from modelcache.types import PREPARED, Damaged, Made
+
+LOG = logging.getLogger("tidegate.modelcache")
 
 JOB = "job.json"
 OUTPUT = "output"
@@ -75,26 +81,28 @@ class Work:
 
 def read_works(layout: Layout) -> list[Work]:
     """Every result that is on its way, or was."""
-    return [read_work(layout, path.name) for path in directories(layout.root / PREPARED / "work")]
+    folders = (layout.root / PREPARED / "work", _old_outputs(layout))
+    keys = sorted({path.name for folder in folders for path in directories(folder)})
+    return [read_work(layout, key) for key in keys]
 
 
 def read_work(layout: Layout, key: str) -> Work:
     """The result ``key`` on its way; of nothing if it is not."""
     taken: dict[tuple[int, int], int] = {}
     alone = 0
-    for directory, _, names in os.walk(layout.work(key)):
-        for name in names:
-            try:
-                info = os.lstat(os.path.join(directory, name))
-            except FileNotFoundError:
-                continue  # a step renames and removes as it likes
-            taken[info.st_dev, info.st_ino] = info.st_size
-            # What has another name (of a blob that a step has linked to) frees nothing.
-            alone += info.st_size if info.st_nlink == 1 else 0
-    try:
-        used_at_s = os.stat(layout.work(key)).st_mtime
-    except FileNotFoundError:
-        used_at_s = 0.0
+    used_at_s = 0.0
+    for folder in (layout.work(key), _old_outputs(layout) / key):
+        for directory, _, names in os.walk(folder):
+            for name in names:
+                try:
+                    info = os.lstat(os.path.join(directory, name))
+                except FileNotFoundError:
+                    continue  # a step renames and removes as it likes
+                taken[info.st_dev, info.st_ino] = info.st_size
+                # What has another name (of a blob that a step has linked to) frees nothing.
+                alone += info.st_size if info.st_nlink == 1 else 0
+        with suppress(FileNotFoundError):
+            used_at_s = max(used_at_s, os.stat(folder).st_mtime)
     return Work(
         key=key,
         job=read_job(layout, key),
@@ -122,6 +130,7 @@ def remove_work(layout: Layout, key: str) -> None:
     """Remove a result on its way, and what its step said. Call it with the store locked, for one
     that nobody makes."""
     remove_tree(layout.work(key))
+    remove_tree(_old_outputs(layout) / key)
     remove(layout.step_log(key))
 
 
@@ -139,6 +148,7 @@ def sweep_works(layout: Layout, whole: AbstractSet[str], now_s: float) -> None:
         useless = not (job.whole or job.resumes) if job is not None else work.bytes_taken == 0
         if work.key in whole or useless or now_s - work.used_at_s > LEFTOVER_S:
             remove_tree(layout.work(work.key))
+    _sweep_locks(layout)
     try:
         logs = sorted((layout.root / PREPARED / "logs").iterdir())
     except FileNotFoundError:
@@ -151,15 +161,58 @@ def sweep_works(layout: Layout, whole: AbstractSet[str], now_s: float) -> None:
             remove(log)
 
 
+def has_name(fd: int, path: Path) -> bool:
+    """Whether the file that is open is still the one at ``path``: a lock may be swept between
+    being opened and being locked."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _sweep_locks(layout: Layout) -> None:
+    """Remove the locks of steps that nobody holds. Whoever has one open, and locks it later, asks
+    ``has_name``."""
+    old = layout.root / PREPARED / "locks"  # where they used to lie
+    for path in (*(layout.root / "locks").glob("*.step"), *old.glob("*")):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue  # it stays, and is no harm
+        try:
+            # Shared: whoever asks meanwhile whether the step is being made is not told so.
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            remove(path)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(fd)
+    remove_empty(old)
+
+
+def _old_outputs(layout: Layout) -> Path:
+    """Where whole results used to lie, each in a folder named by its key."""
+    return layout.root / PREPARED / "outputs"
+
+
 def _adopt_old(layout: Layout) -> None:
     """Results used to lie where nobody counted them: they are taken into the cache, or evicted,
-    like any other that is whole."""
-    for folder in directories(layout.root / PREPARED / "outputs"):
-        work = layout.work(folder.name)
-        if work.exists():
-            remove_tree(folder)
-            continue
-        work.mkdir(parents=True)
-        os.rename(folder, work / OUTPUT)
-        note_job(layout, folder.name, Job(made=None, resumes=True, whole=True))
-    remove_empty(layout.root / PREPARED / "outputs")
+    like any other that is whole. One that cannot be taken over now (the disk is full) waits, and
+    can be evicted where it is."""
+    outputs = _old_outputs(layout)
+    for folder in directories(outputs):
+        try:
+            _adopt(layout, folder)
+        except OSError as error:
+            LOG.warning("%s cannot be taken into the cache: %s", folder, error)
+    remove_empty(outputs)
+
+
+def _adopt(layout: Layout, folder: Path) -> None:
+    output = layout.work(folder.name) / OUTPUT
+    if output.exists():
+        remove_tree(folder)
+        return
+    # The note first: without its result it is not whole, and this begins again.
+    note_job(layout, folder.name, Job(made=None, resumes=True, whole=True))
+    os.rename(folder, output)

@@ -35,12 +35,12 @@ def at(path: Path) -> FakeCached:
 
 
 def test_preload_runs_a_model_s_preparation_steps_ahead_of_its_use(tmp_path: Path) -> None:
-    asked: list[tuple[str, Path]] = []
+    asked: list[tuple[str, FakeCached]] = []
 
     @contextmanager
     def transform(
         model: str,
-        source: Path,
+        source: FakeCached,
         holder: str,
         on_progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
@@ -48,9 +48,10 @@ def test_preload_runs_a_model_s_preparation_steps_ahead_of_its_use(tmp_path: Pat
         asked.append((model, source))
         yield at(tmp_path / "prepared")
 
-    models = replace(fake_models(FakeCache(tmp_path)), transform=transform)
+    cache = FakeCache(tmp_path)
+    models = replace(fake_models(cache), transform=transform)
     told = models.run("preload", {"model": URL})
-    assert asked == [(URL, Path(told["path"]))]
+    assert asked == [(URL, cache.models[URL])], "what was fetched, and not what its URL is now"
     assert told["prepared"] == str(tmp_path / "prepared")
 
 
@@ -77,7 +78,7 @@ def test_prewarm_pages_what_engines_open(tmp_path: Path) -> None:
 
 def test_a_model_without_steps_is_what_was_fetched(tmp_path: Path) -> None:
     models = replace(
-        fake_models(FakeCache(tmp_path)), transform=lambda url, path, *_: nullcontext(at(path))
+        fake_models(FakeCache(tmp_path)), transform=lambda url, cached, *_: nullcontext(cached)
     )
     assert models.run("preload", {"model": URL})["prepared"] is None
     assert fake_models(FakeCache(tmp_path)).run("preload", {"model": URL})["prepared"] is None

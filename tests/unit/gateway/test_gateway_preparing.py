@@ -9,13 +9,19 @@ from pathlib import Path
 import pytest
 from folder_store import Rig
 
+from autoscaler.warmth_places import in_place
 from gateway.cache import NodeCache
+from gateway.models import Models
 from gateway.preparing import Transform, make_transform
 from gateway.settings import Settings
 from modelcache.cache import ModelCache
-from modelcache.types import InUse, Progress
+from modelcache.finding import CachedModel
+from modelcache.leases import Lease
+from modelcache.types import InUse, ModelEntry, Progress
 
 WRITE = "import pathlib; pathlib.Path('made').write_bytes(b'made' * 5000)"
+WRITE_WEIGHTS = WRITE.replace("'made')", "'made.safetensors')")
+COPY = "shutil.copy(os.environ['TIDEGATE_INPUT'] + '/made', 'made')"
 URL = "s3://models/m"
 
 
@@ -24,9 +30,12 @@ def rig(tmp_path: Path) -> Rig:
     return Rig(root=tmp_path)
 
 
-def transform_in(cache: ModelCache, model: str) -> Transform:
-    step = {"kind": "command", "argv": [sys.executable, "-c", WRITE]}
-    settings = Settings.model_validate({"modelcache": {"steps": {model: [step]}}})
+def transform_in(cache: ModelCache, model: str, *programs: str) -> Transform:
+    steps = [
+        {"kind": "command", "argv": [sys.executable, "-c", program]}
+        for program in programs or (WRITE,)
+    ]
+    settings = Settings.model_validate({"modelcache": {"steps": {model: steps}}})
     node = NodeCache(cache=cache, transfer=None, peers=None)  # type: ignore[arg-type]
     return make_transform(settings, node, {})
 
@@ -52,12 +61,12 @@ def test_a_result_is_held_by_each_who_uses_it(rig: Rig) -> None:
     seen: list[dict[str, tuple[str, ...]]] = []
     with ExitStack() as first, ExitStack() as second:
         made = first.enter_context(
-            transform(URL, model.path, "m-1", lambda _: seen.append(holders(cache)), never)
+            transform(URL, model, "m-1", lambda _: seen.append(holders(cache)), never)
         )
         assert (made.path / "made").read_bytes() == b"made" * 5000
         assert seen[0]["model"] == ("preparation for m-1",), "what steps read stays meanwhile"
         assert holders(cache) == {"model": (), "result": ("m-1",)}
-        again = second.enter_context(transform(URL, model.path, "m-2", silent, never))
+        again = second.enter_context(transform(URL, model, "m-2", silent, never))
         assert again.path == made.path
         assert holders(cache)["result"] == ("m-1", "m-2")
         with cache.lease(made, "m, at zero"):
@@ -74,8 +83,8 @@ def test_a_model_without_steps_is_what_was_fetched(rig: Rig) -> None:
     cache = rig.cache()
     rig.put("models/m", {"weights": b"weights"})
     model = cache.preload(URL)
-    with transform_in(cache, "s3://models/other")(URL, model.path, "m-1", silent, never) as same:
-        assert same == model
+    with transform_in(cache, "s3://models/other")(URL, model, "m-1", silent, never) as same:
+        assert same is model
 
 
 def test_a_directory_s_result_is_of_that_directory(rig: Rig, tmp_path: Path) -> None:
@@ -83,7 +92,8 @@ def test_a_directory_s_result_is_of_that_directory(rig: Rig, tmp_path: Path) -> 
     folder = tmp_path / "plain"
     folder.mkdir()
     (folder / "weights").write_bytes(b"weights")
-    with transform_in(cache, str(folder))(str(folder), folder, "m-1", silent, never) as made:
+    there = in_place(folder)
+    with transform_in(cache, str(folder))(str(folder), there, "m-1", silent, never) as made:
         (entry,) = cache.ls()
         assert (entry.url, entry.leases) == (made.url, ("m-1",))
         assert entry.made is not None
@@ -99,5 +109,92 @@ def test_a_revision_that_is_no_longer_the_newest_is_still_what_it_was(rig: Rig) 
     older = cache.preload(URL)
     rig.put("models/m", {"weights": b"other"})
     cache.preload(URL)
-    with transform(URL, older.path, "m-1", silent, never) as made:
+    with transform(URL, older, "m-1", silent, never) as made:
         assert (made.path / "made").is_file()
+        entry = result_in(cache)
+        assert entry.made is not None
+        assert (entry.made.model, entry.made.revision) == (URL, older.revision)
+
+
+def result_in(cache: ModelCache) -> ModelEntry:
+    (entry,) = (entry for entry in cache.ls() if entry.made is not None)
+    return entry
+
+
+@pytest.mark.parametrize("verb", ["preload", "prewarm"])
+def test_what_is_asked_for_by_its_revision_is_what_steps_begin_with(rig: Rig, verb: str) -> None:
+    cache = rig.cache()
+    rig.put("models/m", {"weights.safetensors": b"weights"})
+    older = cache.preload(URL)
+    rig.put("models/m", {"weights.safetensors": b"other"})
+    newer = cache.preload(URL)
+    transform = transform_in(cache, URL, WRITE_WEIGHTS)
+    models = Models(
+        cache=cache, prewarm=lambda *_: None, replicate=lambda *_: {}, transform=transform
+    )
+    seen: list[tuple[str, ...]] = []
+
+    def look(progress: Progress) -> None:
+        seen.extend(entry.leases for entry in cache.ls() if entry.revision == older.revision)
+
+    told = models.run(verb, {"model": URL, "revision": older.revision}, on_progress=look)
+    assert (f"preparation for {verb}",) in seen, "what steps read stays meanwhile"
+    with transform(URL, older, "m-1", silent, never) as made:
+        assert told["prepared"] == str(made.path), "what the pool needs, made once"
+    models.run("pin", {"model": URL, "revision": older.revision})
+    assert result_in(cache).pinned
+    models.run("unpin", {"model": URL})
+    models.run("evict", {"model": URL, "revision": older.revision})
+    assert [(entry.url, entry.revision) for entry in cache.ls()] == [(URL, newer.revision)]
+
+
+def test_a_result_that_is_there_costs_one_lease(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is made then, so what steps would read need not stay."""
+    cache = rig.cache()
+    rig.put("models/m", {"weights": b"weights"})
+    model = cache.preload(URL)
+    with transform_in(cache, URL)(URL, model, "m-1", silent, never) as made:
+        pass
+    taken: list[str] = []
+    lease = cache.lease
+
+    def count(model: CachedModel, holder: str) -> Lease:
+        taken.append(holder)
+        return lease(model, holder)
+
+    monkeypatch.setattr(cache, "lease", count)
+    # One that has started since does not know that it is there.
+    with transform_in(cache, URL)(URL, model, "m-2", silent, never) as again:
+        assert (again.path, taken) == (made.path, ["m-2"])
+
+
+def test_a_result_is_let_go_where_its_model_cannot_be(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = rig.cache()
+    rig.put("models/m", {"weights": b"weights"})
+    model = cache.preload(URL)
+
+    def fail() -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(cache, "lease", lambda model, holder: Lease(holder, fail))
+    with (
+        pytest.raises(OSError, match="no space left"),
+        transform_in(cache, URL)(URL, model, "m-1", silent, never),
+    ):
+        raise AssertionError("it is not used")
+    assert holders(cache) == {"model": (), "result": ()}
+
+
+def test_a_step_on_the_way_to_a_result_is_not_made_again_for_it(rig: Rig) -> None:
+    cache = rig.cache()
+    rig.put("models/m", {"weights": b"weights"})
+    model = cache.preload(URL)
+    transform = transform_in(cache, URL, WRITE, "import shutil, os; " + COPY)
+    with transform(URL, model, "m-1", silent, never) as made:
+        (between,) = (one.url for one in cache.ls() if one.made and one.url != made.url)
+    cache.evict(between)
+    with transform(URL, model, "m-2", silent, never) as again:
+        assert again.path == made.path
+        assert between not in [entry.url for entry in cache.ls()]

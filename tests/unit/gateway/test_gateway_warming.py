@@ -1,16 +1,18 @@
-"""Who stands back for other readers of a disk, and who does not."""
+"""Who stands back for other readers of a disk, and where a pool's model is."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gateway.cache import prewarm_behind
-from gateway.warming import prewarm
+from gateway.settings import Settings
+from gateway.warming import locate, prewarm
 from modelcache.foreground import ForegroundReads
-from modelcache.types import FileRange
+from modelcache.types import FileRange, NotFound
 
 
 @pytest.mark.parametrize(("way", "stands_back"), [(prewarm_behind, True), (prewarm, False)])
@@ -26,3 +28,31 @@ def test_a_wake_waits_for_nobody_and_all_else_for_everybody(
     (tmp_path / "x").write_bytes(b"x")
     way([FileRange(path=str(tmp_path / "x"))], lambda progress: None, lambda: False)
     assert [isinstance(one, ForegroundReads) for one in seen] == [stands_back]
+
+
+def test_a_model_is_where_its_steps_have_left_it(tmp_path: Path) -> None:
+    plain, kept = tmp_path / "plain", tmp_path / "kept"
+    for folder in (plain, kept):
+        folder.mkdir()
+        (folder / "x").write_bytes(b"x")
+    step = {"kind": "command", "argv": [sys.executable, "-c", "open('made', 'w').write('1')"]}
+    settings = Settings.model_validate(
+        {
+            "modelcache": {"dir": str(tmp_path / "cache"), "steps": {str(kept): [step]}},
+            "pools": [
+                {"name": name, "engine": "vllm", "model": model}
+                for name, model in (
+                    ("plain", str(plain)),
+                    ("kept", str(kept)),
+                    ("named", "org/name"),
+                    ("away", "s3://models/m"),
+                )
+            ],
+        }
+    )
+    at = {one.name: one for one in settings.pools}
+    assert locate(at["plain"], settings, {}) == str(plain)
+    assert (Path(locate(at["kept"], settings, {})) / "made").is_file()
+    assert locate(at["named"], settings, {}) == "org/name"
+    with pytest.raises(NotFound, match="tidegate model preload"):
+        locate(at["away"], settings, {})

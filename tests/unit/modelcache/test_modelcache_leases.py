@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import subprocess
 import sys
 import threading
@@ -166,3 +169,31 @@ def test_another_processs_lease_ends_with_it(rig: Rig, killed: bool) -> None:
     cache.evict(model.url)
     assert not directory_of(rig, model).exists()
     assert count_bytes(cache.dir) == 0
+
+
+def test_a_lease_that_cannot_be_written_leaves_nothing_open(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = rig.cache()
+    model = cache.preload(rig.put("models/a", DATA))
+
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = open_below(cache.dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(leases.os, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            leases.take(cache.store.layout, directory_of(rig, model), "m-1", lambda: None)
+    assert open_below(cache.dir) == before
+    assert cache.ls()[0].leases == ()
+    assert list(cache.store.layout.tmp.iterdir()) == []
+
+
+def open_below(directory: Path) -> list[str]:
+    """What this process has open in a directory."""
+    found = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(entry))
+    return sorted(path for path in found if path.startswith(str(directory)))

@@ -1,0 +1,360 @@
+"""Who holds models and what preparation steps have made of them: leases of ``Warmth``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_warmth import URL, Model, Node, pool, run, until
+
+from autoscaler.warmth_parts import Cancelled, OnProgress
+from autoscaler.warmth_places import Leases
+from modelcache.leases import Lease
+from modelcache.types import Cancelled as CalledOff
+from modelcache.types import Tier
+
+
+class Gate:
+    """Holds whoever comes to lease something until the test lets them go on."""
+
+    def __init__(self) -> None:
+        self.begun, self.go, self.left = threading.Event(), threading.Event(), threading.Event()
+        self._kept: list[Any] = []
+
+    def before(
+        self, lease: Callable[..., contextlib.AbstractContextManager[Any]]
+    ) -> Callable[..., contextlib.AbstractContextManager[Any]]:
+        @contextlib.contextmanager
+        def slow(*asked: Any) -> Iterator[Any]:
+            self.begun.set()
+            assert self.go.wait(60)
+            try:
+                with lease(*asked) as held:
+                    yield held
+            finally:
+                self.left.set()
+
+        def keep(*asked: Any) -> Any:
+            self._kept.append(slow(*asked))  # or who forgets it would let go of it
+            return self._kept[-1]
+
+        return keep
+
+    async def call_off(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Begin this, and call it off once it waits here."""
+        task = asyncio.create_task(work)
+        assert await asyncio.to_thread(self.begun.wait, 60)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    async def let_on(self) -> None:
+        """Whoever waits here goes on, and lets go again."""
+        self.go.set()
+        assert await asyncio.to_thread(self.left.wait, 10), "what was called off is held for good"
+
+
+def transforming(
+    root: Path, made: list[tuple[str, Any]], held: list[str] | None = None
+) -> Callable[..., contextlib.AbstractContextManager[Model]]:
+    """Preparation steps whose result is noted in ``made``, and who holds it in ``held``."""
+
+    @contextlib.contextmanager
+    def transform(
+        model: str, source: Any, holder: str, tell: OnProgress, cancelled: Cancelled
+    ) -> Iterator[Model]:
+        made.append((model, source))
+        result = root / "made"
+        result.mkdir(exist_ok=True)
+        (result / "a.safetensors").write_bytes(b"made")
+        names = [] if held is None else held
+        names.append(holder)
+        try:
+            yield Model("prepared://key", "made", result)
+        finally:
+            names.remove(holder)
+
+    return transform
+
+
+def test_preparation_steps_are_run_once_and_their_result_is_what_starts(tmp_path: Path) -> None:
+    remote = pool()
+    made: list[tuple[str, Any]] = []
+
+    node = Node(tmp_path, remote, transform=transforming(tmp_path, made))
+
+    async def story() -> None:
+        spec = await node.prepare(remote)
+        await node.prepare(remote, "m-2")
+        assert spec.pool.model == str(tmp_path / "made")
+        assert made == [(URL, node.cache.model())]
+        await node.warmth.settle(remote, Tier.FORKED)
+        assert node.standbys.there["m"].pool.model == str(tmp_path / "made")
+
+    run(node, story)
+
+
+def test_what_steps_have_made_is_leased_by_each_who_uses_it(tmp_path: Path) -> None:
+    """A running, starting or standing-by replica reads the result, so the result must stay."""
+    remote = pool()
+    held: list[str] = []
+    node = Node(tmp_path, remote, transform=transforming(tmp_path, [], held))
+
+    async def story() -> None:
+        await node.prepare(remote)
+        assert (held, node.cache.results) == (["m-1"], [])
+        await node.prepare(remote, "m-2")
+        assert (held, node.cache.results) == (["m-1"], ["m-2"])
+        await node.warmth.settle(remote, Tier.PAGED)
+        assert node.cache.results == ["m-2", "m, at zero"]
+        await node.warmth.settle(remote, Tier.FORKED)
+        assert node.cache.results == ["m-2", "m, at zero"], "once, however often it is settled"
+        await node.warmth.release("m-1")
+        await node.warmth.release("m-2")
+        assert (held, node.cache.results) == ([], ["m, at zero"])
+        await node.warmth.settle(remote, Tier.ON_DISK)
+        assert (held, node.cache.results) == ([], [])
+
+    run(node, story)
+
+
+def test_a_directory_s_results_are_leased_too(tmp_path: Path) -> None:
+    local = pool(str(tmp_path))
+    held: list[str] = []
+    node = Node(tmp_path, local, transform=transforming(tmp_path, [], held))
+
+    async def story() -> None:
+        await node.warmth.look(local)
+        await node.warmth.settle(local, Tier.PAGED)
+        assert held == ["m, at zero"]
+        await node.warmth.settle(local, Tier.PAGED)
+        assert held + node.cache.results == ["m, at zero"]
+        await node.prepare(local)
+        assert sorted(held + node.cache.results) == ["m, at zero", "m-1"]
+
+    run(node, story)
+
+
+def test_a_result_that_was_evicted_is_made_again(tmp_path: Path) -> None:
+    remote = pool()
+    made: list[tuple[str, Any]] = []
+    held: list[str] = []
+    node = Node(tmp_path, remote, transform=transforming(tmp_path, made, held))
+
+    async def story() -> None:
+        await node.prepare(remote)
+        await node.warmth.release("m-1")
+        node.cache.results_evicted = True
+        spec = await node.prepare(remote, "m-2")
+        assert len(made) == 2
+        assert held == ["m-2"]
+        assert spec.pool.model == str(tmp_path / "made")
+
+    run(node, story)
+
+
+@pytest.mark.parametrize("at", ["the model", "what is made", "what was made"])
+@pytest.mark.parametrize("end", ["released", "closed"])
+def test_a_start_that_is_called_off_holds_nothing_however_late_its_lease_comes(
+    tmp_path: Path, at: str, end: str
+) -> None:
+    remote = pool()
+    held: list[str] = []
+    gate = Gate()
+    transform = transforming(tmp_path, [], held)
+    slow = gate.before(transform) if at == "what is made" else transform
+    node = Node(tmp_path, remote, transform=slow)
+    node.cache.here = True
+
+    async def story() -> None:
+        if at == "what was made":
+            await node.prepare(remote, "m-0")
+            await node.warmth.release("m-0")
+        lease = node.cache.lease
+        if at == "the model":
+            node.cache.lease = gate.before(lease)  # type: ignore[method-assign]
+        elif at == "what was made":
+            node.cache.lease = lambda model, holder: (  # type: ignore[method-assign]
+                lease if model.url == URL else gate.before(lease)
+            )(model, holder)
+        await gate.call_off(node.prepare(remote))
+        if end == "released":
+            await node.warmth.release("m-1")
+            assert node.cache.leases == []
+        else:
+            await node.warmth.close()
+        await gate.let_on()
+        assert (held, node.cache.leases, node.cache.results) == ([], [], [])
+        if end == "released":
+            await node.warmth.close()
+
+    asyncio.run(story())
+
+
+def test_a_pool_at_zero_that_is_called_off_holds_nothing_once_it_is_colder(tmp_path: Path) -> None:
+    remote = pool()
+    held: list[str] = []
+    gate = Gate()
+    node = Node(tmp_path, remote, transform=gate.before(transforming(tmp_path, [], held)))
+    node.cache.here = True
+
+    async def story() -> None:
+        await gate.call_off(node.warmth.settle(remote, Tier.PAGED))
+        await node.warmth.settle(remote, Tier.ON_DISK)
+        await gate.let_on()
+        assert (held, node.cache.leases) == ([], [])
+        await node.warmth.settle(remote, Tier.PAGED)
+        assert (held, node.cache.leases) == (["m, at zero"], ["m, at zero"])
+
+    run(node, story)
+
+
+def test_letting_go_is_not_called_off(tmp_path: Path) -> None:
+    remote = pool()
+    node = Node(tmp_path, remote)
+    node.cache.here = True
+    busy = threading.Event()
+
+    async def story() -> None:
+        await node.prepare(remote)
+        threads = [
+            asyncio.create_task(node.warmth._run(lambda _: busy.wait(60))) for _ in range(32)
+        ]
+        await asyncio.sleep(0)
+        release = asyncio.create_task(node.warmth.release("m-1"))
+        await asyncio.sleep(0)
+        release.cancel()
+        await asyncio.gather(release, return_exceptions=True)
+        busy.set()
+        await asyncio.gather(*threads)
+        await until(lambda: node.cache.leases == [])
+
+    run(node, story)
+
+
+def test_a_pool_without_steps_leases_its_model_once(tmp_path: Path) -> None:
+    """Steps of another pool cost it nothing: neither a lease nor a thread."""
+    remote = pool()
+
+    @contextlib.contextmanager
+    def same(*asked: Any) -> Iterator[Model]:
+        yield node.cache.model()
+
+    node = Node(tmp_path, remote, transform=same)
+    node.cache.here = True
+    began: list[str] = []
+
+    async def story() -> None:
+        await node.prepare(remote)
+        await node.paged()
+        submit = node.warmth._threads.submit
+
+        def count(*asked: Any) -> Any:
+            began.append("a thread's work")
+            return submit(*asked)
+
+        node.warmth._threads.submit = count  # type: ignore[method-assign]
+        spec = await node.prepare(remote, "m-2")
+        assert spec.pool.model == str(tmp_path / "view")
+        assert len(began) == 2, "a look and a lease"
+        assert (node.cache.leases, node.cache.results) == (["m-1", "m-2"], [])
+        await node.warmth.settle(remote, Tier.PAGED)
+        assert node.cache.leases == ["m-1", "m-2", "m, at zero"]
+
+    run(node, story)
+
+
+def test_a_directory_is_given_to_its_steps_as_what_it_is(tmp_path: Path) -> None:
+    local = pool(str(tmp_path))
+    given: list[tuple[str, Any]] = []
+    node = Node(tmp_path, local, transform=transforming(tmp_path, given))
+
+    async def story() -> None:
+        await node.prepare(local)
+        ((name, source),) = given
+        assert (name, source.url) == (str(tmp_path), str(tmp_path))
+        assert (source.revision, source.path, source.manifest) == ("in place", tmp_path, None)
+
+    run(node, story)
+
+
+def taken(holders: list[str], holder: str) -> Lease:
+    """A lease that is there before it is entered, as the cache's are."""
+    holders.append(holder)
+    return Lease(holder, lambda: holders.remove(holder))
+
+
+def test_leases_hold_until_they_are_closed_and_nothing_after_that() -> None:
+    held: list[str] = []
+    leases = Leases()
+    part = leases.part()
+    assert part.enter(taken(held, "a")).holder == "a"
+    leases.enter(taken(held, "b"))
+    assert leases.refuse()
+    with pytest.raises(CalledOff):
+        part.enter(taken(held, "c"))
+    assert held == ["a", "b"], "refusing lets go of nothing"
+    leases.close()
+    assert held == []
+    assert not leases.refuse()
+    for closed in (leases, part, leases.part()):
+        with pytest.raises(CalledOff):
+            closed.enter(taken(held, "d"))
+    assert held == []
+    leases.close()
+
+
+def test_a_part_that_is_closed_is_held_no_longer_and_the_rest_is() -> None:
+    held: list[str] = []
+    leases = Leases()
+    one, other = leases.part(), leases.part()
+    one.enter(taken(held, "a"))
+    other.enter(taken(held, "b"))
+    one.close()
+    assert held == ["b"]
+    assert leases.refuse()
+    other.close()
+    assert not leases.refuse()
+
+
+def test_a_lease_that_cannot_be_released_does_not_keep_the_others() -> None:
+    held: list[str] = []
+    leases = Leases()
+    leases.part().enter(taken(held, "a"))
+    leases.enter(taken(held, "b"))
+
+    def fail() -> None:
+        raise OSError("the disk is away")
+
+    leases.enter(Lease("c", fail))
+    with pytest.raises(OSError, match="away"):
+        leases.close()
+    assert held == []
+
+
+def test_leases_are_closed_under_threads_that_enter() -> None:
+    def enter(leases: Leases, held: list[str], start: threading.Barrier, name: int) -> None:
+        start.wait()
+        for number in range(20):
+            with contextlib.suppress(CalledOff):
+                leases.part().enter(taken(held, f"{name}-{number}"))
+
+    for _ in range(20):
+        held: list[str] = []
+        leases = Leases()
+        start = threading.Barrier(9)
+        threads = [
+            threading.Thread(target=enter, args=(leases, held, start, name)) for name in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        start.wait()
+        leases.close()
+        for thread in threads:
+            thread.join()
+        assert held == []
