@@ -8,6 +8,7 @@ last. Stopped anywhere, the next attempt goes on from what is there.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,8 @@ from modelcache.types import (
     RemoteFile,
 )
 from modelcache.want import Salvage, Transfer, Want
+
+LOG = logging.getLogger("tidegate.modelcache")
 
 LINKED = "linked"
 RECORD_BYTES = 4_096
@@ -105,7 +108,12 @@ class Fetch:
             if file.linked or (file.local is not None and file.digest is None):
                 self._take_over(file)
         self._download()
-        return self._complete(time.monotonic() - began_s)
+        took_s = time.monotonic() - began_s
+        manifest = self._complete(took_s)
+        if self._fetched_bytes:
+            megabytes = self._fetched_bytes / 1e6
+            LOG.info("%s: fetched %.1f MB in %.1f s", self.want.ref.url, megabytes, took_s)
+        return manifest
 
     def _recognise(self) -> None:
         """Find what is here already. A blob that was touched since is hashed again first."""

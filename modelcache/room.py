@@ -6,6 +6,7 @@ remembered can be wrong after a kill.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -34,6 +35,8 @@ from modelcache.records import (
 from modelcache.types import PREPARED, InUse, NoSpace
 from modelcache.views import remove_view, view_of
 from modelcache.works import Work, read_works, remove_work, sweep_works
+
+LOG = logging.getLogger("tidegate.modelcache")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +133,7 @@ class Room:
         by_disk = choose(self._candidates(records, works, keep, on_disk=True), short_disk, now_s)
         if not (by_quota.enough and by_disk.enough):
             names = {one.key: one.name for one in records} | {one.url: one.name for one in works}
-            kept = {names[key]: why for key, why in by_quota.kept.items()}
+            kept = {names[key]: why for key, why in by_quota.kept.items() if key != keep}
             if grown_bytes is None:
                 problem = f"{what} needs {max(quota_need, disk_need)} bytes more"
             else:
@@ -163,8 +166,10 @@ class Room:
     def _remove(self, records: Sequence[Record], works: Sequence[Work] = ()) -> None:
         """Remove revisions and whatever only they had, and results on their way."""
         for work in works:
+            LOG.info("evicted: %s", work.name)
             remove_work(self.layout, work.key)
         for record in records:
+            LOG.info("evicted: %s", record.name)
             directory = self.layout.revision(record.url, record.revision)
             for name in (MANIFEST, SPARE, FETCHING, PIN, USE):
                 remove(directory / name)
