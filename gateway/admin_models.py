@@ -20,7 +20,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from gateway.admin_answers import error, read_object
-from gateway.models import SLOW_VERBS, Models, as_json, error_of, read_body
+from gateway.model_errors import BAD_VALUE, error_of
+from gateway.models import SLOW_VERBS, Models, as_json
 from modelcache.types import Cancelled, Progress
 
 log = logging.getLogger("tidegate.models")
@@ -62,9 +63,11 @@ class ModelRoutes:
         if isinstance(body, Response):
             return body
         try:
-            read_body(verb, body)
+            self._models.read(verb, body)
         except ValueError as problem:
-            return error(400, "bad_value", f"{problem}.", param=str(problem).partition(":")[0])
+            field = str(problem).partition(":")[0]
+            param = field if field in body else "model"
+            return error(400, BAD_VALUE, str(problem), param=param)
         return body
 
     async def _run_quick(self, verb: str, request: Request) -> Response:
@@ -154,10 +157,13 @@ def _line(value: dict[str, Any]) -> bytes:
 
 _ABOUT = {
     "preload": 'Bring {"model": "URL", "revision": null} to the disk; answers in JSON lines.',
-    "prewarm": 'Bring the weights of {"model": "URL"} into the page cache; JSON lines.',
+    "prewarm": 'Bring the weights of {"model": "URL"} into the page cache, of one tensor-parallel '
+    'rank with {"rank": 0, "world_size": 2}; JSON lines.',
     "verify": 'Read {"model": "URL"} again and compare; {"repair": true} mends it; JSON lines.',
     "replicate": 'Have other sites preload {"model": "URL", "sites": ["eu"]}; JSON lines.',
     "pin": 'Keep {"model": "URL"} on the disk whatever happens.',
     "unpin": 'Let {"model": "URL"} be evicted again.',
-    "evict": 'Take {"model": "URL"} from the disk; {"force": true} also where it is pinned.',
+    "evict": 'Take {"model": "URL", "revision": null} from the disk, the newest where none is '
+    'named; {"all": true} all revisions, {"prepared": true} only what steps have made of it, '
+    '{"force": true} also where it is pinned.',
 }

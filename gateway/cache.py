@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gateway.model_names import pools_of
 from gateway.model_parts import IsCancelled, Keeper, OnProgress
 from gateway.models import Models
 from gateway.settings import Settings
@@ -98,6 +99,7 @@ def make_models(
         keeper=keeper,
         traffic=lambda: describe(node.peers, node.transfer),
         transform=make_transform(settings, node, environ) if settings.modelcache.steps else None,
+        pools=pools_of(settings),
     )
 
 

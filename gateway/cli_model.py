@@ -6,23 +6,16 @@ in use and keeps pages; where none does, the verbs work on the cache's directory
 
 from __future__ import annotations
 
-import os
-import threading
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import typer
 
-from gateway import cli_client, cli_render_models
+from gateway import cli_render_models
 from gateway.cli_base import Admin, AsJson, Config, Sets, as_text, load, out, screen
+from gateway.cli_model_doers import find_doer, name_model
 from gateway.cli_progress import Bar
-from modelcache.types import PREPARED, Progress
-
-if TYPE_CHECKING:
-    from gateway.models import Models
-    from gateway.settings import Settings
 
 model_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -31,148 +24,20 @@ ModelName = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A URL (hf://, s3://, gs://, oss://, https://, file://), org/name of a hub, a "
-        "directory, a pool's name, or prepared://KEY for what steps have made.",
+        "directory, the name of a pool of whoever is asked, or prepared://KEY for what steps have "
+        "made.",
     ),
 ]
 Revision = Annotated[
     str | None,
     typer.Option(
-        "--revision", "-r", metavar="NAME", help="Branch, tag or commit; else the newest."
+        "--revision",
+        "-r",
+        metavar="NAME",
+        help="Branch, tag or commit; of what is here the beginning will do (6 characters). Else "
+        "the newest.",
     ),
 ]
-
-_CALL_OFF_S = 30.0
-
-
-class Doer(Protocol):
-    """Whoever does it: this process, or one that runs already."""
-
-    def listing(self) -> dict[str, Any]:
-        """What is there."""
-        ...
-
-    def run(
-        self, verb: str, body: dict[str, Any], on_progress: Callable[[Progress], None]
-    ) -> dict[str, Any]:
-        """Do it, and tell what was done."""
-        ...
-
-
-class Remote:
-    """The admin listener of one that runs."""
-
-    def __init__(self, base: str) -> None:
-        self._base = base
-
-    def listing(self) -> dict[str, Any]:
-        """What is there."""
-        return cli_client.ask(self._base, "/models")
-
-    def run(
-        self, verb: str, body: dict[str, Any], on_progress: Callable[[Progress], None]
-    ) -> dict[str, Any]:
-        """Do it, and tell what was done."""
-        from gateway.models import SLOW_VERBS
-
-        if verb not in SLOW_VERBS:
-            return cli_client.ask(self._base, f"/models/{verb}", body)
-        return cli_client.follow(
-            self._base, f"/models/{verb}", body, lambda told: on_progress(progress_of(told))
-        )
-
-
-class Here:
-    """This process, on the cache's directory."""
-
-    def __init__(self, models: Models) -> None:
-        self._models = models
-
-    def listing(self) -> dict[str, Any]:
-        """What is there."""
-        return self._models.listing()
-
-    def run(
-        self, verb: str, body: dict[str, Any], on_progress: Callable[[Progress], None]
-    ) -> dict[str, Any]:
-        """Do it, and tell what was done. Ctrl-C calls it off in good order first."""
-        left = threading.Event()
-        ends: list[dict[str, Any] | BaseException] = []
-
-        def work() -> None:
-            try:
-                ends.append(
-                    self._models.run(verb, body, on_progress=on_progress, cancelled=left.is_set)
-                )
-            except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
-                ends.append(error)
-
-        thread = threading.Thread(target=work, name=f"model {verb}", daemon=True)
-        thread.start()
-        try:
-            while thread.is_alive():
-                thread.join(0.2)
-        except KeyboardInterrupt:
-            left.set()
-            thread.join(_CALL_OFF_S)
-            raise
-        (end,) = ends
-        if isinstance(end, BaseException):
-            raise end
-        return end
-
-
-def progress_of(told: Mapping[str, Any]) -> Progress:
-    """Progress as an admin listener tells it."""
-    return Progress(
-        phase=str(told.get("phase")),
-        bytes_done=int(told.get("bytes_done") or 0),
-        bytes_total=told.get("bytes_total"),
-        rate_bytes_s=told.get("rate_bytes_s"),
-        detail=str(told.get("detail") or ""),
-    )
-
-
-def find_doer(admin: str | None, settings: Settings) -> Doer:
-    """Who does it: the one named, the one that runs here, else this process."""
-    if admin is not None:
-        try:
-            return Remote(cli_client.check_address(admin))
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-    from gateway.running import AGENT_NAME, RECORD_NAME, read_record
-
-    for name in (RECORD_NAME, AGENT_NAME):
-        running = read_record(settings.state_dir, name)
-        if running is not None:
-            return Remote(running.admin_url)
-    from gateway.cache import open_models
-
-    return Here(open_models(settings, os.environ))
-
-
-def name_model(text: str, settings: Settings) -> str:
-    """The URL or path that is meant: a pool's name stands for its model, a path is absolute.
-
-    ``typer.BadParameter`` for what is none of these.
-    """
-    from modelcache.refs import PATH, parse_ref
-
-    if text.startswith(f"{PREPARED}://"):
-        return text
-    for pool in settings.pools:
-        if text == pool.name or text in pool.aliases:
-            text = pool.model or text
-            break
-    here = Path(text).expanduser()
-    if "://" not in text and here.is_dir():
-        return os.path.abspath(here)
-    try:
-        ref = parse_ref(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    if ref.scheme == PATH:
-        raise typer.BadParameter(f"there is no directory {text}")
-    return ref.url if ref.revision is None else text
 
 
 def _do(
@@ -186,11 +51,11 @@ def _do(
     """One verb: done, shown, and its answer."""
     admin, config, sets = where
     settings = load(config, sets).settings
-    url = name_model(model, settings)
+    doer = find_doer(admin, settings)
     given = {name: value for name, value in options.items() if value not in (None, False, [])}
-    body = {"model": url, "revision": revision, **given}
+    body = {"model": name_model(model, doer), "revision": revision, **given}
     with Bar(f"{verb} {model}") as bar:
-        told = find_doer(admin, settings).run(verb, body, bar.show)
+        told = doer.run(verb, body, bar.show)
     out(as_text(told) if as_json else cli_render_models.done(told))
     return told
 
@@ -302,7 +167,7 @@ def model_unpin(
     config: Config = None,
     sets: Sets = None,
 ) -> int:
-    """Let a pinned model be evicted again.
+    """Let a pinned model be evicted again, all its revisions unless one is named.
 
     **Example:** `tidegate model unpin hf://Qwen/Qwen3-8B`
     """
@@ -321,21 +186,30 @@ def model_evict(
         bool,
         typer.Option("--prepared", help="Only what preparation steps have made of it, not itself."),
     ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All its revisions, not the newest alone.")
+    ] = False,
     as_json: AsJson = False,
     admin: Admin = None,
     config: Config = None,
     sets: Sets = None,
 ) -> int:
-    """Take a model from this node's disk, with what preparation steps have made of it.
+    """Take a revision of a model from this node's disk, with what preparation steps made of it.
 
-    Files that another revision has too stay. Where some of it is in use nothing goes.
+    It is the newest that is here unless `--revision` names one or `--all` takes them all; the
+    answer says which went and which are left. Files that another revision has too stay. Where some
+    of it is in use nothing goes.
 
     **Examples:** `tidegate model evict hf://Qwen/Qwen3-8B`,
     `tidegate model evict Qwen/Qwen3-8B --revision main --force`,
+    `tidegate model evict Qwen/Qwen3-8B --all`,
     `tidegate model evict my-pool --prepared`
     """
+    if everything and revision is not None:
+        raise typer.BadParameter("--all and --revision do not go together")
     where = (admin, config, sets)
-    _do("evict", model, revision, as_json, where, force=force, prepared=prepared)
+    options = {"force": force, "prepared": prepared, "all": everything}
+    _do("evict", model, revision, as_json, where, **options)
     return 0
 
 

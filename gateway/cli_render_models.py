@@ -129,32 +129,56 @@ def done(told: Mapping[str, Any]) -> str:
     if verb == "replicate":
         return "".join(_site(name, one) for name, one in (told.get("sites") or {}).items())
     if verb == "evict":
-        what = f"What was made of {model}" if told.get("prepared") else model
-        return f"{what} is evicted; {size(told.get('freed_bytes'))} are free again.\n"
+        return _evicted(told)
     if verb == "pin":
         return f"{model} is pinned; `tidegate model unpin` lets it be evicted again.\n"
     return f"{model} may be evicted again.\n"
 
 
+def _evicted(told: Mapping[str, Any]) -> str:
+    gone = " and ".join(short(one) for one in told.get("revisions") or ())
+    model = f"{told.get('model')} {gone}".rstrip()
+    what = f"What was made of {model}" if told.get("prepared") else model
+    text = f"{what} is evicted; {size(told.get('freed_bytes'))} are free again.\n"
+    left = [short(one) for one in told.get("left") or ()]
+    if left and not told.get("prepared"):
+        text += f"Still here: {', '.join(left)} (`--revision` names one, `--all` all).\n"
+    return text
+
+
 def _preloaded(told: Mapping[str, Any], took: str) -> str:
-    model, path = told.get("model"), told.get("path")
+    """What is opened in the end stands last: the result of the steps, where there are any."""
+    model, path, made = told.get("model"), told.get("path"), told.get("prepared")
     if told.get("size_bytes") is None:
-        return f"{model} is used where it lies: {path}\n"
-    what = f"{model} {short(told.get('revision'))}, {size(told['size_bytes'])}"
-    if told.get("was_there"):
-        return f"{what}, was there already: {path}\n"
-    return f"{what} in {told.get('files')} files ({took}): {path}\n"
+        text = f"{model} is used where it lies"
+    else:
+        text = f"{model} {short(told.get('revision'))}, {size(told['size_bytes'])}"
+        if told.get("was_there"):
+            text += ", was there already"
+        else:
+            text += f" in {told.get('files')} files ({took})"
+    if made and told.get("prepared_s") is not None:
+        text += f", prepared in {duration(told['prepared_s'])}"
+    elif made:
+        text += ", prepared already"
+    note = f"Note: {told['note']}\n" if told.get("note") else ""
+    return f"{text}: {made or path}\n{note}"
 
 
 def _verified(told: Mapping[str, Any], took: str) -> str:
     damage = told.get("damage") or []
+    model = told.get("model")
+    if told.get("revision"):
+        model = f"{model} {short(told['revision'])}"
     if not damage:
-        return f"{told.get('model')}: every byte is what it was ({took}).\n"
-    lines = [
-        f"{told.get('model')}: {len(damage)} damaged{', mended' if told.get('repaired') else ''}"
-    ]
-    lines += [f"  {' '.join(f'{name}={value}' for name, value in one.items())}" for one in damage]
-    return "\n".join(lines) + "\n"
+        return f"{model}: every byte is what it was ({took}).\n"
+    lines = [f"{model}: {len(damage)} damaged{', mended' if told.get('repaired') else ''}"]
+    return "\n".join([*lines, *map(_damage, damage)]) + "\n"
+
+
+def _damage(one: Mapping[str, Any]) -> str:
+    piece = "" if one.get("piece") is None else f" (piece {one['piece']})"
+    return f"  {one.get('path')}: {one.get('problem') or 'it is damaged'}{piece}"
 
 
 def _site(name: str, outcome: Mapping[str, Any]) -> str:

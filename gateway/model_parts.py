@@ -67,6 +67,14 @@ class Cache(Protocol):
         """A model that is on the disk, whole."""
         ...
 
+    def name(self, url: str, revision: str | None = None) -> tuple[str, str | None]:
+        """The canonical URL and the exact revision that are meant, by what is on the disk."""
+        ...
+
+    def revisions(self, url: str) -> Sequence[str]:
+        """The revisions of a model that are there, whole or not."""
+        ...
+
     def pin(self, url: str, revision: str | None = None) -> None:
         """Keep it whatever happens."""
         ...

@@ -11,9 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
+from fnmatch import fnmatch
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from gateway.model_names import PoolModel, find_model, names_of
 from gateway.model_parts import (
     Cache,
     Cached,
@@ -25,17 +28,7 @@ from gateway.model_parts import (
     Transform,
     nothing_read,
 )
-from modelcache.types import (
-    CacheError,
-    Cancelled,
-    Damaged,
-    FileRange,
-    InUse,
-    NoSpace,
-    NotFound,
-    Progress,
-    SourceError,
-)
+from modelcache.types import PREPARED, CacheError, FileRange, NotFound, Progress
 
 SLOW_VERBS = ("preload", "prewarm", "verify", "replicate")
 """Verbs that take long and tell how far they are."""
@@ -51,19 +44,14 @@ _OPTIONS: Mapping[str, Mapping[str, type]] = {
     "replicate": {"sites": list},
     "pin": {},
     "unpin": {},
-    "evict": {"force": bool, "prepared": bool},
+    "evict": {"force": bool, "prepared": bool, "all": bool},
 }
 
-_ERRORS: tuple[tuple[type[CacheError], int, str], ...] = (
-    (NotFound, 404, "model_not_found"),
-    (SourceError, 502, "source_failed"),
-    (InUse, 409, "model_in_use"),
-    (NoSpace, 507, "no_space"),
-    (Damaged, 500, "model_damaged"),
-    (Cancelled, 499, "cancelled"),
-    (CacheError, 500, "cache_failed"),
-)
-"""Error classes, the more special ones first, with the status and the reason they are told by."""
+WEIGHTS = ("*.safetensors", "*.gguf")
+"""What engines read their weights from."""
+NO_WEIGHTS = f"it has no weights ({', '.join(WEIGHTS)})"
+MOST_LOOKED_AT = 100_000
+"""Files of a directory among which weights are looked for, where nobody knows what is in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +70,8 @@ class Models:
     """What this process has read from stores and from peers, and given to them."""
     transform: Transform | None = None
     """Runs a model's preparation steps, where it has any."""
+    pools: tuple[PoolModel, ...] = ()
+    """The pools that are served here; their names stand for their models."""
 
     def listing(self) -> dict[str, Any]:
         """Every revision that is on the disk or on its way, and what all of it takes."""
@@ -90,7 +80,15 @@ class Models:
             "usage": as_json(self.cache.usage()),
             "traffic": as_json(self.traffic()),
             "models": [as_json(entry) for entry in self.cache.ls()],
+            "pools": names_of(self.pools),
         }
+
+    def read(self, verb: str, body: Mapping[str, Any]) -> tuple[str, str | None, dict[str, Any]]:
+        """The model that ``body`` means, by its canonical URL or its path, the revision it names,
+        and the verb's own options. ``ValueError`` says what is wrong."""
+        name, revision, options = read_body(verb, body)
+        url, revision = find_model(name, revision, self.pools)
+        return url, revision, options
 
     def run(
         self,
@@ -104,7 +102,7 @@ class Models:
 
         Raises ``ValueError`` for a body that is not right, ``CacheError`` where it cannot be done.
         """
-        url, revision, options = read_body(verb, body)
+        url, revision, options = self.read(verb, body)
         began_s = time.monotonic()
         if verb == "preload":
             told = self._preload(url, revision, options, on_progress, cancelled)
@@ -115,11 +113,10 @@ class Models:
         elif verb == "replicate":
             told = self._replicate(url, revision, options, on_progress, cancelled)
         elif verb == "evict":
-            force, prepared = options.get("force", False), options.get("prepared", False)
-            told = {"freed_bytes": self.cache.evict(url, revision, force, prepared)}
-            told |= {"prepared": True} if prepared else {}
+            told = self._evict(url, revision, options)
             self._let_go(url)
         elif verb == "pin":
+            url, revision = self._named(url, revision)
             self.cache.pin(url, revision)
             told = {"pinned": True}
         else:
@@ -128,6 +125,31 @@ class Models:
             told = {"pinned": False}
         base = {"verb": verb, "model": url, "revision": revision}
         return {**base, **told, "elapsed_s": round(time.monotonic() - began_s, 3)}
+
+    def _named(self, url: str, revision: str | None) -> tuple[str, str | None]:
+        """The exact revision that is meant, the newest where none is named, as far as it is known
+        on this disk; else what was given."""
+        whole, exact = self.cache.name(url, revision)
+        return whole, exact or revision
+
+    def _evict(self, url: str, revision: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        """One revision, the newest where none is named; all with ``all``, or where none of those
+        that are here is whole."""
+        prepared = options.get("prepared", False)
+        if options.get("all") and revision is not None:
+            raise ValueError(f"all: one revision is named too, {revision}")
+        if not options.get("all"):
+            url, revision = self._named(url, revision)
+        before = self.cache.revisions(url)
+        gone = before if revision is None else [revision]
+        return {
+            "model": url,
+            "revision": revision,
+            "revisions": gone,
+            "freed_bytes": self.cache.evict(url, revision, options.get("force", False), prepared),
+            "left": [one for one in before if prepared or one not in gone],
+            **({"prepared": True} if prepared else {}),
+        }
 
     def _preload(
         self,
@@ -146,8 +168,16 @@ class Models:
             expected_use_at_s=options.get("expected_use_at_s"),
         )
         told = {**about(cached), "was_there": there}
+        began_s, began_at_s = time.monotonic(), time.time()
         with self._made(url, cached, "preload", on_progress, cancelled) as made:
-            return {**told, **what_was_made(cached, made)}
+            told |= what_was_made(cached, made)
+            took_s = round(time.monotonic() - began_s, 3)
+            if told["prepared"] is not None:
+                is_new = made.manifest is None or made.manifest.created_at_s >= began_at_s
+                return {**told, "prepared_s": took_s if is_new else None}
+        if not has_weights(cached):
+            told["note"] = "; ".join([*filter(None, [cached.note]), NO_WEIGHTS])
+        return told
 
     @contextmanager
     def _made(
@@ -159,7 +189,7 @@ class Models:
         cancelled: IsCancelled,
     ) -> Iterator[Cached]:
         """A model after its preparation steps: what engines open. Held as long as it is needed."""
-        if self.transform is None:
+        if self.transform is None or url.startswith(f"{PREPARED}://"):
             yield cached
             return
         with self.transform(url, cached, holder, on_progress, cancelled) as made:
@@ -215,10 +245,12 @@ class Models:
     ) -> dict[str, Any]:
         repair = options.get("repair", False)
         on_progress(Progress(phase="checking"))
+        url, revision = self._named(url, revision)
         damage = self.cache.verify(
             url, revision, repair=repair, on_progress=on_progress, cancelled=cancelled
         )
-        return {"damage": [as_json(one) for one in damage], "repaired": bool(damage) and repair}
+        told = {"damage": [as_json(one) for one in damage], "repaired": bool(damage) and repair}
+        return {"model": url, "revision": revision, **told}
 
     def _replicate(
         self,
@@ -292,13 +324,24 @@ def what_was_made(cached: Cached, made: Cached) -> dict[str, Any]:
     return {"prepared": None if made.path == cached.path else str(made.path)}
 
 
+def has_weights(cached: Cached) -> bool:
+    """Whether there is something in it that engines read weights from, as far as one has looked."""
+    if cached.manifest is not None:
+        names = [file.path for file in cached.manifest.files]
+    else:
+        names = [path.name for path in islice(cached.path.rglob("*"), MOST_LOOKED_AT)]
+        if len(names) == MOST_LOOKED_AT:
+            return True
+    return any(fnmatch(name, pattern) for name in names for pattern in WEIGHTS)
+
+
 def weights_of(directory: Path) -> list[FileRange]:
     """The files of a model that an engine reads whole at its start. Raises ``NotFound``."""
-    found = sorted(path for path in directory.rglob("*.safetensors") if path.is_file())
-    found = found or sorted(path for path in directory.rglob("*.gguf") if path.is_file())
-    if not found:
-        raise NotFound(f"{directory} has no weights (*.safetensors, *.gguf)")
-    return [FileRange(path=str(path)) for path in found]
+    for pattern in WEIGHTS:
+        found = sorted(path for path in directory.rglob(pattern) if path.is_file())
+        if found:
+            return [FileRange(path=str(path)) for path in found]
+    raise NotFound(f"{directory}: {NO_WEIGHTS}")
 
 
 def ranges_of_rank(directory: Path, rank: int, world_size: int) -> list[FileRange]:
@@ -340,13 +383,3 @@ def as_json(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
-
-
-def error_of(problem: Exception) -> tuple[int, str, str] | None:
-    """Status, reason and message of an error that is told; ``None`` for a fault of ours."""
-    if isinstance(problem, ValueError):
-        return 400, "bad_value", str(problem)
-    for kind, status, reason in _ERRORS:
-        if isinstance(problem, kind):
-            return status, reason, str(problem)
-    return None

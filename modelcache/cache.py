@@ -7,7 +7,6 @@ answered from what is on disk; only ``preload`` (and a repair) goes to a store.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -18,9 +17,9 @@ from modelcache.checking import Damage, check_files, check_manifest
 from modelcache.fetching import Fetch
 from modelcache.files import open_lock, try_lock
 from modelcache.finding import CachedModel, Finder
-from modelcache.hub import find_file, find_snapshot, hub_dirs
 from modelcache.leases import Lease
 from modelcache.listed import list_entries, read_fetching
+from modelcache.nearby import Nearby
 from modelcache.repair import list_again, plan_salvage
 from modelcache.room import Usage
 from modelcache.settings import ModelCacheSettings
@@ -28,6 +27,7 @@ from modelcache.sources.base import Listing, Source
 from modelcache.store import Store
 from modelcache.types import (
     PIECE_BYTES,
+    PREPARED,
     CacheError,
     Cancelled,
     Damaged,
@@ -79,7 +79,7 @@ class ModelCache:
         self._open_source = open_source
         self._transfer = transfer
         self._clock = clock
-        self._environ = environ
+        self._nearby = Nearby(given=settings.hub_dirs, own=self.store.layout.hub, environ=environ)
 
     @property
     def dir(self) -> Path:
@@ -114,6 +114,8 @@ class ModelCache:
         here = self._finder.in_place(ref)
         if here is not None:
             return here
+        if ref.scheme == PREPARED:
+            return self._expecting(self._finder.made(ref), expected_use_at_s)
         if not include and not exclude:
             include, exclude = self.settings.files_for(ref.url)
         if ref.revision is not None and not include:
@@ -135,7 +137,7 @@ class ModelCache:
                 ref=ref,
                 listing=self._select(ref, listing, include, exclude),
                 priority=priority,
-                find_local=lambda file: self._find_local(ref, file),
+                find_local=lambda file: self._nearby.find(ref, file),
                 on_progress=tell,
                 cancelled=stopped,
             )
@@ -144,10 +146,20 @@ class ModelCache:
     def find(self, url: str, revision: str | None = None) -> CachedModel | None:
         """A model that is on the disk, whole; asks no store. ``None`` if it is not here.
 
-        Without a revision: what the newest was when it was last asked for.
+        Without a revision: what the newest was when it was last asked for. The beginning of one
+        that is here will do; raises ``Ambiguous`` where several begin so.
         """
         ref = self._finder.ref(url, revision)
         return self._finder.in_place(ref) or self._finder.open(self._finder.resolve(ref))
+
+    def name(self, url: str, revision: str | None = None) -> tuple[str, str | None]:
+        """The canonical URL and the exact revision that are meant, by what is on this disk; no
+        revision where it is not known which: nothing is here, or nothing whole."""
+        return self._finder.name(url, revision)
+
+    def revisions(self, url: str) -> list[str]:
+        """The revisions of a model that are here, whole or not, the newest last."""
+        return self._finder.revisions(url)
 
     def publish(
         self,
@@ -333,13 +345,13 @@ class ModelCache:
         """What is here of a model whose store cannot be asked. Raises ``error`` if nothing is."""
         model = self._finder.open(self._finder.resolve(ref))
         if model is None:
-            snapshot = find_snapshot(self._hub_dirs(), ref)
+            snapshot = self._nearby.snapshot(ref)
             if snapshot is None:
                 raise error
             want = Want(
                 ref=ref,
                 listing=self._select(ref, snapshot, *self.settings.files_for(ref.url)),
-                find_local=lambda file: self._find_local(ref, file),
+                find_local=lambda file: self._nearby.find(ref, file),
                 on_progress=tell,
                 cancelled=stopped,
             )
@@ -384,16 +396,3 @@ class ModelCache:
             with self.store.lock():
                 self.store.note_use(model.url, model.revision, expected_use_at_s=at_s)
         return model
-
-    def _hub_dirs(self) -> tuple[Path, ...]:
-        environ = os.environ if self._environ is None else self._environ
-        found = hub_dirs(self.settings.hub_dirs, environ)
-        return tuple(path for path in found if path != self.store.layout.hub)
-
-    def _find_local(self, ref: ModelRef, file: RemoteFile) -> Path | None:
-        """A file of this machine that may be a remote one: in its place, or in a hub's cache."""
-        if ref.scheme == "file":
-            root = Path(ref.location)
-            path = root if root.is_file() else root / file.path
-            return path if path.is_file() else None
-        return find_file(self._hub_dirs(), file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,14 @@ LOG = logging.getLogger("tidegate.modelcache")
 
 KEY_CHARACTERS = 64
 """Letters of a result's whole key."""
+FEWEST_CHARACTERS = 6
+"""From so many letters on, the beginning of a revision names it, where no other begins so."""
+MOST_NAMED = 8
+"""Revisions that an error names."""
+
+
+class Ambiguous(NotFound, ValueError):
+    """What was given for a revision may be one of several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +70,8 @@ class Finder:
         return CachedModel(url=str(path), revision="in place", path=path, manifest=None)
 
     def resolve(self, ref: ModelRef) -> Manifest | None:
-        """The manifest of what was asked for, by what is known on this disk."""
+        """The manifest of what was asked for, by what is known on this disk: an exact revision, a
+        name that was looked up, or the beginning of a revision. Raises ``Ambiguous``."""
         if ref.revision is not None:
             exact = self.read(ref.url, ref.revision)
             if exact is not None:
@@ -71,6 +81,9 @@ class Finder:
             found = self.read(ref.url, revision)
         except (FileNotFoundError, UnicodeDecodeError):
             found = None
+        if found is None and ref.revision is not None:
+            begun = self._whole_revision(ref.url, ref.revision)
+            found = None if begun is None else self.read(ref.url, begun)
         if found is None and ref.revision is None:
             records = [record.manifest for record in self._all(ref.url)]
             whole = [manifest for manifest in records if manifest is not None]
@@ -97,6 +110,13 @@ class Finder:
             url=manifest.url, revision=manifest.revision, path=path, manifest=manifest
         )
 
+    def made(self, ref: ModelRef) -> CachedModel:
+        """A result of preparation steps, which no store has. Raises ``NotFound``."""
+        found = self.open(self.resolve(ref))
+        if found is None:
+            raise NotFound(f"{ref.url} is not on this disk: it is made by preloading its model")
+        return found
+
     def wanted(self, url: str, revision: str | None) -> Manifest:
         """The manifest of a model that has to be here. Raises ``NotFound``."""
         ref = self.ref(url, revision)
@@ -104,8 +124,24 @@ class Finder:
             raise NotFound(f"{url} is used where it lies; the cache has nothing of it")
         manifest = self.resolve(ref)
         if manifest is None:
-            raise NotFound(f"{ref.url} is not on this disk")
+            raise self._missing(ref.url, ref.revision)
         return manifest
+
+    def name(self, url: str, revision: str | None) -> tuple[str, str | None]:
+        """The canonical URL and the exact revision that are meant, by what is on this disk; no
+        revision where it is not known which. Raises ``Ambiguous``."""
+        ref = self.ref(url, revision)
+        if ref.scheme == PATH:
+            return url, None
+        manifest = self.resolve(ref)
+        if manifest is not None:
+            return ref.url, manifest.revision
+        return ref.url, ref.revision and self._whole_revision(ref.url, ref.revision)
+
+    def revisions(self, url: str) -> list[str]:
+        """The revisions of a model that are here, whole or not, the newest last."""
+        ref = self.ref(url, None)
+        return [record.revision for record in sorted(self._all(ref.url), key=_begun_at_s)]
 
     def to_pin(self, url: str, revision: str | None) -> list[Record]:
         """One revision of a model, the newest unless it is named, with the results of its last
@@ -122,6 +158,28 @@ class Finder:
 
     def _all(self, url: str) -> list[Record]:
         return [record for record in read_all(self.store.layout) if record.url == url]
+
+    def _whole_revision(self, url: str, given: str) -> str | None:
+        """The revision on this disk that begins so, also one of which only results are left."""
+        found = set()
+        for record in read_all(self.store.layout):
+            found |= {record.revision} if record.url == url else set()
+            made = record.made
+            found |= {made.revision} if made is not None and made.model == url else set()
+        if given in found:
+            return given
+        fits = sorted(one for one in found if one.startswith(given))
+        if len(given) < FEWEST_CHARACTERS or not fits:
+            return None
+        if len(fits) > 1:
+            raise Ambiguous(f"revision {given!r} of {url} may be any of {_some(fits)}")
+        return fits[0]
+
+    def _missing(self, url: str, revision: str | None) -> NotFound:
+        here = sorted(record.revision for record in self._all(url) if record.manifest is not None)
+        if revision is None or not here:
+            return NotFound(f"{url} is not on this disk")
+        return NotFound(f"{url} has no revision {revision} here (it has: {_some(here)})")
 
     def _whole_name(self, url: str) -> str:
         """The name of a result of which the beginning of the key was given."""
@@ -149,7 +207,10 @@ class Finder:
         exact = ref.revision
         if exact is not None:
             manifest = self.resolve(ref)
-            exact = exact if manifest is None else manifest.revision
+            if manifest is not None:
+                exact = manifest.revision
+            else:
+                exact = self._whole_revision(ref.url, exact) or exact
         model = str(Path(ref.location).expanduser().absolute()) if ref.scheme == PATH else ref.url
 
         def is_meant(found_url: str, found_revision: str, made: Made | None) -> bool:
@@ -162,7 +223,20 @@ class Finder:
         works = [one for one in read_works(layout) if is_meant(one.url, RESULT, one.made)]
         if not (records or works) and ref.scheme == PATH:
             raise NotFound(f"{url} is used where it lies; the cache has nothing of it")
+        if not (records or works) and prepared:
+            raise NotFound(f"nothing that was made of {model} is on this disk")
         if not (records or works):
-            what = f"nothing that was made of {model}" if prepared else ref.url
-            raise NotFound(f"{what} is {'' if prepared else 'not '}on this disk")
+            raise self._missing(ref.url, ref.revision)
         return records, works
+
+
+def _some(names: Sequence[str]) -> str:
+    """Names for a message, not more than one can read."""
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _begun_at_s(record: Record) -> float:
+    if record.manifest is not None:
+        return record.manifest.created_at_s
+    return record.fetching.started_at_s if record.fetching is not None else 0.0

@@ -21,7 +21,7 @@ from modelcache.peer_server import Verb
 from modelcache.peer_wire import Keyring
 from modelcache.refs import PATH, parse_ref
 from modelcache.settings import ModelCacheSettings
-from modelcache.types import CacheError, Cancelled, Manifest, Priority, Progress
+from modelcache.types import PREPARED, CacheError, Cancelled, Manifest, Priority, Progress
 
 BEGIN = "/v1/replicate"
 LOOK = "/v1/replicate/progress"
@@ -163,6 +163,8 @@ def _read_order(body: Mapping[str, Any]) -> tuple[str, str | None]:
     url, revision = body.get("model"), body.get("revision")
     if not isinstance(url, str) or not (revision is None or isinstance(revision, str)):
         raise ValueError("model: a URL, and revision: text or null")
+    if url.startswith(f"{PREPARED}://"):
+        raise ValueError(f"{url}: each site makes its own, from the model that it was made of")
     ref = parse_ref(url, revision)
     if ref.scheme in ("file", PATH):
         raise ValueError(f"{url}: a path is another directory at another site")
@@ -191,6 +193,8 @@ class _Asked:
     client: Client
     progress: Progress = field(default_factory=lambda: Progress(phase="waiting"))
     outcome: Outcome | None = None
+    trouble: str = ""
+    """Why it could not be asked when it was last tried; empty while it answers."""
     heard_at_s: float = field(default_factory=time.monotonic)
 
 
@@ -282,9 +286,10 @@ def _together(asked: list[_Asked]) -> Progress:
 def _state(one: _Asked) -> str:
     if one.outcome is not None:
         return "done" if one.outcome.done else "failed"
+    how_far = one.progress.phase
     if one.progress.bytes_total:
-        return f"{one.progress.bytes_done / one.progress.bytes_total:.0%}"
-    return one.progress.phase
+        how_far = f"{one.progress.bytes_done / one.progress.bytes_total:.0%}"
+    return f"{how_far} ({one.trouble})" if one.trouble else how_far
 
 
 def _ask_site(
@@ -296,7 +301,7 @@ def _ask_site(
             if order is None:
                 order = _begin(one, url, revision, cancelled)
             answer = one.client.tell(LOOK, {"order": order}, ANSWER_S, cancelled)
-            one.heard_at_s = time.monotonic()
+            one.heard_at_s, one.trouble = time.monotonic(), ""
             one.outcome = _take_in(one, answer)
         except Cancelled:
             return
@@ -304,7 +309,7 @@ def _ask_site(
             one.outcome = Outcome(site=one.site, done=False, error=str(error))
         except (PeerGone, PeerLied) as error:
             # It may have been started anew and know nothing of the order: it is asked for again.
-            order = None
+            order, one.trouble = None, str(error)
             one.client.node = None
             if time.monotonic() - one.heard_at_s > give_up_s or isinstance(error, PeerLied):
                 one.outcome = Outcome(site=one.site, done=False, error=str(error))

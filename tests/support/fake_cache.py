@@ -51,6 +51,7 @@ class FakeUsage:
 class FakeDamage:
     path: str
     piece: int
+    problem: str = "its content is not what it was"
 
 
 @dataclass
@@ -104,6 +105,12 @@ class FakeCache:
 
     def find(self, url: str, revision: str | None = None) -> FakeCached | None:
         return self.models.get(url)
+
+    def name(self, url: str, revision: str | None = None) -> tuple[str, str | None]:
+        return url, self.models[url].revision if url in self.models else None
+
+    def revisions(self, url: str) -> list[str]:
+        return [one.revision for one in self.models.values() if one.url == url]
 
     def pin(self, url: str, revision: str | None = None) -> None:
         self.calls.append(("pin", url, revision))

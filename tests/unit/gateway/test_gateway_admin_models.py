@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from safetensors_files import header, layout
 from gateway import admin_models
 from gateway.admin import create_app
 from gateway.admin_server import serve_admin
-from gateway.models import Models, error_of, read_body
+from gateway.model_errors import error_of
+from gateway.model_names import PoolModel
+from gateway.models import Models, read_body
+from modelcache.finding import Ambiguous
 from modelcache.types import (
     CacheError,
     Cancelled,
@@ -177,7 +181,9 @@ def test_verify(served: Served, cache: FakeCache, repair: bool) -> None:
     assert served.lines("verify", model=URL)[-1]["result"]["damage"] == []
     cache.damaged.add(URL)
     result = served.lines("verify", model=URL, repair=repair)[-1]["result"]
-    assert result["damage"] == [{"path": "model.safetensors", "piece": 2}]
+    (damage,) = result["damage"]
+    assert (damage["path"], damage["piece"]) == ("model.safetensors", 2)
+    assert result["revision"] == REVISION
     assert result["repaired"] is repair
 
 
@@ -200,6 +206,10 @@ def test_replicate_to_all_sites_or_those_named(served: Served, cache: FakeCache)
         ("preload", {"model": URL, "force": True}, "force"),
         ("preload", {"model": URL, "expected_use_at_s": "soon"}, "expected_use_at_s"),
         ("evict", {"model": URL, "force": "yes"}, "force"),
+        ("evict", {"model": URL, "all": 1}, "all"),
+        ("preload", {"model": " "}, "model"),
+        ("preload", {"model": "just-a-word"}, "model"),
+        ("pin", {"model": "ftp://x/y"}, "model"),
         ("verify", {"model": URL, "repair": 1}, "repair"),
         ("replicate", {"model": URL, "sites": "eu"}, "sites"),
     ],
@@ -211,6 +221,16 @@ def test_a_body_that_is_not_right_is_400_and_names_the_field(
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (400, "bad_value", param)
     assert cache.calls == []
+
+
+def test_a_pool_s_name_stands_for_its_model(cache: FakeCache) -> None:
+    pool = PoolModel(names=("chat", "small"), model="hf://org/name")
+    with Served(replace(fake_models(cache), pools=(pool,))) as served:
+        assert served.lines("preload", model="chat")[-1]["result"]["model"] == URL
+        assert served.post("pin", model="small").json()["model"] == URL
+        assert httpx.get(f"{served.url}/models", trust_env=False).json()["pools"] == [
+            "chat", "small",
+        ]  # fmt: skip
 
 
 def test_an_error_of_a_slow_verb_is_its_last_line(served: Served, cache: FakeCache) -> None:
@@ -259,6 +279,10 @@ def test_the_index_names_the_verbs(served: Served) -> None:
     endpoints = httpx.get(served.url, trust_env=False).json()["endpoints"]
     for verb in ("preload", "prewarm", "verify", "replicate", "pin", "unpin", "evict"):
         assert "model" in endpoints[f"POST /models/{verb}"]
+    for verb, fields in {
+        "prewarm": ("rank", "world_size"), "evict": ("force", "prepared", "all", "revision"),
+    }.items():  # fmt: skip
+        assert all(f'"{field}"' in endpoints[f"POST /models/{verb}"] for field in fields)
     assert endpoints["GET /models"]
 
 
@@ -272,6 +296,8 @@ def test_the_index_names_the_verbs(served: Served) -> None:
         (Damaged("x"), 500, "model_damaged"),
         (Cancelled("x"), 499, "cancelled"),
         (CacheError("x"), 500, "cache_failed"),
+        (OSError("x"), 500, "cache_failed"),
+        (Ambiguous("x"), 400, "bad_value"),
         (ValueError("x"), 400, "bad_value"),
     ],
 )

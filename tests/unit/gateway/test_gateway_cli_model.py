@@ -8,6 +8,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,13 @@ from typing import Any
 import pytest
 from fake_cache import REVISION, FakeCache, fake_models
 
-from gateway import cli, cli_model, cli_render_models, running
+from gateway import cli, cli_model, cli_model_doers, cli_render_models, running
 from gateway.admin import create_app
 from gateway.admin_server import serve_admin
-from gateway.cli_progress import Bar, figures
 from gateway.cli_render import Screen
+from gateway.model_names import PoolModel, pools_of
 from gateway.models import Models
-from modelcache.types import Cancelled, NoSpace, Progress
+from modelcache.types import Cancelled, NoSpace
 
 URL = "hf://org/name"
 NOW_S = 1_800_000_000.0
@@ -71,7 +72,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCache:
     """The cache of this node, which both ways lead to."""
     cache = FakeCache(tmp_path / "cache")
     models = fake_models(cache, {"eu": "", "us": "nobody answers"})
-    monkeypatch.setattr("gateway.cache.open_models", lambda settings, environ: models)
+    monkeypatch.setattr(
+        "gateway.cache.open_models",
+        lambda settings, environ: replace(models, pools=pools_of(settings)),
+    )
     return cache
 
 
@@ -92,6 +96,24 @@ def tidegate(
         record = running.Running(pid=os.getpid(), url="", admin_url=served.url)
         running.leave_record(tmp_path / ".tidegate", record, name)
         yield lambda *words: cli.main(["model", *words])
+
+
+@pytest.fixture(params=["here", "named"])
+def chatting(
+    request: pytest.FixtureRequest, cache: FakeCache, tmp_path: Path
+) -> Iterator[Callable[..., int]]:
+    """The command line, and a pool: of these settings, or of the Tidegate that is asked only."""
+    if request.param == "here":
+        Path("tidegate.toml").write_text(
+            '[[pools]]\nname = "chat"\naliases = ["org/other"]\nengine = "vllm"\n'
+            'model = "hf://org/small"\n'
+        )
+        yield lambda *words: cli.main(["model", *words])
+        return
+    pool = PoolModel(names=("chat", "org/other"), model="hf://org/small")
+    models = replace(fake_models(cache, {"eu": ""}), pools=(pool,))
+    with Served(models) as served:
+        yield lambda *words: cli.main(["model", *words, "--admin", served.url])
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> Any:
@@ -132,12 +154,16 @@ def test_options_arrive(tidegate: Callable[..., int], cache: FakeCache) -> None:
     assert cache.calls[-1][1:3] == (URL, "main")
     assert cache.calls[-1][-1] == NOW_S + 60
     assert tidegate("verify", URL, "--repair") == 0
-    assert cache.calls[-1] == ("verify", URL, None, True)
+    assert cache.calls[-1] == ("verify", URL, REVISION, True)
     assert tidegate("evict", URL, "--revision", REVISION, "--force") == 0
     assert cache.calls[-1] == ("evict", URL, REVISION, True, False)
     assert tidegate("preload", URL) == 0
     assert tidegate("evict", URL, "--prepared") == 0
-    assert cache.calls[-1] == ("evict", URL, None, False, True)
+    assert cache.calls[-1] == ("evict", URL, REVISION, False, True)
+    assert tidegate("preload", URL) == 0
+    assert tidegate("evict", URL, "--all") == 0
+    assert cache.calls[-1] == ("evict", URL, None, False, False)
+    assert tidegate("evict", URL, "--all", "-r", REVISION) == 2
     assert tidegate("replicate", URL, "--to", "eu") == 0
     assert cache.calls[-1] == ("replicate", URL, None, ("eu",))
 
@@ -149,13 +175,71 @@ def test_what_is_damaged_or_cannot_be_replicated_is_exit_code_1(
     cache.damaged.add(URL)
     capsys.readouterr()
     assert tidegate("verify", URL) == 1
-    assert "1 damaged" in capsys.readouterr().out
+    assert capsys.readouterr().out == (
+        f"{URL} 0123456789ab: 1 damaged\n"
+        "  model.safetensors: its content is not what it was (piece 2)\n"
+    )
     assert tidegate("verify", URL, "--repair") == 0
     assert "1 damaged, mended" in capsys.readouterr().out
     assert tidegate("replicate", URL) == 1
     assert capsys.readouterr().out == "eu: it is there\nus: nobody answers\n"
-    assert tidegate("replicate", URL, "--to", "moon") != 0
+    assert tidegate("replicate", URL, "--to", "moon") == 2
     assert "'moon' is not in modelcache.sites" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("replicate", URL, "--to", "moon"), "sites: 'moon' is not in modelcache.sites"),
+        (("prewarm", URL, "--rank", "3", "--world-size", "2"), "rank: must be from 0 to"),
+        (("preload", "ftp://x/y"), "model URL: unknown scheme 'ftp'"),
+        (("pin", "s3://u:p@models/a"), "carries no user or password"),
+        (("preload", "just-a-word"), "nor a pool (known here: chat)"),
+        (("evict", "nothing-here"), "nor a pool (known here: chat)"),
+        (("preload", URL, "-r", "a b"), "model revision 'a b'"),
+        (("preload", ""), "model: it is empty"),
+    ],
+)
+def test_what_is_wrong_is_a_line_and_exit_code_2(
+    chatting: Callable[..., int], capsys: pytest.CaptureFixture[str], words: Any, line: str
+) -> None:
+    assert chatting(*words) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("tidegate: Invalid value: ")
+    assert line in err
+
+
+def test_a_pool_s_name_is_that_of_whoever_is_asked(
+    chatting: Callable[..., int], cache: FakeCache, tmp_path: Path
+) -> None:
+    for name in ("chat", "org/other"):
+        assert chatting("preload", name) == 0
+        assert cache.calls[-1][1] == "hf://org/small"
+    (tmp_path / "chat").mkdir()  # a pool comes before a directory of its name
+    assert chatting("preload", "chat") == 0
+    assert cache.calls[-1][1] == "hf://org/small"
+    assert chatting("preload", "./chat") == 0
+    assert cache.calls[-1][1] == str(tmp_path / "chat")
+
+
+def test_what_a_system_refuses_is_a_line(
+    tidegate: Callable[..., int], cache: FakeCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache.errors[URL] = PermissionError(13, "Permission denied", "/cache")  # type: ignore[assignment]
+    assert tidegate("preload", URL) == 1
+    assert capsys.readouterr().err == "tidegate: [Errno 13] Permission denied: '/cache'\n"
+
+
+@pytest.mark.parametrize("words", [("ls",), ("preload", URL), ("evict", URL), ("pin", URL)])
+@pytest.mark.parametrize("field", ["state_dir", "modelcache.dir"])
+def test_a_file_where_the_cache_would_be_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], field: str
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    assert cli.main(["model", *words, "-s", f"{field}={file}"]) == 2
+    assert f"{field}: {file} is not a directory" in capsys.readouterr().err
 
 
 def test_an_error_is_one_line(
@@ -188,43 +272,10 @@ def test_texts(cache: FakeCache, capsys: pytest.CaptureFixture[str]) -> None:
         assert text in row
     cache.leased.clear()
     assert "may be evicted again" in said("unpin", URL)
-    assert said("evict", URL) == f"{URL} is evicted; 3.0 MB are free again.\n"
+    assert said("evict", URL) == f"{URL} 0123456789ab is evicted; 3.0 MB are free again.\n"
     assert "\x1b[" in cli_render_models.listing(
         {"dir": "d", "models": [{"url": URL}]}, Screen(terminal=True, width=120), NOW_S
     )
-
-
-def test_what_was_made_of_a_model_stands_below_it() -> None:
-    key = "3fe29c81d0e4" + "0" * 52
-    made = {"model": URL, "revision": REVISION, "steps": ["gguf_to_safetensors", "cast"]}
-    result = {
-        "url": f"prepared://{key}", "revision": "made", "tier": "on_disk", "size_bytes": 2_000_000,
-        "complete": True, "leases": ["m-1"], "made": made, "used_at_s": NOW_S - 60,
-    }  # fmt: skip
-    half = {**result, "complete": False, "leases": ["the step that makes it"], "tier": "remote"}
-    left = {**half, "leases": [], "made": None}
-    models = [
-        left,
-        half,
-        {"url": "hf://org/other", "revision": "1", "complete": True},
-        result,
-        {"url": URL, "revision": REVISION, "complete": True},
-        {**result, "made": {**made, "model": "hf://org/gone"}},
-    ]
-    usage = {"bytes_used": 9_000_000, "bytes_prepared": 5_000_000, "quota_bytes": 10**7}
-    found = {"dir": "d", "models": models, "usage": usage}
-    text = cli_render_models.listing(found, Screen(terminal=False, width=200), NOW_S)
-    head, _, _, *rows = text.splitlines()
-    assert head == "d: 9.0 MB taken of 10.0 MB allowed (5.0 MB by what was made here)"
-    name = f"prepared://{key[:12]} (gguf_to_safetensors + cast of "
-    begins = (
-        f"prepared://{key[:12]}", "hf://org/other", URL, f"└ {name}{URL})", f"└ {name}{URL})",
-        f"└ {name}hf://org/gone)",
-    )  # fmt: skip
-    assert all(row.startswith(begin) for row, begin in zip(rows, begins, strict=True)), text
-    assert "not whole" in rows[0]
-    assert "being made" in rows[3]
-    assert "in use by m-1" in rows[4]
 
 
 @pytest.mark.parametrize(
@@ -234,7 +285,7 @@ def test_what_was_made_of_a_model_stands_below_it() -> None:
         ("chat", "hf://org/small", None),
         ("other-name", "hf://org/small", None),
         ("Qwen/Qwen3-8B", "hf://Qwen/Qwen3-8B", None),
-        ("hf://org/name@v1", "hf://org/name@v1", None),
+        ("hf://org/name@v1", "hf://org/name", None),
         ("s3://bucket/prefix/", "s3://bucket/prefix", None),
         ("here/model", "{here}/here/model", None),
         ("./here/model", "{here}/here/model", None),
@@ -242,6 +293,10 @@ def test_what_was_made_of_a_model_stands_below_it() -> None:
         ("ftp://x/y", "", "unknown scheme 'ftp'"),
         ("https://user:secret@host/x", "", "carries no user or password"),
         ("just-a-word", "", "neither a URL"),
+        ("just-a-word", "", "nor a pool (known here: chat, toy)"),
+        ("toy", "", "pool 'toy' is simulated: it has no weights"),
+        ("", "", "model: it is empty"),
+        (" ", "", "model: it is empty"),
     ],
 )
 def test_what_a_model_may_be_called(
@@ -256,6 +311,7 @@ def test_what_a_model_may_be_called(
     Path("tidegate.toml").write_text(
         '[[pools]]\nname = "chat"\naliases = ["other-name"]\nengine = "vllm"\n'
         'model = "hf://org/small"\n'
+        '[[pools]]\nname = "toy"\nengine = "simulated"\nmodel = "toy"\n'
     )
     code = cli.main(["model", "preload", name])
     err = capsys.readouterr().err
@@ -298,7 +354,7 @@ def test_ctrl_c_calls_it_off_and_waits_for_that(
                 raise KeyboardInterrupt
             super().join(timeout)
 
-    monkeypatch.setattr(cli_model.threading, "Thread", Interrupted)
+    monkeypatch.setattr(cli_model_doers.threading, "Thread", Interrupted)
     assert cli.main(["model", "preload", URL]) == 130
     assert cache.left.is_set()
     assert cache.models == {}
@@ -310,67 +366,3 @@ def test_a_cancelled_one_is_no_traceback(
     cache.errors[URL] = Cancelled("called off")
     assert cli.main(["model", "preload", URL]) == 1
     assert capsys.readouterr().err == "tidegate: called off\n"
-
-
-@pytest.mark.parametrize(
-    ("progress", "text"),
-    [
-        (Progress(phase="listing"), ""),
-        (Progress(phase="fetching", bytes_done=1_500_000), "1.5 MB"),
-        (
-            Progress(phase="fetching", bytes_done=10**9, bytes_total=3 * 10**9, rate_bytes_s=10**8),
-            "1.0 GB of 3.0 GB, 100 MB/s, 20 s left",
-        ),
-        (Progress(phase="checking", detail="2 of 3 files"), "2 of 3 files"),
-    ],
-)
-def test_progress_in_figures(progress: Progress, text: str) -> None:
-    assert figures(progress) == text
-
-
-def test_progress_without_a_terminal_is_a_line_now_and_then(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [0.0]
-    clock = SimpleNamespace(monotonic=lambda: now[0])
-    monkeypatch.setattr("gateway.cli_progress.time", clock)
-    with Bar("preload m") as bar:
-        for second in range(25):
-            now[0] = float(second)
-            bar.show(Progress(phase="fetching", bytes_done=second * 10**6, bytes_total=10**9))
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
-        "tidegate: preload m: fetching 10.0 MB of 1.0 GB",
-        "tidegate: preload m: fetching 20.0 MB of 1.0 GB",
-    ]
-
-
-def test_progress_on_a_terminal_is_a_bar_and_nothing_of_it_stays(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with Bar("preload m") as bar:
-        bar.show(Progress(phase="fetching", bytes_done=10**9, bytes_total=2 * 10**9))
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "preload m: fetching" in err
-    assert "1.0 GB of 2.0 GB" in err
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, "?"),
-        (0, "0 B"),
-        (999, "999 B"),
-        (1_000, "1 kB"),
-        (999_949, "1.0 MB"),
-        (1_500_000, "1.5 MB"),
-        (412_000_000, "412 MB"),
-        (14_900_000_000, "14.9 GB"),
-        (2.5e15, "2.5 PB"),
-    ],
-)
-def test_sizes(value: float | None, text: str) -> None:
-    assert cli_render_models.size(value) == text

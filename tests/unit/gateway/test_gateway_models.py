@@ -7,9 +7,16 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from fake_cache import FakeCache, FakeCached, fake_models
+from folder_store import Rig
 
-from modelcache.types import FileRange, NoSpace, Progress
+from gateway.cache import open_models
+from gateway.model_names import PoolModel, find_model
+from gateway.models import Models
+from gateway.settings import Settings
+from modelcache.cache import ModelCache
+from modelcache.types import Cancelled, FileRange, InUse, NoSpace, NotFound, Progress
 
 URL = "hf://org/name"
 
@@ -98,3 +105,175 @@ def test_why_pages_are_not_kept_is_told(tmp_path: Path) -> None:
     assert "page_budget_bytes" in full.run("prewarm", {"model": URL})["not_kept"]
     alone = fake_models(FakeCache(tmp_path))
     assert "nobody runs here" in alone.run("prewarm", {"model": URL})["not_kept"]
+
+
+def test_what_steps_took_is_told_where_they_ran_and_not_where_their_result_was(
+    tmp_path: Path,
+) -> None:
+    rig = Rig(root=tmp_path)
+    cache = rig.cache()
+    url = rig.put("models/m", {"model.bin": b"weights"})
+    folder = tmp_path / "made"
+    folder.mkdir()
+    (folder / "x").write_bytes(b"1")
+
+    @contextmanager
+    def transform(*_: object) -> Iterator[object]:
+        found = cache.find("prepared://key")
+        yield found or cache.publish(folder, url="prepared://key", revision="made")
+
+    models = replace(over(cache), transform=transform)  # type: ignore[arg-type]
+    told = models.run("preload", {"model": url})
+    assert told["prepared_s"] >= 0
+    assert told["note"] == "", "what steps read need be nothing that engines read"
+    assert models.run("preload", {"model": url})["prepared_s"] is None
+    told = models.run("preload", {"model": "prepared://key"})
+    assert (told["model"], told["was_there"]) == ("prepared://key", True)
+
+
+def over(cache: ModelCache) -> Models:
+    """The verbs over a real cache."""
+    return Models(cache=cache, prewarm=lambda *_: None, replicate=lambda *_: {})
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Rig:
+    return Rig(root=tmp_path)
+
+
+def bring(rig: Rig, cache: ModelCache, count: int) -> tuple[str, list[str]]:
+    """A model of which so many revisions are here, the newest last."""
+    revisions = []
+    url = ""
+    for number in range(count):
+        url = rig.put("models/a", {"model.safetensors": b"w", "config.json": bytes([number])})
+        revisions.append(cache.preload(url).revision)
+    return url, revisions
+
+
+def test_evict_takes_the_newest_and_says_which(rig: Rig) -> None:
+    cache = rig.cache()
+    url, (first, second, third) = bring(rig, cache, 3)
+    told = over(cache).run("evict", {"model": url})
+    assert (told["revision"], told["revisions"]) == (third, [third])
+    assert set(told["left"]) == {first, second}
+    told = over(cache).run("evict", {"model": url, "revision": first[:12]})
+    assert (told["revision"], told["left"]) == (first, [second])
+    assert [entry.revision for entry in cache.ls()] == [second]
+
+
+def test_evict_takes_all_where_that_is_said(rig: Rig) -> None:
+    cache = rig.cache()
+    url, revisions = bring(rig, cache, 3)
+    with pytest.raises(ValueError, match=r"^all: "):
+        over(cache).run("evict", {"model": url, "all": True, "revision": revisions[0]})
+    cache.pin(url, revisions[0])
+    with pytest.raises(InUse):
+        over(cache).run("evict", {"model": url, "all": True})
+    told = over(cache).run("evict", {"model": url, "all": True, "force": True})
+    assert set(told["revisions"]) == set(revisions)
+    assert (told["revision"], told["left"], cache.ls()) == (None, [], [])
+    with pytest.raises(NotFound):
+        over(cache).run("evict", {"model": url})
+
+
+def test_what_is_only_half_here_can_be_evicted(rig: Rig) -> None:
+    cache = rig.cache()
+    url = rig.put("models/a", {"model.safetensors": bytes(100_000)})
+    seen: list[Progress] = []
+    with pytest.raises(Cancelled):
+        cache.preload(url, on_progress=seen.append, cancelled=lambda: len(seen) > 3)
+    (entry,) = cache.ls()
+    assert not entry.complete
+    told = over(cache).run("evict", {"model": url})
+    assert told["revisions"] == [entry.revision]
+    assert cache.ls() == []
+
+
+def test_verify_and_pin_say_which_revision_they_mean(rig: Rig) -> None:
+    cache = rig.cache()
+    url, (first, second) = bring(rig, cache, 2)
+    for verb in ("verify", "pin"):
+        assert over(cache).run(verb, {"model": url})["revision"] == second
+        told = over(cache).run(verb, {"model": url, "revision": first[:6]})
+        assert told["revision"] == first
+    with pytest.raises(NotFound, match=f"has no revision v9 here .it has: .*{first}"):
+        over(cache).run("verify", {"model": url, "revision": "v9"})
+
+
+def test_a_result_is_preloaded_by_preloading_its_model(rig: Rig) -> None:
+    for verb in ("preload", "prewarm"):
+        with pytest.raises(NotFound, match="is made by preloading its model"):
+            over(rig.cache()).run(verb, {"model": "prepared://3fe29c81d0e4"})
+
+
+def test_what_has_no_weights_is_told(rig: Rig, tmp_path: Path) -> None:
+    models = over(rig.cache())
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    (folder / "readme").write_text("x")
+    for name in (str(folder), folder.as_uri()):
+        told = models.run("preload", {"model": name})
+        assert told["note"] == "it has no weights (*.safetensors, *.gguf)"
+    (folder / "sub").mkdir()
+    (folder / "sub" / "m.gguf").write_bytes(b"w")
+    for name in (str(folder), folder.as_uri()):
+        assert models.run("preload", {"model": name})["note"] == ""
+
+
+POOLS = (
+    PoolModel(names=("chat", "Qwen/Alias"), model="hf://org/small@v1"),
+    PoolModel(names=("toy",), model="toy", simulated=True),
+    PoolModel(names=("toyed",), model="org/real", simulated=True),
+    PoolModel(names=("known",), model="a-name-of-its-own"),
+    PoolModel(names=("away",), model=None, elsewhere=True),
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("chat", ("hf://org/small", "v1")),
+        ("Qwen/Alias", ("hf://org/small", "v1")),
+        ("Qwen/Other", ("hf://Qwen/Other", None)),
+        ("toyed", ("hf://org/real", None)),
+        (" s3://models/a/ ", ("s3://models/a", None)),
+        ("/nowhere/../x", ("/x", None)),
+        ("prepared://ab", ("prepared://ab", None)),
+    ],
+)
+def test_names(text: str, found: tuple[str, str | None]) -> None:
+    assert find_model(text, None, POOLS) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("toy", "pool 'toy' is simulated: it has no weights"),
+        ("known", "pool 'known': its model 'a-name-of-its-own' is neither"),
+        ("away", "pool 'away': somebody else runs its engines"),
+        ("nobody", "nor a pool .known here: chat, toy, toyed, known, away."),
+        ("", "model: it is empty"),
+        ("a/b/c", "nor a pool"),
+    ],
+)
+def test_names_of_nothing(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        find_model(text, None, POOLS)
+
+
+def test_a_pool_s_directory_comes_before_a_hub_s_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "real").mkdir(parents=True)
+    assert find_model("toyed", None, POOLS) == (str(tmp_path / "org" / "real"), None)
+    assert find_model("org/real", None, POOLS) == ("hf://org/real", None)
+
+
+def test_the_verbs_of_a_node_know_its_pools(tmp_path: Path) -> None:
+    given = {"name": "chat", "aliases": ["small"], "engine": "vllm", "model": "org/small"}
+    settings = Settings.model_validate({"state_dir": str(tmp_path), "pools": [given]})
+    models = open_models(settings, {})
+    assert models.listing()["pools"] == ["chat", "small"]
+    assert models.read("pin", {"model": "small"})[0] == "hf://org/small"

@@ -173,11 +173,14 @@ def test_a_site_that_cannot_be_reached_is_given_up_on() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     client = Client(f"http://127.0.0.1:{port}", Keyring(TOKEN), "a" * 32)
+    seen: list[Progress] = []
     outcomes = replicate(
-        URL, None, {"eu": client}, on_progress=lambda p: None, cancelled=never, give_up_s=0.1
+        URL, None, {"eu": client}, on_progress=seen.append, cancelled=never, give_up_s=0.5
     )
     assert not outcomes["eu"].done
     assert str(port) in (outcomes["eu"].error or "")
+    waiting = f"eu: waiting (http://127.0.0.1:{port}: "
+    assert any(one.detail.startswith(waiting) for one in seen), "why it waits"
 
 
 def test_an_agent_that_was_started_anew_is_asked_again(sites: Callable[..., Site]) -> None:
