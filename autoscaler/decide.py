@@ -241,8 +241,8 @@ def hold_up(
             proposal,
             desired=min(recent, status.supply),
             reason=Reason.SCALE_DOWN_DELAYED,
-            detail=f"{proposal.detail}; {recent} were wished for in the last "
-            f"{policy.scale_down_delay_s:g} s",
+            detail=f"{proposal.detail}; {recent} {'was' if recent == 1 else 'were'} wished for in "
+            f"the last {policy.scale_down_delay_s:g} s",
             bound=Bound.SCALE_DOWN_DELAY,
         )
     there = status.supply - status.scheduled

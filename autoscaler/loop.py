@@ -223,7 +223,7 @@ class ControlLoop(Orders):
         name, supply = pool.pool.name, pool.make_status().supply
         if not pool.backend.owns_replicas:
             number = len(pool.replicas)
-            text = f"{number} servers that somebody else runs"
+            text = f"{number} server{'' if number == 1 else 's'} that somebody else runs"
             return Decision(
                 pool=name,
                 at_s=now_s,

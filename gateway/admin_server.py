@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import os
 import socket
 from collections.abc import Callable, Iterator
 
@@ -13,7 +11,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from gateway.config import ConfigError
-from gateway.problems import Problem
+from gateway.problems import not_listening
 from gateway.running import make_url
 
 KEEPALIVE_S = 5
@@ -28,7 +26,6 @@ def listen(host: str, port: int, *, field: str = "gateway.admin_port") -> socket
     ``ConfigError``, naming ``field``, where the address cannot be had: in use, not of this machine,
     not permitted.
     """
-    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     listener: socket.socket | None = None
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
@@ -45,18 +42,7 @@ def listen(host: str, port: int, *, field: str = "gateway.admin_port") -> socket
     except OSError as problem:
         if listener is not None:
             listener.close()
-        raise ConfigError([Problem(field, _why(problem, where, field), "at start")]) from problem
-
-
-def _why(problem: OSError, where: str, field: str) -> str:
-    other = "another program"
-    if problem.errno == errno.EADDRINUSE:
-        return f"cannot listen on {where}: {other} does; stop it, or choose another {field}"
-    if problem.errno == errno.EADDRNOTAVAIL or isinstance(problem, socket.gaierror):
-        return f"cannot listen on {where}: this machine has no such address"
-    if problem.errno in {errno.EACCES, errno.EPERM}:
-        return f"cannot listen on {where}: not permitted (ports below 1024 need a privilege)"
-    return f"cannot listen on {where}: {os.strerror(problem.errno or 0)}"
+        raise ConfigError([not_listening(field, host, port, problem)]) from problem
 
 
 class _Server(uvicorn.Server):

@@ -7,10 +7,8 @@ peer listener gives pieces and takes orders, the admin listener has the verbs of
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,15 +19,24 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from gateway.admin import MAX_BODY_BYTES, METRICS_TYPE, assemble
+from gateway.admin_answers import error
 from gateway.admin_models import ModelRoutes
 from gateway.admin_server import listen, serve_admin_on, url
 from gateway.cache import NodeCache, make_keeper, make_models, open_cache
 from gateway.cli_base import complain, out, version
 from gateway.config import LoadedSettings
 from gateway.exposition import render_agent, render_cache
-from gateway.lifetime import set_up_logging, take_signals
+from gateway.lifetime import check_writable, set_up_logging, take_signals
 from gateway.models import Models, as_json
-from gateway.running import AGENT_NAME, Running, leave_record, make_url, remove_record
+from gateway.running import (
+    AGENT_NAME,
+    ClaimError,
+    Running,
+    claim_for_agent,
+    leave_record,
+    make_url,
+    remove_record,
+)
 from gateway.settings import Settings
 from gateway.usage_look import UsageLook
 from modelcache.agent import Serving, run_agent
@@ -45,29 +52,13 @@ def run(loaded: LoadedSettings) -> int:
     set_up_logging(settings.gateway.log_level)
     try:
         node = open_cache(settings, os.environ)
-        _check_writable(settings.state_dir, "state_dir")
-        _check_writable(node.cache.dir, "modelcache.dir")
-        return asyncio.run(_run(settings, node))
-    except CacheError as error:
+        check_writable(loaded, "state_dir", settings.state_dir, may_be_full=True)
+        check_writable(loaded, "modelcache.dir", node.cache.dir, may_be_full=True)
+        with claim_for_agent(settings.state_dir):
+            return asyncio.run(_run(settings, node))
+    except (CacheError, ClaimError) as error:
         complain(" ".join(str(error).split()))
         return 2
-
-
-def _check_writable(directory: Path, field: str) -> None:
-    """Raise ``CacheError`` where nothing can be written in a directory, made if it is not there.
-
-    A volume of another user would otherwise be found out by the first download.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            log.warning("%s = %s: %s; what is there is served", field, directory, error.strerror)
-            return
-        why = f"{error.strerror or error} (as user {os.geteuid()})"
-        raise CacheError(f"{field} = {directory}: cannot be written to: {why}") from error
 
 
 async def _run(settings: Settings, node: NodeCache) -> int:
@@ -83,9 +74,11 @@ async def _run(settings: Settings, node: NodeCache) -> int:
     def begin(now: Serving) -> None:
         serving.append(now)
         peer_url = make_url(now.host, now.port)
-        leave_record(
-            state_dir, Running(pid=os.getpid(), url=peer_url, admin_url=admin_url), AGENT_NAME
-        )
+        running = Running(pid=os.getpid(), url=peer_url, admin_url=admin_url)
+        try:
+            leave_record(state_dir, running, AGENT_NAME)
+        except OSError as error:  # the disk is full: it serves, and the console must be told where
+            log.warning("%s: %s; `tidegate` needs --admin %s", state_dir, error, admin_url)
         out(banner(peer_url, admin_url, str(node.cache.dir)))
 
     def where() -> str | None:
@@ -158,7 +151,19 @@ def create_agent_app(
         Route("/status", status),
         *ModelRoutes(models, MAX_BODY_BYTES).table(),
     ]
-    return assemble(routes, host, allowed_hosts)
+    app = assemble(routes, host, allowed_hosts)
+    for what in (
+        "pools",
+        "replicas",
+    ):  # not in the index: the console may ask for them all the same
+        path = f"/{what}/{{rest:path}}"
+        app.router.routes.append(Route(path, _no_pools, methods=["GET", "POST"]))
+    return app
+
+
+async def _no_pools(request: Request) -> Response:
+    """404 to what only a gateway can be asked."""
+    return error(404, "no_pools", "A cache agent runs here; it has no pools.")
 
 
 def _status(models: Models, peer_url: str | None) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""The ``tidegate`` command.
+"""The ``tidegate`` command: runs a verb, and makes a line and an exit code of what ends it.
 
 Exit codes: 0 done; 1 Tidegate (or ``doctor``) says no; 2 wrong usage, wrong settings, or nobody to
 ask; 70 a fault of Tidegate's own; 130 interrupted. Errors are one line each, on standard error.
+
+Nothing is imported at the top that takes time: Ctrl-C must be no traceback from the first moment.
 """
 
 from __future__ import annotations
@@ -9,291 +11,24 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
-import traceback
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
-
-import typer
-
-from gateway import cli_base, cli_client, cli_render
-from gateway.cli_agent import agent
-from gateway.cli_base import (
-    Admin,
-    AsJson,
-    Config,
-    PoolName,
-    Sets,
-    address,
-    as_text,
-    complain,
-    load,
-    out,
-    screen,
-)
-from gateway.cli_bundle import bundle
-from gateway.cli_client import Refused, Unreachable
-from gateway.cli_config import config_app
-from gateway.cli_model import model_app
-from gateway.ours import NotOursError, assert_ours
-from modelcache.types import CacheError
 
 FAULT = 70
 INTERRUPTED = 130
 DEBUG_VARIABLE = "TIDEGATE_DEBUG"
-CLEAR = "\x1b[H\x1b[2J"
-
-# typer brings its own copy of click in some versions; this is the class of its usage errors there.
-UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
-
-app = typer.Typer(
-    name="tidegate",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.add_typer(config_app, name="config", help="Check and show the settings.")
-app.add_typer(model_app, name="model", help="The models in this node's cache.")
-app.command()(agent)
-model_app.command("bundle")(bundle)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"tidegate {cli_base.version()} (Python {sys.version.split()[0]})")
-        raise typer.Exit
-
-
-@app.callback()
-def tidegate(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and end.")
-    ] = False,
-) -> None:
-    """One OpenAI-compatible endpoint in front of vLLM that scales to zero and back without losing
-    a request.
-
-    **Start it:** `tidegate up` serves the pools of ./tidegate.toml, or a small built-in model.
-    `tidegate up --engine simulated` is instant and needs no engine.
-
-    **Look at it:** `tidegate status` shows pools and replicas, `tidegate explain POOL` why there
-    are as many as there are.
-
-    **Take over:** `tidegate scale POOL 2` holds a pool at two replicas, `tidegate scale POOL auto`
-    gives it back.
-
-    **Bring models here ahead of time:** `tidegate model preload MODEL`, `tidegate model ls`.
-
-    **Set it up:** `tidegate config example > tidegate.toml`, `tidegate config check`,
-    `tidegate doctor`.
-    """
-
-
-@app.command()
-def up(
-    config: Config = None,
-    sets: Sets = None,
-    engine: Annotated[
-        Literal["vllm", "simulated"] | None,
-        typer.Option(help="Engine of every pool that Tidegate starts itself."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Serve this one model instead of the configured pools: a checkpoint directory, "
-            "org/name of a hub, a URL (hf://, s3://, gs://, oss://, https://, file://), or a name "
-            "the engine knows.",
-        ),
-    ] = None,
-    host: Annotated[
-        str | None, typer.Option(help="Address of the API; 0.0.0.0 for all.", metavar="ADDRESS")
-    ] = None,
-    port: Annotated[
-        int | None, typer.Option(help="Port of the API; 0 for any free one.", min=0, max=65_535)
-    ] = None,
-    admin_port: Annotated[
-        int | None, typer.Option(help="Port of the admin listener.", min=0, max=65_535)
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Gateway processes; 0 for one per core.", min=0, max=256)
-    ] = None,
-) -> int:
-    """Run the gateway, the autoscaler and the engines, until Ctrl-C.
-
-    Prints the URL and a `curl` line once requests are accepted. A pool at zero starts its first
-    engine when it is asked for; meanwhile the request waits.
-
-    **Examples**
-
-    - `tidegate up` — ./tidegate.toml, or the small model that `make run` brings
-
-    - `tidegate up --engine simulated` — try everything without an engine
-
-    - `tidegate up --model Qwen/Qwen3-0.6B` — fetched by the first request
-
-    - `tidegate up --model ~/models/Qwen3-8B -s pools.0.gpus_per_replica=1`
-
-    - `tidegate up -c prod.toml --port 9000 --workers 4`
-    """
-    from gateway import launch
-
-    flags = launch.UpFlags(
-        engine=engine,
-        model=model,
-        host=host,
-        port=port,
-        admin_port=admin_port,
-        workers=workers,
-    )
-    loaded = launch.load_for_up(config, os.environ, sets or (), flags)
-    launch.check_installed(loaded)
-    for warning in loaded.warnings:
-        complain(f"warning: {warning}")
-    from gateway import wiring
-
-    return wiring.run(loaded)
-
-
-@app.command()
-def status(
-    as_json: AsJson = False,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again and again.")] = False,
-    interval: Annotated[
-        float, typer.Option(help="Seconds between two looks.", min=0.2, max=3600)
-    ] = 2.0,
-    admin: Admin = None,
-    config: Config = None,
-    sets: Sets = None,
-) -> int:
-    """Show pools, replicas, load, and the last decision for each pool.
-
-    WANTED is what the autoscaler decided; "(held)" after it means an operator did. QUEUED requests
-    wait in the gateway, INFLIGHT ones are with an engine, TOKENS are estimates of both. WAKE is how
-    long a start takes, measured from earlier ones. A `?` is unknown, which is not zero.
-
-    **Examples:** `tidegate status`, `tidegate status --watch`,
-    `tidegate status --json | jq '.pools[].ready'`
-    """
-    base = address(admin, config, sets)
-    while True:
-        report = cli_client.ask(base, "/status")
-        text = as_text(report) if as_json else cli_render.status(report, screen(), time.time())
-        out((CLEAR if watch and not as_json and screen().terminal else "") + text)
-        if not watch:
-            return 0
-        time.sleep(interval)
-
-
-@app.command()
-def scale(
-    pool: PoolName,
-    replicas: Annotated[
-        str, typer.Argument(metavar="N|auto", help="Replicas to hold it at, or `auto`.")
-    ],
-    as_json: AsJson = False,
-    admin: Admin = None,
-    config: Config = None,
-    sets: Sets = None,
-) -> int:
-    """Hold a pool at N replicas, or give it back to the autoscaler with `auto`.
-
-    The pool's own min_replicas and max_replicas still hold, and nothing is taken from a request:
-    replicas that go finish what they have.
-
-    **Examples:** `tidegate scale smollm2 2`, `tidegate scale smollm2 0`,
-    `tidegate scale smollm2 auto`
-    """
-    if replicas != "auto" and not (replicas.isascii() and replicas.isdigit()):
-        raise typer.BadParameter(f"{replicas!r} is neither a number from 0 nor auto")
-    count = None if replicas == "auto" else int(replicas)
-    base = address(admin, config, sets)
-    answer = cli_client.ask(base, cli_client.pool_path(pool, "scale"), {"replicas": count})
-    if as_json:
-        out(as_text(answer))
-    elif count is None:
-        out(f"{pool} is the autoscaler's again.\n")
-    else:
-        out(f"{pool} is held at {count}; `tidegate scale {pool} auto` gives it back.\n")
-    return 0
-
-
-@app.command()
-def explain(
-    pool: PoolName,
-    as_json: AsJson = False,
-    limit: Annotated[int, typer.Option(help="Newest decisions to show.", min=1, max=10_000)] = 20,
-    admin: Admin = None,
-    config: Config = None,
-    sets: Sets = None,
-) -> int:
-    """Say why a pool has as many replicas as it has.
-
-    The newest decision in full (which signal asked for the number, which bound changed it), then
-    how it came to that, oldest first; equal decisions in a row are one line.
-
-    **Examples:** `tidegate explain smollm2`, `tidegate explain smollm2 --limit 5 --json`
-    """
-    base = address(admin, config, sets)
-    path = f"{cli_client.pool_path(pool, 'explain')}?limit={limit}"
-    answer = cli_client.ask(base, path)
-    decisions = answer.get("decisions") or []
-    if as_json:
-        out(as_text(answer))
-    else:
-        out(cli_render.explain(pool, decisions, screen(), time.time()))
-    return 0
-
-
-@app.command()
-def doctor(
-    as_json: AsJson = False,
-    measure: Annotated[
-        bool,
-        typer.Option(
-            "--measure/--no-measure",
-            help="Try whether engines can be forked, and how fast each load format reads.",
-        ),
-    ] = True,
-    config: Config = None,
-    sets: Sets = None,
-) -> int:
-    """Look at this machine and these settings: what is there, what lacks, what to do about it.
-
-    Changes nothing, and nothing it starts stays. Measuring takes up to a minute, and for a moment
-    the room of one file of weights in the temporary directory. Exit code 1 when something would
-    keep `tidegate up` from working.
-
-    **Examples:** `tidegate doctor`, `tidegate doctor --no-measure`,
-    `tidegate doctor -c prod.toml --json`
-    """
-    from gateway.doctor import run_doctor
-
-    loaded = load(config, sets)
-    if sys.stderr.isatty() and not as_json:
-        complain("looking at this machine; what it asks of an engine takes up to a minute")
-    checks = [
-        {
-            "name": check.name,
-            "status": str(check.status),
-            "finding": check.finding,
-            "advice": check.advice,
-        }
-        for check in run_doctor(loaded.settings, measure=measure)
-    ]
-    out(as_text({"checks": checks}) if as_json else cli_render.doctor(checks, screen()))
-    return 1 if any(check["status"] == "fail" for check in checks) else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; no exception and no traceback leaves it."""
-    command = typer.main.get_command(app)
     given = None if arguments is None else list(arguments)
 
     def run() -> int:
+        from gateway.ours import assert_ours
+
         assert_ours()
-        result = command.main(args=given, prog_name="tidegate", standalone_mode=False)
+        from gateway.cli_verbs import make_command
+
+        result = make_command().main(args=given, prog_name="tidegate", standalone_mode=False)
         return result if isinstance(result, int) else 0
 
     return guard(run)
@@ -303,27 +38,45 @@ def guard(run: Callable[[], int]) -> int:
     """Run it; what it raises becomes its line on standard error and its exit code."""
     try:
         return run()
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
         # The reader had enough (`| head`). What is left in the buffer must not complain at exit.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (Refused, CacheError) as error:
+    except Exception as error:  # noqa: BLE001 - the last resort: a line instead of a traceback
+        return _ended(error)
+
+
+def _ended(error: Exception) -> int:
+    """The line and the exit code of what a verb raised."""
+    import typer
+
+    from gateway.cli_base import complain
+    from gateway.cli_client import Refused, Unreachable
+    from gateway.ours import NotOursError
+    from modelcache.types import CacheError
+
+    # typer brings its own copy of click in some versions; this is its usage errors' class there.
+    usage_problem = typer.BadParameter.__mro__[2]
+    if isinstance(error, typer.Abort):
+        return INTERRUPTED
+    if isinstance(error, Refused | CacheError):
         complain(" ".join(str(error).split()))
         return 1
-    except Unreachable as error:
+    if isinstance(error, Unreachable | NotOursError):
         complain(str(error))
         return 2
-    except UsageProblem as error:
+    if isinstance(error, usage_problem):
         return _usage(error)
-    except Exception as error:  # noqa: BLE001 - the last resort: a line instead of a traceback
-        return _failed(error)
+    return _failed(error)
 
 
 def _usage(error: Exception) -> int:
     """What is wrong with a command line, and where to read about it."""
+    from gateway.cli_base import complain, out
+
     context = getattr(error, "ctx", None)
     message = error.format_message() if hasattr(error, "format_message") else str(error)
     if type(error).__name__ == "NoArgsIsHelpError":
@@ -336,11 +89,11 @@ def _usage(error: Exception) -> int:
 
 def _failed(error: Exception) -> int:
     """Wrong settings, a line each; anything else is a fault of ours, in one line."""
+    import traceback
+
+    from gateway.cli_base import complain
     from gateway.config import ConfigError
 
-    if isinstance(error, NotOursError):
-        complain(str(error))
-        return 2
     if isinstance(error, ConfigError):
         for problem in error.problems:
             complain(str(problem))

@@ -46,7 +46,7 @@ def agent(
     ]
     loaded = launch.load_for_agent(config, os.environ, sets or (), flags)
     for warning in loaded.warnings:
-        complain(f"warning: {warning}")
+        complain(f"warning: {warning.as_warning()}")
     from gateway.agent import run
 
     return run(loaded)

@@ -65,12 +65,13 @@ def address(admin: str | None, config: Path | None, sets: list[str] | None) -> s
             return cli_client.check_address(admin)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
-    from gateway.running import make_url, read_record
+    from gateway.running import AGENT_NAME, RECORD_NAME, make_url, read_record
 
     settings = load(config, sets).settings
-    running = read_record(settings.state_dir)
-    if running is not None:
-        return running.admin_url
+    for name in (RECORD_NAME, AGENT_NAME):
+        running = read_record(settings.state_dir, name)
+        if running is not None:
+            return running.admin_url
     return make_url(settings.gateway.admin_host, settings.gateway.admin_port)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -67,44 +65,6 @@ def ask(base: str, path: str, body: dict[str, Any] | None = None) -> dict[str, A
     if not isinstance(found, dict):
         raise Unreachable(f"{base} is no Tidegate admin listener: it did not answer with JSON")
     return found
-
-
-def follow(
-    base: str, path: str, body: dict[str, Any], on_progress: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
-    """POST a body to what answers in lines of JSON as it goes, and its result.
-
-    The connection is what keeps the work going: leaving calls it off. Raises ``Unreachable`` and
-    ``Refused``.
-    """
-    import httpx
-
-    timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-    try:
-        with (
-            httpx.Client(base_url=base, timeout=timeout, trust_env=False) as client,
-            client.stream("POST", path, json=body) as answer,
-        ):
-            if answer.status_code >= 400:
-                answer.read()
-                raise Refused(_message(answer) or f"{base} answered {answer.status_code}")
-            for line in answer.iter_lines():
-                found = json.loads(line) if line.strip() else {}
-                if "progress" in found:
-                    on_progress(found["progress"])
-                elif "error" in found:
-                    raise Refused(str(found["error"].get("message")))
-                elif "result" in found:
-                    result: dict[str, Any] = found["result"]
-                    return result
-    except httpx.ConnectError:
-        raise Unreachable(f"nothing answers at {base}: has Tidegate just ended?") from None
-    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-        reason = str(error) or type(error).__name__
-        raise Unreachable(f"no answer from {base}: {reason}") from None
-    except ValueError:
-        raise Unreachable(f"{base} is no Tidegate admin listener: not JSON lines") from None
-    raise Unreachable(f"{base} ended its answer before it was done")
 
 
 def _message(answer: Any) -> str | None:

@@ -14,7 +14,7 @@ config_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
 @config_app.command("check")
 def config_check(config: Config = None, sets: Sets = None, as_json: AsJson = False) -> int:
-    """Check the settings without starting anything.
+    """Check the settings without starting anything, and that the files they name are there.
 
     Every problem is a line: field, value, what is allowed, where it was given. Exit code 2 when
     there is one.
@@ -22,9 +22,12 @@ def config_check(config: Config = None, sets: Sets = None, as_json: AsJson = Fal
     **Examples:** `tidegate config check`, `tidegate config check -c prod.toml -s gateway.port=0`
     """
     from gateway.config import ConfigError
+    from gateway.launch import find_missing
 
     try:
         loaded = load(config, sets)
+        if missing := find_missing(loaded, given_only=True):
+            raise ConfigError(missing)
     except ConfigError as error:
         if as_json:
             out(as_text({"ok": False, "problems": [one._asdict() for one in error.problems]}))
@@ -35,7 +38,7 @@ def config_check(config: Config = None, sets: Sets = None, as_json: AsJson = Fal
         out(as_text({"ok": True, "problems": [], "warnings": warnings}))
         return 0
     for warning in loaded.warnings:
-        complain(f"warning: {warning}")
+        complain(f"warning: {warning.as_warning()}")
     given = sum(origin != "default" for origin in loaded.origins.values())
     source = f"{loaded.path}" if loaded.path else "no file (there is no ./tidegate.toml)"
     out(f"The settings are good: {source}, {given} of {len(loaded.origins)} values given.\n")

@@ -13,6 +13,11 @@ def figure(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:,.0f}"
 
 
+def count(number: float | None, one: str, many: str | None = None) -> str:
+    """A number of things: ``1 server``, ``2 servers``; ``many`` where that is no s at the end."""
+    return f"{figure(number)} {one if number == 1 else many or f'{one}s'}"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds as people say them: ``0.4 s``, ``31 s``, ``3 min 12 s``, ``2 h 5 min``."""
     if seconds is None or not math.isfinite(seconds):

@@ -24,13 +24,14 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from gateway import fields, problems, toml_lines
+from gateway.environ import find_misnamed
 from gateway.hub_names import through_cache
 from gateway.problems import DEFAULT, Problem
 from gateway.settings import Settings, find_warnings
@@ -38,6 +39,9 @@ from gateway.settings import Settings, find_warnings
 ENV_PREFIX = "TIDEGATE__"
 MAX_FILE_BYTES = 4_194_304
 """A settings file is text that people write; what is larger was named by mistake."""
+
+BUILT_IN = "built in"
+"""The origin of a value that Tidegate brings where no layer says anything."""
 
 Parts = tuple[str, ...]
 
@@ -102,7 +106,7 @@ def _load(
     flags: Sequence[Flag],
 ) -> LoadedSettings:
     draft = _Draft()
-    draft.merge((), dict(base or {}), "built in")
+    draft.merge((), dict(base or {}), BUILT_IN)
     if path is not None:
         _read_file(draft, path)
         if draft.found:  # what the other layers say of its lists cannot be judged without it
@@ -112,7 +116,10 @@ def _load(
         _read_override(draft, text)
     for flag in flags:
         draft.merge(tuple(flag.field.split(".")), flag.value, flag.flag)
-    return draft.finish(path)
+    loaded = draft.finish(path)
+    named = [pool.api_key_env for pool in loaded.settings.pools if pool.api_key_env is not None]
+    named.append(loaded.settings.modelcache.peer_token_env)
+    return replace(loaded, warnings=(*loaded.warnings, *find_misnamed(environ, named)))
 
 
 @dataclass(slots=True)
@@ -192,6 +199,7 @@ class _Draft:
             settings = Settings.model_validate_json(problems.to_json(self.tree), strict=True)
         except ValidationError as error:
             self.found += problems.explain(error, self.origin, self.blame)
+            self.found += problems.find_conflicts_in(self.tree, self.origin)
         if settings is None or self.found:
             raise ConfigError(list(dict.fromkeys(self.found)))
         settings = through_cache(settings)

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from autoscaler.settings import PoolSettings
 from gateway.checks import Check, Status, fail, ok, warn
+from gateway.cli_figures import count
 from gateway.doctor_cache import diagnose_cache
 from gateway.machine import Gpu, Machine, Probes
 from gateway.machine_cache import CacheMachine
@@ -42,6 +43,9 @@ def run_doctor(settings: Settings, *, measure: bool = True) -> list[Check]:
 
 def diagnose(settings: Settings, probes: Probes) -> list[Check]:
     """What the answers of ``probes`` mean for these settings, in the order of a start."""
+    agent = probes.agent(settings.state_dir)
+    if agent is not None and probes.owner(settings.state_dir) is None:
+        return _diagnose_agent(settings, probes, agent)
     processes = [pool for pool in settings.pools if pool.backend == "process"]
     vllm = [pool for pool in processes if pool.engine == "vllm"]
     gpus = probes.gpus()
@@ -63,6 +67,20 @@ def diagnose(settings: Settings, probes: Probes) -> list[Check]:
     checks += [_open_files(settings, probes), _state(settings, probes)]
     checks += _tls(settings, probes)
     return checks
+
+
+def _diagnose_agent(settings: Settings, probes: Probes, pid: int) -> list[Check]:
+    """Of a node where a cache agent runs and no gateway; its pools are of no account."""
+    holder = f"the cache agent that runs here (pid {pid})"
+    text = f"a cache agent runs here (pid {pid}): engine, pools and API port are not looked at"
+    gateway = settings.gateway
+    return [
+        _python(probes),
+        _system(probes),
+        ok("agent", text),
+        _port("admin port", gateway.admin_host, gateway.admin_port, probes, holder),
+        _state(settings, probes),
+    ]
 
 
 def _python(probes: Probes) -> Check:
@@ -241,7 +259,7 @@ def _pool(
         return
     yield from _pool_gpus(name, pool, gpus)
     device = "CPU" if install is not None and install.device == "cpu" else "GPU"
-    used = f"{pool.min_replicas} to {pool.max_replicas} replicas on {device}"
+    used = f"{pool.min_replicas} to {count(pool.max_replicas, 'replica')} on {device}"
     given = pool.model or ""
     model = probes.model(_path(Path(given)))
     if model is None and given.startswith((".", "/", "~")):
@@ -276,7 +294,7 @@ def _pool_gpus(name: str, pool: PoolSettings, gpus: Sequence[Gpu] | None) -> Ite
     elif usable < pool.gpus_per_replica:
         yield fail(
             name,
-            f"a replica needs {pool.gpus_per_replica} GPUs and {usable} can be used",
+            f"a replica needs {count(pool.gpus_per_replica, 'GPU')} and {usable} can be used",
             "lower gpus_per_replica (0 for the CPU)",
         )
     elif pool.gpu_memory_bytes is None and usable < pool.gpus_per_replica * pool.max_replicas:
@@ -296,9 +314,10 @@ def _static_pool(name: str, pool: PoolSettings, probes: Probes) -> Iterator[Chec
         problem = probes.can_connect(parts.hostname or "", port)
         if problem is not None:
             closed.append(f"{url} ({problem})")
-    text = f"{len(pool.urls)} servers of somebody else's"
+    text = f"{count(len(pool.urls), 'server')} of somebody else's"
     if not closed:
-        yield ok(name, f"{text}, all of them accept connections")
+        all_do = "it accepts" if len(pool.urls) == 1 else "all of them accept"
+        yield ok(name, f"{text}, {all_do} connections")
     else:
         found = f"{text}; no connection to {', '.join(closed[:3])}"
         yield warn(name, found, "start them or correct urls; requests go to the others meanwhile")
@@ -306,22 +325,23 @@ def _static_pool(name: str, pool: PoolSettings, probes: Probes) -> Iterator[Chec
 
 def _listeners(settings: Settings, probes: Probes) -> Iterator[Check]:
     owner = probes.owner(settings.state_dir)
+    holder = None if owner is None else f"the Tidegate that runs here (pid {owner})"
     gateway = settings.gateway
-    for name, host, port in (
-        ("port", gateway.host, gateway.port),
-        ("admin port", gateway.admin_host, gateway.admin_port),
-    ):
-        if port == 0:
-            yield ok(name, "chosen by the system at start")
-            continue
-        problem = probes.can_listen(host, port)
-        if problem is None:
-            yield ok(name, f"{host}:{port} is free")
-        elif owner is not None:
-            yield ok(name, f"{host}:{port} is held by the Tidegate that runs here (pid {owner})")
-        else:
-            flag = "--port" if name == "port" else "--admin-port"
-            yield fail(name, f"{host}:{port}: {problem}", f"free it, or choose another with {flag}")
+    yield _port("port", gateway.host, gateway.port, probes, holder)
+    yield _port("admin port", gateway.admin_host, gateway.admin_port, probes, holder)
+
+
+def _port(name: str, host: str, port: int, probes: Probes, holder: str | None) -> Check:
+    """A listener's port; ``holder`` is who may well have it already."""
+    if port == 0:
+        return ok(name, "chosen by the system at start")
+    problem = probes.can_listen(host, port)
+    if problem is None:
+        return ok(name, f"{host}:{port} is free")
+    if holder is not None:
+        return ok(name, f"{host}:{port} is held by {holder}")
+    flag = "--port" if name == "port" else "--admin-port"
+    return fail(name, f"{host}:{port}: {problem}", f"free it, or choose another with {flag}")
 
 
 def _open_files(settings: Settings, probes: Probes) -> Check:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.checks import Check, fail, ok, warn
+from gateway.cli_figures import count
 from gateway.cli_render_models import size
 from gateway.machine_cache import EXTRAS, CacheProbes, FormatSpeed
 from gateway.settings import Settings
@@ -47,12 +48,16 @@ def _cache(
     if problem is not None:
         return fail(name, f"{directory}: {problem}", "set modelcache.dir to a directory of yours")
     if isinstance(listing, str):
-        return warn(name, f"{directory}: {listing}", "`tidegate model ls` says more")
+        secret = settings.modelcache.peer_token_env
+        advice = "`tidegate model ls` says more"
+        if secret in listing:
+            advice = f"set the environment variable {secret} here, and where Tidegate is started"
+        return warn(name, f"{directory}: {listing}", advice)
     models = listing.get("models") or []
     taken = (listing.get("usage") or {}).get("bytes_used")
     quota, reserve = settings.modelcache.quota_bytes, settings.modelcache.reserve_bytes
     free = probes.disk_free_bytes(directory)
-    text = f"{directory}: {len(models)} model revisions"
+    text = f"{directory}: {count(len(models), 'model revision')}"
     text += f", {size(taken)}" if taken is not None else ""
     text += f" of {size(quota)} allowed" if quota is not None else ""
     text += f"; {size(free)} of the disk free, {size(reserve)} of that left alone"

@@ -185,7 +185,7 @@ def _describe(node: Node) -> str:
         case "string" if node.is_path:
             return "a path"
         case "string":
-            return "text" + _length(schema)
+            return PATTERNS.get(schema.get("pattern", ""), "text{}").format(_length(schema))
     return "a value"
 
 
@@ -206,14 +206,24 @@ def _range(schema: dict[str, Any]) -> str:
     return f" {' and '.join(bounds)}" if bounds else ""
 
 
+PATTERNS = {
+    r"^https?://[^\s/@?#]+$": "a URL like http://host:port, without user, path or final /",
+    r"^http://[^\s/@?#:\[\]]+(:[0-9]{1,5})?$": "a URL like http://name:port, without user, path or "
+    "final /",
+    r"^!?[^!/\s][^\s]*$": "a pattern of file names{}, without white space or a leading /",
+    r"^[^/].*$": "text{} that does not begin with /",
+    r"^[^\s\x00-\x1f\x7f]+$": "text{} without white space",
+    r"^[A-Za-z_][A-Za-z0-9_]*$": "the name of an environment variable",
+    r"^/[\x21-\x7e]*$": "a path that begins with /, without white space",
+}
+"""What a pattern of the settings asks for, in words; the braces are for its length."""
+
+
 def _length(schema: dict[str, Any]) -> str:
     low, high = schema.get("minLength", 0), schema.get("maxLength")
     if high is not None:
-        length = f" of {low} to {number(high)} characters"
-    else:
-        length = " (not empty)" if low == 1 else ""
-    # How a pattern reads is for the few who wrote it, but it is better than no reason at all.
-    return length + (f" matching {schema['pattern']}" if "pattern" in schema else "")
+        return f" of {low} to {number(high)} characters"
+    return " (not empty)" if low == 1 else ""
 
 
 def number(value: float) -> str:

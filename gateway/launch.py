@@ -6,12 +6,13 @@ Which file, which pool when no file names one, and what the flags of ``up`` mean
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import ssl
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gateway.config import ConfigError, Flag, LoadedSettings, load
+from gateway.config import BUILT_IN, ConfigError, Flag, LoadedSettings, load
 from gateway.problems import Problem
 from modelcache.refs import parse_ref
 
@@ -137,31 +138,70 @@ def _known_as(model: str) -> str:
 
 
 def check_installed(loaded: LoadedSettings) -> None:
-    """Raise ``ConfigError`` where a pool's engine or model is named as a path and is not there.
+    """Raise ``ConfigError`` where a file or directory that the settings name cannot be used."""
+    found = find_missing(loaded)
+    if found:
+        raise ConfigError(found)
 
-    Such a pool would look well at zero, and fail its first request a minute later.
+
+def find_missing(loaded: LoadedSettings, *, given_only: bool = False) -> list[Problem]:
+    """What the settings name and is not there, or not what it should be.
+
+    A pool without its engine or model would look well at zero, and fail its first request a minute
+    later. With ``given_only`` the built-in pool, which nobody asked for, is left out.
     """
+    found = list(_find_tls(loaded))
     settings = loaded.settings
-    found = []
-    engines = [pool for pool in settings.pools if pool.engine == "vllm"]
+    pools = [
+        (index, pool)
+        for index, pool in enumerate(settings.pools)
+        if pool.engine == "vllm"
+        and not (given_only and loaded.origins[f"pools.{index}.name"] == BUILT_IN)
+    ]
     python = settings.loaders.engine_python.expanduser()
-    if engines and not python.exists():
+    if pools and not python.exists():
         found.append(
             Problem(
                 "loaders.engine_python",
-                f"= {python}: there is no such program; `make run` sets up the engine, "
+                "there is no such program; `make run` sets up the engine, "
                 "`--engine simulated` needs none",
                 loaded.origins["loaders.engine_python"],
+                str(python),
             )
         )
-    for index, pool in enumerate(settings.pools):
+    for index, pool in pools:
         model = pool.model or ""
-        if pool.engine != "vllm" or not model.startswith("/") or Path(model).exists():
+        if not model.startswith("/") or Path(model).exists():
             continue
         field = f"pools.{index}.model"
         hint = "; `make run` makes it" if Path(model).name == DEFAULT_MODEL else ""
         found.append(
-            Problem(field, f"= {model}: there is no such directory{hint}", loaded.origins[field])
+            Problem(field, f"there is no such directory{hint}", loaded.origins[field], model)
         )
-    if found:
-        raise ConfigError(found)
+    return found
+
+
+def _find_tls(loaded: LoadedSettings) -> Iterator[Problem]:
+    """What is wrong with the files of the API's certificate."""
+    gateway = loaded.settings.gateway
+    whole = True
+    for name in ("tls_certificate", "tls_key"):
+        path: Path | None = getattr(gateway, name)
+        field = f"gateway.{name}"
+        try:
+            if path is not None:
+                path.open("rb").close()
+        except OSError as error:
+            whole = False
+            why = f"cannot be read: {error.strerror or error}"
+            yield Problem(field, why, loaded.origins[field], str(path))
+    if gateway.tls_certificate is None or gateway.tls_key is None or not whole:
+        return
+    try:
+        # With an empty password: nobody could be asked for one where a worker loads them.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(gateway.tls_certificate, gateway.tls_key, password="")
+    except (OSError, ValueError) as error:
+        field = "gateway.tls_certificate"
+        why = f"is no certificate in PEM with its key in {gateway.tls_key}: {error}"
+        yield Problem(field, why, loaded.origins[field], str(gateway.tls_certificate))

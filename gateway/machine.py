@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from gateway.datapath import compiled
-from gateway.running import read_record
+from gateway.running import AGENT_NAME, Running, read_record
 from loaders.engine import EngineInstall, find_install
 from modelcache.default_model import MANIFEST, find_damage
 
@@ -111,6 +111,9 @@ class Probes(Protocol):
 
     def owner(self, state_dir: Path) -> int | None:
         """Process id of the Tidegate that runs with this state directory."""
+
+    def agent(self, state_dir: Path) -> int | None:
+        """Process id of the cache agent that runs with this state directory."""
 
 
 class Machine:
@@ -254,8 +257,14 @@ class Machine:
         return compiled.is_available()
 
     def owner(self, state_dir: Path) -> int | None:
-        running = read_record(state_dir)
-        return None if running is None else running.pid
+        return _pid_in(read_record(state_dir))
+
+    def agent(self, state_dir: Path) -> int | None:
+        return _pid_in(read_record(state_dir, AGENT_NAME))
+
+
+def _pid_in(running: Running | None) -> int | None:
+    return None if running is None else running.pid
 
 
 def parse_gpus(text: str) -> tuple[Gpu, ...]:

@@ -93,10 +93,11 @@ class CacheMachine:
     def listing(self, settings: Settings) -> dict[str, Any] | str:
         from gateway.cache import cache_dir, open_models
 
-        if not cache_dir(settings).is_dir():
-            return {"models": [], "usage": {}}
         try:
-            return open_models(settings, os.environ).listing()
+            models = open_models(settings, os.environ)
+            if not cache_dir(settings).is_dir():
+                return {"models": [], "usage": {}}
+            return models.listing()
         except (CacheError, OSError) as error:
             return str(error)
 

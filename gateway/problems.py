@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +13,12 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from gateway import fields
-from gateway.settings import CONFLICTS
+from gateway.settings import (
+    CONFLICTS,
+    GatewaySettings,
+    find_gateway_conflicts,
+    find_name_conflicts,
+)
 
 SHOWN_CHARACTERS = 60
 """Characters of a wrong value that an error repeats."""
@@ -30,16 +37,26 @@ OWN_WORDS = frozenset({"value_error", "assertion_error"})
 
 
 class Problem(NamedTuple):
-    """One thing wrong. ``field`` is empty where it is a whole file or argument."""
+    """One thing wrong. ``field`` is empty where it is a whole file or argument; ``value`` is what
+    was given, as it is shown, where the message is about that."""
 
     field: str
     message: str
     origin: str
+    value: str | None = None
 
     def __str__(self) -> str:
         if not self.field:
             return one_line(f"{self.origin}: {self.message}")
+        if self.value is not None:
+            return one_line(f"{self.field} = {self.value}: {self.message} ({self.origin})")
         return one_line(f"{self.field} {self.message} ({self.origin})")
+
+    def as_warning(self) -> str:
+        """Its line where it is only a warning: the message is then a sentence of its own."""
+        if not self.field or self.value is not None:
+            return str(self)
+        return one_line(f"{self.field}: {self.message} ({self.origin})")
 
 
 def one_line(text: str) -> str:
@@ -48,6 +65,20 @@ def one_line(text: str) -> str:
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
         for char in text
     )
+
+
+def not_listening(field: str, host: str, port: int, error: OSError) -> Problem:
+    """What is wrong with a listener's port, ``field``, where listening failed."""
+    if error.errno == errno.EADDRINUSE:
+        why = "another program listens there; stop it, or choose another port"
+    elif error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
+        why = "this machine has no such address"
+    elif error.errno in {errno.EACCES, errno.EPERM}:
+        why = "not permitted (ports below 1024 need a privilege)"
+    else:
+        why = error.strerror or str(error)
+    where = f"[{host.strip('[]')}]:{port}" if ":" in host else f"{host}:{port}"
+    return Problem(field, f"cannot listen on {where}: {why}", "at start", str(port))
 
 
 Origin = Callable[[Sequence[str]], str]
@@ -63,13 +94,48 @@ def explain(error: ValidationError, origin: Origin, blame: Origin) -> Iterator[P
         parts = _field_path(detail["loc"])
         if detail["type"] == CONFLICTS:
             for path, message in detail["ctx"]["conflicts"]:
-                others = re.findall(r"[a-z_]+(?:\.[a-z0-9_]+)+", message)
-                given = [one for one in (path, *others) if origin(one.split(".")) != DEFAULT]
-                yield Problem(path, message, origin((given or [path])[0].split(".")))
+                yield _conflict(path, message, origin)
         elif detail["type"] == "conflict":
             yield from _contradictions(parts, str(detail["ctx"]["text"]), origin, blame)
         else:
-            yield Problem(fields.dotted(parts) or "settings", _say(detail, parts), blame(parts))
+            message, value = _say(detail, parts)
+            yield Problem(fields.dotted(parts) or "settings", message, blame(parts), value)
+
+
+def _conflict(path: str, message: str, origin: Origin) -> Problem:
+    """Two fields that contradict each other: it is laid to one that was given."""
+    others = re.findall(r"[a-z_]+(?:\.[a-z0-9_]+)+", message)
+    given = [one for one in (path, *others) if origin(one.split(".")) != DEFAULT]
+    return Problem(path, message, origin((given or [path])[0].split(".")))
+
+
+def find_conflicts_in(tree: dict[str, Any], origin: Origin) -> Iterator[Problem]:
+    """Contradictions between fields of a tree that cannot be used for other reasons, as far as
+    they can be told: pydantic looks for them only in what is well otherwise."""
+    try:
+        gateway = GatewaySettings.model_validate_json(to_json(tree.get("gateway", {})), strict=True)
+    except ValidationError:
+        pass  # which is among what was said already
+    else:
+        for path, message in find_gateway_conflicts(gateway):
+            yield _conflict(path, message, origin)
+    pools = tree.get("pools")
+    for path, message in find_name_conflicts(
+        [_names(pool) for pool in pools] if isinstance(pools, list) else []
+    ):
+        yield _conflict(path, message, origin)
+
+
+def _names(pool: Any) -> tuple[str | None, list[str | None]]:
+    """A pool's name and aliases out of plain values."""
+    if not isinstance(pool, dict):
+        return None, []
+    aliases = pool.get("aliases")
+    return _name(pool.get("name")), list(map(_name, aliases if isinstance(aliases, list) else []))
+
+
+def _name(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _field_path(loc: Sequence[str | int]) -> tuple[str, ...]:
@@ -99,21 +165,22 @@ def _contradictions(
             yield Problem(fields.dotted(parts), message, source)
 
 
-def _say(detail: ErrorDetails, parts: tuple[str, ...]) -> str:
+def _say(detail: ErrorDetails, parts: tuple[str, ...]) -> tuple[str, str | None]:
+    """What is wrong, and the value where it is about that."""
     kind = detail["type"]
     if kind == "extra_forbidden":
-        return f"is no setting{fields.suggest(parts)}"
+        return f"is no setting{fields.suggest(parts)}", None
     node = fields.find(parts)
     allowed = fields.describe(node) if node is not None else "something else"
     if kind == "missing":
-        return f"is missing: it must be {allowed}"
+        return f"is missing: it must be {allowed}", None
     value = detail["input"]
     shown = value.get(DATE, "{...}") if isinstance(value, dict) else show(value, parts)
     if len(shown) > SHOWN_CHARACTERS:
         shown = shown[: SHOWN_CHARACTERS - 3] + "..."
     if kind in OWN_WORDS:
-        return f"= {shown}: {detail['msg'].partition(', ')[2] or detail['msg']}"
-    return f"= {shown}: it must be {allowed}"
+        return detail["msg"].partition(", ")[2] or detail["msg"], shown
+    return f"it must be {allowed}", shown
 
 
 def show(value: Any, parts: Sequence[str] = ()) -> str:

@@ -7,14 +7,22 @@ was given, a port of the system's choice included.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 RECORD_NAME = "running.json"
 AGENT_NAME = "agent.json"
 """The record of a cache agent, which may run beside a Tidegate."""
+AGENT_LOCK = "agent.lock"
+
+
+class ClaimError(Exception):
+    """The state directory is another agent's that is running, or cannot be locked; the message
+    says which."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +45,34 @@ def leave_record(state_dir: Path, running: Running, name: str = RECORD_NAME) -> 
     """Write the record, whole or not at all. Raises ``OSError`` where it cannot be written."""
     state_dir.mkdir(parents=True, exist_ok=True)
     fresh = state_dir / f".{name}.{running.pid}"
-    fresh.write_text(json.dumps(asdict(running)), encoding="utf-8")
-    fresh.replace(state_dir / name)
+    try:
+        fresh.write_text(json.dumps(asdict(running)), encoding="utf-8")
+        fresh.replace(state_dir / name)
+    except OSError:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def claim_for_agent(state_dir: Path) -> Iterator[None]:
+    """Be the one agent of a state directory meanwhile, as a Tidegate is by its registry.
+
+    Raises ``ClaimError``. The lock goes with the process, however it ends.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = os.open(state_dir / AGENT_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ClaimError(
+                f"{state_dir} belongs to another cache agent that is running; "
+                "give this one its own state_dir"
+            ) from None
+        except OSError as error:
+            raise ClaimError(f"{state_dir} cannot be locked: {error.strerror or error}") from error
+        yield
 
 
 def read_record(state_dir: Path, name: str = RECORD_NAME) -> Running | None:

@@ -7,7 +7,7 @@ only says what the values are, what they mean, which are allowed, and which cont
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -203,7 +203,12 @@ class Settings(BaseModel):
 
 def find_conflicts(settings: Settings) -> Iterator[tuple[str, str]]:
     """Contradictions between fields, each as (dotted path of one of them, what is wrong)."""
-    gateway = settings.gateway
+    yield from find_gateway_conflicts(settings.gateway)
+    yield from find_name_conflicts([(pool.name, pool.aliases) for pool in settings.pools])
+
+
+def find_gateway_conflicts(gateway: GatewaySettings) -> Iterator[tuple[str, str]]:
+    """Those within the gateway's own section."""
     if gateway.port == gateway.admin_port != 0:
         yield "gateway.admin_port", f"{gateway.admin_port} is gateway.port too; give each its own"
     if gateway.tls_certificate is not None and gateway.tls_key is None:
@@ -212,11 +217,19 @@ def find_conflicts(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "gateway.tls_certificate", "is missing: gateway.tls_key is set, TLS needs both"
     if gateway.peek_bytes > gateway.max_buffered_bytes:
         yield "gateway.peek_bytes", "is more than gateway.max_buffered_bytes"
+
+
+def find_name_conflicts(
+    pools: Sequence[tuple[str | None, Sequence[str | None]]],
+) -> Iterator[tuple[str, str]]:
+    """Names that mean two pools, of pools given as name and aliases; ``None`` is no name."""
     taken: dict[str, str] = {}
-    for index, pool in enumerate(settings.pools):
-        names = [(f"pools.{index}.name", pool.name)]
-        names += [(f"pools.{index}.aliases.{i}", name) for i, name in enumerate(pool.aliases)]
+    for index, (own, aliases) in enumerate(pools):
+        names = [(f"pools.{index}.name", own)]
+        names += [(f"pools.{index}.aliases.{i}", name) for i, name in enumerate(aliases)]
         for path, name in names:
+            if name is None:
+                continue
             if name in taken:
                 yield path, f"{name!r} is {taken[name]} too; a name means one pool"
             else:

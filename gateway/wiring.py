@@ -40,11 +40,11 @@ from gateway.engines import (
     make_bundles,
 )
 from gateway.fleet import FleetBook
-from gateway.lifetime import set_up_logging, take_signals
+from gateway.lifetime import check_writable, set_up_logging, take_signals
 from gateway.running import Running, leave_record, make_url, remove_record
 from gateway.settings import Settings
 from gateway.warming import make_wake_times, make_warmth
-from gateway.workers import ListenError, Workers, open_listeners
+from gateway.workers import Workers, open_listeners
 from modelcache.agent import start_serving
 from modelcache.types import CacheError
 
@@ -56,12 +56,14 @@ _FORCED_DRAIN_S = 0.0
 
 def run(loaded: LoadedSettings) -> int:
     """Run until SIGTERM or Ctrl-C. Returns the exit status: 0 after an orderly end, 2 where it
-    could not start (one line says why)."""
+    could not start (one line says why). Raises ``ConfigError`` for what the settings name and is
+    not to be had."""
     settings = loaded.settings
     set_up_logging(settings.gateway.log_level)
+    check_writable(loaded, "state_dir", Path(settings.state_dir))
     try:
         return asyncio.run(_run(settings))
-    except (ListenError, BackendError, CacheError) as error:
+    except (BackendError, CacheError) as error:
         complain(str(error))
         return 2
 
@@ -234,14 +236,13 @@ async def _live(tidegate: _Tidegate) -> int:
     looping: asyncio.Task[None] | None = None
     status = 0
     try:
-        await tidegate.workers.start(tidegate.fleet)
-        looping = asyncio.create_task(tidegate.loop.run())
-        running = Running(pid=os.getpid(), url=tidegate.url, admin_url=tidegate.admin_url)
-        leave_record(state_dir, running)
-        out(tidegate.banner())
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait({stopping, looping, admin}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
+        await _start_workers(tidegate, stop)
+        if not stop.is_set():
+            looping = asyncio.create_task(tidegate.loop.run())
+            running = Running(pid=os.getpid(), url=tidegate.url, admin_url=tidegate.admin_url)
+            leave_record(state_dir, running)
+            out(tidegate.banner())
+            await _first(asyncio.create_task(stop.wait()), looping, admin)
         if not stop.is_set():
             status = 1
             _log_end(looping, admin)
@@ -255,6 +256,25 @@ async def _live(tidegate: _Tidegate) -> int:
         await asyncio.wait({admin}, timeout=10)
         remove_record(state_dir, os.getpid())
     return status
+
+
+async def _start_workers(tidegate: _Tidegate, stop: asyncio.Event) -> None:
+    """Until all workers listen, or a stop is asked for. Raises as ``Workers.start`` does."""
+    if stop.is_set():
+        return
+    starting = asyncio.create_task(tidegate.workers.start(tidegate.fleet))
+    await _first(asyncio.create_task(stop.wait()), starting)
+    if stop.is_set():
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+    else:
+        await starting
+
+
+async def _first(stopping: asyncio.Task[bool], *tasks: asyncio.Task[None]) -> None:
+    """Until one of them ends; the wait for a stop is over then."""
+    await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
 
 
 async def _stop(
@@ -275,9 +295,14 @@ async def _stop(
     hurried.cancel()
 
 
-def _log_end(*tasks: asyncio.Task[None]) -> None:
+def _log_end(*tasks: asyncio.Task[None] | None) -> None:
     for task in tasks:
-        if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+        if (
+            task is not None
+            and task.done()
+            and not task.cancelled()
+            and (error := task.exception()) is not None
+        ):
             log.error("stopped by an internal error", exc_info=error)
 
 

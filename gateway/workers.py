@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from gateway.config import ConfigError
 from gateway.datapath.messages import (
     Drain,
     Failing,
@@ -31,6 +33,7 @@ from gateway.datapath.messages import (
     pack,
 )
 from gateway.datapath.shared import Shared
+from gateway.problems import not_listening
 from router.types import Fleet
 
 log = logging.getLogger("tidegate.workers")
@@ -41,8 +44,8 @@ _BACKLOG = 4096
 _EXIT_GRACE_S = 5.0
 
 
-class ListenError(Exception):
-    """The address cannot be listened on; the message names it and why."""
+class ListenError(ConfigError):
+    """The address cannot be listened on; the problem names it and why."""
 
 
 def open_listeners(host: str, port: int, count: int) -> list[socket.socket]:
@@ -67,7 +70,7 @@ def open_listeners(host: str, port: int, count: int) -> list[socket.socket]:
     except OSError as error:
         for listener in listeners:
             listener.close()
-        raise ListenError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+        raise ListenError([not_listening("gateway.port", host, port, error)]) from error
     return listeners
 
 
@@ -188,6 +191,8 @@ class Workers:
         reader, entry.writer = await asyncio.open_connection(sock=ours)
         self._send(entry, msgspec.structs.replace(self._config, index=entry.index))
         self._send(entry, FleetUpdate(fleet=self._fleet))
+        if self._draining:  # since it was started: there was nobody to be told yet
+            self._send(entry, Drain())
         unpacker = Unpacker(ToControl)
         while data := await reader.read(65536):
             for message in unpacker.feed(data):
@@ -196,7 +201,13 @@ class Workers:
     @staticmethod
     def _spawn(command: list[str], fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
         # A fork and exec of a small process: a millisecond, so it need not leave the loop.
-        return subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL)
+        # Ctrl-C reaches the whole process group, and a worker heeds no signal. Until it can say so
+        # itself they are blocked, which it inherits; one for us comes right after.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            return subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _handle(self, entry: _Process, message: ToControl) -> None:
         if isinstance(message, Poke):

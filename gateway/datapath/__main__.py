@@ -1,11 +1,19 @@
 """``python -m gateway.datapath LISTEN_FD SHARED_FD CHANNEL_FD``: a worker process, compiled where
 that is available."""
 
+import signal
 import sys
 
-from gateway.datapath import compiled
-
 if __name__ == "__main__":
+    # Signals are the control process's: Ctrl-C reaches the whole process group, and a worker that
+    # stopped on its own would cut streams that the drain is there to finish. They come blocked, so
+    # that none is heeded before this either.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+
+    from gateway.datapath import compiled
+
     compiled.install()
     from gateway.datapath import worker
 

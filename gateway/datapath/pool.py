@@ -168,8 +168,8 @@ class PoolRuntime:
             raise ApiError(
                 429,
                 Reason.HOLD_QUEUE_FULL,
-                f"The model '{exchange.model}' is not ready and {held} requests already wait for "
-                "it, as many as are held.",
+                f"The model '{exchange.model}' is not ready, and as many requests as are held "
+                f"already wait for it ({held}).",
                 retry_after_s=self.retry_after_s(),
             )
         exchange.exclude = frozenset()

@@ -13,7 +13,6 @@ import gc
 import os
 import random
 import resource
-import signal
 import socket
 import time
 import traceback
@@ -368,10 +367,6 @@ def main(arguments: list[str]) -> int:
     # A connection is two open files, one on each side; the usual soft limit of 1024 is soon met.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    # Signals are the control process's: Ctrl-C reaches the whole process group, and a worker that
-    # stopped on its own would cut streams that the drain is there to finish.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     gc.set_threshold(10_000, 50, 50)
     uvloop.run(_serve(listen_fd, shared_fd, channel_fd))
     return 0

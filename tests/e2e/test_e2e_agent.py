@@ -140,6 +140,69 @@ def test_an_agent_says_how_it_is(agents: Callable[..., Agent], store: IndexedSer
     assert console(agent.state_dir, "prewarm", f"{store.url}/models/tiny/")["not_kept"] == ""
 
 
+def test_a_second_agent_of_a_state_directory_is_refused(agents: Callable[..., Agent]) -> None:
+    first = agents("a")
+    second = subprocess.run(
+        [COMMAND, "agent", "--admin-port", "0", "--peer-port", "0"]
+        + ["-s", f"state_dir={first.state_dir}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=ENVIRON,
+        check=False,
+    )
+    assert second.returncode == 2
+    (line,) = second.stderr.splitlines()
+    assert f"{first.state_dir} belongs to another cache agent that is running" in line
+    assert json.loads((first.state_dir / "agent.json").read_text())["pid"] == first.process.pid
+
+
+def test_an_agent_and_a_gateway_share_a_state_directory(
+    store: IndexedServer, tmp_path: Path
+) -> None:
+    """Each has its record, and both have the one cache; the console asks the gateway."""
+    url = f"{store.url}/models/tiny/"
+    with up(tmp_path / "a", pools=[simulated("m")], environ=ENVIRON) as tidegate:
+        agent = start(tidegate.state_dir)
+        console(agent.state_dir, "preload", url)
+        assert tidegate.metrics().sum("tidegate_cache_read_bytes_total", origin="store") > 0
+        (entry,) = agent.listing()["models"]
+        assert (entry["url"], entry["complete"]) == (url, True)
+        stop(agent)
+        assert (tidegate.state_dir / "running.json").exists()
+        told = verb("status", "-s", f"state_dir={tidegate.state_dir}")
+        assert tidegate.url in told.stdout
+
+
+def test_the_console_knows_an_agent(agents: Callable[..., Agent]) -> None:
+    agent = agents("a")
+    here = ("-s", f"state_dir={agent.state_dir}")
+    told = verb("status", *here)
+    assert told.returncode == 0
+    assert f"served at {agent.url}; no others are known" in told.stdout
+    assert agent.admin_url in told.stdout
+    for words in (("explain", "x"), ("scale", "x", "1")):
+        told = verb(*words, *here)
+        assert (told.returncode, told.stdout) == (1, "")
+        assert told.stderr == "tidegate: A cache agent runs here; it has no pools.\n"
+    port = agent.admin_url.rpartition(":")[2]
+    told = verb("doctor", "--no-measure", *here, "-s", f"gateway.admin_port={port}")
+    assert told.returncode == 0, told.stdout
+    assert "held by the cache agent that runs here" in told.stdout
+
+
+def verb(*words: str) -> subprocess.CompletedProcess[str]:
+    """The console, as it is typed; where its output goes has no width."""
+    return subprocess.run(
+        [COMMAND, *words],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=ENVIRON,
+        check=False,
+    )
+
+
 def test_sites_fetch_what_they_are_told_to(
     agents: Callable[..., Agent], store: IndexedServer, tmp_path: Path
 ) -> None:

@@ -201,16 +201,19 @@ def test_trap_4_second_tidegate_of_a_state_directory_is_refused(tmp_path: Path) 
         assert (first.state_dir / "running.json").exists()
 
 
-def test_port_in_use_is_refused_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("field", ["port", "admin_port"])
+def test_port_in_use_is_refused_in_one_line(tmp_path: Path, field: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        second = start(tmp_path, pools=[simulated("one")], gateway={"port": port})
+        second = start(tmp_path, pools=[simulated("one")], gateway={field: port})
         try:
             assert second.process.wait(60) == 2
-            (line,) = [line for line in second.log().splitlines() if line]
-            assert str(port) in line
+            assert second.log() == (
+                f"tidegate: gateway.{field} = {port}: cannot listen on 127.0.0.1:{port}: another "
+                "program listens there; stop it, or choose another port (at start)\n"
+            )
         finally:
             second.kill_all()
 

@@ -40,7 +40,7 @@ def test_no_engine_is_installed_beside_the_gateway() -> None:
 
 
 def test_importing_the_command_imports_nothing_heavy(tmp_path: Path) -> None:
-    code = "import sys, json, gateway.cli; print(json.dumps(sorted(sys.modules)))"
+    code = "import sys, json, gateway.cli_verbs; print(json.dumps(sorted(sys.modules)))"
     done = run_python(code, tmp_path)
     assert done.returncode == 0, done.stderr
     roots = {name.partition(".")[0] for name in json.loads(done.stdout)}

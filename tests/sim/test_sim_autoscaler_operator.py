@@ -225,6 +225,13 @@ def test_static_servers_are_watched_never_stopped_and_keep_their_number() -> Non
             decision = world.loop.status().pools[0].last_decision
             assert decision is not None
             assert (decision.desired, decision.reason) == (2, Reason.STATIC)
+            assert decision.detail == "2 servers that somebody else runs"
+        urls = ["http://127.0.0.1:1"]
+        async with World([static_pool(urls=urls)], QUICK, backend) as world:
+            await asyncio.sleep(1.0)
+            decision = world.loop.status().pools[0].last_decision
+            assert decision is not None
+            assert decision.detail == "1 server that somebody else runs"
 
     run_virtual(story())
 

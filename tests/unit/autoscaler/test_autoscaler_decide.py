@@ -237,6 +237,15 @@ def test_scale_down_waits_for_the_delay() -> None:
     assert decision.desired == 2
 
 
+@pytest.mark.parametrize(("ready", "says"), [(1, "; 1 was wished for in"), (2, "; 2 were wished")])
+def test_one_is_no_plural(ready: int, says: str) -> None:
+    status = PoolStatus(ready=ready)
+    _, state = decide(POLICY, status, known(950 * ready, 2), RECENT, NOW)
+    decision, _ = decide(POLICY, status, known(), state, NOW + 1)
+    assert decision.reason is Reason.SCALE_DOWN_DELAYED
+    assert says in decision.detail
+
+
 def test_wishes_that_are_remembered_are_bounded() -> None:
     state = RECENT
     for number in range(5_000):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,18 @@ from fake_cache import FakeCache, fake_models
 from starlette.testclient import TestClient
 
 from gateway import cli
-from gateway.agent import _check_writable, banner, create_agent_app
+from gateway.agent import banner, create_agent_app
+from gateway.cli_render_agent import agent_status, is_agent
+from gateway.config import ConfigError, load
+from gateway.lifetime import check_writable
+from gateway.running import (
+    AGENT_NAME,
+    ClaimError,
+    Running,
+    claim_for_agent,
+    leave_record,
+    read_record,
+)
 
 TRAFFIC = {
     "store_bytes": 7,
@@ -35,6 +47,55 @@ def test_status_tells_where_and_what() -> None:
     assert told["peer_url"] == "http://10.0.0.7:8002"
     assert told["traffic"] == TRAFFIC
     assert told["usage"]["bytes_used"] == 0
+
+
+PEERS = [
+    {"url": "http://10.0.0.8:8002", "reached": True},
+    {"url": "http://10.0.0.9:8002", "reached": False},
+]
+
+
+def test_status_of_an_agent_is_a_few_lines() -> None:
+    told = client().get("/status").json()
+    assert is_agent(told)
+    text = agent_status({**told, "traffic": {**TRAFFIC, "peers": PEERS}}, "http://127.0.0.1:8001")
+    for said in (
+        "a cache agent",
+        "served at http://10.0.0.7:8002; 1 of 2 others reached, not http://10.0.0.9:8002",
+        "http://127.0.0.1:8001",
+        "/cache: 0 B of 1.0 GB allowed",
+        "read 7 B from stores and 5 B from peers, gave 3 B",
+    ):
+        assert said in text
+    assert "no others are known" in agent_status(told, "http://127.0.0.1:8001")
+    assert "?" in agent_status({"peer_url": None}, "http://127.0.0.1:8001")
+
+
+def test_status_asks_the_agent_that_runs_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    running = Running(pid=os.getpid(), url="http://a", admin_url="http://127.0.0.1:1")
+    leave_record(tmp_path, running, AGENT_NAME)
+    asked = []
+
+    def ask(base: str, path: str) -> object:
+        asked.append((base, path))
+        return client().get(path).json()
+
+    monkeypatch.setattr("gateway.cli_client.ask", ask)
+    assert cli.main(["status", "-s", f"state_dir={tmp_path}"]) == 0
+    assert asked == [("http://127.0.0.1:1", "/status")]
+    assert "a cache agent" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["/pools/x/explain?limit=20", "/pools/a/b/explain"])
+def test_it_says_that_it_has_no_pools(path: str) -> None:
+    for answer in (client().get(path), client().post("/pools/x/scale", json={"replicas": 1})):
+        assert answer.status_code == 404
+        told = answer.json()["error"]
+        assert told["message"] == "A cache agent runs here; it has no pools."
+    assert client().post("/replicas/x-1/drain", json={}).status_code == 404
 
 
 def test_metrics_are_those_of_the_cache() -> None:
@@ -99,8 +160,12 @@ def test_a_full_disk_does_not_keep_it_from_serving_what_is_there(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("tempfile.TemporaryFile", full)
-    _check_writable(tmp_path, "modelcache.dir")
+    loaded = load(None, {})
+    check_writable(loaded, "modelcache.dir", tmp_path, may_be_full=True)
     assert f"modelcache.dir = {tmp_path}: No space left" in caplog.text
+    # A gateway writes down which engines are its own: it does not start.
+    with pytest.raises(ConfigError, match="No space left on device"):
+        check_writable(loaded, "state_dir", tmp_path)
 
 
 @pytest.mark.parametrize("field", ["state_dir", "modelcache.dir"])
@@ -119,3 +184,32 @@ def test_a_directory_that_cannot_be_written_to_is_one_line(
     err = capsys.readouterr().err
     assert f"{field} = {tmp_path / 'file' / 'in it'}: cannot be written to" in err
     assert err.count("\n") == 1
+
+
+def test_a_state_directory_has_one_agent(tmp_path: Path) -> None:
+    with (
+        claim_for_agent(tmp_path),
+        pytest.raises(ClaimError, match="belongs to another cache agent that is running"),
+        claim_for_agent(tmp_path),
+    ):
+        pass
+    with claim_for_agent(tmp_path):
+        pass
+    with pytest.raises(ClaimError, match="cannot be locked"), claim_for_agent(tmp_path / "none"):
+        pass
+
+
+def test_the_second_agent_of_a_state_directory_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TIDEGATE_PEER_TOKEN", "a secret for this very test")
+    monkeypatch.chdir(tmp_path)
+    first = Running(pid=os.getpid(), url="http://a", admin_url="http://b")
+    leave_record(tmp_path, first, AGENT_NAME)
+    with claim_for_agent(tmp_path):
+        words = ["--admin-port", "0", "--peer-port", "0", "-s", f"state_dir={tmp_path}"]
+        assert cli.main(["agent", *words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"tidegate: {tmp_path} belongs to another cache agent that is running; ")
+    assert err.count("\n") == 1
+    assert read_record(tmp_path, AGENT_NAME) == first

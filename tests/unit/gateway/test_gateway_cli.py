@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import typer
+from datapath_rig import make_certificate
 
 import gateway
-from gateway import cli, cli_client, cli_render, launch, running
+from gateway import cli, cli_client, cli_render, cli_verbs, launch, running
 from gateway.admin import create_app
 from gateway.admin_server import serve_admin
 from gateway.cli_render import BannerPool, Screen
@@ -160,7 +161,7 @@ def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in [name for name in os.environ if name.startswith("TIDEGATE")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli, "time", SimpleNamespace(time=lambda: NOW_S))
+    monkeypatch.setattr(cli_verbs, "time", SimpleNamespace(time=lambda: NOW_S))
     return tmp_path
 
 
@@ -213,10 +214,45 @@ def test_status_again_and_again_until_interrupted(
         if len(naps) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "time", SimpleNamespace(time=lambda: NOW_S, sleep=nap))
+    monkeypatch.setattr(cli_verbs, "time", SimpleNamespace(time=lambda: NOW_S, sleep=nap))
     assert cli.main(["status", "--watch", "--interval", "0.5", "--admin", served.url]) == 130
     assert naps == [0.5] * 3
     assert capsys.readouterr().out.count("READY") == 3
+
+
+def test_a_watch_goes_on_while_nobody_answers(
+    served: Served,
+    somewhere_else: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not there yet, then there, then started again elsewhere."""
+    looks = []
+    urls = ["http://127.0.0.1:1", served.url, "http://127.0.0.1:2"]
+
+    def leave() -> None:
+        one = running.Running(pid=os.getpid(), url="http://x", admin_url=urls[len(looks)])
+        running.leave_record(somewhere_else / ".tidegate", one)
+
+    def nap(seconds: float) -> None:
+        looks.append(capsys.readouterr())
+        if len(looks) == len(urls):
+            raise KeyboardInterrupt
+        leave()
+
+    monkeypatch.setattr(cli_verbs, "time", SimpleNamespace(time=lambda: NOW_S, sleep=nap))
+    for words in ([], ["--json"]):
+        looks.clear()
+        leave()
+        assert cli.main(["status", "--watch", *words]) == 130
+        away, there, gone = looks
+        for look, url in ((away, urls[0]), (gone, urls[2])):
+            said = look.err if words else look.out
+            assert "ot reachable: nothing answers at " + url in said
+            assert "READY" not in look.out
+        assert "chat" in there.out
+        assert there.err == ""
+    assert cli.main(["status"]) == 2
 
 
 def test_the_admin_listener_is_found_by_record_then_settings(
@@ -240,6 +276,13 @@ def test_a_damaged_or_stale_record_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / running.RECORD_NAME).write_text(text, encoding="utf-8")
     assert running.read_record(tmp_path) is None
     assert running.read_record(tmp_path / "nowhere") is None
+
+
+def test_a_record_that_cannot_be_left_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / running.RECORD_NAME / "in the way").mkdir(parents=True)
+    with pytest.raises(OSError):
+        running.leave_record(tmp_path, running.Running(pid=1, url="a", admin_url="b"))
+    assert [one.name for one in tmp_path.iterdir()] == [running.RECORD_NAME]
 
 
 @pytest.mark.parametrize(
@@ -458,6 +501,18 @@ def test_nothing_is_ever_a_traceback(
     assert ("Traceback" in capsys.readouterr().err) is (code == 70)
 
 
+@pytest.mark.parametrize("place", ["a file", "a file/in it", "/proc/foo"])
+def test_a_state_dir_that_cannot_be_written_to_is_one_line(
+    capsys: pytest.CaptureFixture[str], somewhere_else: Path, place: str
+) -> None:
+    (somewhere_else / "a file").touch()
+    words = ["--port", "0", "--admin-port", "0", "-s", f"state_dir={place}"]
+    assert cli.main(["up", "--engine", "simulated", *words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"tidegate: state_dir = {place}: cannot be written to: ")
+    assert err.count("\n") == 1
+
+
 # ── config and doctor ─────────────────────────────────────────────────────────────────────────────
 
 
@@ -477,6 +532,15 @@ def test_config_check(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is False
     assert report["problems"][0]["field"] == "gateway.prot"
+    assert cli.main(["config", "check", "-s", "gateway.workers=-1", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["problems"] == [
+        {
+            "field": "gateway.workers",
+            "message": "it must be an integer from 0 to 256",
+            "origin": "--set gateway.workers=-1",
+            "value": "-1",
+        }
+    ]
     assert cli.main(["config", "check", "-c", "nowhere.toml"]) == 2
 
 
@@ -503,7 +567,55 @@ def test_config_show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 def test_the_printed_example_is_a_good_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "example"]) == 0
     Path("tidegate.toml").write_text(capsys.readouterr().out, encoding="utf-8")
-    assert cli.main(["config", "check"]) == 0
+    sets = ["--set", "loaders.engine_python=python", "--set", "pools.0.model=."]
+    Path("python").touch()
+    assert cli.main(["config", "check", *sets]) == 0
+    # The engine and the model that it names are `make run`'s to bring.
+    assert cli.main(["config", "check"]) == 2
+    fields = [line.split()[1] for line in capsys.readouterr().err.splitlines()]
+    assert fields == ["loaders.engine_python", "pools.0.model"]
+
+
+def test_config_check_finds_what_up_would_refuse_all_at_once(
+    capsys: pytest.CaptureFixture[str], started: list[LoadedSettings]
+) -> None:
+    text = '[[pools]]\nname = "{0}"\nengine = "vllm"\nmodel = "./{0}"\n'
+    tls = '[gateway]\ntls_certificate = "no.crt"\ntls_key = "no.key"\n'
+    Path("tidegate.toml").write_text(tls + text.format("a") + text.format("b"), encoding="utf-8")
+    for verb in (["config", "check"], ["up"]):
+        assert cli.main(verb) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert [line.split()[1] for line in err.splitlines()] == [
+            "gateway.tls_certificate",
+            "gateway.tls_key",
+            "loaders.engine_python",
+            "pools.0.model",
+            "pools.1.model",
+        ]
+        assert "= no.key: cannot be read: No such file or directory (tidegate.toml, " in err
+    assert started == []
+    assert cli.main(["config", "check", "--json"]) == 2
+    report = json.loads(capsys.readouterr().out)
+    assert (report["ok"], len(report["problems"])) == (False, 5)
+    Path("no.crt").write_text("no certificate")
+    Path("no.key").write_text("no key")
+    words = ["--engine", "simulated"]
+    assert cli.main(["up", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tidegate: gateway.tls_certificate = no.crt: is no ")
+    make_certificate(Path(), "localhost")
+    words += ["-s", "gateway.tls_certificate=cert.pem", "-s", "gateway.tls_key=key.pem"]
+    assert cli.main(["up", *words]) == 0
+    assert len(started) == 1
+
+
+def test_a_warning_has_its_field_before_a_colon(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "check", "-s", "pools=[]"]) == 0
+    assert capsys.readouterr().err == (
+        "tidegate: warning: pools: no pool is configured, so every request will be answered 404 "
+        "(--set pools=[])\n"
+    )
 
 
 @pytest.mark.parametrize(("worst", "code"), [("ok", 0), ("warn", 0), ("fail", 1)])
@@ -567,13 +679,22 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], verb: str) -> None:
         assert f"tidegate {verb}" in text.partition("Examples")[2] + text.partition("Example")[2]
 
 
+@pytest.mark.parametrize("words", [[], ["status"], ["doctor"], ["model"], ["model", "evict"]])
+def test_a_flag_has_no_type_behind_it(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert cli.main([*words, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--help" in text
+    assert " -h " in text
+    assert "bool" not in text
+
+
 def test_no_arguments_is_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     assert "Commands" in capsys.readouterr().out
 
 
 def test_every_verb_has_help_with_an_example() -> None:
-    group = typer.main.get_command(cli.app)
+    group = typer.main.get_command(cli_verbs.app)
     verbs = dict(group.commands)
     verbs |= verbs.pop("config").commands
     verbs |= verbs.pop("model").commands

@@ -180,6 +180,43 @@ def test_warnings_say_where_they_come_from() -> None:
     assert any("no authentication" in text and "--set gateway.admin_host" in text for text in texts)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("TIDEGATE_GATEWAY_PORT", "TIDEGATE__GATEWAY__PORT"),
+        ("TIDEGATE_GATEWAY__PORT", "TIDEGATE__GATEWAY__PORT"),
+        ("TIDEGATE_GATEWAY_HOLDING_MAX_REQUESTS", "TIDEGATE__GATEWAY__HOLDING__MAX_REQUESTS"),
+        ("TIDEGATE_STATE_DIR", "TIDEGATE__STATE_DIR"),
+        ("TIDEGATE_POOLS_1_MAX_REPLICAS", "TIDEGATE__POOLS__1__MAX_REPLICAS"),
+        ("TIDEGATE_MAX_REPLICAS", "TIDEGATE__POOLS__0__MAX_REPLICAS"),
+        ("TIDEGATE_LOG_LEVEL", "TIDEGATE__GATEWAY__LOG_LEVEL"),
+        ("TIDEGATE_CONFIG", None),
+        ("TIDEGATE_ENGINE", None),
+        ("TIDEGATE_DEBUG", None),
+        ("TIDEGATE_TEST_RUN", None),
+        ("TIDEGATE_PORT_8000_TCP", None),
+        ("TIDEGATED_GATEWAY_PORT", None),
+    ],
+)
+def test_a_variable_with_one_underscore_is_warned_about(name: str, meant: str | None) -> None:
+    lines = [str(one) for one in load(None, {name: "3"}, ["pools=[]"]).warnings[1:]]
+    expected = f"environment {name}: is not read; {meant}, with two underscores, is probably meant"
+    assert lines == ([] if meant is None else [expected])
+
+
+def test_a_variable_that_is_named_or_kubernetes_own_is_not_warned_about() -> None:
+    environ = {
+        "TIDEGATE_PEER_PORT": "secret",
+        "TIDEGATE_LOG_LEVEL": "key",
+        "TIDEGATE_GATEWAY_PORT": "tcp://10.0.0.1:8000",
+    }
+    sets = [
+        "modelcache.peer_token_env=TIDEGATE_PEER_PORT",
+        'pools=[{name="a", backend="static", urls=["http://h"], api_key_env="TIDEGATE_LOG_LEVEL"}]',
+    ]
+    assert load(None, environ, sets).warnings == ()
+
+
 # ── What is wrong, one line each ──────────────────────────────────────────────────────────────────
 
 
@@ -268,6 +305,18 @@ def test_warnings_say_where_they_come_from() -> None:
             POOL + POOL,
             "pools.1.name 'chat' is pools.0.name too; a name means one pool (FILE, line 6)",
         ),
+        (
+            "a URL with what it must not have",
+            '[modelcache]\npeers = ["http://10.0.0.7:8002/"]',
+            'modelcache.peers.0 = "http://10.0.0.7:8002/": it must be a URL like http://host:port, '
+            "without user, path or final / (FILE, line 2)",
+        ),
+        (
+            "a name with white space",
+            POOL + 'aliases = ["a b"]',
+            'pools.0.aliases.0 = "a b": it must be text of 1 to 256 characters without white space '
+            "(FILE, line 5)",
+        ),
         ("syntax", "[gateway\n", "FILE: is not valid TOML: "),
         ("key twice", "a = 1\na = 2", "FILE: is not valid TOML: "),
     ],
@@ -325,6 +374,29 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
         "nonsense=1",
     )
     assert len(lines) == 6
+
+
+def test_contradictions_of_every_kind_are_said_together(tmp_path: Path) -> None:
+    """Those within a pool keep pydantic from looking at the whole: the rest is said too."""
+    lines = problems(
+        tmp_path,
+        "[gateway]\nport = 9\nadmin_port = 9\ntls_key = 'k'\n"
+        + POOL
+        + "min_replicas = 3\n"
+        + POOL
+        + 'aliases = ["chat", 7]\n',
+    )
+    said = sorted(line.partition(" (")[0].partition(": ")[0] for line in lines)
+    assert said == [
+        "gateway.admin_port 9 is gateway.port too; give each its own",
+        "gateway.tls_certificate is missing",
+        "pools.0.min_replicas",
+        "pools.1.aliases.0 'chat' is pools.0.name too; a name means one pool",
+        "pools.1.aliases.1 = 7",
+        "pools.1.name 'chat' is pools.0.name too; a name means one pool",
+    ]
+    # What cannot be read as a section at all contradicts nothing.
+    assert len(problems(tmp_path, "gateway = 3\npools = [1, {name = 2}]")) >= 2
 
 
 def test_a_pool_name_that_is_not_there_lists_those_that_are(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from autoscaler.backends.forking import FORK_STATES
 from autoscaler.lifecycle import TABLE, State
 from autoscaler.phases import STEPS
 from gateway import exposition
-from gateway.cli import app
+from gateway.cli_verbs import app
 from gateway.config import load
 from gateway.datapath.errors import Reason
 from gateway.datapath.shared import Shared

@@ -14,6 +14,7 @@ import pytest
 from gateway.checks import Check, Status
 from gateway.doctor import diagnose, run_doctor
 from gateway.machine import Gpu, Machine, Model, parse_gpus
+from gateway.running import AGENT_NAME, Running, leave_record
 from gateway.settings import Settings
 from loaders.engine import EngineInstall
 
@@ -50,6 +51,7 @@ class Answers:
     unreadable: str | None = None
     reuse: bool = True
     running: int | None = None
+    running_agent: int | None = None
     compiled: bool = True
 
     def python(self) -> tuple[int, int, int]:
@@ -105,6 +107,9 @@ class Answers:
 
     def owner(self, state_dir: Path) -> int | None:
         return self.running
+
+    def agent(self, state_dir: Path) -> int | None:
+        return self.running_agent
 
 
 WELL = Answers()
@@ -204,7 +209,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, Status, str]] = [
         "two pinned", {**POOL, "max_replicas": 2, "cpus_per_replica": 2}, {},
         "pool p", Status.OK, "0 to 2 replicas",
     ),
-    ("gpus wanted, none", one_gpu, {}, "pool p", Status.FAIL, "needs 1 GPUs and 0"),
+    ("gpus wanted, none", one_gpu, {}, "pool p", Status.FAIL, "needs 1 GPU and 0"),
     (
         "gpu that is not there", {**one_gpu, "gpus": (1, 5)}, on_gpu,
         "pool p", Status.FAIL, "gpus names 5",
@@ -247,6 +252,17 @@ def test_without_a_vllm_pool_no_engine_is_asked_for() -> None:
     assert {check.status for check in checks.values()} == {Status.OK}
 
 
+def test_one_is_no_plural() -> None:
+    one = {**STATIC, "urls": ["http://10.0.0.1:9000"]}
+    assert look(make_settings(one), WELL)["pool s"].finding == (
+        "1 server of somebody else's, it accepts connections"
+    )
+    assert look(make_settings(STATIC), WELL)["pool s"].finding == (
+        "2 servers of somebody else's, all of them accept connections"
+    )
+    assert "0 to 1 replica on CPU" in look(make_settings(POOL), WELL)["pool p"].finding
+
+
 def test_certificates_must_be_readable() -> None:
     tls = {"tls_certificate": "/c.pem", "tls_key": "/k.pem"}
     settings = make_settings(SIMULATED, gateway=tls)
@@ -274,6 +290,22 @@ def test_nvidia_smi_is_read() -> None:
             parse_gpus(wrong)
 
 
+def test_an_agent_s_node_needs_no_engine_and_its_port_is_its_own() -> None:
+    settings = make_settings(POOL)
+    bare = replace(WELL, installed=None, checkpoint=None, busy_ports=(8000, 8001))
+    worst = look(settings, bare)
+    assert [worst[name].status for name in ("engine", "admin port")] == [Status.FAIL] * 2
+    checks = look(settings, replace(bare, running_agent=7))
+    assert {check.status for check in checks.values()} == {Status.OK}
+    assert "pid 7" in checks["agent"].finding
+    assert "held by the cache agent that runs here (pid 7)" in checks["admin port"].finding
+    assert not {"engine", "pool p", "port"} & set(checks)
+    # A gateway that runs beside it is what is looked at.
+    both = look(settings, replace(bare, running_agent=7, running=8))
+    assert both["engine"].status is Status.FAIL
+    assert "the Tidegate that runs here (pid 8)" in both["admin port"].finding
+
+
 # ── the machine itself ────────────────────────────────────────────────────────────────────────────
 
 
@@ -284,6 +316,13 @@ def test_this_machine_answers_everything(tmp_path: Path) -> None:
     checks = run_doctor(settings)
     assert not [check for check in checks if check.status is Status.FAIL]
     assert not (tmp_path / "not").exists()
+
+
+def test_who_runs_here_is_read_from_its_record(tmp_path: Path) -> None:
+    assert (Machine().owner(tmp_path), Machine().agent(tmp_path)) == (None, None)
+    running = Running(pid=os.getpid(), url="http://a", admin_url="http://b")
+    leave_record(tmp_path, running, AGENT_NAME)
+    assert (Machine().owner(tmp_path), Machine().agent(tmp_path)) == (None, os.getpid())
 
 
 def test_a_taken_port_is_seen() -> None:

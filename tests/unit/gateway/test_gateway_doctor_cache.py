@@ -227,6 +227,22 @@ def test_weights_are_found_in_a_pool_s_directory_or_in_the_cache(tmp_path: Path)
 # The machine itself
 
 
+def test_a_secret_of_the_cluster_that_is_missing_is_to_be_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MY_SECRET", raising=False)
+    given = Settings.model_validate(
+        {
+            "state_dir": str(tmp_path),
+            "modelcache": {"peer_port": 0, "peer_token_env": "MY_SECRET"},
+        }
+    )
+    check = next(iter(diagnose_cache(given, CacheMachine(), device=None, measure=False)))
+    assert (check.name, check.status) == ("model cache", Status.WARN)
+    assert "MY_SECRET" in check.finding
+    assert (check.advice or "").startswith("set the environment variable MY_SECRET")
+
+
 def test_this_machine_answers(tmp_path: Path) -> None:
     machine = CacheMachine()
     given = Settings.model_validate({"state_dir": str(tmp_path / "not" / "there")})

@@ -60,6 +60,19 @@ def test_every_field_says_what_it_means() -> None:
     assert len(described) > 80
 
 
+def test_every_pattern_is_said_in_words() -> None:
+    """A pattern itself is for the few who can read it."""
+
+    def patterns(schema: object) -> set[str]:
+        if isinstance(schema, dict):
+            found = schema.get("pattern")
+            below = set().union(*map(patterns, schema.values()))
+            return below | ({found} if isinstance(found, str) else set())
+        return set().union(*map(patterns, schema)) if isinstance(schema, list) else set()
+
+    assert patterns(Settings.model_json_schema()) == set(fields.PATTERNS)
+
+
 def test_every_number_has_bounds() -> None:
     unbounded = []
     for path, node in fields.walk(fields.root()):
