@@ -8,15 +8,15 @@ read into memory, because a piece is checked before one byte of it reaches the f
 from __future__ import annotations
 
 import contextlib
-import statistics
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from modelcache.budget import Asked
 from modelcache.digest import count_pieces
+from modelcache.pace import Pace, Reading, compare
 from modelcache.partial import Partial
 from modelcache.peer_types import Follower
 from modelcache.shelf import Holding, Shelf, State
@@ -44,8 +44,6 @@ GENTLE_CONNECTIONS = 4
 """As long as others may be about to begin too, a node does not take more of a store than this: what
 two read at the same time is read twice."""
 
-SAMPLES = 32
-
 
 @dataclass(slots=True, eq=False)
 class Job:
@@ -57,26 +55,12 @@ class Job:
     holding: Holding
 
 
-@dataclass(slots=True, eq=False)
-class Attempt:
+@dataclass(slots=True, kw_only=True, eq=False)
+class Attempt(Reading):
     """One reading of one piece."""
 
     job: Job
     index: int
-    began_s: float
-    moved_bytes: int = 0
-    given_up: bool = False
-
-
-@dataclass(slots=True)
-class Pace:
-    """How long the last pieces took."""
-
-    last_s: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
-
-    def typical_s(self, unknown_s: float) -> float:
-        """The median, or ``unknown_s`` as long as there is none."""
-        return statistics.median(self.last_s) if self.last_s else unknown_s
 
 
 class Download:
@@ -128,6 +112,8 @@ class Download:
             me=me, files=[job.file for job in self.jobs], expects_others=self.peers is not None
         )
         self._job_of = {id(job.file): job for job in self.jobs}
+        sizes = [min(job.partial.piece_bytes, job.partial.size_bytes) for job in self.jobs]
+        self._piece_bytes = max(sizes, default=0)
 
     def _job(self, remote: RemoteFile, partial: Partial) -> Job:
         missing = mask_of(partial.missing())
@@ -151,6 +137,12 @@ class Download:
     def job_of(self, file: File) -> Job:
         """The job of a file on the board."""
         return self._job_of[id(file)]
+
+    def attempt(self, file: File, index: int) -> Attempt:
+        """A reading of a piece, about to begin."""
+        job = self.job_of(file)
+        start, end = job.partial.span(index)
+        return Attempt(job=job, index=index, size_bytes=end - start, began_s=self.clock())
 
     # -- peers' news -----------------------------------------------------------------------------
 
@@ -240,9 +232,13 @@ class Download:
         now_s = self.clock()
         board = self.board
         board.away = self.peers.away() if self.peers is not None else frozenset()
-        oldest_s = max((now_s - one.began_s for one in self.reading), default=0.0)
-        if self.store_pace.last_s or self.reading:
-            board.piece_s = max(self.store_pace.typical_s(0.0), oldest_s)
+        compare(self.reading, now_s)
+        for one in self.asking:
+            one.note(now_s)
+        usual_s = self.store_pace.expected_s(self._piece_bytes)
+        oldest_s = max((now_s - one.began_s for one in self.reading), default=None)
+        if usual_s is not None or oldest_s is not None:
+            board.piece_s = max(usual_s or 0.0, oldest_s or 0.0)
         nodes = board.settle(now_s)
         connections = self.settings.connections
         # Together the nodes keep about as many connections as one alone, so that pieces come whole
@@ -336,7 +332,7 @@ class Download:
             self._done_bytes += size_bytes
             self._given_bytes += size_bytes if given else 0
             pace = self.peer_pace if given else self.store_pace
-            pace.last_s.append(self.clock() - attempt.began_s)
+            pace.learn(size_bytes, self.clock() - attempt.began_s)
         if given:
             self.transfer.count(peer_bytes=size_bytes)
         else:

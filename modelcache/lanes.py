@@ -11,6 +11,7 @@ from modelcache.download import Attempt, Download, Job
 from modelcache.peer_client import PeerBusy
 from modelcache.shelf import Holding
 from modelcache.sources.base import ANNOUNCE_BYTES
+from modelcache.swarm import File
 from modelcache.types import PIECE_BYTES, CacheError, Cancelled, Damaged, SourceError
 
 STREAM_BYTES = 2 * ANNOUNCE_BYTES
@@ -24,15 +25,21 @@ FIRST_PAUSE_S, MOST_PAUSE_S = 0.2, 10.0
 MOST_ASKED_PAUSE_S = 60.0
 
 UNKNOWN_S = 4.0
-"""What a piece from a peer is taken to need before one has come."""
+"""What a piece from a peer is taken to need before one of its size has come."""
 
 SLOW_FACTOR, SLOW_S = 4.0, 3.0
-"""From so many times the usual, and so many seconds, a peer's piece is read from the store too."""
+"""From so many times what is usual for its size, and so many seconds, a peer's piece is read from
+the store too, unless the peer will have given the rest sooner."""
 
 LOST_FACTOR, LOST_S, MOST_S = 8.0, 5.0, 60.0
-"""From so many times the usual it is not waited for at all."""
+"""From so many times the usual it is not waited for at all. ``MOST_S`` is the most where pieces do
+come sooner than that."""
 
 STRAGGLER_S = 10.0
+"""Seconds a connection to the store has at the least, however fast the others are."""
+
+MOST_CUTS = 2
+"""Times that a piece's connection is cut for being slow. Failures are counted apart."""
 
 
 class StoreLane:
@@ -42,6 +49,7 @@ class StoreLane:
         self.download = download
         self.transfer = download.transfer
         self.tries: dict[tuple[str, int], int] = {}
+        self.cuts: dict[tuple[str, int], int] = {}
         self._waiting = 0
 
     def run(self) -> None:
@@ -84,29 +92,45 @@ class StoreLane:
         own = self.download
         with own.lock:
             now_s = own.clock()
-            limit_s = max(SLOW_S, SLOW_FACTOR * own.peer_pace.typical_s(UNKNOWN_S))
-            slow = [
-                (one.job.file, one.index) for one in own.asking if now_s - one.began_s > limit_s
-            ]
-            found = own.board.next_store(now_s) or own.board.hedge(slow)
+            found = own.board.next_store(now_s) or own.board.hedge(self._slow(now_s))
             if found is None:
-                self._give_up_straggler(now_s)
+                self._give_up_stragglers(now_s)
                 return None
-            attempt = Attempt(own.job_of(found[0]), found[1], now_s)
+            attempt = own.attempt(*found)
             own.reading.add(attempt)
             return attempt
 
-    def _give_up_straggler(self, now_s: float) -> None:
+    def _slow(self, now_s: float) -> list[tuple[File, int]]:
+        """Pieces that a peer takes too long over, and the store would have sooner."""
+        own, slow = self.download, []
+        for one in own.asking:
+            usual_s = own.peer_pace.expected_s(one.size_bytes)
+            limit_s = max(SLOW_S, SLOW_FACTOR * (UNKNOWN_S if usual_s is None else usual_s))
+            if one.lost(now_s, own.store_pace.expected_s(one.size_bytes) or 0.0, limit_s):
+                slow.append((one.job.file, one.index))
+        return slow
+
+    def _give_up_stragglers(self, now_s: float) -> None:
         """A connection that is far slower than the others, at the end when all wait for it, is
-        cut, and its piece asked for again. Not where a cap may be what it waits for."""
+        cut, and its piece asked for again. Not where a cap may be what it waits for, nor where it
+        is not much farther from its end than a new one would be.
+
+        The last one of all may have nobody to be compared with; then those before it count, and
+        once only: it may be the line that has become slow.
+        """
         own = self.download
-        if own.lane.caps or not own.store_pace.last_s:
+        if own.lane.caps:
             return
-        limit_s = max(STRAGGLER_S, LOST_FACTOR * own.store_pace.typical_s(0.0))
         for one in own.reading:
-            tries = self.tries.get((one.job.partial.key, one.index), 0)
-            if now_s - one.began_s > limit_s and tries < own.settings.retries:
-                one.given_up = True
+            cuts = self.cuts.get((one.job.partial.key, one.index), 0)
+            if one.given_up or not one.asked or cuts >= MOST_CUTS:
+                continue
+            fresh_s, factor = one.fresh_s(), SLOW_FACTOR
+            if fresh_s is None and len(own.reading) == 1 and not cuts:
+                fresh_s, factor = own.store_pace.slowest_s(one.size_bytes), LOST_FACTOR
+            if fresh_s is not None:
+                limit_s = max(STRAGGLER_S, factor * fresh_s)
+                one.given_up = one.lost(now_s, SLOW_FACTOR * fresh_s, limit_s)
 
     def _read(self, attempt: Attempt) -> None:
         own, job, index = self.download, attempt.job, attempt.index
@@ -122,10 +146,11 @@ class StoreLane:
                 job.holding.end(index, good=True)
                 good = True
                 self.tries.pop((job.partial.key, index), None)
+                self.cuts.pop((job.partial.key, index), None)
                 own.done(attempt, end - start, given=False)
         except Cancelled:
             if not own.over:
-                self._again(attempt, SourceError("the connection was too slow", retryable=True))
+                self._cut(attempt)
         except SourceError as error:
             self._again(attempt, error)
         except Damaged as error:
@@ -147,6 +172,7 @@ class StoreLane:
             return own.over or attempt.given_up
 
         with self._memory(stopped):
+            attempt.begin(own.clock())
             fd = attempt.job.holding.duplicate()
             try:
                 with own.lane.meter(end - start, stopped) as meter:
@@ -168,6 +194,14 @@ class StoreLane:
             yield
         finally:
             self.transfer.memory.give_back(own.model, STREAM_BYTES)
+
+    def _cut(self, attempt: Attempt) -> None:
+        """Put a piece back whose connection was too slow, to be read anew at once."""
+        own, key = self.download, (attempt.job.partial.key, attempt.index)
+        self.transfer.count(retries=1)
+        with own.lock:
+            self.cuts[key] = self.cuts.get(key, 0) + 1
+            own.board.drop_store(attempt.job.file, attempt.index, own.clock())
 
     def _again(self, attempt: Attempt, error: SourceError) -> None:
         """Put a piece back, to be read after a pause; or give up."""
@@ -248,7 +282,7 @@ class PeerLane:
                 return None
             file, index, node = found
             self.busy[node] = self.busy.get(node, 0) + 1
-            attempt = Attempt(own.job_of(file), index, own.clock())
+            attempt = own.attempt(file, index)
             own.asking.add(attempt)
             return attempt, node
 
@@ -263,7 +297,7 @@ class PeerLane:
         own, job, index = self.download, attempt.job, attempt.index
         start, end = job.partial.span(index)
         into = buffer[: end - start]
-        attempt.began_s = own.clock()
+        attempt.begin(own.clock())
         good = False
         try:
             digest = self._ask(attempt, node, into)
@@ -287,11 +321,9 @@ class PeerLane:
         def stopped() -> bool:
             return own.over or not job.file.missing >> index & 1
 
-        usual_s = own.peer_pace.typical_s(UNKNOWN_S)
         try:
             digest = own.peers.fetch(
-                node, job.partial.key, index, into,
-                timeout_s=min(MOST_S, max(LOST_S, LOST_FACTOR * usual_s)),
+                node, job.partial.key, index, into, timeout_s=self._limit_s(len(into)),
                 cancelled=stopped, on_bytes=arrived,
             )  # fmt: skip
         except PeerBusy:
@@ -299,9 +331,22 @@ class PeerLane:
         if digest is None:
             self.transfer.count(peer_failures=1)
             with own.lock:
+                if attempt.moved_bytes * 2 > len(into):
+                    # It came, if too slowly: next time it is known how long one takes.
+                    took_s = own.clock() - attempt.began_s
+                    own.peer_pace.learn(len(into), took_s * len(into) / attempt.moved_bytes)
                 own.board.refuse(job.file, index, node)
                 own.board.away = own.peers.away()
         return digest
+
+    def _limit_s(self, size_bytes: int) -> float:
+        """Seconds to wait for a peer's piece at the most."""
+        with self.download.lock:
+            usual_s = self.download.peer_pace.expected_s(size_bytes)
+        if usual_s is None:
+            usual_s = UNKNOWN_S
+        most_s = max(MOST_S, SLOW_FACTOR * usual_s)
+        return min(most_s, max(LOST_S, LOST_FACTOR * usual_s))
 
     def _still_wanted(self, attempt: Attempt) -> bool:
         """Whether nobody else has it, or is writing it: then it may be written here, and nobody

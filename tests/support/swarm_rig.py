@@ -45,6 +45,9 @@ class MemorySource:
     after: Callable[[str, int], None] = lambda path, index: None
     rate_bytes_s: float | None = None
     """Of each range."""
+    chunk_s: Callable[[str, int, int, int], float] = lambda path, index, nth, chunk: 0.0
+    """Seconds that a chunk takes beyond that, infinity to hang: by piece, which reading of it this
+    is (from 1), and the chunk's place in it."""
     reads: Counter[tuple[str, int]] = field(default_factory=Counter)
     at_once: int = 0
     most_at_once: int = 0
@@ -74,6 +77,7 @@ class MemorySource:
         index = start // PIECE_BYTES
         with self.lock:
             self.reads[file.path, index] += 1
+            nth = self.reads[file.path, index]
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
         try:
@@ -85,6 +89,13 @@ class MemorySource:
                 chunk = data[at : min(at + ANNOUNCE_BYTES, end)]
                 if self.rate_bytes_s is not None:
                     time.sleep(len(chunk) / self.rate_bytes_s)
+                until_s = time.monotonic() + self.chunk_s(
+                    file.path, index, nth, (at - start) // ANNOUNCE_BYTES
+                )
+                while time.monotonic() < until_s:
+                    if cancelled():
+                        raise Cancelled("not wanted any more")
+                    time.sleep(max(0.0, min(0.01, until_s - time.monotonic())))
                 os.pwrite(fd, chunk, at)
                 on_bytes(len(chunk))
             self.after(file.path, index)

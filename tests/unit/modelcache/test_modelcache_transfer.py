@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from swarm_rig import FailingTimes, MemorySource, make_alone, make_content
+from swarm_rig import FailingTimes, MemorySource, make_alone, make_content, make_node
 
 from modelcache.lanes import pause
 from modelcache.types import PIECE_BYTES, Cancelled, Damaged, Progress, SourceError
@@ -162,6 +164,126 @@ def test_progress_does_not_go_back_when_a_piece_is_read_again(tmp_path: Path) ->
     assert broken == [1]
     assert [one.bytes_done for one in seen] == sorted(one.bytes_done for one in seen)
     assert seen[-1].bytes_done == 4 * PIECE_BYTES
+
+
+# -- slow lines and slow connections ---------------------------------------------------------------
+
+SMALL = {f"{n}.json": b"{}" * 50 for n in range(8)}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fifty seconds are one."""
+    monkeypatch.setattr("modelcache.lanes.STRAGGLER_S", 0.2)
+    monkeypatch.setattr("modelcache.lanes.SLOW_S", 0.1)
+    monkeypatch.setattr("modelcache.lanes.LOST_S", 0.2)
+    monkeypatch.setattr("modelcache.lanes.WAIT_S", 0.05)
+    monkeypatch.setattr("modelcache.pace.WINDOW_S", 0.2)
+    monkeypatch.setattr("modelcache.download.TICK_S", 0.02)
+
+
+@pytest.mark.usefixtures("quick")
+def test_small_files_say_nothing_of_how_long_a_large_piece_takes(tmp_path: Path) -> None:
+    """All connections are slow alike, and the small files came in no time."""
+    source = MemorySource(SMALL | {f"w{n}": make_content(PIECE_BYTES, n) for n in range(4)})
+    source.chunk_s = lambda path, index, nth, chunk: 0.1 if path.startswith("w") else 0.0
+    node = make_alone(tmp_path)
+    node.fetch(source)
+    totals = node.transfer.totals()
+    assert (totals.retries, totals.wasted_bytes) == (0, 0)
+    assert set(source.reads.values()) == {1}
+
+
+Chunk = Callable[[int, int], float]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("slow", [(7,), (0, 1)], ids=["the last", "two of the first"])
+@pytest.mark.parametrize(
+    "chunk_s",
+    [
+        lambda nth, chunk: math.inf if nth == 1 else 0.02,
+        lambda nth, chunk: math.inf if (nth, chunk) == (1, 4) else 0.02,
+        lambda nth, chunk: 0.4 if nth == 1 else 0.02,
+    ],
+    ids=["hangs at once", "hangs halfway", "trickles"],
+)
+def test_a_connection_far_slower_than_the_others_is_cut_at_the_end(
+    slow: tuple[int, ...], chunk_s: Chunk, tmp_path: Path
+) -> None:
+    source = MemorySource(SMALL | {"w": make_content(8 * PIECE_BYTES)})
+
+    def wait_s(path: str, index: int, nth: int, chunk: int) -> float:
+        if path != "w":
+            return 0.0
+        return chunk_s(nth, chunk) if index in slow else 0.02
+
+    source.chunk_s = wait_s
+    # A cut is not one of the retries, which are for failures.
+    node = make_alone(tmp_path, connections=4, retries=0)
+    began_s = time.monotonic()
+    node.fetch(source, cancelled=lambda: time.monotonic() - began_s > 30)
+    assert node.read(source, "w") == source.files["w"]
+    assert {index for (_, index), count in source.reads.items() if count > 1} == set(slow)
+    assert node.transfer.totals().retries == len(slow)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_piece_that_is_slow_each_time_is_cut_a_few_times_at_most(tmp_path: Path) -> None:
+    source = MemorySource({"w": make_content(6 * PIECE_BYTES)})
+    source.chunk_s = lambda path, index, nth, chunk: 0.01 if index else 0.2
+    node = make_alone(tmp_path, connections=4, retries=50)
+    node.fetch(source)
+    assert 1 < source.reads["w", 0] <= 3
+    assert node.read(source, "w") == source.files["w"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_line_that_stalls_as_a_whole_is_waited_for(tmp_path: Path) -> None:
+    """The last two pieces are under way when nothing comes any more for a while."""
+    source = MemorySource({"w": make_content(8 * PIECE_BYTES)})
+    source.chunk_s = lambda path, index, nth, chunk: 1.0 if index > 5 and chunk == 4 else 0.01
+    node = make_alone(tmp_path, connections=6)
+    node.fetch(source)
+    totals = node.transfer.totals()
+    assert (totals.retries, totals.wasted_bytes) == (0, 0)
+
+
+@pytest.mark.usefixtures("quick")
+def test_small_pieces_of_a_peer_say_nothing_of_how_long_a_large_one_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = MemorySource(SMALL | {"w": make_content(3 * PIECE_BYTES)})
+    has = make_node(tmp_path / "a")
+    node = make_node(tmp_path / "b", peers=(has.url,), serve=False)
+    assert has.group is not None
+    assert node.group is not None
+    limits_s: dict[int, list[float]] = {}
+    ask = node.group.fetch
+
+    def fetch(*given: object, timeout_s: float, **more: object) -> bytes | None:
+        size_bytes = len(given[3])  # type: ignore[arg-type]
+        limits_s.setdefault(size_bytes, []).append(timeout_s)
+        if size_bytes == PIECE_BYTES:
+            time.sleep(0.6)
+        return ask(*given, timeout_s=60.0, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(node.group, "fetch", fetch)
+    monkeypatch.setattr("modelcache.download.CENSUS_S", 30.0)
+    try:
+        has.fetch(source)
+        source.reads.clear()
+        node.fetch(source)
+        assert not source.reads
+        assert node.transfer.totals().peer_bytes == sum(map(len, source.files.values()))
+        # No piece of its size has come yet, so it is not known to be lost soon.
+        assert limits_s[PIECE_BYTES][0] == 32.0
+    finally:
+        has.close()
+        node.close()
+
+
+# -- what goes wrong -------------------------------------------------------------------------------
 
 
 def test_wrong_content_is_noticed_when_the_file_is_whole(tmp_path: Path) -> None:
