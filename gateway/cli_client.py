@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
+
+if TYPE_CHECKING:
+    import httpx
 
 CONNECT_TIMEOUT_S = 3.0
 ANSWER_TIMEOUT_S = 70.0
@@ -36,18 +41,16 @@ def pool_path(pool: str, verb: str) -> str:
     return f"/pools/{quote(pool, safe='')}/{verb}"
 
 
-def ask(base: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """GET a path, or POST a body to it, and the JSON object that is answered.
-
-    Raises ``Unreachable`` and ``Refused``.
-    """
+@contextmanager
+def reach(base: str) -> Iterator[httpx.Client]:
+    """A client for an admin listener; what fails on the way to it is ``Unreachable``."""
     import httpx
 
     # The environment's proxies are for elsewhere: this is our own machine or network.
     timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
     try:
         with httpx.Client(base_url=base, timeout=timeout, trust_env=False) as client:
-            answer = client.get(path) if body is None else client.post(path, json=body)
+            yield client
     except httpx.ConnectError:
         raise Unreachable(
             f"nothing answers at {base}: is Tidegate running (`tidegate up`)? "
@@ -56,6 +59,15 @@ def ask(base: str, path: str, body: dict[str, Any] | None = None) -> dict[str, A
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
         reason = str(error) or type(error).__name__
         raise Unreachable(f"no answer from {base}: {reason}") from None
+
+
+def ask(base: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """GET a path, or POST a body to it, and the JSON object that is answered.
+
+    Raises ``Unreachable`` and ``Refused``.
+    """
+    with reach(base) as client:
+        answer = client.get(path) if body is None else client.post(path, json=body)
     try:
         found = answer.json()
     except ValueError:

@@ -62,36 +62,25 @@ class Remote:
     def run(self, verb: str, body: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
         """Do it, and tell what was done. The connection keeps slow work going: leaving calls it
         off."""
-        import httpx
-
         base = self._base
-        timeout = httpx.Timeout(cli_client.ANSWER_TIMEOUT_S, connect=cli_client.CONNECT_TIMEOUT_S)
-        try:
-            with (
-                httpx.Client(base_url=base, timeout=timeout, trust_env=False) as client,
-                client.stream("POST", f"/models/{verb}", json=body) as answer,
-            ):
-                for line in answer.iter_lines():
+        with (
+            cli_client.reach(base) as client,
+            client.stream("POST", f"/models/{verb}", json=body) as answer,
+        ):
+            for line in answer.iter_lines():
+                try:
                     found = json.loads(line) if line.strip() else {}
-                    if not isinstance(found, dict):
-                        raise ValueError("no object")
-                    if "error" in found:
-                        raise _refusal(found["error"], f"{base} answered {answer.status_code}")
-                    if "result" in found or "verb" in found:
-                        result: dict[str, Any] = found.get("result", found)
-                        return result
-                    if "progress" in found:
-                        on_progress(progress_of(found["progress"]))
-        except httpx.ConnectError:
-            raise Unreachable(
-                f"nothing answers at {base}: is Tidegate running (`tidegate up`)? "
-                "Another address is given with --admin"
-            ) from None
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            reason = str(error) or type(error).__name__
-            raise Unreachable(f"no answer from {base}: {reason}") from None
-        except ValueError:
-            raise Unreachable(f"{base} is no Tidegate admin listener: not JSON lines") from None
+                except ValueError:
+                    found = None
+                if not isinstance(found, dict):
+                    raise Unreachable(f"{base} is no Tidegate admin listener: not JSON lines")
+                if "error" in found:
+                    raise _refusal(found["error"], f"{base} answered {answer.status_code}")
+                if "result" in found or "verb" in found:
+                    result: dict[str, Any] = found.get("result", found)
+                    return result
+                if "progress" in found:
+                    on_progress(progress_of(found["progress"]))
         raise Unreachable(f"{base} ended its answer before it was done")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from autoscaler.settings import PoolSettings
 from gateway.settings import Settings
+from loaders.engine import read_flags
 from modelcache.refs import parse_ref
 
 THEIR_OWN = frozenset(
@@ -80,16 +81,9 @@ def _through_cache(
 
 
 def _fetches_itself(args: Sequence[str], load_format: str) -> bool:
-    words = [word for arg in args for word in _words(arg)]
-    given = dict(zip(words, [*words[1:], ""], strict=False))  # of a flag, what comes after it
-    if any(name.partition(".")[0] in THEIR_OWN for name in given):  # --speculative-config.model
-        return True
-    return given.get("--load-format", load_format) in OTHERS_FORMATS
-
-
-def _words(arg: str) -> Sequence[str]:
-    """``--download_dir=/x`` as ``--download-dir`` and ``/x``."""
-    if not arg.startswith("--"):
-        return (arg,)
-    name, equals, value = arg.partition("=")
-    return (name.replace("_", "-"), value) if equals else (name.replace("_", "-"),)
+    for name, *values in read_flags(args):
+        if name.partition(".")[0] in THEIR_OWN:  # --speculative-config.model
+            return True
+        if name == "--load-format" and values:
+            load_format = values[0]
+    return load_format in OTHERS_FORMATS

@@ -192,16 +192,23 @@ def site_packages(python: Path) -> list[Path]:
     return sorted(root.glob("lib/python3*/site-packages"))
 
 
-def _flags_in(args: Sequence[str]) -> set[str]:
-    names = set()
+def read_flags(args: Sequence[str]) -> list[list[str]]:
+    """The flags of a command line, each by its full name and with its values, in their order:
+    ``--download_dir=/x`` is ``--download-dir``, ``/x``."""
+    groups: list[list[str]] = []
     for arg in args:
-        if not arg.startswith("-") or arg.lstrip("-")[:1].isdigit():
-            continue
-        name = arg.partition("=")[0]
-        if name.startswith("--"):
-            name = name.replace("_", "-")
-        names.add(ALIASES.get(name, name))
-    return names
+        if arg.startswith("-") and not arg.lstrip("-")[:1].isdigit():
+            name, equals, value = arg.partition("=")
+            if name.startswith("--"):
+                name = name.replace("_", "-")
+            groups.append([ALIASES.get(name, name), *([value] if equals else [])])
+        elif groups:
+            groups[-1].append(arg)
+    return groups
+
+
+def _flags_in(args: Sequence[str]) -> set[str]:
+    return {name for name, *_ in read_flags(args)}
 
 
 def _refuse_ours(args: Sequence[str]) -> None:

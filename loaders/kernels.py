@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from loaders.engine import ALIASES, find_install, site_packages
+from loaders.engine import find_install, read_flags, site_packages
 
 KEY_FORMAT = 1
 NOT_COMPILED_IN = frozenset(
@@ -227,18 +227,7 @@ def _is_temporary(name: str) -> bool:
 
 def _settings_in(args: Sequence[str]) -> list[str]:
     """The flags, each with its values, that what is compiled may depend on."""
-    groups: list[list[str]] = []
-    for arg in args:
-        is_flag = arg.startswith("-") and not arg.lstrip("-")[:1].isdigit()
-        if is_flag and arg.startswith("--") and "=" in arg:
-            name, _, value = arg.partition("=")
-            groups.append([name.replace("_", "-"), value])
-        elif is_flag:
-            name = arg.replace("_", "-") if arg.startswith("--") else arg
-            groups.append([ALIASES.get(name, name)])
-        elif groups:
-            groups[-1].append(arg)
-    return [" ".join(group) for group in groups if group[0] not in NOT_COMPILED_IN]
+    return [" ".join(group) for group in read_flags(args) if group[0] not in NOT_COMPILED_IN]
 
 
 def _cpu_digest() -> str:
