@@ -17,8 +17,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from autoscaler.tiers.warmth_settings import WarmthSettings
 from autoscaler.types import PoolPolicy
-from autoscaler.warmth_settings import WarmthSettings
 from modelcache.refs import parse_ref
 
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")

@@ -246,7 +246,7 @@ class TierReport:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaReport:
     """One replica as ``tidegate status`` shows it. ``step`` is the first word of its ``phase``:
-    one of ``autoscaler.phases.STEPS`` while it is on its way, else nothing."""
+    one of ``autoscaler.control.start_steps.STEPS`` while it is on its way, else nothing."""
 
     id: str
     pool: str

@@ -16,15 +16,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from modelcache.agent import describe, start_serving
-from modelcache.layout import Layout, file_key
-from modelcache.partial import Partial
-from modelcache.peers import PeerGroup, make_peers
+from modelcache.fetch.transfer import Transfer
+from modelcache.peers.group import PeerGroup, make_peers
+from modelcache.peers.piece_inventory import Shelf
+from modelcache.peers.serving import describe, start_serving
 from modelcache.refs import parse_ref
 from modelcache.settings import ModelCacheSettings
-from modelcache.shelf import Shelf
 from modelcache.sources.opening import open_source
-from modelcache.transfer import Transfer
+from modelcache.store.layout import Layout, file_key
+from modelcache.store.partial_files import Partial
 from modelcache.types import Damaged, Priority, Progress
 
 

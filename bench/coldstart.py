@@ -27,7 +27,7 @@ from typing import Any
 from bench import cache, coldstart_report, machine, tidegate, workload
 from bench.asking import Answer, ask
 from bench.coldhold import ENGINE_PYTHON, MODEL_FOLDER, EngineMissingError
-from modelcache import pagecache
+from modelcache.pagecache import residency
 from modelcache.types import FileRange
 
 POOL = "cold"
@@ -260,7 +260,7 @@ def _set_pages(contender: Contender) -> float | None:
     if not cold:
         return None
     os.sync()
-    left = pagecache.drop([FileRange(path=str(path)) for path in cold])
+    left = residency.drop([FileRange(path=str(path)) for path in cold])
     if left.bytes_cached is None:
         return None
     return round(left.bytes_cached / max(left.bytes_total, 1), 4)

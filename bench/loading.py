@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import loading_files
-from modelcache import pagecache
+from modelcache.pagecache import residency
 from modelcache.types import FileRange
 
 ENGINE_PYTHON = Path(".venv-engine/bin/python")
@@ -240,7 +240,7 @@ def _child(python: Path, name: str, sink: str, description: Path) -> Iterator[An
 def drop(files: Sequence[str]) -> None:
     """Have the kernel forget the files, tensorizer's copy of them too."""
     copies = [str(path) for path in FILES_FOLDER.glob("*.tensors")]
-    left = pagecache.drop([FileRange(path=path) for path in (*files, *copies)])
+    left = residency.drop([FileRange(path=path) for path in (*files, *copies)])
     if (left.bytes_cached or 0) > MOST_LEFT * left.bytes_total:
         raise RuntimeError(f"{left.bytes_cached} bytes stay in the page cache: nothing is cold")
 

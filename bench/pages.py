@@ -22,9 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modelcache import kernel, pagecache
-from modelcache.foreground import ForegroundReads
-from modelcache.keeper import PageKeeper
+from modelcache.bandwidth.io_pressure import ForegroundReads
+from modelcache.pagecache import linux_pages, residency
+from modelcache.pagecache.holder import PageKeeper
 from modelcache.types import FileRange, Residency
 
 FILES_FOLDER = Path(".tidegate/bench-pages")
@@ -85,12 +85,12 @@ class Results:
 
 def prewarm(files: Files) -> None:
     """Tidegate's way."""
-    pagecache.prewarm(files)
+    residency.prewarm(files)
 
 
 def prewarm_background(files: Files) -> None:
     """The same, standing back for others."""
-    pagecache.prewarm(files, yield_to=ForegroundReads([file.path for file in files]))
+    residency.prewarm(files, yield_to=ForegroundReads([file.path for file in files]))
 
 
 def sendfile(files: Files) -> None:
@@ -151,7 +151,7 @@ def populate(files: Files) -> None:
     """``MADV_POPULATE_READ``, 64 MiB at a time."""
     for file in files:
         with open(file.path, "rb", buffering=0) as source:
-            if not kernel.populate(source.fileno(), 0, os.stat(file.path).st_size):
+            if not linux_pages.populate(source.fileno(), 0, os.stat(file.path).st_size):
                 raise OSError("this kernel has no MADV_POPULATE_READ")
 
 
@@ -230,7 +230,7 @@ def _measure_ways(files: Files, options: Options, results: Results) -> None:
             cpu_s, began_s = _cpu_s(), time.monotonic()
             way(files)
             took_s, cpu_s = time.monotonic() - began_s, _cpu_s() - cpu_s
-            after = pagecache.residency(files)
+            after = residency.residency(files)
             gb = results.size_bytes / 1e9
             done = Pass(gb_s=gb / took_s, cpu_s_gb=cpu_s / gb, cached_fraction=_fraction(after))
             results.ways.setdefault(name, []).append(done)
@@ -242,13 +242,13 @@ def _measure_looks(files: Files, results: Results) -> None:
     for state, prepare in (("cold", _make_cold), ("warm", prewarm)):
         prepare(files)
         for name, counters in (
-            ("tidegate", kernel.COUNTERS),
-            ("mincore", (kernel.count_by_mincore,)),
+            ("tidegate", linux_pages.COUNTERS),
+            ("mincore", (linux_pages.count_by_mincore,)),
         ):
             times = []
             for _ in range(LOOKS):
                 began_s = time.perf_counter()
-                pagecache.residency(files, counters=counters)
+                residency.residency(files, counters=counters)
                 times.append((time.perf_counter() - began_s) * 1e3)
             results.looks_ms.setdefault(name, {})[state] = times
             print(f"  residency by {name}, {state}: {statistics.median(times):.2f} ms", flush=True)
@@ -321,7 +321,7 @@ def _measure_decay(files: Files, options: Options, results: Results) -> None:
         locking.keep("files", groups["kept, locked"])
         began_s = time.monotonic()
         while (passed_s := time.monotonic() - began_s) <= options.decay_s:
-            cached = {name: _fraction(pagecache.residency(group)) for name, group in groups.items()}
+            cached = {name: _fraction(residency.residency(group)) for name, group in groups.items()}
             results.decay.append(Sample(at_s=passed_s, cached=cached))
             print(f"  after {passed_s:.0f} s: "
                   + ", ".join(f"{n} {c:.1%}" for n, c in cached.items()), flush=True)  # fmt: skip
@@ -336,7 +336,7 @@ def _measure_decay(files: Files, options: Options, results: Results) -> None:
 def _make_cold(files: Files) -> None:
     """Drop their pages. Raises ``RuntimeError`` where they will not go."""
     for _ in range(3):
-        if _fraction(pagecache.drop(files)) <= MOST_LEFT_FRACTION:
+        if _fraction(residency.drop(files)) <= MOST_LEFT_FRACTION:
             return
         time.sleep(0.5)
     raise RuntimeError("the pages of the files will not go: does somebody map them?")

@@ -3,7 +3,8 @@ every digest is right.
 
     python -m bench.remote_clients '{"client": "aiohttp", ...}'
 
-Every client puts the same files on the same disk and has the same digests (``modelcache.digest``)
+Every client puts the same files on the same disk and has the same digests
+(``modelcache.store.digest``)
 taken of every 8 MiB piece. Who is handed bytes takes them from memory, while they are warm; who
 lets a library write files, and we, take them from the file.
 """
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelcache.digest import digest_piece, tree_digest
+from modelcache.store.digest import digest_piece, tree_digest
 
 PIECE_BYTES = 8 * 1024 * 1024
 CONNECTIONS = 16
@@ -146,12 +147,12 @@ def by_ranges(job: Job, read: Callable[[str, int, int], Any]) -> Digests:
 
 
 def tidegate(job: Job) -> Client:
-    from modelcache.layout import Layout, file_key
-    from modelcache.partial import Partial
+    from modelcache.fetch.transfer import Transfer
     from modelcache.refs import parse_ref
     from modelcache.settings import ModelCacheSettings
     from modelcache.sources.opening import open_source
-    from modelcache.transfer import Transfer
+    from modelcache.store.layout import Layout, file_key
+    from modelcache.store.partial_files import Partial
 
     kind = job.client.partition(":")[0]
     url = f"{kind}://{job.bucket}/{job.prefix}"

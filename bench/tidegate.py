@@ -14,7 +14,7 @@ from typing import Any
 
 from bench import procs
 
-COMMAND: tuple[str, ...] = (sys.executable, "-m", "gateway.cli", "up", "--config")
+COMMAND: tuple[str, ...] = (sys.executable, "-m", "gateway.cli.main", "up", "--config")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -147,7 +147,7 @@ def model_steps(workshop: Workshop) -> list[Step]:
     def run() -> None:
         if MODEL.is_dir():
             say(f"  the default model is damaged: {find_damage(MODEL)[0]}; making it again")
-        argv = [str(python), "-m", "modelcache.default_model", "make", str(MODEL)]
+        argv = [str(python), "-m", "modelcache.prepare.default_model", "make", str(MODEL)]
         workshop.run(title, argv, log="model", grows=[MODEL.parent])
 
     return [Step(title, 280_000_000, 60, lambda: not find_damage(MODEL), run)]
@@ -290,7 +290,7 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 
 
 def _default_model_module() -> ModuleType:
-    """``modelcache.default_model`` by its path: nothing is installed yet."""
+    """``modelcache.prepare.default_model`` by its path: nothing is installed yet."""
     path = ROOT / "modelcache" / "default_model.py"
     spec = importlib.util.spec_from_file_location("tidegate_default_model", path)
     if spec is None or spec.loader is None:

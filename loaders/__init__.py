@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loaders.index import BadFile
-    from loaders.loading import Loaded, check, iterate, load
+    from loaders.weights.index import BadFile
+    from loaders.weights.load import Loaded, check, iterate, load
 
 __all__ = ["BadFile", "Loaded", "check", "iterate", "load"]
 
@@ -18,6 +18,6 @@ __all__ = ["BadFile", "Loaded", "check", "iterate", "load"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from loaders import index, loading
+    from loaders.weights import index, load
 
-    return getattr(index if name == "BadFile" else loading, name)
+    return getattr(index if name == "BadFile" else load, name)

@@ -13,18 +13,19 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from modelcache.checking import Damage, check_files, check_manifest
-from modelcache.fetching import Fetch
-from modelcache.files import open_lock, try_lock
-from modelcache.finding import CachedModel, Finder
-from modelcache.leases import Lease
-from modelcache.listed import list_entries, read_fetching
-from modelcache.nearby import Nearby
-from modelcache.repair import list_again, plan_salvage
-from modelcache.room import Usage
+from modelcache.fetch.fetch import Fetch
+from modelcache.fetch.repair import list_again, plan_salvage
+from modelcache.fetch.request import OnProgress, Transfer, Want, narrow
 from modelcache.settings import ModelCacheSettings
 from modelcache.sources.base import Listing, Source
-from modelcache.store import Store
+from modelcache.store.capacity import Usage
+from modelcache.store.files import open_lock, try_lock
+from modelcache.store.inventory import list_entries, read_fetching
+from modelcache.store.leases import Lease
+from modelcache.store.local_files import Nearby
+from modelcache.store.lookup import CachedModel, Finder
+from modelcache.store.store import Store
+from modelcache.store.verify import Damage, check_files, check_manifest
 from modelcache.types import (
     PIECE_BYTES,
     PREPARED,
@@ -41,7 +42,6 @@ from modelcache.types import (
     RemoteFile,
     SourceError,
 )
-from modelcache.want import OnProgress, Transfer, Want, narrow
 
 LOG = logging.getLogger("tidegate.modelcache")
 

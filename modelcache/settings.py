@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from modelcache.prepare_types import Step
+from modelcache.prepare.steps import Step
 from modelcache.refs import parse_ref
 from modelcache.types import PIECE_BYTES
 

@@ -124,7 +124,7 @@ class Backend(Protocol):
 
 
 class Command(Protocol):
-    """What to run for a replica (``loaders.engine.EngineCommand`` is one)."""
+    """What to run for a replica (``loaders.engines.vllm.command.EngineCommand`` is one)."""
 
     @property
     def argv(self) -> Sequence[str]:

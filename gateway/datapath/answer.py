@@ -10,10 +10,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final
 
-from gateway.datapath import metrics, sse
-from gateway.datapath.chunks import ChunkDecoder
-from gateway.datapath.errors import ApiError, Reason
-from gateway.datapath.http1 import RequestHead, ResponseHead
+from gateway.datapath import metrics
+from gateway.datapath.protocol import sse
+from gateway.datapath.protocol.chunks import ChunkDecoder
+from gateway.datapath.protocol.errors import ApiError, Reason
+from gateway.datapath.protocol.http1 import RequestHead, ResponseHead
 
 if TYPE_CHECKING:
     from gateway.datapath.client import ClientConnection

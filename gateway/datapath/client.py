@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gateway.datapath import local
 from gateway.datapath.answer import ANSWER, SENT
-from gateway.datapath.chunks import ChunkDecoder
 from gateway.datapath.connection import Connection
-from gateway.datapath.errors import ApiError, Reason, render
 from gateway.datapath.exchange import Exchange
-from gateway.datapath.http1 import RequestHead, has_bare_line_end, parse_request_head
-from gateway.datapath.openai import PROXIED
+from gateway.datapath.protocol.chunks import ChunkDecoder
+from gateway.datapath.protocol.errors import ApiError, Reason, render
+from gateway.datapath.protocol.http1 import RequestHead, has_bare_line_end, parse_request_head
+from gateway.datapath.protocol.openai import PROXIED
 
 if TYPE_CHECKING:
     from gateway.datapath.worker import Worker

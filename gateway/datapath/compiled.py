@@ -28,14 +28,14 @@ from types import ModuleType
 
 MODULES = (
     "gateway.datapath.answer",
-    "gateway.datapath.chunks",
+    "gateway.datapath.protocol.chunks",
     "gateway.datapath.client",
     "gateway.datapath.connection",
     "gateway.datapath.exchange",
-    "gateway.datapath.http1",
+    "gateway.datapath.protocol.http1",
     "gateway.datapath.metrics",
     "gateway.datapath.pool",
-    "gateway.datapath.sse",
+    "gateway.datapath.protocol.sse",
     "gateway.datapath.upstream",
     "router.filters",
     "router.ledger",
@@ -60,8 +60,9 @@ def source_digest(root: Path = _ROOT) -> str:
     """Digest of every source file of the two packages and of this Python's ABI."""
     digest = hashlib.sha256(_SUFFIX.encode())
     for folder in ("gateway/datapath", "router"):
-        for path in sorted((root / folder).glob("*.py")):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        for path in sorted((root / folder).rglob("*.py")):
+            name = str(path.relative_to(root)).encode()
+            digest.update(name + b"\0" + path.read_bytes())
     return digest.hexdigest()[:24]
 
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from gateway.datapath import metrics, sse
+from gateway.datapath import metrics
 from gateway.datapath.answer import ANSWER, CONNECT, DONE, GATHER, HELD, SENT, Answer
-from gateway.datapath.errors import ApiError, Reason, render
-from gateway.datapath.http1 import RequestHead
-from gateway.datapath.openai import peek_model, quote_model, read_head, rewrite_model
+from gateway.datapath.protocol import sse
+from gateway.datapath.protocol.errors import ApiError, Reason, render
+from gateway.datapath.protocol.http1 import RequestHead
+from gateway.datapath.protocol.openai import peek_model, quote_model, read_head, rewrite_model
 
 if TYPE_CHECKING:
     from gateway.datapath.client import ClientConnection

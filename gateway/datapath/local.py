@@ -7,11 +7,11 @@ from urllib.parse import unquote
 
 import msgspec
 
-from gateway.datapath.errors import ApiError, Reason, render, response
-from gateway.datapath.openai import PROXIED, model_card, model_list
+from gateway.datapath.protocol.errors import ApiError, Reason, render, response
+from gateway.datapath.protocol.openai import PROXIED, model_card, model_list
 
 if TYPE_CHECKING:
-    from gateway.datapath.http1 import RequestHead
+    from gateway.datapath.protocol.http1 import RequestHead
     from gateway.datapath.worker import Worker
 
 _READ = (b"GET", b"HEAD")

@@ -15,7 +15,7 @@ _LENGTH = struct.Struct("!I")
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag="config"):
     """Everything a worker is told at its start. The meaning of each field is documented where the
-    user sets it: ``gateway/settings.py`` and ``router/settings.py``."""
+    user sets it: ``gateway/settings/schema.py`` and ``router/settings.py``."""
 
     index: int
     max_connections: int

@@ -1,6 +1,6 @@
 """Every metric: its name, its help and, for those of the data path, its place in shared memory.
 
-Names stand here and nowhere else; ``gateway.exposition`` only fills in the values.
+Names stand here and nowhere else; ``gateway.admin.metrics_page`` only fills in the values.
 
 A worker counts in lists and copies them into its own block of shared memory (``shared.py``) many
 times a second; the control process sums the blocks when somebody scrapes. So counting costs next
@@ -13,7 +13,7 @@ from array import array
 from bisect import bisect_left
 from typing import Any, Final, NamedTuple
 
-from gateway.datapath.errors import Reason
+from gateway.datapath.protocol.errors import Reason
 
 
 class Metric(NamedTuple):

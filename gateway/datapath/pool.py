@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final
 
 from gateway.datapath import metrics
 from gateway.datapath.answer import GATHER, HELD
-from gateway.datapath.errors import ApiError, Reason
 from gateway.datapath.metrics import PoolCounters
+from gateway.datapath.protocol.errors import ApiError, Reason
 from gateway.datapath.upstream import Upstream
 from router.pick import pick
 from router.tokens import TokenEstimator

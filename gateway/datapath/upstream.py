@@ -13,8 +13,8 @@ import ssl
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from gateway.datapath.chunks import ChunkTracker
-from gateway.datapath.http1 import ResponseHead, parse_response_head
+from gateway.datapath.protocol.chunks import ChunkTracker
+from gateway.datapath.protocol.http1 import ResponseHead, parse_response_head
 
 if TYPE_CHECKING:
     from gateway.datapath.exchange import Exchange

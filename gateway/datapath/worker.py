@@ -23,7 +23,6 @@ import uvloop
 
 from gateway.datapath import metrics
 from gateway.datapath.client import ClientConnection
-from gateway.datapath.errors import ApiError, Reason
 from gateway.datapath.messages import (
     Drain,
     Failing,
@@ -37,6 +36,7 @@ from gateway.datapath.messages import (
     pack,
 )
 from gateway.datapath.pool import PoolRuntime
+from gateway.datapath.protocol.errors import ApiError, Reason
 from gateway.datapath.shared import Shared
 from gateway.datapath.tls import Certificate
 from router.ledger import Ledger

@@ -24,7 +24,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from loaders.engine import simulated_command, vllm_command
+from loaders.engines.vllm.command import simulated_command, vllm_command
 from loaders.settings import LoaderSettings
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]

@@ -19,8 +19,8 @@ from datapath_rig import (
 )
 
 from gateway.datapath import metrics
-from gateway.datapath.errors import Reason
-from gateway.datapath.openai import PROXIED
+from gateway.datapath.protocol.errors import Reason
+from gateway.datapath.protocol.openai import PROXIED
 
 ORIGIN = b"Origin: https://app.example"
 

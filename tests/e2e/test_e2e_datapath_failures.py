@@ -28,7 +28,7 @@ from datapath_rig import (
 )
 
 from gateway.datapath import metrics
-from gateway.datapath.errors import Reason
+from gateway.datapath.protocol.errors import Reason
 
 SMALL = post({"model": "m", "prompt": "hello"})
 STREAMED = post({"model": "m", "stream": True})

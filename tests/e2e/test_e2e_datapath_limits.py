@@ -24,7 +24,7 @@ from datapath_rig import (
 )
 
 from gateway.datapath import metrics
-from gateway.datapath.errors import Reason
+from gateway.datapath.protocol.errors import Reason
 
 H = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
 BODY = b'{"model":"m"}'

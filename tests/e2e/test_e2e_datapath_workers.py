@@ -27,8 +27,8 @@ from datapath_rig import (
     post,
 )
 
+from gateway.compose.workers import ListenError, open_listeners
 from gateway.datapath import metrics
-from gateway.workers import ListenError, open_listeners
 
 SMALL = post({"model": "m", "prompt": "hello"})
 STREAMED = post({"model": "m", "stream": True})

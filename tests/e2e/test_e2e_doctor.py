@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tidegate_process import MARK, marked
 
-from gateway.machine_cache import CacheMachine
+from gateway.doctor.model_machine import CacheMachine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from gateway.machine import Machine
-from loaders.engine import find_install, vllm_command
-from modelcache.default_model import find_damage
+from gateway.doctor.machine import Machine
+from loaders.engines.vllm.command import find_install, vllm_command
+from modelcache.prepare.default_model import find_damage
 
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 90.0
@@ -105,7 +105,10 @@ def test_the_environment_is_what_it_says(engine_python: Path, model_dir: Path) -
 
 
 def test_our_own_packages_are_installed_beside_vllm(engine_python: Path, tmp_path: Path) -> None:
-    code = "import gateway.ours as o; o.assert_ours(); import loaders, modelcache.default_model"
+    code = (
+        "import gateway.cli.import_check as o; o.assert_ours(); "
+        "import loaders, modelcache.prepare.default_model"
+    )
     subprocess.run([str(engine_python), "-I", "-c", code], cwd=tmp_path, check=True, timeout=200)
 
 

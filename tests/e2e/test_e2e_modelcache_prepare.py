@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from folder_store import Rig
 
-from modelcache.prepare import Preparation, Prepared
-from modelcache.prepare_size import expect_bytes
-from modelcache.prepare_types import Step, StepFailed
+from modelcache.prepare.run import Preparation, Prepared
+from modelcache.prepare.size import expect_bytes
+from modelcache.prepare.steps import Step, StepFailed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 
-FIND_GGUF = "from modelcache.default_model import find_source; print(find_source())"
+FIND_GGUF = "from modelcache.prepare.default_model import find_source; print(find_source())"
 
 RANKS = 3
 """The model has nine attention heads and three key-value heads."""

@@ -15,8 +15,8 @@ from asking import CHAT, ask_now, chat, run, spawn, text_of
 from object_server import Handler, IndexedServer, serving
 from tidegate_process import Tidegate, simulated, up
 
-from gateway.cache import open_cache
-from gateway.settings import Settings
+from gateway.compose.cache import open_cache
+from gateway.settings.schema import Settings
 
 PIECE_BYTES = 8 * 1024 * 1024
 PROBE_BYTES = 100

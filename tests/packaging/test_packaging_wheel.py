@@ -56,7 +56,7 @@ def test_its_metadata_names_the_command_the_licence_and_the_pythons(unpacked: Pa
     assert metadata["License-Expression"] == "Apache-2.0"
     pythons = set(metadata["Requires-Python"].replace(" ", "").split(","))
     assert pythons == {">=3.11", "<3.14"}
-    assert "tidegate = gateway.cli:main" in (info / "entry_points.txt").read_text()
+    assert "tidegate = gateway.cli.main:main" in (info / "entry_points.txt").read_text()
     assert [path for path in info.rglob("LICENSE*") if path.stat().st_size > 1000]
 
 
@@ -72,10 +72,11 @@ def test_no_requirement_is_an_engine(unpacked: Path) -> None:
 def test_the_command_starts_from_the_unpacked_wheel(unpacked: Path, tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(unpacked)!r}); sys.argv = ['tidegate', '--help']\n"
-        "import gateway.cli, gateway.ours\n"
-        f"assert gateway.cli.__file__.startswith({str(unpacked)!r}), gateway.cli.__file__\n"
-        "gateway.ours.assert_ours()\n"
-        "gateway.cli.main()\n"
+        "import gateway.cli.main, gateway.cli.import_check\n"
+        "origin = gateway.cli.main.__file__\n"
+        f"assert origin.startswith({str(unpacked)!r}), origin\n"
+        "gateway.cli.import_check.assert_ours()\n"
+        "gateway.cli.main.main()\n"
     )
     done = subprocess.run(
         [sys.executable, "-I", "-c", code],

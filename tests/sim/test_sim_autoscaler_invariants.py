@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from virtual_time import now, run_virtual
 
 from autoscaler.backends.base import BackendError
-from autoscaler.plan import SUPPLY
+from autoscaler.policy.plan import SUPPLY
 from autoscaler.settings import AutoscalerSettings
 from autoscaler.types import ReplicaView
 from router.types import ReplicaState

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from virtual_time import now, run_virtual
 
 from autoscaler.backends.base import BackendError
-from autoscaler.lifecycle import State
+from autoscaler.control.lifecycle import State
 from autoscaler.settings import AutoscalerSettings, PoolSettings
+from autoscaler.tiers.wake_times import WakeTimes
 from autoscaler.types import PoolReport, Reason
-from autoscaler.waketimes import WakeTimes
 from modelcache.types import NoSpace, Tier
 
 QUICK = AutoscalerSettings(

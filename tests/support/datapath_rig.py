@@ -1,7 +1,8 @@
 """The data path under test: real worker processes, replicas that follow a script, raw clients.
 
 Everything speaks bytes over real sockets, so a test says exactly what is on the wire. The workers
-are the real ones (``gateway.workers.Workers``), in processes of their own; only the control side
+are the real ones (``gateway.compose.workers.Workers``), in processes of their own; only the
+control side
 is played by the test, which publishes the fleet.
 """
 
@@ -25,11 +26,11 @@ from typing import Any
 
 import msgspec
 
+from gateway.compose.workers import Workers, open_listeners
 from gateway.datapath import metrics
-from gateway.datapath.errors import Reason
 from gateway.datapath.messages import WorkerConfig
+from gateway.datapath.protocol.errors import Reason
 from gateway.datapath.shared import Shared
-from gateway.workers import Workers, open_listeners
 from router.types import Fleet, Pool, Replica, ReplicaState
 
 WAIT_S = 30.0

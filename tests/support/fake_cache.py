@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gateway.models import Models
+from gateway.admin.models import Models
 from modelcache.types import (
     Cancelled,
     FileEntry,

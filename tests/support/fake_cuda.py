@@ -144,7 +144,7 @@ class FakeMemory:
 
 
 class FakeTorch:
-    """torch, but for what ``loaders.device.CudaTarget`` uses of it."""
+    """torch, but for what ``loaders.weights.device.CudaTarget`` uses of it."""
 
     def __init__(self, real: Any, seed: int) -> None:
         self.real = real

@@ -16,11 +16,11 @@ from autoscaler.backends.base import (
     ReplicaSpec,
     Unsupported,
 )
-from autoscaler.loop import ControlLoop
-from autoscaler.preparer import Preparer
+from autoscaler.control.loop import ControlLoop
 from autoscaler.settings import AutoscalerSettings, PoolSettings
+from autoscaler.tiers.preparer import Preparer
+from autoscaler.tiers.wake_times import WakeTimes
 from autoscaler.types import Observation, PoolDemand, PoolView, ReplicaLoad, ReplicaView
-from autoscaler.waketimes import WakeTimes
 from router.types import ReplicaState
 
 TOKENS = 100

@@ -6,8 +6,8 @@ import asyncio
 from dataclasses import dataclass, field, replace
 
 from autoscaler.backends.base import ReplicaSpec, Unsupported
-from autoscaler.preparer import Report
 from autoscaler.settings import PoolSettings
+from autoscaler.tiers.preparer import Report
 from modelcache.types import TIERS, Progress, Tier
 
 SIZE_BYTES = 10_000_000_000

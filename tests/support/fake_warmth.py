@@ -12,8 +12,8 @@ from typing import Any
 
 from autoscaler.backends.base import ReplicaSpec
 from autoscaler.settings import PoolSettings
-from autoscaler.warmth import Warmth
-from autoscaler.warmth_parts import Cancelled, OnProgress
+from autoscaler.tiers.warmth import Warmth
+from autoscaler.tiers.warmth_parts import Cancelled, OnProgress
 from modelcache.types import Cancelled as CalledOff
 from modelcache.types import FileRange, InUse, NotFound, Priority, Progress
 

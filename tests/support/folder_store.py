@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelcache.cache import ModelCache
-from modelcache.partial import Partial
 from modelcache.settings import ModelCacheSettings
 from modelcache.sources.base import Listing, OnBytes
+from modelcache.store.partial_files import Partial
 from modelcache.types import (
     Cancelled,
     ModelRef,

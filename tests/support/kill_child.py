@@ -27,15 +27,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from modelcache import pagecache
 from modelcache.cache import ModelCache
-from modelcache.files import open_lock, try_lock
-from modelcache.keeper import PageKeeper
-from modelcache.manifest import Job
-from modelcache.results import Results
+from modelcache.fetch.transfer import Transfer
+from modelcache.pagecache import residency
+from modelcache.pagecache.holder import PageKeeper
+from modelcache.prepare.results import Results
 from modelcache.settings import ModelCacheSettings
 from modelcache.sources.opening import open_source
-from modelcache.transfer import Transfer
+from modelcache.store.files import open_lock, try_lock
+from modelcache.store.manifest import Job
 from modelcache.types import FileRange, Made
 
 PIECE_BYTES = 65_536
@@ -46,7 +46,7 @@ END_S = 60.0
 BEGAN = b"\n"
 PR_SET_CHILD_SUBREAPER = 36
 
-LATE = ("httpx", "modelcache.lanes", "modelcache.sources.http")
+LATE = ("httpx", "modelcache.fetch.readers", "modelcache.sources.http")
 """What the cache imports when it first needs it."""
 
 STEPS = (
@@ -117,7 +117,7 @@ def prewarm(cache: ModelCache, order: Mapping[str, Any]) -> None:
         keeper = PageKeeper(budget_bytes=1 << 30, touch_s=0.5) if order["keep"] else None
         if keeper is not None:
             keeper.keep(model.url, files)
-        pagecache.prewarm(files)
+        residency.prewarm(files)
         while keeper is not None and keeper.status().rounds == 0:
             time.sleep(0.005)
 
@@ -202,7 +202,7 @@ def child(order: Mapping[str, Any], told: int) -> None:
         if order["verb"] == "prewarm":
             found = cache.find(order["url"])
             assert found is not None
-            pagecache.drop(files_of(found.path))
+            residency.drop(files_of(found.path))
         steps = Steps(order.get("step"), order.get("part", 0.0))
         steps.watch()
         write(told, BEGAN)

@@ -22,8 +22,8 @@ from kill_child import PIECE_BYTES, make_cache
 from object_server import Handler, IndexedServer, serving
 
 from modelcache.cache import ModelCache
-from modelcache.checking import Damage
-from modelcache.finding import CachedModel
+from modelcache.store.lookup import CachedModel
+from modelcache.store.verify import Damage
 from modelcache.types import Manifest
 
 SLICE_BYTES = 8_192

@@ -24,9 +24,9 @@ from fake_cuda import FakeTorch
 from safetensors_files import header, layout, sums_of
 
 import loaders
-from loaders import device as devices
-from loaders import loading
-from loaders.index import BadFile
+from loaders.weights import device as devices
+from loaders.weights import load
+from loaders.weights.index import BadFile
 
 Tensors = dict[str, Any]
 
@@ -272,7 +272,7 @@ def check_device_copies_are_waited_for(model: Path) -> None:
         def make(device: Any, *, workers: int, fake: Any = fake, **_: Any) -> Any:
             return devices.CudaTarget(torch.device("cuda", 0), streams=workers, on=fake)
 
-        loading.make_target = make  # type: ignore[attr-defined]
+        load.make_target = make  # type: ignore[attr-defined]
         try:
             with sharded(20 + seed) as (place, expected):
                 for memory in (8 << 20, 64 << 20):
@@ -287,7 +287,7 @@ def check_device_copies_are_waited_for(model: Path) -> None:
                 assert fake.pinned_bytes == 0, "everything is unpinned again"
                 assert fake.late_copies > 0
         finally:
-            loading.make_target = real  # type: ignore[attr-defined]
+            load.make_target = real  # type: ignore[attr-defined]
 
 
 def check_an_unknown_device_is_refused(model: Path) -> None:

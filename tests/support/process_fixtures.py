@@ -15,7 +15,7 @@ from typing import Any
 import tiny_engine
 
 from autoscaler.backends.base import Backend, Placement, Probe, ReplicaSpec
-from autoscaler.backends.process import ProcessBackend
+from autoscaler.backends.process.backend import ProcessBackend
 from autoscaler.settings import AutoscalerSettings, PoolSettings
 
 SETTINGS = AutoscalerSettings(terminate_s=5.0, health_timeout_s=5.0, call_timeout_s=20.0)

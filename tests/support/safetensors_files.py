@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loaders.checksums import FileSums, of_pieces
-from modelcache.digest import PieceDigests, digest_piece
+from loaders.weights.checksums import FileSums, of_pieces
+from modelcache.store.digest import PieceDigests, digest_piece
 from modelcache.types import PIECE_BYTES
 
 

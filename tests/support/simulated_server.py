@@ -21,7 +21,7 @@ class SimulatedServer:
 
     def __init__(self, directory: Path, model: str, *flags: object, port: int = 0) -> None:
         self._log = directory / f"server-{model}-{time.monotonic_ns()}.log"
-        self._argv = [sys.executable, "-m", "loaders.simulated", "--model", model]
+        self._argv = [sys.executable, "-m", "loaders.engines.simulated", "--model", model]
         self._argv += ["--port", str(port), *map(str, flags)]
         self.url = ""
         self.process: subprocess.Popen[bytes]

@@ -12,14 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modelcache.layout import Layout, file_key
-from modelcache.partial import Partial
-from modelcache.peer_names import LookUp, look_up
-from modelcache.peers import PeerGroup
+from modelcache.fetch.transfer import Transfer
+from modelcache.peers.discovery import LookUp, look_up
+from modelcache.peers.group import PeerGroup
+from modelcache.peers.piece_inventory import Shelf
 from modelcache.settings import ModelCacheSettings
-from modelcache.shelf import Shelf
 from modelcache.sources.base import ANNOUNCE_BYTES, Listing
-from modelcache.transfer import Transfer
+from modelcache.store.layout import Layout, file_key
+from modelcache.store.partial_files import Partial
 from modelcache.types import PIECE_BYTES, Cancelled, ModelRef, RemoteFile, SourceError
 
 TOKEN = "the secret of a small cluster"

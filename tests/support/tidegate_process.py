@@ -359,7 +359,7 @@ def start(
     # The record of an earlier one in the same directory must not be taken for this one's.
     with log_path.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gateway.cli", "up", "--config", str(config), *arguments],
+            [sys.executable, "-m", "gateway.cli.main", "up", "--config", str(config), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

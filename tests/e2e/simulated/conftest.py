@@ -25,7 +25,16 @@ class EngineProcess:
     """One engine on a port of its own choosing, its log read as it comes."""
 
     def __init__(self, root: Path, *flags: str) -> None:
-        argv = [sys.executable, "-m", "loaders.simulated", "--model", "demo", "--port", "0", *flags]
+        argv = [
+            sys.executable,
+            "-m",
+            "loaders.engines.simulated",
+            "--model",
+            "demo",
+            "--port",
+            "0",
+            *flags,
+        ]
         self.process = subprocess.Popen(
             argv, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )

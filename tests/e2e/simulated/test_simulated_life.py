@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loaders.simulated.faults import STARTUP_PHASES
+from loaders.engines.simulated.faults import STARTUP_PHASES
 
 
 def _free_port() -> int:
@@ -83,7 +83,7 @@ def test_a_port_in_use_is_said_and_ends_with_1(start: Any) -> None:
 
 
 def test_bad_flags_end_with_2(root: Path) -> None:
-    argv = [sys.executable, "-m", "loaders.simulated", "--model", "m", "--fault", "explode"]
+    argv = [sys.executable, "-m", "loaders.engines.simulated", "--model", "m", "--fault", "explode"]
     done = subprocess.run(argv, cwd=root, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "unknown fault 'explode'" in done.stderr

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoscaler.decide import WISH_BUCKETS, DecideState, decide
+from autoscaler.policy.decide import WISH_BUCKETS, DecideState, decide
 from autoscaler.types import Bound, Demand, PoolPolicy, PoolStatus, Reason, Signal
 
 NOW = 10_000.0

@@ -16,11 +16,11 @@ import fake_vllm
 import pytest
 from process_fixtures import TinyCommand, ask, is_alive, tiny_backend, wait_for_probe, wait_ready
 
-from autoscaler.backends import forking
 from autoscaler.backends.base import BackendError, Placement, ReplicaSpec, Unsupported
-from autoscaler.backends.forking import ForkPlan
-from autoscaler.backends.process import ProcessBackend
-from autoscaler.backends.procs import carries, list_stats
+from autoscaler.backends.process import fork_server
+from autoscaler.backends.process.backend import ProcessBackend
+from autoscaler.backends.process.fork_server import ForkPlan
+from autoscaler.backends.process.procs import carries, list_stats
 from autoscaler.settings import PoolSettings
 
 PLAIN = "import sys; sys.path.insert(0, {!r}); import tiny_engine; sys.exit(tiny_engine.main())"
@@ -261,9 +261,9 @@ def test_closing_while_a_fork_server_is_taken_down_leaves_no_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taking_down = asyncio.Event()
-    end = forking.Family.end
+    end = fork_server.Family.end
 
-    async def slow(self: forking.Family, **given: Any) -> None:
+    async def slow(self: fork_server.Family, **given: Any) -> None:
         taking_down.set()
         await asyncio.sleep(0.2)
         await end(self, **given)
@@ -274,7 +274,7 @@ def test_closing_while_a_fork_server_is_taken_down_leaves_no_record(
         server = backend.fork_server()
         assert server is not None
         assert server.pid is not None
-        monkeypatch.setattr(forking.Family, "end", slow)
+        monkeypatch.setattr(fork_server.Family, "end", slow)
         os.kill(server.pid, signal.SIGKILL)
         await taking_down.wait()
         ending = backend.fork_server()
@@ -303,7 +303,7 @@ def test_packages_that_have_changed_are_imported_anew(
         await backend.start(replica("r-1"))
         assert is_forked(await pid_of(backend, "r-1"))
         before = backend.fork_server()
-        monkeypatch.setattr(forking, "identity", lambda python: "another version")
+        monkeypatch.setattr(fork_server, "identity", lambda python: "another version")
         await backend.start(replica("r-2", "--unwell"))
         probe = await wait_for_probe(backend, "r-2", lambda one: "503" in one.detail)
         assert "packages have changed" in probe.phase

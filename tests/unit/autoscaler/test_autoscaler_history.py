@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from autoscaler.fleet import make_slugs
-from autoscaler.history import DecisionHistory
+from autoscaler.control.decision_log import DecisionHistory
+from autoscaler.control.replicas import make_slugs
 from autoscaler.types import Bound, Decision, Reason
 
 ONE = Decision(pool="m", at_s=1.0, desired=1, supply=1, reason=Reason.STEADY, detail="first")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoscaler.ladder import Descent, LadderPolicy, Rung, choose_rung, descend
+from autoscaler.policy.tier_policy import Descent, LadderPolicy, Rung, choose_rung, descend
 from modelcache.types import TIERS, Tier
 
 ALL = frozenset(TIERS) - {Tier.RUNNING}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from autoscaler.backends.logs import ReplicaLog, message_of, prune
+from autoscaler.backends.process.logs import ReplicaLog, message_of, prune
 
 
 @pytest.mark.parametrize(

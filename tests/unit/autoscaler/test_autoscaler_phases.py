@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from autoscaler.backends.logs import message_of
-from autoscaler.backends.phases import PHASES, later, phase_of
-from autoscaler.phases import describe_step
+from autoscaler.backends.process.logs import message_of
+from autoscaler.backends.process.phases import PHASES, later, phase_of
+from autoscaler.control.start_steps import describe_step
 
 CONFIG = "Initializing a V1 LLM engine (v0.32.0) with config: " + "warmup, capture, " * 40
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoscaler.lifecycle import Event, State
-from autoscaler.placement import Gpu, GpuUse, assign_cpus, assign_gpus
-from autoscaler.plan import LOADING, SUPPLY, Candidate, Plan, make_plan
+from autoscaler.control.lifecycle import Event, State
+from autoscaler.policy.placement import Gpu, GpuUse, assign_cpus, assign_gpus
+from autoscaler.policy.plan import LOADING, SUPPLY, Candidate, Plan, make_plan
 
 
 def some(*states: State, recallable: bool = True) -> list[Candidate]:

@@ -23,7 +23,6 @@ from process_fixtures import (
     wait_ready,
 )
 
-from autoscaler.backends import launch, procs
 from autoscaler.backends.base import (
     BackendError,
     NoRoom,
@@ -32,8 +31,9 @@ from autoscaler.backends.base import (
     StillRunning,
     Unsupported,
 )
-from autoscaler.backends.process_registry import ProcessRecord, ProcessRegistry
-from autoscaler.placement import Gpu
+from autoscaler.backends.process import procs, start_gate
+from autoscaler.backends.process.registry import ProcessRecord, ProcessRegistry
+from autoscaler.policy.placement import Gpu
 
 FOLDERS = [str(Path(__file__).parents[2] / "support"), str(Path(__file__).parents[3])]
 
@@ -128,7 +128,7 @@ def test_engines_of_a_tidegate_that_lives_are_not_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def story() -> None:
-        monkeypatch.setattr("autoscaler.backends.family.CLAIM_TRIES", 2)
+        monkeypatch.setattr("autoscaler.backends.process.family.CLAIM_TRIES", 2)
         owner, pids = start_owner(tmp_path, "")
         try:
             with pytest.raises(StateInUse, match="state_dir"):
@@ -156,7 +156,7 @@ def test_the_gate_stays_shut_until_the_process_is_on_record(
                 if command.read_text():
                     break
                 time.sleep(0.01)
-            assert launch.__file__ in command.read_text()
+            assert start_gate.__file__ in command.read_text()
             raise OSError("no space left on the device")
 
         monkeypatch.setattr(ProcessRegistry, "write", full)
@@ -337,7 +337,7 @@ def test_logs_are_rotated_while_the_engine_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def story() -> None:
-        monkeypatch.setattr("autoscaler.backends.process.KEEP_S", 0.02)
+        monkeypatch.setattr("autoscaler.backends.process.backend.KEEP_S", 0.02)
         settings = SETTINGS.model_copy(update={"log_bytes": 20_000, "log_files": 3})
         backend = tiny_backend(tmp_path, settings=settings)
         await backend.start(spec("--chatty-bytes", "50000"))
@@ -377,7 +377,7 @@ def test_the_registry_keeps_up_with_the_family(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def story() -> None:
-        monkeypatch.setattr("autoscaler.backends.process.KEEP_S", 0.02)
+        monkeypatch.setattr("autoscaler.backends.process.backend.KEEP_S", 0.02)
         backend = tiny_backend(tmp_path)
         await backend.start(spec("--family"))
         pid = (await wait_ready(backend, "r-1")).pid

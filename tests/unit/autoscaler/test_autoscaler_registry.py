@@ -15,10 +15,10 @@ from process_fixtures import (
     tiny_backend,
 )
 
-from autoscaler.backends import launch, procs
-from autoscaler.backends.family import Family
-from autoscaler.backends.process_registry import ProcessRecord, ProcessRegistry
-from autoscaler.backends.procs import ProcessId
+from autoscaler.backends.process import procs, start_gate
+from autoscaler.backends.process.family import Family
+from autoscaler.backends.process.procs import ProcessId
+from autoscaler.backends.process.registry import ProcessRecord, ProcessRegistry
 
 
 def start_stranger() -> subprocess.Popen[bytes]:
@@ -61,15 +61,15 @@ def test_a_process_that_only_has_the_same_pid_is_left_alone(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("word", [b"", b"?"])
 def test_the_gate_ends_without_the_word(word: bytes) -> None:
-    gate = [sys.executable, "-I", "-S", launch.__file__, str(os.getpid()), "-", "touch", "/x/y"]
+    gate = [sys.executable, "-I", "-S", start_gate.__file__, str(os.getpid()), "-", "touch", "/x/y"]
     done = subprocess.run(gate, input=word, capture_output=True, check=False)
-    assert (done.returncode, done.stderr) == (launch.NOT_STARTED, b"")
+    assert (done.returncode, done.stderr) == (start_gate.NOT_STARTED, b"")
 
 
 def test_the_gate_ends_when_it_is_an_orphan_already() -> None:
-    gate = [sys.executable, "-I", "-S", launch.__file__, "1", "-", "true"]
+    gate = [sys.executable, "-I", "-S", start_gate.__file__, "1", "-", "true"]
     done = subprocess.run(gate, input=b"!", capture_output=True, check=False)
-    assert done.returncode == launch.NOT_STARTED
+    assert done.returncode == start_gate.NOT_STARTED
 
 
 def test_unreadable_record_is_put_aside(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any, cast
 import httpx
 import pytest
 
-from autoscaler.backends import sleeping
 from autoscaler.backends.base import Unsupported
-from autoscaler.backends.children import Child
 from autoscaler.backends.health import HealthClient
+from autoscaler.backends.process import sleeping
+from autoscaler.backends.process.child import Child
 
 
 def child(engine: str) -> Child:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from process_fixtures import SETTINGS, ask, children_of, is_alive, tiny_backend, tiny_pool
 
-from autoscaler.loop import ControlLoop
+from autoscaler.control.loop import ControlLoop
 from autoscaler.types import Observation, PoolDemand, PoolReport, PoolView, ReplicaLoad, ReplicaView
 from router.types import ReplicaState
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoscaler.waketimes import MODELS, WakeTimes, read_entries
+from autoscaler.tiers.wake_times import MODELS, WakeTimes, read_entries
 from modelcache.types import TIERS, Tier
 
 M = "vllm:/models/m"

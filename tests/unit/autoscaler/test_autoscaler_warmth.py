@@ -12,8 +12,8 @@ import pytest
 from fake_warmth import URL, Node, pool, run, until
 
 from autoscaler.backends.base import BackendError, ReplicaSpec, Unsupported
-from autoscaler.warmth import Warmth
-from autoscaler.warmth_parts import Cancelled, OnProgress, list_files
+from autoscaler.tiers.warmth import Warmth
+from autoscaler.tiers.warmth_parts import Cancelled, OnProgress, list_files
 from modelcache.types import FileRange, NoSpace, Priority, Tier
 
 

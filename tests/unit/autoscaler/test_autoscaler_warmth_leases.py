@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from fake_warmth import URL, Model, Node, pool, run, until
 
-from autoscaler.warmth_parts import Cancelled, OnProgress
-from autoscaler.warmth_places import Leases
-from modelcache.leases import Lease
+from autoscaler.tiers.warmth_parts import Cancelled, OnProgress
+from autoscaler.tiers.warmth_places import Leases
+from modelcache.store.leases import Lease
 from modelcache.types import Cancelled as CalledOff
 from modelcache.types import Tier
 

@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from autoscaler.signals.window import DemandWindow
 from autoscaler.types import Demand, PoolDemand, PoolPolicy
-from autoscaler.window import DemandWindow
 
 POLICY = PoolPolicy(pool="m", stable_window_s=60.0, panic_window_s=6.0, demand_stale_s=10.0)
 BUCKET_S = POLICY.panic_window_s / 12

@@ -12,7 +12,7 @@ import pytest
 
 from bench import pages, pages_report
 from bench.pages import Pass, Results, Sample
-from modelcache import pagecache
+from modelcache.pagecache import residency
 from modelcache.types import FileRange
 
 MIB = 1024 * 1024
@@ -31,7 +31,7 @@ def files() -> Iterator[list[FileRange]]:
 def test_every_way_brings_the_files_in(files: list[FileRange], way: str) -> None:
     pages._make_cold(files)
     pages.WAYS[way](files)
-    assert pagecache.residency(files).bytes_cached == 2 * (9 * MIB + 5)
+    assert residency.residency(files).bytes_cached == 2 * (9 * MIB + 5)
 
 
 def results() -> Results:

@@ -19,9 +19,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gateway.admin import METRICS_TYPE, create_app
-from gateway.admin_server import listen, serve_admin, serve_admin_on, url
-from gateway.config import ConfigError
+from gateway.admin.app import METRICS_TYPE, create_app
+from gateway.admin.server import listen, serve_admin, serve_admin_on, url
+from gateway.settings.load import ConfigError
 
 JSON = {"content-type": "application/json"}
 
@@ -237,7 +237,7 @@ def test_the_message_of_a_bad_value_is_shown(app: Starlette) -> None:
 def test_a_body_that_never_ends_is_given_up(
     app: Starlette, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.admin_answers.BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("gateway.admin.answers.BODY_TIMEOUT_S", 0.05)
 
     async def slowly() -> AsyncIterator[bytes]:
         yield b"{"

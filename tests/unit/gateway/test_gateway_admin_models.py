@@ -16,13 +16,13 @@ import pytest
 from fake_cache import REVISION, SIZE_BYTES, FakeCache, fake_models
 from safetensors_files import header, layout
 
-from gateway import admin_models
-from gateway.admin import create_app
-from gateway.admin_server import serve_admin
-from gateway.model_errors import error_of
-from gateway.model_names import PoolModel
-from gateway.models import Models, read_body
-from modelcache.finding import Ambiguous
+from gateway.admin import model_routes
+from gateway.admin.app import create_app
+from gateway.admin.model_errors import error_of
+from gateway.admin.model_names import PoolModel
+from gateway.admin.models import Models, read_body
+from gateway.admin.server import serve_admin
+from modelcache.store.lookup import Ambiguous
 from modelcache.types import (
     CacheError,
     Cancelled,
@@ -245,7 +245,7 @@ def test_an_error_of_a_slow_verb_is_its_last_line(served: Served, cache: FakeCac
 def test_slow_verbs_at_once_have_a_bound(
     served: Served, cache: FakeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admin_models, "MAX_SLOW", 1)
+    monkeypatch.setattr(model_routes, "MAX_SLOW", 1)
     cache.go.clear()
     url = f"{served.url}/models/preload"
     with httpx.stream("POST", url, json={"model": URL}, timeout=60, trust_env=False) as answer:

@@ -11,12 +11,11 @@ import pytest
 from fake_cache import FakeCache, fake_models
 from starlette.testclient import TestClient
 
-from gateway import cli
-from gateway.agent import banner, create_agent_app
-from gateway.cli_render_agent import agent_status, is_agent
-from gateway.config import ConfigError, load
-from gateway.lifetime import check_writable
-from gateway.running import (
+from gateway.cli import main
+from gateway.cli.agent_tables import agent_status, is_agent
+from gateway.compose.agent import banner, create_agent_app
+from gateway.compose.process import check_writable
+from gateway.compose.run_record import (
     AGENT_NAME,
     ClaimError,
     Running,
@@ -24,6 +23,7 @@ from gateway.running import (
     leave_record,
     read_record,
 )
+from gateway.settings.load import ConfigError, load
 
 TRAFFIC = {
     "store_bytes": 7,
@@ -83,8 +83,8 @@ def test_status_asks_the_agent_that_runs_here(
         asked.append((base, path))
         return client().get(path).json()
 
-    monkeypatch.setattr("gateway.cli_client.ask", ask)
-    assert cli.main(["status", "-s", f"state_dir={tmp_path}"]) == 0
+    monkeypatch.setattr("gateway.cli.client.ask", ask)
+    assert main.main(["status", "-s", f"state_dir={tmp_path}"]) == 0
     assert asked == [("http://127.0.0.1:1", "/status")]
     assert "a cache agent" in capsys.readouterr().out
 
@@ -147,7 +147,7 @@ def test_what_it_lacks_is_one_line(
     monkeypatch.delenv("TIDEGATE_PEER_TOKEN", raising=False)
     monkeypatch.chdir(tmp_path)
     arguments = ["agent", "--admin-port", "0", "-s", f"state_dir={tmp_path}", *words]
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1
@@ -180,7 +180,7 @@ def test_a_directory_that_cannot_be_written_to_is_one_line(
     (tmp_path / "file").touch()
     places = {"state_dir": tmp_path / "state", field: tmp_path / "file" / "in it"}
     words = [word for name, place in places.items() for word in ("-s", f"{name}={place}")]
-    assert cli.main(["agent", "--admin-port", "0", "--peer-port", "0", *words]) == 2
+    assert main.main(["agent", "--admin-port", "0", "--peer-port", "0", *words]) == 2
     err = capsys.readouterr().err
     assert f"{field} = {tmp_path / 'file' / 'in it'}: cannot be written to" in err
     assert err.count("\n") == 1
@@ -208,7 +208,7 @@ def test_the_second_agent_of_a_state_directory_is_one_line(
     leave_record(tmp_path, first, AGENT_NAME)
     with claim_for_agent(tmp_path):
         words = ["--admin-port", "0", "--peer-port", "0", "-s", f"state_dir={tmp_path}"]
-        assert cli.main(["agent", *words]) == 2
+        assert main.main(["agent", *words]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"tidegate: {tmp_path} belongs to another cache agent that is running; ")
     assert err.count("\n") == 1

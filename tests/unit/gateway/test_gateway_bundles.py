@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gateway.bundles import FACTS, SHIPPED, Bundles
-from loaders.engine import EngineCommand
-from loaders.kernels import BadBundle
+from gateway.compose.bundles import FACTS, SHIPPED, Bundles
+from loaders.engines.vllm.command import EngineCommand
+from loaders.engines.vllm.compile_cache import BadBundle
 
 GPU = ("NVIDIA H100", "570.1")
 

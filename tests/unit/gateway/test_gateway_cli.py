@@ -18,12 +18,14 @@ import pytest
 import typer
 from datapath_rig import make_certificate
 
-import gateway
-from gateway import cli, cli_client, cli_render, cli_verbs, launch, running
-from gateway.admin import create_app
-from gateway.admin_server import serve_admin
-from gateway.cli_render import BannerPool, Screen
-from gateway.config import ConfigError, LoadedSettings
+import gateway.compose
+from gateway.admin.app import create_app
+from gateway.admin.server import serve_admin
+from gateway.cli import client, main, tables, verbs
+from gateway.cli.tables import BannerPool, Screen
+from gateway.compose import run_record
+from gateway.settings import defaults
+from gateway.settings.load import ConfigError, LoadedSettings
 
 ROOT = Path(__file__).resolve().parents[3]
 PIPE = Screen()
@@ -161,7 +163,7 @@ def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in [name for name in os.environ if name.startswith("TIDEGATE")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli_verbs, "time", SimpleNamespace(time=lambda: NOW_S))
+    monkeypatch.setattr(verbs, "time", SimpleNamespace(time=lambda: NOW_S))
     return tmp_path
 
 
@@ -174,7 +176,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[LoadedSettings]:
         runs.append(loaded)
         return 0
 
-    monkeypatch.setattr(gateway, "wiring", SimpleNamespace(run=run), raising=False)
+    monkeypatch.setattr(gateway.compose, "up", SimpleNamespace(run=run), raising=False)
     return runs
 
 
@@ -182,7 +184,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[LoadedSettings]:
 
 
 def test_status(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["status", "--admin", served.url]) == 0
+    assert main.main(["status", "--admin", served.url]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert "\x1b" not in out
@@ -200,7 +202,7 @@ def test_status(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_status_as_json(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["status", "--json", "--admin", served.url.removeprefix("http://")]) == 0
+    assert main.main(["status", "--json", "--admin", served.url.removeprefix("http://")]) == 0
     assert json.loads(capsys.readouterr().out) == STATUS
 
 
@@ -214,8 +216,8 @@ def test_status_again_and_again_until_interrupted(
         if len(naps) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_verbs, "time", SimpleNamespace(time=lambda: NOW_S, sleep=nap))
-    assert cli.main(["status", "--watch", "--interval", "0.5", "--admin", served.url]) == 130
+    monkeypatch.setattr(verbs, "time", SimpleNamespace(time=lambda: NOW_S, sleep=nap))
+    assert main.main(["status", "--watch", "--interval", "0.5", "--admin", served.url]) == 130
     assert naps == [0.5] * 3
     assert capsys.readouterr().out.count("READY") == 3
 
@@ -231,8 +233,8 @@ def test_a_watch_goes_on_while_nobody_answers(
     urls = ["http://127.0.0.1:1", served.url, "http://127.0.0.1:2"]
 
     def leave() -> None:
-        one = running.Running(pid=os.getpid(), url="http://x", admin_url=urls[len(looks)])
-        running.leave_record(somewhere_else / ".tidegate", one)
+        one = run_record.Running(pid=os.getpid(), url="http://x", admin_url=urls[len(looks)])
+        run_record.leave_record(somewhere_else / ".tidegate", one)
 
     def nap(seconds: float) -> None:
         looks.append(capsys.readouterr())
@@ -240,11 +242,11 @@ def test_a_watch_goes_on_while_nobody_answers(
             raise KeyboardInterrupt
         leave()
 
-    monkeypatch.setattr(cli_verbs, "time", SimpleNamespace(time=lambda: NOW_S, sleep=nap))
+    monkeypatch.setattr(verbs, "time", SimpleNamespace(time=lambda: NOW_S, sleep=nap))
     for words in ([], ["--json"]):
         looks.clear()
         leave()
-        assert cli.main(["status", "--watch", *words]) == 130
+        assert main.main(["status", "--watch", *words]) == 130
         away, there, gone = looks
         for look, url in ((away, urls[0]), (gone, urls[2])):
             said = look.err if words else look.out
@@ -252,37 +254,37 @@ def test_a_watch_goes_on_while_nobody_answers(
             assert "READY" not in look.out
         assert "chat" in there.out
         assert there.err == ""
-    assert cli.main(["status"]) == 2
+    assert main.main(["status"]) == 2
 
 
 def test_the_admin_listener_is_found_by_record_then_settings(
     served: Served, somewhere_else: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = running.Running(pid=os.getpid(), url="http://x", admin_url=served.url)
-    running.leave_record(somewhere_else / ".tidegate", one)
-    assert cli.main(["status"]) == 0
-    running.remove_record(somewhere_else / ".tidegate", os.getpid() + 1)
-    assert cli.main(["status"]) == 0
-    running.remove_record(somewhere_else / ".tidegate", os.getpid())
+    one = run_record.Running(pid=os.getpid(), url="http://x", admin_url=served.url)
+    run_record.leave_record(somewhere_else / ".tidegate", one)
+    assert main.main(["status"]) == 0
+    run_record.remove_record(somewhere_else / ".tidegate", os.getpid() + 1)
+    assert main.main(["status"]) == 0
+    run_record.remove_record(somewhere_else / ".tidegate", os.getpid())
     port = served.url.rpartition(":")[2]
     Path("tidegate.toml").write_text(f"[gateway]\nadmin_port = {port}\n", encoding="utf-8")
-    assert cli.main(["status"]) == 0
-    assert cli.main(["status", "--set", "gateway.admin_port=1"]) == 2
+    assert main.main(["status"]) == 0
+    assert main.main(["status", "--set", "gateway.admin_port=1"]) == 2
     assert "http://127.0.0.1:1:" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 0, "url": "a", "admin_url": "b"}'])
 def test_a_damaged_or_stale_record_is_none(tmp_path: Path, text: str) -> None:
-    (tmp_path / running.RECORD_NAME).write_text(text, encoding="utf-8")
-    assert running.read_record(tmp_path) is None
-    assert running.read_record(tmp_path / "nowhere") is None
+    (tmp_path / run_record.RECORD_NAME).write_text(text, encoding="utf-8")
+    assert run_record.read_record(tmp_path) is None
+    assert run_record.read_record(tmp_path / "nowhere") is None
 
 
 def test_a_record_that_cannot_be_left_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / running.RECORD_NAME / "in the way").mkdir(parents=True)
+    (tmp_path / run_record.RECORD_NAME / "in the way").mkdir(parents=True)
     with pytest.raises(OSError):
-        running.leave_record(tmp_path, running.Running(pid=1, url="a", admin_url="b"))
-    assert [one.name for one in tmp_path.iterdir()] == [running.RECORD_NAME]
+        run_record.leave_record(tmp_path, run_record.Running(pid=1, url="a", admin_url="b"))
+    assert [one.name for one in tmp_path.iterdir()] == [run_record.RECORD_NAME]
 
 
 @pytest.mark.parametrize(
@@ -296,13 +298,13 @@ def test_scale(
     expected: int | None,
     says: str,
 ) -> None:
-    assert cli.main(["scale", "org/m 1", count, "--admin", served.url]) == 0
+    assert main.main(["scale", "org/m 1", count, "--admin", served.url]) == 0
     assert served.control.scaled[-1] == ("org/m 1", expected)
     assert says in capsys.readouterr().out
 
 
 def test_explain(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["explain", "chat", "--admin", served.url]) == 0
+    assert main.main(["explain", "chat", "--admin", served.url]) == 0
     out = capsys.readouterr().out
     for text in (
         "chat: 1 wanted, 1 there",
@@ -313,7 +315,7 @@ def test_explain(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
         "1 min 30 s ago",
     ):
         assert text in out
-    assert cli.main(["explain", "chat", "--limit", "1", "--json", "--admin", served.url]) == 0
+    assert main.main(["explain", "chat", "--limit", "1", "--json", "--admin", served.url]) == 0
     assert len(json.loads(capsys.readouterr().out)["decisions"]) == 1
 
 
@@ -321,7 +323,7 @@ def test_explain(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_pool_is_one_line_and_1(
     served: Served, capsys: pytest.CaptureFixture[str], verb: list[str]
 ) -> None:
-    assert cli.main([*verb, "--admin", served.url]) == 1
+    assert main.main([*verb, "--admin", served.url]) == 1
     assert capsys.readouterr().err == "tidegate: There is no pool 'none'.\n"
 
 
@@ -338,7 +340,7 @@ def test_an_unknown_pool_is_one_line_and_1(
 def test_nobody_there_is_one_line_and_2(
     capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
-    assert cli.main([*arguments, "--admin", "http://127.0.0.1:1"]) == 2
+    assert main.main([*arguments, "--admin", "http://127.0.0.1:1"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("tidegate: nothing answers at http://127.0.0.1:1")
@@ -359,7 +361,7 @@ def test_somebody_else_there_is_one_line_and_2(capsys: pytest.CaptureFixture[str
         task = asyncio.create_task(
             serve_admin(Other(), "127.0.0.1", 0, stop, on_listening=found.set_result)
         )
-        code = await asyncio.to_thread(cli.main, ["status", "--admin", await found])
+        code = await asyncio.to_thread(main.main, ["status", "--admin", await found])
         stop.set()
         await task
         return code
@@ -384,16 +386,16 @@ def test_somebody_else_there_is_one_line_and_2(capsys: pytest.CaptureFixture[str
 def test_addresses(address: str, expected: str | None) -> None:
     if expected is None:
         with pytest.raises(ValueError, match="is no address"):
-            cli_client.check_address(address)
+            client.check_address(address)
     else:
-        assert cli_client.check_address(address) == expected
+        assert client.check_address(address) == expected
 
 
 # ── up ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_up_simulated_needs_nothing(started: list[LoadedSettings]) -> None:
-    assert cli.main(["up", "--engine", "simulated", "--port", "0", "--admin-port", "0"]) == 0
+    assert main.main(["up", "--engine", "simulated", "--port", "0", "--admin-port", "0"]) == 0
     (loaded,) = started
     (pool,) = loaded.settings.pools
     assert (pool.name, pool.engine, pool.min_replicas) == ("simulated", "simulated", 0)
@@ -403,7 +405,7 @@ def test_up_simulated_needs_nothing(started: list[LoadedSettings]) -> None:
 def test_up_without_engine_says_how_to_get_one(
     started: list[LoadedSettings], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["up"]) == 2
+    assert main.main(["up"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("tidegate: loaders.engine_python")
@@ -415,11 +417,11 @@ def test_up_without_engine_says_how_to_get_one(
 def test_up_with_the_built_in_pool(started: list[LoadedSettings]) -> None:
     Path(".venv-engine/bin").mkdir(parents=True)
     Path(".venv-engine/bin/python").touch()
-    launch.DEFAULT_MODEL_DIRECTORY.mkdir(parents=True)
-    assert cli.main(["up", "--workers", "2"]) == 0
+    defaults.DEFAULT_MODEL_DIRECTORY.mkdir(parents=True)
+    assert main.main(["up", "--workers", "2"]) == 0
     (pool,) = started[0].settings.pools
     assert (pool.name, pool.engine) == ("smollm2", "vllm")
-    assert Path(pool.model or "") == launch.DEFAULT_MODEL_DIRECTORY.absolute()
+    assert Path(pool.model or "") == defaults.DEFAULT_MODEL_DIRECTORY.absolute()
     assert started[0].settings.gateway.workers == 2
 
 
@@ -430,8 +432,8 @@ def test_up_turns_configured_pools_to_simulated(started: list[LoadedSettings]) -
         '[[pools]]\nname = "far"\nbackend = "static"\nurls = ["http://h:1"]\n',
         encoding="utf-8",
     )
-    assert cli.main(["up"]) == 2
-    assert cli.main(["up", "--engine", "simulated"]) == 0
+    assert main.main(["up"]) == 2
+    assert main.main(["up", "--engine", "simulated"]) == 0
     big, far = started[0].settings.pools
     assert (big.engine, big.engine_args, big.gpus, big.gpus_per_replica) == ("simulated", (), (), 0)
     assert (big.max_replicas, started[0].origins["pools.0.engine"]) == (3, "--engine")
@@ -455,19 +457,19 @@ def test_up_with_one_model(
     python = Path("python")
     python.touch()
     sets = ["--set", "loaders.engine_python=python", "--set", "gateway.drain_s=1"]
-    assert cli.main(["up", "--model", model, *sets]) == 0
+    assert main.main(["up", "--model", model, *sets]) == 0
     (pool,) = started[0].settings.pools
     assert (pool.name, pool.aliases, pool.engine) == (name, aliases, "vllm")
     assert pool.model == meant.format(here=Path.cwd())
-    assert cli.main(["up", "--model", model, "--engine", "simulated"]) == 0
+    assert main.main(["up", "--model", model, "--engine", "simulated"]) == 0
     assert started[1].settings.pools[0].engine == "simulated"
 
 
 def test_up_passes_the_exit_code_and_warnings_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gateway, "wiring", SimpleNamespace(run=lambda _: 7), raising=False)
-    assert cli.main(["up", "--engine", "simulated", "--set", "gateway.admin_host=0.0.0.0"]) == 7
+    monkeypatch.setattr(gateway.compose, "up", SimpleNamespace(run=lambda _: 7), raising=False)
+    assert main.main(["up", "--engine", "simulated", "--set", "gateway.admin_host=0.0.0.0"]) == 7
     assert "tidegate: warning: gateway.admin_host" in capsys.readouterr().err
 
 
@@ -490,14 +492,14 @@ def test_nothing_is_ever_a_traceback(
     def run(_: LoadedSettings) -> int:
         raise raised
 
-    monkeypatch.setattr(gateway, "wiring", SimpleNamespace(run=run), raising=False)
-    assert cli.main(["up", "--engine", "simulated"]) == code
+    monkeypatch.setattr(gateway.compose, "up", SimpleNamespace(run=run), raising=False)
+    assert main.main(["up", "--engine", "simulated"]) == code
     err = capsys.readouterr().err
     assert "Traceback" not in err
     assert says in err
     assert err.count("\n") == (1 if says else 0)
     monkeypatch.setenv("TIDEGATE_DEBUG", "1")
-    cli.main(["up", "--engine", "simulated"])
+    main.main(["up", "--engine", "simulated"])
     assert ("Traceback" in capsys.readouterr().err) is (code == 70)
 
 
@@ -507,7 +509,7 @@ def test_a_state_dir_that_cannot_be_written_to_is_one_line(
 ) -> None:
     (somewhere_else / "a file").touch()
     words = ["--port", "0", "--admin-port", "0", "-s", f"state_dir={place}"]
-    assert cli.main(["up", "--engine", "simulated", *words]) == 2
+    assert main.main(["up", "--engine", "simulated", *words]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"tidegate: state_dir = {place}: cannot be written to: ")
     assert err.count("\n") == 1
@@ -517,10 +519,10 @@ def test_a_state_dir_that_cannot_be_written_to_is_one_line(
 
 
 def test_config_check(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["config", "check"]) == 0
+    assert main.main(["config", "check"]) == 0
     assert "The settings are good" in capsys.readouterr().out
     Path("other.toml").write_text("[gateway]\nport = 1\nprot = 2\n", encoding="utf-8")
-    assert cli.main(["config", "check", "-c", "other.toml", "-s", "gateway.workers=-1"]) == 2
+    assert main.main(["config", "check", "-c", "other.toml", "-s", "gateway.workers=-1"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
@@ -528,11 +530,11 @@ def test_config_check(capsys: pytest.CaptureFixture[str]) -> None:
         "(--set gateway.workers=-1)",
         "tidegate: gateway.prot is no setting; did you mean gateway.port? (other.toml, line 3)",
     ]
-    assert cli.main(["config", "check", "-c", "other.toml", "--json"]) == 2
+    assert main.main(["config", "check", "-c", "other.toml", "--json"]) == 2
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is False
     assert report["problems"][0]["field"] == "gateway.prot"
-    assert cli.main(["config", "check", "-s", "gateway.workers=-1", "--json"]) == 2
+    assert main.main(["config", "check", "-s", "gateway.workers=-1", "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["problems"] == [
         {
             "field": "gateway.workers",
@@ -541,19 +543,19 @@ def test_config_check(capsys: pytest.CaptureFixture[str]) -> None:
             "value": "-1",
         }
     ]
-    assert cli.main(["config", "check", "-c", "nowhere.toml"]) == 2
+    assert main.main(["config", "check", "-c", "nowhere.toml"]) == 2
 
 
 def test_config_show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     Path("tidegate.toml").write_text("[gateway]\nport = 9000\n", encoding="utf-8")
     monkeypatch.setenv("TIDEGATE__GATEWAY__DRAIN_S", "5")
-    assert cli.main(["config", "show"]) == 0
+    assert main.main(["config", "show"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert lines["gateway.port"].split(maxsplit=2)[1:] == ["9000", "tidegate.toml, line 2"]
     assert lines["gateway.drain_s"].endswith("environment TIDEGATE__GATEWAY__DRAIN_S")
     assert lines["gateway.tls_key"].split(maxsplit=2)[1:] == ["(unset)", "default"]
     assert (
-        cli.main(["config", "show", "--changed", "--json", "-s", "router.learning_rate=0.5"]) == 0
+        main.main(["config", "show", "--changed", "--json", "-s", "router.learning_rate=0.5"]) == 0
     )
     shown = json.loads(capsys.readouterr().out)
     assert shown["router.learning_rate"] == {
@@ -565,13 +567,13 @@ def test_config_show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
 
 def test_the_printed_example_is_a_good_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["config", "example"]) == 0
+    assert main.main(["config", "example"]) == 0
     Path("tidegate.toml").write_text(capsys.readouterr().out, encoding="utf-8")
     sets = ["--set", "loaders.engine_python=python", "--set", "pools.0.model=."]
     Path("python").touch()
-    assert cli.main(["config", "check", *sets]) == 0
+    assert main.main(["config", "check", *sets]) == 0
     # The engine and the model that it names are `make run`'s to bring.
-    assert cli.main(["config", "check"]) == 2
+    assert main.main(["config", "check"]) == 2
     fields = [line.split()[1] for line in capsys.readouterr().err.splitlines()]
     assert fields == ["loaders.engine_python", "pools.0.model"]
 
@@ -583,7 +585,7 @@ def test_config_check_finds_what_up_would_refuse_all_at_once(
     tls = '[gateway]\ntls_certificate = "no.crt"\ntls_key = "no.key"\n'
     Path("tidegate.toml").write_text(tls + text.format("a") + text.format("b"), encoding="utf-8")
     for verb in (["config", "check"], ["up"]):
-        assert cli.main(verb) == 2
+        assert main.main(verb) == 2
         out, err = capsys.readouterr()
         assert out == ""
         assert [line.split()[1] for line in err.splitlines()] == [
@@ -595,23 +597,23 @@ def test_config_check_finds_what_up_would_refuse_all_at_once(
         ]
         assert "= no.key: cannot be read: No such file or directory (tidegate.toml, " in err
     assert started == []
-    assert cli.main(["config", "check", "--json"]) == 2
+    assert main.main(["config", "check", "--json"]) == 2
     report = json.loads(capsys.readouterr().out)
     assert (report["ok"], len(report["problems"])) == (False, 5)
     Path("no.crt").write_text("no certificate")
     Path("no.key").write_text("no key")
     words = ["--engine", "simulated"]
-    assert cli.main(["up", *words]) == 2
+    assert main.main(["up", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("tidegate: gateway.tls_certificate = no.crt: is no ")
     make_certificate(Path(), "localhost")
     words += ["-s", "gateway.tls_certificate=cert.pem", "-s", "gateway.tls_key=key.pem"]
-    assert cli.main(["up", *words]) == 0
+    assert main.main(["up", *words]) == 0
     assert len(started) == 1
 
 
 def test_a_warning_has_its_field_before_a_colon(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["config", "check", "-s", "pools=[]"]) == 0
+    assert main.main(["config", "check", "-s", "pools=[]"]) == 0
     assert capsys.readouterr().err == (
         "tidegate: warning: pools: no pool is configured, so every request will be answered 404 "
         "(--set pools=[])\n"
@@ -627,14 +629,14 @@ def test_doctor(
         SimpleNamespace(name="disk", status=worst, finding="little", advice="make room"),
     ]
     monkeypatch.setattr(
-        "gateway.doctor.run_doctor", lambda settings, measure: checks if measure else []
+        "gateway.doctor.report.run_doctor", lambda settings, measure: checks if measure else []
     )
-    assert cli.main(["doctor"]) == code
+    assert main.main(["doctor"]) == code
     out = capsys.readouterr().out
     assert "disk: make room" in out
-    assert cli.main(["doctor", "--json"]) == code
+    assert main.main(["doctor", "--json"]) == code
     assert [one["status"] for one in json.loads(capsys.readouterr().out)["checks"]] == ["ok", worst]
-    assert cli.main(["doctor", "--json", "--no-measure"]) == 0
+    assert main.main(["doctor", "--json", "--no-measure"]) == 0
 
 
 # ── Usage ─────────────────────────────────────────────────────────────────────────────────────────
@@ -659,7 +661,7 @@ def test_doctor(
 def test_wrong_usage_is_one_line_and_2(
     capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
 ) -> None:
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert says in err
@@ -669,10 +671,10 @@ def test_wrong_usage_is_one_line_and_2(
 
 @pytest.mark.parametrize("verb", ["up", "agent", "status", "scale", "explain", "doctor", "config"])
 def test_help_teaches(capsys: pytest.CaptureFixture[str], verb: str) -> None:
-    assert cli.main(["--help"]) == 0
+    assert main.main(["--help"]) == 0
     overview = capsys.readouterr().out
     assert verb in overview
-    assert cli.main([verb, "--help"]) == 0
+    assert main.main([verb, "--help"]) == 0
     text = capsys.readouterr().out
     assert "tidegate" in text
     if verb != "config":
@@ -681,7 +683,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], verb: str) -> None:
 
 @pytest.mark.parametrize("words", [[], ["status"], ["doctor"], ["model"], ["model", "evict"]])
 def test_a_flag_has_no_type_behind_it(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
-    assert cli.main([*words, "--help"]) == 0
+    assert main.main([*words, "--help"]) == 0
     text = capsys.readouterr().out
     assert "--help" in text
     assert " -h " in text
@@ -689,20 +691,20 @@ def test_a_flag_has_no_type_behind_it(capsys: pytest.CaptureFixture[str], words:
 
 
 def test_no_arguments_is_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([]) == 2
+    assert main.main([]) == 2
     assert "Commands" in capsys.readouterr().out
 
 
 def test_every_verb_has_help_with_an_example() -> None:
-    group = typer.main.get_command(cli_verbs.app)
-    verbs = dict(group.commands)
-    verbs |= verbs.pop("config").commands
-    verbs |= verbs.pop("model").commands
-    assert set(verbs) == {
+    group = typer.main.get_command(verbs.app)
+    found = dict(group.commands)
+    found |= found.pop("config").commands
+    found |= found.pop("model").commands
+    assert set(found) == {
         *("up", "agent", "status", "scale", "explain", "doctor", "check", "show", "example"),
         *("ls", "preload", "prewarm", "pin", "unpin", "evict", "verify", "replicate", "bundle"),
     }
-    for name, verb in verbs.items():
+    for name, verb in found.items():
         assert "**Example" in (verb.help or ""), name
         assert all(getattr(one, "help", "") for one in verb.params if one.name != "help"), name
 
@@ -710,7 +712,7 @@ def test_every_verb_has_help_with_an_example() -> None:
 def test_the_command_itself_is_quick_and_light() -> None:
     """In its own process: version, no heavy import, and an end to a pipe that closed."""
     code = (
-        "import sys; from gateway.cli import main; code = main(['--version']); "
+        "import sys; from gateway.cli.main import main; code = main(['--version']); "
         "heavy = {'pydantic', 'httpx', 'uvicorn', 'starlette', 'uvloop', 'rich.table'}; "
         "print(sorted(heavy & set(sys.modules))); sys.exit(code)"
     )
@@ -724,7 +726,7 @@ def test_the_command_itself_is_quick_and_light() -> None:
 
 
 def test_a_pipe_that_closed_is_no_error() -> None:
-    code = "import sys; from gateway.cli import main; sys.exit(main(['config', 'example']))"
+    code = "import sys; from gateway.cli.main import main; sys.exit(main(['config', 'example']))"
     script = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -c 10"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", script],
@@ -756,24 +758,24 @@ def test_a_pipe_that_closed_is_no_error() -> None:
     ],
 )
 def test_durations(seconds: float | None, expected: str) -> None:
-    assert cli_render.duration(seconds) == expected
+    assert tables.duration(seconds) == expected
 
 
 def test_unknown_is_not_zero() -> None:
     pool = {**POOL, "queued_requests": None, "queued_tokens": None, "ready": None, "replicas": []}
-    text = cli_render.status({**STATUS, "pools": [pool]}, PIPE, NOW_S)
+    text = tables.status({**STATUS, "pools": [pool]}, PIPE, NOW_S)
     cells = text.splitlines()[3].split("  ")
     assert [cell.strip() for cell in cells if cell.strip() == "?"] == ["?"] * 3
 
 
 def test_a_terminal_gets_a_table_a_pipe_gets_text() -> None:
-    drawn = cli_render.status(STATUS, TERMINAL, NOW_S)
+    drawn = tables.status(STATUS, TERMINAL, NOW_S)
     assert "\x1b[" in drawn
     assert "loading weights" in drawn
-    assert "\x1b[" not in cli_render.status(STATUS, PIPE, NOW_S)
-    assert "\x1b[" in cli_render.explain("chat", [DECISION], TERMINAL, NOW_S)
+    assert "\x1b[" not in tables.status(STATUS, PIPE, NOW_S)
+    assert "\x1b[" in tables.explain("chat", [DECISION], TERMINAL, NOW_S)
     checks = [{"name": "a", "status": "fail", "finding": "f", "advice": "do"}]
-    assert "\x1b[" in cli_render.doctor(checks, TERMINAL)
+    assert "\x1b[" in tables.doctor(checks, TERMINAL)
 
 
 @pytest.mark.parametrize("screen", [PIPE, TERMINAL])
@@ -781,7 +783,7 @@ def test_an_engines_words_do_not_steer_the_terminal(screen: Screen) -> None:
     evil = "\x1b]0;title\x07\x1b[2Jgone\r"
     replica = {**REPLICA, "error": f"{evil}\nthe log", "phase": evil}
     pool = {**POOL, "error": f"first {evil}\nsecond {evil}", "failures": 3, "retry_in_s": 8}
-    text = cli_render.status({**STATUS, "pools": [{**pool, "replicas": [replica]}]}, screen, NOW_S)
+    text = tables.status({**STATUS, "pools": [{**pool, "replicas": [replica]}]}, screen, NOW_S)
     assert "\x1b]" not in text
     assert "\x1b[2J" not in text
     assert "\x07" not in text
@@ -792,18 +794,18 @@ def test_an_engines_words_do_not_steer_the_terminal(screen: Screen) -> None:
 
 def test_status_says_what_is_simulated_and_what_is_held() -> None:
     pool = {**POOL, "engine": "simulated", "override": 1}
-    text = cli_render.status({**STATUS, "pools": [pool]}, PIPE, NOW_S)
+    text = tables.status({**STATUS, "pools": [pool]}, PIPE, NOW_S)
     assert "made-up" in text
     assert "1 (held)" in text
 
 
 def test_status_of_no_pools() -> None:
-    assert "POOL" in cli_render.status({**STATUS, "pools": []}, PIPE, NOW_S)
-    assert "nothing has been decided" in cli_render.explain("p", [], PIPE, NOW_S)
+    assert "POOL" in tables.status({**STATUS, "pools": []}, PIPE, NOW_S)
+    assert "nothing has been decided" in tables.explain("p", [], PIPE, NOW_S)
 
 
 def test_banner() -> None:
-    text = cli_render.banner(
+    text = tables.banner(
         url="http://127.0.0.1:8000",
         admin_url="http://127.0.0.1:8001",
         pools=[
@@ -824,6 +826,6 @@ def test_banner() -> None:
 
 
 def test_banner_without_pools() -> None:
-    text = cli_render.banner(url="http://h", admin_url="http://a", pools=[])
+    text = tables.banner(url="http://h", admin_url="http://a", pools=[])
     assert "No pool is configured" in text
     assert "curl" not in text

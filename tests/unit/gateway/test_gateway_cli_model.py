@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 from fake_cache import REVISION, FakeCache, fake_models
 
-from gateway import cli, cli_model, cli_model_doers, cli_render_models, running
-from gateway.admin import create_app
-from gateway.admin_server import serve_admin
-from gateway.cli_render import Screen
-from gateway.model_names import PoolModel, pools_of
-from gateway.models import Models
+from gateway.admin.app import create_app
+from gateway.admin.model_names import PoolModel, pools_of
+from gateway.admin.models import Models
+from gateway.admin.server import serve_admin
+from gateway.cli import main, model, model_client, model_tables
+from gateway.cli.tables import Screen
+from gateway.compose import run_record
 from modelcache.types import Cancelled, NoSpace
 
 URL = "hf://org/name"
@@ -63,7 +64,7 @@ def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in [name for name in os.environ if name.startswith("TIDEGATE")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli_model, "time", SimpleNamespace(time=lambda: NOW_S))
+    monkeypatch.setattr(model, "time", SimpleNamespace(time=lambda: NOW_S))
     return tmp_path
 
 
@@ -73,7 +74,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCache:
     cache = FakeCache(tmp_path / "cache")
     models = fake_models(cache, {"eu": "", "us": "nobody answers"})
     monkeypatch.setattr(
-        "gateway.cache.open_models",
+        "gateway.compose.cache.open_models",
         lambda settings, environ: replace(models, pools=pools_of(settings)),
     )
     return cache
@@ -85,17 +86,17 @@ def tidegate(
 ) -> Iterator[Callable[..., int]]:
     """The command line, with whoever does the work: all must do and say the same."""
     if request.param == "here":
-        yield lambda *words: cli.main(["model", *words])
+        yield lambda *words: main.main(["model", *words])
         return
     models = fake_models(cache, {"eu": "", "us": "nobody answers"})
     with Served(models) as served:
         if request.param == "named":
-            yield lambda *words: cli.main(["model", *words, "--admin", served.url])
+            yield lambda *words: main.main(["model", *words, "--admin", served.url])
             return
-        name = running.AGENT_NAME if request.param == "an agent" else running.RECORD_NAME
-        record = running.Running(pid=os.getpid(), url="", admin_url=served.url)
-        running.leave_record(tmp_path / ".tidegate", record, name)
-        yield lambda *words: cli.main(["model", *words])
+        name = run_record.AGENT_NAME if request.param == "an agent" else run_record.RECORD_NAME
+        record = run_record.Running(pid=os.getpid(), url="", admin_url=served.url)
+        run_record.leave_record(tmp_path / ".tidegate", record, name)
+        yield lambda *words: main.main(["model", *words])
 
 
 @pytest.fixture(params=["here", "named"])
@@ -108,12 +109,12 @@ def chatting(
             '[[pools]]\nname = "chat"\naliases = ["org/other"]\nengine = "vllm"\n'
             'model = "hf://org/small"\n'
         )
-        yield lambda *words: cli.main(["model", *words])
+        yield lambda *words: main.main(["model", *words])
         return
     pool = PoolModel(names=("chat", "org/other"), model="hf://org/small")
     models = replace(fake_models(cache, {"eu": ""}), pools=(pool,))
     with Served(models) as served:
-        yield lambda *words: cli.main(["model", *words, "--admin", served.url])
+        yield lambda *words: main.main(["model", *words, "--admin", served.url])
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> Any:
@@ -238,7 +239,7 @@ def test_a_file_where_the_cache_would_be_is_named(
 ) -> None:
     file = tmp_path / "file"
     file.write_text("x")
-    assert cli.main(["model", *words, "-s", f"{field}={file}"]) == 2
+    assert main.main(["model", *words, "-s", f"{field}={file}"]) == 2
     assert f"{field}: {file} is not a directory" in capsys.readouterr().err
 
 
@@ -253,7 +254,7 @@ def test_an_error_is_one_line(
 
 def test_texts(cache: FakeCache, capsys: pytest.CaptureFixture[str]) -> None:
     def said(*words: str) -> str:
-        assert cli.main(["model", *words]) == 0
+        assert main.main(["model", *words]) == 0
         return capsys.readouterr().out
 
     assert "No model is in it; `tidegate model preload MODEL` brings one." in said("ls")
@@ -273,7 +274,7 @@ def test_texts(cache: FakeCache, capsys: pytest.CaptureFixture[str]) -> None:
     cache.leased.clear()
     assert "may be evicted again" in said("unpin", URL)
     assert said("evict", URL) == f"{URL} 0123456789ab is evicted; 3.0 MB are free again.\n"
-    assert "\x1b[" in cli_render_models.listing(
+    assert "\x1b[" in model_tables.listing(
         {"dir": "d", "models": [{"url": URL}]}, Screen(terminal=True, width=120), NOW_S
     )
 
@@ -313,7 +314,7 @@ def test_what_a_model_may_be_called(
         'model = "hf://org/small"\n'
         '[[pools]]\nname = "toy"\nengine = "simulated"\nmodel = "toy"\n'
     )
-    code = cli.main(["model", "preload", name])
+    code = main.main(["model", "preload", name])
     err = capsys.readouterr().err
     if says is None:
         assert code == 0, err
@@ -330,9 +331,9 @@ def test_nobody_at_the_address_is_exit_code_2(
     cache: FakeCache, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for verb in ("preload", "pin"):
-        assert cli.main(["model", verb, URL, "--admin", "http://127.0.0.1:1"]) == 2
+        assert main.main(["model", verb, URL, "--admin", "http://127.0.0.1:1"]) == 2
         assert "nothing answers at http://127.0.0.1:1" in capsys.readouterr().err
-    assert cli.main(["model", "ls", "--admin", "::"]) == 2
+    assert main.main(["model", "ls", "--admin", "::"]) == 2
     assert cache.calls == []
 
 
@@ -354,8 +355,8 @@ def test_ctrl_c_calls_it_off_and_waits_for_that(
                 raise KeyboardInterrupt
             super().join(timeout)
 
-    monkeypatch.setattr(cli_model_doers.threading, "Thread", Interrupted)
-    assert cli.main(["model", "preload", URL]) == 130
+    monkeypatch.setattr(model_client.threading, "Thread", Interrupted)
+    assert main.main(["model", "preload", URL]) == 130
     assert cache.left.is_set()
     assert cache.models == {}
 
@@ -364,5 +365,5 @@ def test_a_cancelled_one_is_no_traceback(
     cache: FakeCache, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache.errors[URL] = Cancelled("called off")
-    assert cli.main(["model", "preload", URL]) == 1
+    assert main.main(["model", "preload", URL]) == 1
     assert capsys.readouterr().err == "tidegate: called off\n"

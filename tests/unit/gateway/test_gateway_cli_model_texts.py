@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from fake_cache import REVISION
 
-from gateway import cli_render_models
-from gateway.cli_progress import Bar, figures
-from gateway.cli_render import Screen
+from gateway.cli import model_tables
+from gateway.cli.progress import Bar, figures
+from gateway.cli.tables import Screen
 from modelcache.types import Progress
 
 URL = "hf://org/name"
@@ -44,7 +44,7 @@ def test_what_preload_says(told: dict[str, Any], text: str) -> None:
         "verb": "preload", "model": "M", "revision": "abc", "size_bytes": 2_000_000, "files": 3,
         "path": "/views/m", "elapsed_s": 5.0, "was_there": False, "prepared": None, "note": "",
     }  # fmt: skip
-    assert cli_render_models.done({**base, **told}) == text
+    assert model_tables.done({**base, **told}) == text
 
 
 def test_what_evict_says_is_left() -> None:
@@ -52,11 +52,11 @@ def test_what_evict_says_is_left() -> None:
         "verb": "evict", "model": "M", "revisions": ["b" * 40], "left": ["a" * 40],
         "freed_bytes": 1000,
     }  # fmt: skip
-    assert cli_render_models.done(told) == (
+    assert model_tables.done(told) == (
         "M bbbbbbbbbbbb is evicted; 1 kB are free again.\n"
         "Still here: aaaaaaaaaaaa (`--revision` names one, `--all` all).\n"
     )
-    assert cli_render_models.done({**told, "prepared": True}) == (
+    assert model_tables.done({**told, "prepared": True}) == (
         "What was made of M bbbbbbbbbbbb is evicted; 1 kB are free again.\n"
     )
 
@@ -80,7 +80,7 @@ def test_what_was_made_of_a_model_stands_below_it() -> None:
     ]
     usage = {"bytes_used": 9_000_000, "bytes_prepared": 5_000_000, "quota_bytes": 10**7}
     found = {"dir": "d", "models": models, "usage": usage}
-    text = cli_render_models.listing(found, Screen(terminal=False, width=200), NOW_S)
+    text = model_tables.listing(found, Screen(terminal=False, width=200), NOW_S)
     head, _, _, *rows = text.splitlines()
     assert head == "d: 9.0 MB taken of 10.0 MB allowed (5.0 MB by what was made here)"
     name = f"prepared://{key[:12]} (gguf_to_safetensors + cast of "
@@ -115,7 +115,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
 ) -> None:
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0])
-    monkeypatch.setattr("gateway.cli_progress.time", clock)
+    monkeypatch.setattr("gateway.cli.progress.time", clock)
     with Bar("preload m") as bar:
         for second in range(25):
             now[0] = float(second)
@@ -155,4 +155,4 @@ def test_progress_on_a_terminal_is_a_bar_and_nothing_of_it_stays(
     ],
 )
 def test_sizes(value: float | None, text: str) -> None:
-    assert cli_render_models.size(value) == text
+    assert model_tables.size(value) == text

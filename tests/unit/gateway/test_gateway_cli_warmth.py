@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gateway.cli_warmth import fork_lines, warmth_lines
+from gateway.cli.tier_tables import fork_lines, warmth_lines
 
 
 def tier(name: str, **fields: Any) -> dict[str, Any]:

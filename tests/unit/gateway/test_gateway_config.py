@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway import config_text, fields, toml_lines
-from gateway.config import ConfigError, Flag, LoadedSettings, load
-from gateway.settings import Settings
+from gateway.settings import docs, fields, toml
+from gateway.settings.load import ConfigError, Flag, LoadedSettings, load
+from gateway.settings.schema import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
 POOL = '[[pools]]\nname = "chat"\nengine = "simulated"\nmodel = "m"\n'
@@ -424,7 +424,7 @@ def test_a_secret_is_not_repeated(tmp_path: Path) -> None:
     lines = problems(tmp_path, text + "headers = { Authorization = 42 }")
     assert "42" not in lines[0]
     ok = load(write(tmp_path, text + 'headers = { Authorization = "Bearer s3cret" }'), {})
-    shown = [(row.shown, json.dumps(row.plain)) for row in config_text.rows(ok)]
+    shown = [(row.shown, json.dumps(row.plain)) for row in docs.rows(ok)]
     assert not any("s3cret" in text for row in shown for text in row)
 
 
@@ -512,7 +512,7 @@ n = 3
 n = 4
 """
     assert tomllib.loads(text)
-    lines = toml_lines.locate(text)
+    lines = toml.locate(text)
     assert lines == {
         ("top",): 2,
         ("a",): 3,
@@ -530,8 +530,8 @@ n = 4
         ("l", "1", "inner", "0"): 20,
         ("l", "1", "inner", "0", "n"): 21,
     }
-    assert toml_lines.nearest(lines, ("a", "x", "2", "y")) == 4
-    assert toml_lines.nearest(lines, ("nowhere",)) is None
+    assert toml.nearest(lines, ("a", "x", "2", "y")) == 4
+    assert toml.nearest(lines, ("nowhere",)) is None
 
 
 # ── The example ───────────────────────────────────────────────────────────────────────────────────
@@ -542,7 +542,7 @@ def example() -> str:
 
 
 def test_the_example_is_what_the_fields_say() -> None:
-    assert example() == config_text.example(), (
+    assert example() == docs.example(), (
         "a field changed: tidegate config example > tidegate.example.toml"
     )
 

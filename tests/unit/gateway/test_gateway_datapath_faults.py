@@ -13,7 +13,7 @@ from gateway.datapath import exchange as exchange_module
 from gateway.datapath import metrics
 from gateway.datapath import upstream as upstream_module
 from gateway.datapath.client import ClientConnection
-from gateway.datapath.errors import Reason
+from gateway.datapath.protocol.errors import Reason
 from gateway.datapath.shared import Shared
 from gateway.datapath.upstream import UpstreamConnection
 from gateway.datapath.worker import Worker

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.datapath.chunks import ChunkDecoder
-from gateway.datapath.errors import ApiError
-from gateway.datapath.http1 import (
+from gateway.datapath.protocol.chunks import ChunkDecoder
+from gateway.datapath.protocol.errors import ApiError
+from gateway.datapath.protocol.http1 import (
     has_bare_line_end,
     parse_request_head,
     parse_response_head,

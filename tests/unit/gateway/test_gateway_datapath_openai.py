@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.datapath.errors import ApiError, Reason, render
-from gateway.datapath.openai import peek_model, quote_model, read_head, rewrite_model
+from gateway.datapath.protocol.errors import ApiError, Reason, render
+from gateway.datapath.protocol.openai import peek_model, quote_model, read_head, rewrite_model
 
 scalars = st.one_of(
     st.none(),

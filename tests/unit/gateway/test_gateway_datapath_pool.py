@@ -11,10 +11,10 @@ import msgspec
 import pytest
 from datapath_rig import DEFAULTS
 
-from gateway.datapath.errors import ApiError
 from gateway.datapath.exchange import Exchange
-from gateway.datapath.http1 import parse_request_head
 from gateway.datapath.messages import Failing
+from gateway.datapath.protocol.errors import ApiError
+from gateway.datapath.protocol.http1 import parse_request_head
 from gateway.datapath.shared import Shared
 from gateway.datapath.worker import Worker
 from router.types import Fleet, Pool, Replica, ReplicaState

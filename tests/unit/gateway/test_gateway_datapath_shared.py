@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.admin.metrics_page import PREFIX, render
 from gateway.datapath import metrics
-from gateway.datapath.errors import Reason
 from gateway.datapath.messages import (
     MAX_MESSAGE_BYTES,
     Drain,
@@ -27,8 +27,8 @@ from gateway.datapath.messages import (
     pack,
 )
 from gateway.datapath.metrics import PoolCounters
+from gateway.datapath.protocol.errors import Reason
 from gateway.datapath.shared import Shared
-from gateway.exposition import PREFIX, render
 from router.types import Fleet, Pool, Replica, ReplicaState
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.datapath import sse
+from gateway.datapath.protocol import sse
 
 
 def unframe(data: bytes) -> bytes:

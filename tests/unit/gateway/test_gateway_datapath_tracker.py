@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.datapath.chunks import ChunkTracker
+from gateway.datapath.protocol.chunks import ChunkTracker
 
 Seen = tuple[bool, int] | None
 

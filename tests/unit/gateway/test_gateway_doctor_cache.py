@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from gateway.checks import Check, Status
-from gateway.doctor_cache import diagnose_cache, find_weights
-from gateway.machine_cache import CacheMachine, ForkAbility, FormatSpeed, parse_speeds
-from gateway.settings import Settings
+from gateway.doctor.checks import Check, Status
+from gateway.doctor.model_checks import diagnose_cache, find_weights
+from gateway.doctor.model_machine import CacheMachine, ForkAbility, FormatSpeed, parse_speeds
+from gateway.settings.schema import Settings
 
 GB = 10**9
 OURS = FormatSpeed(format="tidegate", warm_bytes_s=9 * GB, cold_bytes_s=1.9 * GB)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from autoscaler.placement import Gpu
+from autoscaler.policy.placement import Gpu
 from autoscaler.settings import PoolSettings
-from gateway.engines import Inventory, gpu_memory_fraction
+from gateway.compose.engines import Inventory, gpu_memory_fraction
 
 GIB = 1 << 30
 

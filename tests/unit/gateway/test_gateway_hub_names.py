@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from gateway.config import load
-from gateway.hub_names import through_cache
-from gateway.settings import Settings
+from gateway.settings.hub_names import through_cache
+from gateway.settings.load import load
+from gateway.settings.schema import Settings
 
 
 def settings(model: str, *args: str, **fields: Any) -> Settings:

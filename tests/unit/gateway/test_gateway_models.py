@@ -11,10 +11,10 @@ import pytest
 from fake_cache import FakeCache, FakeCached, fake_models
 from folder_store import Rig
 
-from gateway.cache import open_models
-from gateway.model_names import PoolModel, find_model
-from gateway.models import Models
-from gateway.settings import Settings
+from gateway.admin.model_names import PoolModel, find_model
+from gateway.admin.models import Models
+from gateway.compose.cache import open_models
+from gateway.settings.schema import Settings
 from modelcache.cache import ModelCache
 from modelcache.types import Cancelled, FileRange, InUse, NoSpace, NotFound, Progress
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from folder_store import Rig
 
-from autoscaler.warmth_places import in_place
-from gateway.cache import NodeCache
-from gateway.models import Models
-from gateway.preparing import Transform, make_transform
-from gateway.settings import Settings
+from autoscaler.tiers.warmth_places import in_place
+from gateway.admin.models import Models
+from gateway.compose.cache import NodeCache
+from gateway.compose.preparation import Transform, make_transform
+from gateway.settings.schema import Settings
 from modelcache.cache import ModelCache
-from modelcache.finding import CachedModel
-from modelcache.leases import Lease
+from modelcache.store.leases import Lease
+from modelcache.store.lookup import CachedModel
 from modelcache.types import InUse, ModelEntry, Progress
 
 WRITE = "import pathlib; pathlib.Path('made').write_bytes(b'made' * 5000)"

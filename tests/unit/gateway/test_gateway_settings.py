@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from gateway import fields
-from gateway.settings import (
+from gateway.settings import fields
+from gateway.settings.schema import (
     GatewaySettings,
     HoldingSettings,
     Settings,

@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from gateway import usage_look
-from gateway.exposition import render_cache
-from gateway.usage_look import FRESH_S, STALE_S, UsageLook
+from gateway.admin import usage_poller
+from gateway.admin.metrics_page import render_cache
+from gateway.admin.usage_poller import FRESH_S, STALE_S, UsageLook
 
 
 class Disk:
@@ -68,7 +68,7 @@ def test_an_error_is_counted_and_what_was_known_is_told_until_it_is_stale() -> N
 def test_a_disk_that_hangs_takes_one_thread_and_nobodys_page(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(usage_look, "WAIT_S", 0.05)
+    monkeypatch.setattr(usage_poller, "WAIT_S", 0.05)
 
     async def story() -> None:
         disk = Disk()
@@ -80,7 +80,7 @@ def test_a_disk_that_hangs_takes_one_thread_and_nobodys_page(
         assert await asyncio.to_thread(lambda: 7) == 7  # the loop's own threads are free
         assert look.failures == 0
         disk.gate.set()
-        monkeypatch.setattr(usage_look, "WAIT_S", 30.0)
+        monkeypatch.setattr(usage_poller, "WAIT_S", 30.0)
         assert await look.get() == 1
 
     asyncio.run(story())

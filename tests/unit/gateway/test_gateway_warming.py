@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from gateway.cache import prewarm_behind
-from gateway.settings import Settings
-from gateway.warming import locate, prewarm
-from modelcache.foreground import ForegroundReads
+from gateway.compose.cache import prewarm_behind
+from gateway.compose.tiers import locate, prewarm
+from gateway.settings.schema import Settings
+from modelcache.bandwidth.io_pressure import ForegroundReads
 from modelcache.types import FileRange, NotFound
 
 
@@ -24,7 +24,7 @@ def test_a_wake_waits_for_nobody_and_all_else_for_everybody(
     def note(files: Any, *, yield_to: Any = None, **_: Any) -> None:
         seen.append(yield_to)
 
-    monkeypatch.setattr("modelcache.pagecache.prewarm", note)
+    monkeypatch.setattr("modelcache.pagecache.residency.prewarm", note)
     (tmp_path / "x").write_bytes(b"x")
     way([FileRange(path=str(tmp_path / "x"))], lambda progress: None, lambda: False)
     assert [isinstance(one, ForegroundReads) for one in seen] == [stands_back]

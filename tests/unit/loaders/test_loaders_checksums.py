@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from safetensors_files import sums_of, write_file
 
-from loaders.checksums import find_sums
-from loaders.index import BadFile
-from modelcache.digest import PieceDigests, digest_piece
-from modelcache.layout import Layout
+from loaders.weights.checksums import find_sums
+from loaders.weights.index import BadFile
+from modelcache.store.digest import PieceDigests, digest_piece
+from modelcache.store.layout import Layout
 
 URL, REVISION = "hf://org/model", "0123abcd"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from loaders.engine import (
+from loaders.engines.vllm.command import (
     LAUNCHER,
     Device,
     EngineCommand,
@@ -261,10 +261,10 @@ def run_launcher(place: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_simulated_engine_runs_in_our_own_interpreter(tmp_path: Path) -> None:
     command = simulated_command(model="m", host="127.0.0.1", port=9, args=["--startup-s", "2"])
-    assert command.argv[:3] == (sys.executable, "-m", "loaders.simulated")
+    assert command.argv[:3] == (sys.executable, "-m", "loaders.engines.simulated")
     assert command.argv[-2:] == ("--startup-s", "2")
     done = subprocess.run(
-        [sys.executable, "-m", "loaders.simulated", "--help"],
+        [sys.executable, "-m", "loaders.engines.simulated", "--help"],
         cwd=tmp_path,
         env={**os.environ, **command.env},
         capture_output=True,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors_files import header, layout, sums_of, write_file
 
-from loaders.files import choose_tensors, find_files, opened, read_index
-from loaders.index import BadFile
+from loaders.weights.files import choose_tensors, find_files, opened, read_index
+from loaders.weights.index import BadFile
 from modelcache.types import PIECE_BYTES
 
 

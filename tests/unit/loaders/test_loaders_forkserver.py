@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from loaders.forkserver import wire
-from loaders.forkserver.marks import Marks, read_marks
-from loaders.forkserver.preload import differences, watched_environment
-from loaders.forkserver.quicken import may_have_processor
-from loaders.forkserver.server import with_added
-from loaders.vllm_plugin import read_files
+from loaders.engines.vllm.forkserver import wire
+from loaders.engines.vllm.forkserver.marks import Marks, read_marks
+from loaders.engines.vllm.forkserver.patches import may_have_processor
+from loaders.engines.vllm.forkserver.preload import differences, watched_environment
+from loaders.engines.vllm.forkserver.server import with_added
+from loaders.engines.vllm.load_format import read_files
 
 RESTAMP = """
 import os, sys
-from loaders.forkserver.marks import restamp
+from loaders.engines.vllm.forkserver.marks import restamp
 child = os.fork()
 if child:
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -166,7 +166,7 @@ def test_weights_come_from_our_reader_unless_it_cannot() -> None:
 
 LEFT_BEHIND = """
 import os, signal, sys, threading, time
-from loaders.forkserver import child
+from loaders.engines.vllm.forkserver import child
 child.LOOK_S, child.GRACE_S = 0.05, 0.2
 parent = os.getpid()
 if os.fork() == 0:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from process_fixtures import children_of
 
-from loaders import formats
-from loaders.formats import Speed, choose, drop, in_child, measure
+from loaders.weights import formats
+from loaders.weights.formats import Speed, choose, drop, in_child, measure
 
 
 def test_the_largest_file_that_may_be_copied_is_chosen_else_the_smallest(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_child_answers_or_is_ended_in_time() -> None:
 
 
 def test_pages_are_dropped_and_that_is_checked() -> None:
-    from modelcache import pagecache
+    from modelcache.pagecache import residency
     from modelcache.types import FileRange
 
     # On a disk: of a file in a tmpfs nothing can be dropped.
@@ -64,11 +64,11 @@ def test_pages_are_dropped_and_that_is_checked() -> None:
         whole = [FileRange(path=str(file))]
         # The kernel spares pages that something is being done with at the moment.
         for _ in range(1_000):
-            if pagecache.residency(whole).bytes_cached == 0:
+            if residency.residency(whole).bytes_cached == 0:
                 break
             drop([str(file)])
             time.sleep(0.01)
-        assert pagecache.residency(whole).bytes_cached == 0
+        assert residency.residency(whole).bytes_cached == 0
 
 
 def test_every_format_is_tried_absent_or_out_of_time(

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from loaders.kernels import BadBundle, BundleKey, bundle_env, make_key, pack, size_of, unpack
+from loaders.engines.vllm.compile_cache import (
+    BadBundle,
+    BundleKey,
+    bundle_env,
+    make_key,
+    pack,
+    size_of,
+    unpack,
+)
 
 ARGS = ("--model", "/m", "--port", "8000", "--max-model-len", "2048")
 

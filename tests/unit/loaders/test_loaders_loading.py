@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from safetensors_files import sums_of, write_file
 
 import loaders
-from loaders.index import BadFile
-from loaders.loading import Options, check, load
-from loaders.report import Report, Stage, Tally
+from loaders.weights.index import BadFile
+from loaders.weights.load import Options, check, load
+from loaders.weights.report import Report, Stage, Tally
 from modelcache.types import PIECE_BYTES
 
 
 def test_the_package_brings_neither_torch_nor_its_own_loading_along() -> None:
     code = (
-        "import sys, loaders; assert 'loaders.loading' not in sys.modules; loaders.load; "
-        "assert 'loaders.loading' in sys.modules; assert 'torch' not in sys.modules"
+        "import sys, loaders; assert 'loaders.weights.load' not in sys.modules; loaders.load; "
+        "assert 'loaders.weights.load' in sys.modules; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     assert loaders.load is load

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors_files import sums_of
 
-from loaders import plan as plans
-from loaders.device import Arena
-from loaders.files import OpenFile, find_files, opened
-from loaders.index import BadFile
-from loaders.plan import ALIGN_BYTES, Batch, FileWant, Portion, make_plan
-from loaders.pump import Pump
-from loaders.readers import How, Reader
-from loaders.ring import Ring, Stretch, Ticket
+from loaders.weights import plan as plans
+from loaders.weights.device import Arena
+from loaders.weights.files import OpenFile, find_files, opened
+from loaders.weights.index import BadFile
+from loaders.weights.pipeline import Pump
+from loaders.weights.plan import ALIGN_BYTES, Batch, FileWant, Portion, make_plan
+from loaders.weights.readers import How, Reader
+from loaders.weights.staging_buffers import Ring, Stretch, Ticket
 
 GRID = 8 * ALIGN_BYTES
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from safetensors_files import sums_of
 
-from loaders.files import OpenFile, find_files, opened
-from loaders.index import BadFile
-from loaders.plan import ALIGN_BYTES, Read, Segment
-from loaders.readers import CountCached, How, Place, Reader
-from loaders.report import Tally
-from loaders.ring import Stretch
+from loaders.weights.files import OpenFile, find_files, opened
+from loaders.weights.index import BadFile
+from loaders.weights.plan import ALIGN_BYTES, Read, Segment
+from loaders.weights.readers import CountCached, How, Place, Reader
+from loaders.weights.report import Tally
+from loaders.weights.staging_buffers import Stretch
 
 SIZE = 3 * 1024 * 1024 + 777
 DATA = random.Random(5).randbytes(SIZE)
@@ -81,7 +81,7 @@ def test_where_reading_past_the_cache_cannot_be_it_is_not_done(
             raise OSError(errno.EINVAL, "no")
         return real(fd, buffers, offset)
 
-    monkeypatch.setattr("loaders.readers.os.preadv", refuse)
+    monkeypatch.setattr("loaders.weights.readers.os.preadv", refuse)
     data, tally = fill(file, "direct")
     assert data == DATA
     assert (tally.cached_bytes, tally.verified_bytes) == (SIZE, SIZE)
@@ -97,7 +97,7 @@ def test_short_reads_are_carried_on(
 ) -> None:
     real = os.preadv
     monkeypatch.setattr(
-        "loaders.readers.os.preadv",
+        "loaders.weights.readers.os.preadv",
         lambda fd, buffers, offset: real(fd, [buffers[0][: 5 * ALIGN_BYTES]], offset),
     )
     assert fill(file, how)[0] == DATA
@@ -116,7 +116,7 @@ def test_a_disk_that_cannot_read_is_an_error_that_says_so(
     def fail(fd: int, buffers: list[memoryview], offset: int) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("loaders.readers.os.preadv", fail)
+    monkeypatch.setattr("loaders.weights.readers.os.preadv", fail)
     with pytest.raises(BadFile, match=r"/x: cannot be read: Input/output error"):
         fill(file, "auto")
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from loaders.ring import Pool, Ring, Stretch
+from loaders.weights.staging_buffers import Pool, Ring, Stretch
 
 
 class Copy:

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loaders.simulated.answers import Sampling, Speaker, instance_of, structured
-from loaders.simulated.tokens import token_count
+from loaders.engines.simulated.api.answers import Sampling, Speaker, instance_of, structured
+from loaders.engines.simulated.tokens import token_count
 
 SPEAKER = Speaker(mean_tokens=100, spread_fraction=0.5, seed=0)
 

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from loaders.simulated.arguments import settings_from
-from loaders.simulated.faults import KINDS, TRIGGERS
+from loaders.engines.simulated.arguments import settings_from
+from loaders.engines.simulated.faults import KINDS, TRIGGERS
 
 
 def test_little_has_to_be_said() -> None:

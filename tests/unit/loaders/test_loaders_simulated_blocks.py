@@ -2,7 +2,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from loaders.simulated.blocks import BlockPool, Holding
+from loaders.engines.simulated.blocks import BlockPool, Holding
 
 CAPACITY = 12
 

@@ -8,11 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loaders.simulated import chat, completions, messages, pooling, responses, tokenizing
-from loaders.simulated.answers import Speaker
-from loaders.simulated.context import Context, Prepare
-from loaders.simulated.errors import ApiError
-from loaders.simulated.tokens import token_count
+from loaders.engines.simulated.api import (
+    chat,
+    completions,
+    messages,
+    pooling,
+    responses,
+    tokenizing,
+)
+from loaders.engines.simulated.api.answers import Speaker
+from loaders.engines.simulated.api.context import Context, Prepare
+from loaders.engines.simulated.api.errors import ApiError
+from loaders.engines.simulated.tokens import token_count
 
 CONTEXT = Context(
     served_models=("demo",),

@@ -1,6 +1,6 @@
 import pytest
 
-from loaders.simulated.faults import KINDS, FaultPlan, parse
+from loaders.engines.simulated.faults import KINDS, FaultPlan, parse
 
 
 def plan(*texts: str, seed: int = 0) -> FaultPlan:

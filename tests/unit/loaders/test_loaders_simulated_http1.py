@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 import uvloop
 
-from loaders.simulated.exchange import Exchange, HttpLimits
-from loaders.simulated.http1 import Http
+from loaders.engines.simulated.exchange import Exchange, HttpLimits
+from loaders.engines.simulated.http1 import Http
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 

@@ -2,8 +2,8 @@ import math
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from loaders.simulated.metrics import FINISHED_REASONS, SLEEP_STATES, Metrics
-from loaders.simulated.scheduler import EngineModel, Scheduler, Sequence
+from loaders.engines.simulated.metrics import FINISHED_REASONS, SLEEP_STATES, Metrics
+from loaders.engines.simulated.scheduler import EngineModel, Scheduler, Sequence
 
 GAUGES = {
     "tidegate_simulated_engine",

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loaders.simulated.scheduler import (
+from loaders.engines.simulated.scheduler import (
     EngineModel,
     QueueFullError,
     Scheduler,

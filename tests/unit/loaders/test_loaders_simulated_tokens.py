@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loaders.simulated import tokens
+from loaders.engines.simulated import tokens
 
 
 @given(st.binary(max_size=200))

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from modelcache.budget import Budget, Meter, Slots, covers
+from modelcache.bandwidth.budget import Budget, Meter, Slots, covers
+from modelcache.bandwidth.fair_queue import Claim
 from modelcache.settings import ModelCacheSettings
-from modelcache.shares import Claim
 from modelcache.sources.base import ANNOUNCE_BYTES
 from modelcache.types import Cancelled, Priority
 

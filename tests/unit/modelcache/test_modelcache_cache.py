@@ -162,7 +162,7 @@ def test_files_of_this_machine_are_linked_and_not_copied(
     rig: Rig, cache: ModelCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Where blocks can be shared, two files have the same ones; a link is easier to see.
-    monkeypatch.setattr("modelcache.files.clone", lambda source, target: False)
+    monkeypatch.setattr("modelcache.store.files.clone", lambda source, target: False)
     folder = rig.root / "mine"
     (folder / "sub").mkdir(parents=True)
     for path, data in FILES.items():
@@ -353,7 +353,7 @@ def test_a_store_that_fails_on_the_way_costs_what_was_not_there_yet(
 
 def test_a_model_at_its_own_pace_is_measured(rig: Rig, cache: ModelCache, url: str) -> None:
     model = cache.preload(url)
-    from modelcache.records import read_use
+    from modelcache.store.revisions import read_use
 
     use = read_use(cache.store.layout.revision(url, model.revision))
     assert use.reload_s_per_gb is not None

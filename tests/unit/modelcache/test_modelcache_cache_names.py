@@ -9,7 +9,7 @@ import pytest
 from folder_store import FolderSource, Rig
 
 from modelcache.cache import ModelCache
-from modelcache.finding import Ambiguous
+from modelcache.store.lookup import Ambiguous
 from modelcache.types import NotFound
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from modelcache import default_model
-from modelcache.default_model import MANIFEST, ModelError, find_damage, main, make_model
+from modelcache.prepare import default_model
+from modelcache.prepare.default_model import MANIFEST, ModelError, find_damage, main, make_model
 
 WEIGHTS = bytes(range(256)) * 40
 Convert = Callable[[Path, Path, default_model.Say], None]

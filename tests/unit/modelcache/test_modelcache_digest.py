@@ -12,7 +12,7 @@ from folder_store import bytes_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelcache.digest import (
+from modelcache.store.digest import (
     RECORD,
     PieceDigests,
     count_pieces,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelcache.evict import Candidate, Choice, choose, distance_s, worth
+from modelcache.store.eviction import Candidate, Choice, choose, distance_s, worth
 
 NOW_S = 1_000.0
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from folder_store import PIECE, Rig, bytes_of, count_bytes, flip_bit, read_tree
 
-from modelcache.hub import find_file, find_snapshot, hub_dirs, hub_place
-from modelcache.layout import Layout
 from modelcache.refs import parse_ref
+from modelcache.store.hub_layout import find_file, find_snapshot, hub_dirs, hub_place
+from modelcache.store.layout import Layout
 from modelcache.types import ModelRef, NoSpace, NotFound, RemoteFile, SourceError
 
 URL = "hf://org/name"
@@ -165,7 +165,7 @@ def test_a_file_on_another_disk_is_copied(
 
     if not by_kernel:
         monkeypatch.setattr(os, "copy_file_range", refuse)
-    monkeypatch.setattr("modelcache.fetching.link_or_clone", lambda source, target: None)
+    monkeypatch.setattr("modelcache.fetch.fetch.link_or_clone", lambda source, target: None)
     rig.put("org/name", FILES)
     blobs = rig.root / "hub" / "models--any--thing" / "blobs"
     blobs.mkdir(parents=True)

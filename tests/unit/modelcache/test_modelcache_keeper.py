@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from modelcache import kernel, memory
-from modelcache.keeper import KeptFiles, PageKeeper
-from modelcache.keeping import Keeping
-from modelcache.pagecache import drop, residency
+from modelcache.bandwidth import memory
+from modelcache.pagecache import linux_pages
+from modelcache.pagecache.holder import KeptFiles, PageKeeper
+from modelcache.pagecache.holding import Keeping
+from modelcache.pagecache.residency import drop, residency
 from modelcache.types import CacheError, FileRange, NoSpace
 
 MIB = 1024 * 1024
@@ -178,7 +179,7 @@ def test_its_process_ends_with_whoever_started_it(disk: Path) -> None:
     file = cold(disk / "file")
     script = """
 import sys, time
-from modelcache.keeper import PageKeeper
+from modelcache.pagecache.holder import PageKeeper
 from modelcache.types import FileRange
 keeper = PageKeeper(budget_bytes=1 << 30, touch_s=0.05)
 keeper.keep("m", [FileRange(path=sys.argv[1])])
@@ -226,8 +227,8 @@ def test_refuses_files_that_are_not_there(disk: Path, keeper: PageKeeper) -> Non
 
 LOCKING = """
 import json, os, resource, sys
-from modelcache import kernel
-from modelcache.keeping import Keeping
+from modelcache.pagecache import linux_pages as kernel
+from modelcache.pagecache.holding import Keeping
 from modelcache.types import FileRange
 kernel._libc()
 limit = int(sys.argv[2])
@@ -292,7 +293,7 @@ def test_brings_nothing_back_while_memory_is_short(disk: Path) -> None:
 def test_reads_where_the_kernel_cannot_populate(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel, "_POPULATE_READ", 12_345)
+    monkeypatch.setattr(linux_pages, "_POPULATE_READ", 12_345)
     file = cold(disk / "file", MIB + 77)
     keeping = Keeping(lock=False, available=lambda: None, reserve_bytes=0)
     keeping.want({"m": [file]})

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from kill_child import CONNECTIONS, PIECE_BYTES, files_of, make_cache, take_over
 from kill_rig import REVISION, Moment, Struck, Work, Yard, kill_yard, make_bytes, repaired
 
-from modelcache import pagecache
 from modelcache.cache import ModelCache
+from modelcache.pagecache import residency
+from modelcache.store.pending_results import read_works
 from modelcache.types import Damaged
-from modelcache.works import read_works
 
 pytestmark = pytest.mark.timeout(600)
 """Processes by the hundred: on a busy machine a test of these takes minutes, and nothing hangs."""
@@ -287,7 +287,7 @@ def test_a_killed_prewarming_leaves_no_lease_no_process_and_no_trace(
             yard.check_whole(struck.cache)
             yard.check_leased(struck.cache, models.leased)
             files = files_of(yard.find(struck.cache, models.old).path)
-            report = pagecache.prewarm(files)
+            report = residency.prewarm(files)
             assert report.bytes_missing == 0
             assert report.bytes_read + report.bytes_skipped == yard.size_bytes(models.old)
             assert preload(yard, struck.cache, models.old) == struck.served_bytes == 0

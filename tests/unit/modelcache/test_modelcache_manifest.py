@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelcache.layout import Layout, file_key, model_key, safe_name
-from modelcache.manifest import (
+from modelcache.fetch.request import select_files
+from modelcache.store.layout import Layout, file_key, model_key, safe_name
+from modelcache.store.manifest import (
     HEADER_BYTES_MOST,
     Fetching,
     Use,
@@ -22,9 +23,8 @@ from modelcache.manifest import (
     seal,
     unseal,
 )
-from modelcache.records import MANIFEST, SPARE, read_known, read_manifest, read_use
+from modelcache.store.revisions import MANIFEST, SPARE, read_known, read_manifest, read_use
 from modelcache.types import CacheError, Damaged, FileEntry, Manifest, RemoteFile
-from modelcache.want import select_files
 
 URL = "s3://models/qwen"
 MADE = Manifest(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from modelcache.pace import Pace, Reading, compare
+from modelcache.bandwidth.throughput import Pace, Reading, compare
 
 MIB = 1 << 20
 PIECE = 8 * MIB

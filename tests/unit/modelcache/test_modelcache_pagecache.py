@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from modelcache import kernel, pagecache
-from modelcache.pagecache import Extent
+from modelcache.pagecache import linux_pages, residency
+from modelcache.pagecache.residency import Extent
 from modelcache.types import CacheError, Cancelled, FileRange, Progress
 
 PAGE = mmap.PAGESIZE
@@ -76,24 +76,24 @@ def disk() -> Iterator[Path]:
         yield Path(folder)
 
 
-COUNTERS = {"cachestat": kernel.count_by_cachestat, "mincore": kernel.count_by_mincore}
+COUNTERS = {"cachestat": linux_pages.count_by_cachestat, "mincore": linux_pages.count_by_mincore}
 
 
 @pytest.mark.parametrize("how", COUNTERS)
 def test_counts_what_is_cached_to_the_page(disk: Path, how: str) -> None:
     path = make(disk / "file", 3 * MIB + 100)
     counters = (COUNTERS[how],)
-    assert pagecache.residency([whole(path)], counters=counters).bytes_cached == 0
+    assert residency.residency([whole(path)], counters=counters).bytes_cached == 0
     read(path, 0, 2 * PAGE)
     read(path, 300 * PAGE, PAGE)
-    found = pagecache.residency([whole(path)], counters=counters)
+    found = residency.residency([whole(path)], counters=counters)
     assert found.bytes_total == 3 * MIB + 100
     assert found.bytes_cached is not None
     missing = pages_cached(path).count(False)
     assert found.bytes_cached == max(0, 3 * MIB + 100 - missing * PAGE) > 0
     assert found.how == how
     read(path, 0, 3 * MIB + 100)
-    assert pagecache.residency([whole(path)], counters=counters).bytes_cached == 3 * MIB + 100
+    assert residency.residency([whole(path)], counters=counters).bytes_cached == 3 * MIB + 100
 
 
 def test_ranges_that_overlap_and_second_names_count_once(disk: Path) -> None:
@@ -105,18 +105,18 @@ def test_ranges_that_overlap_and_second_names_count_once(disk: Path) -> None:
         whole(path, MIB // 2, 3 * MIB // 2),
         whole(disk / "again", 0, 10),
     ]
-    found = pagecache.residency(files)
+    found = residency.residency(files)
     assert (found.bytes_total, found.bytes_cached) == (3 * MIB // 2, MIB)
-    assert pagecache.residency([]).bytes_cached == 0
-    assert pagecache.residency([whole(path, 5 * MIB, 6 * MIB)]).bytes_total == 0
+    assert residency.residency([]).bytes_cached == 0
+    assert residency.residency([whole(path, 5 * MIB, 6 * MIB)]).bytes_total == 0
 
 
 def test_a_range_inside_pages_counts_its_own_bytes(disk: Path) -> None:
     path = make(disk / "file", MIB)
-    assert pagecache.residency([whole(path, 100, 200)]).bytes_cached == 0
+    assert residency.residency([whole(path, 100, 200)]).bytes_cached == 0
     read(path, 0, 10)
-    assert pagecache.residency([whole(path, 100, 200)]).bytes_cached == 100
-    assert pagecache.residency([whole(path, PAGE - 10, PAGE + 10)]).bytes_cached == 0
+    assert residency.residency([whole(path, 100, 200)]).bytes_cached == 100
+    assert residency.residency([whole(path, PAGE - 10, PAGE + 10)]).bytes_cached == 0
 
 
 @pytest.mark.parametrize("name", ["empty", "small"])
@@ -124,23 +124,23 @@ def test_small_files(disk: Path, name: str) -> None:
     path = disk / name
     path.write_bytes(b"" if name == "empty" else b"x")
     size = path.stat().st_size
-    assert pagecache.prewarm([whole(path)]).bytes_total == size
-    assert pagecache.residency([whole(path)]).bytes_cached == size
+    assert residency.prewarm([whole(path)]).bytes_total == size
+    assert residency.residency([whole(path)]).bytes_cached == size
     if size:
-        assert [(e.start, e.end, e.whole) for e in pagecache.residency_map(str(path)) or ()] == [
+        assert [(e.start, e.end, e.whole) for e in residency.residency_map(str(path)) or ()] == [
             (0, 1, True)
         ]
     else:
-        assert pagecache.residency_map(str(path)) == ()
+        assert residency.residency_map(str(path)) == ()
 
 
 def test_falls_back_from_a_kernel_without_cachestat(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel, "_CACHESTAT", 100_000)
+    monkeypatch.setattr(linux_pages, "_CACHESTAT", 100_000)
     path = make(disk / "file", MIB)
     read(path, 0, PAGE)
-    found = pagecache.residency([whole(path)])
+    found = residency.residency([whole(path)])
     assert (found.bytes_cached, found.how) == (PAGE, "mincore")
 
 
@@ -148,16 +148,16 @@ def test_is_unknown_where_neither_call_can_tell(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of somebody else's file mincore calls every page cached, so it must not be believed."""
-    monkeypatch.setattr(kernel, "_CACHESTAT", 100_000)
+    monkeypatch.setattr(linux_pages, "_CACHESTAT", 100_000)
     path = make(disk / "file", MIB)
     path.chmod(0o444)
     monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
     monkeypatch.setattr(os, "getegid", lambda: path.stat().st_gid + 1)
     monkeypatch.setattr(os, "getgroups", list)
-    found = pagecache.residency([whole(path)])
+    found = residency.residency([whole(path)])
     assert (found.bytes_total, found.bytes_cached) == (MIB, None)
-    assert pagecache.residency_map(str(path)) is None
-    assert pagecache.prewarm([whole(path)]).bytes_read == MIB
+    assert residency.residency_map(str(path)) is None
+    assert residency.prewarm([whole(path)]).bytes_read == MIB
     assert all(pages_cached(path))
 
 
@@ -167,20 +167,20 @@ def test_huge_sparse_files_take_no_time_and_no_memory(disk: Path) -> None:
     os.truncate(path, 2 << 40)
     at = (1 << 40) + 5 * PAGE
     read(path, at, 3 * PAGE)
-    found = pagecache.residency([whole(path)])
+    found = residency.residency([whole(path)])
     assert (found.bytes_total, found.bytes_cached) == (2 << 40, 3 * PAGE)
-    report = pagecache.prewarm([whole(path, at, at + 4 * PAGE)])
+    report = residency.prewarm([whole(path, at, at + 4 * PAGE)])
     assert (report.bytes_total, report.bytes_skipped) == (4 * PAGE, 0)
     assert report.after.bytes_cached == 4 * PAGE
     with path.open("rb") as file:
-        assert kernel.count_by_mincore(file.fileno(), at, 4 * PAGE) == 4
+        assert linux_pages.count_by_mincore(file.fileno(), at, 4 * PAGE) == 4
 
 
 def test_the_map_merges_chunks_that_are_alike(disk: Path) -> None:
     path = make(disk / "file", 5 * PIECE + 100)
     read(path, PIECE, 2 * PIECE)
     read(path, 4 * PIECE, PAGE)
-    assert pagecache.residency_map(str(path)) == (
+    assert residency.residency_map(str(path)) == (
         Extent(start=0, end=PIECE, bytes_cached=0),
         Extent(start=PIECE, end=3 * PIECE, bytes_cached=2 * PIECE),
         Extent(start=3 * PIECE, end=4 * PIECE, bytes_cached=0),
@@ -193,7 +193,7 @@ def test_prewarm_brings_in_everything_and_skips_what_is_there(disk: Path) -> Non
     one, two = make(disk / "one", 3 * PIECE), make(disk / "two", PIECE + 12_345)
     read(one, 0, PIECE)
     seen: list[Progress] = []
-    report = pagecache.prewarm([whole(one), whole(two)], on_progress=seen.append)
+    report = residency.prewarm([whole(one), whole(two)], on_progress=seen.append)
     assert all(pages_cached(one))
     assert all(pages_cached(two))
     total = 4 * PIECE + 12_345
@@ -204,13 +204,13 @@ def test_prewarm_brings_in_everything_and_skips_what_is_there(disk: Path) -> Non
     done = [progress.bytes_done for progress in seen]
     assert done == sorted(done)
     assert (seen[-1].bytes_done, seen[-1].bytes_total, seen[-1].phase) == (total, total, "paging")
-    again = pagecache.prewarm([whole(one), whole(two)])
+    again = residency.prewarm([whole(one), whole(two)])
     assert (again.bytes_read, again.bytes_skipped) == (0, total)
 
 
 def test_prewarm_reads_only_the_ranges_asked_for(disk: Path) -> None:
     path = make(disk / "file", 64 * MIB)
-    report = pagecache.prewarm([whole(path, 10 * PAGE, 20 * PAGE)])
+    report = residency.prewarm([whole(path, 10 * PAGE, 20 * PAGE)])
     assert report.bytes_read == 10 * PAGE
     assert all(pages_cached(path)[10:20])
     # The kernel reads ahead, but not to the end of the file.
@@ -223,7 +223,7 @@ def test_prewarm_without_splice_reads(disk: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(os, "sendfile", refuse)
     path = make(disk / "file", 3 * MIB + 1)
-    assert pagecache.prewarm([whole(path)]).bytes_read == 3 * MIB + 1
+    assert residency.prewarm([whole(path)]).bytes_read == 3 * MIB + 1
     assert all(pages_cached(path))
 
 
@@ -242,24 +242,24 @@ def test_a_file_cut_short_is_reported_and_ends_the_reading(
         return sendfile(out, fd, at, length)
 
     monkeypatch.setattr(os, "sendfile", cut)
-    report = pagecache.prewarm([whole(path)], streams=1)
+    report = residency.prewarm([whole(path)], streams=1)
     assert (report.bytes_read, report.bytes_missing) == (PIECE, 3 * PIECE)
     assert report.after.bytes_total == PIECE
-    assert pagecache.prewarm([whole(path, 0, 2 * PIECE)]).bytes_missing == PIECE
+    assert residency.prewarm([whole(path, 0, 2 * PIECE)]).bytes_missing == PIECE
 
 
 def test_prewarm_stops_when_called_off_and_keeps_what_it_read(disk: Path) -> None:
     path = make(disk / "file", 20 * PIECE)
     seen: list[Progress] = []
     with pytest.raises(Cancelled):
-        pagecache.prewarm([whole(path)], cancelled=lambda: len(seen) >= 2, on_progress=seen.append)
+        residency.prewarm([whole(path)], cancelled=lambda: len(seen) >= 2, on_progress=seen.append)
     assert pages_cached(path)[0]
     assert not all(pages_cached(path))
 
 
 def test_prewarm_stands_back_but_not_for_ever(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make(disk / "file", 2 * PIECE)
-    monkeypatch.setattr(pagecache, "YIELD_MOST_S", 0.06)
+    monkeypatch.setattr(residency, "YIELD_MOST_S", 0.06)
     asked: list[int] = []
     seen: list[Progress] = []
 
@@ -267,19 +267,19 @@ def test_prewarm_stands_back_but_not_for_ever(disk: Path, monkeypatch: pytest.Mo
         asked.append(len(seen))
         return True
 
-    report = pagecache.prewarm([whole(path)], yield_to=busy, on_progress=seen.append)
+    report = residency.prewarm([whole(path)], yield_to=busy, on_progress=seen.append)
     assert report.bytes_read == 2 * PIECE
     assert report.yielded_s == pytest.approx(0.12)
     assert asked.count(0) > 1
     assert asked.count(1) > 1, "it looks again before each chunk"
-    free = pagecache.prewarm([whole(make(disk / "b", PIECE))], yield_to=lambda: False)
+    free = residency.prewarm([whole(make(disk / "b", PIECE))], yield_to=lambda: False)
     assert free.yielded_s == 0
 
 
 def test_background_reading_has_idle_priority_and_gives_it_back(disk: Path) -> None:
     script = """
 import ctypes, sys
-from modelcache import kernel, pagecache
+from modelcache.pagecache import linux_pages as kernel, residency as pagecache
 from modelcache.types import FileRange
 libc = ctypes.CDLL(None)
 get = kernel._IOPRIO[__import__("platform").machine()][1]
@@ -298,23 +298,23 @@ print(seen[0], priority())
 def test_drop_lets_go_of_written_pages_and_spares_the_rest(disk: Path) -> None:
     path = disk / "file"
     path.write_bytes(os.urandom(4 * PIECE))  # dirty
-    left = pagecache.drop([whole(path, PIECE, 3 * PIECE)])
+    left = residency.drop([whole(path, PIECE, 3 * PIECE)])
     assert (left.bytes_total, left.bytes_cached) == (2 * PIECE, 0)
     states = pages_cached(path)
     assert states.count(True) == 2 * PIECE // PAGE
     assert not any(states[PIECE // PAGE : 3 * PIECE // PAGE])
-    assert pagecache.drop([whole(path)]).bytes_cached == 0
+    assert residency.drop([whole(path)]).bytes_cached == 0
     assert not any(pages_cached(path))
 
 
 def test_a_missing_file_is_an_error_that_names_it(disk: Path) -> None:
-    for call in (pagecache.residency, pagecache.prewarm, pagecache.drop):
+    for call in (residency.residency, residency.prewarm, residency.drop):
         with pytest.raises(CacheError, match=r"no-such.*No such file"):
             call([whole(disk / "no-such")])
     with pytest.raises(CacheError, match="no-such"):
-        pagecache.residency_map(str(disk / "no-such"))
+        residency.residency_map(str(disk / "no-such"))
     with pytest.raises(ValueError, match="bytes 10 to 5"):
-        pagecache.residency([whole(make(disk / "file", 100), 10, 5)])
+        residency.residency([whole(make(disk / "file", 100), 10, 5)])
 
 
 def test_a_read_error_is_an_error_that_names_the_place(
@@ -326,15 +326,15 @@ def test_a_read_error_is_an_error_that_names_the_place(
     monkeypatch.setattr(os, "sendfile", fail)
     path = make(disk / "file", MIB)
     with pytest.raises(CacheError, match="file at byte 0: Input/output error"):
-        pagecache.prewarm([whole(path)])
+        residency.prewarm([whole(path)])
 
 
 def test_pages_under_an_overlay_are_counted(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Containers' files: cachestat looks at the upper inode, which has no pages, and says zero."""
     path = make(disk / "file", MIB)
     read(path, 0, PAGE)
-    monkeypatch.setattr(kernel, "file_system", lambda fd: 0x794C7630)
-    found = pagecache.residency([whole(path)])
+    monkeypatch.setattr(linux_pages, "file_system", lambda fd: 0x794C7630)
+    found = residency.residency([whole(path)])
     assert (found.bytes_cached, found.how) == (PAGE, "mincore")
 
 
@@ -342,10 +342,10 @@ def test_populate_of_a_file_cut_short_is_an_error_not_a_signal(disk: Path) -> No
     path = make(disk / "file", 4 * MIB)
     fd = os.open(path, os.O_RDONLY)
     try:
-        assert kernel.populate(fd, 0, 4 * MIB)
+        assert linux_pages.populate(fd, 0, 4 * MIB)
         assert all(pages_cached(path))
         os.truncate(path, MIB)
         with pytest.raises(OSError, match="Bad address"):
-            kernel.populate(fd, 0, 4 * MIB)
+            linux_pages.populate(fd, 0, 4 * MIB)
     finally:
         os.close(fd)

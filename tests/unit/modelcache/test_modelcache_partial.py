@@ -16,11 +16,10 @@ from folder_store import PIECE, bytes_of, flip_bit, read_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelcache import files
-from modelcache.checking import hash_file
-from modelcache.digest import digest_piece, read_pieces
-from modelcache.layout import Layout
-from modelcache.partial import (
+from modelcache.store import files
+from modelcache.store.digest import digest_piece, read_pieces
+from modelcache.store.layout import Layout
+from modelcache.store.partial_files import (
     DATA,
     HEADER,
     JOURNAL,
@@ -31,6 +30,7 @@ from modelcache.partial import (
     is_open,
     read_progress,
 )
+from modelcache.store.verify import hash_file
 from modelcache.types import CacheError, Damaged, InUse
 
 KEY = "k" * 40
@@ -316,8 +316,8 @@ def test_one_has_it_open_at_a_time(tmp_path: Path) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from modelcache.layout import Layout
-from modelcache.partial import Partial
+from modelcache.store.layout import Layout
+from modelcache.store.partial_files import Partial
 partial = Partial.open(Layout(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3]), piece_bytes=4096)
 print(len(partial.missing()), flush=True)
 sys.stdin.read()

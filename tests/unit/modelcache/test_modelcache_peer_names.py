@@ -12,12 +12,12 @@ import pytest
 from pydantic import ValidationError
 from swarm_rig import TOKEN, MemorySource, Node, make_content, make_node
 
-from modelcache import peer_names
-from modelcache.layout import Layout
-from modelcache.peer_names import PeerNames, look_up
-from modelcache.peers import PeerGroup, make_peers
+from modelcache.peers import discovery
+from modelcache.peers.discovery import PeerNames, look_up
+from modelcache.peers.group import PeerGroup, make_peers
+from modelcache.peers.piece_inventory import Shelf
 from modelcache.settings import ModelCacheSettings
-from modelcache.shelf import Shelf
+from modelcache.store.layout import Layout
 from modelcache.types import PIECE_BYTES, SourceError
 
 WAIT_S = 30.0
@@ -42,10 +42,10 @@ class NameServer:
 @pytest.fixture(autouse=True)
 def _often_and_patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names are looked up often, and whoever answers is waited for however busy this machine is."""
-    monkeypatch.setattr(peer_names, "LOOK_S", 0.1)
-    monkeypatch.setattr(peer_names, "SOON_S", 0.02)
-    monkeypatch.setattr("modelcache.download.CENSUS_S", WAIT_S)
-    monkeypatch.setattr("modelcache.peer_client.ANSWER_S", WAIT_S)
+    monkeypatch.setattr(discovery, "LOOK_S", 0.1)
+    monkeypatch.setattr(discovery, "SOON_S", 0.02)
+    monkeypatch.setattr("modelcache.fetch.download.CENSUS_S", WAIT_S)
+    monkeypatch.setattr("modelcache.peers.client.ANSWER_S", WAIT_S)
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_a_name_without_an_answer_is_no_hindrance(nodes: Callable[..., Node]) ->
 def test_a_node_that_is_heard_of_is_looked_for_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peer_names, "LOOK_S", 3_600.0)
+    monkeypatch.setattr(discovery, "LOOK_S", 3_600.0)
     server = NameServer("10.0.0.1")
     group = group_of(server, tmp_path)
     try:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelcache.peer_wire import (
+from modelcache.peers.wire import (
     WINDOW_S,
     BadMessage,
     Head,

@@ -17,12 +17,12 @@ import blake3
 import pytest
 from swarm_rig import TOKEN, MemorySource, Node, key_of, make_content, make_node
 
-from modelcache import peer_wire as wire
-from modelcache.peer_client import Client, PeerGone, PeerLacks, PeerLied
-from modelcache.peer_server import PeerServer, read_request
-from modelcache.peers import MOST_HEARD, PeerGroup, make_peers
+from modelcache.peers import wire as wire
+from modelcache.peers.client import Client, PeerGone, PeerLacks, PeerLied
+from modelcache.peers.group import MOST_HEARD, PeerGroup, make_peers
+from modelcache.peers.piece_inventory import Shelf, State
+from modelcache.peers.server import PeerServer, read_request
 from modelcache.settings import ModelCacheSettings
-from modelcache.shelf import Shelf, State
 from modelcache.types import PIECE_BYTES
 
 MIB = 1 << 20
@@ -36,8 +36,8 @@ def never() -> bool:
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever answers is waited for, however busy this machine is: what these tests say of peers
     holds once they are heard."""
-    monkeypatch.setattr("modelcache.download.CENSUS_S", 30.0)
-    monkeypatch.setattr("modelcache.peer_client.ANSWER_S", 30.0)
+    monkeypatch.setattr("modelcache.fetch.download.CENSUS_S", 30.0)
+    monkeypatch.setattr("modelcache.peers.client.ANSWER_S", 30.0)
 
 
 @pytest.fixture
@@ -290,8 +290,8 @@ def test_whatever_a_peer_does_the_model_is_right_and_comes(
 ) -> None:
     if way in ("silent", "trickle"):
         # Short only where it is what ends the waiting: all others answer, on a busy machine late.
-        monkeypatch.setattr("modelcache.lanes.LOST_S", 0.5)
-        monkeypatch.setattr("modelcache.lanes.LOST_FACTOR", 0.1)
+        monkeypatch.setattr("modelcache.fetch.readers.LOST_S", 0.5)
+        monkeypatch.setattr("modelcache.fetch.readers.LOST_FACTOR", 0.1)
     data = make_content(4 * PIECE_BYTES)
     bad = BadPeer(4, data, way)
     try:

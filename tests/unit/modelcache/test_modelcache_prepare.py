@@ -18,9 +18,9 @@ import pytest
 from folder_store import Rig
 from pydantic import ValidationError
 
-from modelcache import prepare_run
-from modelcache.prepare import Asked, Preparation, Prepared
-from modelcache.prepare_types import Step, StepFailed, input_digest, step_key
+from modelcache.prepare import step_process
+from modelcache.prepare.run import Asked, Preparation, Prepared
+from modelcache.prepare.steps import Step, StepFailed, input_digest, step_key
 from modelcache.settings import ModelCacheSettings, PreparationStep
 from modelcache.types import Cancelled, FileEntry, Progress
 
@@ -217,8 +217,8 @@ WHOLE = """
 import os, sys
 from pathlib import Path
 from modelcache.cache import ModelCache
-from modelcache.prepare import Preparation
-from modelcache.prepare_types import Step
+from modelcache.prepare.run import Preparation
+from modelcache.prepare.steps import Step
 from modelcache.settings import ModelCacheSettings
 base, resumable, seen, *argv = sys.argv[1:]
 cache = ModelCache(ModelCacheSettings(reserve_bytes=0), dir=Path(base, "cache"),
@@ -304,9 +304,9 @@ def test_what_waits_for_another_process_can_be_called_off(
 def test_a_log_is_bounded(
     source: Path, preparation: Preparation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_run, "LOG_MOST_BYTES", 100_000)
-    monkeypatch.setattr(prepare_run, "LOG_TAIL_BYTES", 10_000)
-    monkeypatch.setattr(prepare_run, "MEASURE_S", 0.0)
+    monkeypatch.setattr(step_process, "LOG_MOST_BYTES", 100_000)
+    monkeypatch.setattr(step_process, "LOG_TAIL_BYTES", 10_000)
+    monkeypatch.setattr(step_process, "MEASURE_S", 0.0)
     text = """
 import pathlib, time
 pathlib.Path("made").write_text("x")
@@ -411,7 +411,7 @@ def test_the_leash_ends_the_command_with_its_parent(tmp_path: Path) -> None:
         "import os, pathlib, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
         "pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(300)"
     )
-    leash = [PYTHON, "-I", "-m", "modelcache.leash", "0.2"]
+    leash = [PYTHON, "-I", "-m", "modelcache.prepare.child_guard", "0.2"]
     holder = subprocess.Popen(
         [PYTHON, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", *leash,
          PYTHON, "-c", stubborn, str(tmp_path / "pid")],

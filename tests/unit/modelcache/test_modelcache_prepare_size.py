@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from safetensors_files import header, layout
 
-from modelcache.prepare_size import SLACK_BYTES, TOKENIZER_GROWTH, expect_bytes
-from modelcache.prepare_types import Step
+from modelcache.prepare.size import SLACK_BYTES, TOKENIZER_GROWTH, expect_bytes
+from modelcache.prepare.steps import Step
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
 
@@ -119,7 +119,7 @@ def test_shards_take_what_they_are_told_to(tmp_path: Path, world_size: int) -> N
     model(source)
     expected = expect_bytes(Step(kind="tp_shard", world_size=world_size), source)
     subprocess.run(
-        [sys.executable, "-m", "modelcache.prepare_child", "tp_shard", source, target,
+        [sys.executable, "-m", "modelcache.prepare.child", "tp_shard", source, target,
          "--world-size", str(world_size)], check=True, capture_output=True,
     )  # fmt: skip
     taken = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())

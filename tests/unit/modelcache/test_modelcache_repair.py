@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelcache.cache import ModelCache
-from modelcache.checking import Damage
-from modelcache.finding import CachedModel
-from modelcache.repair import plan_salvage
+from modelcache.fetch.repair import plan_salvage
+from modelcache.fetch.request import Salvage
+from modelcache.store.lookup import CachedModel
+from modelcache.store.verify import Damage
 from modelcache.types import CacheError, Cancelled, FileEntry, Manifest, Progress, SourceError
-from modelcache.want import Salvage
 
 WEIGHTS = bytes_of(5 * PIECE + 77, 1)
 FILES = {"config.json": b'{"a": 1}', "model.safetensors": WEIGHTS}

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from swarm_rig import TOKEN
 
-from modelcache.agent import Serving, describe, run_agent, start_serving
-from modelcache.peer_client import Client
-from modelcache.peer_wire import Keyring
-from modelcache.peers import PeerGroup
-from modelcache.replicate import Outcome, make_replicator, replicate
+from modelcache.fetch.transfer import Transfer
+from modelcache.peers.client import Client
+from modelcache.peers.group import PeerGroup
+from modelcache.peers.piece_inventory import Shelf
+from modelcache.peers.replicate import Outcome, make_replicator, replicate
+from modelcache.peers.serving import Serving, describe, run_agent, start_serving
+from modelcache.peers.wire import Keyring
 from modelcache.settings import ModelCacheSettings
-from modelcache.shelf import Shelf
-from modelcache.transfer import Transfer
 from modelcache.types import (
     CacheError,
     Cancelled,

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 from folder_store import PIECE, Rig, bytes_of, count_bytes, read_tree
 
-from modelcache import prepare_run
 from modelcache.cache import ModelCache
-from modelcache.finding import CachedModel
-from modelcache.layout import result_url
-from modelcache.manifest import Job
-from modelcache.prepare import Asked, Preparation, Prepared
-from modelcache.prepare_types import Step, StepFailed, input_digest
-from modelcache.results import Results
+from modelcache.prepare import step_process
+from modelcache.prepare.results import Results
+from modelcache.prepare.run import Asked, Preparation, Prepared
+from modelcache.prepare.steps import Step, StepFailed, input_digest
+from modelcache.store.layout import result_url
+from modelcache.store.lookup import CachedModel
+from modelcache.store.manifest import Job
+from modelcache.store.pending_results import OUTPUT, read_works
 from modelcache.types import CacheError, InUse, Made, ModelEntry, NoSpace, NotFound, Progress
-from modelcache.works import OUTPUT, read_works
 
 SIZE = 16 * PIECE
 RECORDS = 16_384
@@ -330,7 +330,7 @@ def test_a_disk_s_room_is_promised_once_too(rig: Rig) -> None:
 def test_a_command_that_grows_past_the_quota_is_ended(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_run, "MEASURE_S", 0.0)
+    monkeypatch.setattr(step_process, "MEASURE_S", 0.0)
     cache = rig.cache(quota_bytes=4 * SIZE)
     old, model = fetch(rig, cache, "old"), fetch(rig, cache, "a")
     grows = (

@@ -14,19 +14,19 @@ from typing import Any
 import pytest
 from folder_store import PIECE, Rig, bytes_of, read_tree
 
-from modelcache import prepare_run
 from modelcache.cache import ModelCache
-from modelcache.files import open_lock, try_lock
-from modelcache.finding import CachedModel
-from modelcache.layout import result_url
-from modelcache.manifest import Job
-from modelcache.prepare import Asked, Preparation, Prepared
-from modelcache.prepare_run import NEARLY_FULL_BYTES
-from modelcache.prepare_types import Step, StepFailed, input_digest
-from modelcache.results import Results
-from modelcache.store import Store
+from modelcache.prepare import step_process
+from modelcache.prepare.results import Results
+from modelcache.prepare.run import Asked, Preparation, Prepared
+from modelcache.prepare.step_process import NEARLY_FULL_BYTES
+from modelcache.prepare.steps import Step, StepFailed, input_digest
+from modelcache.store.files import open_lock, try_lock
+from modelcache.store.layout import result_url
+from modelcache.store.lookup import CachedModel
+from modelcache.store.manifest import Job
+from modelcache.store.pending_results import read_works
+from modelcache.store.store import Store
 from modelcache.types import Made, NoSpace, Progress
-from modelcache.works import read_works
 
 SIZE = 16 * PIECE
 KEY = "k" * 64
@@ -254,7 +254,7 @@ def test_a_disk_is_full_where_it_is(rig: Rig) -> None:
 def test_a_disk_is_full_where_only_its_reserve_is_left(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, reserve_bytes: int, error: type[Exception]
 ) -> None:
-    monkeypatch.setattr(prepare_run, "NEARLY_FULL_BYTES", 1)
+    monkeypatch.setattr(step_process, "NEARLY_FULL_BYTES", 1)
     cache = rig.cache(reserve_bytes=reserve_bytes)
     model = fetch(rig, cache)
     go = rig.root / "go"
@@ -279,7 +279,7 @@ def test_another_disk_that_is_full_is_not_the_cache_s(rig: Rig) -> None:
 def test_what_has_grown_too_large_is_told_how_large_and_for_what(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_run, "MEASURE_S", 0.0)
+    monkeypatch.setattr(step_process, "MEASURE_S", 0.0)
     cache = rig.cache(quota_bytes=4 * SIZE)
     model = fetch(rig, cache)
     write = python(f"open('made', 'wb').write(bytes({8 * SIZE}))")

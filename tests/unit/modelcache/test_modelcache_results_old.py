@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from folder_store import PIECE, Rig, bytes_of, read_tree
 
-from modelcache import works
 from modelcache.cache import ModelCache
-from modelcache.finding import CachedModel
-from modelcache.layout import result_url
-from modelcache.manifest import Job
-from modelcache.results import Results
+from modelcache.prepare.results import Results
+from modelcache.store import pending_results
+from modelcache.store.layout import result_url
+from modelcache.store.lookup import CachedModel
+from modelcache.store.manifest import Job
+from modelcache.store.pending_results import OUTPUT, read_works
 from modelcache.types import Made
-from modelcache.works import OUTPUT, read_works
 
 SIZE = 16 * PIECE
 KEY = "k" * 64
@@ -68,7 +68,7 @@ def test_an_old_result_outlives_a_kill_while_it_is_taken_over(
     if last == "mkdir":
         cache.store.layout.work(KEY).mkdir(parents=True)
     else:
-        at = {"note": works.JOB, "rename": OUTPUT}[last]
+        at = {"note": pending_results.JOB, "rename": OUTPUT}[last]
         with monkeypatch.context() as patch:
 
             def wanted(source: Path, target: Path) -> bool:
@@ -99,7 +99,7 @@ def test_what_was_made_again_takes_the_old_one_s_place(rig: Rig) -> None:
 def test_a_note_without_its_result_is_not_whole(rig: Rig) -> None:
     cache = rig.cache()
     with cache.store.lock():
-        works.note_job(cache.store.layout, KEY, Job(made=None, resumes=True, whole=True))
+        pending_results.note_job(cache.store.layout, KEY, Job(made=None, resumes=True, whole=True))
     assert not Results(cache).is_whole(KEY)
 
 
@@ -117,7 +117,9 @@ def test_a_full_disk_is_swept_although_an_old_result_cannot_be_taken_over(
         def wanted(path: Path, *args: Any, **kwargs: Any) -> bool:
             return path.parent.name == KEY
 
-        patch.setattr(works, "write_whole", fail(wanted, FULL, works.write_whole))
+        patch.setattr(
+            pending_results, "write_whole", fail(wanted, FULL, pending_results.write_whole)
+        )
         fetch(rig, cache, "b", 2 * SIZE)
     assert [entry.complete for entry in cache.ls() if entry.url == model.url] == []
     assert read_tree(folders[0]) == before, "it stays where it is until there is room"
@@ -132,7 +134,11 @@ def test_a_full_disk_is_freed_of_old_results_that_cannot_be_taken_over(
 ) -> None:
     cache = rig.cache(quota_bytes=4 * SIZE)
     folders = [put_old(cache, key, 3 * SIZE // 2) for key in (KEY, "l" * 64)]
-    monkeypatch.setattr(works, "write_whole", fail(lambda *a, **k: True, FULL, works.write_whole))
+    monkeypatch.setattr(
+        pending_results,
+        "write_whole",
+        fail(lambda *a, **k: True, FULL, pending_results.write_whole),
+    )
     assert {entry.url for entry in cache.ls()} == {result_url(folder.name) for folder in folders}
     fetch(rig, cache, "b", 2 * SIZE)
     assert sum(folder.exists() for folder in folders) == 1

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from folder_store import PIECE, Rig, bytes_of, count_bytes, read_tree
 
-from modelcache import files, leases
 from modelcache.cache import ModelCache
-from modelcache.counting import OTHERS
-from modelcache.room import disk_free_bytes
+from modelcache.store import files, leases
+from modelcache.store.capacity import disk_free_bytes
+from modelcache.store.disk_usage import OTHERS
 from modelcache.types import Cancelled, InUse, NoSpace, Progress
 
 SIZE = 16 * PIECE
@@ -90,7 +90,7 @@ def test_a_disk_that_says_so_itself_is_full_and_any_other_fault_is_told_as_it_is
     def allocate(fd: int, size_bytes: int) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("modelcache.partial.allocate", allocate)
+    monkeypatch.setattr("modelcache.store.partial_files.allocate", allocate)
     cache = rig.cache()
     with pytest.raises(OSError if code == errno.EIO else NoSpace):
         cache.preload(put(rig, "a"))
@@ -183,7 +183,7 @@ def test_shared_bytes_free_nothing_unless_all_that_have_them_go(rig: Rig) -> Non
 
 def test_adopted_bytes_free_nothing_of_the_disk(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "modelcache.fetching.link_or_clone",
+        "modelcache.fetch.fetch.link_or_clone",
         lambda source, target: os.link(source, target) or "link",
     )
     source = rig.root / "mine"
@@ -310,7 +310,7 @@ def test_sweeping_takes_leftovers_and_nothing_else(rig: Rig) -> None:
 
 
 def test_what_is_open_is_not_swept(rig: Rig) -> None:
-    from modelcache.partial import Partial
+    from modelcache.store.partial_files import Partial
 
     cache = rig.cache()
     with Partial.open(cache.store.layout, "f" * 40, SIZE, piece_bytes=PIECE):
@@ -321,7 +321,7 @@ def test_what_is_open_is_not_swept(rig: Rig) -> None:
 
 
 def test_who_opens_a_file_while_it_is_looked_at_is_not_refused(rig: Rig) -> None:
-    from modelcache.partial import JOURNAL, Partial
+    from modelcache.store.partial_files import JOURNAL, Partial
 
     layout = rig.cache().store.layout
     with Partial.open(layout, "f" * 40, SIZE, piece_bytes=PIECE):

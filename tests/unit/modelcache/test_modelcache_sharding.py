@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from modelcache import prepare_child
-from modelcache.prepare_child import SHARDS, tp_shard
-from modelcache.sharding import Cut, Heads, ShardError, check, cut_of, heads_of
-from modelcache.tensor_file import TensorPlace, TensorReader, TensorWriter
+from modelcache.prepare import child
+from modelcache.prepare.child import SHARDS, tp_shard
+from modelcache.prepare.sharding import Cut, Heads, ShardError, check, cut_of, heads_of
+from modelcache.prepare.tensor_file import TensorPlace, TensorReader, TensorWriter
 from modelcache.types import CacheError
 
 HEADS = Heads(query=4, key_value=2)
@@ -153,14 +153,14 @@ def test_shards_have_the_values_of_the_whole(tmp_path: Path) -> None:
 def test_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_model(tmp_path / "in")
     (tmp_path / "out").mkdir()
-    shard_file = prepare_child._shard_file
+    shard_file = child._shard_file
 
     def interrupted(reader: TensorReader, *rest: Any) -> None:
         if reader.path.name == "model-1.safetensors":
             raise KeyboardInterrupt
         shard_file(reader, *rest)
 
-    monkeypatch.setattr(prepare_child, "_shard_file", interrupted)
+    monkeypatch.setattr(child, "_shard_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tp_shard(tmp_path / "in", tmp_path / "out", 2)
     done = tmp_path / "out/model-0-rank-1-of-2.safetensors"
@@ -171,7 +171,7 @@ def test_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.Mo
         again.append(reader.path.name)
         shard_file(reader, *rest)
 
-    monkeypatch.setattr(prepare_child, "_shard_file", watched)
+    monkeypatch.setattr(child, "_shard_file", watched)
     tp_shard(tmp_path / "in", tmp_path / "out", 2)
     assert again == ["model-1.safetensors"]
     assert done.stat().st_mtime_ns == before

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelcache.shares import CLASS_WEIGHTS, Cap, Claim, FairShare, make_cap
+from modelcache.bandwidth.fair_queue import CLASS_WEIGHTS, Cap, Claim, FairShare, make_cap
 from modelcache.types import Priority
 
 MIB = 1 << 20

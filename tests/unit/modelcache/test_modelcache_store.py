@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from folder_store import PIECE, OneByOne, Rig, bytes_of, count_bytes, flip_bit, read_tree
 
-from modelcache import files
 from modelcache.cache import ModelCache
-from modelcache.fetching import Fetch
-from modelcache.finding import CachedModel
-from modelcache.records import scan
+from modelcache.fetch.fetch import Fetch
+from modelcache.fetch.request import Want
 from modelcache.sources.base import Listing
+from modelcache.store import files
+from modelcache.store.lookup import CachedModel
+from modelcache.store.revisions import scan
 from modelcache.types import Cancelled, Damaged, Manifest, ModelRef, RemoteFile
-from modelcache.want import Want
 
 SAME = bytes_of(3 * PIECE + 7, 1)
 OWN = bytes_of(2 * PIECE, 2)
@@ -152,7 +152,7 @@ def test_a_view_that_was_touched_is_made_again(rig: Rig) -> None:
 def test_without_hard_links_a_view_is_of_symbolic_ones(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modelcache.views.link", lambda source, target: False)
+    monkeypatch.setattr("modelcache.store.snapshots.link", lambda source, target: False)
     cache = rig.cache()
     url = rig.put("models/one", {"a/b.bin": SAME, "c.bin": OWN})
     path = cache.preload(url).path

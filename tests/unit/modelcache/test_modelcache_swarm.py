@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelcache.swarm import Board, File, Seen, bits, mask_of, rank, weight
+from modelcache.fetch.plan import Board, File, Seen, bits, mask_of, rank, weight
 
 PIECES = 60
 NEWS_S = 0.1

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from swarm_rig import FailingTimes, MemorySource, make_alone, make_content, make_node
 
-from modelcache.lanes import pause
+from modelcache.fetch.readers import pause
 from modelcache.types import PIECE_BYTES, Cancelled, Damaged, Progress, SourceError
 
 MIB = 1 << 20
@@ -174,12 +174,12 @@ SMALL = {f"{n}.json": b"{}" * 50 for n in range(8)}
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fifty seconds are one."""
-    monkeypatch.setattr("modelcache.lanes.STRAGGLER_S", 0.2)
-    monkeypatch.setattr("modelcache.lanes.SLOW_S", 0.1)
-    monkeypatch.setattr("modelcache.lanes.LOST_S", 0.2)
-    monkeypatch.setattr("modelcache.lanes.WAIT_S", 0.05)
-    monkeypatch.setattr("modelcache.pace.WINDOW_S", 0.2)
-    monkeypatch.setattr("modelcache.download.TICK_S", 0.02)
+    monkeypatch.setattr("modelcache.fetch.readers.STRAGGLER_S", 0.2)
+    monkeypatch.setattr("modelcache.fetch.readers.SLOW_S", 0.1)
+    monkeypatch.setattr("modelcache.fetch.readers.LOST_S", 0.2)
+    monkeypatch.setattr("modelcache.fetch.readers.WAIT_S", 0.05)
+    monkeypatch.setattr("modelcache.bandwidth.throughput.WINDOW_S", 0.2)
+    monkeypatch.setattr("modelcache.fetch.download.TICK_S", 0.02)
 
 
 @pytest.mark.usefixtures("quick")
@@ -269,7 +269,7 @@ def test_small_pieces_of_a_peer_say_nothing_of_how_long_a_large_one_takes(
         return ask(*given, timeout_s=60.0, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(node.group, "fetch", fetch)
-    monkeypatch.setattr("modelcache.download.CENSUS_S", 30.0)
+    monkeypatch.setattr("modelcache.fetch.download.CENSUS_S", 30.0)
     try:
         has.fetch(source)
         source.reads.clear()
@@ -310,7 +310,7 @@ def test_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
 def test_a_thread_that_hangs_is_left_behind_and_commits_nothing_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modelcache.download.JOIN_S", 0.05)
+    monkeypatch.setattr("modelcache.fetch.download.JOIN_S", 0.05)
     inside, release = threading.Event(), threading.Event()
 
     def hang(path: str, index: int) -> None:

@@ -1,0 +1,396 @@
+"""Engines as child processes of Tidegate, on this machine.
+
+Each runs in a session of its own, behind a gate (``launch``) that opens when it is on record. What
+is on record is ended by whoever owns the state directory next, so no engine outlives Tidegate's
+care: not after a crash, not after ``kill -9``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from autoscaler.backends.base import (
+    BackendError,
+    Leftover,
+    MakeCommand,
+    Placement,
+    Probe,
+    ReplicaSpec,
+    StillRunning,
+    Unsupported,
+)
+from autoscaler.backends.health import HealthClient, choose_model
+from autoscaler.backends.process import sleeping
+from autoscaler.backends.process.child import (
+    MARK,
+    Child,
+    Process,
+    describe_end,
+    make_env,
+    make_probe,
+    spawn_plainly,
+    to_the_end,
+)
+from autoscaler.backends.process.family import Family, Sleep, end_leftovers
+from autoscaler.backends.process.fork_server import RECORD_ID as FORK_SERVER
+from autoscaler.backends.process.fork_server import ForkPlan, Forks, ForkServerStatus
+from autoscaler.backends.process.logs import ReplicaLog, prune
+from autoscaler.backends.process.placing import HOST, free_port, place
+from autoscaler.backends.process.procs import (
+    ProcessStat,
+    boot_id,
+    list_stats,
+    read_stat,
+    reap_orphans,
+)
+from autoscaler.backends.process.registry import ProcessRecord, ProcessRegistry
+from autoscaler.backends.process.standby import Standby, describe_standby
+from autoscaler.policy.placement import Gpu
+from autoscaler.settings import AutoscalerSettings
+from loaders.engines.vllm.forkserver.client import ForkedProcess, ForkError, ServerLost
+
+LOG = logging.getLogger("tidegate.autoscaler")
+KEEP_S = 1.0
+
+
+class ProcessBackend:
+    """Backend for pools with ``backend = "process"``.
+
+    ``command`` makes the command line of a replica; ``list_gpus`` tells the GPUs of this machine
+    (``None``: unknown) and is asked when a replica that needs one is started. With a
+    ``fork_plan`` vLLM is forked rather than started, wherever that is possible. ``on_news`` is
+    told the replica that is worth a look now.
+    """
+
+    owns_replicas = True
+
+    def __init__(
+        self,
+        *,
+        state_dir: Path,
+        settings: AutoscalerSettings,
+        command: MakeCommand,
+        list_gpus: Callable[[], Sequence[Gpu] | None] = lambda: None,
+        cpus: Sequence[int] | None = None,
+        environ: Mapping[str, str] | None = None,
+        sleep: Sleep = asyncio.sleep,
+        fork_plan: ForkPlan | None = None,
+        on_news: Callable[[str], None] = lambda replica_id: None,
+    ) -> None:
+        self._settings = settings
+        self._command = command
+        self._list_gpus = list_gpus
+        self._cpus = sorted(os.sched_getaffinity(0)) if cpus is None else list(cpus)
+        self._environ = os.environ if environ is None else environ
+        self._sleep = sleep
+        self._logs = state_dir.absolute() / "logs"
+        self._registry = ProcessRegistry(state_dir.absolute() / "replicas")
+        self._client = HealthClient(timeout_s=settings.health_timeout_s)
+        self._children: dict[str, Child] = {}
+        self._standbys: dict[str, Child] = {}
+        self._on_news = on_news
+        self._forks: Forks | None = None
+        if fork_plan is not None:
+            log = self._make_log(self._logs / f"{FORK_SERVER}.log")
+            self._forks = Forks(fork_plan, registry=self._registry, log=log, mark=MARK)
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def start(self, spec: ReplicaSpec) -> None:
+        """Launch a replica's process, or wake the pool's standby. Raises ``NoRoom`` without a free
+        GPU, ``BackendError`` when it cannot be launched."""
+        if spec.id in self._children:
+            raise BackendError(f"{spec.id} has been started already")
+        self._registry.claim()
+        standby = self._standbys.pop(spec.pool.name, None)
+        if standby is not None:
+            if await self._wake_standby(standby, spec):
+                return
+            await self._end(standby, grace_s=0.0)
+        await self._start(spec, self._children, spec.id)
+
+    async def _start(
+        self, spec: ReplicaSpec, shelf: dict[str, Child], key: str, *, parked: bool = False
+    ) -> None:
+        inventory = None
+        if spec.pool.gpus_per_replica:
+            inventory = await asyncio.to_thread(self._list_gpus)
+        running = list(self._children.values())
+        gpus, cpus = place(spec, running, inventory=inventory, cpus=self._cpus)
+        port = free_port({child.placement.port for child in self._all()})
+        placement = Placement(host=HOST, port=port, gpus=gpus, cpus=cpus)
+        directory = self._logs / re.sub(r"[^A-Za-z0-9._-]+", "-", spec.pool.name)
+        try:
+            command = self._command(spec, placement)
+        except ValueError as error:
+            raise BackendError(f"{spec.id} was not started: {error}") from error
+        child = Child(
+            spec=spec,
+            placement=placement,
+            mark=secrets.token_hex(16),
+            log=self._make_log(directory / f"{spec.id}.log"),
+            command=command,
+        )
+        shelf[key] = child
+        try:
+            async with child.lock:
+                living = {one.log.path for one in self._all()}
+                await asyncio.to_thread(
+                    prune, directory, keep=self._settings.log_replicas, living=living
+                )
+                await self._launch(child, parked=parked)
+        except BaseException as error:
+            with contextlib.suppress(StillRunning):
+                await self._end(child, grace_s=0.0)
+            if isinstance(error, OSError | ValueError):
+                raise BackendError(f"{spec.id} was not started: {error}") from error
+            raise
+        if self._keeper is None:
+            self._keeper = asyncio.create_task(self._keep(), name="process-backend-keeper")
+
+    def _make_log(self, path: Path) -> ReplicaLog:
+        settings = self._settings
+        return ReplicaLog(path, max_bytes=settings.log_bytes, files=settings.log_files)
+
+    def _all(self) -> list[Child]:
+        return [*self._children.values(), *self._standbys.values()]
+
+    async def standby(self, spec: ReplicaSpec) -> None:
+        """Keep an engine of a pool forked, all but its weights done, for its next replica.
+
+        ``spec`` is that of a replica to come, its model on this disk; its ``id`` names the standby
+        until then. Nothing to do where the pool has one that would serve. Raises ``Unsupported``
+        without a fork server, and as ``start`` does.
+        """
+        kept = self._standbys.get(spec.pool.name)
+        if kept is not None:
+            alive = kept.process is not None and kept.process.poll() is None
+            if alive and self._fits(kept, spec):
+                return
+            await self.end_standby(spec.pool.name)
+        self._registry.claim()
+        await self._start(spec, self._standbys, spec.pool.name, parked=True)
+
+    async def end_standby(self, pool: str) -> None:
+        """End a pool's standby; nothing to do if it has none."""
+        child = self._standbys.get(pool)
+        if child is not None:
+            async with child.lock:
+                await self._end(child, grace_s=0.0)
+
+    def standbys(self) -> tuple[Standby, ...]:
+        """The standbys that live, with what they cost."""
+        found = (describe_standby(child) for child in list(self._standbys.values()))
+        return tuple(one for one in found if one is not None)
+
+    def fork_server(self) -> ForkServerStatus | None:
+        """How the fork server is; ``None`` where there is to be none."""
+        return None if self._forks is None else self._forks.status()
+
+    def _fits(self, child: Child, spec: ReplicaSpec) -> bool:
+        """Whether a standby is what would be started for ``spec`` now, on what is free now."""
+        try:
+            command = self._command(spec, child.placement)
+        except ValueError:
+            return False
+        ours, others = child.placement, [one.placement for one in self._children.values()]
+        free = not any({*ours.cpus} & {*one.cpus} or {*ours.gpus} & {*one.gpus} for one in others)
+        env = make_env(self._environ, command, spec, ours)
+        kept = make_env(self._environ, child.command, child.spec, ours)
+        return free and tuple(command.argv) == tuple(child.command.argv) and env == kept
+
+    async def _wake_standby(self, child: Child, spec: ReplicaSpec) -> bool:
+        """Make a pool's standby its replica; false if it cannot be."""
+        process, family = child.process, child.family
+        async with child.lock:
+            if not isinstance(process, ForkedProcess) or family is None or child.ended:
+                return False
+            if process.poll() is not None or not self._fits(child, spec):
+                return False
+            log = self._make_log(child.log.path.with_name(f"{spec.id}.log"))
+            try:
+                await to_the_end(asyncio.to_thread(family.rename, spec.id))
+                child.log.path.rename(log.path)
+                process.go()
+            except OSError as error:
+                LOG.info("%s: its standby is of no use: %s", spec.pool.name, error)
+                return False
+            child.spec, child.log = spec, log
+            self._children[spec.id] = child
+            return True
+
+    async def _launch(self, child: Child, *, parked: bool = False) -> None:
+        """Start the gate, put it on record, open it."""
+        spec = child.spec
+        env = {
+            **make_env(self._environ, child.command, spec, child.placement),
+            MARK: child.mark,
+        }
+        process = child.process = await self._begin(child, env, parked=parked)
+        stat = read_stat(process.pid)
+        if stat is None or process.stdin is None:
+            raise BackendError(f"{spec.id} ended while it was being launched")
+        record = ProcessRecord(
+            replica_id=spec.id, boot_id=boot_id(), leader=stat.id, mark=f"{MARK}={child.mark}"
+        )
+        await to_the_end(asyncio.to_thread(self._registry.write, record))
+        child.family = Family(record, self._registry)
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(b"!")
+        process.stdin.close()
+        if isinstance(process, ForkedProcess):
+            asyncio.get_running_loop().add_reader(process.marks, self._hear, child, process.marks)
+
+    async def _begin(self, child: Child, env: Mapping[str, str], *, parked: bool) -> Process:
+        """Fork the engine where that is possible, else start it the plain way and keep why."""
+        if self._forks is not None and child.spec.pool.engine == "vllm":
+            output = child.log.open()
+            try:
+                return await self._forks.fork(
+                    child.command, env, child.placement.cpus, child.mark, log=output, parked=parked
+                )
+            except ForkError as error:
+                if parked:
+                    kind = BackendError if isinstance(error, ServerLost) else Unsupported
+                    raise kind(f"no engine can be kept forked: {error}") from error
+                child.plainly = str(error)
+                LOG.info("%s is started the plain way: %s", child.spec.id, error)
+            finally:
+                os.close(output)
+        elif parked:
+            raise Unsupported("no engine can be kept forked without a fork server")
+        return spawn_plainly(child, env)
+
+    def _hear(self, child: Child, marks: int) -> None:
+        """A forked engine has told something; that it serves is worth a look at once."""
+        served = child.serves
+        if not child.listen():
+            asyncio.get_running_loop().remove_reader(marks)
+        if child.serves and not served:
+            self._on_news(child.spec.id)
+
+    async def probe(self, replica_id: str) -> Probe:
+        """See whether the process lives, and ask the engine whether it is well."""
+        child = self._children.get(replica_id)
+        if child is None or child.process is None:
+            return Probe(alive=False, ready=False, detail="it has no process")
+        status = child.process.poll()
+        if status is not None:
+            detail = describe_end(child, status, lines=self._settings.log_tail_lines)
+            return make_probe(child, alive=False, ready=False, detail=detail)
+        pool = child.spec.pool
+        health = await self._client.check(child.url, pool.health_path, {})
+        if health.ready and child.model is None:
+            models = await self._client.list_models(child.url, {})
+            child.model = choose_model(models, pool.name, pool.model)
+        phase = "" if health.ready else child.describe_phase()
+        return make_probe(child, alive=True, ready=health.ready, detail=health.detail, phase=phase)
+
+    async def stop(self, replica_id: str, *, grace_s: float) -> None:
+        """SIGTERM to all processes of a replica, SIGKILL after ``grace_s``."""
+        child = self._children.get(replica_id)
+        if child is not None:
+            async with child.lock:
+                await self._end(child, grace_s=grace_s)
+
+    async def _end(self, child: Child, *, grace_s: float) -> None:
+        process = child.process
+        if child.ended:
+            return
+        if process is not None:
+            if process.stdin is not None:
+                process.stdin.close()  # A gate that has not opened ends by itself.
+            seen: set[int] = set()
+            if child.family is None:
+                process.kill()
+                await asyncio.to_thread(self._registry.remove, child.spec.id)
+            else:
+                end = child.family.end(grace_s=grace_s, sleep=self._sleep, reap=process.poll)
+                seen = await end
+            await asyncio.to_thread(process.wait)
+            if self._forks is not None:
+                reap_orphans({process.pid}, seen, await asyncio.to_thread(list_stats))
+            if isinstance(process, ForkedProcess):
+                asyncio.get_running_loop().remove_reader(process.marks)
+                process.close()
+        child.ended = True
+        for shelf in (self._children, self._standbys):
+            for key in [key for key, one in shelf.items() if one is child]:
+                del shelf[key]
+
+    async def sleep(self, replica_id: str, level: int) -> None:
+        """Ask the engine to sleep (vLLM's ``/sleep``; it needs ``--enable-sleep-mode``)."""
+        child = self._find(replica_id)
+        await sleeping.put_to_sleep(self._client, child, level, self._settings.call_timeout_s)
+
+    async def wake(self, replica_id: str) -> None:
+        """Ask the engine to wake (vLLM's ``/wake_up``, and what belongs to it)."""
+        child = self._find(replica_id)
+        await sleeping.wake(self._client, child, self._settings.call_timeout_s)
+
+    def _find(self, replica_id: str) -> Child:
+        child = self._children.get(replica_id)
+        if child is None:
+            raise BackendError(f"{replica_id} has no process")
+        return child
+
+    async def adopt(self) -> list[Leftover]:
+        """Own the state directory, and end the processes its last owner left running."""
+        grace_s = self._settings.terminate_s
+        ended = await end_leftovers(self._registry, grace_s=grace_s, sleep=self._sleep)
+        if self._forks is not None:
+            self._forks.start()
+        return ended
+
+    async def _keep(self) -> None:
+        """Rotate logs, and keep the record of each replica's processes up to date."""
+        while True:
+            await self._sleep(KEEP_S)
+            if not self._all():
+                continue
+            # A full disk, say, must not end an engine: the next look tries again.
+            with contextlib.suppress(OSError):
+                stats = await asyncio.to_thread(list_stats)
+                if self._forks is not None:
+                    self._forks.log.rotate()
+                    leaders = {one.process.pid for one in self._all() if one.process is not None}
+                    families = [one.family for one in self._all() if one.family is not None]
+                    known = {pid for family in families for pid in family.pids()}
+                    reap_orphans(leaders, known, stats)
+                for child in [one for one in self._all() if not one.lock.locked()]:
+                    async with child.lock:
+                        await asyncio.to_thread(self._keep_one, child, stats)
+
+    def _keep_one(self, child: Child, stats: Sequence[ProcessStat]) -> None:
+        if child.family is not None and not child.ended:
+            child.family.refresh(stats)
+        child.log.rotate()
+
+    async def close(self) -> None:
+        """End all replicas, at once, within ``terminate_s`` and a little."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeper
+            self._keeper = None
+        grace_s = self._settings.terminate_s
+        ids = list(self._children)
+        pools = list(self._standbys)
+        results = await asyncio.gather(
+            *(self.stop(one, grace_s=grace_s) for one in ids),
+            *(self.end_standby(pool) for pool in pools),
+            return_exceptions=True,
+        )
+        if self._forks is not None:
+            await self._forks.close()
+        await self._client.close()
+        self._registry.release()
+        errors = [one for one in results if isinstance(one, Exception)]
+        if errors:
+            raise errors[0]

@@ -1,0 +1,163 @@
+"""One replica's process as its backend holds it: started either way, watched, and described."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from autoscaler.backends.base import Command, Placement, Probe, ReplicaSpec
+from autoscaler.backends.health import ServedModel
+from autoscaler.backends.process import start_gate
+from autoscaler.backends.process.family import Family
+from autoscaler.backends.process.logs import ReplicaLog, message_of
+from autoscaler.backends.process.phases import PHASES, later, phase_of
+from loaders.engines.vllm.forkserver.client import ForkedProcess
+from loaders.engines.vllm.forkserver.marks import PARKED, SERVING, read_marks
+
+MARK = "TIDEGATE_REPLICA_MARK"
+PHASE_CHARACTERS = 160
+PHASE_LINES = 200
+
+Process = subprocess.Popen[bytes] | ForkedProcess
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Child:
+    """One replica's process, and everything held for it until it is gone.
+
+    ``told`` is what a forked engine has told (monotonic seconds, what), ``plainly`` why it was not
+    forked where it might have been.
+    """
+
+    spec: ReplicaSpec
+    placement: Placement
+    mark: str
+    log: ReplicaLog
+    command: Command
+    process: Process | None = None
+    family: Family | None = None
+    model: ServedModel | None = None
+    ended: bool = False
+    phase: str = PHASES[0]
+    told: list[tuple[float, str]] = field(default_factory=list)
+    plainly: str = ""
+    sleep_level: int = 0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def url(self) -> str:
+        """The engine's base URL."""
+        return f"http://{self.placement.host}:{self.placement.port}"
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether it has come to where a parked engine waits."""
+        return bool(self.told) and self.told[-1][1] == PARKED
+
+    @property
+    def serves(self) -> bool:
+        """Whether a forked engine has told that its server is up."""
+        return any(what == SERVING for _, what in self.told)
+
+    def listen(self) -> bool:
+        """Take note of what a forked engine has told; false when it will tell no more."""
+        if not isinstance(self.process, ForkedProcess):
+            return False
+        news = self.process.read_marks()
+        for at_s, _, what in read_marks(news or b""):
+            self.told.append((at_s, what))
+            self.phase = later(self.phase, what.partition(":")[0])
+        return news is not None
+
+    def describe_phase(self) -> str:
+        """What it is at while it starts: one of the words of ``phases``, and its newest line."""
+        self.listen()
+        messages = [message_of(line) for line in self.log.tail(PHASE_LINES)]
+        shown = phase_of(messages, self.phase)
+        if not self.told or shown == "compiling":  # of all else a forked one tells more precisely
+            self.phase = shown
+        text = ": ".join([self.phase, *messages[-1:]])[:PHASE_CHARACTERS]
+        return f"{text} (started plainly: {self.plainly})" if self.plainly else text
+
+
+def spawn_plainly(child: Child, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start the gate that becomes the engine when it is let. Raises ``OSError``."""
+    # Not through asyncio: a cancelled start could lose the process between its birth and us.
+    cores = ",".join(map(str, child.placement.cpus)) or "-"
+    gate = [sys.executable, "-I", "-S", start_gate.__file__, str(os.getpid()), cores]
+    output = child.log.open()
+    try:
+        return subprocess.Popen(
+            [*gate, *child.command.argv],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            env=dict(env),
+            start_new_session=True,
+            bufsize=0,
+        )
+    finally:
+        os.close(output)
+
+
+def make_env(
+    environ: Mapping[str, str], command: Command, spec: ReplicaSpec, placement: Placement
+) -> dict[str, str]:
+    """The environment of an engine, but for its mark.
+
+    Our own settings may hold secrets, and ``SPT_NOENV`` keeps setproctitle (vLLM uses it) from
+    overwriting the environment, in which the mark is found again.
+    """
+    env = {k: v for k, v in environ.items() if not k.startswith("TIDEGATE__")}
+    env |= {**command.env, **spec.pool.env}
+    if placement.gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, placement.gpus))
+    return {**env, "SPT_NOENV": "1"}
+
+
+def make_probe(
+    child: Child, *, alive: bool, ready: bool | None, detail: str, phase: str = ""
+) -> Probe:
+    """What was seen of a replica, with what is known of it."""
+    pool, model = child.spec.pool, child.model
+    length = None if model is None else model.max_model_len_tokens
+    return Probe(
+        alive=alive,
+        ready=ready,
+        detail=detail,
+        phase=phase,
+        url=child.url,
+        served_model=None if model is None else model.name,
+        max_model_len_tokens=length or pool.max_model_len_tokens,
+        pid=None if child.process is None else child.process.pid,
+        gpus=child.placement.gpus,
+        cpus=child.placement.cpus,
+    )
+
+
+def describe_end(child: Child, status: int, *, lines: int) -> str:
+    """How a process ended, with the last lines it wrote."""
+    how = f"exited with status {status}"
+    if status < 0:
+        with contextlib.suppress(ValueError):
+            how = f"was ended by {signal.Signals(-status).name}"
+    tail = child.log.tail(lines)
+    said = "; it wrote nothing" if not tail else "; its last lines:\n" + "\n".join(tail)
+    return f"the engine {how} (log: {child.log.path}){said}"
+
+
+async def to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await work that cannot be interrupted; a cancellation is raised when it has ended."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise

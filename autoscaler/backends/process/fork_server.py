@@ -1,0 +1,332 @@
+"""The fork server of a process backend: started, watched, replaced, and asked for engines.
+
+It is on record like an engine, so that it does not outlive Tidegate's care, but nothing depends on
+it: while it is not there, engines are started the plain way, and it is said why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from autoscaler.backends.base import Command, StillRunning
+from autoscaler.backends.process import start_gate
+from autoscaler.backends.process.child import to_the_end
+from autoscaler.backends.process.family import Family, Sleep
+from autoscaler.backends.process.logs import ReplicaLog
+from autoscaler.backends.process.procs import boot_id, read_pss_bytes, read_stat
+from autoscaler.backends.process.registry import ProcessRecord, ProcessRegistry
+from loaders.engines.vllm.forkserver.client import (
+    ForkedProcess,
+    ForkError,
+    ForkServer,
+    Request,
+    ServerLost,
+    Unfit,
+    adopt_orphans,
+    server_argv,
+)
+
+LOG = logging.getLogger("tidegate.autoscaler")
+
+RECORD_ID = "fork-server"
+ROOT = str(Path(__file__).resolve().parents[3])
+LAUNCHER_FLAG = "-c"
+WATCH_S = 0.5
+IDENTITY_S = 5.0
+STEADY_S = 60.0
+"""A server that lasted this long had nothing wrong with it from the start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForkPlan:
+    """What to keep ready: an engine's Python, the environment its engines get (all but what is
+    each one's own), the models whose code to import, and what is waited at most: between two tries
+    to bring it up, for its imports, by a start for those imports, and for a fork."""
+
+    python: Path
+    env: Mapping[str, str]
+    device: str
+    models: tuple[str, ...] = ()
+    backoff_s: float = 1.0
+    backoff_max_s: float = 60.0
+    import_timeout_s: float = 600.0
+    wait_s: float = 45.0
+    timeout_s: float = 10.0
+
+
+FORK_STATES = ("off", "importing", "ready", "waiting", "unfit")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForkServerStatus:
+    """How the fork server is. ``state`` is off, importing, ready, waiting (for its next try) or
+    unfit; ``pss_bytes`` its memory, of what it shares with others only its part."""
+
+    state: str
+    reason: str = ""
+    pid: int | None = None
+    pss_bytes: int | None = None
+    import_s: float | None = None
+    forked: int = 0
+    crashes: int = 0
+
+
+class Forks:
+    """One fork server, kept running."""
+
+    def __init__(
+        self,
+        plan: ForkPlan,
+        *,
+        registry: ProcessRegistry,
+        log: ReplicaLog,
+        mark: str,
+        sleep: Sleep = asyncio.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``mark`` is the name of the variable by which processes of an engine are found."""
+        self._plan, self._registry, self._mark = plan, registry, mark
+        self._sleep, self._clock = sleep, clock
+        self.log = log
+        self._state, self._reason = "off", "it has not been started"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._family: Family | None = None
+        self._server: ForkServer | None = None
+        self._identity = ""
+        self._import_s: float | None = None
+        self._forked = self._crashes = 0
+        self._lost = asyncio.Event()
+        self._settled = asyncio.Event()
+        self._runner: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to bring it up and keep it so."""
+        if self._runner is None:
+            self._runner = asyncio.create_task(self._run(), name="fork-server")
+
+    def status(self) -> ForkServerStatus:
+        """How it is now."""
+        pid = None if self._process is None else self._process.pid
+        return ForkServerStatus(
+            state=self._state,
+            reason=self._reason,
+            pid=pid,
+            pss_bytes=None if pid is None else read_pss_bytes(pid),
+            import_s=self._import_s,
+            forked=self._forked,
+            crashes=self._crashes,
+        )
+
+    async def fork(
+        self, command: Command, env: Mapping[str, str], cpus: Sequence[int], mark: str, *,
+        log: int, parked: bool = False,
+    ) -> ForkedProcess:  # fmt: skip
+        """Fork the engine that ``command`` would start; it waits behind its gate.
+
+        Waits for a server that is importing. Raises ``ForkError``, with the reason, where the
+        engine has to be started the plain way: ``ServerLost`` if that may soon be otherwise.
+        """
+        python, flag, _, *args = [*command.argv[:3], *command.argv[3:]] or ["", "", ""]
+        if python != str(self._plan.python.absolute()) or flag != LAUNCHER_FLAG:
+            raise ForkError("its program is another")
+        if self._state == "importing":
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._plan.wait_s):
+                    await self._settled.wait()
+        if self._server is None or self._state != "ready":
+            kind = ForkError if self._state in {"unfit", "off"} else ServerLost
+            raise kind(f"the fork server is {self._state}: {self._reason}")
+        if await asyncio.to_thread(identity, self._plan.python) != self._identity:
+            self._lose("the engine's packages have changed")
+            raise ServerLost("the engine's packages have changed")
+        request = Request(args=args, env=env, cpus=cpus, mark=(self._mark, mark), parked=parked)
+        try:
+            process = await self._server.fork(request, log, timeout_s=self._plan.timeout_s)
+        except ServerLost as error:
+            self._lose(str(error))
+            raise
+        self._forked += 1
+        return process
+
+    def _lose(self, reason: str) -> None:
+        self._state, self._reason = "waiting", reason
+        self._lost.set()
+
+    async def _run(self) -> None:
+        pause_s = self._plan.backoff_s
+        try:
+            adopt_orphans()
+        except OSError as error:
+            self._settle("unfit", str(error))
+            return
+        while True:
+            began_s, state = self._clock(), "waiting"
+            try:
+                await self._bring_up()
+                await self._watch()
+            except Unfit as error:
+                self._reason, state = str(error), "unfit"
+            except (ServerLost, OSError) as error:
+                self._reason = str(error) or type(error).__name__
+            self._crashes += 1
+            self._settle(state, self._reason)  # before it is ended: nobody is to ask it any more
+            await to_the_end(self._take_down())
+            if self._clock() - began_s >= STEADY_S:
+                pause_s = self._plan.backoff_s
+            LOG.warning("the fork server is %s (%s): engines start plainly", state, self._reason)
+            await self._sleep(pause_s)
+            pause_s = min(pause_s * 2.0, self._plan.backoff_max_s)
+            while self._state == "unfit" and await asyncio.to_thread(self._same_packages):
+                await self._sleep(IDENTITY_S)
+
+    def _same_packages(self) -> bool:
+        return identity(self._plan.python) == self._identity
+
+    def _settle(self, state: str, reason: str) -> None:
+        self._state, self._reason = state, reason
+        self._settled.set()
+
+    async def _bring_up(self) -> None:
+        self._state, self._reason = "importing", "it imports vLLM"
+        self._settled.clear()
+        self._lost.clear()
+        self._identity = await asyncio.to_thread(identity, self._plan.python)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            server = ForkServer(ours)
+            self._launch(theirs)
+            async with asyncio.timeout(self._plan.import_timeout_s):
+                ready = await server.hello(device=self._plan.device, models=self._plan.models)
+        except TimeoutError as error:
+            ours.close()
+            limit_s = self._plan.import_timeout_s
+            raise ServerLost(f"it has not imported everything within {limit_s:g} s") from error
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._server, self._import_s = server, ready.seconds
+        self._settle("ready", "")
+        LOG.info("the fork server is ready after %.1f s", ready.seconds)
+
+    def _launch(self, channel: socket.socket) -> None:
+        """Start it behind a gate, put it on record, open the gate."""
+        value = secrets.token_hex(16)
+        env = {**self._plan.env, self._mark: value, "SPT_NOENV": "1"}
+        gate = [sys.executable, "-I", "-S", start_gate.__file__, str(os.getpid()), "-"]
+        argv = server_argv(str(self._plan.python.absolute()), ROOT, channel.fileno())
+        output = self.log.open()
+        try:
+            process = subprocess.Popen(
+                [*gate, *argv],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env=env,
+                pass_fds=[channel.fileno()],
+                start_new_session=True,
+                bufsize=0,
+            )
+        finally:
+            os.close(output)
+        self._process = process
+        stat = read_stat(process.pid)
+        if stat is None or process.stdin is None:
+            raise OSError("it ended while it was being launched")
+        record = ProcessRecord(
+            replica_id=RECORD_ID, boot_id=boot_id(), leader=stat.id, mark=f"{self._mark}={value}"
+        )
+        self._registry.write(record)
+        self._family = Family(record, self._registry)
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(b"!")
+        process.stdin.close()
+
+    async def _watch(self) -> None:
+        """Return, with the reason noted, when it is gone or no longer of use."""
+        next_look_s = self._clock() + IDENTITY_S
+        while not self._lost.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WATCH_S):
+                    await self._lost.wait()
+            process = self._process
+            if process is None or (status := process.poll()) is not None:
+                self._reason = f"it ended with status {status}" if process else "it is gone"
+                return
+            if self._server is None or self._server.broken:
+                self._reason = "it did not answer in time"
+                return
+            if self._clock() >= next_look_s:
+                next_look_s = self._clock() + IDENTITY_S
+                if not await asyncio.to_thread(self._same_packages):
+                    self._reason = "the engine's packages have changed"
+                    return
+
+    async def _take_down(self) -> None:
+        server, process, family = self._server, self._process, self._family
+        self._server = self._process = self._family = None
+        if server is not None:
+            server.hang_up()
+        await self._end(process, family)
+        for pid in () if server is None else server.close():
+            await asyncio.to_thread(_end_child, pid)
+
+    async def _end(self, process: subprocess.Popen[bytes] | None, family: Family | None) -> None:
+        if process is None:
+            return
+        if process.stdin is not None:
+            process.stdin.close()
+        if family is None:
+            process.kill()
+        else:
+            with contextlib.suppress(StillRunning, OSError):
+                await family.end(grace_s=1.0, sleep=asyncio.sleep, reap=process.poll)
+        await asyncio.to_thread(process.wait)
+
+    async def close(self) -> None:
+        """End it. What it forked goes on."""
+        if self._runner is not None:
+            self._runner.cancel()
+            await asyncio.gather(self._runner, return_exceptions=True)
+            self._runner = None
+        await self._take_down()
+        with contextlib.suppress(OSError):
+            adopt_orphans(False)
+        self._settle("off", "Tidegate is closing")
+
+
+def _end_child(pid: int) -> None:
+    """End an engine that was forked when nobody waited for it any more, and learn its end. It is
+    ours since it was forked, and its number is its own until then."""
+    with contextlib.suppress(ChildProcessError, ProcessLookupError):
+        if os.waitpid(pid, os.WNOHANG) == (0, 0):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def identity(python: Path) -> str:
+    """A digest of what decides which code an engine runs: its interpreter, and what is installed
+    beside it. Reads names and times only."""
+    root = python.absolute().parent.parent
+    seen = [str(python.absolute()), str(python.resolve())]
+    for site in sorted(root.glob("lib/python3*/site-packages")):
+        with os.scandir(site) as entries:
+            found = [one for one in entries if one.name.endswith(".dist-info")]
+        for entry in sorted(found, key=lambda one: one.name):
+            with contextlib.suppress(OSError):
+                seen.append(f"{entry.name} {entry.stat().st_mtime_ns}")
+    return hashlib.sha256("\n".join(seen).encode()).hexdigest()

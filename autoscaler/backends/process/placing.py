@@ -1,0 +1,59 @@
+"""Where the next replica of this machine goes: its GPUs, its cores, its port."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Collection, Sequence
+
+from autoscaler.backends.base import BackendError, NoRoom, ReplicaSpec
+from autoscaler.backends.process.child import Child
+from autoscaler.policy.placement import Gpu, GpuUse, assign_cpus, assign_gpus
+
+HOST = "127.0.0.1"
+PORT_TRIES = 32
+
+
+def place(
+    spec: ReplicaSpec,
+    children: Sequence[Child],
+    *,
+    inventory: Sequence[Gpu] | None,
+    cpus: Sequence[int],
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """GPUs and cores for a replica beside those there are. Raises ``NoRoom`` without a GPU.
+
+    ``inventory`` is ``None`` where the GPUs are not known.
+    """
+    pool = spec.pool
+    gpus = assign_gpus(
+        count=pool.gpus_per_replica,
+        memory_bytes=pool.gpu_memory_bytes,
+        allowed=pool.gpus,
+        inventory=inventory,
+        uses=[
+            GpuUse(index=index, memory_bytes=child.spec.pool.gpu_memory_bytes)
+            for child in children
+            for index in child.placement.gpus
+        ],
+    )
+    if gpus is None:
+        which = f"of {list(pool.gpus)} " if pool.gpus else ""
+        known = "" if inventory is not None else " (which GPUs there are is not known)"
+        raise NoRoom(f"{pool.gpus_per_replica} GPU {which}needed, not so many are free{known}")
+    cores = assign_cpus(
+        count=pool.cpus_per_replica,
+        available=cpus,
+        taken=[core for child in children for core in child.placement.cpus],
+    )
+    return gpus, cores
+
+
+def free_port(taken: Collection[int]) -> int:
+    """A port nobody listens on, and that no other replica was given. Raises ``BackendError``."""
+    for _ in range(PORT_TRIES):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.bind((HOST, 0))
+            port: int = probe.getsockname()[1]
+        if port not in taken:
+            return port
+    raise BackendError(f"no free port was found on {HOST} in {PORT_TRIES} tries")

@@ -1,0 +1,328 @@
+"""Applies the lifecycle table to replicas, and makes the calls to backends it asks for.
+
+A transition happens in one synchronous step on the event loop; the calls run beside it, one at a
+time per replica, each bounded in time, and come back as events. Whatever a backend raises ends
+here: it is recorded, and turned into the event that says the call failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from autoscaler.backends.base import BackendError, NoRoom, Probe, Unsupported
+from autoscaler.control.lifecycle import PROBED_STATES, Action, Event, Refused, State, step
+from autoscaler.control.replicas import PoolRecord, ReplicaRecord
+from autoscaler.settings import AutoscalerSettings
+from modelcache.types import Progress, Tier
+
+LOG = logging.getLogger("tidegate.autoscaler")
+
+Call = Callable[[PoolRecord, ReplicaRecord], Awaitable[None]]
+
+
+class Troubles:
+    """Errors that were survived, counted by where they rose."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.last: str | None = None
+        self._said: dict[str, str] = {}
+
+    def add(self, where: str, error: BaseException) -> str:
+        """Record an error; returns it in words. The log is told once of one that repeats."""
+        text = str(error) or type(error).__name__
+        self.counts[where] += 1
+        self.last = f"{where}: {text}"
+        repeated = self._said.get(where) == text
+        self._said[where] = text
+        LOG.log(logging.DEBUG if repeated else logging.WARNING, "%s: %s", where, text)
+        return text
+
+
+class Actuator:
+    """Moves replicas through their lives. ``on_change`` is called after every transition,
+    ``on_progress`` when a preparation is a little further."""
+
+    def __init__(
+        self,
+        *,
+        settings: AutoscalerSettings,
+        clock: Callable[[], float],
+        sleep: Callable[[float], Awaitable[None]],
+        on_change: Callable[[], None],
+        on_progress: Callable[[], None],
+        troubles: Troubles,
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._sleep = sleep
+        self._on_change = on_change
+        self._on_progress = on_progress
+        self._troubles = troubles
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._looking: set[str] = set()
+        self._keeping = asyncio.Lock()
+
+    def apply(
+        self, pool: PoolRecord, record: ReplicaRecord, event: Event, detail: str = ""
+    ) -> bool:
+        """Take a replica one step further; says whether the event changed anything."""
+        try:
+            found = step(record.state, event)
+        except Refused as error:
+            self._troubles.add("lifecycle", error)
+            return False
+        if found is None:
+            return False
+        now_s = self._clock()
+        LOG.info("%s: %s -> %s (%s)", record.id, record.state, found.state, event)
+        if found.state is not record.state:
+            record.state = found.state
+            record.since_s = now_s
+            record.health_failures = 0
+        if detail:
+            record.error = detail
+        elif found.state is State.READY:
+            record.error = None
+        if event is Event.KEEP:
+            record.drain_at_s = None
+        for action in found.actions:
+            self._perform(pool, record, action, now_s)
+        if found.state is State.READY and event in {Event.BECAME_READY, Event.WOKEN}:
+            record.ready_at_s = pool.ready_at_s = now_s
+        self._on_change()
+        return True
+
+    def _perform(
+        self, pool: PoolRecord, record: ReplicaRecord, action: Action, now_s: float
+    ) -> None:
+        match action:
+            case Action.PREPARE:
+                record.woken_from = pool.start_tier()
+                record.begun_at_s = now_s
+                self._call(pool, record, self._prepare)
+                record.preparation = record.operation
+            case Action.CALL_OFF:
+                if record.preparation is not None:
+                    record.preparation.cancel()
+                self._call(pool, record, self._release)
+            case Action.START:
+                self._call(pool, record, self._start)
+            case Action.STOP:
+                self._call(pool, record, self._stop)
+            case Action.STOP_LATER:
+                self._call(pool, record, self._stop_later)
+            case Action.SLEEP:
+                self._call(pool, record, self._put_to_sleep)
+            case Action.WAKE:
+                record.woken_from = Tier.SLEEPING
+                record.begun_at_s = now_s
+                self._call(pool, record, self._wake)
+            case Action.DRAIN:
+                record.drain_at_s = now_s
+            case Action.MEASURE:
+                self._measure(pool, record, now_s)
+            case Action.COUNT_FAILURE:
+                self._count_failure(pool, record, now_s)
+
+    def _measure(self, pool: PoolRecord, record: ReplicaRecord, now_s: float) -> None:
+        if record.begun_at_s is None or record.woken_from is None:
+            return
+        pool.wake_times.add(pool.model_key, record.woken_from, now_s - record.begun_at_s)
+        if pool.wake_times.is_kept:
+            self.spawn(self._keep_times(pool), "wake times")
+
+    async def _keep_times(self, pool: PoolRecord) -> None:
+        async with self._keeping:  # else an older text could replace a newer one
+            await asyncio.to_thread(pool.wake_times.write, pool.wake_times.render())
+
+    def _count_failure(self, pool: PoolRecord, record: ReplicaRecord, now_s: float) -> None:
+        pool.failures += 1
+        pool.retry_at_s = now_s + self.backoff_s(pool.failures)
+        pool.error = record.error
+
+    def backoff_s(self, failures: int) -> float:
+        """The pause after this many failures in a row: doubled by each, up to the limit."""
+        first_s, longest_s = self._settings.backoff_initial_s, self._settings.backoff_max_s
+        return min(longest_s, first_s * 2.0 ** min(failures - 1, 60))
+
+    def _call(self, pool: PoolRecord, record: ReplicaRecord, call: Call) -> None:
+        """Make a call to the backend once the replica's earlier ones have come back."""
+        earlier = record.operation
+
+        async def follow() -> None:
+            if earlier is not None and not earlier.done():
+                await asyncio.wait({earlier})
+            await call(pool, record)
+
+        record.operation = self.spawn(follow(), f"{record.id}-call")
+
+    def spawn(self, work: Awaitable[None], name: str) -> asyncio.Task[None]:
+        """Do something beside the loop, until ``close``; an error in it is recorded."""
+
+        async def guarded() -> None:
+            try:
+                await work
+            except Exception as error:  # noqa: BLE001 -- one replica's bug must not stop the rest
+                self._troubles.add(name, error)
+
+        task = asyncio.create_task(guarded(), name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _prepare(self, pool: PoolRecord, record: ReplicaRecord) -> None:
+        def report(progress: Progress | None) -> None:
+            if progress is None or record.state in {State.PREPARING, State.STARTING}:
+                record.progress = progress
+                self._on_progress()
+
+        record.progress = None
+        try:
+            prepared = await pool.preparer.prepare(record.spec, report)
+        except Exception as error:  # noqa: BLE001 -- whatever it is, there is nothing to start
+            record.preparation = record.progress = None
+            record.error = self._troubles.add(f"preparation of {pool.pool.name}", error)
+            self.apply(pool, record, Event.PREPARE_FAILED, record.error)
+        else:
+            record.preparation, record.prepared = None, prepared
+            self.apply(pool, record, Event.PREPARED)
+
+    async def _release(self, pool: PoolRecord, record: ReplicaRecord) -> None:
+        record.prepared = record.progress = None
+        try:
+            await pool.preparer.release(record.id)
+        except Exception as error:  # noqa: BLE001 -- what is held for it ends with this process
+            self._troubles.add(f"release of {pool.pool.name}", error)
+
+    async def _start(self, pool: PoolRecord, record: ReplicaRecord) -> None:
+        try:
+            async with asyncio.timeout(self._settings.call_timeout_s):
+                await pool.backend.start(record.prepared or record.spec)
+        except NoRoom as error:
+            record.not_before_s = self._clock() + self._settings.backoff_initial_s
+            self.apply(pool, record, Event.NO_ROOM, str(error))
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the start has failed
+            record.error = self._troubles.add(f"start of {pool.pool.name}", error)
+            self.apply(pool, record, Event.START_FAILED, record.error)
+        else:
+            record.launched = True
+            record.error = None
+            self.spawn(self._watch(pool, record), f"{record.id}-watch")
+
+    async def _stop(self, pool: PoolRecord, record: ReplicaRecord) -> None:
+        grace_s = self._settings.terminate_s
+        try:
+            async with asyncio.timeout(grace_s + self._settings.call_timeout_s):
+                await pool.backend.stop(record.id, grace_s=grace_s)
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the stop is tried again
+            record.stop_failures += 1
+            text = self._troubles.add(f"stop of {pool.pool.name}", error)
+            self.apply(pool, record, Event.STOP_FAILED, text)
+        else:
+            record.ended = True
+            self.apply(pool, record, Event.ENDED)
+            await self._release(pool, record)
+
+    async def _stop_later(self, pool: PoolRecord, record: ReplicaRecord) -> None:
+        await self._sleep(self.backoff_s(record.stop_failures))
+        await self._stop(pool, record)
+
+    async def _put_to_sleep(self, pool: PoolRecord, record: ReplicaRecord) -> None:
+        try:
+            async with asyncio.timeout(self._settings.call_timeout_s):
+                await pool.backend.sleep(record.id, record.sleep_level)
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the replica is still awake
+            text = self._troubles.add(f"sleep of {pool.pool.name}", error)
+            record.sleep_error = (
+                error if isinstance(error, BackendError) else BackendError(f"{record.id}: {text}")
+            )
+            pool.resting = False
+            again_s = self._clock() + self._settings.backoff_max_s
+            pool.bar(Tier.SLEEPING, text, None if isinstance(error, Unsupported) else again_s)
+            self.apply(pool, record, Event.SLEEP_FAILED, text)
+        else:
+            self.apply(pool, record, Event.SLEPT)
+
+    async def _wake(self, pool: PoolRecord, record: ReplicaRecord) -> None:
+        try:
+            async with asyncio.timeout(self._settings.call_timeout_s):
+                await pool.backend.wake(record.id)
+        except Exception as error:  # noqa: BLE001 -- whatever it is, another must be started
+            record.error = self._troubles.add(f"wake of {pool.pool.name}", error)
+            self.apply(pool, record, Event.WAKE_FAILED, record.error)
+        else:
+            self.apply(pool, record, Event.WOKEN)
+
+    async def _watch(self, pool: PoolRecord, record: ReplicaRecord) -> None:
+        """Look at a replica again and again, as long as there is something to see."""
+        while record.state in PROBED_STATES:
+            self.take_probe(pool, record, await self._look(pool, record))
+            starting = record.state is State.STARTING
+            await self._sleep(
+                self._settings.start_poll_s if starting else self._settings.health_interval_s
+            )
+
+    def look(self, pool: PoolRecord, record: ReplicaRecord) -> None:
+        """Probe a replica now, beside its health checks; at most one such look at a time."""
+        if record.state not in PROBED_STATES or record.id in self._looking:
+            return
+        self._looking.add(record.id)
+
+        async def once() -> None:
+            try:
+                probe = await self._look(pool, record)
+                if record.state in PROBED_STATES:
+                    self.take_probe(pool, record, probe)
+            finally:
+                self._looking.discard(record.id)
+
+        self.spawn(once(), f"look at {record.id}")
+
+    async def _look(self, pool: PoolRecord, record: ReplicaRecord) -> Probe:
+        # A probe may be two requests, each with its own time limit; this bounds a backend's bug.
+        try:
+            async with asyncio.timeout(3 * self._settings.health_timeout_s + 1.0):
+                return await pool.backend.probe(record.id)
+        except Exception as error:  # noqa: BLE001 -- what could not be seen is unknown
+            self._troubles.add(f"probe of {pool.pool.name}", error)
+            return Probe()
+
+    def take_probe(self, pool: PoolRecord, record: ReplicaRecord, probe: Probe) -> None:
+        """Draw the consequences of a look at a replica. An unknown has none."""
+        known = record.probe
+        merged = replace(
+            probe,
+            url=probe.url or known.url,
+            served_model=probe.served_model or known.served_model,
+            max_model_len_tokens=probe.max_model_len_tokens or known.max_model_len_tokens,
+            pid=probe.pid or known.pid,
+            gpus=probe.gpus or known.gpus,
+            cpus=probe.cpus or known.cpus,
+            headers=probe.headers or known.headers,
+        )
+        record.probe = merged
+        if merged != known:
+            self._on_change()
+        if probe.alive is False and pool.backend.owns_replicas:
+            self.apply(pool, record, Event.EXITED, probe.detail)
+        elif probe.ready:
+            record.health_failures = 0
+            self.apply(pool, record, Event.BECAME_READY)
+        elif probe.ready is False and record.state in {State.READY, State.UNHEALTHY}:
+            record.health_failures += 1
+            if record.state is State.UNHEALTHY:
+                record.error = probe.detail
+            elif record.health_failures >= self._settings.health_failures:
+                self.apply(pool, record, Event.HEALTH_LOST, probe.detail)
+
+    async def close(self) -> None:
+        """End all calls and watches that are still under way."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

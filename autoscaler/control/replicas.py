@@ -1,0 +1,401 @@
+"""What the control loop remembers of each pool and replica, and the pictures it gives of them."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from autoscaler.backends.base import Backend, BackendError, Probe, ReplicaSpec
+from autoscaler.control import start_steps
+from autoscaler.control.lifecycle import ENDED_STATES, PUBLIC, State
+from autoscaler.policy.decide import DecideState
+from autoscaler.policy.plan import LOADING, Candidate
+from autoscaler.policy.tier_policy import Descent, Rung
+from autoscaler.settings import AutoscalerSettings, PoolSettings, first, make_policy
+from autoscaler.signals.window import DemandWindow
+from autoscaler.tiers.preparer import Preparer
+from autoscaler.tiers.wake_times import WakeTimes
+from autoscaler.tiers.warmth_settings import make_ladder
+from autoscaler.types import (
+    Decision,
+    PoolReport,
+    PoolStatus,
+    PoolView,
+    ReplicaLoad,
+    ReplicaReport,
+    ReplicaView,
+    TierReport,
+)
+from modelcache.types import TIERS, Progress, Tier
+from router.types import ReplicaState
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class ReplicaRecord:
+    """One replica. ``*_at_s`` are times on the loop's clock, ``None`` where it never happened.
+
+    ``begun_at_s`` is when its start or wake began, ``drain_at_s`` when its drain did.
+    ``not_before_s`` is the earliest time of its start. ``ended`` says that its processes are gone
+    for sure, ``launched`` that the backend has taken it. ``operation`` is its newest call to the
+    backend; calls follow one another. ``prepared`` is its spec with the model on this node,
+    ``woken_from`` the tier its start or wake began from.
+    """
+
+    id: str
+    spec: ReplicaSpec
+    since_s: float
+    not_before_s: float
+    state: State = State.SCHEDULED
+    probe: Probe = field(default_factory=Probe)
+    error: str | None = None
+    health_failures: int = 0
+    begun_at_s: float | None = None
+    ready_at_s: float | None = None
+    drain_at_s: float | None = None
+    recallable: bool = False
+    sleep_level: int = 1
+    sleep_error: BackendError | None = None
+    stop_failures: int = 0
+    launched: bool = False
+    ended: bool = False
+    operation: asyncio.Task[None] | None = None
+    preparation: asyncio.Task[None] | None = None
+    prepared: ReplicaSpec | None = None
+    progress: Progress | None = None
+    woken_from: Tier | None = None
+
+    @property
+    def pool(self) -> str:
+        """The name of its pool."""
+        return self.spec.pool.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """Why a pool cannot be in a tier: until a time on the loop's clock, or (``None``) for good."""
+
+    why: str
+    until_s: float | None
+
+
+class PoolRecord:
+    """One pool: its settings, its demand, its replicas, and how its engine has been doing."""
+
+    def __init__(
+        self,
+        pool: PoolSettings,
+        settings: AutoscalerSettings,
+        backend: Backend,
+        slug: str,
+        *,
+        preparer: Preparer,
+        wake_times: WakeTimes,
+    ) -> None:
+        self.pool = pool
+        self.policy = make_policy(pool, settings)
+        self.start_timeout_s = first(pool.start_timeout_s, settings.start_timeout_s)
+        self.prepare_timeout_s = first(pool.prepare_timeout_s, settings.prepare_timeout_s)
+        self.backend = backend
+        self.preparer = preparer
+        self.ladder = make_ladder(pool.warmth)
+        self.descent = Descent()
+        self.rung: Rung | None = None
+        """Where the ladder last put it, while it is at zero."""
+        self.barred: dict[Tier, Bar] = {}
+        self.looked_at_s: float | None = None
+        self.settling: asyncio.Task[None] | None = None
+        self.settled_for: Tier | None = None
+        self.settle_again_s = 0.0
+        self.window = DemandWindow(self.policy)
+        self.decide_state = DecideState()
+        self.decision: Decision | None = None
+        self.replicas: dict[str, ReplicaRecord] = {}
+        self.override: int | None = None
+        self.resting = False
+        """Put to sleep by an operator: at zero until somebody asks."""
+        self.poked = False
+        self.failures = 0
+        self.retry_at_s: float | None = None
+        self.error: str | None = None
+        self.ready_at_s: float | None = None
+        self.wake_times = wake_times
+        self.model_key = f"{pool.engine or pool.backend}:{pool.model or pool.name}"
+        self._slug = slug
+        self._numbers = 0
+
+    def forget_demand(self) -> None:
+        """Begin anew with what was asked of it: only what comes from now on counts."""
+        self.window = DemandWindow(self.policy)
+        self.decide_state = DecideState(arrivals_total=self.decide_state.arrivals_total)
+
+    def add_replica(self, now_s: float, *, url: str | None = None) -> ReplicaRecord:
+        """A new replica, scheduled, with an id this loop has not used before."""
+        self._numbers += 1
+        name = f"{self._slug}-{self._numbers}"
+        not_before_s = now_s if self.retry_at_s is None else max(now_s, self.retry_at_s)
+        record = ReplicaRecord(
+            id=name,
+            spec=ReplicaSpec(id=name, pool=self.pool, url=url),
+            since_s=now_s,
+            not_before_s=not_before_s,
+        )
+        self.replicas[name] = record
+        return record
+
+    def count(self, *states: State) -> int:
+        """How many replicas are in one of these states."""
+        return sum(record.state in states for record in self.replicas.values())
+
+    def make_status(self) -> PoolStatus:
+        """What ``decide`` is told."""
+        return PoolStatus(
+            scheduled=self.count(State.SCHEDULED),
+            preparing=self.count(State.PREPARING),
+            starting=self.count(State.STARTING),
+            waking=self.count(State.WAKING),
+            ready=self.count(State.READY),
+            unhealthy=self.count(State.UNHEALTHY),
+            sleeping=self.count(State.SLEEPING),
+            ready_at_s=self.ready_at_s,
+            poked=self.poked,
+            resting=self.resting,
+            override=self.override,
+        )
+
+    def make_candidates(self, loads: Mapping[str, ReplicaLoad]) -> list[Candidate]:
+        """What the plan is told, oldest first."""
+        return [
+            Candidate(
+                id=record.id,
+                state=record.state,
+                recallable=record.recallable,
+                inflight_requests=(
+                    loads[record.id].inflight_requests if record.id in loads else None
+                ),
+            )
+            for record in self.replicas.values()
+        ]
+
+    def bar(self, tier: Tier, why: str, until_s: float | None) -> None:
+        """Have the ladder leave out a tier, for good or for a while."""
+        self.barred[tier] = Bar(why=why, until_s=until_s)
+
+    def lift_bars(self, now_s: float) -> None:
+        """Let tiers be tried again whose time has come."""
+        self.barred = {
+            tier: bar
+            for tier, bar in self.barred.items()
+            if bar.until_s is None or now_s < bar.until_s
+        }
+
+    def tier(self) -> Tier | None:
+        """How warm it is now; ``None`` for servers that somebody else runs."""
+        if not self.backend.owns_replicas:
+            return None
+        if self.count(State.READY, State.UNHEALTHY, State.DRAINING, State.SETTLING):
+            return Tier.RUNNING
+        if self.count(*ASLEEP, State.WAKING):
+            return Tier.SLEEPING
+        return self.preparer.tier(self.pool)
+
+    def start_tier(self) -> Tier:
+        """What one more start begins from. An engine that stands by is there for one only."""
+        tier = self.preparer.tier(self.pool)
+        taken = any(
+            one.state in LOADING and one.woken_from is Tier.FORKED for one in self.replicas.values()
+        )
+        if tier is not Tier.FORKED or not taken:
+            return tier
+        return Tier.PAGED if Tier.PAGED in self.preparer.tiers(self.pool) else Tier.ON_DISK
+
+    def estimate_wake_s(self) -> float | None:
+        """How long the wake under way, or else the next, takes at most, by those measured;
+        ``None`` before the first."""
+        loading = [one.woken_from for one in self.replicas.values() if one.state in LOADING]
+        known = [tier for tier in loading if tier is not None]
+        if known:
+            tier = known[0]
+        elif self.count(*ASLEEP):
+            tier = Tier.SLEEPING
+        else:
+            tier = self.preparer.tier(self.pool)
+        return self.wake_times.estimate_s(self.model_key, tier)
+
+    def forget(self, failed_kept: int) -> None:
+        """Drop the replicas that are gone, except the newest failures."""
+        gone = [
+            record
+            for record in self.replicas.values()
+            if record.state in ENDED_STATES
+            and (record.ended or not record.launched)
+            and (record.operation is None or record.operation.done())
+        ]
+        failed = [record for record in gone if record.state is State.FAILED]
+        kept = failed[-failed_kept:] if failed_kept else []
+        for record in gone:
+            if record not in kept:
+                del self.replicas[record.id]
+
+
+ASLEEP = (State.FALLING_ASLEEP, State.SLEEPING)
+PUBLISHED = frozenset(State) - {State.SCHEDULED, State.PREPARING} - ENDED_STATES
+ADVANCE = tuple(reversed(start_steps.STEPS))
+
+
+def make_views(pools: Iterable[PoolRecord]) -> tuple[ReplicaView, ...]:
+    """What the data path is told: every replica that has an address and is not gone."""
+    views = []
+    for pool in pools:
+        for record in pool.replicas.values():
+            probe = record.probe
+            if record.state not in PUBLISHED or probe.url is None:
+                continue
+            views.append(
+                ReplicaView(
+                    id=record.id,
+                    pool=record.pool,
+                    url=probe.url,
+                    state=PUBLIC[record.state],
+                    served_model=probe.served_model,
+                    max_model_len_tokens=probe.max_model_len_tokens,
+                    max_inflight_requests=pool.pool.max_inflight_requests,
+                    max_inflight_tokens=pool.pool.max_inflight_tokens,
+                    headers=probe.headers,
+                )
+            )
+    return tuple(views)
+
+
+def view_pool(pool: PoolRecord) -> PoolView:
+    """What the data path is told of a pool; the phase is that of the replica nearest to ready."""
+    coming = [
+        (name_step(one), one)
+        for one in pool.replicas.values()
+        if name_step(one) in start_steps.STEPS
+    ]
+    step, nearest = min(coming, key=lambda one: ADVANCE.index(one[0]), default=("", None))
+    failures = pool.failures
+    phase = "" if nearest is None else start_steps.describe_step(step, nearest.progress, failures)
+    return PoolView(wake_eta_s=pool.estimate_wake_s(), phase=phase)
+
+
+def report_pool(pool: PoolRecord, loads: Mapping[str, ReplicaLoad]) -> PoolReport:
+    """One pool as ``tidegate status`` shows it."""
+    states = Counter(PUBLIC[record.state] for record in pool.replicas.values())
+    return PoolReport(
+        name=pool.pool.name,
+        desired=0 if pool.decision is None else pool.decision.desired,
+        override=pool.override,
+        ready=states[ReplicaState.READY],
+        starting=states[ReplicaState.STARTING] + states[ReplicaState.WAKING],
+        unhealthy=states[ReplicaState.UNHEALTHY],
+        draining=states[ReplicaState.DRAINING],
+        sleeping=states[ReplicaState.SLEEPING],
+        wake_eta_s=pool.estimate_wake_s(),
+        demand=pool.window.latest,
+        last_decision=pool.decision,
+        replicas=tuple(report_replica(one, loads.get(one.id)) for one in pool.replicas.values()),
+        failures=pool.failures,
+        retry_at_s=pool.retry_at_s if pool.failures else None,
+        error=pool.error,
+        tier=pool.tier(),
+        tiers=report_tiers(pool),
+        step_down_at_s=step_down_at_s(pool),
+    )
+
+
+def step_down_at_s(pool: PoolRecord) -> float | None:
+    """When a pool at zero will be a tier colder, if nobody asks; ``None`` for never."""
+    seen_at_s = pool.descent.seen_at_s
+    if pool.rung is None or pool.rung.left_s is None or seen_at_s is None:
+        return None
+    return seen_at_s + pool.rung.left_s
+
+
+def report_tiers(pool: PoolRecord) -> tuple[TierReport, ...]:
+    """The tiers a pool knows here, from hot to cold: those it can be in, was in, or was told of."""
+    if not pool.backend.owns_replicas:
+        return ()
+    here = pool.preparer.tiers(pool.pool)
+    reports = []
+    for tier in TIERS[1:]:
+        bar = pool.barred.get(tier)
+        times_s = pool.wake_times.measured(pool.model_key, tier)
+        stays_s = pool.ladder.stays_s(tier)
+        wanted = tier is Tier.SLEEPING and stays_s != 0
+        available = bar is None and (tier in here or wanted or pool.tier() is tier)
+        if available or bar is not None or times_s:
+            reports.append(
+                TierReport(
+                    tier=tier,
+                    available=available,
+                    wake_s=pool.wake_times.median_s(pool.model_key, tier),
+                    wakes=len(times_s),
+                    stays_s=stays_s,
+                    why_not="" if bar is None else bar.why,
+                )
+            )
+    return tuple(reports)
+
+
+def report_replica(record: ReplicaRecord, load: ReplicaLoad | None) -> ReplicaReport:
+    """One replica as ``tidegate status`` shows it."""
+    probe = record.probe
+    return ReplicaReport(
+        id=record.id,
+        pool=record.pool,
+        state=PUBLIC[record.state],
+        since_s=record.since_s,
+        phase=describe_phase(record),
+        step=name_step(record),
+        progress=record.progress,
+        woken_from=record.woken_from,
+        url=probe.url,
+        pid=probe.pid,
+        served_model=probe.served_model,
+        gpus=probe.gpus,
+        cpus=probe.cpus,
+        inflight_requests=None if load is None else load.inflight_requests,
+        inflight_tokens=None if load is None else load.inflight_tokens,
+        error=record.error,
+    )
+
+
+def name_step(record: ReplicaRecord) -> str:
+    """What a replica on its way is at, in one word; nothing for any other."""
+    return start_steps.name_step(record.state, record.progress, record.probe.phase)
+
+
+def describe_phase(record: ReplicaRecord) -> str:
+    """What a replica is at, where its state alone does not say."""
+    match record.state:
+        case State.SCHEDULED:
+            return "waits for its start"
+        case State.PREPARING:
+            return start_steps.describe_step(name_step(record), record.progress)
+        case State.STARTING if record.progress is not None:
+            beside = start_steps.describe_progress(record.progress)
+            return f"{record.probe.phase} ({beside})" if record.probe.phase else beside
+        case State.STARTING:
+            return record.probe.phase
+        case State.SETTLING | State.FALLING_ASLEEP:
+            return record.state.value.replace("_", " ")
+        case _:
+            return ""
+
+
+def make_slugs(names: Iterable[str]) -> dict[str, str]:
+    """A name for each pool that is fit for ids, paths and files; no two are the same."""
+    slugs: dict[str, str] = {}
+    for name in names:
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:100] or "pool"
+        number = 1
+        unique = slug
+        while unique in slugs.values():
+            number += 1
+            unique = f"{slug}.{number}"
+        slugs[name] = unique
+    return slugs

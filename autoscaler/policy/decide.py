@@ -1,0 +1,373 @@
+"""How many replicas a pool shall have: one pure function of what is known, and when.
+
+The number comes from demand (tokens in flight and queued, over what one replica carries), is held
+up by what must not be cut (requests, starting replicas, unknown demand, the scale-down delay, a
+panic), and is bounded by ``min_replicas`` and ``max_replicas``. Each step can only change the
+number together with the reason for it, so the decision explains itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from autoscaler.policy.recommend import Need, larger, needs
+from autoscaler.types import Bound, Decision, Demand, PoolPolicy, PoolStatus, Reason, Signal
+
+WISH_BUCKETS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """The most replicas wished for in a stretch of time that began at ``at_s``."""
+
+    at_s: float
+    until_s: float
+    replicas: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecideState:
+    """What one decision remembers for the next.
+
+    ``active_at_s``: when a request was last known of. ``panic_until_s``: the end of the panic, if
+    there is one, and ``panic_peak`` the most it wished for. ``wishes``: recent wishes, oldest
+    first, bounded in number.
+    """
+
+    arrivals_total: int | None = None
+    active_at_s: float | None = None
+    panic_until_s: float | None = None
+    panic_peak: int = 0
+    wishes: tuple[Wish, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """A number on its way to a decision, with the reason it has so far."""
+
+    desired: int
+    reason: Reason
+    detail: str
+    signal: Signal = Signal.NONE
+    bound: Bound | None = None
+
+
+def decide(
+    policy: PoolPolicy, status: PoolStatus, demand: Demand, state: DecideState, now_s: float
+) -> tuple[Decision, DecideState]:
+    """How many replicas the pool shall have at ``now_s``, why, and what to remember."""
+    arrived = has_arrived(demand, state)
+    active = demand.some_requests or demand.some_queued or arrived or status.poked
+    state = remember_activity(state, demand, active, now_s)
+    stable, panic = needs(policy, demand)
+    state = watch_panic(policy, status, panic, stable, state, now_s)
+    panicking = state.panic_until_s is not None
+
+    proposal = wanted(status, stable, panic, state)
+    state = remember_wish(policy, state, proposal.desired, now_s)
+    if active:
+        proposal = wake(status, proposal, demand)
+    if proposal.desired < status.supply:
+        proposal = hold_up(policy, status, demand, panic, proposal, state, now_s)
+    if not active:
+        proposal = rest(policy, status, demand, proposal, state, now_s)
+    proposal = bound(policy, status, proposal)
+    if status.resting and not (arrived or status.poked or demand.some_queued):
+        proposal = Proposal(
+            desired=0,
+            reason=Reason.RESTING,
+            detail="an operator put it to sleep, and nobody has asked since",
+        )
+    elif status.override is not None:
+        proposal = obey(status, demand, proposal, status.override, active=active)
+    decision = Decision(
+        pool=policy.pool,
+        at_s=now_s,
+        desired=proposal.desired,
+        supply=status.supply,
+        reason=proposal.reason,
+        detail=proposal.detail,
+        signal=proposal.signal,
+        bound=proposal.bound,
+        panicking=panicking,
+    )
+    return decision, state
+
+
+def has_arrived(demand: Demand, state: DecideState) -> bool:
+    """Whether requests came since the last decision, even if they have gone again.
+
+    A counter that went backwards was reset, so something may have come; one that is unknown says
+    nothing.
+    """
+    if demand.arrivals_total is None:
+        return False
+    if state.arrivals_total is None:
+        return demand.arrivals_total > 0
+    return demand.arrivals_total != state.arrivals_total
+
+
+def remember_activity(
+    state: DecideState, demand: Demand, active: bool, now_s: float
+) -> DecideState:
+    """The state with the arrivals seen, and the time of activity moved if there is any."""
+    seen = state.arrivals_total if demand.arrivals_total is None else demand.arrivals_total
+    began_s = now_s if active or state.active_at_s is None else state.active_at_s
+    return replace(state, arrivals_total=seen, active_at_s=began_s)
+
+
+def watch_panic(
+    policy: PoolPolicy,
+    status: PoolStatus,
+    panic: Need | None,
+    stable: Need | None,
+    state: DecideState,
+    now_s: float,
+) -> DecideState:
+    """Enter, prolong or leave the panic.
+
+    It lasts a stable window past the last moment over the threshold, so that when it ends the
+    stable mean has seen all of the burst: what follows is not a fall to the mean of before.
+    """
+    over = (
+        panic is not None
+        and panic.replicas / max(1, status.ready) >= policy.panic_threshold
+        and policy.max_replicas > 1
+    )
+    if not over and state.panic_until_s is not None and now_s >= state.panic_until_s:
+        return replace(state, panic_until_s=None, panic_peak=0)
+    if not over and state.panic_until_s is None:
+        return state
+    known = [one.replicas for one in (panic, stable) if one is not None]
+    held = min(status.supply, policy.max_replicas)
+    peak = min(max([state.panic_peak, held, *known]), policy.max_replicas)
+    until_s = now_s + policy.stable_window_s if over else state.panic_until_s
+    return replace(state, panic_until_s=until_s, panic_peak=peak)
+
+
+def wanted(
+    status: PoolStatus, stable: Need | None, panic: Need | None, state: DecideState
+) -> Proposal:
+    """What demand asks for, before anything holds it up."""
+    if stable is None:
+        return Proposal(
+            desired=status.supply,
+            reason=Reason.UNKNOWN_DEMAND,
+            detail="demand is unknown, so what there is stays",
+            bound=Bound.UNKNOWN_DEMAND,
+        )
+    best = stable
+    if state.panic_until_s is not None:
+        best = larger(stable, panic) or stable
+        if state.panic_peak > best.replicas:
+            return Proposal(
+                desired=state.panic_peak,
+                reason=Reason.PANIC,
+                detail=f"a burst asked for {state.panic_peak}; no replica goes while it may last",
+                signal=best.signal,
+                bound=Bound.PANIC,
+            )
+    reason = Reason.STEADY
+    if best.replicas > status.supply:
+        panicking = state.panic_until_s is not None
+        reason = Reason.PANIC if panicking else Reason.DEMAND
+    elif best.replicas < status.supply:
+        reason = Reason.SCALE_DOWN
+    return Proposal(desired=best.replicas, reason=reason, detail=best.text, signal=best.signal)
+
+
+def remember_wish(
+    policy: PoolPolicy, state: DecideState, replicas: int, now_s: float
+) -> DecideState:
+    """The state with this wish added, those past the delay dropped, and neighbours merged."""
+    width_s = policy.scale_down_delay_s / WISH_BUCKETS
+    since_s = now_s - policy.scale_down_delay_s
+    wishes = [wish for wish in state.wishes if wish.until_s >= since_s]
+    newest = Wish(at_s=now_s, until_s=now_s, replicas=replicas)
+    if wishes and (now_s - wishes[-1].at_s < width_s or wishes[-1].replicas == replicas):
+        last = wishes.pop()
+        newest = Wish(at_s=last.at_s, until_s=now_s, replicas=max(last.replicas, replicas))
+    return replace(state, wishes=(*wishes, newest))
+
+
+def wake(status: PoolStatus, proposal: Proposal, demand: Demand) -> Proposal:
+    """At least one replica as soon as there is a request, even one that has gone again."""
+    if status.supply > 0 and proposal.desired > 0:
+        return proposal
+    if demand.some_requests or demand.some_queued or status.poked:
+        signal, detail = Signal.HELD, "a request is held or in flight"
+    else:
+        signal, detail = Signal.ARRIVALS, "a request came since the last decision"
+    if status.supply > 0:
+        return Proposal(
+            desired=1, reason=Reason.BUSY, detail=detail, signal=signal, bound=Bound.NEVER_ZERO
+        )
+    desired = max(1, proposal.desired)
+    if proposal.desired > 1:
+        detail = f"{detail}; {proposal.detail}"
+    return Proposal(desired=desired, reason=Reason.WAKE, detail=detail, signal=signal)
+
+
+def hold_up(
+    policy: PoolPolicy,
+    status: PoolStatus,
+    demand: Demand,
+    panic: Need | None,
+    proposal: Proposal,
+    state: DecideState,
+    now_s: float,
+) -> Proposal:
+    """Take back as much of a scale-down as must wait."""
+    if unknown(demand):
+        return replace(
+            proposal,
+            desired=status.supply,
+            reason=Reason.UNKNOWN_DEMAND,
+            detail="demand is unknown, which is never a reason to remove a replica",
+            bound=Bound.UNKNOWN_DEMAND,
+        )
+    if panic is not None and panic.replicas > proposal.desired:
+        proposal = Proposal(
+            desired=min(panic.replicas, status.supply),
+            reason=Reason.STEADY if panic.replicas >= status.supply else Reason.SCALE_DOWN,
+            detail=panic.text,
+            signal=panic.signal,
+        )
+    since_s = now_s - policy.scale_down_delay_s
+    recent = most(wish.replicas for wish in state.wishes if wish.until_s >= since_s)
+    if policy.scale_down_delay_s > 0 and recent > proposal.desired:
+        proposal = replace(
+            proposal,
+            desired=min(recent, status.supply),
+            reason=Reason.SCALE_DOWN_DELAYED,
+            detail=f"{proposal.detail}; {recent} {'was' if recent == 1 else 'were'} wished for in "
+            f"the last {policy.scale_down_delay_s:g} s",
+            bound=Bound.SCALE_DOWN_DELAY,
+        )
+    there = status.supply - status.scheduled
+    if status.loading and proposal.desired < there:
+        return replace(
+            proposal,
+            desired=there,
+            reason=Reason.STARTING,
+            detail=f"{proposal.detail}; a replica is loading, none goes before it is ready",
+            bound=Bound.STARTING,
+        )
+    return proposal
+
+
+def rest(
+    policy: PoolPolicy,
+    status: PoolStatus,
+    demand: Demand,
+    proposal: Proposal,
+    state: DecideState,
+    now_s: float,
+) -> Proposal:
+    """Go to zero, or stay there, only when idle long enough and nothing is on its way."""
+    if status.supply == 0 and proposal.desired == 0:
+        return Proposal(desired=0, reason=Reason.AT_ZERO, detail="at zero, and nobody asks")
+    if status.loading or proposal.reason is Reason.UNKNOWN_DEMAND:
+        return proposal
+    if unknown(demand) or demand.arrivals_total is None:
+        if proposal.desired > 0:
+            return proposal
+        return replace(
+            proposal,
+            desired=1,
+            reason=Reason.UNKNOWN_DEMAND,
+            detail="demand is unknown, which is never a reason to go to zero",
+            bound=Bound.UNKNOWN_DEMAND,
+        )
+    moments = [at_s for at_s in (state.active_at_s, status.ready_at_s) if at_s is not None]
+    if now_s - max(moments, default=now_s) >= policy.idle_to_zero_s:
+        return Proposal(
+            desired=0,
+            reason=Reason.IDLE_TO_ZERO if status.supply else Reason.AT_ZERO,
+            detail=f"no request for {policy.idle_to_zero_s:g} s",
+        )
+    if proposal.desired > 0:
+        return proposal
+    return replace(
+        proposal,
+        desired=1,
+        reason=Reason.IDLE,
+        detail=f"no request; to zero after {policy.idle_to_zero_s:g} s of that",
+        bound=Bound.IDLE_TO_ZERO,
+    )
+
+
+def bound(policy: PoolPolicy, status: PoolStatus, proposal: Proposal) -> Proposal:
+    """Keep the number between the pool's bounds, and its growth below the limit per decision."""
+    most_now = max(status.supply, policy.min_replicas) + policy.max_scale_up
+    if proposal.desired < policy.min_replicas:
+        return replace(
+            proposal,
+            desired=policy.min_replicas,
+            reason=Reason.MINIMUM,
+            bound=Bound.MIN_REPLICAS,
+            detail=f"{proposal.detail}; min_replicas is {policy.min_replicas}",
+        )
+    if proposal.desired > policy.max_replicas:
+        proposal = replace(
+            proposal,
+            desired=policy.max_replicas,
+            bound=Bound.MAX_REPLICAS,
+            detail=f"{proposal.detail}; {proposal.desired} wished, max_replicas is "
+            f"{policy.max_replicas}",
+        )
+    if proposal.desired > most_now:
+        proposal = replace(
+            proposal,
+            desired=most_now,
+            bound=Bound.MAX_SCALE_UP,
+            detail=f"{proposal.detail}; at most {policy.max_scale_up} are started at once",
+        )
+    return proposal
+
+
+def obey(
+    status: PoolStatus, demand: Demand, proposal: Proposal, override: int, *, active: bool
+) -> Proposal:
+    """Put the operator's number in place of the decision's.
+
+    Zero means "at zero while nobody asks": it waits for requests that are held, in flight or
+    unknown, and one that comes later still wakes the pool. No number takes away an answer. A model
+    that is still on its way here is called off: what has come of it is kept.
+    """
+    if override > 0:
+        return Proposal(
+            desired=override,
+            reason=Reason.OVERRIDE,
+            detail=f"an operator asked for {override}; without that: {proposal.desired}",
+            signal=Signal.OVERRIDE,
+        )
+    obstacle = None
+    if active:
+        obstacle = "a request is held or in flight"
+    elif status.starting or status.waking:
+        obstacle = "a replica is loading"
+    elif unknown(demand) and status.supply > 0:
+        obstacle = "demand is unknown"
+    if obstacle is not None:
+        return Proposal(
+            desired=1,
+            reason=Reason.OVERRIDE_WAITS,
+            detail=f"an operator asked for 0, but {obstacle}",
+            signal=Signal.OVERRIDE,
+            bound=Bound.NEVER_ZERO,
+        )
+    return Proposal(
+        desired=0, reason=Reason.OVERRIDE, detail="an operator asked for 0", signal=Signal.OVERRIDE
+    )
+
+
+def unknown(demand: Demand) -> bool:
+    """Whether any part of the demand of this moment is not known."""
+    return demand.tokens is None or demand.requests is None
+
+
+def most(numbers: Iterable[int]) -> int:
+    """The largest number, 0 if there is none."""
+    return max(numbers, default=0)

@@ -1,0 +1,263 @@
+"""``tidegate model``: what the model cache has, and what is done with it by hand.
+
+Where a Tidegate or a cache agent runs with this state directory it is asked, for it knows what is
+in use and keeps pages; where none does, the verbs work on the cache's directory themselves.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gateway.cli import model_tables
+from gateway.cli.base import Admin, AsJson, Config, Sets, as_text, load, out, screen
+from gateway.cli.model_client import find_doer, name_model
+from gateway.cli.progress import Bar
+
+model_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A URL (hf://, s3://, gs://, oss://, https://, file://), org/name of a hub, a "
+        "directory, the name of a pool of whoever is asked, or prepared://KEY for what steps have "
+        "made.",
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        "-r",
+        metavar="NAME",
+        help="Branch, tag or commit; of what is here the beginning will do (6 characters). Else "
+        "the newest.",
+    ),
+]
+
+
+def _do(
+    verb: str,
+    model: str,
+    revision: str | None,
+    as_json: bool,
+    where: tuple[str | None, Path | None, list[str] | None],
+    **options: Any,
+) -> dict[str, Any]:
+    """One verb: done, shown, and its answer."""
+    admin, config, sets = where
+    settings = load(config, sets).settings
+    doer = find_doer(admin, settings)
+    given = {name: value for name, value in options.items() if value not in (None, False, [])}
+    body = {"model": name_model(model, doer), "revision": revision, **given}
+    with Bar(f"{verb} {model}") as bar:
+        told = doer.run(verb, body, bar.show)
+    out(as_text(told) if as_json else model_tables.done(told))
+    return told
+
+
+@model_app.command("ls")
+def model_ls(
+    as_json: AsJson = False, admin: Admin = None, config: Config = None, sets: Sets = None
+) -> int:
+    """Show the models in this node's cache, and what they take.
+
+    TIER is how warm a model is here, ALONE what evicting it would free (files that no other
+    revision has), IN PAGES how much of it is in the page cache. A `?` is unknown. What preparation
+    steps have made of a model stands below it.
+
+    **Examples:** `tidegate model ls`, `tidegate model ls --json | jq '.models[].url'`
+    """
+    settings = load(config, sets).settings
+    found = find_doer(admin, settings).listing()
+    text = model_tables.listing(found, screen(), time.time())
+    out(as_text(found) if as_json else text)
+    return 0
+
+
+@model_app.command("preload")
+def model_preload(
+    model: ModelName,
+    revision: Revision = None,
+    expected_in_s: Annotated[
+        float | None,
+        typer.Option(
+            "--expected-in-s",
+            metavar="SECONDS",
+            min=0,
+            help="When it will be wanted: what is wanted later is evicted sooner.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    admin: Admin = None,
+    config: Config = None,
+    sets: Sets = None,
+) -> int:
+    """Bring a model to this node's disk.
+
+    What was fetched before an interruption is not fetched again. Where the disk or the quota is
+    too small, that is said before the first byte.
+
+    **Examples:** `tidegate model preload Qwen/Qwen3-8B`,
+    `tidegate model preload oss://models/qwen3-8b --json`
+    """
+    expected = None if expected_in_s is None else time.time() + expected_in_s
+    where = (admin, config, sets)
+    _do("preload", model, revision, as_json, where, expected_use_at_s=expected)
+    return 0
+
+
+@model_app.command("prewarm")
+def model_prewarm(
+    model: ModelName,
+    revision: Revision = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=0, help="Only what this tensor-parallel rank needs; with --world-size."),
+    ] = None,
+    world_size: Annotated[
+        int | None, typer.Option("--world-size", min=1, help="Tensor-parallel ranks in all.")
+    ] = None,
+    as_json: AsJson = False,
+    admin: Admin = None,
+    config: Config = None,
+    sets: Sets = None,
+) -> int:
+    """Bring a model's weights into the page cache; to the disk first, if need be.
+
+    An engine that starts next reads them from memory. The kernel may drop them again: a running
+    Tidegate or agent keeps them, within `modelcache.page_budget_bytes`.
+
+    **Examples:** `tidegate model prewarm smollm2`, `tidegate model prewarm ~/models/Qwen3-8B`
+    """
+    if (rank is None) != (world_size is None):
+        raise typer.BadParameter("--rank and --world-size belong together")
+    where = (admin, config, sets)
+    _do("prewarm", model, revision, as_json, where, rank=rank, world_size=world_size)
+    return 0
+
+
+@model_app.command("pin")
+def model_pin(
+    model: ModelName,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    admin: Admin = None,
+    config: Config = None,
+    sets: Sets = None,
+) -> int:
+    """Keep a model on the disk, whatever else needs the space.
+
+    **Example:** `tidegate model pin hf://Qwen/Qwen3-8B`
+    """
+    _do("pin", model, revision, as_json, (admin, config, sets))
+    return 0
+
+
+@model_app.command("unpin")
+def model_unpin(
+    model: ModelName,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    admin: Admin = None,
+    config: Config = None,
+    sets: Sets = None,
+) -> int:
+    """Let a pinned model be evicted again, all its revisions unless one is named.
+
+    **Example:** `tidegate model unpin hf://Qwen/Qwen3-8B`
+    """
+    _do("unpin", model, revision, as_json, (admin, config, sets))
+    return 0
+
+
+@model_app.command("evict")
+def model_evict(
+    model: ModelName,
+    revision: Revision = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also where it is pinned; never where it is in use.")
+    ] = False,
+    prepared: Annotated[
+        bool,
+        typer.Option("--prepared", help="Only what preparation steps have made of it, not itself."),
+    ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All its revisions, not the newest alone.")
+    ] = False,
+    as_json: AsJson = False,
+    admin: Admin = None,
+    config: Config = None,
+    sets: Sets = None,
+) -> int:
+    """Take a revision of a model from this node's disk, with what preparation steps made of it.
+
+    It is the newest that is here unless `--revision` names one or `--all` takes them all; the
+    answer says which went and which are left. Files that another revision has too stay. Where some
+    of it is in use nothing goes.
+
+    **Examples:** `tidegate model evict hf://Qwen/Qwen3-8B`,
+    `tidegate model evict Qwen/Qwen3-8B --revision main --force`,
+    `tidegate model evict Qwen/Qwen3-8B --all`,
+    `tidegate model evict my-pool --prepared`
+    """
+    if everything and revision is not None:
+        raise typer.BadParameter("--all and --revision do not go together")
+    where = (admin, config, sets)
+    options = {"force": force, "prepared": prepared, "all": everything}
+    _do("evict", model, revision, as_json, where, **options)
+    return 0
+
+
+@model_app.command("verify")
+def model_verify(
+    model: ModelName,
+    revision: Revision = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Fetch again what is not as it was.")
+    ] = False,
+    as_json: AsJson = False,
+    admin: Admin = None,
+    config: Config = None,
+    sets: Sets = None,
+) -> int:
+    """Read every byte of a model again and compare it with its digests.
+
+    Exit code 1 when something is damaged and was not mended.
+
+    **Examples:** `tidegate model verify Qwen/Qwen3-8B`,
+    `tidegate model verify Qwen/Qwen3-8B --repair --json`
+    """
+    told = _do("verify", model, revision, as_json, (admin, config, sets), repair=repair)
+    return 1 if told["damage"] and not told["repaired"] else 0
+
+
+@model_app.command("replicate")
+def model_replicate(
+    model: ModelName,
+    revision: Revision = None,
+    to: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--to", metavar="SITE", help="A site of modelcache.sites; else all. May be repeated."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    admin: Admin = None,
+    config: Config = None,
+    sets: Sets = None,
+) -> int:
+    """Have other sites' cache agents preload a model, each from the store that is nearest to it.
+
+    Exit code 1 when a site could not.
+
+    **Examples:** `tidegate model replicate oss://models/qwen3-8b`,
+    `tidegate model replicate oss://models/qwen3-8b --to eu --to us`
+    """
+    told = _do("replicate", model, revision, as_json, (admin, config, sets), sites=to)
+    outcomes = (told.get("sites") or {}).values()
+    return 1 if any(one.get("error") or one.get("done") is False for one in outcomes) else 0

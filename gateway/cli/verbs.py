@@ -1,0 +1,305 @@
+"""The verbs of the ``tidegate`` command, and the options each of them takes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Annotated, Any, Literal
+
+import typer
+
+from gateway.cli import agent_tables, base, client, tables
+from gateway.cli.agent import agent
+from gateway.cli.base import (
+    Admin,
+    AsJson,
+    Config,
+    PoolName,
+    Sets,
+    address,
+    as_text,
+    complain,
+    load,
+    out,
+    screen,
+)
+from gateway.cli.bundle import bundle
+from gateway.cli.config import config_app
+from gateway.cli.model import model_app
+
+CLEAR = "\x1b[H\x1b[2J"
+HELP_NAMES = ["-h", "--help"]
+
+app = typer.Typer(
+    name="tidegate",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": HELP_NAMES},
+)
+app.add_typer(config_app, name="config", help="Check and show the settings.")
+app.add_typer(model_app, name="model", help="The models in this node's cache.")
+app.command()(agent)
+model_app.command("bundle")(bundle)
+
+
+def make_command() -> Any:
+    """The whole command line, whose help names no type behind what takes no value."""
+    command = typer.main.get_command(app)
+    _hide_types_of_flags(command)
+    return command
+
+
+def _hide_types_of_flags(command: Any) -> None:
+    for one in command.get_params(typer.Context(command, help_option_names=HELP_NAMES)):
+        if getattr(one, "is_flag", False) and one.metavar is None:
+            one.metavar = ""
+    for below in getattr(command, "commands", {}).values():
+        _hide_types_of_flags(below)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tidegate {base.version()} (Python {sys.version.split()[0]})")
+        raise typer.Exit
+
+
+@app.callback()
+def tidegate(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and end.")
+    ] = False,
+) -> None:
+    """One OpenAI-compatible endpoint in front of vLLM that scales to zero and back without losing
+    a request.
+
+    **Start it:** `tidegate up` serves the pools of ./tidegate.toml, or a small built-in model.
+    `tidegate up --engine simulated` is instant and needs no engine.
+
+    **Look at it:** `tidegate status` shows pools and replicas, `tidegate explain POOL` why there
+    are as many as there are.
+
+    **Take over:** `tidegate scale POOL 2` holds a pool at two replicas, `tidegate scale POOL auto`
+    gives it back.
+
+    **Bring models here ahead of time:** `tidegate model preload MODEL`, `tidegate model ls`.
+
+    **Set it up:** `tidegate config example > tidegate.toml`, `tidegate config check`,
+    `tidegate doctor`.
+    """
+
+
+@app.command()
+def up(
+    config: Config = None,
+    sets: Sets = None,
+    engine: Annotated[
+        Literal["vllm", "simulated"] | None,
+        typer.Option(help="Engine of every pool that Tidegate starts itself."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Serve this one model instead of the configured pools: a checkpoint directory, "
+            "org/name of a hub, a URL (hf://, s3://, gs://, oss://, https://, file://), or a name "
+            "the engine knows.",
+        ),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address of the API; 0.0.0.0 for all.", metavar="ADDRESS")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port of the API; 0 for any free one.", min=0, max=65_535)
+    ] = None,
+    admin_port: Annotated[
+        int | None, typer.Option(help="Port of the admin listener.", min=0, max=65_535)
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Gateway processes; 0 for one per core.", min=0, max=256)
+    ] = None,
+) -> int:
+    """Run the gateway, the autoscaler and the engines, until Ctrl-C.
+
+    Prints the URL and a `curl` line once requests are accepted. A pool at zero starts its first
+    engine when it is asked for; meanwhile the request waits.
+
+    **Examples**
+
+    - `tidegate up` — ./tidegate.toml, or the small model that `make run` brings
+
+    - `tidegate up --engine simulated` — try everything without an engine
+
+    - `tidegate up --model Qwen/Qwen3-0.6B` — fetched by the first request
+
+    - `tidegate up --model ~/models/Qwen3-8B -s pools.0.gpus_per_replica=1`
+
+    - `tidegate up -c prod.toml --port 9000 --workers 4`
+    """
+    from gateway.settings import defaults
+
+    flags = defaults.UpFlags(
+        engine=engine,
+        model=model,
+        host=host,
+        port=port,
+        admin_port=admin_port,
+        workers=workers,
+    )
+    loaded = defaults.load_for_up(config, os.environ, sets or (), flags)
+    defaults.check_installed(loaded)
+    for warning in loaded.warnings:
+        complain(f"warning: {warning.as_warning()}")
+    from gateway.compose import up
+
+    return up.run(loaded)
+
+
+@app.command()
+def status(
+    as_json: AsJson = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again and again.")] = False,
+    interval: Annotated[
+        float, typer.Option(help="Seconds between two looks.", min=0.2, max=3600)
+    ] = 2.0,
+    admin: Admin = None,
+    config: Config = None,
+    sets: Sets = None,
+) -> int:
+    """Show pools, replicas, load, and the last decision for each pool.
+
+    WANTED is what the autoscaler decided; "(held)" after it means an operator did. QUEUED requests
+    wait in the gateway, INFLIGHT ones are with an engine, TOKENS are estimates of both. WAKE is how
+    long a start takes, measured from earlier ones. A `?` is unknown, which is not zero. Of a cache
+    agent it shows its peers, its room and its traffic.
+
+    **Examples:** `tidegate status`, `tidegate status --watch`,
+    `tidegate status --json | jq '.pools[].ready'`
+    """
+    while True:
+        base = address(admin, config, sets)  # each time: one that was started again has new ports
+        clear = CLEAR if watch and not as_json and screen().terminal else ""
+        try:
+            report = client.ask(base, "/status")
+        except client.Unreachable as error:
+            if not watch:
+                raise
+            if as_json:
+                complain(f"not reachable: {error}")
+            else:
+                out(f"{clear}Not reachable: {error}\n")
+        else:
+            out(clear + _status_text(report, base, as_json))
+        if not watch:
+            return 0
+        time.sleep(interval)
+
+
+def _status_text(report: dict[str, Any], base: str, as_json: bool) -> str:
+    """A gateway's status or an agent's, as it is printed."""
+    if as_json:
+        return as_text(report)
+    if agent_tables.is_agent(report):
+        return agent_tables.agent_status(report, base)
+    return tables.status(report, screen(), time.time())
+
+
+@app.command()
+def scale(
+    pool: PoolName,
+    replicas: Annotated[
+        str, typer.Argument(metavar="N|auto", help="Replicas to hold it at, or `auto`.")
+    ],
+    as_json: AsJson = False,
+    admin: Admin = None,
+    config: Config = None,
+    sets: Sets = None,
+) -> int:
+    """Hold a pool at N replicas, or give it back to the autoscaler with `auto`.
+
+    The pool's own min_replicas and max_replicas still hold, and nothing is taken from a request:
+    replicas that go finish what they have.
+
+    **Examples:** `tidegate scale smollm2 2`, `tidegate scale smollm2 0`,
+    `tidegate scale smollm2 auto`
+    """
+    if replicas != "auto" and not (replicas.isascii() and replicas.isdigit()):
+        raise typer.BadParameter(f"{replicas!r} is neither a number from 0 nor auto")
+    count = None if replicas == "auto" else int(replicas)
+    base = address(admin, config, sets)
+    answer = client.ask(base, client.pool_path(pool, "scale"), {"replicas": count})
+    if as_json:
+        out(as_text(answer))
+    elif count is None:
+        out(f"{pool} is the autoscaler's again.\n")
+    else:
+        out(f"{pool} is held at {count}; `tidegate scale {pool} auto` gives it back.\n")
+    return 0
+
+
+@app.command()
+def explain(
+    pool: PoolName,
+    as_json: AsJson = False,
+    limit: Annotated[int, typer.Option(help="Newest decisions to show.", min=1, max=10_000)] = 20,
+    admin: Admin = None,
+    config: Config = None,
+    sets: Sets = None,
+) -> int:
+    """Say why a pool has as many replicas as it has.
+
+    The newest decision in full (which signal asked for the number, which bound changed it), then
+    how it came to that, oldest first; equal decisions in a row are one line.
+
+    **Examples:** `tidegate explain smollm2`, `tidegate explain smollm2 --limit 5 --json`
+    """
+    base = address(admin, config, sets)
+    path = f"{client.pool_path(pool, 'explain')}?limit={limit}"
+    answer = client.ask(base, path)
+    decisions = answer.get("decisions") or []
+    if as_json:
+        out(as_text(answer))
+    else:
+        out(tables.explain(pool, decisions, screen(), time.time()))
+    return 0
+
+
+@app.command()
+def doctor(
+    as_json: AsJson = False,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure/--no-measure",
+            help="Try whether engines can be forked, and how fast each load format reads.",
+        ),
+    ] = True,
+    config: Config = None,
+    sets: Sets = None,
+) -> int:
+    """Look at this machine and these settings: what is there, what lacks, what to do about it.
+
+    Changes nothing, and nothing it starts stays. Measuring takes up to a minute, and for a moment
+    the room of one file of weights in the temporary directory. Exit code 1 when something would
+    keep `tidegate up` from working.
+
+    **Examples:** `tidegate doctor`, `tidegate doctor --no-measure`,
+    `tidegate doctor -c prod.toml --json`
+    """
+    from gateway.doctor.report import run_doctor
+
+    loaded = load(config, sets)
+    if sys.stderr.isatty() and not as_json:
+        complain("looking at this machine; what it asks of an engine takes up to a minute")
+    checks = [
+        {
+            "name": check.name,
+            "status": str(check.status),
+            "finding": check.finding,
+            "advice": check.advice,
+        }
+        for check in run_doctor(loaded.settings, measure=measure)
+    ]
+    out(as_text({"checks": checks}) if as_json else tables.doctor(checks, screen()))
+    return 1 if any(check["status"] == "fail" for check in checks) else 0

@@ -1,0 +1,177 @@
+"""A cache agent: the model cache of a node that runs no replicas, for its peers and other sites.
+
+The composition root of ``tidegate agent``, as ``gateway.compose.up`` is that of ``tidegate up``:
+the
+peer listener gives pieces and takes orders, the admin listener has the verbs of the model cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from gateway.admin.answers import error
+from gateway.admin.app import MAX_BODY_BYTES, METRICS_TYPE, assemble
+from gateway.admin.metrics_page import render_agent, render_cache
+from gateway.admin.model_routes import ModelRoutes
+from gateway.admin.models import Models, as_json
+from gateway.admin.server import listen, serve_admin_on, url
+from gateway.admin.usage_poller import UsageLook
+from gateway.cli.base import complain, out, version
+from gateway.compose.cache import NodeCache, make_keeper, make_models, open_cache
+from gateway.compose.process import check_writable, set_up_logging, take_signals
+from gateway.compose.run_record import (
+    AGENT_NAME,
+    ClaimError,
+    Running,
+    claim_for_agent,
+    leave_record,
+    make_url,
+    remove_record,
+)
+from gateway.settings.load import LoadedSettings
+from gateway.settings.schema import Settings
+from modelcache.peers.serving import Serving, run_agent
+from modelcache.types import CacheError
+
+log = logging.getLogger("tidegate.agent")
+
+
+def run(loaded: LoadedSettings) -> int:
+    """Run until SIGTERM or Ctrl-C. Returns the exit status: 0 after an orderly end, 2 where it
+    could not start (one line says why)."""
+    settings = loaded.settings
+    set_up_logging(settings.gateway.log_level)
+    try:
+        node = open_cache(settings, os.environ)
+        check_writable(loaded, "state_dir", settings.state_dir, may_be_full=True)
+        check_writable(loaded, "modelcache.dir", node.cache.dir, may_be_full=True)
+        with claim_for_agent(settings.state_dir):
+            return asyncio.run(_run(settings, node))
+    except (CacheError, ClaimError) as error:
+        complain(" ".join(str(error).split()))
+        return 2
+
+
+async def _run(settings: Settings, node: NodeCache) -> int:
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    take_signals(stop, hurry)
+    keeper = make_keeper(settings)
+    models = make_models(node, settings, os.environ, keeper)
+    given = settings.gateway
+    listener = listen(given.admin_host, given.admin_port)
+    state_dir, admin_url = Path(settings.state_dir), url(listener)
+    serving: list[Serving] = []
+
+    def begin(now: Serving) -> None:
+        serving.append(now)
+        peer_url = make_url(now.host, now.port)
+        running = Running(pid=os.getpid(), url=peer_url, admin_url=admin_url)
+        try:
+            leave_record(state_dir, running, AGENT_NAME)
+        except OSError as error:  # the disk is full: it serves, and the console must be told where
+            log.warning("%s: %s; `tidegate` needs --admin %s", state_dir, error, admin_url)
+        out(banner(peer_url, admin_url, str(node.cache.dir)))
+
+    def where() -> str | None:
+        return make_url(serving[0].host, serving[0].port) if serving else None
+
+    app = create_agent_app(models, where, given.admin_host, given.admin_allowed_hosts)
+    try:
+        await run_agent(
+            settings.modelcache,
+            cache=node.cache,
+            peers=node.peers,
+            serve_admin=lambda until: serve_admin_on(listener, app, until),
+            stop=stop,
+            on_serving=begin,
+        )
+    finally:
+        listener.close()
+        remove_record(state_dir, os.getpid(), AGENT_NAME)
+        if keeper is not None:
+            await asyncio.to_thread(keeper.close)
+        await asyncio.to_thread(node.close)
+    return 0
+
+
+def banner(peer_url: str, admin_url: str, directory: str) -> str:
+    """What is printed once peers are served."""
+    return (
+        "Tidegate's cache agent is up.\n"
+        f"  peers  {peer_url}\n"
+        f"  admin  {admin_url}  (metrics, models)\n"
+        f"  cache  {directory}\n"
+        "Ctrl-C stops it; what it was fetching goes on from there next time.\n"
+    )
+
+
+def create_agent_app(
+    models: Models,
+    where: Callable[[], str | None],
+    host: str = "127.0.0.1",
+    allowed_hosts: tuple[str, ...] = (),
+) -> Starlette:
+    """The admin application of an agent; ``where`` tells the peer listener's URL once it serves."""
+
+    async def healthz(request: Request) -> Response:
+        """200 as long as the process lives."""
+        return JSONResponse({"status": "alive"})
+
+    async def readyz(request: Request) -> Response:
+        """200 while peers are served, else 503."""
+        ready = where() is not None
+        reason = "serving peers" if ready else "not serving peers yet"
+        return JSONResponse({"ready": ready, "reason": reason}, 200 if ready else 503)
+
+    usage = UsageLook(models.cache.usage)
+
+    async def status(request: Request) -> Response:
+        """Where peers are served, what the cache takes, and what was read and given."""
+        return JSONResponse(await asyncio.to_thread(_status, models, where()))
+
+    async def metrics(request: Request) -> Response:
+        """Prometheus text."""
+        page = render_agent(version=version(), traffic=models.traffic())
+        page += render_cache(await usage.get(), usage.failures)
+        return Response(page, headers={"content-type": METRICS_TYPE})
+
+    routes = [
+        Route("/metrics", metrics),
+        Route("/healthz", healthz),
+        Route("/readyz", readyz),
+        Route("/status", status),
+        *ModelRoutes(models, MAX_BODY_BYTES).table(),
+    ]
+    app = assemble(routes, host, allowed_hosts)
+    for what in (
+        "pools",
+        "replicas",
+    ):  # not in the index: the console may ask for them all the same
+        path = f"/{what}/{{rest:path}}"
+        app.router.routes.append(Route(path, _no_pools, methods=["GET", "POST"]))
+    return app
+
+
+async def _no_pools(request: Request) -> Response:
+    """404 to what only a gateway can be asked."""
+    return error(404, "no_pools", "A cache agent runs here; it has no pools.")
+
+
+def _status(models: Models, peer_url: str | None) -> dict[str, Any]:
+    return {
+        "version": version(),
+        "peer_url": peer_url,
+        "dir": str(models.cache.dir),
+        "usage": as_json(models.cache.usage()),
+        "traffic": as_json(models.traffic()),
+    }

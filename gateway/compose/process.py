@@ -1,0 +1,76 @@
+"""How a process of ours begins and ends: where it logs to, and what signals do to it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import math
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from gateway.settings.errors import Problem
+from gateway.settings.load import ConfigError, LoadedSettings
+
+log = logging.getLogger("tidegate")
+
+# A signal to a whole process group can reach us twice, directly and passed on by our parent (make
+# does so): within this time it is one wish to stop, not a second one to hurry.
+_ONE_SIGNAL_S = 1.0
+_RECORD_BYTES = 4096
+"""What is written where something shall be written: a full disk still takes empty files."""
+
+
+def set_up_logging(level: str) -> None:
+    """Everything to standard error, a line each."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for noisy in ("httpx", "httpcore", "asyncio"):
+        logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
+
+
+def check_writable(
+    loaded: LoadedSettings, field: str, directory: Path, *, may_be_full: bool = False
+) -> None:
+    """Raise ``ConfigError`` where nothing can be written in the directory that ``field`` names; it
+    is made where it is not there.
+
+    A volume of another user would otherwise be found out by the first thing that is written. With
+    ``may_be_full`` a full disk is only warned about.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(_RECORD_BYTES))
+    except OSError as error:
+        is_file = isinstance(error, FileExistsError)
+        why = "it is no directory" if is_file else error.strerror or str(error)
+        if may_be_full and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            log.warning("%s = %s: %s; what is there is served", field, directory, why)
+            return
+        message = f"cannot be written to: {why} (as user {os.geteuid()})"
+        problem = Problem(field, message, loaded.origins[field], value=str(directory))
+        raise ConfigError([problem]) from error
+
+
+def take_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
+    """The first SIGINT or SIGTERM sets ``stop``, a later one ``hurry``."""
+    running = asyncio.get_running_loop()
+    first_s = math.inf
+
+    def on_signal() -> None:
+        nonlocal first_s
+        if not stop.is_set():
+            first_s = running.time()
+            stop.set()
+        elif running.time() - first_s >= _ONE_SIGNAL_S:
+            hurry.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        running.add_signal_handler(number, on_signal)

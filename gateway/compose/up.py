@@ -1,0 +1,310 @@
+"""The one composition root: settings in, a running Tidegate out.
+
+Everything else gets what it needs as an argument; here it is decided who that is. One process
+holds the control side (autoscaler, backends, admin listener) on one event loop and owns all
+signals; the data path runs in worker processes. Starting is from the inside out (ports, leftovers
+of an earlier run, control loop, workers, admin), stopping the reverse: the workers drain while the
+control loop still keeps their engines, then the engines go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from autoscaler.backends.base import BackendError
+from autoscaler.backends.process.backend import ProcessBackend
+from autoscaler.backends.static import StaticBackend
+from autoscaler.control.loop import ControlLoop
+from autoscaler.types import PoolView, ReplicaView
+from gateway.admin.app import create_app
+from gateway.admin.control import LiveControl
+from gateway.admin.server import listen, serve_admin_on, url
+from gateway.cli import tables
+from gateway.cli.base import complain, out, version
+from gateway.compose.cache import make_keeper, make_models, open_cache
+from gateway.compose.engines import (
+    Inventory,
+    describe_forks,
+    engine_command,
+    fork_plan,
+    make_bundles,
+)
+from gateway.compose.fleet import FleetBook
+from gateway.compose.process import check_writable, set_up_logging, take_signals
+from gateway.compose.run_record import Running, leave_record, make_url, remove_record
+from gateway.compose.tiers import make_wake_times, make_warmth
+from gateway.compose.workers import Workers, open_listeners
+from gateway.datapath.messages import WorkerConfig
+from gateway.datapath.shared import Shared
+from gateway.settings.load import LoadedSettings
+from gateway.settings.schema import Settings
+from modelcache.peers.serving import start_serving
+from modelcache.types import CacheError
+
+log = logging.getLogger("tidegate")
+
+_SPARE_REPLICA_SLOTS = 64
+_FORCED_DRAIN_S = 0.0
+
+
+def run(loaded: LoadedSettings) -> int:
+    """Run until SIGTERM or Ctrl-C. Returns the exit status: 0 after an orderly end, 2 where it
+    could not start (one line says why). Raises ``ConfigError`` for what the settings name and is
+    not to be had."""
+    settings = loaded.settings
+    set_up_logging(settings.gateway.log_level)
+    check_writable(loaded, "state_dir", Path(settings.state_dir))
+    try:
+        return asyncio.run(_run(settings))
+    except (BackendError, CacheError) as error:
+        complain(str(error))
+        return 2
+
+
+def worker_config(settings: Settings) -> WorkerConfig:
+    """The settings a worker needs, flat; its index is set per worker."""
+    gateway, holding, router = settings.gateway, settings.gateway.holding, settings.router
+    return WorkerConfig(
+        index=0,
+        max_connections=gateway.max_connections,
+        max_head_bytes=gateway.max_head_bytes,
+        max_headers=gateway.max_headers,
+        max_body_bytes=gateway.max_body_bytes,
+        max_buffered_bytes=gateway.max_buffered_bytes,
+        peek_bytes=gateway.peek_bytes,
+        head_timeout_s=gateway.head_timeout_s,
+        body_timeout_s=gateway.body_timeout_s,
+        idle_timeout_s=gateway.idle_timeout_s,
+        request_timeout_s=gateway.request_timeout_s,
+        upstream_connect_timeout_s=gateway.upstream_connect_timeout_s,
+        upstream_idle_timeout_s=gateway.upstream_idle_timeout_s,
+        upstream_max_idle_connections=gateway.upstream_max_idle_connections,
+        upstream_keepalive_s=gateway.upstream_keepalive_s,
+        max_retries=gateway.max_retries,
+        drain_s=gateway.drain_s,
+        tls_certificate=_text(gateway.tls_certificate),
+        tls_key=_text(gateway.tls_key),
+        tls_reload_s=gateway.tls_reload_s,
+        cors_allow_origins=gateway.cors_allow_origins,
+        hold_max_requests=holding.max_requests,
+        hold_max_bytes=holding.max_bytes,
+        hold_deadline_s=holding.deadline_s,
+        hold_keepalive_s=holding.keepalive_s,
+        release_initial=holding.release_initial,
+        default_bytes_per_token=router.default_bytes_per_token,
+        default_output_tokens=router.default_output_tokens,
+        learning_rate=router.learning_rate,
+        max_inflight_requests=router.max_inflight_requests,
+        max_inflight_tokens=router.max_inflight_tokens,
+    )
+
+
+class _Tidegate:
+    """Everything that runs, while it runs."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        gateway = settings.gateway
+        count = gateway.workers or os.cpu_count() or 1
+        self.stack = contextlib.ExitStack()
+        self.admin_listener = listen(gateway.admin_host, gateway.admin_port)
+        self.stack.callback(self.admin_listener.close)
+        self.listeners: list[socket.socket] = open_listeners(gateway.host, gateway.port, count)
+        for listener in self.listeners:
+            self.stack.callback(listener.close)
+        slots = _SPARE_REPLICA_SLOTS + sum(
+            2 * max(pool.max_replicas, len(pool.urls)) for pool in settings.pools
+        )
+        self.shared = Shared.create(
+            workers=count, max_replicas=slots, max_pools=max(1, len(settings.pools))
+        )
+        self.stack.callback(self.shared.close)
+        self.book = FleetBook(self.shared, settings.pools, time.monotonic)
+        self.fleet = self.book.publish((), {})
+        self.node = open_cache(settings, os.environ)
+        self.stack.callback(self.node.close)
+        serving = start_serving(settings.modelcache, self.node.peers, self.node.cache)
+        if serving is not None:
+            self.stack.callback(serving.close)
+        keeper = make_keeper(settings)
+        self.models = make_models(self.node, settings, os.environ, keeper)
+        self.bundles = make_bundles(settings)
+        process = self._process_backend()
+        self.loop = ControlLoop(
+            pools=settings.pools,
+            settings=settings.autoscaler,
+            backends={"process": process, "static": StaticBackend(settings=settings.autoscaler)},
+            observe=self.book.observe,
+            publish=self._publish,
+            preparer=make_warmth(settings, process, self.node, keeper, self.bundles),
+            wake_times=make_wake_times(settings),
+        )
+        self.workers = Workers(
+            worker_config(settings),
+            self.listeners,
+            self.shared,
+            on_poke=self.loop.poke,
+            on_failing=self.loop.look,
+        )
+        scheme = "https" if gateway.tls_certificate else "http"
+        self.url = make_url(gateway.host, self.workers.port, scheme)
+        self.admin_url = url(self.admin_listener)
+        self.control = LiveControl(
+            loop=self.loop,
+            workers=self.workers,
+            pools=settings.pools,
+            version=version(),
+            url=self.url,
+            admin_url=self.admin_url,
+            clock=time.monotonic,
+            observe=self.book.observe,
+            traffic=self.models.traffic,
+            forks=lambda: describe_forks(process),
+        )
+
+    def _process_backend(self) -> ProcessBackend:
+        settings, inventory = self.settings, Inventory()
+        return ProcessBackend(
+            state_dir=settings.state_dir,
+            settings=settings.autoscaler,
+            command=lambda spec, placement: engine_command(
+                spec, placement, settings.loaders, self.bundles, inventory.seen
+            ),
+            list_gpus=inventory.look,
+            fork_plan=fork_plan(settings, os.environ, self.bundles, self._find_model),
+            on_news=lambda replica_id: self.loop.look(replica_id),
+        )
+
+    def _find_model(self, model: str) -> str | None:
+        """Where a model with a URL is on this disk."""
+        if "://" not in model:
+            return None
+        found = self.node.cache.find(model)
+        return None if found is None else str(found.path)
+
+    def _publish(self, replicas: Sequence[ReplicaView], pools: Mapping[str, PoolView]) -> None:
+        self.fleet = self.book.publish(replicas, pools)
+        self.workers.publish(self.fleet)
+
+    def banner(self) -> str:
+        """What is printed once requests are accepted."""
+        pools = [
+            tables.BannerPool(
+                name=pool.name,
+                engine=pool.engine or pool.backend,
+                min_replicas=pool.min_replicas or (1 if pool.backend == "static" else 0),
+            )
+            for pool in self.settings.pools
+        ]
+        return tables.banner(
+            url=self.url,
+            admin_url=self.admin_url,
+            pools=pools,
+            insecure_tls=self.url.startswith("https"),
+        )
+
+
+async def _run(settings: Settings) -> int:
+    tidegate = _Tidegate(settings)
+    with tidegate.stack:
+        return await _live(tidegate)
+
+
+async def _live(tidegate: _Tidegate) -> int:
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    take_signals(stop, hurry)
+    for leftover in await tidegate.loop.open():
+        if leftover.pids:  # most often the kernel has ended them all already
+            pids = ", ".join(map(str, leftover.pids))
+            log.warning("ended what an earlier run left: %s (pids %s)", leftover.replica_id, pids)
+    state_dir = Path(tidegate.settings.state_dir)
+    admin_stop = asyncio.Event()
+    app = create_app(
+        tidegate.control,
+        host=tidegate.settings.gateway.admin_host,
+        allowed_hosts=tidegate.settings.gateway.admin_allowed_hosts,
+        models=tidegate.models,
+    )
+    admin = asyncio.create_task(serve_admin_on(tidegate.admin_listener, app, admin_stop))
+    looping: asyncio.Task[None] | None = None
+    status = 0
+    try:
+        await _start_workers(tidegate, stop)
+        if not stop.is_set():
+            looping = asyncio.create_task(tidegate.loop.run())
+            running = Running(pid=os.getpid(), url=tidegate.url, admin_url=tidegate.admin_url)
+            leave_record(state_dir, running)
+            out(tidegate.banner())
+            await _first(asyncio.create_task(stop.wait()), looping, admin)
+        if not stop.is_set():
+            status = 1
+            _log_end(looping, admin)
+    except (RuntimeError, TimeoutError) as error:
+        complain(str(error) or "a worker process did not start in time")
+        status = 1
+    finally:
+        complain("stopping: answers under way are finished; Ctrl-C again to cut them")
+        await _stop(tidegate, looping, hurry)
+        admin_stop.set()
+        await asyncio.wait({admin}, timeout=10)
+        remove_record(state_dir, os.getpid())
+    return status
+
+
+async def _start_workers(tidegate: _Tidegate, stop: asyncio.Event) -> None:
+    """Until all workers listen, or a stop is asked for. Raises as ``Workers.start`` does."""
+    if stop.is_set():
+        return
+    starting = asyncio.create_task(tidegate.workers.start(tidegate.fleet))
+    await _first(asyncio.create_task(stop.wait()), starting)
+    if stop.is_set():
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+    else:
+        await starting
+
+
+async def _first(stopping: asyncio.Task[bool], *tasks: asyncio.Task[None]) -> None:
+    """Until one of them ends; the wait for a stop is over then."""
+    await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+
+
+async def _stop(
+    tidegate: _Tidegate, looping: asyncio.Task[None] | None, hurry: asyncio.Event
+) -> None:
+    """Drain the workers, then end the engines; at once when somebody is in a hurry."""
+    hurried = asyncio.create_task(hurry.wait())
+    draining = asyncio.create_task(tidegate.workers.drain())
+    await asyncio.wait({hurried, draining}, return_when=asyncio.FIRST_COMPLETED)
+    if not draining.done():
+        draining.cancel()
+        await asyncio.gather(draining, return_exceptions=True)
+        tidegate.workers.kill()
+    # Nobody sends requests any more, so there is nothing left for the engines to finish.
+    await tidegate.loop.close(drain_s=_FORCED_DRAIN_S)
+    if looping is not None:
+        await asyncio.gather(looping, return_exceptions=True)
+    hurried.cancel()
+
+
+def _log_end(*tasks: asyncio.Task[None] | None) -> None:
+    for task in tasks:
+        if (
+            task is not None
+            and task.done()
+            and not task.cancelled()
+            and (error := task.exception()) is not None
+        ):
+            log.error("stopped by an internal error", exc_info=error)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

@@ -1,0 +1,259 @@
+"""The worker processes as the control process sees them: started, told, watched, drained.
+
+The listening sockets belong to the control process and are inherited, one per worker on the same
+port (SO_REUSEPORT): a port that is taken is an error before anything starts, and connections that
+wait on a worker that died are taken by its successor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from gateway.datapath.messages import (
+    Drain,
+    Failing,
+    FleetUpdate,
+    Listening,
+    Poke,
+    ToControl,
+    ToWorker,
+    Unpacker,
+    WorkerConfig,
+    pack,
+)
+from gateway.datapath.shared import Shared
+from gateway.settings.errors import not_listening
+from gateway.settings.load import ConfigError
+from router.types import Fleet
+
+log = logging.getLogger("tidegate.workers")
+
+_RESTART_S = 0.5
+_RESTART_MAX_S = 10.0
+_BACKLOG = 4096
+_EXIT_GRACE_S = 5.0
+
+
+class ListenError(ConfigError):
+    """The address cannot be listened on; the problem names it and why."""
+
+
+def open_listeners(host: str, port: int, count: int) -> list[socket.socket]:
+    """``count`` listening sockets on one port (0: a free one). Raises ``ListenError``."""
+    listeners: list[socket.socket] = []
+    try:
+        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        for _ in range(count):
+            listener = socket.socket(info[0], info[1])
+            listeners.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if not listeners[:-1] and port:
+                # Without this the port would silently be shared with somebody else's server
+                # that also set SO_REUSEPORT.
+                with socket.socket(info[0], info[1]) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(info[4])
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(listeners[0].getsockname() if listeners[:-1] else info[4])
+            listener.listen(_BACKLOG)
+            listener.setblocking(False)
+    except OSError as error:
+        for listener in listeners:
+            listener.close()
+        raise ListenError([not_listening("gateway.port", host, port, error)]) from error
+    return listeners
+
+
+@dataclass(slots=True)
+class _Process:
+    index: int
+    process: subprocess.Popen[bytes] | None = None
+    writer: asyncio.StreamWriter | None = None
+    listening: bool = False
+    starts: int = 0
+
+
+class Workers:
+    """Owner of the worker processes, their sockets and the shared block."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        listeners: list[socket.socket],
+        shared: Shared,
+        *,
+        on_poke: Callable[[str], None],
+        on_failing: Callable[[str], None],
+    ) -> None:
+        self._config = config
+        self._listeners = listeners
+        self.shared = shared
+        self._on_poke = on_poke
+        self._on_failing = on_failing
+        self._fleet = Fleet(version=0)
+        self._processes = [_Process(index) for index in range(len(listeners))]
+        self._tasks: list[asyncio.Task[None]] = []
+        self._draining = False
+        self._changed = asyncio.Event()
+
+    @property
+    def port(self) -> int:
+        """The port that is listened on."""
+        number: int = self._listeners[0].getsockname()[1]
+        return number
+
+    async def start(self, fleet: Fleet) -> None:
+        """Start all workers and wait until each listens. Raises ``RuntimeError`` if one cannot."""
+        self._fleet = fleet
+        self._tasks = [asyncio.create_task(self._keep(entry)) for entry in self._processes]
+        async with asyncio.timeout(60):
+            while not all(entry.listening for entry in self._processes):
+                self._changed.clear()
+                await self._changed.wait()
+                for entry in self._processes:
+                    if entry.starts > 3 and not entry.listening:
+                        raise RuntimeError("a worker process does not start; see the log above")
+
+    def publish(self, fleet: Fleet) -> None:
+        """Send all workers a new picture of the fleet."""
+        self._fleet = fleet
+        for entry in self._processes:
+            self._send(entry, FleetUpdate(fleet=fleet))
+
+    def status(self) -> list[dict[str, object]]:
+        """One entry per worker, for ``tidegate status``."""
+        return [
+            {
+                "index": entry.index,
+                "pid": entry.process.pid if entry.process else None,
+                "state": self._state(entry),
+                "restarts": max(0, entry.starts - 1),
+            }
+            for entry in self._processes
+        ]
+
+    @property
+    def all_listening(self) -> bool:
+        """Whether every worker takes connections."""
+        return all(entry.listening for entry in self._processes) and not self._draining
+
+    def is_draining(self) -> bool:
+        """Whether the workers were told to finish."""
+        return self._draining
+
+    def _state(self, entry: _Process) -> str:
+        if self._draining:
+            return "draining"
+        return "listening" if entry.listening else "starting"
+
+    def _send(self, entry: _Process, message: ToWorker) -> None:
+        if entry.writer is not None and not entry.writer.is_closing():
+            entry.writer.write(pack(message))
+
+    async def _keep(self, entry: _Process) -> None:
+        """Run one worker, and run it again when it dies."""
+        pause_s = _RESTART_S
+        while not self._draining:
+            began = asyncio.get_running_loop().time()
+            try:
+                await self._run_once(entry)
+            except (OSError, ValueError, msgspec.DecodeError) as error:
+                if not self.is_draining():  # else we have ended it ourselves
+                    log.error("worker %d: %s", entry.index, error)
+            finally:
+                await self._reap(entry)
+            if self.is_draining():
+                break
+            log.error("worker %d ended; starting it again", entry.index)
+            if asyncio.get_running_loop().time() - began > 60:
+                pause_s = _RESTART_S
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, _RESTART_MAX_S)
+
+    async def _run_once(self, entry: _Process) -> None:
+        ours, theirs = socket.socketpair()
+        listener = self._listeners[entry.index]
+        fds = (listener.fileno(), self.shared.fd, theirs.fileno())
+        command = [sys.executable, "-m", "gateway.datapath", *map(str, fds)]
+        entry.starts += 1
+        with theirs:
+            entry.process = self._spawn(command, fds)
+        reader, entry.writer = await asyncio.open_connection(sock=ours)
+        self._send(entry, msgspec.structs.replace(self._config, index=entry.index))
+        self._send(entry, FleetUpdate(fleet=self._fleet))
+        if self._draining:  # since it was started: there was nobody to be told yet
+            self._send(entry, Drain())
+        unpacker = Unpacker(ToControl)
+        while data := await reader.read(65536):
+            for message in unpacker.feed(data):
+                self._handle(entry, message)
+
+    @staticmethod
+    def _spawn(command: list[str], fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
+        # A fork and exec of a small process: a millisecond, so it need not leave the loop.
+        # Ctrl-C reaches the whole process group, and a worker heeds no signal. Until it can say so
+        # itself they are blocked, which it inherits; one for us comes right after.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            return subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _handle(self, entry: _Process, message: ToControl) -> None:
+        if isinstance(message, Poke):
+            self._on_poke(message.pool)
+        elif isinstance(message, Failing):
+            self._on_failing(message.replica)
+        elif isinstance(message, Listening):
+            entry.listening = True
+            self._changed.set()
+
+    async def _reap(self, entry: _Process) -> None:
+        """The channel closed: see the process end, and clear what it had in flight."""
+        entry.listening = False
+        if entry.writer is not None:
+            entry.writer.close()
+            entry.writer = None
+        process, entry.process = entry.process, None
+        if process is not None:
+            loop = asyncio.get_running_loop()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                await loop.run_in_executor(None, lambda: process.wait(_EXIT_GRACE_S))
+            if process.poll() is None:
+                process.kill()
+                await loop.run_in_executor(None, process.wait)
+        self.shared.clear_worker(entry.index)
+        self._changed.set()
+
+    async def drain(self) -> None:
+        """Stop accepting, let the workers finish what runs, and see them end."""
+        self._draining = True
+        for listener in self._listeners:
+            listener.close()
+        for entry in self._processes:
+            self._send(entry, Drain())
+        if self._tasks:
+            limit_s = self._config.drain_s + 2 * _EXIT_GRACE_S
+            _, late = await asyncio.wait(self._tasks, timeout=limit_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the workers at once; what they were answering is cut."""
+        self._draining = True
+        for entry in self._processes:
+            if entry.process is not None and entry.process.poll() is None:
+                entry.process.kill()
+                entry.process.wait()

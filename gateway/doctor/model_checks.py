@@ -1,0 +1,189 @@
+"""``tidegate doctor``, about models: the cache and its sources, pages, forking, load formats.
+
+As in ``gateway.doctor.report``, this only decides what an answer means.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gateway.cli.figures import count
+from gateway.cli.model_tables import size
+from gateway.doctor.checks import Check, fail, ok, warn
+from gateway.doctor.model_machine import EXTRAS, CacheProbes, FormatSpeed
+from gateway.settings.schema import Settings
+
+CLOSE = 0.9
+"""A format this near to the quickest is as good: one figure twice differs by that."""
+
+
+def diagnose_cache(
+    settings: Settings, probes: CacheProbes, *, device: str | None, measure: bool = True
+) -> Iterator[Check]:
+    """What the answers of ``probes`` mean for these settings.
+
+    ``device`` is what vLLM computes on, ``None`` where there is no vLLM that can be asked.
+    Without ``measure`` nothing is started and nothing timed.
+    """
+    directory = settings.modelcache.dir or settings.state_dir / "cache"
+    listing = probes.listing(settings)
+    yield _cache(settings, probes, directory, listing)
+    yield _sources(settings, probes)
+    yield from _pages(settings, probes, directory)
+    if device is None or not measure:
+        return
+    python = settings.loaders.engine_python.expanduser()
+    yield _forking(probes, python, device)
+    yield _formats(probes, python, find_weights(settings, listing))
+
+
+def _cache(
+    settings: Settings, probes: CacheProbes, directory: Path, listing: dict[str, Any] | str
+) -> Check:
+    name = "model cache"
+    problem = probes.can_write(directory)
+    if problem is not None:
+        return fail(name, f"{directory}: {problem}", "set modelcache.dir to a directory of yours")
+    if isinstance(listing, str):
+        secret = settings.modelcache.peer_token_env
+        advice = "`tidegate model ls` says more"
+        if secret in listing:
+            advice = f"set the environment variable {secret} here, and where Tidegate is started"
+        return warn(name, f"{directory}: {listing}", advice)
+    models = listing.get("models") or []
+    taken = (listing.get("usage") or {}).get("bytes_used")
+    quota, reserve = settings.modelcache.quota_bytes, settings.modelcache.reserve_bytes
+    free = probes.disk_free_bytes(directory)
+    text = f"{directory}: {count(len(models), 'model revision')}"
+    text += f", {size(taken)}" if taken is not None else ""
+    text += f" of {size(quota)} allowed" if quota is not None else ""
+    text += f"; {size(free)} of the disk free, {size(reserve)} of that left alone"
+    parts = sum(not entry.get("complete", True) for entry in models)
+    text += f"; {parts} not whole (`tidegate model preload` goes on with them)" if parts else ""
+    if free is not None and free <= reserve:
+        advice = "make room, set modelcache.dir to another disk, or lower modelcache.reserve_bytes"
+        return warn(name, f"{text}: there is room for no model", advice)
+    if quota is not None and free is not None and quota > free + (taken or 0) - reserve:
+        return warn(name, f"{text}: the disk is smaller than the quota", "lower it, or make room")
+    return ok(name, text)
+
+
+def _sources(settings: Settings, probes: CacheProbes) -> Check:
+    name = "model sources"
+    lacking: dict[str, list[str]] = {}
+    for scheme, packages in EXTRAS.items():
+        gone = [package for package in packages if not probes.is_installed(package)]
+        if gone:
+            lacking[scheme] = gone
+    if not lacking:
+        return ok(name, f"https://, file://, {', '.join(f'{one}://' for one in EXTRAS)}")
+    wanted = {
+        (pool.model or "").partition("://")[0]
+        for pool in settings.pools
+        if "://" in (pool.model or "")
+    }
+    what = ", ".join(f"{scheme}:// ({', '.join(gone)})" for scheme, gone in lacking.items())
+    needed = " ".join(sorted({one for gone in lacking.values() for one in gone}))
+    advice = f"{sys.executable} -m pip install {needed.replace('_', '-')}"
+    if wanted & set(lacking):
+        pools = ", ".join(sorted(wanted & set(lacking)))
+        return fail(
+            name, f"pools have models at {pools}://, and what reads them lacks: {what}", advice
+        )
+    return ok(name, f"https:// and file://; not installed, and asked for by no pool: {what}")
+
+
+def _pages(settings: Settings, probes: CacheProbes, directory: Path) -> Iterator[Check]:
+    name = "page cache"
+    how = probes.page_ways(directory)
+    if how:
+        yield ok(name, f"what is in it can be told, by {how}")
+    else:
+        yield warn(
+            name,
+            "what is in it cannot be told: neither cachestat nor mincore answers",
+            "nothing is kept from working; the paged tier is shown as unknown",
+        )
+    cache = settings.modelcache
+    if not cache.page_lock:
+        return
+    limit, budget = probes.lock_limit_bytes(), cache.page_budget_bytes
+    if limit is not None and (budget is None or limit < budget):
+        wanted = "half of the memory" if budget is None else size(budget)
+        yield warn(
+            name,
+            f"modelcache.page_lock is on and {size(limit)} may be locked, of {wanted} wanted",
+            "raise `ulimit -l` (LimitMEMLOCK= of a service), or turn modelcache.page_lock off",
+        )
+
+
+def _forking(probes: CacheProbes, python: Path, device: str) -> Check:
+    name = "fork server"
+    found = probes.fork_ability(python, device)
+    if found.problem:
+        return warn(
+            name,
+            f"engines cannot be forked: {found.problem}",
+            "they are started plainly, which imports vLLM each time",
+        )
+    taken = "" if found.memory_bytes is None else f" and {size(found.memory_bytes)} of memory"
+    return ok(name, f"engines can be forked from vLLM once imported: {found.seconds:.1f} s{taken}")
+
+
+def _formats(probes: CacheProbes, python: Path, weights: Sequence[Path]) -> Check:
+    name = "load format"
+    if not weights:
+        return ok(name, "not measured: no model with safetensors is here yet")
+    speeds = probes.speeds(python, weights)
+    if isinstance(speeds, str):
+        return warn(name, f"not measured: {speeds}", "`make engine` mends the engine's environment")
+    tried = [one for one in speeds if one.warm_bytes_s is not None]
+    if not tried:
+        return warn(name, f"none can read here: {_problems(speeds)}", "`make clean-engine engine`")
+    tried.sort(key=_rank, reverse=True)
+    said = "; ".join(f"{one.format} {_figures(one)}" for one in tried)
+    absent = _problems(speeds)
+    text = f"quickest here is {tried[0].format}: {said}" + (f" ({absent})" if absent else "")
+    ours = next((one for one in tried if one.format == "tidegate"), None)
+    if ours is not None and _rank(ours) < CLOSE * _rank(tried[0]):
+        best = tried[0].format
+        return warn(
+            name, text, f'engine_args = ["--load-format", "{best}"] in a pool makes it use {best}'
+        )
+    return ok(name, text)
+
+
+def _rank(speed: FormatSpeed) -> float:
+    """By the cold figure where there is one: that is where the seconds are."""
+    return speed.cold_bytes_s or speed.warm_bytes_s or 0.0
+
+
+def _figures(speed: FormatSpeed) -> str:
+    warm = f"{size(speed.warm_bytes_s)}/s from the page cache"
+    return warm if speed.cold_bytes_s is None else f"{size(speed.cold_bytes_s)}/s from disk, {warm}"
+
+
+def _problems(speeds: Sequence[FormatSpeed]) -> str:
+    absent = [one.format for one in speeds if one.problem == "not installed"]
+    parts = [f"{one.format}: {one.problem}" for one in speeds if one.problem]
+    parts = [part for part in parts if not part.endswith(": not installed")]
+    return "; ".join([*parts, *([f"not installed: {', '.join(absent)}"] if absent else [])])
+
+
+def find_weights(settings: Settings, listing: dict[str, Any] | str) -> list[Path]:
+    """Weights that are on this node: of a pool's model that is a directory, else of the cache."""
+    places = [
+        Path(pool.model).expanduser()
+        for pool in settings.pools
+        if pool.engine == "vllm" and pool.model and "://" not in pool.model
+    ]
+    if isinstance(listing, dict):
+        places += [Path(one["path"]) for one in listing.get("models") or [] if one.get("path")]
+    for place in places:
+        found = sorted(place.glob("*.safetensors")) if place.is_dir() else []
+        if found:
+            return found
+    return []

@@ -1,0 +1,385 @@
+"""``tidegate doctor``: what this machine has and lacks, what would be used, what to do about it.
+
+``diagnose`` reads settings and asks an injected ``Probes``; it decides only what an answer means.
+Every check says what was found, also when it is well, and every one that is not says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from autoscaler.settings import PoolSettings
+from gateway.cli.figures import count
+from gateway.doctor.checks import Check, Status, fail, ok, warn
+from gateway.doctor.machine import Gpu, Machine, Probes
+from gateway.doctor.model_checks import diagnose_cache
+from gateway.doctor.model_machine import CacheMachine
+from gateway.settings.schema import Settings
+from loaders.engines.vllm.command import EngineInstall
+
+OLDEST, NEWEST = (3, 11), (3, 13)
+GIB = 1 << 30
+ENGINE_MEMORY_BYTES = 3 * GIB
+"""What vLLM's CPU build takes beside weights and KV cache: three processes with torch in each."""
+MIN_DISK_BYTES = 2 * GIB
+FILES_BESIDE_CONNECTIONS = 512
+"""Open files of a worker that are no connections: listeners, logs, shared memory, libraries."""
+
+
+def run_doctor(settings: Settings, *, measure: bool = True) -> list[Check]:
+    """Look at this machine. Takes as long as importing vLLM does, some ten seconds; with
+    ``measure`` three times that, for what is started and timed."""
+    machine = Machine()
+    checks = diagnose(settings, machine)
+    engine = next((check for check in checks if check.name == "engine"), None)
+    device = None
+    if engine is not None and engine.status is not Status.FAIL:
+        install = machine.install(_path(settings.loaders.engine_python))
+        device = install.device if install is not None else None
+    return [*checks, *diagnose_cache(settings, CacheMachine(), device=device, measure=measure)]
+
+
+def diagnose(settings: Settings, probes: Probes) -> list[Check]:
+    """What the answers of ``probes`` mean for these settings, in the order of a start."""
+    agent = probes.agent(settings.state_dir)
+    if agent is not None and probes.owner(settings.state_dir) is None:
+        return _diagnose_agent(settings, probes, agent)
+    processes = [pool for pool in settings.pools if pool.backend == "process"]
+    vllm = [pool for pool in processes if pool.engine == "vllm"]
+    gpus = probes.gpus()
+    install = probes.install(_path(settings.loaders.engine_python)) if vllm else None
+    checks = [
+        _python(probes),
+        _system(probes),
+        _cores(settings, probes, processes),
+        _memory(settings, probes, vllm, install),
+        _disk(settings, probes),
+        _gpus(processes, gpus),
+        _data_path(probes),
+    ]
+    if vllm:
+        checks += _engine(settings, probes, install, gpus)
+    for pool in settings.pools:
+        checks += _pool(pool, settings, probes, gpus, install)
+    checks += _listeners(settings, probes)
+    checks += [_open_files(settings, probes), _state(settings, probes)]
+    checks += _tls(settings, probes)
+    return checks
+
+
+def _diagnose_agent(settings: Settings, probes: Probes, pid: int) -> list[Check]:
+    """Of a node where a cache agent runs and no gateway; its pools are of no account."""
+    holder = f"the cache agent that runs here (pid {pid})"
+    text = f"a cache agent runs here (pid {pid}): engine, pools and API port are not looked at"
+    gateway = settings.gateway
+    return [
+        _python(probes),
+        _system(probes),
+        ok("agent", text),
+        _port("admin port", gateway.admin_host, gateway.admin_port, probes, holder),
+        _state(settings, probes),
+    ]
+
+
+def _python(probes: Probes) -> Check:
+    version = probes.python()
+    text = ".".join(map(str, version))
+    if OLDEST <= version[:2] <= NEWEST:
+        return ok("python", text)
+    return fail("python", text, "use Python 3.11, 3.12 or 3.13")
+
+
+def _system(probes: Probes) -> Check:
+    system, release, machine = probes.system()
+    text = f"{system} {release} on {machine}"
+    if system != "Linux":
+        return fail("system", text, "Tidegate runs on Linux")
+    if not probes.shares_ports():
+        return fail(
+            "system",
+            f"{text}; two sockets cannot share a port",
+            "SO_REUSEPORT is needed: this sandbox or kernel forbids it",
+        )
+    return ok("system", text)
+
+
+def _cores(settings: Settings, probes: Probes, processes: Sequence[PoolSettings]) -> Check:
+    cores, quota = probes.cores()
+    text = f"{cores} usable"
+    if quota is not None and quota < cores:
+        text += f", {quota:g} of them paid for by this container's quota"
+    usable = min(float(cores), quota) if quota is not None else float(cores)
+    if usable < 2:
+        return warn(
+            "cpu",
+            text,
+            "gateway and engine share one core: answers come slowly, also under little load",
+        )
+    pinned = sum(pool.max_replicas * (pool.cpus_per_replica or 0) for pool in processes)
+    if pinned > cores:
+        return warn(
+            "cpu",
+            f"{text}, and the pools at their largest pin {pinned}",
+            "lower cpus_per_replica or max_replicas, or cores will be shared",
+        )
+    if settings.gateway.workers > cores:
+        return warn(
+            "cpu",
+            f"{text}, and gateway.workers is {settings.gateway.workers}",
+            "more workers than cores only take turns; 0 is one per core",
+        )
+    return ok("cpu", text)
+
+
+def _memory(
+    settings: Settings,
+    probes: Probes,
+    vllm: Sequence[PoolSettings],
+    install: EngineInstall | None,
+) -> Check:
+    total, available = probes.memory_bytes()
+    text = f"{_gib(total)}, {_gib(available)} available"
+    if install is None or install.device != "cpu":
+        return ok("memory", text)
+    needed = 0
+    for pool in vllm:
+        model = probes.model(_path(Path(pool.model or "")))
+        weights = model.weights_bytes if model else 0
+        cache = settings.loaders.cpu_kv_cache_gib * GIB
+        needed += pool.max_replicas * (weights + cache + ENGINE_MEMORY_BYTES)
+    text += f"; the engines at their most take about {_gib(needed)}"
+    if needed > total:
+        return warn(
+            "memory",
+            text,
+            "lower max_replicas or loaders.cpu_kv_cache_gib, or take a smaller model",
+        )
+    if needed > available and probes.owner(settings.state_dir) is None:
+        return warn("memory", text, "end something that takes memory, or expect it to be killed")
+    return ok("memory", text)
+
+
+def _disk(settings: Settings, probes: Probes) -> Check:
+    free = probes.disk_free_bytes(settings.state_dir)
+    if free is None:
+        return warn("disk", "free space is not known", f"look at {settings.state_dir}")
+    kept = settings.autoscaler
+    logs = kept.log_bytes * kept.log_files * kept.log_replicas * max(1, len(settings.pools))
+    text = f"{_gib(free)} free at {settings.state_dir}; logs take {_gib(logs)} at most"
+    if free < min(MIN_DISK_BYTES, logs):
+        return warn("disk", text, "make room, or lower autoscaler.log_bytes and log_replicas")
+    return ok("disk", text)
+
+
+def _gpus(processes: Sequence[PoolSettings], gpus: Sequence[Gpu] | None) -> Check:
+    if gpus is None:
+        return warn(
+            "gpu",
+            "there is an NVIDIA driver, and it does not answer",
+            "run nvidia-smi and see what it says; engines on GPUs will not start",
+        )
+    if not gpus:
+        return ok("gpu", "no NVIDIA GPU: engines run on the CPU")
+    names = ", ".join(f"{gpu.index}: {gpu.name} {_gib(gpu.memory_bytes)}" for gpu in gpus)
+    text = f"{names} (driver {gpus[0].driver})"
+    wanting = [pool for pool in processes if pool.engine == "vllm"]
+    if wanting and not any(pool.gpus_per_replica for pool in wanting):
+        return warn(
+            "gpu",
+            f"{text}; no pool has gpus_per_replica, so every engine sees all of them",
+            "set gpus_per_replica = 1 in each pool that shall have a GPU of its own",
+        )
+    return ok("gpu", text)
+
+
+def _data_path(probes: Probes) -> Check:
+    if probes.is_compiled():
+        return ok("data path", "compiled")
+    return warn(
+        "data path",
+        "plain Python: right, and about half as fast as compiled",
+        "with a C compiler and Python's headers (python3-dev), `make dev` compiles it",
+    )
+
+
+def _engine(
+    settings: Settings, probes: Probes, install: EngineInstall | None, gpus: Sequence[Gpu] | None
+) -> Iterator[Check]:
+    python = _path(settings.loaders.engine_python)
+    if install is None:
+        yield fail(
+            "engine",
+            f"no vLLM beside {python}",
+            "`make engine` installs it; loaders.engine_python names another environment; "
+            "`--engine simulated` needs none",
+        )
+        return
+    text = f"{install.distribution} {install.version} beside {python}"
+    if install.device == "cpu" and probes.has_avx2() is False:
+        yield fail(
+            "engine",
+            f"{text} needs a processor with AVX2, and this one has none",
+            "use `--engine simulated`, or a static pool of engines that run elsewhere",
+        )
+        return
+    device, problem = probes.engine_device(python)
+    if device is None:
+        yield fail("engine", f"{text} cannot be imported: {problem}", "`make clean-engine engine`")
+    elif install.device == "cuda" and device != "cuda":
+        yield fail(
+            "engine",
+            f"{text} is the GPU build and finds no GPU (device {device!r})",
+            "TIDEGATE_ENGINE=cpu make clean-engine engine installs the CPU build",
+        )
+    elif gpus and install.device == "cpu":
+        yield warn(
+            "engine",
+            f"{text} is the CPU build, and there is a GPU",
+            "`make clean-engine engine` installs the GPU build",
+        )
+    else:
+        yield ok("engine", f"{text}, computes on {device}")
+
+
+def _pool(
+    pool: PoolSettings,
+    settings: Settings,
+    probes: Probes,
+    gpus: Sequence[Gpu] | None,
+    install: EngineInstall | None,
+) -> Iterator[Check]:
+    name = f"pool {pool.name}"
+    if pool.backend == "static":
+        yield from _static_pool(name, pool, probes)
+        return
+    if pool.engine == "simulated":
+        yield ok(name, "simulated engine: instant, and no model behind it")
+        return
+    yield from _pool_gpus(name, pool, gpus)
+    device = "CPU" if install is not None and install.device == "cpu" else "GPU"
+    used = f"{pool.min_replicas} to {count(pool.max_replicas, 'replica')} on {device}"
+    given = pool.model or ""
+    model = probes.model(_path(Path(given)))
+    if model is None and given.startswith((".", "/", "~")):
+        yield fail(name, f"there is no directory {given}", "`make engine` makes the default model")
+    elif model is None:
+        yield ok(name, f"{used}; {given} is a name, which the engine fetches at its first start")
+    elif model.damage:
+        advice = "`make engine` makes it again" if model.verified else "fetch the model again"
+        yield fail(name, f"{given}: {'; '.join(model.damage[:3])}", advice)
+    else:
+        state = "every byte verified" if model.verified else "not verified, it has no manifest"
+        yield ok(name, f"{used}; {given}, {_gib(model.weights_bytes)} of weights, {state}")
+    if device == "CPU" and pool.max_replicas > 1 and not pool.cpus_per_replica:
+        binding = settings.loaders.cpu_bind
+        if binding == "auto":
+            yield warn(
+                name,
+                "several replicas on the CPU, none pinned: each would choose the same cores",
+                'set cpus_per_replica, or loaders.cpu_bind = "nobind"',
+            )
+
+
+def _pool_gpus(name: str, pool: PoolSettings, gpus: Sequence[Gpu] | None) -> Iterator[Check]:
+    if not pool.gpus_per_replica:
+        return
+    there = {gpu.index for gpu in gpus or ()}
+    missing = [index for index in pool.gpus if index not in there]
+    usable = len(set(pool.gpus) & there) if pool.gpus else len(there)
+    if missing:
+        which = ", ".join(map(str, missing))
+        yield fail(name, f"gpus names {which}, which is not there", "correct pools.gpus")
+    elif usable < pool.gpus_per_replica:
+        yield fail(
+            name,
+            f"a replica needs {count(pool.gpus_per_replica, 'GPU')} and {usable} can be used",
+            "lower gpus_per_replica (0 for the CPU)",
+        )
+    elif pool.gpu_memory_bytes is None and usable < pool.gpus_per_replica * pool.max_replicas:
+        fit = usable // pool.gpus_per_replica
+        yield warn(
+            name,
+            f"max_replicas is {pool.max_replicas} and the GPUs are enough for {fit}",
+            "lower max_replicas, or share GPUs with gpu_memory_bytes",
+        )
+
+
+def _static_pool(name: str, pool: PoolSettings, probes: Probes) -> Iterator[Check]:
+    closed = []
+    for url in pool.urls:
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        problem = probes.can_connect(parts.hostname or "", port)
+        if problem is not None:
+            closed.append(f"{url} ({problem})")
+    text = f"{count(len(pool.urls), 'server')} of somebody else's"
+    if not closed:
+        all_do = "it accepts" if len(pool.urls) == 1 else "all of them accept"
+        yield ok(name, f"{text}, {all_do} connections")
+    else:
+        found = f"{text}; no connection to {', '.join(closed[:3])}"
+        yield warn(name, found, "start them or correct urls; requests go to the others meanwhile")
+
+
+def _listeners(settings: Settings, probes: Probes) -> Iterator[Check]:
+    owner = probes.owner(settings.state_dir)
+    holder = None if owner is None else f"the Tidegate that runs here (pid {owner})"
+    gateway = settings.gateway
+    yield _port("port", gateway.host, gateway.port, probes, holder)
+    yield _port("admin port", gateway.admin_host, gateway.admin_port, probes, holder)
+
+
+def _port(name: str, host: str, port: int, probes: Probes, holder: str | None) -> Check:
+    """A listener's port; ``holder`` is who may well have it already."""
+    if port == 0:
+        return ok(name, "chosen by the system at start")
+    problem = probes.can_listen(host, port)
+    if problem is None:
+        return ok(name, f"{host}:{port} is free")
+    if holder is not None:
+        return ok(name, f"{host}:{port} is held by {holder}")
+    flag = "--port" if name == "port" else "--admin-port"
+    return fail(name, f"{host}:{port}: {problem}", f"free it, or choose another with {flag}")
+
+
+def _open_files(settings: Settings, probes: Probes) -> Check:
+    soft, hard = probes.open_files()
+    connections = settings.gateway.max_connections
+    needed = 2 * connections + FILES_BESIDE_CONNECTIONS
+    text = f"{soft} may be open, {needed} are wanted for {connections} connections"
+    if soft >= needed:
+        return ok("open files", text)
+    how = f"`ulimit -n {needed}` before the start"
+    if hard < needed:
+        how = f"raise the hard limit ({hard}) for this user or service"
+    return warn("open files", text, f"{how}, or lower gateway.max_connections")
+
+
+def _state(settings: Settings, probes: Probes) -> Check:
+    problem = probes.can_write(settings.state_dir)
+    if problem is None:
+        return ok("state", f"{settings.state_dir} can be written")
+    return fail(
+        "state", f"{settings.state_dir}: {problem}", "set state_dir to a directory of yours"
+    )
+
+
+def _tls(settings: Settings, probes: Probes) -> Iterator[Check]:
+    for path in (settings.gateway.tls_certificate, settings.gateway.tls_key):
+        if path is None:
+            continue
+        problem = probes.can_read(path)
+        if problem is None:
+            yield ok("tls", f"{path} can be read")
+        else:
+            yield fail("tls", f"{path}: {problem}", "name a PEM file that this user can read")
+
+
+def _path(path: Path) -> Path:
+    return path.expanduser()
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / GIB:.1f} GiB"

@@ -1,0 +1,151 @@
+"""Settings as text: every value with its origin, and the file that explains every field.
+
+``tidegate.example.toml`` is the output of ``example()``, made from the docstrings and bounds of the
+fields themselves, so it cannot say anything that is no longer true.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+from autoscaler.settings import PoolSettings
+from gateway.settings import defaults, fields
+from gateway.settings.errors import HIDDEN, SECRET, show
+from gateway.settings.load import LoadedSettings, leaves
+from gateway.settings.schema import Settings
+
+WIDTH = 98
+POOLS = "pools"
+
+SAMPLES: Mapping[str, Any] = {
+    "gateway.tls_certificate": "/etc/tidegate/tls.crt",
+    "gateway.tls_key": "/etc/tidegate/tls.key",
+    "router.max_inflight_tokens": 65_536,
+    "pools.*.engine": "vllm",
+    "pools.*.model": "./models/my-model",
+    "pools.*.max_inflight_requests": 64,
+    "pools.*.max_inflight_tokens": 65_536,
+    "pools.*.max_model_len_tokens": 8_192,
+    "pools.*.idle_to_zero_s": 900,
+    "pools.*.scale_down_delay_s": 120,
+    "pools.*.start_timeout_s": 1_800,
+    "pools.*.gpu_memory_bytes": 25_769_803_776,
+    "pools.*.cpus_per_replica": 4,
+    "pools.*.api_key_env": "MY_ENGINE_API_KEY",
+}
+"""What an unset field could be set to; a field that is not listed shows its bounds' lower end."""
+
+HEAD = """\
+Tidegate's settings: every field, its default, and what it means.
+
+Made by `tidegate config example`. Apart from the sample pools at the end it changes nothing: keep
+what you change, delete the rest, and ask `tidegate config check`.
+
+- Tidegate reads ./tidegate.toml, or the file given with --config.
+- A line like `# name = value` is a field that is unset by default, with a value it could have.
+- A relative path in this file is relative to this file.
+- Names end in their unit: _s seconds, _bytes, _tokens.
+- The environment goes over this file (TIDEGATE__GATEWAY__PORT=9000), `--set gateway.port=9000`
+  over both. `tidegate config show` says where each value came from.
+"""
+
+STATIC_HEAD = """\
+A second pool, of engines that somebody else runs: any OpenAI-compatible server. Take the
+`#:` off its lines to use it; the fields that are not here are the same as above.
+"""
+
+
+class Row(NamedTuple):
+    """One value as ``tidegate config show`` prints it."""
+
+    field: str
+    shown: str
+    plain: Any
+    origin: str
+
+
+def rows(loaded: LoadedSettings) -> Iterator[Row]:
+    """Every value with its origin, in the order of the tree; secrets are hidden."""
+    for parts, value in leaves(loaded.settings):
+        name = fields.dotted(parts)
+        plain = _plain(value)
+        if parts[-1] in {"headers", "env"}:
+            plain = {key: HIDDEN if SECRET.search(key) else one for key, one in plain.items()}
+        yield Row(name, show(plain, parts), plain, loaded.origins[name])
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def example() -> str:
+    """The text of ``tidegate.example.toml``."""
+    settings = Settings()
+    lines = [*_comment(HEAD), ""]
+    lines += _section(settings, fields.root(), ())
+    sample = PoolSettings.model_validate(defaults.built_in_pool(None))
+    pool_node = fields.root().fields[POOLS].element
+    lines += [*_comment(fields.root().fields[POOLS].description), f"[[{POOLS}]]", ""]
+    lines += _section(sample, pool_node, (POOLS, "*"))
+    lines += [*_comment(STATIC_HEAD), f"#: [[{POOLS}]]"]
+    lines += [f"#: {name} = {show(value)}" for name, value in STATIC_SAMPLE.items()]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+STATIC_SAMPLE: Mapping[str, Any] = {
+    "name": "elsewhere",
+    "backend": "static",
+    "urls": ["http://10.0.0.5:8000", "http://10.0.0.6:8000"],
+    "model": "meta-llama/Llama-3.1-8B-Instruct",
+    "api_key_env": "ELSEWHERE_API_KEY",
+    "headers": {"x-team": "search"},
+}
+
+
+def _section(model: BaseModel, node: fields.Node, parts: fields.Parts) -> list[str]:
+    """A section's values, then its sections: TOML reads what follows a header as part of it."""
+    lines: list[str] = []
+    below: list[str] = []
+    for name, field in node.fields.items():
+        here = (*parts, name)
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            below += [
+                *_comment(" ".join(field.description.split())),
+                f"[{fields.dotted([part for part in here if part != '*'])}]",
+                "",
+            ]
+            below += _section(value, field, here)
+        elif here != (POOLS,):
+            lines += [*_comment(_explained(field)), _assignment(name, value, field, here), ""]
+    return lines + below
+
+
+def _explained(node: fields.Node) -> str:
+    return f"{' '.join(node.description.split())}\nMust be {fields.describe(node)}."
+
+
+def _assignment(name: str, value: Any, node: fields.Node, parts: fields.Parts) -> str:
+    if value is not None:
+        return f"{name} = {show(_plain(value))}"
+    sample = SAMPLES.get(".".join(parts), node.schema.get("minimum", ""))
+    return f"# {name} = {show(sample)}"
+
+
+def _comment(text: str) -> list[str]:
+    """Text as comment lines, each line of it wrapped; the double quotes of docstrings made one."""
+    lines: list[str] = []
+    for line in text.replace("``", "`").strip("\n").split("\n"):
+        wrapped = textwrap.wrap(line, WIDTH, break_long_words=False, break_on_hyphens=False)
+        lines += wrapped or [""]
+    return [f"# {line}".rstrip() for line in lines]

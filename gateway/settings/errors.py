@@ -1,0 +1,212 @@
+"""What is wrong with settings, one line each: field, value, what is allowed, where it came from."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from gateway.settings import fields
+from gateway.settings.schema import (
+    CONFLICTS,
+    GatewaySettings,
+    find_gateway_conflicts,
+    find_name_conflicts,
+)
+
+SHOWN_CHARACTERS = 60
+"""Characters of a wrong value that an error repeats."""
+
+SECRET = re.compile(r"authorization|token|secret|password|passwd|api[_-]?key|credential", re.I)
+HIDDEN = "(hidden)"
+
+DEFAULT = "default"
+"""The origin of a value that nobody gave."""
+
+DATE = "a date"
+"""Key that marks a TOML date, which JSON has no word for."""
+
+OWN_WORDS = frozenset({"value_error", "assertion_error"})
+"""Errors of validators written for one field: their text is better than the field's schema."""
+
+
+class Problem(NamedTuple):
+    """One thing wrong. ``field`` is empty where it is a whole file or argument; ``value`` is what
+    was given, as it is shown, where the message is about that."""
+
+    field: str
+    message: str
+    origin: str
+    value: str | None = None
+
+    def __str__(self) -> str:
+        if not self.field:
+            return one_line(f"{self.origin}: {self.message}")
+        if self.value is not None:
+            return one_line(f"{self.field} = {self.value}: {self.message} ({self.origin})")
+        return one_line(f"{self.field} {self.message} ({self.origin})")
+
+    def as_warning(self) -> str:
+        """Its line where it is only a warning: the message is then a sentence of its own."""
+        if not self.field or self.value is not None:
+            return str(self)
+        return one_line(f"{self.field}: {self.message} ({self.origin})")
+
+
+def one_line(text: str) -> str:
+    """Text with everything escaped that would break the line or steer a terminal."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
+
+
+def not_listening(field: str, host: str, port: int, error: OSError) -> Problem:
+    """What is wrong with a listener's port, ``field``, where listening failed."""
+    if error.errno == errno.EADDRINUSE:
+        why = "another program listens there; stop it, or choose another port"
+    elif error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
+        why = "this machine has no such address"
+    elif error.errno in {errno.EACCES, errno.EPERM}:
+        why = "not permitted (ports below 1024 need a privilege)"
+    else:
+        why = error.strerror or str(error)
+    where = f"[{host.strip('[]')}]:{port}" if ":" in host else f"{host}:{port}"
+    return Problem(field, f"cannot listen on {where}: {why}", "at start", str(port))
+
+
+Origin = Callable[[Sequence[str]], str]
+
+
+def explain(error: ValidationError, origin: Origin, blame: Origin) -> Iterator[Problem]:
+    """The problems in a validation error.
+
+    ``origin`` says where the value of a path came from (``"default"`` where nobody gave it),
+    ``blame`` where to look when it is wrong or missing.
+    """
+    for detail in error.errors(include_url=False):
+        parts = _field_path(detail["loc"])
+        if detail["type"] == CONFLICTS:
+            for path, message in detail["ctx"]["conflicts"]:
+                yield _conflict(path, message, origin)
+        elif detail["type"] == "conflict":
+            yield from _contradictions(parts, str(detail["ctx"]["text"]), origin, blame)
+        else:
+            message, value = _say(detail, parts)
+            yield Problem(fields.dotted(parts) or "settings", message, blame(parts), value)
+
+
+def _conflict(path: str, message: str, origin: Origin) -> Problem:
+    """Two fields that contradict each other: it is laid to one that was given."""
+    others = re.findall(r"[a-z_]+(?:\.[a-z0-9_]+)+", message)
+    given = [one for one in (path, *others) if origin(one.split(".")) != DEFAULT]
+    return Problem(path, message, origin((given or [path])[0].split(".")))
+
+
+def find_conflicts_in(tree: dict[str, Any], origin: Origin) -> Iterator[Problem]:
+    """Contradictions between fields of a tree that cannot be used for other reasons, as far as
+    they can be told: pydantic looks for them only in what is well otherwise."""
+    try:
+        gateway = GatewaySettings.model_validate_json(to_json(tree.get("gateway", {})), strict=True)
+    except ValidationError:
+        pass  # which is among what was said already
+    else:
+        for path, message in find_gateway_conflicts(gateway):
+            yield _conflict(path, message, origin)
+    pools = tree.get("pools")
+    for path, message in find_name_conflicts(
+        [_names(pool) for pool in pools] if isinstance(pools, list) else []
+    ):
+        yield _conflict(path, message, origin)
+
+
+def _names(pool: Any) -> tuple[str | None, list[str | None]]:
+    """A pool's name and aliases out of plain values."""
+    if not isinstance(pool, dict):
+        return None, []
+    aliases = pool.get("aliases")
+    return _name(pool.get("name")), list(map(_name, aliases if isinstance(aliases, list) else []))
+
+
+def _name(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _field_path(loc: Sequence[str | int]) -> tuple[str, ...]:
+    """pydantic's location without what it adds for unions, keys and the like."""
+    parts = tuple(str(part) for part in loc)
+    for end in range(len(parts)):
+        above = fields.find(parts[:end])
+        if above is None or above.kind == "value":
+            return parts[:end]
+    return parts
+
+
+def _contradictions(
+    parts: tuple[str, ...], text: str, origin: Origin, blame: Origin
+) -> Iterator[Problem]:
+    """A section's fields that contradict each other: each is laid to a field that was given."""
+    section = fields.find(parts)
+    names = section.fields if section is not None else {}
+    for message in text.split("; "):
+        mentioned = [word for word in re.findall(r"[a-z_]+", message) if word in names]
+        given = [word for word in mentioned if origin((*parts, word)) != DEFAULT]
+        source = origin((*parts, given[0])) if given else blame(parts)
+        first, _, rest = message.partition(" ")
+        if first in names:
+            yield Problem(fields.dotted((*parts, first)), rest, source)
+        else:
+            yield Problem(fields.dotted(parts), message, source)
+
+
+def _say(detail: ErrorDetails, parts: tuple[str, ...]) -> tuple[str, str | None]:
+    """What is wrong, and the value where it is about that."""
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        return f"is no setting{fields.suggest(parts)}", None
+    node = fields.find(parts)
+    allowed = fields.describe(node) if node is not None else "something else"
+    if kind == "missing":
+        return f"is missing: it must be {allowed}", None
+    value = detail["input"]
+    shown = value.get(DATE, "{...}") if isinstance(value, dict) else show(value, parts)
+    if len(shown) > SHOWN_CHARACTERS:
+        shown = shown[: SHOWN_CHARACTERS - 3] + "..."
+    if kind in OWN_WORDS:
+        return detail["msg"].partition(", ")[2] or detail["msg"], shown
+    return f"it must be {allowed}", shown
+
+
+def show(value: Any, parts: Sequence[str] = ()) -> str:
+    """A value as TOML writes it, on one line; what looks like a secret by its name is hidden."""
+    # Keys of people's own choosing (headers, environment) may carry secrets; our own never do.
+    if len(parts) > 3 and parts[-2] in {"headers", "env"} and SECRET.search(parts[-1]):
+        return HIDDEN
+    if value is None:
+        return "(unset)"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return fields.number(value) if value == value and abs(value) < 1e300 else str(value)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(show(one, (*parts, "0")) for one in value) + "]"
+    if isinstance(value, dict):
+        if not value:
+            return "{}"
+        inside = (
+            f"{fields.key(str(name))} = {show(one, (*parts, str(name)))}"
+            for name, one in value.items()
+        )
+        return "{ " + ", ".join(inside) + " }"
+    return json.dumps(str(value), ensure_ascii=False)
+
+
+def to_json(tree: Any) -> str:
+    """A tree of TOML's values as JSON; dates become something that no setting takes."""
+    return json.dumps(tree, default=lambda date: {DATE: str(date)})

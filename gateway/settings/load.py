@@ -1,0 +1,386 @@
+"""Settings from their four layers, each value with where it came from.
+
+Precedence, weakest first: the defaults in the code; the built-in pool of ``tidegate up`` where
+nothing else names one; the file (TOML); the environment (``TIDEGATE__GATEWAY__PORT``); ``--set
+gateway.port=8000``; a flag of its own such as ``--port``.
+
+What every layer shares:
+
+- A list replaces the list of the layer below, except that one element is reached by its index
+  (``pools.0.max_replicas``, ``TIDEGATE__POOLS__0__MAX_REPLICAS``) or, in ``--set``, by the pool's
+  name (``pools.chat.max_replicas``). The index after the last adds an element.
+- A relative path in a file is relative to that file; in the environment, in ``--set`` and in the
+  defaults it is relative to the working directory. A pool's ``model`` is a path where it begins
+  with ``/``, ``.`` or ``~/``: otherwise it is a name for the engine, which may well look like one.
+- Values from the environment and ``--set`` are text: lists as ``a,b`` or ``["a", "b"]``, tables as
+  TOML or JSON, ``none`` to unset what can be unset. A file's values have their type: no
+  ``"8000"`` for 8000.
+
+Everything wrong is found before anything starts and raised together, one line for each problem.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from gateway.settings import errors, fields, toml
+from gateway.settings.env import find_misnamed
+from gateway.settings.errors import DEFAULT, Problem
+from gateway.settings.hub_names import through_cache
+from gateway.settings.schema import Settings, find_warnings
+
+ENV_PREFIX = "TIDEGATE__"
+MAX_FILE_BYTES = 4_194_304
+"""A settings file is text that people write; what is larger was named by mistake."""
+
+BUILT_IN = "built in"
+"""The origin of a value that Tidegate brings where no layer says anything."""
+
+Parts = tuple[str, ...]
+
+
+class ConfigError(Exception):
+    """The settings cannot be used. ``problems`` says why, one line each; nothing was started."""
+
+    def __init__(self, found: Sequence[Problem]) -> None:
+        self.problems = tuple(found)
+        super().__init__("\n".join(str(problem) for problem in found))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedSettings:
+    """Settings that can be used, and where each value came from.
+
+    ``origins`` has one entry for every field (``pools.0.model``), ``"default"`` where nothing was
+    said. ``path`` is the file that was read, ``None`` without one. ``warnings`` are allowed, but
+    probably not meant.
+    """
+
+    settings: Settings
+    origins: Mapping[str, str]
+    path: Path | None = None
+    warnings: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """A value given by a command line flag of its own; ``flag`` is how it was spelled."""
+
+    field: str
+    value: Any
+    flag: str
+
+
+def load(
+    path: Path | None,
+    environ: Mapping[str, str],
+    overrides: Sequence[str] = (),
+    *,
+    base: Mapping[str, Any] | None = None,
+    flags: Sequence[Flag] = (),
+) -> LoadedSettings:
+    """Settings from ``path`` (none: no file), the environment and ``dotted.field=value`` texts.
+
+    ``base`` is laid under the file, over the defaults. Raises ``ConfigError`` with everything that
+    is wrong, a file that cannot be read included.
+    """
+    try:
+        return _load(path, environ, overrides, base, flags)
+    except RecursionError:
+        where = "settings" if path is None else str(path)
+        raise ConfigError([Problem("", "is nested too deeply to be settings", where)]) from None
+
+
+def _load(
+    path: Path | None,
+    environ: Mapping[str, str],
+    overrides: Sequence[str],
+    base: Mapping[str, Any] | None,
+    flags: Sequence[Flag],
+) -> LoadedSettings:
+    draft = _Draft()
+    draft.merge((), dict(base or {}), BUILT_IN)
+    if path is not None:
+        _read_file(draft, path)
+        if draft.found:  # what the other layers say of its lists cannot be judged without it
+            raise ConfigError(draft.found)
+    _read_environment(draft, environ)
+    for text in overrides:
+        _read_override(draft, text)
+    for flag in flags:
+        draft.merge(tuple(flag.field.split(".")), flag.value, flag.flag)
+    loaded = draft.finish(path)
+    named = [pool.api_key_env for pool in loaded.settings.pools if pool.api_key_env is not None]
+    named.append(loaded.settings.modelcache.peer_token_env)
+    return replace(loaded, warnings=(*loaded.warnings, *find_misnamed(environ, named)))
+
+
+@dataclass(slots=True)
+class _Draft:
+    """The layers so far: one tree of plain values, and the origin of each of them."""
+
+    tree: dict[str, Any] = field(default_factory=dict)
+    origins: dict[Parts, str] = field(default_factory=dict)
+    found: list[Problem] = field(default_factory=list)
+
+    def merge(self, parts: Parts, value: Any, origin: str | _FileOrigin) -> None:
+        """Lay a value over the tree: sections field by field, everything else whole."""
+        node = fields.find(parts)
+        if isinstance(value, dict) and node is not None and node.kind == "section":
+            for name, below in value.items():
+                self.merge((*parts, name), below, origin)
+            if value or not parts:
+                return
+        if node is not None:
+            anchor = origin.path.parent if isinstance(origin, _FileOrigin) else None
+            value = _place(node, parts, value, anchor)
+        try:
+            self._put(parts, value)
+        except _NoPlace as error:
+            self.found.append(Problem(fields.dotted(parts), str(error), str(origin)))
+            return
+        for known in [known for known in self.origins if known[: len(parts)] == parts]:
+            del self.origins[known]
+        for below in _paths(value, parts):
+            self.origins[below] = (
+                origin.of(below) if isinstance(origin, _FileOrigin) else str(origin)
+            )
+
+    def _put(self, parts: Parts, value: Any) -> None:
+        here: Any = self.tree
+        for depth, (part, after) in enumerate(zip(parts, (*parts[1:], None), strict=True)):
+            new: Any = value
+            if after is not None:
+                below = fields.find(parts[: depth + 1])
+                new = [] if below is not None and below.kind == "list" else {}
+            if isinstance(here, list):
+                index = int(part)
+                if index > len(here):
+                    raise _NoPlace(f"is past the end: the next index is {len(here)}")
+                if index == len(here):
+                    here.append(new)
+                elif after is None:
+                    here[index] = new
+                here = here[index]
+            elif isinstance(here, dict):
+                if after is None or part not in here:
+                    here[part] = new
+                here = here[part]
+            else:
+                raise _NoPlace("is below something that was given as a single value")
+
+    def origin(self, parts: Sequence[str]) -> str:
+        """Where a value came from: its own origin, or the newest of what is in it."""
+        here = tuple(parts)
+        if here in self.origins:
+            return self.origins[here]
+        below = [origin for path, origin in self.origins.items() if path[: len(here)] == here]
+        return below[-1] if below and here else DEFAULT
+
+    def blame(self, parts: Sequence[str]) -> str:
+        """Where to look for what is wrong with a field: its origin, or the closest above it."""
+        for end in range(len(parts), 0, -1):
+            origin = self.origin(parts[:end])
+            if origin != DEFAULT and (end == len(parts) or tuple(parts[:end]) in self.origins):
+                return origin
+        return DEFAULT
+
+    def finish(self, path: Path | None) -> LoadedSettings:
+        """The settings, or ``ConfigError`` with every problem of every layer."""
+        settings: Settings | None = None
+        try:
+            settings = Settings.model_validate_json(errors.to_json(self.tree), strict=True)
+        except ValidationError as error:
+            self.found += errors.explain(error, self.origin, self.blame)
+            self.found += errors.find_conflicts_in(self.tree, self.origin)
+        if settings is None or self.found:
+            raise ConfigError(list(dict.fromkeys(self.found)))
+        settings = through_cache(settings)
+        return LoadedSettings(
+            settings=settings,
+            origins={fields.dotted(parts): self.origin(parts) for parts, _ in leaves(settings)},
+            path=path,
+            warnings=tuple(
+                Problem(name, message, self.origin(name.split(".")))
+                for name, message in find_warnings(settings)
+            ),
+        )
+
+
+class _NoPlace(Exception):
+    """A path that leads nowhere in the tree as it is; the message says why."""
+
+
+def leaves(settings: BaseModel, above: Parts = ()) -> Iterator[tuple[Parts, Any]]:
+    """Every single value of the tree with its path; elements of lists of sections by index."""
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        here = (*above, name)
+        if isinstance(value, BaseModel):
+            yield from leaves(value, here)
+        elif isinstance(value, tuple) and any(isinstance(one, BaseModel) for one in value):
+            for index, one in enumerate(value):
+                yield from leaves(one, (*here, str(index)))
+        else:
+            yield here, value
+
+
+def _paths(value: Any, parts: Parts) -> Iterator[Parts]:
+    """A value's own path and those of everything in it."""
+    yield parts
+    if isinstance(value, dict):
+        for name, below in value.items():
+            yield from _paths(below, (*parts, name))
+    elif isinstance(value, list):
+        for index, below in enumerate(value):
+            yield from _paths(below, (*parts, str(index)))
+
+
+def _place(node: fields.Node, parts: Parts, value: Any, anchor: Path | None) -> Any:
+    """A value with the paths in it made to mean the same from the working directory."""
+    if isinstance(value, dict):
+        return {
+            name: _place(below, (*parts, name), one, anchor)
+            if (below := node.child(name)) is not None
+            else one
+            for name, one in value.items()
+        }
+    if isinstance(value, list) and node.kind == "list":
+        return [
+            _place(node.element, (*parts, str(index)), one, anchor)
+            for index, one in enumerate(value)
+        ]
+    if not isinstance(value, str) or "\0" in value:
+        return value
+    if node.is_path and value:
+        return str((anchor or Path()) / Path(value).expanduser())
+    if parts[0] == "pools" and parts[-1] == "model" and value.startswith((".", "~/")):
+        return os.path.abspath((anchor or Path()) / Path(value).expanduser())
+    return value
+
+
+# ── The file ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _FileOrigin:
+    """A file, and on which line each of its keys stands."""
+
+    path: Path
+    lines: dict[Parts, int]
+
+    def of(self, parts: Parts) -> str:
+        line = toml.nearest(self.lines, parts)
+        return str(self.path) if line is None else f"{self.path}, line {line}"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def _read_file(draft: _Draft, path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            raise ValueError(f"is larger than {MAX_FILE_BYTES} bytes, so it is no settings file")
+        text = data.decode("utf-8")
+        tree = tomllib.loads(text)
+    except OSError as error:
+        draft.found.append(Problem("", f"cannot be read: {error.strerror or error}", str(path)))
+    except UnicodeDecodeError:
+        draft.found.append(Problem("", "is not UTF-8 text", str(path)))
+    except tomllib.TOMLDecodeError as error:
+        draft.found.append(Problem("", f"is not valid TOML: {error}", str(path)))
+    except (ValueError, RecursionError) as error:
+        draft.found.append(Problem("", str(error), str(path)))
+    else:
+        draft.merge((), tree, _FileOrigin(path=path, lines=toml.locate(text)))
+
+
+# ── Environment and --set ─────────────────────────────────────────────────────────────────────────
+
+
+def _read_environment(draft: _Draft, environ: Mapping[str, str]) -> None:
+    names = [name for name in environ if name.startswith(ENV_PREFIX)]
+    # Sections before what is in them, and elements in the order of their index.
+    for name in sorted(names, key=_env_order):
+        parts = tuple(name.removeprefix(ENV_PREFIX).split("__"))
+        _assign(draft, _lowered(parts), environ[name], f"environment {name}")
+
+
+def _env_order(name: str) -> list[tuple[int, str]]:
+    return [(int(part) if fields.is_index(part) else -1, part) for part in name.split("__")]
+
+
+def _lowered(parts: Parts) -> Parts:
+    """Names of fields in lower case, keys of free tables as they are."""
+    result: Parts = ()
+    for part in parts:
+        above = fields.find(result)
+        free = above is not None and above.kind == "table"
+        result = (*result, part if free else part.lower())
+    return result
+
+
+def _read_override(draft: _Draft, text: str) -> None:
+    origin = f"--set {text}" if len(text) <= 60 else f"--set {text[:57]}..."
+    name, equals, value = text.partition("=")
+    try:
+        if not equals:
+            raise ValueError
+        parts = toml.split_key(name)
+    except ValueError:
+        draft.found.append(Problem("", "is not of the form section.field=value", origin))
+        return
+    _assign(draft, _indexed(draft, parts), value, origin)
+
+
+def _indexed(draft: _Draft, parts: Parts) -> Parts:
+    """A pool named by its name as its index."""
+    if len(parts) > 2 and parts[0] == "pools" and not fields.is_index(parts[1]):
+        for index, pool in enumerate(draft.tree.get("pools", [])):
+            if isinstance(pool, dict) and pool.get("name") == parts[1]:
+                return ("pools", str(index), *parts[2:])
+    return parts
+
+
+def _assign(draft: _Draft, parts: Parts, text: str, origin: str) -> None:
+    """Lay text over the tree as the value it stands for, or note why it cannot be."""
+    name = fields.dotted(parts)
+    node = fields.find(parts)
+    if node is None:
+        draft.found.append(Problem(name, _why_unknown(draft, parts), origin))
+        return
+    try:
+        text.encode("utf-8")  # what the system could not decode comes as lone surrogates
+        value = fields.parse(node, text)
+    except UnicodeEncodeError:
+        draft.found.append(Problem(name, "is not UTF-8 text", origin))
+        return
+    except ValueError as error:
+        message = f"{error}; it must be {fields.describe(node)}"
+        draft.found.append(Problem(name, message, origin))
+        return
+    draft.merge(parts, value, origin)
+
+
+def _why_unknown(draft: _Draft, parts: Parts) -> str:
+    for end in range(1, len(parts)):
+        above = fields.find(parts[:end])
+        if above is None:
+            return f"is no setting{fields.suggest(parts[:end])}"
+        if above.kind == "value":
+            return f"is no setting: {fields.dotted(parts[:end])} is a single value"
+        if above.kind == "list" and not fields.is_index(parts[end]):
+            given = draft.tree.get("pools", []) if parts[:end] == ("pools",) else []
+            names = [str(one["name"]) for one in given if isinstance(one, dict) and "name" in one]
+            known = f"; the pools are {', '.join(names)}" if names else ""
+            return f"is no setting: {fields.dotted(parts[:end])} takes an index from 0{known}"
+    return f"is no setting{fields.suggest(parts)}"

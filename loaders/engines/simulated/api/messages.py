@@ -1,0 +1,156 @@
+"""``/v1/messages``: Anthropic's API, on top of the chat prompt."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from loaders.engines.simulated.api import chat
+from loaders.engines.simulated.api.bodies import flag, text_of
+from loaders.engines.simulated.api.context import Context, Prepared
+from loaders.engines.simulated.api.errors import bad
+from loaders.engines.simulated.api.events import named_event
+from loaders.engines.simulated.generation import Generation
+from loaders.engines.simulated.tokens import token_count
+
+_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+
+def as_chat(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The chat request that ``body`` amounts to."""
+    turns = body.get("messages")
+    if not isinstance(turns, list) or not turns:
+        raise bad("messages must be a list with at least one message.", "messages")
+    system = text_of(body.get("system"), "system")
+    tools = body.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise bad("tools must be a list of objects.", "tools")
+    choice = body.get("tool_choice")
+    kind = choice.get("type") if isinstance(choice, Mapping) else None
+    if choice is not None and kind not in ("auto", "any", "none", "tool"):
+        raise bad("tool_choice must be of type auto, any, none or tool.", "tool_choice")
+    wanted: Any = {"any": "required", "none": "none"}.get(str(kind), "auto")
+    if kind == "tool" and isinstance(choice, Mapping):
+        wanted = {"type": "function", "function": {"name": choice.get("name")}}
+    converted = dict(body)
+    converted["messages"] = [{"role": "system", "content": system}] if system else []
+    converted["messages"] += turns
+    converted["tools"] = [
+        {
+            "type": "function",
+            "function": {"name": tool.get("name"), "parameters": tool.get("input_schema")},
+        }
+        for tool in tools
+    ]
+    converted["tool_choice"] = wanted if tools else None
+    converted["stop"] = body.get("stop_sequences")
+    converted.pop("stream_options", None)
+    return converted
+
+
+def prepare(body: dict[str, Any], context: Context) -> Prepared:
+    """Read a message request. Raises ``ApiError``."""
+    if body.get("max_tokens") is None:
+        raise bad("max_tokens is required.", "max_tokens")
+    model = context.model(body)
+    prepared = chat.prepare(as_chat(body), context)
+    return Prepared(
+        answers=prepared.answers,
+        wording=lambda generation: Message(generation, context, model),
+        stream=flag(body, "stream"),
+    )
+
+
+def count_tokens(body: dict[str, Any], context: Context) -> dict[str, Any]:
+    """The answer to ``/v1/messages/count_tokens``. Raises ``ApiError``."""
+    context.model(body)
+    count = token_count(chat.prompt_of(as_chat(body)))
+    return {"input_tokens": count, "context_management": {"original_input_tokens": count}}
+
+
+class Message:
+    """The wording of Anthropic's message, whole or in events."""
+
+    def __init__(self, generation: Generation, context: Context, model: str) -> None:
+        self._generation = generation
+        self._id = f"msg_{context.request_id}"
+        self._model = model
+
+    def _usage(self) -> dict[str, int]:
+        sequence = self._generation.sequences[0]
+        return {"input_tokens": sequence.prompt_tokens, "output_tokens": sequence.produced}
+
+    def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "content": content,
+            "model": self._model,
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": self._usage(),
+        }
+
+    def _ending(self) -> dict[str, Any]:
+        answer = self._generation.answers[0]
+        if answer.stop_reason is not None:
+            return {"stop_reason": "stop_sequence", "stop_sequence": answer.stop_reason}
+        return {
+            "stop_reason": _STOP_REASONS.get(answer.finish_reason, "end_turn"),
+            "stop_sequence": None,
+        }
+
+    def _block(self, **content: Any) -> dict[str, Any]:
+        tool = self._generation.answers[0].tool
+        if tool is None:
+            return {"type": "text", "text": content.get("text", "")}
+        identity = f"toolu_{zlib.crc32(self._id.encode()):08x}"
+        given = content.get("input", {})
+        return {"type": "tool_use", "id": identity, "name": tool, "input": given}
+
+    def begin(self) -> list[bytes]:
+        """Nothing before the first token, as vLLM."""
+        return []
+
+    def token(self, choice: int, text: str, *, first: bool, last: bool) -> list[bytes]:
+        """A delta of the text or of the tool's input; the message and its block around them.
+
+        A message has one answer: there is no choice but 0.
+        """
+        events = []
+        if first:
+            message = self._message([])
+            message["usage"] = {**self._usage(), "output_tokens": 0}
+            events.append(named_event({"type": "message_start", "message": message}))
+            block = {"type": "content_block_start", "index": 0, "content_block": self._block()}
+            events.append(named_event(block))
+        if text:
+            delta = {"type": "text_delta", "text": text}
+            if self._generation.answers[0].tool is not None:
+                delta = {"type": "input_json_delta", "partial_json": text}
+            events.append(named_event({"type": "content_block_delta", "index": 0, "delta": delta}))
+        if last:
+            events.append(named_event({"type": "content_block_stop", "index": 0}))
+        return events
+
+    def end(self) -> list[bytes]:
+        """Why it ended, what it cost, and that it ended."""
+        delta = {"type": "message_delta", "delta": self._ending(), "usage": self._usage()}
+        return [named_event(delta), named_event({"type": "message_stop"})]
+
+    def whole(self) -> bytes:
+        """The message as one object."""
+        answer = self._generation.answers[0]
+        text = answer.text.decode("ascii")
+        if answer.tool is None:
+            block = self._block(text=text)
+        elif answer.finish_reason != "tool_calls":
+            block = self._block()  # cut JSON has no value
+        else:
+            block = self._block(input=json.loads(text))
+        return msgspec.json.encode({**self._message([block]), **self._ending()})

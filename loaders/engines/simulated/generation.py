@@ -1,0 +1,164 @@
+"""One request for text under way: its sequences in the engine, its answer on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+from loaders.engines.simulated.api.answers import Answer
+from loaders.engines.simulated.engine import Engine
+from loaders.engines.simulated.exchange import Exchange
+from loaders.engines.simulated.scheduler import Sequence, SequenceState
+from loaders.engines.simulated.tokens import block_hashes, padded, token_count
+
+_OVER = (SequenceState.FINISHED, SequenceState.ABORTED)
+
+
+class Format(Protocol):
+    """How one API words an answer. Choices are numbered from 0, in the order of the answers."""
+
+    def begin(self) -> list[bytes]:
+        """The events sent as soon as the request is accepted."""
+
+    def token(self, choice: int, text: str, *, first: bool, last: bool) -> list[bytes]:
+        """The events for one token of a choice, which shows ``text``.
+
+        ``first`` before any other, ``last`` where the choice ends with it. An answer that the
+        engine ended itself has a last one without text, which is no token.
+        """
+
+    def end(self) -> list[bytes]:
+        """The events that end the stream."""
+
+    def whole(self) -> bytes:
+        """The answer in one piece, as JSON."""
+
+
+class Generation:
+    """Sequences submitted for one exchange. It is the owner that the engine tells."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        exchange: Exchange,
+        answers: list[tuple[bytes, Answer]],
+        *,
+        stream: bool,
+        cut_after_chunks: int | None = None,
+        cut_by_reset: bool = False,
+        ended: Callable[[Generation], None],
+    ) -> None:
+        size = engine.scheduler.model.block_size_tokens
+        self.dirty = False
+        self.answers = [answer for _, answer in answers]
+        self.sequences = [
+            Sequence(
+                prompt_tokens=token_count(prompt),
+                output_tokens=answer.tokens,
+                block_hashes=block_hashes(padded(prompt) + answer.text, size),
+                owner=self,
+            )
+            for prompt, answer in answers
+        ]
+        self._engine = engine
+        self._exchange = exchange
+        self._stream = stream
+        self._cut_after = cut_after_chunks
+        self._cut_by_reset = cut_by_reset
+        self._ended = ended
+        self._sent = [0] * len(answers)
+        self._open = set(range(len(answers)))
+        self._format: Format | None = None
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens found in the prefix cache."""
+        return sum(sequence.cached_tokens for sequence in self.sequences)
+
+    def start(self, wording: Format) -> None:
+        """Submit the sequences and begin to answer. Raises as ``Engine.submit``."""
+        self._engine.submit(self.sequences)
+        self._format = wording
+        exchange = self._exchange
+        exchange.on_gone = self.cancel
+        if self._stream:
+            exchange.on_drained = self.progressed
+            exchange.stream()
+            self._send(wording.begin())
+
+    def cancel(self) -> None:
+        """The client is gone: the engine drops what it was doing."""
+        self._engine.abort(self.sequences)
+        self._open.clear()
+        self._ended(self)
+
+    def stop(self) -> None:
+        """The engine ends it: the client gets what there is, with the finish reason ``abort``."""
+        self._engine.abort(self.sequences)
+        for index in self._open:
+            produced = self.sequences[index].produced
+            cut = self.answers[index]
+            self.answers[index] = replace(
+                cut, text=cut.text[: 4 * produced], tokens=produced, finish_reason="abort"
+            )
+        self.progressed()
+
+    def finish_reason(self, sequence: Sequence) -> str:
+        """What metrics count the end of ``sequence`` as."""
+        answer = self.answers[self.sequences.index(sequence)]
+        return "length" if answer.finish_reason == "length" else "stop"
+
+    def progressed(self) -> None:
+        """Send what is new, where the reader keeps up; answer, where all is there."""
+        self.dirty = False
+        if self._exchange.done or self._format is None:
+            return
+        if self._stream:
+            if self._exchange.writable:
+                self._send_new()
+        elif all(s.state in _OVER for s in self.sequences):
+            self._answer()
+
+    def _answer(self) -> None:
+        assert self._format is not None
+        if self._cut_after is not None:
+            self._exchange.cut(reset=self._cut_by_reset)
+        else:
+            self._exchange.respond(200, self._format.whole())
+        self._ended(self)
+
+    def _send_new(self) -> None:
+        wording = self._format
+        assert wording is not None
+        events: list[bytes] = []
+        for choice in sorted(self._open):
+            sequence, answer = self.sequences[choice], self.answers[choice]
+            sent, produced = self._sent[choice], sequence.produced
+            over = sequence.state in _OVER
+            for token in range(sent, produced):
+                piece = answer.text[4 * token : 4 * token + 4].decode("ascii")
+                last = over and token + 1 == produced
+                events += wording.token(choice, piece, first=token == 0, last=last)
+            if over:
+                if sent == produced:
+                    events += wording.token(choice, "", first=sent == 0, last=True)
+                self._open.discard(choice)
+            self._sent[choice] = produced
+        whole = not self._open
+        if whole:
+            events += wording.end()
+        self._send(events)
+        if whole and not self._exchange.done:
+            self._exchange.end()
+            self._ended(self)
+
+    def _send(self, events: list[bytes]) -> None:
+        if self._cut_after is None or len(events) < self._cut_after:
+            if self._cut_after is not None:
+                self._cut_after -= len(events)
+            self._exchange.send(events)
+            return
+        self._exchange.send(events[: self._cut_after])
+        self._exchange.cut(reset=self._cut_by_reset)
+        self.cancel()

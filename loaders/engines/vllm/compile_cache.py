@@ -1,0 +1,241 @@
+"""What an engine compiles and measures when it starts, kept as one bundle that can be shipped.
+
+A first start compiles the model (Dynamo, Inductor, Triton), tunes kernels, captures graphs and
+profiles how much memory is left for the KV cache; on GPUs that is longer than reading weights. All
+of it is derived from what runs where. So each combination has a directory of its own, named by a
+key over everything the artefacts depend on, into which the engine's caches are pointed; packed
+into one file it travels with the model. A bundle for another combination is never used: it has
+another name.
+
+vLLM checks its own artefacts again (its hashes go finer than our key), so one that does not fit
+costs a compilation, not a wrong answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from loaders.engines.vllm.command import find_install, read_flags, site_packages
+
+KEY_FORMAT = 1
+NOT_COMPILED_IN = frozenset(
+    {
+        "--host",
+        "--port",
+        "--uds",
+        "--model",
+        "--served-model-name",
+        "--api-key",
+        "--load-format",
+        "--model-loader-extra-config",
+        "--safetensors-load-strategy",
+        "--disable-uvicorn-access-log",
+        "--uvicorn-log-level",
+        "--chat-template",
+    }
+)
+"""Flags that change nothing of what is compiled or measured."""
+
+LIBRARIES = ("torch", "triton", "flashinfer_python", "transformers")
+"""Beside the engine itself, what writes or reads the artefacts."""
+
+
+class BadBundle(Exception):
+    """A packed bundle holds what none would: it is not used."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleKey:
+    """Names a combination of engine, libraries, device, model and settings. ``facts`` is what
+    went into ``digest``, for people who ask why a bundle did not fit."""
+
+    digest: str
+    facts: Mapping[str, str]
+
+
+def make_key(
+    *,
+    python: Path,
+    model: str,
+    args: Sequence[str],
+    env: Mapping[str, str] | None = None,
+    gpus: Sequence[tuple[str, str]] = (),
+) -> BundleKey | None:
+    """The key of an engine that will be run by ``python`` with ``args`` (its command line).
+
+    ``model`` names what of the model matters (``model_facts``), ``env`` are the user's own
+    variables, ``gpus`` the (name, driver version) it will run on. ``None`` where no engine is
+    found.
+    """
+    install = find_install(python)
+    if install is None:
+        return None
+    facts = {
+        "format": str(KEY_FORMAT),
+        "engine": f"{install.distribution} {install.version} {install.device}",
+        "model": model,
+        "settings": json.dumps(sorted(_settings_in(args))),
+        "env": json.dumps(sorted((env or {}).items())),
+        "gpus": json.dumps(sorted(gpus)),
+    }
+    if not gpus:
+        facts["cpu"] = _cpu_digest()
+    for site in site_packages(python):
+        facts["python"] = site.parent.name
+        for name in LIBRARIES:
+            found = sorted(entry.name for entry in site.glob(f"{name}-*.dist-info"))
+            if found:
+                facts[name] = found[-1].removesuffix(".dist-info").partition("-")[2]
+    whole = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    return BundleKey(digest=whole.hexdigest()[:32], facts=facts)
+
+
+def model_facts(model: str) -> str:
+    """What of a model decides what is compiled for it: its configuration, wherever it lies; its
+    name where it is on no disk. Weights of the same shapes share what is compiled."""
+    digest = hashlib.sha256()
+    found = False
+    for name in ("config.json", "quantize_config.json", "hf_quant_config.json"):
+        try:
+            digest.update(Path(model, name).read_bytes())
+        except OSError:
+            continue
+        digest.update(name.encode())
+        found = True
+    return digest.hexdigest() if found else model
+
+
+def bundle_env(root: Path) -> dict[str, str]:
+    """Environment variables that point every cache of an engine into ``root``, and have vLLM
+    remember the memory it measured."""
+    place = root.absolute()
+    return {
+        "VLLM_CACHE_ROOT": str(place / "vllm"),
+        "VLLM_ENABLE_STARTUP_PLAN": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(place / "inductor"),
+        "TRITON_CACHE_DIR": str(place / "triton"),
+        # Read when FlashInfer is imported, so it is one place for all that are forked from one
+        # import. FlashInfer tells its own combinations apart.
+        "FLASHINFER_WORKSPACE_BASE": str(place.parent / "flashinfer"),
+        "CUDA_CACHE_PATH": str(place / "cuda"),
+    }
+
+
+def size_of(root: Path) -> int:
+    """Bytes of the files in a bundle's directory; 0 where there is none."""
+    total = 0
+    for path in _files(root):
+        with suppress(FileNotFoundError):  # an engine is at work in it
+            total += path.lstat().st_size
+    return total
+
+
+def pack(root: Path, target: Path) -> int:
+    """Write a bundle's directory as one tar file, the same bytes for the same content.
+
+    Links and half-written temporary files are left out. ``target`` appears whole or not at all.
+    Returns its size in bytes.
+    """
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as archive:
+            for path in _files(root):
+                entry = tarfile.TarInfo(str(path.relative_to(root)))
+                with path.open("rb") as file:
+                    status = os.fstat(file.fileno())
+                    entry.size = status.st_size
+                    entry.mode = 0o755 if status.st_mode & 0o100 else 0o644
+                    archive.addfile(entry, file)
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        partial.rename(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target.stat().st_size
+
+
+def unpack(source: Path, root: Path, *, max_bytes: int) -> int:
+    """Put a packed bundle at ``root``, unless there is one already; returns the bytes written.
+
+    Raises ``BadBundle`` for names that lead out of it, anything but plain files, more than
+    ``max_bytes``, or a file that is no whole archive; ``root`` is then as it was.
+    """
+    if root.exists():
+        return 0
+    partial = root.with_name(f".{root.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    written = 0
+    try:
+        partial.mkdir(parents=True)
+        with tarfile.open(source, "r:") as archive:
+            for entry in archive:
+                written += entry.size
+                if written > max_bytes:
+                    raise BadBundle(f"{source} unpacks to more than {max_bytes} bytes")
+                _unpack_one(archive, entry, partial, source)
+        try:
+            partial.rename(root)
+        except OSError:
+            if not root.exists():  # else somebody was quicker, which is as good
+                raise
+    except tarfile.TarError as error:
+        raise BadBundle(f"{source} is no whole bundle: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return written
+
+
+def _unpack_one(archive: tarfile.TarFile, entry: tarfile.TarInfo, root: Path, source: Path) -> None:
+    name = PurePosixPath(entry.name)
+    if not entry.isreg() or name.is_absolute() or ".." in name.parts or not name.parts:
+        raise BadBundle(f"{source} holds {entry.name!r}, which is no plain file within it")
+    content = archive.extractfile(entry)
+    if content is None:
+        raise BadBundle(f"{source} holds {entry.name!r} without its content")
+    place = root.joinpath(*name.parts)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.open("xb") as file:
+        shutil.copyfileobj(content, file, 1 << 20)
+        file.flush()
+        if file.tell() != entry.size:
+            raise BadBundle(f"{source} ends within {entry.name!r}")
+    place.chmod(0o755 if entry.mode & 0o100 else 0o644)
+
+
+def _files(root: Path) -> Iterable[Path]:
+    found = []
+    for directory, _, names in os.walk(root):
+        for name in names:
+            path = Path(directory, name)
+            if path.is_file() and not path.is_symlink() and not _is_temporary(name):
+                found.append(path)
+    return sorted(found)
+
+
+def _is_temporary(name: str) -> bool:
+    return name.endswith((".tmp", ".lock", ".partial")) or name.startswith(".tmp")
+
+
+def _settings_in(args: Sequence[str]) -> list[str]:
+    """The flags, each with its values, that what is compiled may depend on."""
+    return [" ".join(group) for group in read_flags(args) if group[0] not in NOT_COMPILED_IN]
+
+
+def _cpu_digest() -> str:
+    """What this machine's CPU can do: code compiled for it may not run on a lesser one."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return "unknown"
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
+    words = sorted((flags.group(1) if flags else "").split())
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]

@@ -1,0 +1,339 @@
+"""One download under way: who reads what is decided on a board, and read by threads in two lanes.
+
+The calling thread watches: it notices that it is called off, tells of progress, and has the last
+word. Threads of the store's lane write straight into the partial file; those of the peers' lane
+read into memory, because a piece is checked before one byte of it reaches the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from modelcache.bandwidth.budget import Asked
+from modelcache.bandwidth.throughput import Pace, Reading, compare
+from modelcache.fetch.plan import Board, File, Seen, mask_of
+from modelcache.peers.piece_inventory import Holding, Shelf, State
+from modelcache.peers.types import Follower
+from modelcache.sources.base import Source
+from modelcache.store.digest import count_pieces
+from modelcache.store.partial_files import Partial
+from modelcache.types import CacheError, Cancelled, Damaged, Priority, Progress, RemoteFile
+
+if TYPE_CHECKING:
+    from modelcache.fetch.transfer import Transfer
+
+TICK_S = 0.1
+"""Seconds between two looks at whether it is still wanted, and at who owns what."""
+
+TELL_S = 0.25
+RATE_S = 5.0
+CENSUS_S = 0.5
+"""Seconds that a beginning waits at most to hear from every peer."""
+
+JOIN_S = 5.0
+"""Seconds a thread may take to notice the end. One that does not (a store's library that hangs)
+is left behind: it has a descriptor of its own, and commits nothing any more."""
+
+GENTLE_S = 1.0
+GENTLE_CONNECTIONS = 4
+"""As long as others may be about to begin too, a node does not take more of a store than this: what
+two read at the same time is read twice."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One file of a download."""
+
+    remote: RemoteFile
+    partial: Partial
+    file: File
+    holding: Holding
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Attempt(Reading):
+    """One reading of one piece."""
+
+    job: Job
+    index: int
+
+
+class Download:
+    """Fetches the missing pieces of some files. Used once."""
+
+    def __init__(
+        self,
+        transfer: Transfer,
+        source: Source,
+        files: Sequence[tuple[RemoteFile, Partial]],
+        *,
+        priority: Priority,
+        on_progress: Callable[[Progress], None],
+        cancelled: Asked,
+    ) -> None:
+        self.transfer = transfer
+        self.source = source
+        self.model = source.ref.url
+        self.priority = priority
+        self.settings = transfer.settings
+        self.lane = transfer.budget.lane(self.model, self.model, priority)
+        self.slots = transfer.slots_of(self.model)
+        self.peers = transfer.peers
+        self.clock = transfer.clock
+        self.lock = threading.Lock()
+        self.watcher = threading.Condition(self.lock)
+        self.store_work = threading.Condition(self.lock)
+        self.peer_work = threading.Condition(self.lock)
+        self.reading: set[Attempt] = set()
+        self.asking: set[Attempt] = set()
+        self.store_pace = Pace()
+        self.peer_pace = Pace()
+        self.store_limit = self.settings.connections
+        self.problem: BaseException | None = None
+        self.over = False
+        self._began_s = self.clock()
+        self._on_progress = on_progress
+        self._cancelled = cancelled
+        self._committing = 0
+        self._given_bytes = 0
+        self._threads: list[threading.Thread] = []
+        self._samples: deque[tuple[float, int]] = deque()
+        self._shelf = self.peers.shelf if self.peers is not None else Shelf()
+        self._total_bytes = sum(partial.size_bytes for _, partial in files)
+        self._done_bytes = self._told_bytes = sum(partial.bytes_done for _, partial in files)
+        self.jobs = [self._job(remote, partial) for remote, partial in files if partial.missing()]
+        me = self.peers.me if self.peers is not None else None
+        self.board = Board(
+            me=me, files=[job.file for job in self.jobs], expects_others=self.peers is not None
+        )
+        self._job_of = {id(job.file): job for job in self.jobs}
+        sizes = [min(job.partial.piece_bytes, job.partial.size_bytes) for job in self.jobs]
+        self._piece_bytes = max(sizes, default=0)
+
+    def _job(self, remote: RemoteFile, partial: Partial) -> Job:
+        missing = mask_of(partial.missing())
+        count = count_pieces(partial.size_bytes, partial.piece_bytes)
+        file = File(key=partial.key, count=count, missing=missing)
+        return Job(remote, partial, file, self._shelf.open(partial))
+
+    def run(self) -> None:
+        """Fetch all of it, or raise why not. On return no thread of it commits anything."""
+        try:
+            follower = self._follow()
+            self._start()
+            self._watch()
+        finally:
+            self._stop()
+        del follower
+        for job in self.jobs:
+            if self.transfer.doubted(job.partial.key):
+                self.transfer.believe(job.partial.key)
+
+    def job_of(self, file: File) -> Job:
+        """The job of a file on the board."""
+        return self._job_of[id(file)]
+
+    def attempt(self, file: File, index: int) -> Attempt:
+        """A reading of a piece, about to begin."""
+        job = self.job_of(file)
+        start, end = job.partial.span(index)
+        return Attempt(job=job, index=index, size_bytes=end - start, began_s=self.clock())
+
+    # -- peers' news -----------------------------------------------------------------------------
+
+    def _follow(self) -> Follower | None:
+        if self.peers is None or not self.jobs:
+            return None
+        follower = Follower(
+            keys=self._keys,
+            on_states=self._on_states,
+            on_lost=self._on_lost,
+            stopped=lambda: self.over,
+        )
+        self._threads += self.peers.follow(follower)
+        until_s = self.clock() + CENSUS_S
+        with self.watcher:
+            while self.clock() < until_s and not self.peers.settled(follower):
+                self._check()
+                self.watcher.wait(0.02)
+        return follower
+
+    def _keys(self) -> list[str]:
+        with self.lock:
+            keys = [job.partial.key for job in self.jobs if job.file.missing]
+        return [key for key in keys if not self.transfer.doubted(key)]
+
+    def _on_states(self, node: str, states: Mapping[str, State]) -> None:
+        counts = {job.file.key: job.file.count for job in self.jobs}
+        seen = {
+            key: Seen(
+                has=state.has & (1 << counts[key]) - 1,
+                fetching=state.fetching & (1 << counts[key]) - 1,
+                active=state.active,
+            )
+            for key, state in states.items()
+            if key in counts and not self.transfer.doubted(key)
+        }
+        with self.lock:
+            if self.board.learn(node, seen, self.clock()):
+                self.peer_work.notify(self.settings.peer_connections)
+
+    def _on_lost(self, node: str) -> None:
+        with self.lock:
+            self.board.lose(node)
+
+    # -- watching --------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        from modelcache.fetch.readers import PeerLane, StoreLane
+
+        with self.lock:
+            left = self.board.left
+            self._settle()
+        store = StoreLane(self)
+        for _ in range(min(self.settings.connections, left)):
+            self._threads.append(threading.Thread(target=store.run, name="store", daemon=True))
+        if self.peers is not None:
+            peer = PeerLane(self)
+            for _ in range(min(self.settings.peer_connections, left)):
+                self._threads.append(threading.Thread(target=peer.run, name="ask", daemon=True))
+        for thread in self._threads:
+            if thread.ident is None:
+                thread.start()
+
+    def _watch(self) -> None:
+        told_s = -TELL_S
+        while True:
+            with self.watcher:
+                if self._check():
+                    break
+                self._settle()
+                self.watcher.wait(TICK_S)
+            if self.clock() - told_s >= TELL_S:
+                told_s = self.clock()
+                self._on_progress(self._progress())
+        self._on_progress(self._progress())
+
+    def _check(self) -> bool:
+        """Whether all is there. Raises what went wrong."""
+        if self.problem is not None:
+            raise self.problem
+        if self._cancelled():
+            raise Cancelled(f"fetching {self.model} was called off")
+        return self.board.left == 0 and self._committing == 0
+
+    def _settle(self) -> None:
+        """See who is there, and who is to read what."""
+        now_s = self.clock()
+        board = self.board
+        board.away = self.peers.away() if self.peers is not None else frozenset()
+        compare(self.reading, now_s)
+        for one in self.asking:
+            one.note(now_s)
+        usual_s = self.store_pace.expected_s(self._piece_bytes)
+        oldest_s = max((now_s - one.began_s for one in self.reading), default=None)
+        if usual_s is not None or oldest_s is not None:
+            board.piece_s = max(usual_s or 0.0, oldest_s or 0.0)
+        nodes = board.settle(now_s)
+        connections = self.settings.connections
+        # Together the nodes keep about as many connections as one alone, so that pieces come whole
+        # one after another, for others to have, and not all at the very end.
+        self.store_limit = max(2, -(-connections // nodes)) if nodes > 1 else connections
+        if board.expects_others and nodes == 1 and now_s - self._began_s < GENTLE_S:
+            self.store_limit = min(connections, GENTLE_CONNECTIONS)
+        if self.store_limit > len(self.reading):
+            self.store_work.notify(self.store_limit - len(self.reading))
+        self.peer_work.notify()
+
+    def _progress(self) -> Progress:
+        with self.lock:
+            moving = sum(one.moved_bytes for one in (*self.reading, *self.asking))
+            # What was thrown away is read again before it counts anew: a bar does not go back.
+            done = max(self._told_bytes, min(self._total_bytes, self._done_bytes + moving))
+            self._told_bytes = done
+            given, nodes = self._given_bytes, len({n for f in self.board.files for n in f.peers})
+        now_s = self.clock()
+        self._samples.append((now_s, done))
+        while len(self._samples) > 2 and now_s - self._samples[1][0] > RATE_S:
+            self._samples.popleft()
+        since_s, before = self._samples[0]
+        rate = (done - before) / (now_s - since_s) if now_s > since_s else None
+        detail = f"{given / 1e9:.1f} GB from {nodes} peers" if given else ""
+        return Progress(
+            phase="fetching",
+            bytes_done=done,
+            bytes_total=self._total_bytes,
+            rate_bytes_s=None if rate is None else max(0.0, rate),
+            detail=detail,
+        )
+
+    def _stop(self) -> None:
+        with self.lock:
+            self.over = True
+            for condition in (self.watcher, self.store_work, self.peer_work):
+                condition.notify_all()
+        if self.peers is not None:
+            self.peers.wake()
+        until_s = self.clock() + JOIN_S
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, until_s - self.clock()))
+        with self.watcher:
+            while self._committing:
+                self.watcher.wait(TICK_S)
+        for job in self.jobs:
+            job.holding.close()
+
+    # -- what the lanes call ---------------------------------------------------------------------
+
+    def fail(self, problem: BaseException) -> None:
+        """It cannot be done; the first reason is the one told."""
+        with self.lock:
+            self.problem = self.problem or problem
+            self.watcher.notify_all()
+
+    @contextlib.contextmanager
+    def commits(self) -> Iterator[None]:
+        """While a piece is committed, the end is put off. Raises ``Cancelled`` after it."""
+        with self.lock:
+            if self.over:
+                raise Cancelled("not wanted any more")
+            self._committing += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._committing -= 1
+                if self.over or (self.board.left == 0 and self._committing == 0):
+                    self.watcher.notify_all()
+
+    def commit(self, job: Job, index: int) -> bytes:
+        """Count a piece as good, by what the file has now; its BLAKE3. Within :meth:`commits`."""
+        try:
+            return job.partial.commit(index)
+        except Damaged:
+            # The last piece made it whole, and it is not what its store says it is.
+            self.transfer.doubt(job.partial.key)
+            raise
+        except OSError as error:
+            raise CacheError(f"{job.remote.path}: {error.strerror}") from error
+
+    def done(self, attempt: Attempt, size_bytes: int, *, given: bool) -> None:
+        """A piece is there, from a peer (``given``) or from the store."""
+        with self.lock:
+            self.board.done(attempt.job.file, attempt.index)
+            self.reading.discard(attempt)  # or it would be counted twice
+            self.asking.discard(attempt)
+            self._done_bytes += size_bytes
+            self._given_bytes += size_bytes if given else 0
+            pace = self.peer_pace if given else self.store_pace
+            pace.learn(size_bytes, self.clock() - attempt.began_s)
+        if given:
+            self.transfer.count(peer_bytes=size_bytes)
+        else:
+            self.transfer.count(store_bytes=size_bytes)

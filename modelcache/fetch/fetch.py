@@ -1,0 +1,365 @@
+"""Making one revision whole: what is known already, what can be taken over, what must be fetched.
+
+Room for all of it is made and reserved before the first byte is asked for, so a full disk is said
+at once. Then each file becomes a blob as soon as its last piece is there, and the manifest comes
+last. Stopped anywhere, the next attempt goes on from what is there.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from modelcache.fetch.request import Salvage, Transfer, Want
+from modelcache.sources.base import Source
+from modelcache.store.digest import RECORD, PieceDigests, count_pieces
+from modelcache.store.files import copy_range, link, link_or_clone, remove, remove_empty
+from modelcache.store.layout import file_key
+from modelcache.store.manifest import Fetching, check_listing, make_entry
+from modelcache.store.partial_files import TREE, Partial
+from modelcache.store.revisions import FETCHING
+from modelcache.store.store import Store
+from modelcache.store.verify import compare_file, hash_file
+from modelcache.types import (
+    Cancelled,
+    Damaged,
+    Manifest,
+    NoSpace,
+    NotFound,
+    Progress,
+    RemoteFile,
+)
+
+LOG = logging.getLogger("tidegate.modelcache")
+
+LINKED = "linked"
+RECORD_BYTES = 4_096
+"""About what the records of one file take."""
+
+ATTEMPTS = 2
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class File:
+    """One file on its way: ``digest`` once it is a blob, ``local`` while it may be taken over."""
+
+    remote: RemoteFile
+    key: str
+    digest: str | None = None
+    local: Path | None = None
+    linked: bool = False
+    salvage: Salvage | None = None
+
+    @property
+    def expected(self) -> Mapping[str, str]:
+        """The digests it must have."""
+        if self.salvage is None:
+            return self.remote.digests
+        return {**self.remote.digests, TREE: self.salvage.digest}
+
+
+class Fetch:
+    """One revision being made whole. Used once, by whoever holds the model's fetch lock."""
+
+    def __init__(
+        self,
+        store: Store,
+        transfer: Transfer,
+        source: Source | None,
+        want: Want,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        check_listing(want.listing.files)
+        self.store = store
+        self.layout = store.layout
+        self.want = want
+        self._transfer = transfer
+        self._source = source
+        self._clock = clock
+        url, revision = want.ref.url, want.listing.revision
+        self.files = [
+            File(
+                remote=file,
+                key=file_key(url, file, revision),
+                salvage=want.salvage.get(file.path),
+            )
+            for file in want.listing.files
+        ]
+        self._checked_bytes = 0
+        self._fetched_bytes = 0
+
+    def run(self) -> Manifest:
+        """Make it whole; its manifest.
+
+        Raises ``NoSpace`` before anything is fetched; ``Cancelled``, ``SourceError``, ``Damaged``
+        (not what its store says it is, twice) as they come, and what is there stays.
+        """
+        began_s = time.monotonic()
+        self._recognise()
+        self._reserve()
+        for file in self.files:
+            if file.linked or (file.local is not None and file.digest is None):
+                self._take_over(file)
+        self._download()
+        took_s = time.monotonic() - began_s
+        manifest = self._complete(took_s)
+        if self._fetched_bytes:
+            megabytes = self._fetched_bytes / 1e6
+            LOG.info("%s: fetched %.1f MB in %.1f s", self.want.ref.url, megabytes, took_s)
+        return manifest
+
+    def _recognise(self) -> None:
+        """Find what is here already. A blob that was touched since is hashed again first."""
+        for file in self.files:
+            if file.salvage is not None:
+                continue
+            file.digest = self.store.lookup(file.key, file.remote)
+            if file.digest is None:
+                file.digest = self._recover(file)
+            if file.digest is None:
+                file.local = self.want.find_local(file.remote)
+
+    def _recover(self, file: File) -> str | None:
+        for digest in self.store.known(file.key, file.remote):
+            blob = self.layout.blob(digest)
+            if not blob.is_file():
+                continue
+            found = self._hash(blob)
+            with self.store.lock():
+                if found.digest == digest and blob.is_file():
+                    self.store.vouch(found)
+                    return digest
+                self.store.drop_blob(digest)
+        return None
+
+    def _reserve(self) -> None:
+        """Make room for what is missing, and take it, before anything is fetched."""
+        url, revision = self.want.ref.url, self.want.listing.revision
+        path = self.layout.revision(url, revision) / FETCHING
+        with self.store.lock():
+            fresh = not path.exists()
+            self.store.begin(
+                Fetching(
+                    url=url,
+                    revision=revision,
+                    files=tuple(file.remote for file in self.files),
+                    started_at_s=self._clock(),
+                )
+            )
+            for file in self.files:
+                if file.digest is not None and not self.layout.blob(file.digest).exists():
+                    file.digest = None  # evicted after it was recognised, before it was held
+            try:
+                self._link()
+                self._reserve_rest()
+            except NoSpace:
+                if fresh:
+                    remove(path)
+                    remove_empty(path.parent)
+                    self.store.room.sweep()
+                raise
+
+    def _link(self) -> None:
+        """Give files that may be taken over a name here. Costs no room, and holds them."""
+        for file in self.files:
+            if file.local is None:
+                continue
+            directory = self.layout.partial(file.key)
+            directory.mkdir(parents=True, exist_ok=True)
+            linked = directory / LINKED
+            remove(linked)
+            try:
+                # A clone would count twice until what was given has gone.
+                given = self.want.given and not file.local.is_symlink()
+                file.linked = given and link(file.local, linked)
+                if not file.linked:
+                    file.linked = link_or_clone(file.local.resolve(), linked) is not None
+            except OSError:
+                file.local = None
+
+    def _reserve_rest(self) -> None:
+        missing = [file for file in self.files if file.digest is None]
+        fetched = [file for file in missing if not file.linked]
+        unreserved = sum(
+            file.remote.size_bytes
+            for file in fetched
+            if not Partial.is_reserved(self.layout, file.key, file.remote.size_bytes)
+        )
+        pieces = sum(count_pieces(f.remote.size_bytes, self.store.piece_bytes) for f in missing)
+        need = unreserved + pieces * RECORD.size + RECORD_BYTES * len(missing)
+        name = f"{self.want.ref.url}@{self.want.listing.revision}"
+        self.store.room.make_room(
+            # What is linked counts already: its name lies in the cache.
+            need,
+            need if fetched else 0,
+            what=self.want.ref.url,
+            keep=name,
+        )
+        try:
+            for file in fetched:
+                Partial.reserve(self.layout, file.key, file.remote.size_bytes)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise NoSpace(
+                f"{self.want.ref.url}: the disk of {self.layout.root} has no room for {need} bytes"
+            ) from error
+
+    def _take_over(self, file: File) -> None:
+        """Hash a file that is on this machine and make it ours, unless it is not what it should
+        be: then it is fetched like any other."""
+        if not file.linked:
+            self._copy(file)
+            return
+        linked = self.layout.partial(file.key) / LINKED
+        before = os.stat(linked)
+        found = self._hash(linked)
+        problem = compare_file(linked, found.digest, file.expected)
+        after = os.stat(linked)
+        changed = before.st_mtime_ns != after.st_mtime_ns or found.size_bytes != after.st_size
+        with self.store.lock():
+            if problem or changed or found.size_bytes != file.remote.size_bytes:
+                remove(linked)
+                file.linked = False
+                self._reserve_rest()
+            else:
+                sha256 = file.remote.digests.get("sha256")
+                file.digest = self.store.take_over(linked, file.key, sha256, found)
+
+    def _copy(self, file: File) -> None:
+        """Take over a file of another file system."""
+        assert file.local is not None
+        try:
+            with self._open(file) as partial, open(file.local, "rb") as local:
+                for index in partial.missing():
+                    self._check_cancelled()
+                    copy_range(local.fileno(), partial.fd, *partial.span(index))
+                    partial.commit(index)
+                if file.digest is None:
+                    self._finish(file, partial)
+        except (Damaged, EOFError, OSError):
+            file.local = None
+
+    def _download(self) -> None:
+        for attempt in range(1, ATTEMPTS + 1):
+            missing = [file for file in self.files if file.digest is None]
+            if not missing:
+                return
+            try:
+                self._download_once(missing, salvage=attempt == 1)
+            except Damaged:
+                # Perhaps a peer's fault, or memory's: once more, from the store alone.
+                if attempt == ATTEMPTS:
+                    raise
+
+    def _download_once(self, missing: Sequence[File], *, salvage: bool) -> None:
+        with ExitStack() as stack:
+            opened = []
+            for file in missing:
+                partial = stack.enter_context(self._open(file))
+                if file.salvage is not None and salvage:
+                    self._salvage(file.salvage, partial)
+                if file.digest is None and not partial.missing():
+                    self._finish(file, partial)
+                if file.digest is None:
+                    opened.append((file.remote, partial))
+            if not opened:
+                return
+            if self._source is None:
+                raise NotFound(f"{self.want.ref.url}: some of its files are not on this machine")
+            there = sum(partial.bytes_done for _, partial in opened)
+            total = sum(file.size_bytes for file, _ in opened)
+            base = sum(file.remote.size_bytes for file in self.files) - total
+            self._transfer.run(
+                self._source,
+                opened,
+                priority=self.want.priority,
+                on_progress=lambda progress: self._tell(progress, base),
+                cancelled=self.want.cancelled,
+            )
+            self._fetched_bytes += total - there
+
+    def _open(self, file: File) -> Partial:
+        """The file's partial; whoever commits its last piece makes it a blob."""
+        return Partial.open(
+            self.layout,
+            file.key,
+            file.remote.size_bytes,
+            piece_bytes=self.store.piece_bytes,
+            on_whole=lambda partial: self._finish(file, partial),
+        )
+
+    def _finish(self, file: File, partial: Partial) -> None:
+        try:
+            file.digest = partial.finish(file.expected, replace=file.salvage is not None)
+        except Damaged as error:
+            raise Damaged(f"{self.want.ref.url}: {file.remote.path}: {error}") from error
+
+    def _salvage(self, salvage: Salvage, partial: Partial) -> None:
+        """Take the good pieces of a damaged blob."""
+        good = [index for index in partial.missing() if index not in salvage.bad_pieces]
+        with (
+            suppress(FileNotFoundError, EOFError),
+            open(self.layout.blob(salvage.digest), "rb") as blob,
+        ):
+            for index in good:
+                self._check_cancelled()
+                copy_range(blob.fileno(), partial.fd, *partial.span(index))
+                partial.commit(index)
+
+    def _complete(self, took_s: float) -> Manifest:
+        entries = tuple(
+            make_entry(file.remote, file.digest, self.layout.blob)
+            for file in self.files
+            if file.digest is not None
+        )
+        assert len(entries) == len(self.files), "every file has become a blob"
+        created_at_s = self.want.created_at_s
+        manifest = Manifest(
+            url=self.want.ref.url,
+            revision=self.want.listing.revision,
+            files=entries,
+            created_at_s=self._clock() if created_at_s is None else created_at_s,
+            made=self.want.made,
+        )
+        with self.store.lock():
+            self.store.complete(manifest, self.want.ref.revision)
+            changes: dict[str, float | None] = {"used_at_s": self._clock()}
+            if self._fetched_bytes > 0:
+                changes["reload_s_per_gb"] = took_s / (self._fetched_bytes / 1e9)
+            self.store.advise(manifest.url, manifest.revision, **changes)
+        return manifest
+
+    def _hash(self, path: Path) -> PieceDigests:
+        total = sum(file.remote.size_bytes for file in self.files)
+
+        def count(bytes_more: int) -> None:
+            self._checked_bytes += bytes_more
+            done = min(self._checked_bytes, total)
+            self.want.on_progress(
+                Progress(phase="checking", bytes_done=done, bytes_total=total, detail=path.name)
+            )
+
+        return hash_file(
+            path,
+            piece_bytes=self.store.piece_bytes,
+            on_bytes=count,
+            cancelled=self.want.cancelled,
+        )
+
+    def _tell(self, progress: Progress, base: int) -> None:
+        total = sum(file.remote.size_bytes for file in self.files)
+        self.want.on_progress(
+            replace(progress, bytes_done=base + progress.bytes_done, bytes_total=total)
+        )
+
+    def _check_cancelled(self) -> None:
+        if self.want.cancelled():
+            raise Cancelled(f"{self.want.ref.url} is not wanted any more")

@@ -1,0 +1,388 @@
+"""The two ways a piece comes: from the store into the file, or from a peer into memory first."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Callable, Iterator
+
+from modelcache.fetch.download import Attempt, Download, Job
+from modelcache.fetch.plan import File
+from modelcache.peers.client import PeerBusy
+from modelcache.peers.piece_inventory import Holding
+from modelcache.sources.base import ANNOUNCE_BYTES
+from modelcache.types import PIECE_BYTES, CacheError, Cancelled, Damaged, SourceError
+
+STREAM_BYTES = 2 * ANNOUNCE_BYTES
+"""Memory that is set aside for a range from a store: what is read ahead, and a copy of it."""
+
+WAIT_S = 0.5
+WRITES = 2
+"""Times that a checked piece is written before the disk is given up on."""
+
+FIRST_PAUSE_S, MOST_PAUSE_S = 0.2, 10.0
+MOST_ASKED_PAUSE_S = 60.0
+
+UNKNOWN_S = 4.0
+"""What a piece from a peer is taken to need before one of its size has come."""
+
+SLOW_FACTOR, SLOW_S = 4.0, 3.0
+"""From so many times what is usual for its size, and so many seconds, a peer's piece is read from
+the store too, unless the peer will have given the rest sooner."""
+
+LOST_FACTOR, LOST_S, MOST_S = 8.0, 5.0, 60.0
+"""From so many times the usual it is not waited for at all. ``MOST_S`` is the most where pieces do
+come sooner than that."""
+
+STRAGGLER_S = 10.0
+"""Seconds a connection to the store has at the least, however fast the others are."""
+
+MOST_CUTS = 2
+"""Times that a piece's connection is cut for being slow. Failures are counted apart."""
+
+
+class StoreLane:
+    """Reads pieces from the store."""
+
+    def __init__(self, download: Download) -> None:
+        self.download = download
+        self.transfer = download.transfer
+        self.tries: dict[tuple[str, int], int] = {}
+        self.cuts: dict[tuple[str, int], int] = {}
+        self._waiting = 0
+
+    def run(self) -> None:
+        """What each of its threads does."""
+        own = self.download
+        while not own.over:
+            if not self._enter():
+                continue
+            try:
+                own.slots.take(own.model, own.priority, 1, lambda: own.over)
+            except Cancelled:
+                self._leave()
+                continue
+            try:
+                attempt = self._pick()
+                if attempt is not None:
+                    self._read(attempt)
+            finally:
+                own.slots.give_back(own.model, 1)
+                self._leave(idle=attempt is None)
+
+    def _enter(self) -> bool:
+        """Whether one more may read; waits a little if not."""
+        own = self.download
+        with own.lock:
+            if self._waiting >= own.store_limit or not own.board.left:
+                own.store_work.wait(WAIT_S)
+                return False
+            self._waiting += 1
+            return True
+
+    def _leave(self, *, idle: bool = False) -> None:
+        own = self.download
+        with own.lock:
+            self._waiting -= 1
+            if idle and not own.over:
+                own.store_work.wait(WAIT_S)
+
+    def _pick(self) -> Attempt | None:
+        own = self.download
+        with own.lock:
+            now_s = own.clock()
+            found = own.board.next_store(now_s) or own.board.hedge(self._slow(now_s))
+            if found is None:
+                self._give_up_stragglers(now_s)
+                return None
+            attempt = own.attempt(*found)
+            own.reading.add(attempt)
+            return attempt
+
+    def _slow(self, now_s: float) -> list[tuple[File, int]]:
+        """Pieces that a peer takes too long over, and the store would have sooner."""
+        own, slow = self.download, []
+        for one in own.asking:
+            usual_s = own.peer_pace.expected_s(one.size_bytes)
+            limit_s = max(SLOW_S, SLOW_FACTOR * (UNKNOWN_S if usual_s is None else usual_s))
+            if one.lost(now_s, own.store_pace.expected_s(one.size_bytes) or 0.0, limit_s):
+                slow.append((one.job.file, one.index))
+        return slow
+
+    def _give_up_stragglers(self, now_s: float) -> None:
+        """A connection that is far slower than the others, at the end when all wait for it, is
+        cut, and its piece asked for again. Not where a cap may be what it waits for, nor where it
+        is not much farther from its end than a new one would be.
+
+        The last one of all may have nobody to be compared with; then those before it count, and
+        once only: it may be the line that has become slow.
+        """
+        own = self.download
+        if own.lane.caps:
+            return
+        for one in own.reading:
+            cuts = self.cuts.get((one.job.partial.key, one.index), 0)
+            if one.given_up or not one.asked or cuts >= MOST_CUTS:
+                continue
+            fresh_s, factor = one.fresh_s(), SLOW_FACTOR
+            if fresh_s is None and len(own.reading) == 1 and not cuts:
+                fresh_s, factor = own.store_pace.slowest_s(one.size_bytes), LOST_FACTOR
+            if fresh_s is not None:
+                limit_s = max(STRAGGLER_S, factor * fresh_s)
+                one.given_up = one.lost(now_s, SLOW_FACTOR * fresh_s, limit_s)
+
+    def _read(self, attempt: Attempt) -> None:
+        own, job, index = self.download, attempt.job, attempt.index
+        start, end = job.partial.span(index)
+        good = False
+        job.holding.begin(index)
+        try:
+            self._fetch(attempt, start, end)
+            with own.commits():
+                digest = own.commit(job, index)
+                if self.transfer.doubted(job.partial.key):
+                    self.transfer.compare(job.partial.key, index, digest)
+                job.holding.end(index, good=True)
+                good = True
+                self.tries.pop((job.partial.key, index), None)
+                self.cuts.pop((job.partial.key, index), None)
+                own.done(attempt, end - start, given=False)
+        except Cancelled:
+            if not own.over:
+                self._cut(attempt)
+        except SourceError as error:
+            self._again(attempt, error)
+        except Damaged as error:
+            # Its last piece came from the store, so this one is right whatever the others are.
+            own.fail(error)
+        except (CacheError, OSError) as error:
+            own.fail(error if isinstance(error, CacheError) else _disk(job, error))
+        finally:
+            if not good:
+                job.holding.end(index, good=False)
+                self.transfer.count(wasted_bytes=attempt.moved_bytes)
+            with own.lock:
+                own.reading.discard(attempt)
+
+    def _fetch(self, attempt: Attempt, start: int, end: int) -> None:
+        own = self.download
+
+        def stopped() -> bool:
+            return own.over or attempt.given_up
+
+        with self._memory(stopped):
+            attempt.begin(own.clock())
+            fd = attempt.job.holding.duplicate()
+            try:
+                with own.lane.meter(end - start, stopped) as meter:
+
+                    def arrived(count: int) -> None:
+                        attempt.moved_bytes += count
+                        meter.count(count)
+
+                    own.source.fetch(attempt.job.remote, start, end, fd,
+                                     on_bytes=arrived, cancelled=stopped)  # fmt: skip
+            finally:
+                os.close(fd)
+
+    @contextlib.contextmanager
+    def _memory(self, stopped: Callable[[], bool]) -> Iterator[None]:
+        own = self.download
+        self.transfer.memory.take(own.model, own.priority, STREAM_BYTES, stopped)
+        try:
+            yield
+        finally:
+            self.transfer.memory.give_back(own.model, STREAM_BYTES)
+
+    def _cut(self, attempt: Attempt) -> None:
+        """Put a piece back whose connection was too slow, to be read anew at once."""
+        own, key = self.download, (attempt.job.partial.key, attempt.index)
+        self.transfer.count(retries=1)
+        with own.lock:
+            self.cuts[key] = self.cuts.get(key, 0) + 1
+            own.board.drop_store(attempt.job.file, attempt.index, own.clock())
+
+    def _again(self, attempt: Attempt, error: SourceError) -> None:
+        """Put a piece back, to be read after a pause; or give up."""
+        own = self.download
+        key = (attempt.job.partial.key, attempt.index)
+        tries = self.tries.get(key, 0)
+        if not error.retryable or tries >= own.settings.retries:
+            own.fail(error)
+            return
+        self.tries[key] = tries + 1
+        self.transfer.count(retries=1)
+        asked_s = getattr(error, "retry_after_s", None)
+        pause_s = pause(tries, random.random(), asked_s)
+        with own.lock:
+            own.board.drop_store(attempt.job.file, attempt.index, own.clock() + pause_s)
+
+
+def pause(tries: int, chance: float, asked_s: float | None = None) -> float:
+    """Seconds until a piece is asked for again: doubled with each failure and never the same on
+    two nodes; as long as the store asked for where it did, within reason."""
+    pause_s = min(MOST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(tries, 32)) * (0.5 + chance / 2)
+    return pause_s if asked_s is None else max(pause_s, min(asked_s, MOST_ASKED_PAUSE_S))
+
+
+class PeerLane:
+    """Reads pieces from peers."""
+
+    def __init__(self, download: Download) -> None:
+        self.download = download
+        self.transfer = download.transfer
+        self.busy: dict[str, int] = {}
+        self.tie: dict[str, float] = {}
+
+    def run(self) -> None:
+        """What each of its threads does."""
+        own = self.download
+        buffer: bytearray | None = None
+        try:
+            while not own.over:
+                found = self._pick()
+                if found is None:
+                    if buffer is not None:
+                        buffer = None
+                        self._free()
+                    with own.lock:
+                        if not own.over:
+                            own.peer_work.wait(WAIT_S)
+                    continue
+                attempt, node = found
+                try:
+                    if buffer is None:
+                        own.transfer.memory.take(
+                            own.model, own.priority, PIECE_BYTES, lambda: own.over
+                        )
+                        buffer = bytearray(PIECE_BYTES)
+                    self._read(attempt, node, memoryview(buffer))
+                except Cancelled:
+                    continue
+                finally:
+                    self._left(attempt, node)
+        finally:
+            if buffer is not None:
+                self._free()
+
+    def _free(self) -> None:
+        own = self.download
+        own.transfer.memory.give_back(own.model, PIECE_BYTES)
+
+    def _pick(self) -> tuple[Attempt, str] | None:
+        own = self.download
+        with own.lock:
+            nodes = {node for file in own.board.files for node in file.peers}
+            for node in nodes - self.tie.keys():
+                self.tie[node] = random.random()
+            each = max(2, -(-own.settings.peer_connections // max(1, len(nodes))))
+            found = own.board.next_peer(self.busy, each, self.tie)
+            if found is None:
+                return None
+            file, index, node = found
+            self.busy[node] = self.busy.get(node, 0) + 1
+            attempt = own.attempt(file, index)
+            own.asking.add(attempt)
+            return attempt, node
+
+    def _left(self, attempt: Attempt, node: str) -> None:
+        own = self.download
+        with own.lock:
+            self.busy[node] -= 1
+            own.asking.discard(attempt)
+            own.board.drop_peer(attempt.job.file, attempt.index)
+
+    def _read(self, attempt: Attempt, node: str, buffer: memoryview) -> None:
+        own, job, index = self.download, attempt.job, attempt.index
+        start, end = job.partial.span(index)
+        into = buffer[: end - start]
+        attempt.begin(own.clock())
+        good = False
+        try:
+            digest = self._ask(attempt, node, into)
+            if digest is not None and self._still_wanted(attempt):
+                good = self._keep(attempt, node, into, start, digest)
+        except (CacheError, OSError) as error:
+            if isinstance(error, Cancelled):
+                raise
+            own.fail(error if isinstance(error, CacheError) else _disk(job, error))
+        finally:
+            if not good:
+                self.transfer.count(wasted_bytes=attempt.moved_bytes)
+
+    def _ask(self, attempt: Attempt, node: str, into: memoryview) -> bytes | None:
+        own, job, index = self.download, attempt.job, attempt.index
+        assert own.peers is not None
+
+        def arrived(count: int) -> None:
+            attempt.moved_bytes += count
+
+        def stopped() -> bool:
+            return own.over or not job.file.missing >> index & 1
+
+        try:
+            digest = own.peers.fetch(
+                node, job.partial.key, index, into, timeout_s=self._limit_s(len(into)),
+                cancelled=stopped, on_bytes=arrived,
+            )  # fmt: skip
+        except PeerBusy:
+            return None
+        if digest is None:
+            self.transfer.count(peer_failures=1)
+            with own.lock:
+                if attempt.moved_bytes * 2 > len(into):
+                    # It came, if too slowly: next time it is known how long one takes.
+                    took_s = own.clock() - attempt.began_s
+                    own.peer_pace.learn(len(into), took_s * len(into) / attempt.moved_bytes)
+                own.board.refuse(job.file, index, node)
+                own.board.away = own.peers.away()
+        return digest
+
+    def _limit_s(self, size_bytes: int) -> float:
+        """Seconds to wait for a peer's piece at the most."""
+        with self.download.lock:
+            usual_s = self.download.peer_pace.expected_s(size_bytes)
+        if usual_s is None:
+            usual_s = UNKNOWN_S
+        most_s = max(MOST_S, SLOW_FACTOR * usual_s)
+        return min(most_s, max(LOST_S, LOST_FACTOR * usual_s))
+
+    def _still_wanted(self, attempt: Attempt) -> bool:
+        """Whether nobody else has it, or is writing it: then it may be written here, and nobody
+        else begins to."""
+        own, bit = self.download, 1 << attempt.index
+        with own.lock:
+            file = attempt.job.file
+            own.asking.discard(attempt)
+            return bool(file.missing & bit) and not file.storing & bit
+
+    def _keep(
+        self, attempt: Attempt, node: str, into: memoryview, start: int, digest: bytes
+    ) -> bool:
+        own, job, index = self.download, attempt.job, attempt.index
+        with own.commits():
+            self.transfer.note_given(job.partial.key, index, node, digest)
+            for _ in range(WRITES):
+                write_all(job.holding, into, start)
+                if own.commit(job, index) == digest:
+                    break
+            else:
+                raise CacheError(f"{job.remote.path}: the disk does not give back what is written")
+            own.done(attempt, len(into), given=True)
+        return True
+
+
+def _disk(job: Job, error: OSError) -> CacheError:
+    return CacheError(f"{job.remote.path} cannot be written: {error.strerror or error}")
+
+
+def write_all(holding: Holding, data: memoryview, start: int) -> None:
+    """Write bytes into a file that is being fetched."""
+    fd = holding.duplicate()
+    try:
+        at = 0
+        while at < len(data):
+            at += os.pwrite(fd, data[at:], start + at)
+    finally:
+        os.close(fd)

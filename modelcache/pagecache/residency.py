@@ -1,0 +1,337 @@
+"""Which bytes of files are in the page cache, bringing them in, and letting them go.
+
+Ranges that overlap, or name one file by two hard links, are counted once. All of it is best
+effort: the kernel may drop a page the moment after it was counted. What keeps pages is
+``modelcache.pagecache.holder``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from modelcache.pagecache import linux_pages
+from modelcache.pagecache.spans import Opened, Span, merge
+from modelcache.types import PIECE_BYTES, CacheError, Cancelled, FileRange, Progress, Residency
+
+RUN_BYTES = 1024 * 1024 * 1024
+"""Bytes that one thread reads in a row. The kernel's read-ahead begins anew with each run, first
+with single pages: short runs cost twice the time of the processor, then and whenever the pages are
+counted or mapped."""
+
+STREAMS = 2
+"""Threads that read when nobody else must be considered. One nearly fills a local disk; a remote
+one, where each read waits, wants a second."""
+
+YIELD_STEP_S = 0.02
+YIELD_MOST_S = 1.0
+"""Longest pause before a chunk for somebody else's sake: even then some 8 MiB/s go on."""
+
+RATE_WINDOW_S = 3.0
+FALLBACK_BYTES = 1024 * 1024
+
+Counter = Callable[[int, int, int], int | None]
+"""Pages cached of an open file, from a byte on, of so many bytes; ``None`` where it cannot tell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """Bytes ``start`` to ``end`` (exclusive) of a file, ``bytes_cached`` of which are cached.
+
+    An extent is all cached, not cached at all, or one chunk that is partly cached.
+    """
+
+    start: int
+    end: int
+    bytes_cached: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it is cached."""
+        return self.bytes_cached == self.end - self.start
+
+
+def residency(
+    files: Sequence[FileRange], *, counters: Sequence[Counter] = linux_pages.COUNTERS
+) -> Residency:
+    """How much of ``files`` is cached, to the page; under a millisecond for gigabytes.
+
+    ``counters`` are tried in order. One file that none can tell of makes the whole unknown.
+    Raises ``CacheError`` where a file cannot be opened.
+    """
+    spans = merge(files)
+    total = sum(span.size_bytes for span in spans)
+    cached = 0
+    used: dict[str, None] = {}
+    for span in spans:
+        with Opened(span.path) as file:
+            for start, end in span.ranges:
+                found, how = count(file.fd, start, end, counters)
+                if found is None:
+                    return Residency(bytes_total=total, bytes_cached=None)
+                cached += found
+                used[how] = None
+    return Residency(bytes_total=total, bytes_cached=cached, how=", ".join(used))
+
+
+def residency_map(
+    path: str,
+    *,
+    chunk_bytes: int = PIECE_BYTES,
+    counters: Sequence[Counter] = linux_pages.COUNTERS,
+) -> tuple[Extent, ...] | None:
+    """A file's extents, neighbours that are alike merged; ``None`` where nothing can tell.
+
+    About 2 µs a chunk. Raises ``CacheError`` where the file cannot be opened.
+    """
+    with Opened(path) as file:
+        return extents(file.fd, 0, os.fstat(file.fd).st_size, chunk_bytes, counters)
+
+
+def drop(files: Sequence[FileRange]) -> Residency:
+    """Let the kernel forget ``files``, and say what is left of them in the page cache.
+
+    What is not yet on disk is written first. Pages that somebody has mapped stay, and so do the
+    ones at an edge of a range that the kernel handles together with some beyond it (up to 2 MiB).
+    """
+    for span in merge(files):
+        with Opened(span.path) as file:
+            os.fsync(file.fd)
+            for start, end in span.ranges:
+                os.posix_fadvise(file.fd, start, end - start, os.POSIX_FADV_DONTNEED)
+    return residency(files)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrewarmReport:
+    """What prewarming did. ``bytes_skipped`` were cached already; ``bytes_missing`` lie past the
+    end of files that are shorter than was asked, or became so; ``yielded_s`` is time stood back for
+    others, ``cpu_s`` the threads' processor time, and ``after`` what is cached now.
+    """
+
+    bytes_total: int
+    bytes_read: int
+    bytes_skipped: int
+    bytes_missing: int
+    elapsed_s: float
+    yielded_s: float
+    cpu_s: float
+    after: Residency
+
+
+def prewarm(
+    files: Sequence[FileRange],
+    *,
+    cancelled: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[Progress], None] | None = None,
+    yield_to: Callable[[], bool] | None = None,
+    streams: int = STREAMS,
+) -> PrewarmReport:
+    """Read what is not cached of ``files`` into the page cache, at 0.03 CPU-s/GB or so.
+
+    The bytes go from the file to nowhere inside the kernel (``sendfile`` to ``/dev/null``), past
+    no buffer of ours. With ``yield_to`` it is background work: one thread of idle I/O priority
+    that stands back while ``yield_to()`` is true. Returns when all is read. ``on_progress`` is
+    called from the reading threads, one at a time. Raises ``Cancelled`` soon after ``cancelled()``
+    turns true, ``CacheError`` where a file is not there or cannot be read; what was read stays.
+    """
+    began_s = time.monotonic()
+    spans = merge(files)
+    runs, skipped = _plan(spans)
+    work = _Work(spans, runs, skipped, cancelled, on_progress, yield_to)
+    number = max(1, min(streams if yield_to is None else 1, len(runs)))
+    threads = [
+        threading.Thread(target=work.run, name=f"prewarm-{index}", daemon=True)
+        for index in range(1, number)
+    ]
+    for thread in threads:
+        thread.start()
+    work.run()
+    for thread in threads:
+        thread.join()
+    if work.error is not None:
+        raise work.error
+    return PrewarmReport(
+        bytes_total=work.bytes_total,
+        bytes_read=work.bytes_read,
+        bytes_skipped=skipped,
+        bytes_missing=sum(span.bytes_missing for span in spans) + work.bytes_missing,
+        elapsed_s=time.monotonic() - began_s,
+        yielded_s=work.yielded_s,
+        cpu_s=work.cpu_s,
+        after=residency(files),
+    )
+
+
+def _plan(spans: Sequence[Span]) -> tuple[deque[tuple[str, int, int]], int]:
+    """What is to be read as runs of ``(path, start, end)``, and the bytes that need not be."""
+    runs: deque[tuple[str, int, int]] = deque()
+    skipped = 0
+    for span in spans:
+        with Opened(span.path) as file:
+            for start, end in span.ranges:
+                known = extents(file.fd, start, end)
+                for extent in (
+                    (Extent(start=start, end=end, bytes_cached=0),) if known is None else known
+                ):
+                    if extent.whole:
+                        skipped += extent.bytes_cached
+                        continue
+                    for at in range(extent.start, extent.end, RUN_BYTES):
+                        runs.append((span.path, at, min(extent.end, at + RUN_BYTES)))
+    return runs, skipped
+
+
+class _Work:
+    """Runs that several threads read, and what they have read so far."""
+
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        runs: deque[tuple[str, int, int]],
+        skipped: int,
+        cancelled: Callable[[], bool],
+        on_progress: Callable[[Progress], None] | None,
+        yield_to: Callable[[], bool] | None,
+    ) -> None:
+        self.bytes_total = sum(span.size_bytes for span in spans)
+        self.bytes_read = 0
+        self.bytes_missing = 0
+        self.yielded_s = 0.0
+        self.cpu_s = 0.0
+        self.error: Exception | None = None
+        self._skipped = skipped
+        self._runs = runs
+        self._cancelled = cancelled
+        self._on_progress = on_progress
+        self._yield_to = yield_to
+        self._lock = threading.Lock()
+        self._seen: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+
+    def run(self) -> None:
+        """Read runs until there are none; an error ends all threads."""
+        before_s = time.thread_time()
+        try:
+            with linux_pages.idle_io() if self._yield_to else contextlib.nullcontext():
+                nowhere = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+                try:
+                    while self.error is None and self._runs:
+                        self._read_run(nowhere)
+                finally:
+                    os.close(nowhere)
+        except Exception as error:  # noqa: BLE001 (raised again where the threads are joined)
+            self.error = error
+        with self._lock:
+            self.cpu_s += time.thread_time() - before_s
+
+    def _read_run(self, nowhere: int) -> None:
+        try:
+            path, at, end = self._runs.popleft()
+        except IndexError:
+            return
+        with Opened(path) as file:
+            os.posix_fadvise(file.fd, at, end - at, os.POSIX_FADV_SEQUENTIAL)
+            while at < end and self.error is None:
+                self._stand_back()
+                try:
+                    moved = pull(nowhere, file.fd, at, min(PIECE_BYTES, end - at))
+                except OSError as error:
+                    raise CacheError(
+                        f"cannot read {path} at byte {at}: {error.strerror}"
+                    ) from error
+                if not moved:
+                    with self._lock:
+                        self.bytes_missing += end - at
+                    return
+                at += moved
+                self._report(moved)
+
+    def _stand_back(self) -> None:
+        waited_s = 0.0
+        while True:
+            if self._cancelled():
+                raise Cancelled("prewarming was called off")
+            if self._yield_to is None or waited_s >= YIELD_MOST_S or not self._yield_to():
+                break
+            time.sleep(YIELD_STEP_S)
+            waited_s += YIELD_STEP_S
+        with self._lock:
+            self.yielded_s += waited_s
+
+    def _report(self, moved: int) -> None:
+        with self._lock:
+            self.bytes_read += moved
+            now_s = time.monotonic()
+            self._seen.append((now_s, self.bytes_read))
+            while len(self._seen) > 2 and now_s - self._seen[1][0] > RATE_WINDOW_S:
+                self._seen.popleft()
+            since_s, since_bytes = self._seen[0]
+            if self._on_progress is not None:
+                rate = (self.bytes_read - since_bytes) / max(now_s - since_s, 1e-9)
+                done = self._skipped + self.bytes_read
+                self._on_progress(
+                    Progress(
+                        phase="paging",
+                        bytes_done=done,
+                        bytes_total=self.bytes_total,
+                        rate_bytes_s=rate,
+                    )
+                )
+
+
+def pull(nowhere: int, fd: int, at: int, length: int) -> int:
+    """Have the kernel read some of a range into the page cache; bytes read, 0 at the file's end.
+
+    ``nowhere`` is an open ``/dev/null``. Raises ``OSError``.
+    """
+    try:
+        return os.sendfile(nowhere, fd, at, length)
+    except OSError as error:
+        # Some file systems cannot splice.
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        return len(os.pread(fd, min(length, FALLBACK_BYTES), at))
+
+
+def count(fd: int, start: int, end: int, counters: Sequence[Counter]) -> tuple[int | None, str]:
+    """Bytes cached of an open file's range, and by which call that is known."""
+    from_page = start - start % linux_pages.PAGE_BYTES
+    for counter in counters:
+        found = counter(fd, from_page, end - from_page)
+        if found is not None:
+            # The pages at the edges may reach beyond the range: what is absent is taken from it.
+            absent_bytes = (linux_pages.pages(end - from_page) - found) * linux_pages.PAGE_BYTES
+            how = getattr(counter, "__name__", "").removeprefix("count_by_")
+            return max(0, end - start - absent_bytes), how
+    return None, ""
+
+
+def extents(
+    fd: int,
+    start: int,
+    end: int,
+    chunk_bytes: int = PIECE_BYTES,
+    counters: Sequence[Counter] = linux_pages.COUNTERS,
+) -> tuple[Extent, ...] | None:
+    """The extents of an open file's range; ``None`` where nothing can tell."""
+    found: list[Extent] = []
+    at = start
+    while at < end:
+        until = min(end, at - at % chunk_bytes + chunk_bytes)
+        cached, _ = count(fd, at, until, counters)
+        if cached is None:
+            return None
+        one = Extent(start=at, end=until, bytes_cached=cached)
+        last = found[-1] if found else None
+        if last and ((last.whole and one.whole) or (last.bytes_cached == cached == 0)):
+            found[-1] = Extent(start=last.start, end=until, bytes_cached=last.bytes_cached + cached)
+        else:
+            found.append(one)
+        at = until
+    return tuple(found)

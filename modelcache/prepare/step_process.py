@@ -1,0 +1,157 @@
+"""One step's process: started, watched, logged, ended when it takes too long or is called off."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelcache.prepare.steps import StepFailed
+from modelcache.types import Cancelled, NoSpace, Progress
+
+LOG_MOST_BYTES = 16 * 1024 * 1024
+"""A log longer than this loses its beginning."""
+
+LOG_TAIL_BYTES = 1024 * 1024
+WATCH_S = 0.1
+MEASURE_S = 2.0
+GRACE_S = 10.0
+NEARLY_FULL_BYTES = 64 * 1024 * 1024
+"""What a disk may have left that a step has found full: less than its next write."""
+
+FAILURE_LINES = 12
+LINE_CHARACTERS = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What is run: its name for people, the command, its whole environment, where its output and
+    its log go, the seconds it may take, and descriptors (a lock's) it keeps open to its end.
+    ``on_size`` is told now and then what the output takes; what it raises ends the step.
+    ``free_bytes`` says what the output's disk has left, of which ``reserve_bytes`` are nobody's."""
+
+    name: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    log: Path
+    output: Path
+    timeout_s: float
+    free_bytes: Callable[[], int]
+    reserve_bytes: int
+    hold: tuple[int, ...] = ()
+    on_size: Callable[[int], None] = lambda size_bytes: None
+
+
+def run_step(
+    run: Run, *, on_progress: Callable[[Progress], None], cancelled: Callable[[], bool]
+) -> None:
+    """Run it to its end. Raises ``StepFailed`` with its last lines, ``NoSpace`` where those say
+    that a disk is full and its output's is, ``Cancelled``."""
+    run.log.parent.mkdir(parents=True, exist_ok=True)
+    leash = [sys.executable, "-I", "-m", "modelcache.prepare.child_guard", str(GRACE_S)]
+    with run.log.open("ab") as log:
+        log.write(f"\n$ {' '.join(run.argv)}\n".encode())
+        log.flush()
+        process = subprocess.Popen(
+            [*leash, *run.argv], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            env=dict(run.env), cwd=run.output, start_new_session=True,
+            pass_fds=run.hold,
+        )  # fmt: skip
+        try:
+            _watch(process, run, on_progress, cancelled)
+        finally:
+            # Nothing may go on writing where the next try will.
+            if process.poll() is None:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(2 * GRACE_S)
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+    if process.returncode != 0:
+        raise _explain(run, process.returncode)
+
+
+def _watch(
+    process: subprocess.Popen[bytes],
+    run: Run,
+    on_progress: Callable[[Progress], None],
+    cancelled: Callable[[], bool],
+) -> None:
+    began_s = measured_s = time.monotonic()
+    size = 0
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(WATCH_S)
+            return
+        now_s = time.monotonic()
+        if cancelled():
+            raise Cancelled(f"{run.name} was called off")
+        if now_s - began_s > run.timeout_s:
+            raise StepFailed(f"{run.name} took longer than {run.timeout_s:g} s; log: {run.log}")
+        if now_s - measured_s >= MEASURE_S:
+            measured_s, size = now_s, bytes_under(run.output)
+            _bound(run.log)
+            run.on_size(size)
+        line = next(reversed(_tail(run.log, 4096)), "")
+        on_progress(
+            Progress(phase="preparing", bytes_done=size, detail=f"{run.name}: {line}".rstrip(": "))
+        )
+
+
+def _explain(run: Run, code: int) -> StepFailed | NoSpace:
+    """Why it has failed. What it says of a full disk may be of any (``/tmp``, ``/dev/shm``)."""
+    failure = _failure(run, code)
+    if os.strerror(errno.ENOSPC) not in failure:
+        return StepFailed(failure)
+    free_bytes = run.free_bytes()
+    if free_bytes <= max(run.reserve_bytes, NEARLY_FULL_BYTES):
+        return NoSpace(f"the disk of {run.output} is full ({free_bytes} bytes free): {failure}")
+    return StepFailed(
+        f"{run.name} says that a disk is full, perhaps that of its temporary files; the disk of "
+        f"{run.output} has {free_bytes} bytes free: {failure}"
+    )
+
+
+def _failure(run: Run, code: int) -> str:
+    how = f"signal {code - 128}" if code > 128 else f"exit code {code}"
+    lines = "\n".join(f"    {line}" for line in _tail(run.log, 65_536)[-FAILURE_LINES:])
+    return f"{run.name} failed ({how}):\n{lines}\n  log: {run.log}"
+
+
+def _tail(log: Path, length: int) -> list[str]:
+    """The last lines that say something; a bar redrawn in place counts as its newest state."""
+    with log.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - length))
+        text = file.read().decode(errors="replace")
+    lines = [line.rpartition("\r")[2].strip() for line in re.split(r"\n", text)]
+    return [line[:LINE_CHARACTERS] for line in lines if line and not line.startswith("$ ")]
+
+
+def _bound(log: Path) -> None:
+    """Cut a log that has grown too long; who writes it appends, so what comes next follows."""
+    if log.stat().st_size <= LOG_MOST_BYTES:
+        return
+    with log.open("r+b") as file:
+        file.seek(-LOG_TAIL_BYTES, os.SEEK_END)
+        tail = file.read()
+        file.truncate(0)
+        file.seek(0)
+        file.write(b"[the beginning was cut off]\n" + tail)
+
+
+def bytes_under(folder: Path) -> int:
+    """The bytes of all files below a folder, which may change meanwhile."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(parent, name), follow_symlinks=False).st_size
+    return total

@@ -1,0 +1,375 @@
+"""Room: what the cache takes, what eviction may free, and the sweeping of leftovers.
+
+Everything is counted from the disk whenever it is asked; nothing is remembered, so nothing
+remembered can be wrong after a kill.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from modelcache.store import leases
+from modelcache.store.disk_usage import count_kinds, count_names, find_made
+from modelcache.store.eviction import Candidate, choose
+from modelcache.store.files import directories, remove, remove_empty, remove_tree
+from modelcache.store.hub_layout import hub_place, sweep_hub
+from modelcache.store.layout import REFS, Layout
+from modelcache.store.partial_files import is_open
+from modelcache.store.pending_results import Work, read_works, remove_work, sweep_works
+from modelcache.store.revisions import (
+    FETCHING,
+    MANIFEST,
+    PIN,
+    SPARE,
+    USE,
+    Record,
+    read_all,
+    read_known,
+    scan,
+)
+from modelcache.store.snapshots import remove_view, view_of
+from modelcache.types import PREPARED, InUse, NoSpace
+
+LOG = logging.getLogger("tidegate.modelcache")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What the cache takes, to the byte: the sizes of its files, each counted once however many
+    names it has. ``quota_bytes`` is ``None`` without a quota."""
+
+    bytes_used: int
+    """The sum of what follows."""
+    bytes_blobs: int
+    """Of models that were fetched, with their pieces' digests."""
+    bytes_prepared: int
+    """Of results of preparation steps: those that are whole, as far as no fetched model has the
+    same bytes, and those on their way."""
+    bytes_partial: int
+    """Files that are being fetched."""
+    bytes_records: int
+    bytes_promised: int
+    """What steps under way will still take, as far as that can be told; not part of the sum."""
+    free_bytes: int
+    """What the disk has left for anybody."""
+    quota_bytes: int | None
+    reserve_bytes: int
+
+
+class Room:
+    """The room of one cache. What changes anything is called with the store locked."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        quota_bytes: int | None = None,
+        reserve_bytes: int = 0,
+        free_bytes: Callable[[Path], int] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.layout = layout
+        self.quota_bytes = quota_bytes
+        self.reserve_bytes = reserve_bytes
+        self._free_bytes = disk_free_bytes if free_bytes is None else free_bytes
+        self._clock = clock
+
+    def usage(self) -> Usage:
+        """What the cache takes now."""
+        kinds = count_kinds(self.layout.root)
+        for file in find_made(self.layout, read_all(self.layout)):
+            if file in kinds:
+                kinds[file] = (PREPARED, kinds[file][1])
+        sizes = {"blobs": 0, "partial": 0, PREPARED: 0, "": 0}
+        for kind, size_bytes in kinds.values():
+            sizes[kind] += size_bytes
+        return Usage(
+            bytes_used=sum(sizes.values()),
+            bytes_blobs=sizes["blobs"],
+            bytes_prepared=sizes[PREPARED],
+            bytes_partial=sizes["partial"],
+            bytes_records=sizes[""],
+            bytes_promised=self._promised(),
+            free_bytes=self.free_bytes(),
+            quota_bytes=self.quota_bytes,
+            reserve_bytes=self.reserve_bytes,
+        )
+
+    def free_bytes(self) -> int:
+        """What the disk has left for anybody."""
+        return self._free_bytes(self.layout.root)
+
+    def make_room(
+        self,
+        quota_need: int,
+        disk_need: int,
+        *,
+        what: str,
+        keep: str = "",
+        making: str = "",
+        grown_bytes: int | None = None,
+    ) -> int:
+        """Evict until so many bytes fit into the quota and on the disk; the bytes freed.
+
+        ``keep`` is the key of a record that stays, ``making`` that of the preparation step which
+        asks: what it was promised earlier does not count. ``grown_bytes`` is what ``what`` takes
+        already, where that is too much. Raises ``NoSpace``, and then nothing but leftovers has
+        gone.
+        """
+        if self._short(quota_need, disk_need, making) == (0, 0):
+            return 0
+        before = self._used()
+        self.sweep()
+        records, works = read_all(self.layout), read_works(self.layout)
+        short_quota, short_disk = self._short(quota_need, disk_need, making)
+        now_s = self._clock()
+        by_quota = choose(self._candidates(records, works, keep), short_quota, now_s)
+        by_disk = choose(self._candidates(records, works, keep, on_disk=True), short_disk, now_s)
+        if not (by_quota.enough and by_disk.enough):
+            names = {one.key: one.name for one in records} | {one.url: one.name for one in works}
+            kept = {names[key]: why for key, why in by_quota.kept.items() if key != keep}
+            if grown_bytes is None:
+                problem = f"{what} needs {max(quota_need, disk_need)} bytes more"
+            else:
+                limit = self._limit(quota=not by_quota.enough)
+                problem = f"{what} has grown to {grown_bytes} bytes, more than {limit}"
+            raise NoSpace(self._explain(problem, kept))
+        going = {*by_quota.keys, *by_disk.keys}
+        self._remove(
+            [record for record in records if record.key in going],
+            [work for work in works if work.url in going],
+        )
+        return before - self._used()
+
+    def evict(
+        self, records: Sequence[Record], works: Sequence[Work] = (), *, force: bool = False
+    ) -> int:
+        """Remove revisions, whole or not, and results on their way; the bytes freed.
+
+        Raises ``InUse`` where one is leased, being fetched or made, or pinned and ``force`` is not
+        given; then none has gone.
+        """
+        kept = [(one.name, one.kept) for one in records] + [(one.name, one.kept) for one in works]
+        for name, why in kept:
+            if why and not (force and why == "pinned"):
+                raise InUse(f"{name} is {why}")
+        before = self._used()
+        self._remove(records, works)
+        return before - self._used()
+
+    def _remove(self, records: Sequence[Record], works: Sequence[Work] = ()) -> None:
+        """Remove revisions and whatever only they had, and results on their way."""
+        for work in works:
+            LOG.info("evicted: %s", work.name)
+            remove_work(self.layout, work.key)
+        for record in records:
+            LOG.info("evicted: %s", record.name)
+            directory = self.layout.revision(record.url, record.revision)
+            for name in (MANIFEST, SPARE, FETCHING, PIN, USE):
+                remove(directory / name)
+            remove_empty(directory)
+            if record.result_key is not None:
+                remove(self.layout.step_log(record.result_key))
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove what no revision has: what a kill left behind, and what eviction leaves to it."""
+        layout = self.layout
+        remove_tree(layout.tmp)
+        for directory in _grandchildren(layout.root / "leases"):
+            leases.sweep(directory)
+        records = []
+        for directory, record in list(scan(layout)):
+            if record is None:
+                # Nothing of it can be read: neither what it was nor what it had.
+                remove_tree(directory)
+            else:
+                records.append(record)
+        records = self._sweep_unmade(records)
+        sweep_works(layout, {one.result_key or "" for one in records}, self._clock())
+        self._sweep_views(records)
+        self._sweep_blobs({digest for record in records for digest in record.blobs})
+        self._sweep_partials({key for record in records for key in record.partials})
+        self._sweep_fetching(records)
+        self._sweep_refs()
+        for path in _files(layout.root / "known"):
+            digest = read_known(path)
+            if digest is None or not layout.blob(digest).exists():
+                remove(path)
+
+    def _sweep_unmade(self, records: Sequence[Record]) -> list[Record]:
+        """Whoever was killed while a step's result became a revision has left it whole where the
+        step wrote it: what the cache has of it is only other names. What remains of ``records``."""
+        left = []
+        for record in records:
+            if record.result_key is None or record.manifest is not None or record.busy:
+                left.append(record)
+            else:
+                remove(self.layout.revision(record.url, record.revision) / FETCHING)
+        return left
+
+    def _sweep_views(self, records: Sequence[Record]) -> None:
+        layout = self.layout
+        whole = [record.manifest for record in records if record.manifest is not None]
+        views = {view_of(layout, manifest) for manifest in whole}
+        for view in _grandchildren(layout.root / "views"):
+            held = leases.holders(layout.root / "leases" / view.parent.name / view.name)
+            if view not in views and not held:
+                remove_view(view)
+        shown = {hub_place(layout, manifest.url, manifest.revision) for manifest in whole}
+        sweep_hub(layout, {place[0] for place in shown if place is not None})
+
+    def _sweep_blobs(self, wanted: set[str]) -> None:
+        for path in _grandchildren(self.layout.root / "blobs"):
+            digest = path.name.removesuffix(".pieces")
+            orphan = path.name != digest and not self.layout.blob(digest).exists()
+            if digest not in wanted or orphan:
+                remove(path)
+                remove_empty(path.parent)
+
+    def _sweep_partials(self, wanted: set[str]) -> None:
+        for directory in directories(self.layout.root / "partial"):
+            digest = read_known(self.layout.known(directory.name))
+            finished = digest is not None and self.layout.blob(digest).exists()
+            if (directory.name not in wanted or finished) and not is_open(directory):
+                remove_tree(directory)
+
+    def _sweep_fetching(self, records: Sequence[Record]) -> None:
+        """Whoever was killed after the manifest had its name has left what led up to it."""
+        for record in records:
+            if record.manifest is None or record.fetching is None or record.busy:
+                continue
+            whole = {file.path for file in record.manifest.files}
+            more = any(file.path not in whole for file in record.fetching.files)
+            if not more and not any(self.layout.partial(key).is_dir() for key in record.partials):
+                remove(self.layout.revision(record.url, record.revision) / FETCHING)
+
+    def _sweep_refs(self) -> None:
+        for model in directories(self.layout.root / "models"):
+            if [directory.name for directory in directories(model)] == [REFS]:
+                remove_tree(model / REFS)
+            remove_empty(model)
+
+    def _used(self) -> int:
+        """``bytes_used`` alone, which needs no record read."""
+        return sum(size_bytes for _, size_bytes in count_kinds(self.layout.root).values())
+
+    def _promised(self, making: str = "") -> int:
+        """What steps under way will still take, those of ``making`` left out."""
+        works = read_works(self.layout)
+        return sum(work.bytes_to_come for work in works if work.key != making)
+
+    def _short(self, quota_need: int, disk_need: int, making: str = "") -> tuple[int, int]:
+        """By how many bytes the quota and the disk are too small."""
+        promised = self._promised(making)
+        quota = disk = 0
+        if disk_need > 0:
+            disk = max(disk_need + promised - (self.free_bytes() - self.reserve_bytes), 0)
+        if self.quota_bytes is not None and quota_need > 0:
+            quota = max(quota_need + promised + self._used() - self.quota_bytes, 0)
+        return quota, disk
+
+    def _candidates(
+        self,
+        records: Sequence[Record],
+        works: Sequence[Work],
+        keep: str,
+        *,
+        on_disk: bool = False,
+    ) -> list[Candidate]:
+        """The revisions and the results on their way as eviction sees them; ``on_disk``: with what
+        the disk would get back."""
+        names = count_names(self.layout.root) if on_disk else {}
+        own = next((record.url for record in records if record.key == keep), None)
+        expected = {record.key: record.use.expected_use_at_s for record in records}
+        steps_on = {record.made.before for record in records if record.made is not None}
+
+        def kept(record: Record) -> str:
+            if record.key == keep:
+                return "being fetched"
+            # Whoever fetches one revision of a model is the only one that fetches any of it.
+            return (replace(record, busy=False) if record.url == own else record).kept
+
+        def size(path: Path, size_bytes: int) -> int:
+            if not on_disk:
+                return size_bytes
+            info = os.stat(path)
+            # A blob that has names outside (adopted from another cache) frees nothing.
+            shared = info.st_nlink > names.get((info.st_dev, info.st_ino), 1)
+            return 0 if shared else size_bytes
+
+        def expected_use(record: Record) -> float | None:
+            """A result is used when its model is, whoever said when that will be."""
+            if record.use.expected_use_at_s is not None or record.made is None:
+                return record.use.expected_use_at_s
+            return expected.get(f"{record.made.model}@{record.made.revision}")
+
+        found = [
+            Candidate(
+                key=record.key,
+                parts={
+                    digest: size(self.layout.blob(digest), size_bytes)
+                    for digest, size_bytes in record.blobs.items()
+                    if self.layout.blob(digest).exists()
+                }
+                | record.partials,
+                kept=kept(record),
+                spare=record.result_key in steps_on and not record.use.final,
+                used_at_s=record.use.used_at_s,
+                expected_use_at_s=expected_use(record),
+                reload_s_per_gb=record.use.reload_s_per_gb,
+            )
+            for record in records
+        ]
+        return found + [
+            Candidate(
+                key=work.url,
+                parts={work.url: work.bytes_alone},
+                kept=work.kept,
+                used_at_s=work.used_at_s,
+            )
+            for work in works
+        ]
+
+    def _limit(self, *, quota: bool) -> str:
+        """What is in the way of more, for people: the quota's setting, or the disk's."""
+        if quota:
+            return f"modelcache.quota_bytes ({self.quota_bytes}) leaves it"
+        return f"modelcache.reserve_bytes ({self.reserve_bytes}) leaves it of the disk"
+
+    def _explain(self, problem: str, kept: Mapping[str, str]) -> str:
+        usage = self.usage()
+        text = f"{problem}; the cache at {self.layout.root} takes {usage.bytes_used}"
+        if usage.quota_bytes is not None:
+            text += f" of its quota of {usage.quota_bytes}"
+        text += f", the disk has {usage.free_bytes} free, {usage.reserve_bytes} of them reserved"
+        if usage.bytes_promised:
+            text += f"; preparation steps under way take {usage.bytes_promised} more"
+        if kept:
+            stays = "; ".join(f"{key} ({why})" for key, why in sorted(kept.items()))
+            text += f". What cannot be evicted: {stays}"
+        return text
+
+
+def disk_free_bytes(path: Path) -> int:
+    """The bytes that the disk below ``path``, or below its nearest parent, has for us."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _grandchildren(directory: Path) -> list[Path]:
+    return [path for child in directories(directory) for path in sorted(child.iterdir())]
+
+
+def _files(directory: Path) -> list[Path]:
+    try:
+        return [path for path in sorted(directory.iterdir()) if path.is_file()]
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,121 @@
+"""Leases: who uses a revision, so that it is not evicted. They die with the process that has them.
+
+A lease is a file that its holder keeps locked (``flock``). Whether it counts is a question to the
+kernel, not to what the file says, so a killed holder leaves nothing to clean up by hand and no
+timeout is needed. A child that is forked without ``exec`` shares the lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from modelcache.store.files import remove, remove_empty
+from modelcache.store.layout import Layout
+
+HOLDER_CHARACTERS = 200
+
+
+class Lease:
+    """A hold on one revision until ``release``, the end of the ``with`` block, or of the process.
+
+    ``holder`` says who, for people. Releasing twice is harmless.
+    """
+
+    def __init__(self, holder: str, release: Callable[[], None] | None = None) -> None:
+        self.holder = holder
+        self._release = release
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        return f"Lease({self.holder!r}, {'held' if self.held else 'released'})"
+
+    @property
+    def held(self) -> bool:
+        """Whether it still holds."""
+        return self._release is not None
+
+    def release(self) -> None:
+        """Let the revision go."""
+        with self._lock:
+            release, self._release = self._release, None
+        if release is not None:
+            release()
+
+
+def take(layout: Layout, directory: Path, holder: str, released: Callable[[], None]) -> Lease:
+    """A lease in ``directory`` (``Layout.leases``). Call it with the store locked.
+
+    The file is locked before it gets its name there, so nobody ever sees it free.
+    """
+    layout.tmp.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    name = uuid.uuid4().hex
+    fd = os.open(layout.tmp / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    path = directory / name
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        os.write(fd, holder[:HOLDER_CHARACTERS].encode())
+        os.rename(layout.tmp / name, path)
+    except BaseException:
+        remove(layout.tmp / name)
+        os.close(fd)
+        raise
+
+    def release() -> None:
+        remove(path)
+        os.close(fd)
+        released()
+
+    return Lease(holder, release)
+
+
+def holders(directory: Path) -> tuple[str, ...]:
+    """Who holds leases in ``directory`` now."""
+    found = []
+    for path in _files(directory):
+        holder = _holder(path)
+        if holder is not None:
+            found.append(holder)
+    return tuple(sorted(found))
+
+
+def sweep(directory: Path) -> None:
+    """Remove the leases of processes that are gone. Call it with the store locked."""
+    for path in _files(directory):
+        if _holder(path) is None:
+            remove(path)
+    remove_empty(directory, directory.parent)
+
+
+def _files(directory: Path) -> list[Path]:
+    try:
+        return [path for path in directory.iterdir() if path.is_file()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _holder(path: Path) -> str | None:
+    """Who holds the lease at ``path``; ``None`` if nobody does any more."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        # A shared lock: two that look at once must not take each other for a holder.
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(fd, 4 * HOLDER_CHARACTERS, 0).decode(errors="replace")
+    finally:
+        os.close(fd)
+    return None

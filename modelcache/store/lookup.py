@@ -1,0 +1,242 @@
+"""Finding what is asked for among what is on this disk. Asks no store, and changes nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from modelcache.refs import PATH, parse_ref
+from modelcache.store.files import directories
+from modelcache.store.layout import RESULT, result_key, result_url
+from modelcache.store.pending_results import Work, read_works
+from modelcache.store.revisions import Record, read_all, read_manifest
+from modelcache.store.store import Store
+from modelcache.types import PREPARED, Damaged, Made, Manifest, ModelRef, NotFound
+
+LOG = logging.getLogger("tidegate.modelcache")
+
+
+KEY_CHARACTERS = 64
+"""Letters of a result's whole key."""
+FEWEST_CHARACTERS = 6
+"""From so many letters on, the beginning of a revision names it, where no other begins so."""
+MOST_NAMED = 8
+"""Revisions that an error names."""
+
+
+class Ambiguous(NotFound, ValueError):
+    """What was given for a revision may be one of several."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedModel:
+    """A model as a directory that engines open.
+
+    ``manifest`` is ``None`` for a directory that is used where it lies. ``note`` says what its
+    user should know: that the store could not be asked whether it is still the newest.
+    """
+
+    url: str
+    revision: str
+    path: Path
+    manifest: Manifest | None
+    note: str = ""
+
+
+class Finder:
+    """Looks models up in one store, by what people call them."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def ref(self, url: str, revision: str | None) -> ModelRef:
+        """What people mean by ``url``: a directory before a hub's model of the same name."""
+        if url and "://" not in url and revision is None and Path(url).expanduser().is_dir():
+            return ModelRef(url=url, scheme=PATH, location=url)
+        if url.startswith(f"{PREPARED}://"):
+            url = self._whole_name(url)
+            return ModelRef(url=url, scheme=PREPARED, location=url, revision=revision)
+        return parse_ref(url, revision)
+
+    def in_place(self, ref: ModelRef) -> CachedModel | None:
+        """A plain path is used where it lies. Raises ``NotFound`` where there is nothing."""
+        if ref.scheme != PATH:
+            return None
+        path = Path(ref.location).expanduser().absolute()
+        if not path.is_dir():
+            raise NotFound(f"{path} is not a directory")
+        return CachedModel(url=str(path), revision="in place", path=path, manifest=None)
+
+    def resolve(self, ref: ModelRef) -> Manifest | None:
+        """The manifest of what was asked for, by what is known on this disk: an exact revision, a
+        name that was looked up, or the beginning of a revision. Raises ``Ambiguous``."""
+        if ref.revision is not None:
+            exact = self.read(ref.url, ref.revision)
+            if exact is not None:
+                return exact
+        try:
+            revision = self.store.layout.ref(ref.url, ref.revision).read_text()
+            found = self.read(ref.url, revision)
+        except (FileNotFoundError, UnicodeDecodeError):
+            found = None
+        if found is None and ref.revision is not None:
+            begun = self._whole_revision(ref.url, ref.revision)
+            found = None if begun is None else self.read(ref.url, begun)
+        if found is None and ref.revision is None:
+            records = [record.manifest for record in self._all(ref.url)]
+            whole = [manifest for manifest in records if manifest is not None]
+            found = max(whole, key=lambda manifest: manifest.created_at_s, default=None)
+        return found
+
+    def read(self, url: str, revision: str) -> Manifest | None:
+        """The manifest of an exact revision; ``None`` if it is not here, or is damaged."""
+        try:
+            return read_manifest(self.store.layout, url, revision)
+        except Damaged as damage:
+            LOG.warning("%s: %s", url, damage)
+            return None
+
+    def open(self, manifest: Manifest | None) -> CachedModel | None:
+        """The directory of a revision; ``None`` where not all of it is here and sound."""
+        if manifest is None or not self.store.is_whole(manifest):
+            return None
+        try:
+            path = self.store.open_view(manifest)
+        except FileNotFoundError:
+            return None  # evicted just now
+        return CachedModel(
+            url=manifest.url, revision=manifest.revision, path=path, manifest=manifest
+        )
+
+    def made(self, ref: ModelRef) -> CachedModel:
+        """A result of preparation steps, which no store has. Raises ``NotFound``."""
+        found = self.open(self.resolve(ref))
+        if found is None:
+            raise NotFound(f"{ref.url} is not on this disk: it is made by preloading its model")
+        return found
+
+    def wanted(self, url: str, revision: str | None) -> Manifest:
+        """The manifest of a model that has to be here. Raises ``NotFound``."""
+        ref = self.ref(url, revision)
+        if ref.scheme == PATH:
+            raise NotFound(f"{url} is used where it lies; the cache has nothing of it")
+        manifest = self.resolve(ref)
+        if manifest is None:
+            raise self._missing(ref.url, ref.revision)
+        return manifest
+
+    def name(self, url: str, revision: str | None) -> tuple[str, str | None]:
+        """The canonical URL and the exact revision that are meant, by what is on this disk; no
+        revision where it is not known which. Raises ``Ambiguous``."""
+        ref = self.ref(url, revision)
+        if ref.scheme == PATH:
+            return url, None
+        manifest = self.resolve(ref)
+        if manifest is not None:
+            return ref.url, manifest.revision
+        return ref.url, ref.revision and self._whole_revision(ref.url, ref.revision)
+
+    def revisions(self, url: str) -> list[str]:
+        """The revisions of a model that are here, whole or not, the newest last."""
+        ref = self.ref(url, None)
+        return [record.revision for record in sorted(self._all(ref.url), key=_begun_at_s)]
+
+    def to_pin(self, url: str, revision: str | None) -> list[Record]:
+        """One revision of a model, the newest unless it is named, with the results of its last
+        steps: what is used of it. Raises ``NotFound``."""
+        if self.ref(url, revision).scheme == PATH:
+            named, records = "", self.records(url, revision)[0]
+        else:
+            manifest = self.wanted(url, revision)
+            named, records = manifest.url, self.records(manifest.url, manifest.revision)[0]
+        used = [one for one in records if one.use.final or one.url == named]
+        if not used:
+            raise NotFound(f"{url} is not on this disk")
+        return used
+
+    def _all(self, url: str) -> list[Record]:
+        return [record for record in read_all(self.store.layout) if record.url == url]
+
+    def _whole_revision(self, url: str, given: str) -> str | None:
+        """The revision on this disk that begins so, also one of which only results are left."""
+        found = set()
+        for record in read_all(self.store.layout):
+            found |= {record.revision} if record.url == url else set()
+            made = record.made
+            found |= {made.revision} if made is not None and made.model == url else set()
+        if given in found:
+            return given
+        fits = sorted(one for one in found if one.startswith(given))
+        if len(given) < FEWEST_CHARACTERS or not fits:
+            return None
+        if len(fits) > 1:
+            raise Ambiguous(f"revision {given!r} of {url} may be any of {_some(fits)}")
+        return fits[0]
+
+    def _missing(self, url: str, revision: str | None) -> NotFound:
+        here = sorted(record.revision for record in self._all(url) if record.manifest is not None)
+        if revision is None or not here:
+            return NotFound(f"{url} is not on this disk")
+        return NotFound(f"{url} has no revision {revision} here (it has: {_some(here)})")
+
+    def _whole_name(self, url: str) -> str:
+        """The name of a result of which the beginning of the key was given."""
+        layout, given = self.store.layout, result_key(url) or ""
+        if len(given) == KEY_CHARACTERS:
+            return url
+        names = {path.name for path in directories(layout.root / PREPARED / "work")}
+        names |= {
+            result_key(record.url) or ""
+            for record in read_all(layout)
+            if record.result_key is not None
+        }
+        fits = [name for name in names if given and name.startswith(given)]
+        return result_url(fits[0]) if len(fits) == 1 else url
+
+    def records(
+        self, url: str, revision: str | None, *, prepared: bool = False
+    ) -> tuple[list[Record], list[Work]]:
+        """A model's revisions, or the one that is named, with what was made of them; and what is
+        being made, or was left half made. ``prepared``: without the model itself.
+
+        Raises ``NotFound`` if there is nothing.
+        """
+        ref = self.ref(url, revision)
+        exact = ref.revision
+        if exact is not None:
+            manifest = self.resolve(ref)
+            if manifest is not None:
+                exact = manifest.revision
+            else:
+                exact = self._whole_revision(ref.url, exact) or exact
+        model = str(Path(ref.location).expanduser().absolute()) if ref.scheme == PATH else ref.url
+
+        def is_meant(found_url: str, found_revision: str, made: Made | None) -> bool:
+            if found_url == ref.url and not (prepared and ref.scheme != PREPARED):
+                return exact in (None, found_revision)
+            return made is not None and made.model == model and exact in (None, made.revision)
+
+        layout = self.store.layout
+        records = [one for one in read_all(layout) if is_meant(one.url, one.revision, one.made)]
+        works = [one for one in read_works(layout) if is_meant(one.url, RESULT, one.made)]
+        if not (records or works) and ref.scheme == PATH:
+            raise NotFound(f"{url} is used where it lies; the cache has nothing of it")
+        if not (records or works) and prepared:
+            raise NotFound(f"nothing that was made of {model} is on this disk")
+        if not (records or works):
+            raise self._missing(ref.url, ref.revision)
+        return records, works
+
+
+def _some(names: Sequence[str]) -> str:
+    """Names for a message, not more than one can read."""
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _begun_at_s(record: Record) -> float:
+    if record.manifest is not None:
+        return record.manifest.created_at_s
+    return record.fetching.started_at_s if record.fetching is not None else 0.0

@@ -1,0 +1,187 @@
+"""The revisions a cache has, read from what is on disk: the only truth there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from modelcache.store import leases
+from modelcache.store.files import directories, is_locked
+from modelcache.store.layout import REFS, Layout, file_key, result_key, result_url
+from modelcache.store.manifest import Fetching, Use, read_record
+from modelcache.types import SHORT_CHARACTERS, Damaged, Made, Manifest, RemoteFile
+
+MANIFEST = "manifest.json"
+SPARE = "manifest.copy.json"
+FETCHING = "fetching.json"
+PIN = "pin"
+USE = "use.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One revision. It has a manifest when it is whole, ``fetching`` until then.
+
+    ``busy``: somebody is fetching a revision of this model just now. ``blobs`` are the sizes of
+    the blobs that are its own or shared, ``partials`` those of its unfinished files.
+    """
+
+    url: str
+    revision: str
+    manifest: Manifest | None
+    fetching: Fetching | None
+    pinned: bool = False
+    holders: tuple[str, ...] = ()
+    busy: bool = False
+    use: Use = field(default_factory=Use)
+    blobs: dict[str, int] = field(default_factory=dict)
+    partials: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """A name for it, for people and for the eviction policy."""
+        return f"{self.url}@{self.revision}"
+
+    @property
+    def made(self) -> Made | None:
+        """What it was made of; ``None`` for a model that was fetched."""
+        return None if self.manifest is None else self.manifest.made
+
+    @property
+    def result_key(self) -> str | None:
+        """The key of the preparation step whose result it is; ``None`` if it is none."""
+        return result_key(self.url)
+
+    @property
+    def name(self) -> str:
+        """What people are told it is."""
+        key = self.result_key
+        return self.key if key is None else name_result(key, self.made)
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes when whole."""
+        found = self.manifest or self.fetching
+        return found.size_bytes if found else 0
+
+    @property
+    def kept(self) -> str:
+        """Why it must not be evicted; empty if it may."""
+        if self.holders:
+            return f"leased by {', '.join(self.holders)}"
+        if self.busy and self.fetching is not None:
+            return "being fetched"
+        return "pinned" if self.pinned else ""
+
+
+def name_result(key: str, made: Made | None) -> str:
+    """What people are told a result of preparation steps is."""
+    short = result_url(key[:SHORT_CHARACTERS])
+    return short if made is None else f"{' + '.join(made.steps)} of {made.model} ({short})"
+
+
+def read_manifest(layout: Layout, url: str, revision: str) -> Manifest | None:
+    """The manifest of a whole revision, from its spare copy where the first is damaged.
+
+    ``None`` where the revision is not there or not whole. Raises ``Damaged`` where both copies
+    are.
+    """
+    path = layout.manifest(url, revision)
+    try:
+        return read_record(path, Manifest)
+    except Damaged as damage:
+        found = read_record(path.with_name(SPARE), Manifest)
+        if found is None:
+            raise damage from None
+        return found
+
+
+def read_use(directory: Path) -> Use:
+    """When a revision was used; nothing known where the record is missing or damaged."""
+    try:
+        return read_record(directory / USE, Use) or Use()
+    except Damaged:
+        return Use()
+
+
+def read_known(path: Path) -> str | None:
+    """The digest that a record below ``known/`` names, ``None`` if there is none."""
+    try:
+        text = path.read_bytes().decode("ascii")
+    except (OSError, UnicodeDecodeError):
+        return None
+    good = len(text) == 64 and not set(text) - set("0123456789abcdef")
+    return text if good else None
+
+
+def known_blobs(layout: Layout, key: str, file: RemoteFile) -> list[str]:
+    """The blobs that a remote file is known to be, there or not, sound or not."""
+    paths = [layout.known(key)]
+    if "sha256" in file.digests:
+        paths.append(layout.known_sha256(file.digests["sha256"]))
+    return [digest for path in paths if (digest := read_known(path)) is not None]
+
+
+def read_all(layout: Layout) -> list[Record]:
+    """Every revision that is there, whole or not."""
+    return [record for _, record in scan(layout) if record is not None]
+
+
+def scan(layout: Layout) -> Iterator[tuple[Path, Record | None]]:
+    """Every revision's directory, with what it says; ``None`` where nothing of it can be read."""
+    for model in directories(layout.root / "models"):
+        for directory in directories(model):
+            if directory.name != REFS:
+                yield directory, read_directory(layout, directory)
+
+
+def read_directory(layout: Layout, directory: Path) -> Record | None:
+    """The revision recorded in ``directory``, ``None`` if no record of it can be read."""
+    manifest = _read_either(directory)
+    try:
+        fetching = read_record(directory / FETCHING, Fetching)
+    except Damaged:
+        fetching = None
+    if manifest is not None:
+        url, revision = manifest.url, manifest.revision
+    elif fetching is not None:
+        url, revision = fetching.url, fetching.revision
+    else:
+        return None
+    blobs: dict[str, int] = {}
+    partials: dict[str, int] = {}
+    if manifest is not None:
+        blobs = {file.digest: file.size_bytes for file in manifest.files}
+    for file in fetching.files if fetching is not None else ():
+        key = file_key(url, file, revision)
+        known = [
+            digest for digest in known_blobs(layout, key, file) if layout.blob(digest).exists()
+        ]
+        if known:
+            blobs[known[0]] = file.size_bytes
+        if layout.partial(key).is_dir():
+            partials[key] = file.size_bytes
+    return Record(
+        url=url,
+        revision=revision,
+        manifest=manifest,
+        fetching=fetching,
+        pinned=(directory / PIN).exists(),
+        holders=leases.holders(layout.leases(url, revision)),
+        busy=is_locked(layout.fetch_lock(url)),
+        use=read_use(directory),
+        blobs=blobs,
+        partials=partials,
+    )
+
+
+def _read_either(directory: Path) -> Manifest | None:
+    try:
+        return read_record(directory / MANIFEST, Manifest)
+    except Damaged:
+        pass
+    try:
+        return read_record(directory / SPARE, Manifest)
+    except Damaged:
+        return None
