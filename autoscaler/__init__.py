@@ -1,0 +1,6 @@
+"""The autoscaler: how many replicas each pool has, and the means to get there.
+
+``signals`` collects demand, ``policy`` decides (pure), ``control`` acts on replicas, ``tiers``
+keeps pools at zero warm, ``backends`` run engines. ``types`` and ``settings`` are shared by all of
+them.
+"""

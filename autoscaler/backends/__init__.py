@@ -1,0 +1,4 @@
+"""Where replicas run: ``base`` is the protocol, ``process`` starts engines on this machine,
+``static`` routes to externally managed servers, ``health`` asks either kind of server how it
+is.
+"""

@@ -1,0 +1,1 @@
+"""What the autoscaler sees: ``window`` holds demand as means over the stable and panic windows."""

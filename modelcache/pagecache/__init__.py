@@ -1,0 +1,4 @@
+"""The page cache: ``residency`` measures, prewarms and drops, ``holder`` keeps pages resident
+through ``holder_process`` and ``holding``; ``spans`` are file ranges, ``linux_pages`` the
+system calls.
+"""
