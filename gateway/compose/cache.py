@@ -98,7 +98,9 @@ def make_models(
         sites=tuple(settings.modelcache.sites),
         keeper=keeper,
         traffic=lambda: describe(node.peers, node.transfer),
-        transform=make_transform(settings, node, environ) if settings.modelcache.steps else None,
+        transform=make_transform(settings, node.cache, environ)
+        if settings.modelcache.steps
+        else None,
         pools=pools_of(settings),
     )
 

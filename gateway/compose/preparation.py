@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING
 
 from gateway.settings.schema import Settings
+from modelcache.cache import ModelCache
 from modelcache.prepare.results import Held
 from modelcache.prepare.run import Preparation
 from modelcache.prepare.steps import Step, input_digest
 from modelcache.store.lookup import CachedModel
 from modelcache.types import FileEntry, Progress
-
-if TYPE_CHECKING:
-    from gateway.compose.cache import NodeCache
 
 Transform = Callable[
     [str, CachedModel, str, Callable[[Progress], None], Callable[[], bool]],
@@ -22,12 +19,12 @@ Transform = Callable[
 ]
 
 
-def make_transform(settings: Settings, node: NodeCache, environ: Mapping[str, str]) -> Transform:
+def make_transform(settings: Settings, cache: ModelCache, environ: Mapping[str, str]) -> Transform:
     """The preparation steps of models, run in the engine's environment; results are kept in the
     cache, each leased for its user as long as the context is open. What steps begin with is given
     as the cache has it: found by its URL again it might be another revision by now."""
     preparation = Preparation(
-        cache=node.cache, python=settings.loaders.engine_python.absolute(), environ=environ
+        cache=cache, python=settings.loaders.engine_python.absolute(), environ=environ
     )
 
     def hold(
@@ -43,7 +40,7 @@ def make_transform(settings: Settings, node: NodeCache, environ: Mapping[str, st
         if held is not None:
             return held
         with ExitStack() as leases:
-            with node.cache.lease(source, f"preparation for {holder}"):
+            with cache.lease(source, f"preparation for {holder}"):
                 made = preparation.prepare(
                     source.path,
                     digest,

@@ -50,7 +50,9 @@ def make_warmth(
         standbys=backend if settings.loaders.fork_server else None,
         prewarm=prewarm,
         prewarm_behind=prewarm_behind,
-        transform=make_transform(settings, node, os.environ) if settings.modelcache.steps else None,
+        transform=make_transform(settings, node.cache, os.environ)
+        if settings.modelcache.steps
+        else None,
         bring=None if bundles is None else make_bring(settings, bundles),
     )
 
@@ -109,7 +111,7 @@ def locate(
             found = in_place(Path(model).absolute())
         else:
             return model
-        transform = make_transform(settings, node, environ)
+        transform = make_transform(settings, node.cache, environ)
         with transform(model, found, "a look", on_progress, lambda: False) as made:
             return str(made.path)
     finally:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,6 @@ from loaders.engines.simulated.exchange import Exchange
 from loaders.engines.simulated.faults import STARTUP_PHASES, Fault, FaultPlan
 from loaders.engines.simulated.generation import Generation
 from loaders.engines.simulated.metrics import Metrics
-from loaders.engines.simulated.operations import ROUTES
 from loaders.engines.simulated.scheduler import QueueFullError, Scheduler
 from loaders.engines.simulated.settings import Settings
 
@@ -43,11 +42,16 @@ _TEXT: dict[str, Prepare] = {
 }
 
 
+Operations = Mapping[str, tuple[tuple[str, ...], Callable[["Application", Exchange], None]]]
+"""Endpoints that are not for text: by path, the methods allowed and what answers."""
+
+
 class Application:
     """The engine's state over its life. Made inside a running event loop."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, operations: Operations) -> None:
         self.settings = settings
+        self._operations = operations
         self.engine = Engine(
             Scheduler(settings.model), Metrics(), virtual_time=settings.virtual_time
         )
@@ -139,7 +143,7 @@ class Application:
             else:
                 self._generate_or_fail(exchange, prepare)
             return
-        methods, endpoint = ROUTES.get(path, ((), None))
+        methods, endpoint = self._operations.get(path, ((), None))
         if endpoint is None:
             exchange.respond(404, b'{"detail":"Not Found"}')
         elif exchange.method not in methods:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from loaders.engines.simulated.api import messages, tokenizing
 from loaders.engines.simulated.api.context import Context
 from loaders.engines.simulated.api.errors import ApiError, bad
+from loaders.engines.simulated.application import Application, Operations
 from loaders.engines.simulated.exchange import Exchange
 from loaders.engines.simulated.faults import KINDS, TRIGGERS
-
-if TYPE_CHECKING:
-    from loaders.engines.simulated.application import Application
 
 VERSION = "0.32.0+tidegate.simulated"
 """What ``/version`` says: the vLLM whose API this follows, and that it is not it."""
@@ -120,7 +118,7 @@ def _from_body(
     return endpoint
 
 
-ROUTES: dict[str, tuple[tuple[str, ...], Callable[[Application, Exchange], None]]] = {
+ROUTES: Operations = {
     "/health": (("GET", "HEAD"), health),
     "/ping": (("GET", "POST"), health),
     "/version": (("GET",), version),

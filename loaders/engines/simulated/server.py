@@ -13,7 +13,7 @@ import uvloop
 
 from loaders.engines.simulated.application import Application
 from loaders.engines.simulated.http1 import Http
-from loaders.engines.simulated.operations import VERSION
+from loaders.engines.simulated.operations import ROUTES, VERSION
 from loaders.engines.simulated.settings import Settings
 
 logger = logging.getLogger("loaders.engines.simulated")
@@ -60,7 +60,7 @@ async def serve(settings: Settings, sock: socket.socket) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    application = Application(settings)
+    application = Application(settings, ROUTES)
     http = Http(
         application.handle, settings.limits, fixed_headers=_LABELS, refuse=application.refuse
     )

@@ -37,7 +37,7 @@ def transform_in(cache: ModelCache, model: str, *programs: str) -> Transform:
     ]
     settings = Settings.model_validate({"modelcache": {"steps": {model: steps}}})
     node = NodeCache(cache=cache, transfer=None, peers=None)  # type: ignore[arg-type]
-    return make_transform(settings, node, {})
+    return make_transform(settings, node.cache, {})
 
 
 def silent(progress: Progress) -> None:
