@@ -15,7 +15,7 @@ from gateway.settings import docs, fields, toml
 from gateway.settings.load import ConfigError, Flag, LoadedSettings, load
 from gateway.settings.schema import Settings
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 POOL = '[[pools]]\nname = "chat"\nengine = "simulated"\nmodel = "m"\n'
 
 

@@ -27,7 +27,7 @@ from gateway.compose import run_record
 from gateway.settings import defaults
 from gateway.settings.load import ConfigError, LoadedSettings
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 PIPE = Screen()
 TERMINAL = Screen(terminal=True, width=200)
 

@@ -97,7 +97,7 @@ def test_looks_at_the_environment_are_seen_and_then_no_more() -> None:
 
 def test_a_fork_gets_a_mark_of_its_own_in_proc() -> None:
     env = {**os.environ, "A_MARK": "a" * 32, "XA_MARK": "a" * 32}
-    root = Path(__file__).resolve().parents[3]
+    root = Path(__file__).resolve().parents[4]
     ran = subprocess.run(
         [sys.executable, "-c", RESTAMP], env=env, cwd=root, capture_output=True, text=True,
         check=False,
@@ -187,7 +187,7 @@ def test_an_engine_that_hangs_does_not_outlive_tidegate() -> None:
         [sys.executable, "-c", LEFT_BEHIND],
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[3],
+        cwd=Path(__file__).parents[4],
     )
     assert tidegate.stdout is not None
     pids = [int(word) for word in tidegate.stdout.readline().split()]

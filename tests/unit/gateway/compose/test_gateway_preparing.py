@@ -11,7 +11,6 @@ from folder_store import Rig
 
 from autoscaler.tiers.warmth_places import in_place
 from gateway.admin.models import Models
-from gateway.compose.cache import NodeCache
 from gateway.compose.preparation import Transform, make_transform
 from gateway.settings.schema import Settings
 from modelcache.cache import ModelCache
@@ -36,8 +35,7 @@ def transform_in(cache: ModelCache, model: str, *programs: str) -> Transform:
         for program in programs or (WRITE,)
     ]
     settings = Settings.model_validate({"modelcache": {"steps": {model: steps}}})
-    node = NodeCache(cache=cache, transfer=None, peers=None)  # type: ignore[arg-type]
-    return make_transform(settings, node.cache, {})
+    return make_transform(settings, cache, {})
 
 
 def silent(progress: Progress) -> None:

@@ -35,7 +35,7 @@ from autoscaler.backends.process import procs, start_gate
 from autoscaler.backends.process.registry import ProcessRecord, ProcessRegistry
 from autoscaler.policy.placement import Gpu
 
-FOLDERS = [str(Path(__file__).parents[2] / "support"), str(Path(__file__).parents[3])]
+FOLDERS = [str(Path(__file__).parents[3] / "support"), str(Path(__file__).parents[4])]
 
 OWNER = f"""
 import asyncio, json, sys
