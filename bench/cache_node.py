@@ -48,7 +48,7 @@ def fetch(transfer: Transfer, layout: Layout, url: str, settings: ModelCacheSett
                 try:
                     partial.finish(file.digests)
                 except Damaged:
-                    transfer.doubt(partial.key)
+                    transfer.state.doubt(partial.key)
         return listing.revision
     finally:
         source.close()

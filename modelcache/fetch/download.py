@@ -1,7 +1,7 @@
-"""One download under way: who reads what is decided on a board, and read by threads in two lanes.
+"""One download under way: who reads what is decided on a board, and read by threads of two kinds.
 
 The calling thread watches: it notices that it is called off, tells of progress, and has the last
-word. Threads of the store's lane write straight into the partial file; those of the peers' lane
+word. Those that read from the store write straight into the partial file; those that ask peers
 read into memory, because a piece is checked before one byte of it reaches the file.
 """
 
@@ -12,20 +12,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from modelcache.bandwidth.budget import Asked
 from modelcache.bandwidth.throughput import Pace, Reading, compare
 from modelcache.fetch.plan import Board, File, Seen, mask_of
+from modelcache.fetch.transfer_state import TransferState
 from modelcache.peers.piece_inventory import Holding, Shelf, State
 from modelcache.peers.types import Follower
 from modelcache.sources.base import Source
 from modelcache.store.digest import count_pieces
 from modelcache.store.partial_files import Partial
 from modelcache.types import CacheError, Cancelled, Damaged, Priority, Progress, RemoteFile
-
-if TYPE_CHECKING:
-    from modelcache.fetch.transfer import Transfer
 
 TICK_S = 0.1
 """Seconds between two looks at whether it is still wanted, and at who owns what."""
@@ -68,7 +65,7 @@ class Download:
 
     def __init__(
         self,
-        transfer: Transfer,
+        shared: TransferState,
         source: Source,
         files: Sequence[tuple[RemoteFile, Partial]],
         *,
@@ -76,15 +73,15 @@ class Download:
         on_progress: Callable[[Progress], None],
         cancelled: Asked,
     ) -> None:
-        self.transfer = transfer
+        self.shared = shared
         self.source = source
         self.model = source.ref.url
         self.priority = priority
-        self.settings = transfer.settings
-        self.lane = transfer.budget.lane(self.model, self.model, priority)
-        self.slots = transfer.slots_of(self.model)
-        self.peers = transfer.peers
-        self.clock = transfer.clock
+        self.settings = shared.settings
+        self.lane = shared.budget.lane(self.model, self.model, priority)
+        self.slots = shared.slots_of(self.model)
+        self.peers = shared.peers
+        self.clock = shared.clock
         self.lock = threading.Lock()
         self.watcher = threading.Condition(self.lock)
         self.store_work = threading.Condition(self.lock)
@@ -121,18 +118,21 @@ class Download:
         file = File(key=partial.key, count=count, missing=missing)
         return Job(remote, partial, file, self._shelf.open(partial))
 
-    def run(self) -> None:
-        """Fetch all of it, or raise why not. On return no thread of it commits anything."""
+    def run(self, from_store: Callable[[], None], from_peers: Callable[[], None]) -> None:
+        """Fetch all of it, or raise why not. On return no thread of it commits anything.
+
+        ``from_store`` and ``from_peers`` are what each thread of the two kinds runs.
+        """
         try:
             follower = self._follow()
-            self._start()
+            self._start(from_store, from_peers)
             self._watch()
         finally:
             self._stop()
         del follower
         for job in self.jobs:
-            if self.transfer.doubted(job.partial.key):
-                self.transfer.believe(job.partial.key)
+            if self.shared.doubted(job.partial.key):
+                self.shared.believe(job.partial.key)
 
     def job_of(self, file: File) -> Job:
         """The job of a file on the board."""
@@ -166,7 +166,7 @@ class Download:
     def _keys(self) -> list[str]:
         with self.lock:
             keys = [job.partial.key for job in self.jobs if job.file.missing]
-        return [key for key in keys if not self.transfer.doubted(key)]
+        return [key for key in keys if not self.shared.doubted(key)]
 
     def _on_states(self, node: str, states: Mapping[str, State]) -> None:
         counts = {job.file.key: job.file.count for job in self.jobs}
@@ -177,7 +177,7 @@ class Download:
                 active=state.active,
             )
             for key, state in states.items()
-            if key in counts and not self.transfer.doubted(key)
+            if key in counts and not self.shared.doubted(key)
         }
         with self.lock:
             if self.board.learn(node, seen, self.clock()):
@@ -189,19 +189,15 @@ class Download:
 
     # -- watching --------------------------------------------------------------------------------
 
-    def _start(self) -> None:
-        from modelcache.fetch.readers import PeerLane, StoreLane
-
+    def _start(self, from_store: Callable[[], None], from_peers: Callable[[], None]) -> None:
         with self.lock:
             left = self.board.left
             self._settle()
-        store = StoreLane(self)
         for _ in range(min(self.settings.connections, left)):
-            self._threads.append(threading.Thread(target=store.run, name="store", daemon=True))
+            self._threads.append(threading.Thread(target=from_store, name="store", daemon=True))
         if self.peers is not None:
-            peer = PeerLane(self)
             for _ in range(min(self.settings.peer_connections, left)):
-                self._threads.append(threading.Thread(target=peer.run, name="ask", daemon=True))
+                self._threads.append(threading.Thread(target=from_peers, name="ask", daemon=True))
         for thread in self._threads:
             if thread.ident is None:
                 thread.start()
@@ -289,7 +285,7 @@ class Download:
         for job in self.jobs:
             job.holding.close()
 
-    # -- what the lanes call ---------------------------------------------------------------------
+    # -- what readers call ---------------------------------------------------------------------
 
     def fail(self, problem: BaseException) -> None:
         """It cannot be done; the first reason is the one told."""
@@ -318,7 +314,7 @@ class Download:
             return job.partial.commit(index)
         except Damaged:
             # The last piece made it whole, and it is not what its store says it is.
-            self.transfer.doubt(job.partial.key)
+            self.shared.doubt(job.partial.key)
             raise
         except OSError as error:
             raise CacheError(f"{job.remote.path}: {error.strerror}") from error
@@ -334,6 +330,6 @@ class Download:
             pace = self.peer_pace if given else self.store_pace
             pace.learn(size_bytes, self.clock() - attempt.began_s)
         if given:
-            self.transfer.count(peer_bytes=size_bytes)
+            self.shared.count(peer_bytes=size_bytes)
         else:
-            self.transfer.count(store_bytes=size_bytes)
+            self.shared.count(store_bytes=size_bytes)

@@ -42,12 +42,12 @@ MOST_CUTS = 2
 """Times that a piece's connection is cut for being slow. Failures are counted apart."""
 
 
-class StoreLane:
+class StoreReader:
     """Reads pieces from the store."""
 
     def __init__(self, download: Download) -> None:
         self.download = download
-        self.transfer = download.transfer
+        self.shared = download.shared
         self.tries: dict[tuple[str, int], int] = {}
         self.cuts: dict[tuple[str, int], int] = {}
         self._waiting = 0
@@ -141,8 +141,8 @@ class StoreLane:
             self._fetch(attempt, start, end)
             with own.commits():
                 digest = own.commit(job, index)
-                if self.transfer.doubted(job.partial.key):
-                    self.transfer.compare(job.partial.key, index, digest)
+                if self.shared.doubted(job.partial.key):
+                    self.shared.compare(job.partial.key, index, digest)
                 job.holding.end(index, good=True)
                 good = True
                 self.tries.pop((job.partial.key, index), None)
@@ -161,7 +161,7 @@ class StoreLane:
         finally:
             if not good:
                 job.holding.end(index, good=False)
-                self.transfer.count(wasted_bytes=attempt.moved_bytes)
+                self.shared.count(wasted_bytes=attempt.moved_bytes)
             with own.lock:
                 own.reading.discard(attempt)
 
@@ -189,16 +189,16 @@ class StoreLane:
     @contextlib.contextmanager
     def _memory(self, stopped: Callable[[], bool]) -> Iterator[None]:
         own = self.download
-        self.transfer.memory.take(own.model, own.priority, STREAM_BYTES, stopped)
+        self.shared.memory.take(own.model, own.priority, STREAM_BYTES, stopped)
         try:
             yield
         finally:
-            self.transfer.memory.give_back(own.model, STREAM_BYTES)
+            self.shared.memory.give_back(own.model, STREAM_BYTES)
 
     def _cut(self, attempt: Attempt) -> None:
         """Put a piece back whose connection was too slow, to be read anew at once."""
         own, key = self.download, (attempt.job.partial.key, attempt.index)
-        self.transfer.count(retries=1)
+        self.shared.count(retries=1)
         with own.lock:
             self.cuts[key] = self.cuts.get(key, 0) + 1
             own.board.drop_store(attempt.job.file, attempt.index, own.clock())
@@ -212,7 +212,7 @@ class StoreLane:
             own.fail(error)
             return
         self.tries[key] = tries + 1
-        self.transfer.count(retries=1)
+        self.shared.count(retries=1)
         asked_s = getattr(error, "retry_after_s", None)
         pause_s = pause(tries, random.random(), asked_s)
         with own.lock:
@@ -226,12 +226,12 @@ def pause(tries: int, chance: float, asked_s: float | None = None) -> float:
     return pause_s if asked_s is None else max(pause_s, min(asked_s, MOST_ASKED_PAUSE_S))
 
 
-class PeerLane:
+class PeerReader:
     """Reads pieces from peers."""
 
     def __init__(self, download: Download) -> None:
         self.download = download
-        self.transfer = download.transfer
+        self.shared = download.shared
         self.busy: dict[str, int] = {}
         self.tie: dict[str, float] = {}
 
@@ -253,7 +253,7 @@ class PeerLane:
                 attempt, node = found
                 try:
                     if buffer is None:
-                        own.transfer.memory.take(
+                        own.shared.memory.take(
                             own.model, own.priority, PIECE_BYTES, lambda: own.over
                         )
                         buffer = bytearray(PIECE_BYTES)
@@ -268,7 +268,7 @@ class PeerLane:
 
     def _free(self) -> None:
         own = self.download
-        own.transfer.memory.give_back(own.model, PIECE_BYTES)
+        own.shared.memory.give_back(own.model, PIECE_BYTES)
 
     def _pick(self) -> tuple[Attempt, str] | None:
         own = self.download
@@ -309,7 +309,7 @@ class PeerLane:
             own.fail(error if isinstance(error, CacheError) else _disk(job, error))
         finally:
             if not good:
-                self.transfer.count(wasted_bytes=attempt.moved_bytes)
+                self.shared.count(wasted_bytes=attempt.moved_bytes)
 
     def _ask(self, attempt: Attempt, node: str, into: memoryview) -> bytes | None:
         own, job, index = self.download, attempt.job, attempt.index
@@ -329,7 +329,7 @@ class PeerLane:
         except PeerBusy:
             return None
         if digest is None:
-            self.transfer.count(peer_failures=1)
+            self.shared.count(peer_failures=1)
             with own.lock:
                 if attempt.moved_bytes * 2 > len(into):
                     # It came, if too slowly: next time it is known how long one takes.
@@ -362,7 +362,7 @@ class PeerLane:
     ) -> bool:
         own, job, index = self.download, attempt.job, attempt.index
         with own.commits():
-            self.transfer.note_given(job.partial.key, index, node, digest)
+            self.shared.note_given(job.partial.key, index, node, digest)
             for _ in range(WRITES):
                 write_all(job.holding, into, start)
                 if own.commit(job, index) == digest:

@@ -1,52 +1,24 @@
 """Files from a store and from peers into partial files, piece by piece, until none is missing.
 
-One ``Transfer`` serves a process: its downloads share connections, memory, bandwidth and what is
-known of peers. ``modelcache.fetch.download`` is one of them under way.
-
-What a store publishes of a file's content can be checked only when the file is whole. If it is
-wrong then, and pieces of it came from peers, the next download of the file is from the store
-alone; each piece that turns out different names the peer that made it up.
+One ``Transfer`` serves a process: its downloads share a ``TransferState``.
+``modelcache.fetch.download`` is one of them under way.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from urllib.parse import urlsplit
 
-from modelcache.bandwidth.budget import Asked, Budget, Slots
+from modelcache.bandwidth.budget import Asked, Budget
 from modelcache.fetch.download import Download
+from modelcache.fetch.readers import PeerReader, StoreReader
+from modelcache.fetch.transfer_state import Totals, TransferState
 from modelcache.peers.group import PeerGroup
 from modelcache.settings import ModelCacheSettings
 from modelcache.sources.base import Source
 from modelcache.store.partial_files import Partial
 from modelcache.types import Priority, Progress, RemoteFile
-
-MOST_REMEMBERED = 1_024
-"""Files of which is remembered who gave which piece."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Totals:
-    """What has been read since the process began."""
-
-    store_bytes: int = 0
-    peer_bytes: int = 0
-    wasted_bytes: int = 0
-    """Read and thrown away: broken off, wrong, or twice."""
-    retries: int = 0
-    peer_failures: int = 0
-
-
-@dataclass(slots=True)
-class Suspicion:
-    """Who gave which piece of a file, with which BLAKE3."""
-
-    given: dict[int, tuple[str, bytes]] = field(default_factory=dict)
-    doubted: bool = False
 
 
 class Transfer:
@@ -60,14 +32,7 @@ class Transfer:
         peers: PeerGroup | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.settings = settings
-        self.budget = budget if budget is not None else Budget(settings)
-        self.peers = peers
-        self.clock = clock
-        self.memory = Slots(settings.memory_bytes)
-        self._slots: dict[str, Slots] = {}
-        self._suspicions: OrderedDict[str, Suspicion] = OrderedDict()
-        self._totals = Totals()
+        self.state = TransferState(settings, budget=budget, peers=peers, clock=clock)
         self._running: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -93,14 +58,14 @@ class Transfer:
             self._running[model] = self._running.get(model, 0) + 1
         try:
             download = Download(
-                self,
+                self.state,
                 source,
                 files,
                 priority=priority,
                 on_progress=on_progress or (lambda progress: None),
                 cancelled=cancelled or (lambda: False),
             )
-            download.run()
+            download.run(StoreReader(download).run, PeerReader(download).run)
         finally:
             with self._lock:
                 self._running[model] -= 1
@@ -108,70 +73,8 @@ class Transfer:
                 if last:
                     del self._running[model]
             if last:
-                self.budget.forget(model)
+                self.state.budget.forget(model)
 
     def totals(self) -> Totals:
         """What has been read so far."""
-        return self._totals
-
-    def count(
-        self,
-        *,
-        store_bytes: int = 0,
-        peer_bytes: int = 0,
-        wasted_bytes: int = 0,
-        retries: int = 0,
-        peer_failures: int = 0,
-    ) -> None:
-        """Add to the totals."""
-        with self._lock:
-            total = self._totals
-            self._totals = replace(
-                total,
-                store_bytes=total.store_bytes + store_bytes,
-                peer_bytes=total.peer_bytes + peer_bytes,
-                wasted_bytes=total.wasted_bytes + wasted_bytes,
-                retries=total.retries + retries,
-                peer_failures=total.peer_failures + peer_failures,
-            )
-
-    def slots_of(self, url: str) -> Slots:
-        """The connections to the store that ``url`` lies in, shared by all its models."""
-        parts = urlsplit(url)
-        # A hub's models all lie in one store; elsewhere the host or bucket is one.
-        store = parts.scheme if parts.scheme == "hf" else f"{parts.scheme}://{parts.netloc}"
-        with self._lock:
-            return self._slots.setdefault(store, Slots(self.settings.connections))
-
-    def note_given(self, key: str, index: int, node: str, digest: bytes) -> None:
-        """A piece was taken from a peer."""
-        with self._lock:
-            found = self._suspicions.setdefault(key, Suspicion())
-            self._suspicions.move_to_end(key)
-            found.given[index] = (node, digest)
-            if len(self._suspicions) > MOST_REMEMBERED:
-                self._suspicions.popitem(last=False)
-
-    def doubt(self, key: str) -> None:
-        """The file was whole, and wrong: take it from the store alone, and see who lied."""
-        with self._lock:
-            self._suspicions.setdefault(key, Suspicion()).doubted = True
-
-    def doubted(self, key: str) -> bool:
-        """Whether the file must come from the store alone."""
-        with self._lock:
-            found = self._suspicions.get(key)
-            return found is not None and found.doubted
-
-    def compare(self, key: str, index: int, digest: bytes) -> None:
-        """The store's own bytes of a piece: whoever gave others is left alone from now on."""
-        with self._lock:
-            found = self._suspicions.get(key)
-            node, given = ("", digest) if found is None else found.given.get(index, ("", digest))
-        if given != digest and self.peers is not None:
-            self.peers.ban(node, f"piece {index} of {key} is not what the store has")
-
-    def believe(self, key: str) -> None:
-        """The file is whole and right: who gave what need not be remembered."""
-        with self._lock:
-            self._suspicions.pop(key, None)
+        return self.state.totals()

@@ -344,7 +344,7 @@ def test_a_lie_that_only_the_whole_file_shows_is_found_out_and_its_author_left_a
         assert given == len(data)
         with pytest.raises(Exception, match="sha256"):
             partial.finish(file.digests)
-        node.transfer.doubt(partial.key)
+        node.transfer.state.doubt(partial.key)
         node.fetch(source)
         assert node.read(source, "w") == data
         assert source.read_bytes == len(data)
