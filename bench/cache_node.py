@@ -19,8 +19,8 @@ from typing import Any
 from modelcache.fetch.transfer import Transfer
 from modelcache.peers.group import PeerGroup, make_peers
 from modelcache.peers.piece_inventory import Shelf
-from modelcache.peers.serving import describe, start_serving
 from modelcache.refs import parse_ref
+from modelcache.serving import describe, start_serving
 from modelcache.settings import ModelCacheSettings
 from modelcache.sources.opening import open_source
 from modelcache.store.layout import Layout, file_key

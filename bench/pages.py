@@ -22,9 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modelcache.bandwidth.io_pressure import ForegroundReads
 from modelcache.pagecache import linux_pages, residency
 from modelcache.pagecache.holder import PageKeeper
+from modelcache.pagecache.io_pressure import ForegroundReads
 from modelcache.types import FileRange, Residency
 
 FILES_FOLDER = Path(".tidegate/bench-pages")

@@ -16,8 +16,8 @@ from pathlib import Path
 from modelcache.fetch.fetch import Fetch
 from modelcache.fetch.repair import list_again, plan_salvage
 from modelcache.fetch.request import OnProgress, Transfer, Want, narrow
+from modelcache.ports import Listing, Source
 from modelcache.settings import ModelCacheSettings
-from modelcache.sources.base import Listing, Source
 from modelcache.store.capacity import Usage
 from modelcache.store.files import open_lock, try_lock
 from modelcache.store.inventory import list_entries, read_fetching

@@ -17,8 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from modelcache.prepare.steps import Step
 from modelcache.refs import parse_ref
+from modelcache.steps import Step
 from modelcache.types import PIECE_BYTES
 
 BaseUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/@?#]+$")]

@@ -40,7 +40,7 @@ from gateway.compose.run_record import (
 )
 from gateway.settings.load import LoadedSettings
 from gateway.settings.schema import Settings
-from modelcache.peers.serving import Serving, run_agent
+from modelcache.serving import Serving, run_agent
 from modelcache.types import CacheError
 
 log = logging.getLogger("tidegate.agent")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from modelcache.fetch.transfer import Transfer
     from modelcache.pagecache.holder import PageKeeper
     from modelcache.peers.group import PeerGroup
-    from modelcache.sources.base import Source
+    from modelcache.ports import Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ def open_cache(settings: Settings, environ: Mapping[str, str]) -> NodeCache:
 def make_keeper(settings: Settings) -> PageKeeper | None:
     """Who keeps pages in this process; ``None`` where the settings want none kept. Nothing is
     started before something is to be kept."""
-    from modelcache.bandwidth import memory
+    from modelcache.pagecache import memory
     from modelcache.pagecache.holder import PageKeeper
 
     given = settings.modelcache
@@ -89,7 +89,7 @@ def make_models(
     """The verbs over a node's cache; what is prewarmed is kept by ``keeper``."""
     from gateway.compose.preparation import make_transform
     from modelcache.peers.replicate import make_replicator
-    from modelcache.peers.serving import describe
+    from modelcache.serving import describe
 
     return Models(
         cache=node.cache,
@@ -114,8 +114,8 @@ def prewarm_behind(
     files: Sequence[FileRange], on_progress: OnProgress, cancelled: IsCancelled
 ) -> Any:
     """Read files into the page cache, behind whoever else reads from the same disk."""
-    from modelcache.bandwidth.io_pressure import ForegroundReads
     from modelcache.pagecache import residency
+    from modelcache.pagecache.io_pressure import ForegroundReads
 
     others = ForegroundReads([file.path for file in files])
     return residency.prewarm(files, on_progress=on_progress, cancelled=cancelled, yield_to=others)

@@ -9,7 +9,7 @@ from gateway.settings.schema import Settings
 from modelcache.cache import ModelCache
 from modelcache.prepare.results import Held
 from modelcache.prepare.run import Preparation
-from modelcache.prepare.steps import Step, input_digest
+from modelcache.steps import Step, input_digest
 from modelcache.store.lookup import CachedModel
 from modelcache.types import FileEntry, Progress
 

@@ -45,7 +45,7 @@ from gateway.datapath.messages import WorkerConfig
 from gateway.datapath.shared import Shared
 from gateway.settings.load import LoadedSettings
 from gateway.settings.schema import Settings
-from modelcache.peers.serving import start_serving
+from modelcache.serving import start_serving
 from modelcache.types import CacheError
 
 log = logging.getLogger("tidegate")

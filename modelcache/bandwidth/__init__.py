@@ -1,4 +1,5 @@
-"""What downloads may use: ``budget`` hands out bandwidth, connections and memory by ``fair_queue``
-(pure); ``throughput`` (pure) finds slow readings, ``io_pressure`` and ``memory`` read the
-machine's state.
+"""What downloads may use.
+
+``budget`` hands out bandwidth, connections and memory by ``fair_queue`` (pure); ``throughput``
+(pure) finds slow readings.
 """

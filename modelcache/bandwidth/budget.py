@@ -19,8 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from modelcache.bandwidth.fair_queue import CLASS_WEIGHTS, Claim, FairShare, make_cap
+from modelcache.ports import ANNOUNCE_BYTES
 from modelcache.settings import ModelCacheSettings
-from modelcache.sources.base import ANNOUNCE_BYTES
 from modelcache.types import Cancelled, Priority
 
 NODE = "node"

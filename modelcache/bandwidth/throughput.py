@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from modelcache.sources.base import ANNOUNCE_BYTES
+from modelcache.ports import ANNOUNCE_BYTES
 
 SAMPLES = 32
 

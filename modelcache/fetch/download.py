@@ -19,7 +19,7 @@ from modelcache.fetch.plan import Board, File, Seen, mask_of
 from modelcache.fetch.transfer_state import TransferState
 from modelcache.peers.piece_inventory import Holding, Shelf, State
 from modelcache.peers.types import Follower
-from modelcache.sources.base import Source
+from modelcache.ports import Source
 from modelcache.store.digest import count_pieces
 from modelcache.store.partial_files import Partial
 from modelcache.types import CacheError, Cancelled, Damaged, Priority, Progress, RemoteFile

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modelcache.fetch.request import Salvage, Transfer, Want
-from modelcache.sources.base import Source
+from modelcache.ports import Source
 from modelcache.store.digest import RECORD, PieceDigests, count_pieces
 from modelcache.store.files import copy_range, link, link_or_clone, remove, remove_empty
 from modelcache.store.layout import file_key

@@ -11,7 +11,7 @@ from modelcache.fetch.download import Attempt, Download, Job
 from modelcache.fetch.plan import File
 from modelcache.peers.client import PeerBusy
 from modelcache.peers.piece_inventory import Holding
-from modelcache.sources.base import ANNOUNCE_BYTES
+from modelcache.ports import ANNOUNCE_BYTES
 from modelcache.types import PIECE_BYTES, CacheError, Cancelled, Damaged, SourceError
 
 STREAM_BYTES = 2 * ANNOUNCE_BYTES

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 
 from modelcache.fetch.request import Salvage
-from modelcache.sources.base import Listing, Source
+from modelcache.ports import Listing, Source
 from modelcache.store.verify import Damage
 from modelcache.types import CacheError, Manifest, ModelRef, NotFound
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Protocol
 
-from modelcache.sources.base import Listing, Source
+from modelcache.ports import Listing, Source
 from modelcache.store.partial_files import Partial
 from modelcache.types import (
     Made,

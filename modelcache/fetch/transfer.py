@@ -15,8 +15,8 @@ from modelcache.fetch.download import Download
 from modelcache.fetch.readers import PeerReader, StoreReader
 from modelcache.fetch.transfer_state import Totals, TransferState
 from modelcache.peers.group import PeerGroup
+from modelcache.ports import Source
 from modelcache.settings import ModelCacheSettings
-from modelcache.sources.base import Source
 from modelcache.store.partial_files import Partial
 from modelcache.types import Priority, Progress, RemoteFile
 

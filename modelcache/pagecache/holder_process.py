@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from modelcache.bandwidth import memory
+from modelcache.pagecache import memory
 from modelcache.pagecache.holding import Keeping
 from modelcache.types import FileRange
 

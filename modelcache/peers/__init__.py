@@ -2,5 +2,5 @@
 
 ``group`` knows the peers (``types``, ``discovery``), ``client`` asks one, ``server`` answers,
 ``wire`` is their protocol (pure), ``piece_inventory`` what this node can give. ``replicate`` has
-other sites preload a model, ``serving`` runs this node's side of both.
+other sites preload a model.
 """

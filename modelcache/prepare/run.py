@@ -21,16 +21,7 @@ from modelcache.cache import ModelCache
 from modelcache.prepare.results import Held, Results, find_refused
 from modelcache.prepare.size import expect_bytes
 from modelcache.prepare.step_process import Run, bytes_under, run_step
-from modelcache.prepare.steps import (
-    INPUT,
-    OUTPUT,
-    PYTHON,
-    TOOLS,
-    Step,
-    StepFailed,
-    StepRun,
-    step_key,
-)
+from modelcache.steps import INPUT, OUTPUT, PYTHON, TOOLS, Step, StepFailed, StepRun, step_key
 from modelcache.store.files import open_lock, try_lock
 from modelcache.store.manifest import Job
 from modelcache.store.pending_results import has_name

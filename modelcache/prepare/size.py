@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from modelcache.prepare import sharding
-from modelcache.prepare.steps import Step
 from modelcache.prepare.tensor_file import ITEM_BYTES, TensorReader
+from modelcache.steps import Step
 from modelcache.types import CacheError
 
 GROWTH: Mapping[str, float] = {"gguf_to_safetensors": 5.0, "cast": 2.0, "tp_shard": 1.5}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelcache.prepare.steps import StepFailed
+from modelcache.steps import StepFailed
 from modelcache.types import Cancelled, NoSpace, Progress
 
 LOG_MOST_BYTES = 16 * 1024 * 1024

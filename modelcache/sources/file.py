@@ -9,8 +9,8 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from modelcache.ports import ANNOUNCE_BYTES, Listing, OnBytes
 from modelcache.sources import wire
-from modelcache.sources.base import ANNOUNCE_BYTES, Listing, OnBytes
 from modelcache.sources.listings import make_listing
 from modelcache.types import Cancelled, ModelRef, NotFound, RemoteFile, SourceError
 

@@ -12,8 +12,8 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from modelcache.ports import ANNOUNCE_BYTES, Listing, OnBytes
 from modelcache.sources import answers, obstores, wire
-from modelcache.sources.base import ANNOUNCE_BYTES, Listing, OnBytes
 from modelcache.sources.listings import make_listing
 from modelcache.sources.reader import home_of
 from modelcache.types import Cancelled, ModelRef, RemoteFile, SourceError

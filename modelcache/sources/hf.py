@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from modelcache.ports import Listing
 from modelcache.refs import redact
 from modelcache.sources import answers
-from modelcache.sources.base import Listing
 from modelcache.sources.listings import make_listing
 from modelcache.sources.ranged import RangedSource
 from modelcache.sources.reader import Reader, Request, home_of

@@ -10,8 +10,8 @@ import os
 from collections.abc import Mapping, Sequence
 from urllib.parse import quote, unquote, urlsplit
 
+from modelcache.ports import Listing
 from modelcache.sources import answers, indexes
-from modelcache.sources.base import Listing
 from modelcache.sources.listings import ask_each, make_listing
 from modelcache.sources.ranged import RangedSource
 from modelcache.sources.reader import Reader, Request, home_of

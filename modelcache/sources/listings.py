@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from modelcache.ports import Listing
 from modelcache.refs import check_file_path
-from modelcache.sources.base import Listing
 from modelcache.types import ModelRef, NotFound, RemoteFile, SourceError
 
 MOST_FILES = 100_000

@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Mapping
 
+from modelcache.ports import Source
 from modelcache.refs import PATH
 from modelcache.settings import ModelCacheSettings
-from modelcache.sources.base import Source
 from modelcache.sources.reader import Reader, make_reader
 from modelcache.types import CacheError, ModelRef
 

@@ -10,9 +10,9 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from modelcache.ports import Listing
 from modelcache.refs import redact
 from modelcache.sources import answers
-from modelcache.sources.base import Listing
 from modelcache.sources.listings import ask_each, make_listing
 from modelcache.sources.oss_access import HINT, Keys, find_access
 from modelcache.sources.ranged import RangedSource

@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from modelcache.sources.base import Listing, OnBytes
+from modelcache.ports import Listing, OnBytes
 from modelcache.sources.reader import Reader, Request
 from modelcache.types import PIECE_BYTES, ModelRef, RemoteFile
 

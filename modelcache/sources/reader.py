@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from modelcache.ports import ANNOUNCE_BYTES, OnBytes
 from modelcache.refs import redact
 from modelcache.sources import answers, wire
-from modelcache.sources.base import ANNOUNCE_BYTES, OnBytes
 from modelcache.types import Cancelled, RemoteFile, SourceError
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from modelcache.ports import Listing
 from modelcache.sources import answers, obstores
-from modelcache.sources.base import Listing
 from modelcache.sources.listings import ask_each, make_listing
 from modelcache.sources.ranged import RangedSource
 from modelcache.sources.reader import Reader, Request

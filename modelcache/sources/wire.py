@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from modelcache.ports import ANNOUNCE_BYTES, OnBytes
 from modelcache.sources import answers
-from modelcache.sources.base import ANNOUNCE_BYTES, OnBytes
 from modelcache.types import CacheError, Cancelled, NoSpace, RemoteFile, SourceError
 
 SLICE_S = 0.25

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from modelcache.sources.base import Listing
+from modelcache.ports import Listing
 from modelcache.store.files import remove_empty, write_whole
 from modelcache.store.layout import Layout
 from modelcache.store.manifest import check_listing

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelcache.sources.base import Listing
+from modelcache.ports import Listing
 from modelcache.store.hub_layout import find_file, find_snapshot, hub_dirs
 from modelcache.types import ModelRef, RemoteFile
 

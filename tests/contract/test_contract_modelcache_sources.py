@@ -19,9 +19,9 @@ from nginx_server import nginx
 from object_server import IndexedServer, ObjectServer, serving
 from store_servers import GcsServer, HubServer, OssServer
 
+from modelcache.ports import ANNOUNCE_BYTES, Source
 from modelcache.refs import parse_ref
 from modelcache.settings import ModelCacheSettings
-from modelcache.sources.base import ANNOUNCE_BYTES, Source
 from modelcache.sources.opening import open_source
 from modelcache.types import PIECE_BYTES, Cancelled, NotFound, RemoteFile, SourceError
 

@@ -15,7 +15,7 @@ from folder_store import Rig
 
 from modelcache.prepare.run import Preparation, Prepared
 from modelcache.prepare.size import expect_bytes
-from modelcache.prepare.steps import Step, StepFailed
+from modelcache.steps import Step, StepFailed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 

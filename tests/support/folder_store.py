@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelcache.cache import ModelCache
+from modelcache.ports import Listing, OnBytes
 from modelcache.settings import ModelCacheSettings
-from modelcache.sources.base import Listing, OnBytes
 from modelcache.store.partial_files import Partial
 from modelcache.types import (
     Cancelled,

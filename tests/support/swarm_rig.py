@@ -16,8 +16,8 @@ from modelcache.fetch.transfer import Transfer
 from modelcache.peers.discovery import LookUp, look_up
 from modelcache.peers.group import PeerGroup
 from modelcache.peers.piece_inventory import Shelf
+from modelcache.ports import ANNOUNCE_BYTES, Listing
 from modelcache.settings import ModelCacheSettings
-from modelcache.sources.base import ANNOUNCE_BYTES, Listing
 from modelcache.store.layout import Layout, file_key
 from modelcache.store.partial_files import Partial
 from modelcache.types import PIECE_BYTES, Cancelled, ModelRef, RemoteFile, SourceError

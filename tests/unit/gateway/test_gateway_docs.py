@@ -29,7 +29,7 @@ from gateway.datapath.shared import Shared
 from gateway.settings.load import load
 from gateway.settings.schema import Settings
 from modelcache.fetch.transfer import Transfer
-from modelcache.peers.serving import describe
+from modelcache.serving import describe
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.capacity import Usage
 from modelcache.types import TIERS, Progress, Tier

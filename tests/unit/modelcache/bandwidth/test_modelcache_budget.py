@@ -9,8 +9,8 @@ import pytest
 
 from modelcache.bandwidth.budget import Budget, Meter, Slots, covers
 from modelcache.bandwidth.fair_queue import Claim
+from modelcache.ports import ANNOUNCE_BYTES
 from modelcache.settings import ModelCacheSettings
-from modelcache.sources.base import ANNOUNCE_BYTES
 from modelcache.types import Cancelled, Priority
 
 MIB = 1 << 20

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from modelcache.bandwidth import memory
-from modelcache.pagecache import linux_pages
+from modelcache.pagecache import linux_pages, memory
 from modelcache.pagecache.holder import KeptFiles, PageKeeper
 from modelcache.pagecache.holding import Keeping
 from modelcache.pagecache.residency import drop, residency

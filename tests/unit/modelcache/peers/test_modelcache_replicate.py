@@ -18,8 +18,8 @@ from modelcache.peers.client import Client
 from modelcache.peers.group import PeerGroup
 from modelcache.peers.piece_inventory import Shelf
 from modelcache.peers.replicate import Outcome, make_replicator, replicate
-from modelcache.peers.serving import Serving, describe, run_agent, start_serving
 from modelcache.peers.wire import Keyring
+from modelcache.serving import Serving, describe, run_agent, start_serving
 from modelcache.settings import ModelCacheSettings
 from modelcache.types import (
     CacheError,

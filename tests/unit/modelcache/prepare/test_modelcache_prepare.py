@@ -20,8 +20,8 @@ from pydantic import ValidationError
 
 from modelcache.prepare import step_process
 from modelcache.prepare.run import Asked, Preparation, Prepared
-from modelcache.prepare.steps import Step, StepFailed, input_digest, step_key
 from modelcache.settings import ModelCacheSettings, PreparationStep
+from modelcache.steps import Step, StepFailed, input_digest, step_key
 from modelcache.types import Cancelled, FileEntry, Progress
 
 PYTHON = sys.executable
@@ -218,7 +218,7 @@ import os, sys
 from pathlib import Path
 from modelcache.cache import ModelCache
 from modelcache.prepare.run import Preparation
-from modelcache.prepare.steps import Step
+from modelcache.steps import Step
 from modelcache.settings import ModelCacheSettings
 base, resumable, seen, *argv = sys.argv[1:]
 cache = ModelCache(ModelCacheSettings(reserve_bytes=0), dir=Path(base, "cache"),

@@ -13,7 +13,7 @@ import pytest
 from safetensors_files import header, layout
 
 from modelcache.prepare.size import SLACK_BYTES, TOKENIZER_GROWTH, expect_bytes
-from modelcache.prepare.steps import Step
+from modelcache.steps import Step
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
 

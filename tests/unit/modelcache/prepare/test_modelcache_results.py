@@ -14,7 +14,7 @@ from modelcache.cache import ModelCache
 from modelcache.prepare import step_process
 from modelcache.prepare.results import Results
 from modelcache.prepare.run import Asked, Preparation, Prepared
-from modelcache.prepare.steps import Step, StepFailed, input_digest
+from modelcache.steps import Step, StepFailed, input_digest
 from modelcache.store.layout import result_url
 from modelcache.store.lookup import CachedModel
 from modelcache.store.manifest import Job

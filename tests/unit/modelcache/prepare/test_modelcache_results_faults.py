@@ -19,7 +19,7 @@ from modelcache.prepare import step_process
 from modelcache.prepare.results import Results
 from modelcache.prepare.run import Asked, Preparation, Prepared
 from modelcache.prepare.step_process import NEARLY_FULL_BYTES
-from modelcache.prepare.steps import Step, StepFailed, input_digest
+from modelcache.steps import Step, StepFailed, input_digest
 from modelcache.store.files import open_lock, try_lock
 from modelcache.store.layout import result_url
 from modelcache.store.lookup import CachedModel

@@ -11,10 +11,10 @@ import pytest
 from object_server import IndexedServer, ObjectServer, serving
 from store_servers import GcsServer, HubServer, OssServer
 
+from modelcache.ports import Listing
 from modelcache.refs import parse_ref
 from modelcache.settings import ModelCacheSettings
 from modelcache.sources import gs, hf, http, opening, oss_access, s3_access
-from modelcache.sources.base import Listing
 from modelcache.sources.opening import ExtraMissing, open_source, rate_of
 from modelcache.sources.reader import is_direct, make_reader
 from modelcache.types import NotFound, SourceError

@@ -16,9 +16,9 @@ import pytest
 from nginx_server import nginx
 from object_server import IndexedServer, ObjectServer, serving
 
+from modelcache.ports import Listing, Source
 from modelcache.refs import parse_ref
 from modelcache.settings import ModelCacheSettings
-from modelcache.sources.base import Listing, Source
 from modelcache.sources.opening import open_source
 from modelcache.types import CacheError, NoSpace, NotFound, RemoteFile, SourceError
 

@@ -13,7 +13,7 @@ from folder_store import PIECE, OneByOne, Rig, bytes_of, count_bytes, flip_bit, 
 from modelcache.cache import ModelCache
 from modelcache.fetch.fetch import Fetch
 from modelcache.fetch.request import Want
-from modelcache.sources.base import Listing
+from modelcache.ports import Listing
 from modelcache.store import files
 from modelcache.store.lookup import CachedModel
 from modelcache.store.revisions import scan
