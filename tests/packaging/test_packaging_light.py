@@ -97,7 +97,9 @@ def test_a_package_written_over_ours_is_refused(
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").touch()
         if package != "router":
-            (tmp_path / package / f"{leaf}.py").touch()
+            module = tmp_path / package / f"{leaf}.py"
+            module.parent.mkdir(exist_ok=True)
+            module.touch()
     monkeypatch.setattr("gateway.cli.import_check._locate", lambda package: tmp_path / package)
     with pytest.raises(NotOursError, match=r"'router'.*pick\.py is not there"):
         assert_ours(tmp_path)
