@@ -1,7 +1,8 @@
 """Local bytes to tensors, and engines to started processes.
 
 ``load``, ``iterate`` and ``check`` read safetensors; they are imported when first asked for, and
-torch when they are called, so that importing this package costs nothing.
+torch when they are called, so that importing this package costs nothing. They are in ``weights``;
+``engines`` are what serves a model, ``settings`` the section of that name.
 """
 
 from __future__ import annotations

@@ -11,8 +11,20 @@ PACKAGES = ("gateway", "autoscaler", "loaders", "modelcache", "router")
 MOST_MODULES = 18
 """In one folder. Lower it as folders are cleared."""
 
-KNOWN_CIRCLE = "gateway.datapath."
-"""The data path's own modules still know each other; nothing else may."""
+KNOWN_CIRCLE = {
+    f"gateway.datapath.{name}"
+    for name in (
+        "answer",
+        "client",
+        "connection",
+        "exchange",
+        "local",
+        "pool",
+        "upstream",
+        "worker",
+    )
+}
+"""These modules of the data path still know each other; nothing else may."""
 
 
 def modules() -> dict[str, Path]:
@@ -44,9 +56,7 @@ def test_modules_do_not_import_in_a_circle() -> None:
     known = set(found)
     graph = {
         name: {
-            other
-            for other in imported(path, known) - {name}
-            if not (name.startswith(KNOWN_CIRCLE) and other.startswith(KNOWN_CIRCLE))
+            other for other in imported(path, known) - {name} if not {name, other} <= KNOWN_CIRCLE
         }
         for name, path in found.items()
     }
@@ -64,6 +74,11 @@ def test_folders_are_not_crowded() -> None:
 
 
 def test_every_folder_names_its_modules() -> None:
-    for name, path in modules().items():
-        if path.name == "__init__.py":
-            assert ast.get_docstring(ast.parse(path.read_text())), f"{name} has no map"
+    found = modules()
+    for name, path in found.items():
+        if path.name != "__init__.py":
+            continue
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        inside = {other.rpartition(".")[2] for other in found if other.rpartition(".")[0] == name}
+        missing = {one for one in inside - {"__main__"} if f"``{one}``" not in text}
+        assert missing == set(), f"the map of {name}"

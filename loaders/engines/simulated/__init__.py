@@ -7,7 +7,12 @@ the metric ``tidegate_simulated_engine``. No figure that comes out of it says an
 speed of a real engine.
 
 Run it with ``python -m loaders.engines.simulated --model NAME --port 9000``; ``--help`` explains
-the rest.
-``loaders.engines.simulated.scheduler`` can be used alone: a pure model of one engine, in virtual
-time.
+the rest. ``loaders.engines.simulated.scheduler`` can be used alone: a pure model of one engine, in
+virtual time.
+
+``server`` is the process (``arguments``, ``settings``), ``http1`` its port and ``exchange`` one
+request. ``application`` answers, by ``api`` (text) and ``operations`` (the rest), and has a
+``generation`` for each answer under way. ``engine`` runs the ``scheduler`` in time, over KV
+``blocks``; ``tokens``, ``faults`` and ``metrics`` are its tokenizer, its scripted failures and
+what it counts.
 """
