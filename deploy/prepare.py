@@ -291,7 +291,7 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 
 def _default_model_module() -> ModuleType:
     """``modelcache.prepare.default_model`` by its path: nothing is installed yet."""
-    path = ROOT / "modelcache" / "default_model.py"
+    path = ROOT / "modelcache" / "prepare" / "default_model.py"
     spec = importlib.util.spec_from_file_location("tidegate_default_model", path)
     if spec is None or spec.loader is None:
         raise Lacking(f"{path} is missing: the checkout is not whole")

@@ -226,3 +226,10 @@ def command_line(path: Path) -> bytes:
         return path.read_bytes()
     except OSError:
         return b""
+
+
+def test_the_default_model_is_checked_before_anything_is_installed(
+    prepare: ModuleType, tmp_path: Path
+) -> None:
+    steps = prepare.model_steps(prepare.Workshop(tmp_path))
+    assert [step.title for step in steps] == ["default model: converting to safetensors"]
