@@ -201,7 +201,7 @@ class ModelCacheSettings(BaseModel):
     ``gguf_to_safetensors`` (``file``, ``dtype``), ``cast`` (``dtype``), ``tp_shard``
     (``world_size``), ``command`` (``argv``, ``env``, ``version``, ``resumable``); each takes
     ``timeout_s``. In ``argv`` ``{input}`` becomes the model's folder, ``{output}`` the folder for
-    the result, ``{python}`` the engine's interpreter. docs/OPERATIONS.md has an example."""
+    the result, ``{python}`` the engine's interpreter. docs/configure.md has an example."""
 
     @field_validator("peer_names")
     @classmethod
