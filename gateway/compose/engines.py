@@ -8,8 +8,8 @@ from typing import Any
 
 from autoscaler.backends.base import Placement, ReplicaSpec
 from autoscaler.backends.process.backend import ProcessBackend
-from autoscaler.backends.process.child import make_env
 from autoscaler.backends.process.fork_server import ForkPlan
+from autoscaler.backends.process.replica import make_env
 from autoscaler.policy.placement import Gpu
 from autoscaler.settings import PoolSettings
 from gateway.compose.bundles import Bundles

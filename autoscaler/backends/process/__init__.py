@@ -1,8 +1,8 @@
 """Engines as child processes of Tidegate.
 
-``backend`` implements the protocol; ``child`` is one engine's process, ``family`` all processes of
-a replica, ``registry`` their record on disk, ``procs`` reads ``/proc``. ``fork_server`` and
-``standby`` fork engines, ``start_gate`` holds one until it is recorded, ``placing`` finds its GPUs
-and port, ``logs`` and ``phases`` are its log and what that says, ``sleeping`` its sleep and wake
-calls.
+``backend`` implements the protocol; ``replica`` is one replica's process as the backend holds it,
+``family`` all processes of a replica and their record on disk, ``procs`` reads ``/proc``.
+``start_gate`` holds an engine until it is recorded, ``fork_server`` forks engines, ``placement``
+finds GPUs, cores and a port. ``logs`` and ``phases`` are an engine's log and the start phase it
+shows, ``sleeping`` makes its sleep and wake calls.
 """

@@ -28,21 +28,17 @@ from autoscaler.backends.base import (
 )
 from autoscaler.backends.health import HealthClient, choose_model
 from autoscaler.backends.process import sleeping
-from autoscaler.backends.process.child import (
-    MARK,
-    Child,
-    Process,
-    describe_end,
-    make_env,
-    make_probe,
-    spawn_plainly,
-    to_the_end,
+from autoscaler.backends.process.family import (
+    Family,
+    ProcessRecord,
+    ProcessRegistry,
+    Sleep,
+    end_leftovers,
 )
-from autoscaler.backends.process.family import Family, Sleep, end_leftovers
 from autoscaler.backends.process.fork_server import RECORD_ID as FORK_SERVER
 from autoscaler.backends.process.fork_server import ForkPlan, Forks, ForkServerStatus
 from autoscaler.backends.process.logs import ReplicaLog, prune
-from autoscaler.backends.process.placing import HOST, free_port, place
+from autoscaler.backends.process.placement import HOST, free_port, place
 from autoscaler.backends.process.procs import (
     ProcessStat,
     boot_id,
@@ -50,8 +46,18 @@ from autoscaler.backends.process.procs import (
     read_stat,
     reap_orphans,
 )
-from autoscaler.backends.process.registry import ProcessRecord, ProcessRegistry
-from autoscaler.backends.process.standby import Standby, describe_standby
+from autoscaler.backends.process.replica import (
+    MARK,
+    Process,
+    ReplicaProcess,
+    Standby,
+    describe_end,
+    describe_standby,
+    make_env,
+    make_probe,
+    spawn_plainly,
+    to_the_end,
+)
 from autoscaler.policy.placement import Gpu
 from autoscaler.settings import AutoscalerSettings
 from loaders.engines.vllm.forkserver.client import ForkedProcess, ForkError, ServerLost
@@ -93,8 +99,8 @@ class ProcessBackend:
         self._logs = state_dir.absolute() / "logs"
         self._registry = ProcessRegistry(state_dir.absolute() / "replicas")
         self._client = HealthClient(timeout_s=settings.health_timeout_s)
-        self._children: dict[str, Child] = {}
-        self._standbys: dict[str, Child] = {}
+        self._children: dict[str, ReplicaProcess] = {}
+        self._standbys: dict[str, ReplicaProcess] = {}
         self._on_news = on_news
         self._forks: Forks | None = None
         if fork_plan is not None:
@@ -116,7 +122,7 @@ class ProcessBackend:
         await self._start(spec, self._children, spec.id)
 
     async def _start(
-        self, spec: ReplicaSpec, shelf: dict[str, Child], key: str, *, parked: bool = False
+        self, spec: ReplicaSpec, shelf: dict[str, ReplicaProcess], key: str, *, parked: bool = False
     ) -> None:
         inventory = None
         if spec.pool.gpus_per_replica:
@@ -130,7 +136,7 @@ class ProcessBackend:
             command = self._command(spec, placement)
         except ValueError as error:
             raise BackendError(f"{spec.id} was not started: {error}") from error
-        child = Child(
+        child = ReplicaProcess(
             spec=spec,
             placement=placement,
             mark=secrets.token_hex(16),
@@ -158,7 +164,7 @@ class ProcessBackend:
         settings = self._settings
         return ReplicaLog(path, max_bytes=settings.log_bytes, files=settings.log_files)
 
-    def _all(self) -> list[Child]:
+    def _all(self) -> list[ReplicaProcess]:
         return [*self._children.values(), *self._standbys.values()]
 
     async def standby(self, spec: ReplicaSpec) -> None:
@@ -193,7 +199,7 @@ class ProcessBackend:
         """How the fork server is; ``None`` where there is to be none."""
         return None if self._forks is None else self._forks.status()
 
-    def _fits(self, child: Child, spec: ReplicaSpec) -> bool:
+    def _fits(self, child: ReplicaProcess, spec: ReplicaSpec) -> bool:
         """Whether a standby is what would be started for ``spec`` now, on what is free now."""
         try:
             command = self._command(spec, child.placement)
@@ -205,7 +211,7 @@ class ProcessBackend:
         kept = make_env(self._environ, child.command, child.spec, ours)
         return free and tuple(command.argv) == tuple(child.command.argv) and env == kept
 
-    async def _wake_standby(self, child: Child, spec: ReplicaSpec) -> bool:
+    async def _wake_standby(self, child: ReplicaProcess, spec: ReplicaSpec) -> bool:
         """Make a pool's standby its replica; false if it cannot be."""
         process, family = child.process, child.family
         async with child.lock:
@@ -225,7 +231,7 @@ class ProcessBackend:
             self._children[spec.id] = child
             return True
 
-    async def _launch(self, child: Child, *, parked: bool = False) -> None:
+    async def _launch(self, child: ReplicaProcess, *, parked: bool = False) -> None:
         """Start the gate, put it on record, open it."""
         spec = child.spec
         env = {
@@ -247,7 +253,9 @@ class ProcessBackend:
         if isinstance(process, ForkedProcess):
             asyncio.get_running_loop().add_reader(process.marks, self._hear, child, process.marks)
 
-    async def _begin(self, child: Child, env: Mapping[str, str], *, parked: bool) -> Process:
+    async def _begin(
+        self, child: ReplicaProcess, env: Mapping[str, str], *, parked: bool
+    ) -> Process:
         """Fork the engine where that is possible, else start it the plain way and keep why."""
         if self._forks is not None and child.spec.pool.engine == "vllm":
             output = child.log.open()
@@ -267,7 +275,7 @@ class ProcessBackend:
             raise Unsupported("no engine can be kept forked without a fork server")
         return spawn_plainly(child, env)
 
-    def _hear(self, child: Child, marks: int) -> None:
+    def _hear(self, child: ReplicaProcess, marks: int) -> None:
         """A forked engine has told something; that it serves is worth a look at once."""
         served = child.serves
         if not child.listen():
@@ -299,7 +307,7 @@ class ProcessBackend:
             async with child.lock:
                 await self._end(child, grace_s=grace_s)
 
-    async def _end(self, child: Child, *, grace_s: float) -> None:
+    async def _end(self, child: ReplicaProcess, *, grace_s: float) -> None:
         process = child.process
         if child.ended:
             return
@@ -334,7 +342,7 @@ class ProcessBackend:
         child = self._find(replica_id)
         await sleeping.wake(self._client, child, self._settings.call_timeout_s)
 
-    def _find(self, replica_id: str) -> Child:
+    def _find(self, replica_id: str) -> ReplicaProcess:
         child = self._children.get(replica_id)
         if child is None:
             raise BackendError(f"{replica_id} has no process")
@@ -367,7 +375,7 @@ class ProcessBackend:
                     async with child.lock:
                         await asyncio.to_thread(self._keep_one, child, stats)
 
-    def _keep_one(self, child: Child, stats: Sequence[ProcessStat]) -> None:
+    def _keep_one(self, child: ReplicaProcess, stats: Sequence[ProcessStat]) -> None:
         if child.family is not None and not child.ended:
             child.family.refresh(stats)
         child.log.rotate()

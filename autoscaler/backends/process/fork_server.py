@@ -23,11 +23,10 @@ from pathlib import Path
 
 from autoscaler.backends.base import Command, StillRunning
 from autoscaler.backends.process import start_gate
-from autoscaler.backends.process.child import to_the_end
-from autoscaler.backends.process.family import Family, Sleep
+from autoscaler.backends.process.family import Family, ProcessRecord, ProcessRegistry, Sleep
 from autoscaler.backends.process.logs import ReplicaLog
 from autoscaler.backends.process.procs import boot_id, read_pss_bytes, read_stat
-from autoscaler.backends.process.registry import ProcessRecord, ProcessRegistry
+from autoscaler.backends.process.replica import to_the_end
 from loaders.engines.vllm.forkserver.client import (
     ForkedProcess,
     ForkError,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from autoscaler.backends.health import HealthClient
-from autoscaler.backends.process.child import Child
+from autoscaler.backends.process.replica import ReplicaProcess
 
 WAKE = (("/wake_up", None),)
 RELOAD: tuple[tuple[str, Mapping[str, object] | None], ...] = (
@@ -18,13 +18,15 @@ RELOAD: tuple[tuple[str, Mapping[str, object] | None], ...] = (
 they are read again before the cache is made, as vLLM's documentation of the sleep mode has it."""
 
 
-async def put_to_sleep(client: HealthClient, child: Child, level: int, timeout_s: float) -> None:
+async def put_to_sleep(
+    client: HealthClient, child: ReplicaProcess, level: int, timeout_s: float
+) -> None:
     """Have it sleep. Raises ``Unsupported`` or ``BackendError``."""
     await client.post(f"{child.url}/sleep?level={level}", {}, timeout_s=timeout_s)
     child.sleep_level = level
 
 
-async def wake(client: HealthClient, child: Child, timeout_s: float) -> None:
+async def wake(client: HealthClient, child: ReplicaProcess, timeout_s: float) -> None:
     """Have it answer again, with its own weights. Raises as ``put_to_sleep`` does."""
     reload = child.sleep_level == 2 and child.spec.pool.engine == "vllm"
     for path, body in RELOAD if reload else WAKE:

@@ -32,7 +32,7 @@ from autoscaler.backends.base import (
     Unsupported,
 )
 from autoscaler.backends.process import procs, start_gate
-from autoscaler.backends.process.registry import ProcessRecord, ProcessRegistry
+from autoscaler.backends.process.family import ProcessRecord, ProcessRegistry
 from autoscaler.policy.placement import Gpu
 
 FOLDERS = [str(Path(__file__).parents[3] / "support"), str(Path(__file__).parents[4])]

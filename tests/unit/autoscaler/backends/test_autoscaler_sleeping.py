@@ -14,15 +14,15 @@ import pytest
 from autoscaler.backends.base import Unsupported
 from autoscaler.backends.health import HealthClient
 from autoscaler.backends.process import sleeping
-from autoscaler.backends.process.child import Child
+from autoscaler.backends.process.replica import ReplicaProcess
 
 
-def child(engine: str) -> Child:
+def child(engine: str) -> ReplicaProcess:
     """As much of a child as is looked at."""
     pool = SimpleNamespace(engine=engine, name="m")
     spec = SimpleNamespace(pool=pool)
     found = SimpleNamespace(spec=spec, url="http://127.0.0.1:1", sleep_level=0, log=Path())
-    return cast(Child, found)
+    return cast(ReplicaProcess, found)
 
 
 def story(engine: str, level: int, status: int = 200) -> list[tuple[str, Any]]:

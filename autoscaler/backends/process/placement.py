@@ -6,7 +6,7 @@ import socket
 from collections.abc import Collection, Sequence
 
 from autoscaler.backends.base import BackendError, NoRoom, ReplicaSpec
-from autoscaler.backends.process.child import Child
+from autoscaler.backends.process.replica import ReplicaProcess
 from autoscaler.policy.placement import Gpu, GpuUse, assign_cpus, assign_gpus
 
 HOST = "127.0.0.1"
@@ -15,7 +15,7 @@ PORT_TRIES = 32
 
 def place(
     spec: ReplicaSpec,
-    children: Sequence[Child],
+    children: Sequence[ReplicaProcess],
     *,
     inventory: Sequence[Gpu] | None,
     cpus: Sequence[int],

@@ -18,6 +18,7 @@ from autoscaler.backends.process import start_gate
 from autoscaler.backends.process.family import Family
 from autoscaler.backends.process.logs import ReplicaLog, message_of
 from autoscaler.backends.process.phases import PHASES, later, phase_of
+from autoscaler.backends.process.procs import read_pss_bytes
 from loaders.engines.vllm.forkserver.client import ForkedProcess
 from loaders.engines.vllm.forkserver.marks import PARKED, SERVING, read_marks
 
@@ -29,7 +30,7 @@ Process = subprocess.Popen[bytes] | ForkedProcess
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Child:
+class ReplicaProcess:
     """One replica's process, and everything held for it until it is gone.
 
     ``told`` is what a forked engine has told (monotonic seconds, what), ``plainly`` why it was not
@@ -87,7 +88,7 @@ class Child:
         return f"{text} (started plainly: {self.plainly})" if self.plainly else text
 
 
-def spawn_plainly(child: Child, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def spawn_plainly(child: ReplicaProcess, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start the gate that becomes the engine when it is let. Raises ``OSError``."""
     # Not through asyncio: a cancelled start could lose the process between its birth and us.
     cores = ",".join(map(str, child.placement.cpus)) or "-"
@@ -123,7 +124,7 @@ def make_env(
 
 
 def make_probe(
-    child: Child, *, alive: bool, ready: bool | None, detail: str, phase: str = ""
+    child: ReplicaProcess, *, alive: bool, ready: bool | None, detail: str, phase: str = ""
 ) -> Probe:
     """What was seen of a replica, with what is known of it."""
     pool, model = child.spec.pool, child.model
@@ -142,7 +143,7 @@ def make_probe(
     )
 
 
-def describe_end(child: Child, status: int, *, lines: int) -> str:
+def describe_end(child: ReplicaProcess, status: int, *, lines: int) -> str:
     """How a process ended, with the last lines it wrote."""
     how = f"exited with status {status}"
     if status < 0:
@@ -161,3 +162,27 @@ async def to_the_end(work: Coroutine[Any, Any, None]) -> None:
     except asyncio.CancelledError:
         await asyncio.wait({task})
         raise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standby:
+    """An engine that is forked and waits for its weights. ``parked`` is false until it has come
+    so far; ``pss_bytes`` is the memory of its processes, of what they share only their part."""
+
+    pool: str
+    pid: int
+    parked: bool
+    pss_bytes: int
+
+
+def describe_standby(child: ReplicaProcess) -> Standby | None:
+    """A standby that lives, or ``None``."""
+    if child.process is None or child.family is None or child.process.poll() is not None:
+        return None
+    child.listen()
+    return Standby(
+        pool=child.spec.pool.name,
+        pid=child.process.pid,
+        parked=child.is_parked,
+        pss_bytes=sum(read_pss_bytes(pid) or 0 for pid in child.family.pids()),
+    )

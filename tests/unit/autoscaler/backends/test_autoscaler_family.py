@@ -16,9 +16,8 @@ from process_fixtures import (
 )
 
 from autoscaler.backends.process import procs, start_gate
-from autoscaler.backends.process.family import Family
+from autoscaler.backends.process.family import Family, ProcessRecord, ProcessRegistry
 from autoscaler.backends.process.procs import ProcessId
-from autoscaler.backends.process.registry import ProcessRecord, ProcessRegistry
 
 
 def start_stranger() -> subprocess.Popen[bytes]:
