@@ -96,9 +96,9 @@ class PoolStatus:
 
     ``scheduled`` replicas wait for their start (after a failure, or for a free GPU); ``preparing``
     ones for their model; ``starting`` ones have a process that is loading; ``waking`` ones come
-    back from sleep. ``ready_at_s`` is when a replica last became ready. ``poked``: somebody said
-    since the last decision that a request is held. ``override``: the number an operator asked for.
-    ``resting``: put to sleep by an operator, until somebody asks.
+    back from sleep. ``ready_at_s`` is when a replica last became ready. ``wake_signal``: the data
+    path reported a held request since the last decision. ``override``: the number an operator asked
+    for. ``sleep_requested``: put to sleep by an operator, until the next request.
     """
 
     scheduled: int = 0
@@ -109,8 +109,8 @@ class PoolStatus:
     unhealthy: int = 0
     sleeping: int = 0
     ready_at_s: float | None = None
-    poked: bool = False
-    resting: bool = False
+    wake_signal: bool = False
+    sleep_requested: bool = False
     override: int | None = None
 
     @property
@@ -143,7 +143,7 @@ class Reason(StrEnum):
     UNKNOWN_DEMAND = "unknown_demand"
     OVERRIDE = "override"
     OVERRIDE_WAITS = "override_waits"
-    RESTING = "resting"
+    SLEEP_REQUESTED = "sleep_requested"
     STATIC = "static"
     CLOSING = "closing"
 
@@ -298,11 +298,11 @@ class PoolReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetReport:
-    """All pools at one moment. ``troubles`` counts errors the loop survived, by where they rose;
-    ``decisions`` counts decisions by (pool, reason)."""
+    """All pools at one moment. ``errors`` counts those the loop survived, by where they were
+    raised; ``decisions`` counts decisions by (pool, reason)."""
 
     at_s: float
     pools: tuple[PoolReport, ...]
     decisions: Mapping[tuple[str, Reason], int]
-    troubles: Mapping[str, int]
-    last_trouble: str | None = None
+    errors: Mapping[str, int]
+    last_error: str | None = None

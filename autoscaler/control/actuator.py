@@ -24,7 +24,7 @@ LOG = logging.getLogger("tidegate.autoscaler")
 Call = Callable[[PoolRecord, ReplicaRecord], Awaitable[None]]
 
 
-class Troubles:
+class ErrorCounts:
     """Errors that were survived, counted by where they rose."""
 
     def __init__(self) -> None:
@@ -55,14 +55,14 @@ class Actuator:
         sleep: Callable[[float], Awaitable[None]],
         on_change: Callable[[], None],
         on_progress: Callable[[], None],
-        troubles: Troubles,
+        errors: ErrorCounts,
     ) -> None:
         self._settings = settings
         self._clock = clock
         self._sleep = sleep
         self._on_change = on_change
         self._on_progress = on_progress
-        self._troubles = troubles
+        self._errors = errors
         self._tasks: set[asyncio.Task[None]] = set()
         self._looking: set[str] = set()
         self._keeping = asyncio.Lock()
@@ -74,7 +74,7 @@ class Actuator:
         try:
             found = step(record.state, event)
         except Refused as error:
-            self._troubles.add("lifecycle", error)
+            self._errors.add("lifecycle", error)
             return False
         if found is None:
             return False
@@ -168,7 +168,7 @@ class Actuator:
             try:
                 await work
             except Exception as error:  # noqa: BLE001 -- one replica's bug must not stop the rest
-                self._troubles.add(name, error)
+                self._errors.add(name, error)
 
         task = asyncio.create_task(guarded(), name=name)
         self._tasks.add(task)
@@ -186,7 +186,7 @@ class Actuator:
             prepared = await pool.preparer.prepare(record.spec, report)
         except Exception as error:  # noqa: BLE001 -- whatever it is, there is nothing to start
             record.preparation = record.progress = None
-            record.error = self._troubles.add(f"preparation of {pool.pool.name}", error)
+            record.error = self._errors.add(f"preparation of {pool.pool.name}", error)
             self.apply(pool, record, Event.PREPARE_FAILED, record.error)
         else:
             record.preparation, record.prepared = None, prepared
@@ -197,7 +197,7 @@ class Actuator:
         try:
             await pool.preparer.release(record.id)
         except Exception as error:  # noqa: BLE001 -- what is held for it ends with this process
-            self._troubles.add(f"release of {pool.pool.name}", error)
+            self._errors.add(f"release of {pool.pool.name}", error)
 
     async def _start(self, pool: PoolRecord, record: ReplicaRecord) -> None:
         try:
@@ -207,7 +207,7 @@ class Actuator:
             record.not_before_s = self._clock() + self._settings.backoff_initial_s
             self.apply(pool, record, Event.NO_ROOM, str(error))
         except Exception as error:  # noqa: BLE001 -- whatever it is, the start has failed
-            record.error = self._troubles.add(f"start of {pool.pool.name}", error)
+            record.error = self._errors.add(f"start of {pool.pool.name}", error)
             self.apply(pool, record, Event.START_FAILED, record.error)
         else:
             record.launched = True
@@ -221,7 +221,7 @@ class Actuator:
                 await pool.backend.stop(record.id, grace_s=grace_s)
         except Exception as error:  # noqa: BLE001 -- whatever it is, the stop is tried again
             record.stop_failures += 1
-            text = self._troubles.add(f"stop of {pool.pool.name}", error)
+            text = self._errors.add(f"stop of {pool.pool.name}", error)
             self.apply(pool, record, Event.STOP_FAILED, text)
         else:
             record.ended = True
@@ -237,11 +237,11 @@ class Actuator:
             async with asyncio.timeout(self._settings.call_timeout_s):
                 await pool.backend.sleep(record.id, record.sleep_level)
         except Exception as error:  # noqa: BLE001 -- whatever it is, the replica is still awake
-            text = self._troubles.add(f"sleep of {pool.pool.name}", error)
+            text = self._errors.add(f"sleep of {pool.pool.name}", error)
             record.sleep_error = (
                 error if isinstance(error, BackendError) else BackendError(f"{record.id}: {text}")
             )
-            pool.resting = False
+            pool.sleep_requested = False
             again_s = self._clock() + self._settings.backoff_max_s
             pool.bar(Tier.SLEEPING, text, None if isinstance(error, Unsupported) else again_s)
             self.apply(pool, record, Event.SLEEP_FAILED, text)
@@ -253,7 +253,7 @@ class Actuator:
             async with asyncio.timeout(self._settings.call_timeout_s):
                 await pool.backend.wake(record.id)
         except Exception as error:  # noqa: BLE001 -- whatever it is, another must be started
-            record.error = self._troubles.add(f"wake of {pool.pool.name}", error)
+            record.error = self._errors.add(f"wake of {pool.pool.name}", error)
             self.apply(pool, record, Event.WAKE_FAILED, record.error)
         else:
             self.apply(pool, record, Event.WOKEN)
@@ -267,7 +267,7 @@ class Actuator:
                 self._settings.start_poll_s if starting else self._settings.health_interval_s
             )
 
-    def look(self, pool: PoolRecord, record: ReplicaRecord) -> None:
+    def probe_now(self, pool: PoolRecord, record: ReplicaRecord) -> None:
         """Probe a replica now, beside its health checks; at most one such look at a time."""
         if record.state not in PROBED_STATES or record.id in self._looking:
             return
@@ -289,7 +289,7 @@ class Actuator:
             async with asyncio.timeout(3 * self._settings.health_timeout_s + 1.0):
                 return await pool.backend.probe(record.id)
         except Exception as error:  # noqa: BLE001 -- what could not be seen is unknown
-            self._troubles.add(f"probe of {pool.pool.name}", error)
+            self._errors.add(f"probe of {pool.pool.name}", error)
             return Probe()
 
     def take_probe(self, pool: PoolRecord, record: ReplicaRecord, probe: Probe) -> None:

@@ -2,10 +2,10 @@
 
     scheduled ─due─▶ preparing ─prepared─▶ starting ─ready─▶ ready ⇄ unhealthy
                                                               │ ▲
-                                                    stop/rest │ │ keep
+                                                   stop/sleep │ │ keep
                                                               ▼ │
              draining ─drained─▶ stopping ─ended─▶ stopped
-             settling ─drained─▶ falling asleep ─slept─▶ sleeping ─wake─▶ waking ─woken─▶ ready
+    draining to sleep ─drained─▶ falling asleep ─slept─▶ sleeping ─wake─▶ waking ─woken─▶ ready
 
 Every pair of state and event is in the table, is ignored (a late result of something the replica
 has left behind), or is refused (nobody may ask this). There is no fourth case, and a test says so.
@@ -33,7 +33,7 @@ class State(StrEnum):
     UNHEALTHY = "unhealthy"
     DRAINING = "draining"
     """Given no more requests; stopped when it has none left."""
-    SETTLING = "settling"
+    DRAINING_TO_SLEEP = "draining_to_sleep"
     """Given no more requests; put to sleep when it has none left."""
     FALLING_ASLEEP = "falling_asleep"
     SLEEPING = "sleeping"
@@ -62,7 +62,7 @@ class Event(StrEnum):
     TIMED_OUT = "timed_out"
     """It has been preparing, starting, or unhealthy, for too long."""
     STOP = "stop"
-    REST = "rest"
+    SLEEP = "sleep"
     """It shall sleep."""
     KEEP = "keep"
     """It shall go on after all."""
@@ -143,7 +143,7 @@ TABLE: Mapping[State, Mapping[Event, Step]] = {
         Event.HEALTH_LOST: Step(State.UNHEALTHY),
         Event.EXITED: FAIL,
         Event.STOP: Step(State.DRAINING, (Action.DRAIN,)),
-        Event.REST: Step(State.SETTLING, (Action.DRAIN,)),
+        Event.SLEEP: Step(State.DRAINING_TO_SLEEP, (Action.DRAIN,)),
     },
     State.UNHEALTHY: {
         Event.BECAME_READY: Step(State.READY),
@@ -156,7 +156,7 @@ TABLE: Mapping[State, Mapping[Event, Step]] = {
         Event.DRAINED: STOP_NOW,
         Event.EXITED: STOP_NOW,
     },
-    State.SETTLING: {
+    State.DRAINING_TO_SLEEP: {
         Event.KEEP: Step(State.READY),
         Event.DRAINED: Step(State.FALLING_ASLEEP, (Action.SLEEP,)),
         Event.EXITED: FAIL,
@@ -214,9 +214,9 @@ REPEATED: Mapping[State, frozenset[Event]] = {
     State.STOPPING: frozenset({Event.STOP}),
     State.STOPPED: frozenset({Event.STOP}),
     State.FAILED: frozenset({Event.STOP}),
-    State.SETTLING: frozenset({Event.REST}),
-    State.FALLING_ASLEEP: frozenset({Event.REST}),
-    State.SLEEPING: frozenset({Event.REST}),
+    State.DRAINING_TO_SLEEP: frozenset({Event.SLEEP}),
+    State.FALLING_ASLEEP: frozenset({Event.SLEEP}),
+    State.SLEEPING: frozenset({Event.SLEEP}),
     State.WAKING: frozenset({Event.WAKE}),
     State.READY: frozenset({Event.WAKE, Event.KEEP}),
 }
@@ -229,7 +229,7 @@ PUBLIC: Mapping[State, ReplicaState] = {
     State.READY: ReplicaState.READY,
     State.UNHEALTHY: ReplicaState.UNHEALTHY,
     State.DRAINING: ReplicaState.DRAINING,
-    State.SETTLING: ReplicaState.DRAINING,
+    State.DRAINING_TO_SLEEP: ReplicaState.DRAINING,
     State.FALLING_ASLEEP: ReplicaState.SLEEPING,
     State.SLEEPING: ReplicaState.SLEEPING,
     State.WAKING: ReplicaState.WAKING,
@@ -246,7 +246,7 @@ PROBED_STATES = frozenset(
         State.READY,
         State.UNHEALTHY,
         State.DRAINING,
-        State.SETTLING,
+        State.DRAINING_TO_SLEEP,
         State.FALLING_ASLEEP,
         State.SLEEPING,
         State.WAKING,

@@ -1,8 +1,10 @@
-"""The control loop: observe, decide, act; once per tick, and at once when somebody waits.
+"""The control loop: observe, decide, act; once per tick, and at once on a wake signal.
 
-It is the only writer of the number of replicas. A tick is one synchronous step, so nobody sees it
-half done; the calls it sets off run beside it (``actuator``) and come back as events. Everything
-here happens on one event loop; the methods are called from it.
+It is the only writer of the number of replicas. A tick is one synchronous step, so its result is
+never seen half done; the calls it sets off run beside it (``actuator``) and come back as events.
+Commands of operators and of the data path change what the loop decides from, or take replicas a
+step further; how many there are stays the loop's to say. Everything here happens on one event
+loop; the methods are called from it.
 """
 
 from __future__ import annotations
@@ -13,9 +15,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from autoscaler.backends.base import Backend, Leftover
-from autoscaler.control.actuator import Actuator, Troubles
-from autoscaler.control.commands import Orders
+from autoscaler.backends.base import Backend, Leftover, Unsupported
+from autoscaler.control.actuator import Actuator, ErrorCounts
 from autoscaler.control.decision_log import DecisionHistory
 from autoscaler.control.lifecycle import Event, State
 from autoscaler.control.replicas import PoolRecord, make_slugs, make_views, report_pool, view_pool
@@ -31,6 +32,7 @@ from autoscaler.types import (
     FleetReport,
     Observation,
     PastDecision,
+    PoolReport,
     PoolView,
     Reason,
     ReplicaView,
@@ -38,14 +40,17 @@ from autoscaler.types import (
 
 LOG = logging.getLogger("tidegate.autoscaler")
 
-POKE_GAP_S = 0.01
-"""Shortest time between two ticks: pokes that come faster are answered together."""
+MIN_TICK_S = 0.01
+"""Shortest time between two ticks: wake signals that come faster are answered together."""
 CLOSE_POLL_S = 0.1
+SLEEP_POLL_S = 0.1
+SLEEP_LEVELS = (1, 2)
+GOING_TO_SLEEP = frozenset({State.DRAINING_TO_SLEEP, State.FALLING_ASLEEP})
 
 Publish = Callable[[tuple[ReplicaView, ...], Mapping[str, PoolView]], None]
 
 
-class ControlLoop(Orders):
+class ControlLoop:
     """Keeps every pool at the number of replicas its demand asks for."""
 
     def __init__(
@@ -61,10 +66,10 @@ class ControlLoop(Orders):
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """``backends`` by the name pools call them. ``observe`` looks at the data path now, on
-        the same clock; ``publish`` is told the replicas, and of the pools what clients may know,
-        whenever they change. Without a ``preparer`` models are used as they lie; without
-        ``wake_times`` what was measured is forgotten at the end."""
+        """``backends`` by the name pools call them. ``observe`` reads the data path now, on the
+        same clock; ``publish`` is called with the replicas, and what clients may know of the
+        pools, whenever they change. Without a ``preparer`` models are used where they are;
+        without ``wake_times`` what was measured is forgotten at the end."""
         self._settings = settings
         self._observe = observe
         self._publish = publish
@@ -81,23 +86,23 @@ class ControlLoop(Orders):
                 settings,
                 backends[pool.backend],
                 slugs[pool.name],
-                # What somebody else runs is not ours to bring near, or to keep warm.
+                # The models of externally managed servers are not ours to fetch or keep warm.
                 preparer=self._preparer if backends[pool.backend].owns_replicas else as_it_lies,
                 wake_times=self._wake_times,
             )
             for pool in pools
         }
-        self._troubles = Troubles()
+        self._errors = ErrorCounts()
         self._actuator = Actuator(
             settings=settings,
             clock=clock,
             sleep=sleep,
             on_change=self._note_change,
             on_progress=self._note_progress,
-            troubles=self._troubles,
+            errors=self._errors,
         )
         self._timers = Timers(settings, self._actuator)
-        self._stepper = Stepper(settings, self._actuator, self._troubles, self._note_change)
+        self._stepper = Stepper(settings, self._actuator, self._errors, self._note_change)
         self._history = DecisionHistory(settings.history_size)
         self._observation = Observation()
         self._awake = asyncio.Event()
@@ -133,16 +138,16 @@ class ControlLoop(Orders):
             await self._pause(self._settings.tick_s)
 
     async def _pause(self, seconds: float) -> None:
-        """Sleep until the next tick, or until somebody waits."""
-        gap_s = min(POKE_GAP_S, seconds)
+        """Sleep until the next tick, or until a wake signal or a change."""
+        gap_s = min(MIN_TICK_S, seconds)
         await self._sleep(gap_s)
         timer = asyncio.ensure_future(self._sleep(seconds - gap_s))
-        poke = asyncio.ensure_future(self._awake.wait())
+        awake = asyncio.ensure_future(self._awake.wait())
         try:
-            await asyncio.wait({timer, poke}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({timer, awake}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             timer.cancel()
-            poke.cancel()
+            awake.cancel()
 
     async def close(self, *, drain_s: float | None = None) -> None:
         """Drain and stop everything owned, then close the backends. Ends within ``drain_s``
@@ -168,7 +173,7 @@ class ControlLoop(Orders):
                 async with asyncio.timeout(settings.terminate_s + settings.call_timeout_s):
                     await backend.close()
             except Exception as error:  # noqa: BLE001 -- the other backends must be closed too
-                self._troubles.add(f"close of {name}", error)
+                self._errors.add(f"close of {name}", error)
         self._publish_changes()
 
     async def _close_preparer(self) -> None:
@@ -176,7 +181,7 @@ class ControlLoop(Orders):
             async with asyncio.timeout(self._settings.call_timeout_s):
                 await self._preparer.close()
         except Exception as error:  # noqa: BLE001 -- the backends must be closed all the same
-            self._troubles.add("close of models", error)
+            self._errors.add("close of models", error)
 
     def _owned_alive(self) -> bool:
         for pool in self._pools.values():
@@ -196,13 +201,13 @@ class ControlLoop(Orders):
         try:
             self._observation = self._observe()
         except Exception as error:  # noqa: BLE001 -- an unknown demand is handled, an end is not
-            self._troubles.add("observe", error)
+            self._errors.add("observe", error)
             self._observation = Observation()
         for pool in self._pools.values():
             try:
                 self._tick_pool(pool, now_s)
             except Exception as error:  # noqa: BLE001 -- one pool's bug must not stop the rest
-                self._troubles.add(f"pool {pool.pool.name}", error)
+                self._errors.add(f"pool {pool.pool.name}", error)
         self._publish_changes()
 
     def _tick_pool(self, pool: PoolRecord, now_s: float) -> None:
@@ -223,7 +228,7 @@ class ControlLoop(Orders):
         name, supply = pool.pool.name, pool.make_status().supply
         if not pool.backend.owns_replicas:
             number = len(pool.replicas)
-            text = f"{number} server{'' if number == 1 else 's'} that somebody else runs"
+            text = f"{number} externally managed server{'' if number == 1 else 's'}"
             return Decision(
                 pool=name,
                 at_s=now_s,
@@ -240,8 +245,8 @@ class ControlLoop(Orders):
         demand = pool.window.read(now_s)
         status = pool.make_status()
         decision, pool.decide_state = decide(pool.policy, status, demand, pool.decide_state, now_s)
-        pool.poked = False
-        pool.resting = decision.reason is Reason.RESTING
+        pool.wake_signal = False
+        pool.sleep_requested = decision.reason is Reason.SLEEP_REQUESTED
         return decision
 
     def _note_decision(self, pool: PoolRecord, decision: Decision) -> None:
@@ -261,25 +266,25 @@ class ControlLoop(Orders):
 
     def _carry_out(self, pool: PoolRecord, decision: Decision, now_s: float) -> None:
         closing = self._closing
-        to_zero = pool.override == 0 and decision.reason is not Reason.RESTING
+        to_zero = pool.override == 0 and decision.reason is not Reason.SLEEP_REQUESTED
         plan = make_plan(
             decision.desired,
             pool.make_candidates(self._observation.replicas),
             may_stop_loading=closing or decision.reason is Reason.OVERRIDE,
             may_stop_sleeping=closing or to_zero,
-            may_rest=decision.reason is Reason.IDLE_TO_ZERO and self._stepper.may_rest(pool),
+            may_sleep=decision.reason is Reason.IDLE_TO_ZERO and self._stepper.may_sleep(pool),
         )
         for replica_id, event in plan.events:
             record = pool.replicas[replica_id]
-            record.recallable = event in {Event.STOP, Event.REST} and record.state is State.READY
-            if event is Event.REST:
+            record.recallable = event in {Event.STOP, Event.SLEEP} and record.state is State.READY
+            if event is Event.SLEEP:
                 record.sleep_level, record.sleep_error = pool.pool.warmth.sleep_level, None
             self._actuator.apply(pool, record, event)
         for _ in range(plan.starts):
             pool.add_replica(now_s)
         if closing:
             for record in list(pool.replicas.values()):
-                if record.state in {State.SETTLING, State.FALLING_ASLEEP}:
+                if record.state in GOING_TO_SLEEP:
                     self._actuator.apply(pool, record, Event.STOP)
 
     def _register_static(self) -> None:
@@ -289,7 +294,116 @@ class ControlLoop(Orders):
                 for url in pool.pool.urls:
                     pool.add_replica(now_s, url=url)
 
-    # -- what others see -------------------------------------------------------------------
+    # -- commands: of operators, and of the data path --------------------------------------
+
+    def signal_wake(self, pool: str) -> None:
+        """A request for this pool is held: decide now. Remembered until the next decision, so
+        the wake is not lost if the request goes again. An unknown pool is ignored."""
+        record = self._pools.get(pool)
+        if record is not None:
+            record.wake_signal = True
+            self._awake.set()
+
+    def probe_now(self, replica_id: str) -> None:
+        """The data path met an error of a replica: probe it now, not at its next health check.
+        An unknown id is ignored, and so is that of a replica under such a probe already."""
+        for pool in self._pools.values():
+            record = pool.replicas.get(replica_id)
+            if record is not None:
+                self._actuator.probe_now(pool, record)
+
+    def set_replicas(self, pool: str, replicas: int | None) -> PoolReport:
+        """Override the number of replicas; ``None`` gives it back to demand.
+
+        0 is "at zero until a request comes". Raises ``KeyError`` for an unknown pool,
+        ``ValueError`` for a number outside 0 to ``max_replicas``.
+        """
+        record = self._pools[pool]
+        if replicas is not None:
+            if not record.backend.owns_replicas:
+                raise ValueError(f"{pool} is static: its servers are externally managed")
+            if not 0 <= replicas <= record.pool.max_replicas:
+                raise ValueError(
+                    f"replicas must be 0 to {record.pool.max_replicas} (max_replicas of {pool}), "
+                    f"not {replicas}"
+                )
+        if replicas is None and record.override == 0 and record.make_status().supply == 0:
+            # It was put at zero, and the demand of before is no reason to start it again.
+            record.forget_demand()
+        record.override = replicas
+        record.sleep_requested = False
+        self._awake.set()
+        return report_pool(record, self._observation.replicas)
+
+    async def sleep(self, pool: str, level: int = 1) -> PoolReport:
+        """Put a pool's ready replicas to sleep once they are idle; the next request wakes it.
+
+        Returns when they sleep, or did already, or when one has gone back to work because a
+        request came. Raises ``KeyError`` for an unknown pool, ``ValueError`` for a level other
+        than 1 or 2 or a pool with none ready, ``Unsupported`` where the backend or the engine
+        cannot, ``BackendError`` where it failed.
+        """
+        record = self._pools[pool]
+        if level not in SLEEP_LEVELS:
+            raise ValueError(f"level must be 1 or 2, not {level}")
+        if not record.backend.owns_replicas:
+            raise Unsupported(f"{pool} is static: its servers are externally managed")
+        ready = [one for one in record.replicas.values() if one.state is State.READY]
+        if not ready and any(one.state is State.SLEEPING for one in record.replicas.values()):
+            record.sleep_requested = True
+            return report_pool(record, self._observation.replicas)
+        if not ready:
+            raise ValueError(f"{pool} has no ready replica that could be put to sleep")
+        record.sleep_requested = True
+        for one in ready:
+            one.sleep_level, one.sleep_error = level, None
+            one.recallable = True
+            self._actuator.apply(record, one, Event.SLEEP)
+        while not self._closing and any(one.state in GOING_TO_SLEEP for one in ready):
+            await self._sleep(SLEEP_POLL_S)
+        for one in ready:
+            if one.sleep_error is not None and one.state is not State.SLEEPING:
+                record.sleep_requested = False
+                raise one.sleep_error
+        return report_pool(record, self._observation.replicas)
+
+    async def wake(self, pool: str) -> PoolReport:
+        """Wake what sleeps, or start one at zero; take drained static servers back into use.
+
+        Returns at once. Raises ``KeyError`` for an unknown pool, ``ValueError`` while an operator
+        keeps it at zero.
+        """
+        record = self._pools[pool]
+        if record.override == 0:
+            raise ValueError(f"{pool} is scaled to 0; give it back with `scale {pool} auto`")
+        record.sleep_requested = False
+        record.wake_signal = True
+        static = not record.backend.owns_replicas
+        for one in list(record.replicas.values()):
+            if one.state is State.SLEEPING:
+                self._actuator.apply(record, one, Event.WAKE)
+            elif one.state is State.DRAINING_TO_SLEEP or (one.state is State.DRAINING and static):
+                self._actuator.apply(record, one, Event.KEEP)
+        self._awake.set()
+        return report_pool(record, self._observation.replicas)
+
+    async def drain(self, replica_id: str) -> PoolReport:
+        """Give a replica no more requests, and stop it when it has none left (a static one is
+        only kept out of use, until ``wake``). Returns at once. Raises ``KeyError`` for an unknown
+        replica, ``ValueError`` for one that has failed."""
+        for pool in self._pools.values():
+            record = pool.replicas.get(replica_id)
+            if record is None:
+                continue
+            if record.state is State.FAILED:
+                raise ValueError(f"{replica_id} has failed; there is nothing to drain")
+            record.recallable = False
+            self._actuator.apply(pool, record, Event.STOP)
+            self._publish_changes()
+            return report_pool(pool, self._observation.replicas)
+        raise KeyError(replica_id)
+
+    # -- reports ---------------------------------------------------------------------------
 
     def _note_change(self) -> None:
         """Have the tick of this moment, or the next, publish."""
@@ -297,7 +411,7 @@ class ControlLoop(Orders):
         self._awake.set()
 
     def _note_progress(self) -> None:
-        """Have the next tick publish; a download is a little further all the time."""
+        """Have the next tick publish; a download makes progress all the time."""
         self._changed = True
 
     def _publish_changes(self) -> None:
@@ -309,7 +423,7 @@ class ControlLoop(Orders):
             try:
                 self._publish(views, pools)
             except Exception as error:  # noqa: BLE001 -- told again at the next tick
-                self._troubles.add("publish", error)
+                self._errors.add("publish", error)
                 return
             self._published = (views, pools)
         self._changed = False
@@ -322,8 +436,8 @@ class ControlLoop(Orders):
                 report_pool(pool, self._observation.replicas) for pool in self._pools.values()
             ),
             decisions=self._history.counts(),
-            troubles=dict(self._troubles.counts),
-            last_trouble=self._troubles.last,
+            errors=dict(self._errors.counts),
+            last_error=self._errors.last,
         )
 
     def decisions(self, pool: str) -> list[PastDecision]:

@@ -114,9 +114,9 @@ class PoolRecord:
         self.decision: Decision | None = None
         self.replicas: dict[str, ReplicaRecord] = {}
         self.override: int | None = None
-        self.resting = False
+        self.sleep_requested = False
         """Put to sleep by an operator: at zero until somebody asks."""
-        self.poked = False
+        self.wake_signal = False
         self.failures = 0
         self.retry_at_s: float | None = None
         self.error: str | None = None
@@ -160,8 +160,8 @@ class PoolRecord:
             unhealthy=self.count(State.UNHEALTHY),
             sleeping=self.count(State.SLEEPING),
             ready_at_s=self.ready_at_s,
-            poked=self.poked,
-            resting=self.resting,
+            wake_signal=self.wake_signal,
+            sleep_requested=self.sleep_requested,
             override=self.override,
         )
 
@@ -195,7 +195,7 @@ class PoolRecord:
         """How warm it is now; ``None`` for servers that somebody else runs."""
         if not self.backend.owns_replicas:
             return None
-        if self.count(State.READY, State.UNHEALTHY, State.DRAINING, State.SETTLING):
+        if self.count(State.READY, State.UNHEALTHY, State.DRAINING, State.DRAINING_TO_SLEEP):
             return Tier.RUNNING
         if self.count(*ASLEEP, State.WAKING):
             return Tier.SLEEPING
@@ -381,7 +381,7 @@ def describe_phase(record: ReplicaRecord) -> str:
             return f"{record.probe.phase} ({beside})" if record.probe.phase else beside
         case State.STARTING:
             return record.probe.phase
-        case State.SETTLING | State.FALLING_ASLEEP:
+        case State.DRAINING_TO_SLEEP | State.FALLING_ASLEEP:
             return record.state.value.replace("_", " ")
         case _:
             return ""

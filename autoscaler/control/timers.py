@@ -44,15 +44,15 @@ class Timers:
             case State.UNHEALTHY if in_state_s >= self._settings.unhealthy_restart_s:
                 text = f"unhealthy for {in_state_s:.0f} s: {record.error or 'no answer'}"
                 self._actuator.apply(pool, record, Event.TIMED_OUT, text)
-            case State.DRAINING | State.SETTLING if self._is_drained(record, load, now_s):
+            case State.DRAINING | State.DRAINING_TO_SLEEP if self._is_drained(record, load, now_s):
                 self._actuator.apply(pool, record, Event.DRAINED)
             case State.DRAINING if in_state_s >= self.drain_s:
                 self._actuator.apply(pool, record, Event.DRAINED)
-            case State.SETTLING if in_state_s >= self.drain_s:
+            case State.DRAINING_TO_SLEEP if in_state_s >= self.drain_s:
                 # Sleep can be called off, so nobody's answer is cut for it.
                 text = f"{record.id} still has requests after {self.drain_s:g} s (drain_s)"
                 record.sleep_error = BackendError(text)
-                pool.resting = False
+                pool.sleep_requested = False
                 self._actuator.apply(pool, record, Event.KEEP)
             case State.READY if in_state_s >= self._settings.backoff_reset_s:
                 pool.failures, pool.retry_at_s, pool.error = 0, None, None

@@ -58,7 +58,7 @@ def decide(
 ) -> tuple[Decision, DecideState]:
     """How many replicas the pool shall have at ``now_s``, why, and what to remember."""
     arrived = has_arrived(demand, state)
-    active = demand.some_requests or demand.some_queued or arrived or status.poked
+    active = demand.some_requests or demand.some_queued or arrived or status.wake_signal
     state = remember_activity(state, demand, active, now_s)
     stable, panic = needs(policy, demand)
     state = watch_panic(policy, status, panic, stable, state, now_s)
@@ -73,10 +73,10 @@ def decide(
     if not active:
         proposal = rest(policy, status, demand, proposal, state, now_s)
     proposal = bound(policy, status, proposal)
-    if status.resting and not (arrived or status.poked or demand.some_queued):
+    if status.sleep_requested and not (arrived or status.wake_signal or demand.some_queued):
         proposal = Proposal(
             desired=0,
-            reason=Reason.RESTING,
+            reason=Reason.SLEEP_REQUESTED,
             detail="an operator put it to sleep, and nobody has asked since",
         )
     elif status.override is not None:
@@ -195,7 +195,7 @@ def wake(status: PoolStatus, proposal: Proposal, demand: Demand) -> Proposal:
     """At least one replica as soon as there is a request, even one that has gone again."""
     if status.supply > 0 and proposal.desired > 0:
         return proposal
-    if demand.some_requests or demand.some_queued or status.poked:
+    if demand.some_requests or demand.some_queued or status.wake_signal:
         signal, detail = Signal.HELD, "a request is held or in flight"
     else:
         signal, detail = Signal.ARRIVALS, "a request came since the last decision"

@@ -39,20 +39,20 @@ def make_plan(
     *,
     may_stop_loading: bool = False,
     may_stop_sleeping: bool = False,
-    may_rest: bool = False,
+    may_sleep: bool = False,
 ) -> Plan:
     """What leads from the replicas there are to the desired number.
 
     To grow: call back what drains, wake what sleeps, start the rest; the cheapest first. To
     shrink: take what waits for its start, then the unhealthy, then the least busy. One that loads
     is not taken (and no ready one in its place), unless an operator asked for the number. With
-    ``may_rest`` the last one that is ready goes to sleep instead of ending.
+    ``may_sleep`` the last one that is ready goes to sleep instead of ending.
     """
     supply = [one for one in replicas if one.state in SUPPLY]
     missing = desired - len(supply)
     events = shrink(-missing, supply, may_stop_loading) if missing < 0 else []
-    if may_rest and desired == 0:
-        events = rest_one(events, supply)
+    if may_sleep and desired == 0:
+        events = sleep_last(events, supply)
     if may_stop_sleeping and desired == 0:
         events += [(one.id, Event.STOP) for one in replicas if one.state is State.SLEEPING]
     if missing <= 0:
@@ -60,7 +60,7 @@ def make_plan(
     back = [
         (one.id, Event.KEEP)
         for one in reversed(replicas)
-        if one.recallable and one.state in {State.DRAINING, State.SETTLING}
+        if one.recallable and one.state in {State.DRAINING, State.DRAINING_TO_SLEEP}
     ]
     back += [(one.id, Event.WAKE) for one in replicas if one.state is State.SLEEPING]
     events += back[:missing]
@@ -90,7 +90,7 @@ def shrink(
     return [(one.id, Event.STOP) for one in order[:surplus]]
 
 
-def rest_one(
+def sleep_last(
     events: list[tuple[str, Event]], supply: Sequence[Candidate]
 ) -> list[tuple[str, Event]]:
     """The same, but the last ready one to be stopped is put to sleep: one is enough to wake."""
@@ -100,4 +100,4 @@ def rest_one(
     )
     if last is None:
         return events
-    return [*events[:last], (events[last][0], Event.REST), *events[last + 1 :]]
+    return [*events[:last], (events[last][0], Event.SLEEP), *events[last + 1 :]]

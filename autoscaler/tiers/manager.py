@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from autoscaler.backends.base import Unsupported
-from autoscaler.control.actuator import Actuator, Troubles
+from autoscaler.control.actuator import Actuator, ErrorCounts
 from autoscaler.control.lifecycle import ENDED_STATES, Event, State
 from autoscaler.control.replicas import ASLEEP, PoolRecord
 from autoscaler.policy.tier_policy import Rung, choose_rung, descend
@@ -26,15 +26,15 @@ class Stepper:
         self,
         settings: AutoscalerSettings,
         actuator: Actuator,
-        troubles: Troubles,
+        errors: ErrorCounts,
         on_change: Callable[[], None],
     ) -> None:
         self._again_s = settings.backoff_max_s
         self._actuator = actuator
-        self._troubles = troubles
+        self._errors = errors
         self._on_change = on_change
 
-    def may_rest(self, pool: PoolRecord) -> bool:
+    def may_sleep(self, pool: PoolRecord) -> bool:
         """Whether an engine that is idle shall sleep, rather than end."""
         if Tier.SLEEPING in pool.barred:
             return False
@@ -46,14 +46,14 @@ class Stepper:
         pool.lift_bars(now_s)
         idle = is_idle(pool, decision, now_s)
         tiers = set(pool.preparer.tiers(pool.pool))
-        if pool.count(State.SETTLING, *ASLEEP):
+        if pool.count(State.DRAINING_TO_SLEEP, *ASLEEP):
             tiers.add(Tier.SLEEPING)
         pool.rung, pool.descent = descend(
             pool.ladder, tiers - set(pool.barred), pool.descent, idle, now_s
         )
         if idle is False:
             self.call_off(pool)
-        if pool.rung is not None and pool.resting and pool.count(*ASLEEP):
+        if pool.rung is not None and pool.sleep_requested and pool.count(*ASLEEP):
             pool.rung = Rung(tier=Tier.SLEEPING)  # until somebody asks: an operator wants it so
         if pool.rung is None or pool.rung.tier is Tier.SLEEPING:
             return
@@ -97,7 +97,7 @@ class Stepper:
         except Unsupported as error:
             pool.bar(tier, str(error), None)
         except Exception as error:  # noqa: BLE001 -- whatever it is, the pool is not in that tier
-            text = self._troubles.add(f"warmth of {pool.pool.name}", error)
+            text = self._errors.add(f"warmth of {pool.pool.name}", error)
             pool.bar(tier, text, again_s)
         finally:
             self._on_change()
@@ -106,7 +106,7 @@ class Stepper:
 def is_idle(pool: PoolRecord, decision: Decision, now_s: float) -> bool | None:
     """Whether a pool is at zero with nobody there; ``None`` where that is not known."""
     demand = pool.window.read(now_s)
-    if decision.desired > 0 or pool.make_status().supply or pool.poked:
+    if decision.desired > 0 or pool.make_status().supply or pool.wake_signal:
         return False
     if demand.some_requests or demand.some_queued:
         return False

@@ -76,8 +76,8 @@ class LiveControl:
             "workers": workers,
             "pools": [self._pool(pool, seen, report.at_s) for pool in report.pools],
             "fork_server": self._fork_server(),
-            "troubles": dict(report.troubles),
-            "last_trouble": report.last_trouble,
+            "errors": dict(report.errors),
+            "last_error": report.last_error,
         }
 
     def _fork_server(self) -> dict[str, Any] | None:

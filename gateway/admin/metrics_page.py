@@ -211,10 +211,10 @@ class _Page(Collector):
         decisions = _family(metrics.DECISIONS, ["pool", "reason"])
         for (pool, reason), count in sorted(report.decisions.items()):
             decisions.add_metric([pool, reason.value], count)
-        troubles = _family(metrics.CONTROL_TROUBLES, ["where"])
-        for where, count in sorted(report.troubles.items()):
-            troubles.add_metric([where], count)
-        yield from (decisions, troubles)
+        errors = _family(metrics.CONTROL_ERRORS, ["where"])
+        for where, count in sorted(report.errors.items()):
+            errors.add_metric([where], count)
+        yield from (decisions, errors)
 
 
 def _forks(forks: Mapping[str, Any] | None) -> Iterator[Metric]:

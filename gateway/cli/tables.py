@@ -136,8 +136,8 @@ def status(report: Mapping[str, Any], screen: Screen, now_s: float) -> str:
     for pool in pools:
         if pool.get("error"):
             parts += ["", *_trouble(pool)]
-    if report.get("last_trouble"):
-        parts += ["", f"Last trouble of the control loop: {one_line(str(report['last_trouble']))}"]
+    if report.get("last_error"):
+        parts += ["", f"Last error of the control loop: {one_line(str(report['last_error']))}"]
     if any(pool.get("engine") == "simulated" for pool in pools):
         parts += ["", "Pools of engine simulated answer with made-up text at made-up speed."]
     return "\n".join(parts) + "\n"

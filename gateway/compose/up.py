@@ -150,8 +150,8 @@ class _Tidegate:
             worker_config(settings),
             self.listeners,
             self.shared,
-            on_poke=self.loop.poke,
-            on_failing=self.loop.look,
+            on_poke=self.loop.signal_wake,
+            on_failing=self.loop.probe_now,
         )
         scheme = "https" if gateway.tls_certificate else "http"
         self.url = make_url(gateway.host, self.workers.port, scheme)
@@ -179,7 +179,7 @@ class _Tidegate:
             ),
             list_gpus=inventory.look,
             fork_plan=fork_plan(settings, os.environ, self.bundles, self._find_model),
-            on_news=lambda replica_id: self.loop.look(replica_id),
+            on_news=lambda replica_id: self.loop.probe_now(replica_id),
         )
 
     def _find_model(self, model: str) -> str | None:

@@ -157,8 +157,8 @@ STANDBY_BYTES: Final = Metric(
 )
 START_FAILURES: Final = Metric("start_failures", "Failed starts in a row.", gauge=True)
 DECISIONS: Final = Metric("decisions_total", "Decisions of the autoscaler, by reason.")
-CONTROL_TROUBLES: Final = Metric(
-    "control_troubles_total", "Errors the control loop met and survived, by where they rose."
+CONTROL_ERRORS: Final = Metric(
+    "control_errors_total", "Errors the control loop met and survived, by where they rose."
 )
 
 # Of the model cache, by the name of the figure in what the cache tells of its traffic.

@@ -166,7 +166,7 @@ def test_status_is_whole(tidegate: Tidegate) -> None:
     assert worker["state"] == "listening"
     assert worker["pid"] in tidegate.survivors()
     assert [pool["name"] for pool in status["pools"]][:2] == ["scaled", "rests"]
-    assert status["troubles"] == {}
+    assert status["errors"] == {}
     assert tidegate.admin("/healthz") == {"status": "alive"}
     assert tidegate.admin("/readyz")["ready"] is True
     # The API's own listener gives none of this away.

@@ -109,7 +109,7 @@ def test_steps_that_are_given_no_time_are_left_out(tidegate: Tidegate) -> None:
     wait_tier(tidegate, "cool", "on_disk")
     log = tidegate.log()
     assert "cool-1: ready -> draining" in log
-    assert "cool-1: ready -> settling" not in log
+    assert "cool-1: ready -> draining_to_sleep" not in log
 
 
 def test_held_stream_is_told_what_the_replica_is_at(tidegate: Tidegate) -> None:

@@ -165,9 +165,9 @@ class Story:
         assert supply <= MAX_REPLICAS, "more replicas than may be"
         assert len(pool.replicas) <= 4 * MAX_REPLICAS + SETTINGS.failed_kept
         report = self.world.loop.status()
-        for where in report.troubles:
+        for where in report.errors:
             assert where.split()[0] in {"observe", "publish", "start", "stop", "probe", "sleep",
-                                        "wake"}, report.last_trouble  # fmt: skip
+                                        "wake"}, report.last_error  # fmt: skip
 
     async def come_to_rest(self) -> None:
         """Mend everything: then every request is answered, and the pool goes to its minimum."""

@@ -189,7 +189,7 @@ def test_a_model_that_cannot_come_is_tried_again_with_pauses() -> None:
             await asyncio.sleep(40.0)
             assert 4 <= len(models.prepared) <= 9, "backoff of 1, 2, 4, 8, 8 … s"
             assert look(world).error == "it needs 15 GB, 3 GB are free"
-            assert world.loop.status().troubles["preparation of m"] == len(models.prepared)
+            assert world.loop.status().errors["preparation of m"] == len(models.prepared)
             models.error = None
             await task
             assert now() - began_s > 40.0
@@ -289,7 +289,7 @@ def test_unsupported_tiers_are_not_asked_for_again() -> None:
             await once(world)
             await world.until(lambda: tier_of(world) is Tier.ON_DISK, 100.0)
             assert Tier.FORKED not in models.settled
-            assert not any("warmth" in where for where in world.loop.status().troubles)
+            assert not any("warmth" in where for where in world.loop.status().errors)
 
     run_virtual(story())
 

@@ -213,7 +213,7 @@ def test_unknown_health_changes_nothing() -> None:
             world.backend.probe_error = OSError("no more file descriptors")
             await asyncio.sleep(300.0)
             assert len(world.ready()) == 1
-            assert world.loop.status().troubles["probe of m"] > 10
+            assert world.loop.status().errors["probe of m"] > 10
 
     run_virtual(story())
 
@@ -255,9 +255,9 @@ def test_loop_survives_any_exception(where: str) -> None:
                 world.publish_error = error
             await asyncio.sleep(100.0)
             report = world.loop.status()
-            assert sum(report.troubles.values()) > 0
-            assert report.last_trouble is not None
-            assert "a bug in somebody's code" in report.last_trouble
+            assert sum(report.errors.values()) > 0
+            assert report.last_error is not None
+            assert "a bug in somebody's code" in report.last_error
             tries = len(world.backend.calls)
             assert tries < 60
             world.backend.start_error = world.backend.stop_error = None
@@ -345,12 +345,12 @@ def test_what_the_data_path_finds_dead_is_looked_at_now() -> None:
         async with World([process_pool(min_replicas=1)], slow) as world:
             await world.until(lambda: len(world.ready()) == 1)
             world.backend.engines["m-1"].alive = False
-            world.loop.look("nobody")
-            world.loop.look("m-1")
-            world.loop.look("m-1")
+            world.loop.probe_now("nobody")
+            world.loop.probe_now("m-1")
+            world.loop.probe_now("m-1")
             assert await world.until(lambda: not world.ready(), 5.0) < 1.0
             await world.until(lambda: [view.id for view in world.ready()] == ["m-2"], 30.0)
-            world.loop.look("m-2")
+            world.loop.probe_now("m-2")
             await asyncio.sleep(1.0)
             assert len(world.ready()) == 1
 

@@ -51,7 +51,7 @@ def test_trap_3_request_that_came_and_went_between_two_ticks_still_wakes(poked: 
             await asyncio.sleep(0.5)
             if poked:
                 # Held and gone again before the loop runs: only the poke tells of it.
-                world.loop.poke("m")
+                world.loop.signal_wake("m")
             else:
                 world.arrivals["m"] = 1
             await world.until(lambda: len(backend.started) == 1, 2.0)
@@ -64,7 +64,7 @@ def test_trap_3_request_that_came_and_went_between_two_ticks_keeps_the_replica()
     async def story() -> None:
         backend = FakeBackend(start_s=0.5)
         async with World([process_pool()], QUICK, backend) as world:
-            world.loop.poke("m")
+            world.loop.signal_wake("m")
             await world.until(lambda: len(world.ready()) == 1, 5.0)
             for number in range(10):
                 await asyncio.sleep(QUICK.idle_to_zero_s - 2.0)
@@ -82,7 +82,7 @@ def test_trap_4_there_is_one_writer_of_the_replica_count() -> None:
                 await world.loop.run()
             # Operator, poke and tick at once still make one decision, and one start.
             world.loop.set_replicas("m", 1)
-            world.loop.poke("m")
+            world.loop.signal_wake("m")
             tasks = world.burst(50, 0.5)
             await asyncio.gather(*tasks)
             assert len(world.backend.started) == 1
@@ -219,7 +219,7 @@ def test_trap_11_unknown_load_counts_as_not_drained_until_the_limit() -> None:
     async def story() -> None:
         backend = FakeBackend(start_s=1.0)
         async with World([process_pool()], QUICK, backend) as world:
-            world.loop.poke("m")
+            world.loop.signal_wake("m")
             await world.until(lambda: len(world.ready()) == 1, 5.0)
             (replica,) = world.ready()
             world.observe_error = OSError("the workers do not answer")

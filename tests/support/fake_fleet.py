@@ -239,7 +239,7 @@ class World:
         self.held[pool] = self.held.get(pool, 0) + 1
         try:
             while not (ready := self.free(pool)):
-                self.loop.poke(pool)
+                self.loop.signal_wake(pool)
                 await asyncio.sleep(0.05)
         finally:
             self.held[pool] -= 1

@@ -207,7 +207,7 @@ def metric_families() -> list[Any]:
         at_s=0.0,
         pools=(pool,),
         decisions={("p", types.Reason.WAKE): 1},
-        troubles={"observe": 1},
+        errors={"observe": 1},
     )
     shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
     page = metrics_page.render(

@@ -79,7 +79,7 @@ def test_from_zero_to_one_through_a_crash_to_sleep_to_zero_to_the_end(tmp_path: 
         assert set(children_of(os.getpid())) <= before
 
         gateway.held = 5
-        loop.poke("tiny")
+        loop.signal_wake("tiny")
         await until(lambda: len(gateway.ready()) == 1)
         (view,) = gateway.ready()
         assert (view.served_model, view.max_model_len_tokens) == ("tiny", 2048)
@@ -97,7 +97,7 @@ def test_from_zero_to_one_through_a_crash_to_sleep_to_zero_to_the_end(tmp_path: 
         await loop.sleep("tiny", 1)
         assert ask(f"{gateway.views[0].url}/facts")["asleep"] is True
         gateway.held = 1
-        loop.poke("tiny")
+        loop.signal_wake("tiny")
         await until(lambda: len(gateway.ready()) == 1)
         facts = ask(f"{gateway.ready()[0].url}/facts")
         assert (facts["asleep"], facts["pid"]) == (False, second)
@@ -106,7 +106,7 @@ def test_from_zero_to_one_through_a_crash_to_sleep_to_zero_to_the_end(tmp_path: 
         await until(lambda: not gateway.views)
         assert not is_alive(second)
         gateway.held = 1
-        loop.poke("tiny")
+        loop.signal_wake("tiny")
         await until(lambda: len(gateway.ready()) == 1)
         await loop.close()
         await running

@@ -25,19 +25,19 @@ from router.types import ReplicaState
 PAIRS = [(state, event) for state in State for event in Event]
 
 REFUSED = {
-    State.SCHEDULED: {"timed_out", "rest", "keep", "drained", "wake"},
-    State.PREPARING: {"due", "found", "rest", "keep", "drained", "wake"},
-    State.STARTING: {"due", "found", "rest", "keep", "drained", "wake"},
+    State.SCHEDULED: {"timed_out", "sleep", "keep", "drained", "wake"},
+    State.PREPARING: {"due", "found", "sleep", "keep", "drained", "wake"},
+    State.STARTING: {"due", "found", "sleep", "keep", "drained", "wake"},
     State.READY: {"due", "found", "timed_out", "drained"},
-    State.UNHEALTHY: {"due", "found", "rest", "keep", "drained", "wake"},
-    State.DRAINING: {"due", "found", "timed_out", "rest", "wake"},
-    State.SETTLING: {"due", "found", "timed_out", "wake"},
+    State.UNHEALTHY: {"due", "found", "sleep", "keep", "drained", "wake"},
+    State.DRAINING: {"due", "found", "timed_out", "sleep", "wake"},
+    State.DRAINING_TO_SLEEP: {"due", "found", "timed_out", "wake"},
     State.FALLING_ASLEEP: {"due", "found", "timed_out", "keep", "drained", "wake"},
     State.SLEEPING: {"due", "found", "timed_out", "keep", "drained"},
-    State.WAKING: {"due", "found", "timed_out", "rest", "keep", "drained"},
-    State.STOPPING: {"due", "found", "timed_out", "rest", "keep", "drained", "wake"},
-    State.STOPPED: {"due", "found", "timed_out", "rest", "keep", "drained", "wake"},
-    State.FAILED: {"due", "found", "timed_out", "rest", "keep", "drained", "wake"},
+    State.WAKING: {"due", "found", "timed_out", "sleep", "keep", "drained"},
+    State.STOPPING: {"due", "found", "timed_out", "sleep", "keep", "drained", "wake"},
+    State.STOPPED: {"due", "found", "timed_out", "sleep", "keep", "drained", "wake"},
+    State.FAILED: {"due", "found", "timed_out", "sleep", "keep", "drained", "wake"},
 }
 
 

@@ -61,7 +61,7 @@ CASES = [
         replace(QUIET, arrivals_total=50), 1, Reason.WAKE, Signal.ARRIVALS, None,
     ),
     (
-        "poked though demand is unknown", POLICY, PoolStatus(poked=True), UNKNOWN, QUIET,
+        "poked though demand is unknown", POLICY, PoolStatus(wake_signal=True), UNKNOWN, QUIET,
         1, Reason.WAKE, Signal.HELD, None,
     ),
     (
@@ -182,7 +182,8 @@ CASES = [
         1, Reason.OVERRIDE_WAITS, Signal.OVERRIDE, Bound.NEVER_ZERO,
     ),
     (
-        "an operator's zero is woken", POLICY, PoolStatus(override=0, poked=True), known(), QUIET,
+        "an operator's zero is woken", POLICY, PoolStatus(override=0, wake_signal=True), known(),
+        QUIET,
         1, Reason.OVERRIDE_WAITS, Signal.OVERRIDE, Bound.NEVER_ZERO,
     ),
     (
@@ -190,11 +191,12 @@ CASES = [
         QUIET, 1, Reason.OVERRIDE_WAITS, Signal.OVERRIDE, Bound.NEVER_ZERO,
     ),
     (
-        "put to sleep", TWO, PoolStatus(sleeping=2, resting=True), known(5_000), RECENT,
-        0, Reason.RESTING, "none", None,
+        "put to sleep", TWO, PoolStatus(sleeping=2, sleep_requested=True), known(5_000), RECENT,
+        0, Reason.SLEEP_REQUESTED, "none", None,
     ),
     (
-        "put to sleep, and somebody asks", POLICY, PoolStatus(sleeping=2, resting=True, poked=True),
+        "put to sleep, then a request", POLICY,
+        PoolStatus(sleeping=2, sleep_requested=True, wake_signal=True),
         known(), QUIET, 1, Reason.WAKE, Signal.HELD, None,
     ),
 ]  # fmt: skip
@@ -325,8 +327,8 @@ statuses = st.builds(
     unhealthy=counts,
     sleeping=counts,
     ready_at_s=st.none() | st.floats(0, NOW),
-    poked=st.booleans(),
-    resting=st.booleans(),
+    wake_signal=st.booleans(),
+    sleep_requested=st.booleans(),
     override=st.none() | st.integers(0, 12),
 )
 policies = st.builds(
@@ -354,12 +356,12 @@ def test_whatever_is_known_the_invariants_hold(
         desired = decision.desired
         assert desired >= 0
         assert decision.detail
-        held = demand.some_queued or status.poked
+        held = demand.some_queued or status.wake_signal
         arrived = demand.arrivals_total not in {None, before.arrivals_total or 0}
         if held or demand.some_requests or arrived:
-            resting = status.resting and not (held or arrived)
-            assert desired >= 1 or resting, "to zero while somebody asks"
-        if status.resting or status.override is not None:
+            asleep = status.sleep_requested and not (held or arrived)
+            assert desired >= 1 or asleep, "to zero with a request there"
+        if status.sleep_requested or status.override is not None:
             continue
         assert policy.min_replicas <= desired <= max(policy.max_replicas, policy.min_replicas)
         growth = policy.max_scale_up + max(0, policy.min_replicas - status.supply)

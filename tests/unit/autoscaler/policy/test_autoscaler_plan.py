@@ -28,7 +28,7 @@ CASES = [
     (
         "call back before waking before starting",
         3,
-        some(S.DRAINING, S.SLEEPING, S.SETTLING),
+        some(S.DRAINING, S.SLEEPING, S.DRAINING_TO_SLEEP),
         Plan(events=(("c", Event.KEEP), ("a", Event.KEEP), ("b", Event.WAKE))),
     ),
     ("then start", 2, some(S.SLEEPING), Plan(events=(("a", Event.WAKE),), starts=1)),
@@ -64,12 +64,12 @@ def test_plan(desired: int, replicas: list[Candidate], plan: Plan) -> None:
 
 
 RESTS = [
-    ("one that is idle sleeps", 0, some(S.READY), Plan(events=(("a", Event.REST),))),
+    ("one that is idle sleeps", 0, some(S.READY), Plan(events=(("a", Event.SLEEP),))),
     (
         "of several, one",
         0,
         some(S.READY, S.READY, S.UNHEALTHY),
-        Plan(events=(("c", Event.STOP), ("b", Event.STOP), ("a", Event.REST))),
+        Plan(events=(("c", Event.STOP), ("b", Event.STOP), ("a", Event.SLEEP))),
     ),
     ("what is ill does not", 0, some(S.UNHEALTHY), Plan(events=(("a", Event.STOP),))),
     ("only at zero", 1, some(S.READY, S.READY), Plan(events=(("b", Event.STOP),))),
@@ -81,7 +81,7 @@ RESTS = [
     ("desired", "replicas", "plan"), [pytest.param(*case[1:], id=case[0]) for case in RESTS]
 )
 def test_to_zero_by_way_of_sleep(desired: int, replicas: list[Candidate], plan: Plan) -> None:
-    assert make_plan(desired, replicas, may_rest=True) == plan
+    assert make_plan(desired, replicas, may_sleep=True) == plan
 
 
 def test_what_is_being_prepared_is_loading_and_an_operator_may_end_it() -> None:
