@@ -158,7 +158,7 @@ STANDBY_BYTES: Final = Metric(
 START_FAILURES: Final = Metric("start_failures", "Failed starts in a row.", gauge=True)
 DECISIONS: Final = Metric("decisions_total", "Decisions of the autoscaler, by reason.")
 CONTROL_ERRORS: Final = Metric(
-    "control_errors_total", "Errors the control loop met and survived, by where they rose."
+    "control_errors_total", "Errors the control loop met and survived, by where they were raised."
 )
 
 # Of the model cache, by the name of the figure in what the cache tells of its traffic.
