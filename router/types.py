@@ -44,7 +44,9 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
 class Pool(msgspec.Struct, frozen=True, kw_only=True):
     """The replicas of one model, and how its requests are held when none can take them.
 
-    ``phase`` is what a replica on its way is at, for those who wait: a few words, or none.
+    ``phase`` is what a replica on its way is at, for those who wait: a few words, or none. A pool
+    that is ``draining`` was removed: its names are unknown to new requests, those it has are
+    served. ``slot`` is its place in the shared counters.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     wake_eta_s: float | None = None
     max_replicas: int = 1
     phase: str = ""
+    draining: bool = False
 
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):

@@ -130,6 +130,12 @@ class Workers:
         for entry in self._processes:
             self._send(entry, FleetUpdate(fleet=fleet))
 
+    def configure(self, config: WorkerConfig) -> None:
+        """Have all workers, and those that are started from now on, work by other settings."""
+        self._config = config
+        for entry in self._processes:
+            self._send(entry, msgspec.structs.replace(config, index=entry.index))
+
     def status(self) -> list[dict[str, object]]:
         """One entry per worker, for ``tidegate status``."""
         return [
@@ -203,7 +209,8 @@ class Workers:
         # A fork and exec of a small process: a millisecond, so it need not leave the loop.
         # Ctrl-C reaches the whole process group, and a worker heeds no signal. Until it can say so
         # itself they are blocked, which it inherits; one for us comes right after.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        held_back = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
         try:
             return subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL)
         finally:

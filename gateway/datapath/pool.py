@@ -53,38 +53,46 @@ class PoolRuntime:
         self.worker = worker
         self.pool = pool
         self.counters = PoolCounters(*worker.shared.pool_rows(config.index, pool.slot))
-        self.estimator = TokenEstimator(
+        self.estimator = self._new_estimator()
+        self.targets: dict[str, Target] = {}
+        self.ready: list[ReplicaView] = []
+        self.queue: deque[Exchange] = deque()
+        self._closed = False
+        self._releasing = False
+
+    def _new_estimator(self) -> TokenEstimator:
+        config = self.worker.config
+        return TokenEstimator(
             bytes_per_token=config.default_bytes_per_token,
             output_tokens=config.default_output_tokens,
             learning_rate=config.learning_rate,
         )
-        self.targets: dict[str, Target] = {}
-        self.ready: list[ReplicaView] = []
-        self.queue: deque[Exchange] = deque()
-        self._releasing = False
+
+    def configure(self) -> None:
+        """The worker's settings have changed. What was learned of tokens is learned again."""
+        self.estimator = self._new_estimator()
+        for target in self.targets.values():
+            target.view = self._renewed(target.view, target.view.replica)
+        self._renew_ready()
+        self.release()
 
     # The fleet's side
 
     def apply(self, pool: Pool) -> None:
         """A new picture of the pool: keep the connections of replicas that stay."""
         self.pool = pool
-        config = self.worker.config
         old = self.targets
         self.targets = {}
         for replica in pool.replicas:
             target = old.get(replica.id)
             if target is not None and self._same_endpoint(target, replica):
                 del old[replica.id]
-                target.view = self._renewed(target.view, replica)
+                if target.view.replica != replica:
+                    target.view = self._renewed(target.view, replica)
                 target.served = replica.served_model
                 target.suspect_until_s = 0.0
             else:
-                view = ReplicaView(
-                    replica,
-                    initial_window=config.release_initial,
-                    max_inflight_requests=config.max_inflight_requests,
-                    max_inflight_tokens=config.max_inflight_tokens,
-                )
+                view = self._new_view(replica)
                 target = Target(view, Upstream(self.worker, replica.url, replica.headers))
             self.targets[replica.id] = target
         for gone in old.values():
@@ -98,18 +106,19 @@ class PoolRuntime:
         return (old.url, old.headers, old.slot) == (replica.url, replica.headers, replica.slot)
 
     def _renewed(self, view: ReplicaView, replica: Replica) -> ReplicaView:
-        if view.replica == replica:
-            return view
+        renewed = self._new_view(replica)
+        if view.replica.state is ReplicaState.READY and replica.state is ReplicaState.READY:
+            renewed.window = min(view.window, renewed.max_inflight_requests)
+        return renewed
+
+    def _new_view(self, replica: Replica) -> ReplicaView:
         config = self.worker.config
-        renewed = ReplicaView(
+        return ReplicaView(
             replica,
             initial_window=config.release_initial,
             max_inflight_requests=config.max_inflight_requests,
             max_inflight_tokens=config.max_inflight_tokens,
         )
-        if view.replica.state is ReplicaState.READY and replica.state is ReplicaState.READY:
-            renewed.window = min(view.window, renewed.max_inflight_requests)
-        return renewed
 
     def _renew_ready(self) -> None:
         now = self.worker.loop.time()
@@ -134,6 +143,8 @@ class PoolRuntime:
 
     def dispatch(self, exchange: Exchange) -> None:
         """Send a request to a replica now, or hold it. Raises ``ApiError`` if it may do neither."""
+        if self._closed:
+            raise self.worker.unknown_model(exchange.model)
         if not self.queue:
             target = self._pick(exchange)
             if target is not None:
@@ -289,13 +300,14 @@ class PoolRuntime:
             raise AssertionError(f"{self.pool.name}: {queued} counted, {len(self.queue)} queued")
 
     def close(self) -> None:
-        """The pool is gone from the configuration: refuse what waits, drop the connections."""
+        """The pool is gone from the fleet: give its slot back. The control side waits until
+        nothing of it is left, so whatever is held here is refused."""
+        self._closed = True
         for exchange in list(self.queue):
-            exchange.reject(
-                ApiError(404, Reason.MODEL_UNKNOWN, "The model was removed.", param="model")
-            )
+            exchange.reject(self.worker.unknown_model(exchange.model))
         for target in self.targets.values():
             target.upstream.close()
+        self.worker.shared.clear_pool(self.worker.config.index, self.pool.slot)
 
     def __repr__(self) -> str:
         return (

@@ -2,8 +2,9 @@
 
 Layout, all 8-byte words: a header, then per worker a block of
 
-    replica requests [max_replicas] | replica tokens [max_replicas]
-    | worker counters | per pool: integers, histogram sums (doubles)
+    version of the fleet it has applied | replica requests [max_replicas]
+    | replica tokens [max_replicas] | worker counters
+    | per pool: integers, histogram sums (doubles)
 
 A word has one writer, the worker whose block it is in, so nothing is locked: aligned 8-byte loads
 and stores are atomic on every platform vLLM runs on. The control process reads all of it, and
@@ -29,7 +30,7 @@ from gateway.datapath.metrics import (
 )
 
 _MAGIC = 0x7469646567617465  # "tidegate"
-_LAYOUT = 1
+_LAYOUT = 2
 _HEADER_WORDS = 8
 _GAUGES = tuple(index for index, metric in enumerate(WORKER_METRICS) if metric.gauge)
 _POOL_GAUGES = (INFLIGHT_REQUESTS, INFLIGHT_TOKENS, QUEUED_REQUESTS, QUEUED_TOKENS, QUEUED_BYTES)
@@ -44,7 +45,8 @@ class Shared:
         self.max_replicas = max_replicas
         self.max_pools = max_pools
         self._pool_words = POOL_INTEGERS + POOL_SUMS
-        self._block_words = 2 * max_replicas + WORKER_INTEGERS + max_pools * self._pool_words
+        self._counters_at = 1 + 2 * max_replicas
+        self._block_words = self._counters_at + WORKER_INTEGERS + max_pools * self._pool_words
         size = 8 * (_HEADER_WORDS + workers * self._block_words)
         if os.fstat(fd).st_size < size:
             os.ftruncate(fd, size)
@@ -81,9 +83,18 @@ class Shared:
             raise IndexError(f"worker {worker} of {self.workers}")
         return _HEADER_WORDS + worker * self._block_words
 
+    def set_applied(self, worker: int, version: int) -> None:
+        """A worker has applied this version of the fleet, and published its counters since."""
+        self._q[self._base(worker)] = version
+
+    def applied(self) -> int:
+        """The newest version of the fleet that all workers have applied; 0 while one of them is
+        not running."""
+        return min(int(self._q[self._base(worker)]) for worker in range(self.workers))
+
     def replica_rows(self, worker: int) -> tuple[Any, Any]:
         """One worker's (requests, tokens) by replica slot, writable."""
-        base, size = self._base(worker), self.max_replicas
+        base, size = self._base(worker) + 1, self.max_replicas
         return self._q[base : base + size], self._q[base + size : base + 2 * size]
 
     def other_rows(self, worker: int, slots: int) -> tuple[list[int], list[int]]:
@@ -101,14 +112,14 @@ class Shared:
 
     def worker_counters(self, worker: int) -> Any:
         """One worker's own counters, indexed as ``metrics.WORKER_METRICS``."""
-        start = self._base(worker) + 2 * self.max_replicas
+        start = self._base(worker) + self._counters_at
         return self._q[start : start + WORKER_INTEGERS]
 
     def pool_rows(self, worker: int, pool_slot: int) -> tuple[Any, Any]:
         """One worker's published (integers, histogram sums) of one pool."""
         if not 0 <= pool_slot < self.max_pools:
             raise IndexError(f"pool slot {pool_slot} of {self.max_pools}")
-        start = self._base(worker) + 2 * self.max_replicas + WORKER_INTEGERS
+        start = self._base(worker) + self._counters_at + WORKER_INTEGERS
         start += pool_slot * self._pool_words
         middle, end = start + POOL_INTEGERS, start + self._pool_words
         return self._q[start:middle], self._d[middle:end]
@@ -131,8 +142,14 @@ class Shared:
             tokens += token_row[slot]
         return requests, tokens
 
+    def clear_pool(self, worker: int, pool_slot: int) -> None:
+        """The pool is gone: another that is given its slot begins at zero. Called by the worker."""
+        for row in self.pool_rows(worker, pool_slot):
+            row[:] = memoryview(bytes(8 * len(row))).cast(row.format)
+
     def clear_worker(self, worker: int) -> None:
         """The worker died: its requests are gone with it. Its counters stay, its gauges do not."""
+        self.set_applied(worker, 0)
         for row in self.replica_rows(worker):
             row[:] = memoryview(bytes(8 * self.max_replicas)).cast("q")
         counters = self.worker_counters(worker)

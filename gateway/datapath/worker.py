@@ -99,6 +99,8 @@ class Worker:
         """A new picture of the fleet. An older one than the last is ignored."""
         if fleet.version <= self._version:
             return
+        if self._version < 0:
+            self._clear_free_slots(fleet)
         self._version = fleet.version
         old = self.pools
         self.pools = {}
@@ -111,12 +113,31 @@ class Worker:
             else:
                 runtime = PoolRuntime(self, pool)
             self.pools[pool.name] = runtime
-            for name in (pool.name, *pool.aliases):
-                self._names[name] = runtime
+            if not pool.draining:
+                for name in (pool.name, *pool.aliases):
+                    self._names[name] = runtime
         for runtime in old.values():
             runtime.close()
         for pool in fleet.pools:
             self.pools[pool.name].apply(pool)
+        for runtime in self.pools.values():
+            runtime.counters.flush()  # whoever reads the version reads what was counted until now
+        self.shared.set_applied(self.config.index, fleet.version)
+
+    def _clear_free_slots(self, fleet: Fleet) -> None:
+        """Zero the counters of pools that were removed after the worker before this one ended."""
+        taken = {pool.slot for pool in fleet.pools}
+        for slot in range(self.shared.max_pools):
+            if slot not in taken:
+                self.shared.clear_pool(self.config.index, slot)
+
+    def configure(self, config: WorkerConfig) -> None:
+        """Take other settings from now on. What a listener or a certificate was opened with stays;
+        a connection that is open keeps the limits it began with."""
+        self.config = config
+        self._cors = frozenset(origin.encode() for origin in config.cors_allow_origins)
+        for runtime in self.pools.values():
+            runtime.configure()
 
     def poke(self, pool: str) -> None:
         """Tell the control side that a request waits."""
@@ -317,7 +338,10 @@ async def _serve(listen_fd: int, shared_fd: int, channel_fd: int) -> None:
             worker.control_lost()
         for message in messages:
             if isinstance(message, WorkerConfig):
-                worker = Worker(loop, message, shared, send)
+                if worker is None:
+                    worker = Worker(loop, message, shared, send)
+                else:
+                    worker.configure(message)
             elif isinstance(message, FleetUpdate) and worker is not None:
                 worker.apply(message.fleet)
                 if not tasks:

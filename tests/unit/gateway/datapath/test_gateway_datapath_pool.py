@@ -11,9 +11,10 @@ import msgspec
 import pytest
 from datapath_rig import DEFAULTS
 
+from gateway.datapath import metrics
 from gateway.datapath.exchange import Exchange
 from gateway.datapath.messages import Failing
-from gateway.datapath.protocol.errors import ApiError
+from gateway.datapath.protocol.errors import ApiError, Reason
 from gateway.datapath.protocol.http1 import parse_request_head
 from gateway.datapath.shared import Shared
 from gateway.datapath.worker import Worker
@@ -175,6 +176,57 @@ def test_names_and_aliases_lead_to_the_pool_and_follow_it(loop: Loop) -> None:
         worker.pool_of("a")
     assert raised.value.status == 404
     assert worker.pool_of("b") is worker.pool_of("m")
+
+
+def test_a_draining_pool_is_unknown_to_new_requests_and_keeps_what_it_has(loop: Loop) -> None:
+    worker, _ = make(loop)
+    worker.apply(fleet(1, replica()))
+    runtime = worker.pools["m"]
+    runtime.counters.integers[metrics.ARRIVALS] = 3
+    worker.apply(fleet(2, replica(), draining=True))
+    assert worker.pools["m"] is runtime
+    assert runtime.ready
+    assert worker.model_names() == []
+    with pytest.raises(ApiError) as raised:
+        worker.pool_of("m")
+    assert (raised.value.status, raised.value.reason) == (404, Reason.MODEL_UNKNOWN)
+    assert worker.shared.pool_total(0, metrics.ARRIVALS) == 3  # with the version it is applied to
+    assert worker.shared.applied() == 2
+    worker.apply(fleet(3, replica()))  # it was added again
+    assert worker.pool_of("m") is runtime
+
+
+def test_a_slot_that_is_free_again_begins_at_zero(loop: Loop) -> None:
+    worker, _ = make(loop)
+    shared = worker.shared
+    worker.apply(fleet(1))
+    worker.pools["m"].counters.integers[metrics.ARRIVALS] = 3
+    worker.pools["m"].counters.observe(metrics.TTFT, 1.0)
+    worker.apply(Fleet(version=2))
+    assert (shared.pool_total(0, metrics.ARRIVALS), shared.pool_sum(0, metrics.TTFT)) == (0, 0.0)
+    # A pool that is removed while its worker is dead: the next worker clears what that one left.
+    shared.pool_rows(0, 3)[0][metrics.ARRIVALS] = 5
+    shared.clear_worker(0)
+    assert shared.applied() == 0
+    Worker(loop, DEFAULTS, shared, lambda message: None).apply(fleet(3))
+    assert (shared.pool_total(3, metrics.ARRIVALS), shared.applied()) == (0, 3)
+
+
+def test_other_settings_apply_to_what_is_there(loop: Loop) -> None:
+    worker, _ = make(loop, max_inflight_requests=4, default_output_tokens=10)
+    worker.apply(fleet(1, replica(), replica(1, max_inflight_requests=2)))
+    runtime = worker.pools["m"]
+    upstream = runtime.targets["r0"].upstream
+    runtime.targets["r0"].view.answered()
+    worker.configure(
+        msgspec.structs.replace(
+            worker.config, max_inflight_requests=9, default_output_tokens=20, release_initial=8
+        )
+    )
+    assert [view.max_inflight_requests for view in runtime.ready] == [9, 2]
+    assert runtime.ready[0].window == 4  # it goes on from there
+    assert runtime.targets["r0"].upstream is upstream
+    assert runtime.estimator.estimate(0, None) == (1, 21)
 
 
 def test_retry_after_is_the_measured_wake_time_or_a_guess(loop: Loop) -> None:
