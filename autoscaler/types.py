@@ -221,10 +221,14 @@ class PoolView:
 
     ``wake_eta_s`` is how long its next wake may take, ``None`` before one was measured. ``phase``
     says to clients what a replica on its way is at: one line of our own words, or nothing.
+    ``draining``: it was removed, and serves what it has.
     """
 
     wake_eta_s: float | None = None
     phase: str = ""
+    aliases: tuple[str, ...] = ()
+    max_replicas: int = 1
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -115,14 +115,15 @@ class ControlLoop:
     # -- running ---------------------------------------------------------------------------
 
     async def open(self) -> list[Leftover]:
-        """End what an earlier Tidegate left. Raises ``StateInUse`` when it is alive; without
-        this having succeeded nothing is started."""
+        """End what an earlier Tidegate left, and publish the pools. Raises ``StateInUse`` when it
+        is alive; without this having succeeded nothing is started."""
         leftovers: list[Leftover] = []
         if not self._opened:
             for backend in self._backends.values():
                 leftovers += await backend.adopt()
             self._opened = True
             self._register_static()
+            self._publish_changes()
         return leftovers
 
     async def run(self) -> None:

@@ -279,7 +279,12 @@ def view_pool(pool: PoolRecord) -> PoolView:
     step, nearest = min(coming, key=lambda one: ADVANCE.index(one[0]), default=("", None))
     failures = pool.failures
     phase = "" if nearest is None else start_steps.describe_step(step, nearest.progress, failures)
-    return PoolView(wake_eta_s=pool.estimate_wake_s(), phase=phase)
+    return PoolView(
+        wake_eta_s=pool.estimate_wake_s(),
+        phase=phase,
+        aliases=pool.pool.aliases,
+        max_replicas=pool.pool.max_replicas,
+    )
 
 
 def report_pool(pool: PoolRecord, loads: Mapping[str, ReplicaLoad]) -> PoolReport:

@@ -43,6 +43,7 @@ class LiveControl:
         admin_url: str,
         clock: Callable[[], float],
         observe: Callable[[], Observation],
+        pool_slots: Callable[[], Mapping[str, int]],
         traffic: Callable[[], Mapping[str, Any]],
         forks: Callable[[], dict[str, Any] | None],
     ) -> None:
@@ -54,6 +55,7 @@ class LiveControl:
         self._admin_url = admin_url
         self._clock = clock
         self._observe = observe
+        self._pool_slots = pool_slots
         self._traffic = traffic
         self._forks = forks
         self._forks_seen: tuple[float, dict[str, Any] | None] | None = None
@@ -136,7 +138,7 @@ class LiveControl:
         """Prometheus text."""
         return metrics_page.render(
             shared=self._workers.shared,
-            pools=tuple(self._pools),
+            pools=self._pool_slots(),
             report=self._loop.status(),
             version=self._version,
             traffic=self._traffic(),

@@ -6,7 +6,7 @@ format.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -41,14 +41,15 @@ CACHE_KINDS: Mapping[str, str] = {
 def render(
     *,
     shared: Shared,
-    pools: Sequence[str],
+    pools: Mapping[str, int],
     report: FleetReport | None,
     version: str,
     traffic: Mapping[str, Any],
     forks: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The whole page, in Prometheus text format 0.0.4. ``traffic``: the model cache's figures;
-    ``forks``: those of the fork server, as ``/status`` has them."""
+    """The whole page, in Prometheus text format 0.0.4. ``pools``: their slots in ``shared`` by
+    name; ``traffic``: the model cache's figures; ``forks``: those of the fork server, as
+    ``/status`` has them."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Page(shared, pools, report, version, traffic, forks))
     return generate_latest(registry)
@@ -106,7 +107,7 @@ class _Page(Collector):
     def __init__(
         self,
         shared: Shared,
-        pools: Sequence[str],
+        pools: Mapping[str, int],
         report: FleetReport | None,
         version: str,
         traffic: Mapping[str, Any],
@@ -138,7 +139,7 @@ class _Page(Collector):
             family = families.get(metric.name)
             if family is None:
                 family = families[metric.name] = _family(metric, ["pool"])
-            for slot, pool in enumerate(self._pools):
+            for pool, slot in self._pools.items():
                 labels = [pool, *(value for _, value in metric.labels)]
                 family.add_metric(labels, self._shared.pool_total(slot, index))
         yield from families.values()
@@ -148,7 +149,7 @@ class _Page(Collector):
             family = HistogramMetricFamily(PREFIX + spec.name, spec.help, labels=["pool"])
             start = metrics.HISTOGRAM_OFFSETS[number]
             bounds = [*(format(bound, "g") for bound in spec.bounds), "+Inf"]
-            for slot, pool in enumerate(self._pools):
+            for pool, slot in self._pools.items():
                 buckets, running = [], 0
                 for offset, bound in enumerate(bounds):
                     running += self._shared.pool_total(slot, start + offset)

@@ -1,41 +1,43 @@
-"""Between the control loop and the data path: replicas get slots, counters become demand.
+"""Between the control loop and the data path: pools and replicas get slots, counters become demand.
 
 The data path counts by slot, in shared memory; the control loop speaks of pools and replicas by
-name. This is the only place that knows both. A slot is given to another replica only when no
-worker counts anything on it any more, so a late answer never settles on a stranger's account.
+name. This is the only place that knows both. A replica's slot is given to another only when no
+worker counts anything on it any more, so a late answer never settles on a stranger's account; a
+pool's only when every worker has applied a fleet without the pool, which clears its counters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from autoscaler.settings import PoolSettings
 from autoscaler.types import Observation, PoolDemand, PoolView, ReplicaLoad, ReplicaView
 from gateway.datapath import metrics
 from gateway.datapath.shared import Shared
 from router.types import Fleet, Pool, Replica, ReplicaState
 
-UNTOLD = PoolView()
-
 
 class FleetBook:
     """The slots, and the newest fleet made from what the control loop published."""
 
-    def __init__(
-        self, shared: Shared, pools: Sequence[PoolSettings], clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, shared: Shared, clock: Callable[[], float]) -> None:
         self._shared = shared
-        self._pools = tuple(pools)
         self._clock = clock
         self._slots: dict[str, int] = {}
         self._retiring: set[int] = set()
+        self._pool_slots: dict[str, int] = {}
+        self._retiring_pools: dict[int, int] = {}
+        """Slots of pools that are gone, with the first version of the fleet without them."""
+        self._draining: dict[str, int] = {}
+        """Pools that were removed, with the first version of the fleet that says so."""
         self._version = 0
 
-    def publish(self, replicas: Sequence[ReplicaView], views: Mapping[str, PoolView]) -> Fleet:
-        """The next fleet, with what is told of pools by name. Replicas for which no slot is free
-        are left out until one is."""
+    def publish(self, replicas: Sequence[ReplicaView], pools: Mapping[str, PoolView]) -> Fleet:
+        """The next fleet. Replicas and pools for which no slot is free are left out until one
+        is."""
+        self._version += 1
         self._forget({view.id for view in replicas})
-        by_pool: dict[str, list[Replica]] = {pool.name: [] for pool in self._pools}
+        self._forget_pools(pools)
+        by_pool: dict[str, list[Replica]] = {name: [] for name in pools}
         for view in replicas:
             slot = self._slot(view)
             if slot is not None and view.pool in by_pool:
@@ -53,22 +55,28 @@ class FleetBook:
                         headers=view.headers,
                     )
                 )
-        self._version += 1
-        return Fleet(
-            version=self._version,
-            pools=tuple(
+        published = []
+        for name, pool in pools.items():
+            slot = self._pool_slot(name)
+            if slot is None:
+                continue
+            published.append(
                 Pool(
-                    name=pool.name,
-                    slot=index,
+                    name=name,
+                    slot=slot,
                     aliases=pool.aliases,
-                    replicas=tuple(by_pool[pool.name]),
-                    wake_eta_s=views.get(pool.name, UNTOLD).wake_eta_s,
+                    replicas=tuple(by_pool[name]),
+                    wake_eta_s=pool.wake_eta_s,
                     max_replicas=pool.max_replicas,
-                    phase=views.get(pool.name, UNTOLD).phase,
+                    phase=pool.phase,
+                    draining=pool.draining,
                 )
-                for index, pool in enumerate(self._pools)
-            ),
-        )
+            )
+        return Fleet(version=self._version, pools=tuple(published))
+
+    def pool_slots(self) -> dict[str, int]:
+        """Where each pool counts, by name."""
+        return dict(self._pool_slots)
 
     def _slot(self, view: ReplicaView) -> int | None:
         slot = self._slots.get(view.id)
@@ -82,6 +90,16 @@ class FleetBook:
                 self._slots[view.id] = slot
         return slot
 
+    def _pool_slot(self, name: str) -> int | None:
+        slot = self._pool_slots.get(name)
+        if slot is None:
+            used = set(self._pool_slots.values()) | set(self._retiring_pools)
+            free = (index for index in range(self._shared.max_pools) if index not in used)
+            slot = next(free, None)
+            if slot is not None:
+                self._pool_slots[name] = slot
+        return slot
+
     def _forget(self, present: set[str]) -> None:
         for replica_id in [known for known in self._slots if known not in present]:
             self._retiring.add(self._slots.pop(replica_id))
@@ -89,29 +107,51 @@ class FleetBook:
             slot for slot in self._retiring if self._shared.replica_total(slot) != (0, 0)
         }
 
+    def _forget_pools(self, pools: Mapping[str, PoolView]) -> None:
+        applied = self._shared.applied()
+        self._retiring_pools = {
+            slot: version for slot, version in self._retiring_pools.items() if version > applied
+        }
+        for name in [known for known in self._pool_slots if known not in pools]:
+            self._retiring_pools[self._pool_slots.pop(name)] = self._version
+        self._draining = {
+            name: self._draining.get(name, self._version)
+            for name, pool in pools.items()
+            if pool.draining
+        }
+
     def observe(self) -> Observation:
         """One look at the counters: demand per pool, load per replica."""
         now = self._clock()
-        total = self._shared.pool_total
-        pools = {
-            pool.name: PoolDemand(
-                observed_at_s=now,
-                inflight_requests=total(index, metrics.INFLIGHT_REQUESTS),
-                inflight_tokens=total(index, metrics.INFLIGHT_TOKENS),
-                queued_requests=total(index, metrics.QUEUED_REQUESTS),
-                queued_tokens=total(index, metrics.QUEUED_TOKENS),
-                arrivals_total=total(index, metrics.ARRIVALS),
-            )
-            for index, pool in enumerate(self._pools)
-        }
+        applied = self._shared.applied()
+        pools = {}
+        for name, slot in self._pool_slots.items():
+            if self._draining.get(name, 0) > applied:
+                # A worker may still be giving it new requests: what it has is not known.
+                pools[name] = PoolDemand(observed_at_s=now)
+            else:
+                pools[name] = self._demand(slot, now)
         replicas = {}
         for replica_id, slot in self._slots.items():
             requests, tokens = self._shared.replica_total(slot)
             replicas[replica_id] = ReplicaLoad(inflight_requests=requests, inflight_tokens=tokens)
         return Observation(pools=pools, replicas=replicas)
 
+    def _demand(self, slot: int, now_s: float) -> PoolDemand:
+        total = self._shared.pool_total
+        return PoolDemand(
+            observed_at_s=now_s,
+            inflight_requests=total(slot, metrics.INFLIGHT_REQUESTS),
+            inflight_tokens=total(slot, metrics.INFLIGHT_TOKENS),
+            queued_requests=total(slot, metrics.QUEUED_REQUESTS),
+            queued_tokens=total(slot, metrics.QUEUED_TOKENS),
+            arrivals_total=total(slot, metrics.ARRIVALS),
+        )
+
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` where a slot is given twice."""
-        slots = list(self._slots.values())
+        slots, pools = list(self._slots.values()), list(self._pool_slots.values())
         if len(set(slots)) != len(slots) or self._retiring & set(slots):
             raise AssertionError(f"a slot is used twice: {self._slots}, {self._retiring}")
+        if len(set(pools)) != len(pools) or set(self._retiring_pools) & set(pools):
+            raise AssertionError(f"a pool's slot is used twice: {self._pool_slots}")

@@ -126,7 +126,7 @@ class _Tidegate:
             workers=count, max_replicas=slots, max_pools=max(1, len(settings.pools))
         )
         self.stack.callback(self.shared.close)
-        self.book = FleetBook(self.shared, settings.pools, time.monotonic)
+        self.book = FleetBook(self.shared, time.monotonic)
         self.fleet = self.book.publish((), {})
         self.node = open_cache(settings, os.environ)
         self.stack.callback(self.node.close)
@@ -165,6 +165,7 @@ class _Tidegate:
             admin_url=self.admin_url,
             clock=time.monotonic,
             observe=self.book.observe,
+            pool_slots=self.book.pool_slots,
             traffic=self.models.traffic,
             forks=lambda: describe_forks(process),
         )

@@ -212,7 +212,7 @@ def metric_families() -> list[Any]:
     shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
     page = metrics_page.render(
         shared=shared,
-        pools=("p",),
+        pools={"p": 0},
         report=report,
         version="1",
         traffic=describe(None, TRANSFER),
@@ -226,7 +226,7 @@ def test_what_is_not_known_of_the_fork_server_is_left_out() -> None:
     def samples(forks: dict[str, Any] | None) -> dict[str, float]:
         shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
         page = metrics_page.render(
-            shared=shared, pools=(), report=None, version="1", traffic={}, forks=forks
+            shared=shared, pools={}, report=None, version="1", traffic={}, forks=forks
         )
         return {
             " ".join([one.name, *one.labels.values()]): one.value

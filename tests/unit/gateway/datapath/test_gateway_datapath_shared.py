@@ -176,7 +176,9 @@ def test_the_page_parses_and_its_histograms_are_true(
         part.integers[metrics.INFLIGHT_TOKENS] += 5
         part.flush()
     shared.worker_counters(1)[metrics.REASON_INDEX[Reason.REPLICA_CUT]] = 9
-    page = render(shared=shared, pools=("idle", "m"), report=None, version="1", traffic={}).decode()
+    page = render(
+        shared=shared, pools={"idle": 0, "m": 1}, report=None, version="1", traffic={}
+    ).decode()
     families = {family.name: family for family in text_string_to_metric_families(page)}
     assert all(name.startswith(PREFIX) for name in families)
 
