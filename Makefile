@@ -41,7 +41,7 @@ format: dev ## Rewrite the sources as lint wants them
 bench: dev ## Measure, against the simulated engine and the peers (ARGS="...")
 	@exec $(BIN)/python -m bench $(ARGS)
 
-doctor: dev ## What this machine has and lacks, and what to do
+doctor: dev ## Check the machine and the settings, and say what to do
 	@exec $(BIN)/tidegate doctor $(ARGS)
 
 dev: ## Only the gateway's environment, with the tools of test and lint

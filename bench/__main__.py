@@ -322,7 +322,7 @@ def _parser() -> argparse.ArgumentParser:
         help="files into the page cache, what is cached, and whether it stays",
         description="Every way to bring files into the page cache beside each other, how long it "
         "takes to tell what is cached, a reader beside prewarming, and what is left after two "
-        "minutes with the page keeper and without. Writes 4 GB to the disk and removes them. "
+        "minutes with the page holder and without. Writes 4 GB to the disk and removes them. "
         "About 6 minutes. Exit code 1 when a bar is missed.",
     ))  # fmt: skip
     _add_remote(commands.add_parser(

@@ -99,7 +99,7 @@ def start_nodes(
     count: int, url: str, folder: Path, python: str, *, settings: Mapping[str, Any] | None = None,
     token: str = "", env: Mapping[str, str] | None = None,
 ) -> list[Node]:  # fmt: skip
-    """Nodes that know each other; one alone knows nobody. Each has said that it is ready."""
+    """Nodes that know each other; one alone knows no other. Each has said that it is ready."""
     ports = [procs.free_port() for _ in range(count)]
     peers = [f"http://127.0.0.1:{port}" for port in ports]
     made = []

@@ -55,7 +55,7 @@ def fetch(transfer: Transfer, layout: Layout, url: str, settings: ModelCacheSett
 
 
 def _tell(progress: Progress) -> None:
-    """Where somebody follows the node, say how far it is."""
+    """Report the node's progress where it is followed."""
     if os.environ.get("BENCH_NODE_PROGRESS"):
         print(json.dumps({"bytes_done": progress.bytes_done}), flush=True)
 

@@ -42,7 +42,7 @@ class Options:
     per_s: float = 10.0
     time_s: int = 60
     endpoint: str | None = None
-    """Somebody's endpoint instead of an own Tidegate with the simulated engine."""
+    """An endpoint that runs already, instead of an own Tidegate with the simulated engine."""
     model: str = POOL
     output_tokens: int = 64
     prompt_words: int = 120

@@ -122,7 +122,7 @@ def versions(python: Path) -> dict[str, str]:
 
 
 def run(options: Options) -> Results:
-    """Make the files, measure everybody, remove the files."""
+    """Make the files, measure every loader, remove the files."""
     python = ensure_peers()
     results = Results(versions=versions(python))
     began_s = time.monotonic()
@@ -135,7 +135,7 @@ def run(options: Options) -> Results:
         print(f"{model.size_bytes / 1e9:.2f} GB, {model.tensors} tensors, {len(model.files)} "
               f"files, {options.rounds} rounds of {len(jobs)} contenders", flush=True)  # fmt: skip
         for number in range(options.rounds):
-            # Nobody is always first, and what is compared most closely is never far apart.
+            # No loader is always first, and what is compared most closely is never far apart.
             turn = number * len(jobs) // max(1, options.rounds)
             for sink, name in jobs[turn:] + jobs[:turn]:
                 if f"{sink}/{name}" not in results.missing:

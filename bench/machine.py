@@ -62,7 +62,7 @@ def noise(before: dict[str, float], after: dict[str, float]) -> dict[str, float]
 
 
 def load(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    """How busy the machine was between two :func:`counters`, whoever by: cores in use, and how
+    """How busy the machine was between two :func:`counters`, by any process: cores in use, and how
     much of the time something waited for a core."""
     passed = {name: after[name] - before[name] for name in before}
     time_s = max(passed["at_s"], 1e-9)

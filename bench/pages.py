@@ -1,8 +1,8 @@
 """Files into the page cache, by every way there is; what is cached, told how fast; and whether it
 stays.
 
-Ways take turns within a round, each on files whose pages were just dropped. What nobody uses is
-watched beside what the page keeper keeps, in the same minutes.
+Ways take turns within a round, each on files whose pages were just dropped. Unused pages are
+watched beside those that the page holder keeps, in the same minutes.
 """
 
 from __future__ import annotations
@@ -278,7 +278,7 @@ def _measure_foreground(files: Files, options: Options, results: Results) -> Non
 @contextlib.contextmanager
 def _reader(path: str) -> Iterator[Callable[[], float]]:
     """A process that reads a file when it is told to; GB/s. What our own process reads would not
-    count as somebody else's."""
+    count as another process's."""
     argv = [sys.executable, "-m", "bench.pages", path]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None
@@ -339,7 +339,7 @@ def _make_cold(files: Files) -> None:
         if _fraction(residency.drop(files)) <= MOST_LEFT_FRACTION:
             return
         time.sleep(0.5)
-    raise RuntimeError("the pages of the files will not go: does somebody map them?")
+    raise RuntimeError("the pages of the files stay in the cache: does another process map them?")
 
 
 def _fraction(found: Residency) -> float:

@@ -97,7 +97,7 @@ def markdown(made: Mapping[str, Any]) -> str:
     ]
     lines += ["", "## Into the page cache", "", *_ways(made["ways"])]
     lines += ["", "## What is cached", "", *_looks(made["looks_ms"])]
-    lines += ["", "## Beside somebody who reads", "", *_foreground(made["foreground"])]
+    lines += ["", "## Beside a foreground reader", "", *_foreground(made["foreground"])]
     if made["decay"]:
         lines += ["", "## Whether it stays", "", *_decay(made)]
     lines += ["", *(f"{name}: {why}." for name, why in made["missing"].items())]

@@ -2,7 +2,7 @@
 
 Every download runs in a process of its own, in turn, from an nginx on the same machine; rounds
 begin with another client each. Bytes are on the disk's file system when the clock stops and not
-forced to the platter: that costs everybody the same and is the disk's figure, not the client's.
+forced to the platter: that costs every client the same and is the disk's figure, not the client's.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def tidegate(job: Job) -> Client:
     if kind in ("http", "https"):
         url = f"{job.url}/{job.bucket}/{job.prefix}/"
     if kind == "s3":
-        import obstore  # noqa: F401 - imports are nobody's time here
+        import obstore  # noqa: F401 - imports are not measured
     if kind == "oss":
         import ossfs  # noqa: F401
     settings = ModelCacheSettings(connections=CONNECTIONS, bandwidth_bytes_s=job.rate_bytes_s)

@@ -20,8 +20,8 @@ SCRATCH_BYTES = 1_500_000_000
 """What pip needs beside what stays, while it unpacks the largest wheels."""
 
 
-class Lacking(Exception):
-    """This machine lacks something; the message is one line that says what to do."""
+class MissingRequirement(Exception):
+    """A requirement is missing on this machine; the message is one line that says what to do."""
 
 
 def engine_kind() -> str:
@@ -29,7 +29,7 @@ def engine_kind() -> str:
     told = os.environ.get(KIND_VARIABLE, "")
     if told:
         if told not in ("cpu", "cuda"):
-            raise Lacking(f"{KIND_VARIABLE} is {told!r}: it can be cpu or cuda")
+            raise MissingRequirement(f"{KIND_VARIABLE} is {told!r}: it can be cpu or cuda")
         return told
     return "cuda" if has_nvidia_gpu() else "cpu"
 
@@ -59,14 +59,14 @@ def installed_kind(environment: Path) -> str | None:
 
 
 def check_processor() -> None:
-    """Raise ``Lacking`` where vLLM's CPU build could not run: it would be killed at its import."""
+    """Raise ``MissingRequirement`` where vLLM's CPU build would be killed at its import."""
     if platform.machine() not in ("x86_64", "aarch64"):
-        raise Lacking(
+        raise MissingRequirement(
             f"vLLM's CPU build is not published for {platform.machine()}; `make run "
             "ENGINE=simulated` works, and so do pools of engines that run elsewhere"
         )
     if platform.machine() == "x86_64" and " avx2" not in CPUINFO.read_text():
-        raise Lacking(
+        raise MissingRequirement(
             "this processor has no AVX2, which vLLM's CPU build needs; `make run "
             "ENGINE=simulated` works, and so do pools of engines that run elsewhere"
         )
@@ -86,14 +86,14 @@ def choose_kind(environment: Path) -> str:
 
 
 def check_machine(root: Path, pending: Sequence[Step]) -> None:
-    """Raise ``Lacking`` when a step could not succeed here."""
+    """Raise ``MissingRequirement`` when a step could not succeed here."""
     if platform.system() != "Linux":
-        raise Lacking(f"Tidegate runs on Linux, and this is {platform.system()}")
+        raise MissingRequirement(f"Tidegate runs on Linux, and this is {platform.system()}")
     if not pending:
         return
     for module in ("venv", "ensurepip"):
         if importlib.util.find_spec(module) is None:
-            raise Lacking(
+            raise MissingRequirement(
                 f"this Python has no {module}: install it (on Debian and Ubuntu: "
                 f"apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv)"
             )
@@ -101,9 +101,9 @@ def check_machine(root: Path, pending: Sequence[Step]) -> None:
     needed += SCRATCH_BYTES if needed > 500_000_000 else 100_000_000
     free = shutil.disk_usage(root).free
     if free < needed:
-        raise Lacking(
-            f"{size_text(needed)} of disk are needed and {size_text(free)} are free here: make "
-            "room, or put the checkout on a larger disk"
+        raise MissingRequirement(
+            f"{size_text(needed)} of disk are needed and {size_text(free)} are free here: free "
+            "some, or put the checkout on a larger disk"
         )
     if not os.access(root, os.W_OK):
-        raise Lacking(f"{root} cannot be written to")
+        raise MissingRequirement(f"{root} cannot be written to")

@@ -1,7 +1,7 @@
 """What `make run`, `make test` and `make lint` need, made from nothing and only where missing.
 
 Standard library only: it runs before anything is installed. Exit codes: 2 for something this
-machine lacks (one line says what), 1 for a step that failed, 130 when interrupted.
+machine lacks a requirement (one line says which), 1 for a step that failed, 130 when interrupted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from environments import Environment, Step, Workshop, digest
-from needs import Lacking, check_machine, check_processor, choose_kind
+from needs import MissingRequirement, check_machine, check_processor, choose_kind
 from progress import StepFailed, say, size_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,7 +236,7 @@ def clean(what: Sequence[str]) -> None:
     running = _running_from([ROOT / name for name in (GATEWAY, ENGINE)])
     if running:
         pids = ", ".join(str(pid) for pid in running[:8])
-        raise Lacking(f"still running from here: process {pids}; stop it first")
+        raise MissingRequirement(f"still running from here: process {pids}; stop it first")
     with locked(ROOT / ".tidegate"):
         for name in what:
             for path in ROOT.glob(name):
@@ -294,7 +294,7 @@ def _default_model_module() -> ModuleType:
     path = ROOT / "modelcache" / "prepare" / "default_model.py"
     spec = importlib.util.spec_from_file_location("tidegate_default_model", path)
     if spec is None or spec.loader is None:
-        raise Lacking(f"{path} is missing: the checkout is not whole")
+        raise MissingRequirement(f"{path} is missing: the checkout is incomplete")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -325,8 +325,8 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted: the same command carries on from here\n")
         return 130
-    except Lacking as lacking:
-        sys.stderr.write(f"{lacking}\n")
+    except MissingRequirement as missing:
+        sys.stderr.write(f"{missing}\n")
         return 2
     except StepFailed as failed:
         sys.stderr.write(f"{failed}\n  The same command tries this step again.\n")

@@ -66,7 +66,7 @@ class Display:
         say(text)
 
     def clear(self) -> None:
-        """Leave an empty line for whoever writes next."""
+        """Leave an empty line for the next writer."""
         if self._live:
             sys.stdout.write("\r\x1b[2K")
             sys.stdout.flush()

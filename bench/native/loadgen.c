@@ -348,7 +348,7 @@ static void readable(Conn *c) {
     double now_s = clock_s();
     if (c->phase == WAITING) head(c, buf, (size_t)n, now_s);
     else if (c->phase == BODY) body(c, buf, (size_t)n, now_s);
-    else fail(c, &all.framing, "an answer nobody asked for");
+    else fail(c, &all.framing, "an unrequested answer");
 }
 
 static void ready(Conn *c, uint32_t events) {

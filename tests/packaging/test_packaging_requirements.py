@@ -62,7 +62,9 @@ def test_a_full_disk_is_told_before_anything_is_begun(
     needed = step(environments, size_bytes=4_000_000_000)
     usage = type("Usage", (), {"free": 3_000_000_000})
     monkeypatch.setattr(needs.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(needs.Lacking, match=r"5\.5 GB of disk are needed and 3\.0 GB are free"):
+    with pytest.raises(
+        needs.MissingRequirement, match=r"5\.5 GB of disk are needed and 3\.0 GB are free"
+    ):
         needs.check_machine(tmp_path, [needed])
     needs.check_machine(tmp_path, [])
     usage.free = 6_000_000_000  # type: ignore[attr-defined]
@@ -73,7 +75,7 @@ def test_a_python_without_venv_is_told_how_to_get_it(
     needs: ModuleType, environments: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(needs.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(needs.Lacking, match=r"apt install python3\.\d+-venv"):
+    with pytest.raises(needs.MissingRequirement, match=r"apt install python3\.\d+-venv"):
         needs.check_machine(tmp_path, [step(environments)])
 
 
@@ -84,12 +86,12 @@ def test_a_processor_vllm_cannot_use_is_told(
     monkeypatch.setattr(needs, "CPUINFO", cpuinfo)
     monkeypatch.setattr(needs.platform, "machine", lambda: "x86_64")
     cpuinfo.write_text("flags : fpu sse4_2 avx\n")
-    with pytest.raises(needs.Lacking, match="no AVX2"):
+    with pytest.raises(needs.MissingRequirement, match="no AVX2"):
         needs.check_processor()
     cpuinfo.write_text("flags : fpu avx avx2 fma\n")
     needs.check_processor()
     monkeypatch.setattr(needs.platform, "machine", lambda: "riscv64")
-    with pytest.raises(needs.Lacking, match="riscv64"):
+    with pytest.raises(needs.MissingRequirement, match="riscv64"):
         needs.check_processor()
 
 
@@ -101,7 +103,7 @@ def test_the_kind_of_engine_is_told_or_seen(
     monkeypatch.setenv("TIDEGATE_ENGINE", "cpu")
     assert needs.engine_kind() == "cpu"
     monkeypatch.setenv("TIDEGATE_ENGINE", "tpu")
-    with pytest.raises(needs.Lacking, match="cpu or cuda"):
+    with pytest.raises(needs.MissingRequirement, match="cpu or cuda"):
         needs.engine_kind()
 
 
@@ -156,7 +158,7 @@ def test_cleaning_spares_what_still_runs(
             deadline_s = time.monotonic() + 60
             while not prepare._running_from([tmp_path / ".venv"]) and time.monotonic() < deadline_s:
                 time.sleep(0.02)
-            with pytest.raises(prepare.Lacking, match=f"process {process.pid}"):
+            with pytest.raises(prepare.MissingRequirement, match=f"process {process.pid}"):
                 prepare.clean([".venv"])
         finally:
             process.kill()
