@@ -189,9 +189,9 @@ class Environment:
 
     def pip(self, title: str, *arguments: str) -> None:
         """``pip install`` into it, after mending and before checking what is there."""
-        self._drop_half_installed()
+        self.drop_half_installed()
         self._pip(title, *arguments)
-        damaged = self._damaged()
+        damaged = self.damaged()
         if damaged:
             again = ("--force-reinstall", "--no-deps")
             outside = [name for name in damaged if not name.startswith("tidegate==")]
@@ -213,14 +213,15 @@ class Environment:
         )  # fmt: skip
         return asked.returncode == 0
 
-    def _damaged(self) -> list[str]:
+    def damaged(self) -> list[str]:
+        """Packages with a lost or cut file, as ``name==version``."""
         asked = subprocess.run(
             [str(self.python), "-I", "-c", FIND_DAMAGED],
             capture_output=True, text=True, check=True, env=self.workshop.environ(),
         )  # fmt: skip
         return asked.stdout.split()
 
-    def _drop_half_installed(self) -> None:
+    def drop_half_installed(self) -> None:
         """Remove the traces by which pip would take a package it was killed in for installed."""
         for site in self.path.glob("lib/python3*/site-packages"):
             for entry in site.glob("*.dist-info"):

@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from environments import Step
@@ -24,14 +24,16 @@ class MissingRequirement(Exception):
     """A requirement is missing on this machine; the message is one line that says what to do."""
 
 
-def engine_kind() -> str:
+def engine_kind(
+    environ: Mapping[str, str] = os.environ, has_gpu: Callable[[], bool] | None = None
+) -> str:
     """``cuda`` where there is an NVIDIA GPU, else ``cpu``; ``TIDEGATE_ENGINE`` overrules."""
-    told = os.environ.get(KIND_VARIABLE, "")
+    told = environ.get(KIND_VARIABLE, "")
     if told:
         if told not in ("cpu", "cuda"):
             raise MissingRequirement(f"{KIND_VARIABLE} is {told!r}: it can be cpu or cuda")
         return told
-    return "cuda" if has_nvidia_gpu() else "cpu"
+    return "cuda" if (has_gpu or has_nvidia_gpu)() else "cpu"
 
 
 def has_nvidia_gpu() -> bool:
@@ -58,24 +60,25 @@ def installed_kind(environment: Path) -> str | None:
     return None
 
 
-def check_processor() -> None:
+def check_processor(machine: str | None = None, cpuinfo: Path = CPUINFO) -> None:
     """Raise ``MissingRequirement`` where vLLM's CPU build would be killed at its import."""
-    if platform.machine() not in ("x86_64", "aarch64"):
+    machine = machine or platform.machine()
+    if machine not in ("x86_64", "aarch64"):
         raise MissingRequirement(
-            f"vLLM's CPU build is not published for {platform.machine()}; `make run "
+            f"vLLM's CPU build is not published for {machine}; `make run "
             "ENGINE=simulated` works, and so do pools of engines that run elsewhere"
         )
-    if platform.machine() == "x86_64" and " avx2" not in CPUINFO.read_text():
+    if machine == "x86_64" and " avx2" not in cpuinfo.read_text():
         raise MissingRequirement(
             "this processor has no AVX2, which vLLM's CPU build needs; `make run "
             "ENGINE=simulated` works, and so do pools of engines that run elsewhere"
         )
 
 
-def choose_kind(environment: Path) -> str:
+def choose_kind(environment: Path, environ: Mapping[str, str] = os.environ) -> str:
     """The kind to make. One that is already there is kept: gigabytes are not thrown away because
     a driver was not loaded this time."""
-    wanted, there = engine_kind(), installed_kind(environment)
+    wanted, there = engine_kind(environ), installed_kind(environment)
     if there is not None and there != wanted:
         say(
             f"note: the engine environment is vLLM's {there} build and this machine now calls for "
@@ -85,21 +88,27 @@ def choose_kind(environment: Path) -> str:
     return wanted
 
 
-def check_machine(root: Path, pending: Sequence[Step]) -> None:
+def check_machine(
+    root: Path,
+    pending: Sequence[Step],
+    *,
+    free_bytes: int | None = None,
+    find_spec: Callable[[str], object] = importlib.util.find_spec,
+) -> None:
     """Raise ``MissingRequirement`` when a step could not succeed here."""
     if platform.system() != "Linux":
         raise MissingRequirement(f"Tidegate runs on Linux, and this is {platform.system()}")
     if not pending:
         return
     for module in ("venv", "ensurepip"):
-        if importlib.util.find_spec(module) is None:
+        if find_spec(module) is None:
             raise MissingRequirement(
                 f"this Python has no {module}: install it (on Debian and Ubuntu: "
                 f"apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv)"
             )
     needed = sum(step.size_bytes for step in pending)
     needed += SCRATCH_BYTES if needed > 500_000_000 else 100_000_000
-    free = shutil.disk_usage(root).free
+    free = shutil.disk_usage(root).free if free_bytes is None else free_bytes
     if free < needed:
         raise MissingRequirement(
             f"{size_text(needed)} of disk are needed and {size_text(free)} are free here: free "

