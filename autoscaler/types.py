@@ -145,6 +145,7 @@ class Reason(StrEnum):
     OVERRIDE_WAITS = "override_waits"
     SLEEP_REQUESTED = "sleep_requested"
     STATIC = "static"
+    REMOVED = "removed"
     CLOSING = "closing"
 
 

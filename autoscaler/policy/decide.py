@@ -95,6 +95,31 @@ def decide(
     return decision, state
 
 
+def decide_removed(
+    policy: PoolPolicy, status: PoolStatus, demand: Demand, state: DecideState, now_s: float
+) -> tuple[Decision, DecideState]:
+    """The same for a pool that was removed: what its last requests need, then nothing."""
+    some = demand.some_requests or demand.some_queued
+    if some:
+        free = replace(policy, min_replicas=0, max_replicas=max(1, policy.max_replicas))
+        decision, state = decide(free, status, demand, state, now_s)
+        detail = f"the pool was removed; until its requests are answered: {decision.detail}"
+        return replace(decision, reason=Reason.REMOVED, detail=detail), state
+    known = not unknown(demand)
+    decision = Decision(
+        pool=policy.pool,
+        at_s=now_s,
+        desired=0 if known else status.supply,
+        supply=status.supply,
+        reason=Reason.REMOVED if known else Reason.UNKNOWN_DEMAND,
+        detail="the pool was removed and has no request left"
+        if known
+        else "the pool was removed, and whether it has requests left is unknown",
+        bound=None if known else Bound.UNKNOWN_DEMAND,
+    )
+    return decision, state
+
+
 def has_arrived(demand: Demand, state: DecideState) -> bool:
     """Whether requests came since the last decision, even if they have gone again.
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autoscaler.control.lifecycle import Event, State
+from autoscaler.control.lifecycle import ENDED_STATES, Event, State
 
+SURGE = 1
+"""Replicas beyond ``max_replicas`` that a pool may have while outdated ones are replaced."""
 LOADING = frozenset({State.PREPARING, State.STARTING, State.WAKING})
 SUPPLY = LOADING | {State.SCHEDULED, State.READY, State.UNHEALTHY}
+SERVING = frozenset({State.STARTING, State.WAKING, State.READY})
+"""States in which an outdated replica is worth waiting for its successor."""
+ENDING_STATES = ENDED_STATES | {State.DRAINING, State.STOPPING}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,13 +21,17 @@ class Candidate:
     """A replica as the plan sees it, oldest first in a pool.
 
     ``recallable``: it drains only because it was not needed, and may go on. ``inflight_requests``
-    is ``None`` when unknown, which counts as the busiest.
+    is ``None`` when unknown, which counts as the busiest. ``outdated``: it was started with other
+    arguments than the pool has now, so another is to take its place. ``no_room``: its start was
+    put off because no GPU is free.
     """
 
     id: str
     state: State
     recallable: bool = False
     inflight_requests: int | None = None
+    outdated: bool = False
+    no_room: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +46,7 @@ def make_plan(
     desired: int,
     replicas: Sequence[Candidate],
     *,
+    max_replicas: int | None = None,
     may_stop_loading: bool = False,
     may_stop_sleeping: bool = False,
     may_sleep: bool = False,
@@ -47,7 +57,32 @@ def make_plan(
     shrink: take what waits for its start, then the unhealthy, then the least busy. One that loads
     is not taken (and no ready one in its place), unless an operator asked for the number. With
     ``may_sleep`` the last one that is ready goes to sleep instead of ending.
+
+    Outdated replicas do not count as what there is: those that serve go one for each other that
+    is ready, the rest at once. ``max_replicas`` bounds the starts meanwhile (``None``: nothing
+    does).
     """
+    outdated = [one for one in replicas if one.outdated]
+    replicas = [one for one in replicas if not one.outdated]
+    plan = make_current_plan(
+        desired,
+        replicas,
+        may_stop_loading=may_stop_loading,
+        may_stop_sleeping=may_stop_sleeping,
+        may_sleep=may_sleep,
+    )
+    return replace_outdated(plan, desired, replicas, outdated, max_replicas) if outdated else plan
+
+
+def make_current_plan(
+    desired: int,
+    replicas: Sequence[Candidate],
+    *,
+    may_stop_loading: bool,
+    may_stop_sleeping: bool,
+    may_sleep: bool,
+) -> Plan:
+    """The plan where no replica is outdated."""
     supply = [one for one in replicas if one.state in SUPPLY]
     missing = desired - len(supply)
     events = shrink(-missing, supply, may_stop_loading) if missing < 0 else []
@@ -68,6 +103,44 @@ def make_plan(
     # One that is about to sleep is woken as soon as it does, which is sooner than a new start.
     missing -= sum(one.state is State.FALLING_ASLEEP for one in replicas)
     return Plan(events=tuple(events), starts=max(0, missing))
+
+
+def replace_outdated(
+    plan: Plan,
+    desired: int,
+    current: Sequence[Candidate],
+    outdated: Sequence[Candidate],
+    max_replicas: int | None,
+) -> Plan:
+    """The plan with what becomes of the outdated replicas: a new one is ready before one goes.
+
+    Where a new one finds no room beside the others, one of them goes first, and the next only
+    when its successor is ready.
+    """
+    serving = [one for one in outdated if one.state in SERVING]
+    ready = sum(one.state is State.READY for one in current)
+    surplus = max(0, len(serving) - max(0, desired - ready))
+    if not surplus and desired > 0 and waits_for_room(current, outdated):
+        surplus = 1
+    events = [
+        (one.id, Event.STOP)
+        for one in outdated
+        if one.state not in SERVING and one.state not in ENDING_STATES
+    ]
+    events += shrink(surplus, serving, may_stop_loading=True)
+    starts = plan.starts
+    if max_replicas is not None:
+        there = sum(one.state in SUPPLY for one in current)
+        there += sum(one.state not in ENDED_STATES for one in outdated)
+        starts = min(starts, max(0, max_replicas + SURGE - there))
+    return Plan(events=(*plan.events, *events), starts=starts)
+
+
+def waits_for_room(current: Sequence[Candidate], outdated: Sequence[Candidate]) -> bool:
+    """Whether a new replica finds no room while nothing is on its way that would make some."""
+    busy = any(one.state in LOADING for one in current)
+    leaving = any(one.state in ENDING_STATES - ENDED_STATES for one in outdated)
+    return any(one.no_room for one in current) and not busy and not leaving
 
 
 def shrink(

@@ -31,12 +31,19 @@ class DemandWindow:
     """The recent demand of one pool. One owner writes it; time only moves forward."""
 
     def __init__(self, policy: PoolPolicy) -> None:
+        self._spans: deque[Span] = deque()
+        self._latest: PoolDemand | None = None
+        self.resize(policy)
+
+    def resize(self, policy: PoolPolicy) -> None:
+        """Use the windows of this policy from now on, with what was observed so far."""
         self._stable_window_s = policy.stable_window_s
         self._panic_window_s = policy.panic_window_s
         self._stale_s = policy.demand_stale_s
         self._bucket_s = policy.panic_window_s / BUCKETS_PER_PANIC_WINDOW
-        self._spans: deque[Span] = deque()
-        self._latest: PoolDemand | None = None
+        if self._latest is not None:
+            self._expire(self._latest.observed_at_s)
+        self._trim()
 
     @property
     def latest(self) -> PoolDemand | None:
@@ -104,8 +111,11 @@ class DemandWindow:
                 last.end_s = span.end_s
                 return
         self._spans.append(span)
+        self._trim()
+
+    def _trim(self) -> None:
         limit = 2 * int(self._stable_window_s / self._bucket_s) + 4
-        if len(self._spans) > limit:
+        while len(self._spans) > limit:
             self._spans.popleft()
 
     def _expire(self, now_s: float) -> None:

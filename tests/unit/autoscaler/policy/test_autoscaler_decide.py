@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoscaler.policy.decide import WISH_BUCKETS, DecideState, decide
+from autoscaler.policy.decide import WISH_BUCKETS, DecideState, decide, decide_removed
 from autoscaler.types import Bound, Demand, PoolPolicy, PoolStatus, Reason, Signal
 
 NOW = 10_000.0
@@ -221,6 +221,26 @@ def test_decision(
     assert got == (desired, reason, str(signal), bound), decision
     assert decision.detail
     assert (decision.pool, decision.at_s, decision.supply) == ("m", NOW, status.supply)
+
+
+@pytest.mark.parametrize(
+    ("status", "demand", "desired", "reason", "bound"),
+    [
+        pytest.param(PoolStatus(ready=2), known(), 0, Reason.REMOVED, None, id="idle"),
+        pytest.param(PoolStatus(starting=1), known(), 0, Reason.REMOVED, None, id="starting"),
+        pytest.param(PoolStatus(ready=2), known(10, 1), 1, Reason.REMOVED, None, id="busy"),
+        pytest.param(PoolStatus(), known(10, 1), 1, Reason.REMOVED, None, id="held"),
+        pytest.param(
+            PoolStatus(ready=2), UNKNOWN, 2, Reason.UNKNOWN_DEMAND, Bound.UNKNOWN_DEMAND, id="blind"
+        ),
+    ],
+)
+def test_a_removed_pool_serves_what_it_has_and_ends(
+    status: PoolStatus, demand: Demand, desired: int, reason: Reason, bound: Bound | None
+) -> None:
+    at_once = replace(TWO, scale_down_delay_s=0.0)
+    decision, _ = decide_removed(at_once, status, demand, QUIET, NOW)
+    assert (decision.desired, decision.reason, decision.bound) == (desired, reason, bound)
 
 
 def test_scale_down_waits_for_the_delay() -> None:

@@ -84,6 +84,81 @@ def test_to_zero_by_way_of_sleep(desired: int, replicas: list[Candidate], plan: 
     assert make_plan(desired, replicas, may_sleep=True) == plan
 
 
+def old(*states: State, busy: int | None = None) -> list[Candidate]:
+    """Outdated replicas named z, y, x..., oldest first."""
+    return [
+        Candidate(id=chr(122 - number), state=state, outdated=True, inflight_requests=busy)
+        for number, state in enumerate(states)
+    ]
+
+
+NO_ROOM = [Candidate(id="a", state=S.SCHEDULED, no_room=True)]
+
+REPLACEMENTS = [
+    ("a new one is started beside it", 1, 1, old(S.READY), Plan(starts=1)),
+    ("the old one stays while it loads", 1, 1, old(S.READY) + some(S.STARTING), Plan()),
+    (
+        "and goes when it is ready",
+        1,
+        1,
+        old(S.READY) + some(S.READY),
+        Plan(events=(("z", Event.STOP),)),
+    ),
+    ("not while the new one is unhealthy", 1, 1, old(S.READY) + some(S.UNHEALTHY), Plan()),
+    ("one more than the most at a time", 3, 3, old(S.READY, S.READY, S.READY), Plan(starts=1)),
+    ("as many as there is room for", 2, 8, old(S.READY, S.READY), Plan(starts=2)),
+    (
+        "the next when the one before has ended",
+        2,
+        2,
+        old(S.DRAINING, S.READY) + some(S.READY),
+        Plan(),
+    ),
+    ("which has ended", 2, 2, old(S.STOPPED, S.READY) + some(S.READY), Plan(starts=1)),
+    (
+        "what does not serve goes at once",
+        1,
+        2,
+        old(S.SCHEDULED, S.PREPARING, S.UNHEALTHY, S.DRAINING_TO_SLEEP, S.FALLING_ASLEEP),
+        Plan(events=tuple((name, Event.STOP) for name in "zyxwv")),
+    ),
+    ("one that starts is waited for", 1, 1, old(S.STARTING), Plan(starts=1)),
+    (
+        "what sleeps is not woken",
+        1,
+        1,
+        old(S.SLEEPING),
+        Plan(events=(("z", Event.STOP),), starts=1),
+    ),
+    (
+        "at zero all go",
+        0,
+        2,
+        old(S.READY, S.SLEEPING),
+        Plan(events=(("y", Event.STOP), ("z", Event.STOP))),
+    ),
+    (
+        "without room one goes first",
+        2,
+        2,
+        old(S.READY, S.READY) + NO_ROOM,
+        Plan(events=(("y", Event.STOP),), starts=0),
+    ),
+    ("and no other until it is gone", 2, 2, old(S.READY, S.STOPPING) + NO_ROOM, Plan()),
+    ("nor until its successor is ready", 2, 2, old(S.READY) + some(S.STARTING) + NO_ROOM, Plan()),
+]
+
+
+@pytest.mark.parametrize(
+    ("desired", "most", "replicas", "plan"),
+    [pytest.param(*case[1:], id=case[0]) for case in REPLACEMENTS],
+)
+def test_outdated_replicas_are_replaced(
+    desired: int, most: int, replicas: list[Candidate], plan: Plan
+) -> None:
+    assert make_plan(desired, replicas, max_replicas=most) == plan
+
+
 def test_what_is_being_prepared_is_loading_and_an_operator_may_end_it() -> None:
     coming = some(S.PREPARING)
     assert make_plan(1, coming) == Plan()

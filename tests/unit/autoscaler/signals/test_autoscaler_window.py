@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -94,6 +95,22 @@ def test_trap_6_nan_is_unknown_not_a_number_that_blocks() -> None:
     assert window.read(1.0).tokens is None
     window.add(seen(2.0, 2))
     assert window.read(2.0).stable_tokens == pytest.approx(0.0)
+
+
+def test_other_windows_keep_what_was_observed_as_far_as_they_reach() -> None:
+    window = DemandWindow(POLICY)
+    for at_s in range(100, 160):
+        window.add(seen(float(at_s), 0 if at_s < 150 else 8))
+    short = replace(POLICY, stable_window_s=20.0, panic_window_s=4.0)
+    window.resize(short)
+    window.check_integrity()
+    demand = window.read(160.0)
+    assert demand.stable_requests == pytest.approx(4.0)
+    assert demand.panic_requests == pytest.approx(8.0)
+    window.resize(POLICY)
+    window.check_integrity()
+    # What was before is forgotten, but for the span that the end of the short window cuts.
+    assert window.read(160.0).stable_requests == pytest.approx(4.0, rel=0.1)
 
 
 def test_an_older_observation_is_ignored() -> None:
