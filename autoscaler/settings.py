@@ -1,9 +1,9 @@
-"""What the autoscaler can be told: how pools are scaled, and which pools there are."""
+"""Settings of the autoscaler: how pools are scaled, and which pools there are."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -17,9 +17,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from autoscaler.tiers.warmth_settings import WarmthSettings
 from autoscaler.types import PoolPolicy
 from modelcache.refs import parse_ref
+from modelcache.types import Tier
 
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 OWN_HEADERS = frozenset({"host", "content-length", "transfer-encoding", "connection", "upgrade"})
@@ -98,12 +98,12 @@ class AutoscalerSettings(BaseModel):
     is Knative's tenth of the stable window."""
 
     panic_threshold: float = Field(default=2.0, ge=1.1, le=100.0)
-    """A pool panics when the short window wants this many times the replicas that are ready. While
-    it panics it only grows. 2 is Knative's."""
+    """A pool panics when the panic window asks for this many times the replicas that are ready.
+    While it panics it only grows. 2 is Knative's."""
 
     scale_down_delay_s: float = Field(default=60.0, ge=0.0, le=86_400.0)
-    """Seconds a lower number must have been enough before replicas go: the highest wish of this
-    long counts. Starting an engine costs about as much as keeping it for a minute."""
+    """Seconds a lower number must have been enough before replicas go: the largest recommendation
+    of that time counts. Starting an engine costs about as much as keeping it for a minute."""
 
     idle_to_zero_s: float = Field(default=300.0, ge=0.0, le=604_800.0)
     """Seconds without a request before the last replica of a pool with ``min_replicas = 0`` goes.
@@ -126,8 +126,8 @@ class AutoscalerSettings(BaseModel):
     by then is kept for the next try. 140 GB at 20 MB/s are two hours."""
 
     start_poll_s: float = Field(default=0.25, ge=0.01, le=60.0)
-    """Seconds between two looks at an engine that is starting. Every second of it is added to
-    somebody's wait, and a look is one small request."""
+    """Seconds between two looks at an engine that is starting. All of it is added to a
+    client's wait, and a look is one small request."""
 
     health_interval_s: float = Field(default=2.0, ge=0.05, le=600.0)
     """Seconds between two health checks of a replica that is ready or unhealthy."""
@@ -213,6 +213,49 @@ class AutoscalerSettings(BaseModel):
             )
 
 
+class TierSettings(BaseModel):
+    """How warm a pool stays at zero: seconds in each tier before the next colder one. 0 leaves a
+    tier out, and so does a machine or an engine that does not have it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    sleeping_s: float | None = Field(default=0.0, ge=0.0, le=31_536_000.0)
+    """Seconds an engine sleeps, its weights in host memory, before it is ended. It wakes in about
+    a second and costs its memory for as long, so 0 unless that is worth it. Needs an engine
+    that can (vLLM on a GPU, the simulated one); where it cannot, this tier is left out."""
+
+    forked_s: float | None = Field(default=None, ge=0.0, le=31_536_000.0)
+    """Seconds an engine process stands by, everything imported and no weights loaded. Shares most
+    of its memory with the fork server. Unset: for ever, where there is a fork server."""
+
+    paged_s: float | None = Field(default=None, ge=0.0, le=31_536_000.0)
+    """Seconds the weights are kept in the page cache, within ``modelcache.page_budget_bytes``.
+    Unset: for ever."""
+
+    on_disk_s: float | None = Field(default=None, ge=0.0, le=31_536_000.0)
+    """Seconds the weights of a model with a URL stay on this node's disk before they are given up;
+    a directory is never removed. Unset: until the model cache needs the room."""
+
+    sleep_level: int = Field(default=1, ge=1, le=2)
+    """How deep an engine sleeps: 1 keeps its weights in host memory, 2 drops them."""
+
+    @property
+    def keeps_pages(self) -> bool:
+        """Whether there is any tier in which the weights are in the page cache."""
+        return self.forked_s != 0 or self.paged_s != 0
+
+    @property
+    def stays_s(self) -> dict[Tier, float | None]:
+        """Seconds in each tier that has a limit; ``remote`` has none, and ``running`` is not
+        ended by time alone."""
+        return {
+            Tier.SLEEPING: self.sleeping_s,
+            Tier.FORKED: self.forked_s,
+            Tier.PAGED: self.paged_s,
+            Tier.ON_DISK: self.on_disk_s,
+        }
+
+
 class PoolSettings(BaseModel):
     """One model that is served, and the replicas that serve it."""
 
@@ -225,8 +268,8 @@ class PoolSettings(BaseModel):
     """Further names clients may use for this pool."""
 
     backend: Literal["process", "static"] = "process"
-    """``process``: engines are child processes of Tidegate. ``static``: engines that somebody else
-    runs, at ``urls``: health-checked and routed to, never started or stopped."""
+    """``process``: engines are child processes of Tidegate. ``static``: externally
+    managed servers at ``urls``: health-checked and routed to, never started or stopped."""
 
     engine: Literal["vllm", "simulated"] | None = None
     """Which engine a ``process`` pool starts; required there. ``simulated`` answers instantly and
@@ -239,11 +282,11 @@ class PoolSettings(BaseModel):
     they list, or the pool's own."""
 
     min_replicas: int = Field(default=0, ge=0, le=10_000)
-    """Fewest replicas of a ``process`` pool. 0 lets it go to zero when nobody asks."""
+    """Fewest replicas of a ``process`` pool. 0 lets it go to zero without requests."""
 
     max_replicas: int = Field(default=1, ge=1, le=10_000)
     """Most replicas of a ``process`` pool. 1, because a second engine rarely fits beside the
-    first unless somebody planned it."""
+    first unless that was planned for."""
 
     target_inflight_tokens: int = Field(default=8_192, ge=1, le=1_000_000_000)
     """Tokens (prompt and expected output of all its requests) one replica carries comfortably;
@@ -306,7 +349,7 @@ class PoolSettings(BaseModel):
     """Path that answers 200 when a server is well. A server that answers 404 is asked for
     ``/v1/models`` instead."""
 
-    warmth: WarmthSettings = WarmthSettings()
+    tiers: TierSettings = TierSettings()
     """How warm a ``process`` pool stays while it is at zero."""
 
     @model_validator(mode="after")
@@ -355,10 +398,20 @@ class PoolSettings(BaseModel):
         for field in (*unused, "cpus_per_replica", "min_replicas"):
             if getattr(self, field):
                 yield f'{field} is only for backend = "process"'
-        if self.warmth != WarmthSettings():
-            yield 'warmth is only for backend = "process"'
+        if self.tiers != TierSettings():
+            yield 'tiers is only for backend = "process"'
         if self.api_key_env and any(name.lower() == "authorization" for name in self.headers):
             yield "api_key_env and headers both set Authorization"
+
+
+def make_slug(name: str, taken: Collection[str]) -> str:
+    """A name for a pool that is fit for ids, paths and files, and is not taken."""
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:100] or "pool"
+    number, unique = 1, slug
+    while unique in taken:
+        number += 1
+        unique = f"{slug}.{number}"
+    return unique
 
 
 def raise_first(conflicts: Iterator[str]) -> None:

@@ -46,7 +46,7 @@ class Contender:
     name: str
     title: str
     loaders: str = ""
-    warmth: str = ""
+    tiers: str = ""
     cold_engine: bool = False
     cold_model: bool = False
     tier: str = ""
@@ -59,7 +59,7 @@ CONTENDERS = (
         name="plain",
         title="plain vLLM, cold disk",
         loaders='fork_server = false\nload_format = "auto"',
-        warmth="forked_s = 0, paged_s = 0",
+        tiers="forked_s = 0, paged_s = 0",
         cold_engine=True,
         cold_model=True,
     ),
@@ -67,27 +67,27 @@ CONTENDERS = (
         name="plain_warm",
         title="plain vLLM, all pages warm",
         loaders='fork_server = false\nload_format = "auto"',
-        warmth="forked_s = 0, paged_s = 0",
+        tiers="forked_s = 0, paged_s = 0",
     ),
     Contender(
         name="on_disk",
         title="on_disk: fork server, weights on cold disk",
-        warmth="forked_s = 0, paged_s = 0",
+        tiers="forked_s = 0, paged_s = 0",
         cold_model=True,
     ),
     Contender(
         name="paged",
         title="paged: fork server, weights in page cache",
-        warmth="forked_s = 0",
+        tiers="forked_s = 0",
     ),
     Contender(
         name="remote",
         title="remote: weights in a store of 200 MB/s",
-        warmth="forked_s = 0, paged_s = 0, on_disk_s = 0",
+        tiers="forked_s = 0, paged_s = 0, on_disk_s = 0",
         tier="remote",
         remote=True,
     ),
-    Contender(name="forked", title="forked: an engine stands by", warmth="", tier="forked"),
+    Contender(name="forked", title="forked: an engine stands by", tiers="", tier="forked"),
 )
 
 
@@ -200,7 +200,7 @@ def _pool(contender: Contender, model: str) -> str:
         "max_model_len_tokens = 2048",
         "max_replicas = 1",
         "idle_to_zero_s = 3600",
-        f"warmth = {{ {contender.warmth} }}" if contender.warmth else "",
+        f"tiers = {{ {contender.tiers} }}" if contender.tiers else "",
         "[loaders]",
         f'engine_python = "{ENGINE_PYTHON.absolute()}"',
         contender.loaders,

@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from autoscaler.backends.base import BackendError, NoRoom, Probe, Unsupported
-from autoscaler.control.lifecycle import PROBED_STATES, Action, Event, Refused, State, step
 from autoscaler.control.replicas import PoolRecord, ReplicaRecord
+from autoscaler.policy.lifecycle import PROBED_STATES, Action, Event, Refused, State, step
 from autoscaler.settings import AutoscalerSettings
 from modelcache.types import Progress, Tier
 
@@ -65,7 +65,6 @@ class Actuator:
         self._errors = errors
         self._tasks: set[asyncio.Task[None]] = set()
         self._looking: set[str] = set()
-        self._keeping = asyncio.Lock()
 
     def apply(
         self, pool: PoolRecord, record: ReplicaRecord, event: Event, detail: str = ""
@@ -125,20 +124,10 @@ class Actuator:
             case Action.DRAIN:
                 record.drain_at_s = now_s
             case Action.MEASURE:
-                self._measure(pool, record, now_s)
+                if record.begun_at_s is not None and record.woken_from is not None:
+                    pool.tiers.record_wake(record.woken_from, now_s - record.begun_at_s)
             case Action.COUNT_FAILURE:
                 self._count_failure(pool, record, now_s)
-
-    def _measure(self, pool: PoolRecord, record: ReplicaRecord, now_s: float) -> None:
-        if record.begun_at_s is None or record.woken_from is None:
-            return
-        pool.wake_times.add(pool.model_key, record.woken_from, now_s - record.begun_at_s)
-        if pool.wake_times.is_kept:
-            self.spawn(self._keep_times(pool), "wake times")
-
-    async def _keep_times(self, pool: PoolRecord) -> None:
-        async with self._keeping:  # else an older text could replace a newer one
-            await asyncio.to_thread(pool.wake_times.write, pool.wake_times.render())
 
     def _count_failure(self, pool: PoolRecord, record: ReplicaRecord, now_s: float) -> None:
         pool.failures += 1
@@ -243,7 +232,9 @@ class Actuator:
             )
             pool.sleep_requested = False
             again_s = self._clock() + self._settings.backoff_max_s
-            pool.bar(Tier.SLEEPING, text, None if isinstance(error, Unsupported) else again_s)
+            pool.tiers.exclude(
+                Tier.SLEEPING, text, None if isinstance(error, Unsupported) else again_s
+            )
             self.apply(pool, record, Event.SLEEP_FAILED, text)
         else:
             self.apply(pool, record, Event.SLEPT)

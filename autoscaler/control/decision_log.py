@@ -43,11 +43,6 @@ class DecisionHistory:
         """The decisions of one pool, newest last; none for a pool without any."""
         return list(self._pools.get(pool, ()))
 
-    def newest(self, pool: str) -> Decision | None:
-        """The last decision of one pool."""
-        past = self._pools.get(pool)
-        return past[-1].decision if past else None
-
     def counts(self) -> Mapping[tuple[str, Reason], int]:
         """How many decisions there were since the start, by pool and reason."""
         return dict(self._counts)

@@ -18,14 +18,14 @@ from typing import Any
 from autoscaler.backends.base import Backend, Leftover, Unsupported
 from autoscaler.control.actuator import Actuator, ErrorCounts
 from autoscaler.control.decision_log import DecisionHistory
-from autoscaler.control.lifecycle import Event, State
-from autoscaler.control.replicas import PoolRecord, make_slugs, make_views, report_pool, view_pool
+from autoscaler.control.replicas import ASLEEP, PoolRecord, make_views, report_pool, view_pool
 from autoscaler.control.timers import Timers
 from autoscaler.policy.decide import decide
+from autoscaler.policy.lifecycle import ENDED_STATES, Event, State
 from autoscaler.policy.plan import make_plan
-from autoscaler.settings import AutoscalerSettings, PoolSettings
-from autoscaler.tiers.manager import Stepper
-from autoscaler.tiers.preparer import AsItLies, Preparer
+from autoscaler.settings import AutoscalerSettings, PoolSettings, make_slug
+from autoscaler.tiers.manager import TierManager
+from autoscaler.tiers.preparer import NullPreparer, Preparer
 from autoscaler.tiers.wake_times import WakeTimes
 from autoscaler.types import (
     Decision,
@@ -37,6 +37,7 @@ from autoscaler.types import (
     Reason,
     ReplicaView,
 )
+from modelcache.types import Tier
 
 LOG = logging.getLogger("tidegate.autoscaler")
 
@@ -76,22 +77,8 @@ class ControlLoop:
         self._clock = clock
         self._sleep = sleep
         self._backends = {pool.backend: backends[pool.backend] for pool in pools}
-        as_it_lies = AsItLies()
-        self._preparer = preparer or as_it_lies
+        self._preparer = preparer or NullPreparer()
         self._wake_times = wake_times or WakeTimes(samples=settings.wake_samples)
-        slugs = make_slugs(pool.name for pool in pools)
-        self._pools = {
-            pool.name: PoolRecord(
-                pool,
-                settings,
-                backends[pool.backend],
-                slugs[pool.name],
-                # The models of externally managed servers are not ours to fetch or keep warm.
-                preparer=self._preparer if backends[pool.backend].owns_replicas else as_it_lies,
-                wake_times=self._wake_times,
-            )
-            for pool in pools
-        }
         self._errors = ErrorCounts()
         self._actuator = Actuator(
             settings=settings,
@@ -102,8 +89,10 @@ class ControlLoop:
             errors=self._errors,
         )
         self._timers = Timers(settings, self._actuator)
-        self._stepper = Stepper(settings, self._actuator, self._errors, self._note_change)
         self._history = DecisionHistory(settings.history_size)
+        self._pools: dict[str, PoolRecord] = {}
+        for pool in pools:
+            self._pools[pool.name] = self._make_pool(pool)
         self._observation = Observation()
         self._awake = asyncio.Event()
         self._changed = True
@@ -111,6 +100,22 @@ class ControlLoop:
         self._opened = False
         self._runner: asyncio.Task[Any] | None = None
         self._closing = False
+
+    def _make_pool(self, pool: PoolSettings) -> PoolRecord:
+        backend = self._backends[pool.backend]
+        # The models of externally managed servers are not ours to fetch or keep warm.
+        preparer = self._preparer if backend.owns_replicas else NullPreparer()
+        tiers = TierManager(
+            pool,
+            preparer=preparer,
+            wake_times=self._wake_times,
+            retry_s=self._settings.backoff_max_s,
+            spawn=self._actuator.spawn,
+            on_error=self._errors.add,
+            on_change=self._note_change,
+        )
+        slug = make_slug(pool.name, {one.slug for one in self._pools.values()})
+        return PoolRecord(pool, self._settings, backend, slug, preparer=preparer, tiers=tiers)
 
     # -- running ---------------------------------------------------------------------------
 
@@ -222,7 +227,7 @@ class ControlLoop:
             self._carry_out(pool, decision, now_s)
         self._timers.start_due(pool, now_s)
         if pool.backend.owns_replicas and not self._closing:
-            self._stepper.advance(pool, decision, now_s)
+            self._advance_tiers(pool, decision, now_s)
         pool.forget(self._settings.failed_kept)
 
     def _decide(self, pool: PoolRecord, now_s: float) -> Decision:
@@ -273,13 +278,13 @@ class ControlLoop:
             pool.make_candidates(self._observation.replicas),
             may_stop_loading=closing or decision.reason is Reason.OVERRIDE,
             may_stop_sleeping=closing or to_zero,
-            may_sleep=decision.reason is Reason.IDLE_TO_ZERO and self._stepper.may_sleep(pool),
+            may_sleep=decision.reason is Reason.IDLE_TO_ZERO and pool.tiers.may_sleep(),
         )
         for replica_id, event in plan.events:
             record = pool.replicas[replica_id]
             record.recallable = event in {Event.STOP, Event.SLEEP} and record.state is State.READY
             if event is Event.SLEEP:
-                record.sleep_level, record.sleep_error = pool.pool.warmth.sleep_level, None
+                record.sleep_level, record.sleep_error = pool.pool.tiers.sleep_level, None
             self._actuator.apply(pool, record, event)
         for _ in range(plan.starts):
             pool.add_replica(now_s)
@@ -287,6 +292,21 @@ class ControlLoop:
             for record in list(pool.replicas.values()):
                 if record.state in GOING_TO_SLEEP:
                     self._actuator.apply(pool, record, Event.STOP)
+
+    def _advance_tiers(self, pool: PoolRecord, decision: Decision, now_s: float) -> None:
+        tier = pool.tiers.choose(
+            idle=pool.is_idle(decision, now_s),
+            can_sleep=pool.count(State.DRAINING_TO_SLEEP, *ASLEEP) > 0,
+            hold_asleep=pool.sleep_requested and pool.count(*ASLEEP) > 0,
+            now_s=now_s,
+        )
+        if tier is None or tier is Tier.SLEEPING:
+            return
+        for record in list(pool.replicas.values()):
+            if record.state is State.SLEEPING:
+                self._actuator.apply(pool, record, Event.STOP)
+        if all(record.state in ENDED_STATES for record in pool.replicas.values()):
+            pool.tiers.move(tier, now_s)
 
     def _register_static(self) -> None:
         now_s = self._clock()

@@ -1,24 +1,21 @@
-"""What the control loop remembers of each pool and replica, and the pictures it gives of them."""
+"""The control loop's state: a record of each pool and replica, and the reports made of them."""
 
 from __future__ import annotations
 
 import asyncio
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from autoscaler.backends.base import Backend, BackendError, Probe, ReplicaSpec
 from autoscaler.control import start_steps
-from autoscaler.control.lifecycle import ENDED_STATES, PUBLIC, State
 from autoscaler.policy.decide import DecideState
+from autoscaler.policy.lifecycle import ENDED_STATES, PUBLIC, State
 from autoscaler.policy.plan import LOADING, Candidate
-from autoscaler.policy.tier_policy import Descent, Rung
 from autoscaler.settings import AutoscalerSettings, PoolSettings, first, make_policy
 from autoscaler.signals.window import DemandWindow
+from autoscaler.tiers.manager import TierManager
 from autoscaler.tiers.preparer import Preparer
-from autoscaler.tiers.wake_times import WakeTimes
-from autoscaler.tiers.warmth_settings import make_ladder
 from autoscaler.types import (
     Decision,
     PoolReport,
@@ -27,9 +24,8 @@ from autoscaler.types import (
     ReplicaLoad,
     ReplicaReport,
     ReplicaView,
-    TierReport,
 )
-from modelcache.types import TIERS, Progress, Tier
+from modelcache.types import Progress, Tier
 from router.types import ReplicaState
 
 
@@ -73,14 +69,6 @@ class ReplicaRecord:
         return self.spec.pool.name
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bar:
-    """Why a pool cannot be in a tier: until a time on the loop's clock, or (``None``) for good."""
-
-    why: str
-    until_s: float | None
-
-
 class PoolRecord:
     """One pool: its settings, its demand, its replicas, and how its engine has been doing."""
 
@@ -92,49 +80,39 @@ class PoolRecord:
         slug: str,
         *,
         preparer: Preparer,
-        wake_times: WakeTimes,
+        tiers: TierManager,
     ) -> None:
         self.pool = pool
         self.policy = make_policy(pool, settings)
         self.start_timeout_s = first(pool.start_timeout_s, settings.start_timeout_s)
         self.prepare_timeout_s = first(pool.prepare_timeout_s, settings.prepare_timeout_s)
         self.backend = backend
+        self.slug = slug
         self.preparer = preparer
-        self.ladder = make_ladder(pool.warmth)
-        self.descent = Descent()
-        self.rung: Rung | None = None
-        """Where the ladder last put it, while it is at zero."""
-        self.barred: dict[Tier, Bar] = {}
-        self.looked_at_s: float | None = None
-        self.settling: asyncio.Task[None] | None = None
-        self.settled_for: Tier | None = None
-        self.settle_again_s = 0.0
+        self.tiers = tiers
         self.window = DemandWindow(self.policy)
         self.decide_state = DecideState()
         self.decision: Decision | None = None
         self.replicas: dict[str, ReplicaRecord] = {}
         self.override: int | None = None
         self.sleep_requested = False
-        """Put to sleep by an operator: at zero until somebody asks."""
+        """Put to sleep by an operator: at zero until the next request."""
         self.wake_signal = False
         self.failures = 0
         self.retry_at_s: float | None = None
         self.error: str | None = None
         self.ready_at_s: float | None = None
-        self.wake_times = wake_times
-        self.model_key = f"{pool.engine or pool.backend}:{pool.model or pool.name}"
-        self._slug = slug
         self._numbers = 0
 
     def forget_demand(self) -> None:
-        """Begin anew with what was asked of it: only what comes from now on counts."""
+        """Begin anew: only demand from now on counts."""
         self.window = DemandWindow(self.policy)
         self.decide_state = DecideState(arrivals_total=self.decide_state.arrivals_total)
 
     def add_replica(self, now_s: float, *, url: str | None = None) -> ReplicaRecord:
         """A new replica, scheduled, with an id this loop has not used before."""
         self._numbers += 1
-        name = f"{self._slug}-{self._numbers}"
+        name = f"{self.slug}-{self._numbers}"
         not_before_s = now_s if self.retry_at_s is None else max(now_s, self.retry_at_s)
         record = ReplicaRecord(
             id=name,
@@ -150,7 +128,7 @@ class PoolRecord:
         return sum(record.state in states for record in self.replicas.values())
 
     def make_status(self) -> PoolStatus:
-        """What ``decide`` is told."""
+        """The pool as ``decide`` sees it."""
         return PoolStatus(
             scheduled=self.count(State.SCHEDULED),
             preparing=self.count(State.PREPARING),
@@ -166,7 +144,7 @@ class PoolRecord:
         )
 
     def make_candidates(self, loads: Mapping[str, ReplicaLoad]) -> list[Candidate]:
-        """What the plan is told, oldest first."""
+        """The replicas as the plan sees them, oldest first."""
         return [
             Candidate(
                 id=record.id,
@@ -179,37 +157,36 @@ class PoolRecord:
             for record in self.replicas.values()
         ]
 
-    def bar(self, tier: Tier, why: str, until_s: float | None) -> None:
-        """Have the ladder leave out a tier, for good or for a while."""
-        self.barred[tier] = Bar(why=why, until_s=until_s)
-
-    def lift_bars(self, now_s: float) -> None:
-        """Let tiers be tried again whose time has come."""
-        self.barred = {
-            tier: bar
-            for tier, bar in self.barred.items()
-            if bar.until_s is None or now_s < bar.until_s
-        }
+    def is_idle(self, decision: Decision, now_s: float) -> bool | None:
+        """Whether the pool is at zero without demand; ``None`` where that is not known."""
+        demand = self.window.read(now_s)
+        if decision.desired > 0 or self.make_status().supply or self.wake_signal:
+            return False
+        if demand.some_requests or demand.some_queued:
+            return False
+        if None in (demand.tokens, demand.requests, demand.arrivals_total):
+            return None
+        return True
 
     def tier(self) -> Tier | None:
-        """How warm it is now; ``None`` for servers that somebody else runs."""
+        """How warm it is now; ``None`` for externally managed servers."""
         if not self.backend.owns_replicas:
             return None
         if self.count(State.READY, State.UNHEALTHY, State.DRAINING, State.DRAINING_TO_SLEEP):
             return Tier.RUNNING
         if self.count(*ASLEEP, State.WAKING):
             return Tier.SLEEPING
-        return self.preparer.tier(self.pool)
+        return self.tiers.model_tier
 
     def start_tier(self) -> Tier:
-        """What one more start begins from. An engine that stands by is there for one only."""
-        tier = self.preparer.tier(self.pool)
+        """The tier one more start begins from. A standby is there for one start only."""
+        tier = self.tiers.model_tier
         taken = any(
             one.state in LOADING and one.woken_from is Tier.FORKED for one in self.replicas.values()
         )
         if tier is not Tier.FORKED or not taken:
             return tier
-        return Tier.PAGED if Tier.PAGED in self.preparer.tiers(self.pool) else Tier.ON_DISK
+        return Tier.PAGED if Tier.PAGED in self.tiers.model_tiers else Tier.ON_DISK
 
     def estimate_wake_s(self) -> float | None:
         """How long the wake under way, or else the next, takes at most, by those measured;
@@ -221,8 +198,8 @@ class PoolRecord:
         elif self.count(*ASLEEP):
             tier = Tier.SLEEPING
         else:
-            tier = self.preparer.tier(self.pool)
-        return self.wake_times.estimate_s(self.model_key, tier)
+            tier = self.tiers.model_tier
+        return self.tiers.estimate_wake_s(tier)
 
     def forget(self, failed_kept: int) -> None:
         """Drop the replicas that are gone, except the newest failures."""
@@ -246,7 +223,7 @@ ADVANCE = tuple(reversed(start_steps.STEPS))
 
 
 def make_views(pools: Iterable[PoolRecord]) -> tuple[ReplicaView, ...]:
-    """What the data path is told: every replica that has an address and is not gone."""
+    """The replicas to publish: every one that has an address and has not ended."""
     views = []
     for pool in pools:
         for record in pool.replicas.values():
@@ -270,7 +247,7 @@ def make_views(pools: Iterable[PoolRecord]) -> tuple[ReplicaView, ...]:
 
 
 def view_pool(pool: PoolRecord) -> PoolView:
-    """What the data path is told of a pool; the phase is that of the replica nearest to ready."""
+    """A pool as it is published; the phase is that of the replica nearest to ready."""
     coming = [
         (name_step(one), one)
         for one in pool.replicas.values()
@@ -307,43 +284,9 @@ def report_pool(pool: PoolRecord, loads: Mapping[str, ReplicaLoad]) -> PoolRepor
         retry_at_s=pool.retry_at_s if pool.failures else None,
         error=pool.error,
         tier=pool.tier(),
-        tiers=report_tiers(pool),
-        step_down_at_s=step_down_at_s(pool),
+        tiers=pool.tiers.report(pool.tier()) if pool.backend.owns_replicas else (),
+        step_down_at_s=pool.tiers.step_down_at_s,
     )
-
-
-def step_down_at_s(pool: PoolRecord) -> float | None:
-    """When a pool at zero will be a tier colder, if nobody asks; ``None`` for never."""
-    seen_at_s = pool.descent.seen_at_s
-    if pool.rung is None or pool.rung.left_s is None or seen_at_s is None:
-        return None
-    return seen_at_s + pool.rung.left_s
-
-
-def report_tiers(pool: PoolRecord) -> tuple[TierReport, ...]:
-    """The tiers a pool knows here, from hot to cold: those it can be in, was in, or was told of."""
-    if not pool.backend.owns_replicas:
-        return ()
-    here = pool.preparer.tiers(pool.pool)
-    reports = []
-    for tier in TIERS[1:]:
-        bar = pool.barred.get(tier)
-        times_s = pool.wake_times.measured(pool.model_key, tier)
-        stays_s = pool.ladder.stays_s(tier)
-        wanted = tier is Tier.SLEEPING and stays_s != 0
-        available = bar is None and (tier in here or wanted or pool.tier() is tier)
-        if available or bar is not None or times_s:
-            reports.append(
-                TierReport(
-                    tier=tier,
-                    available=available,
-                    wake_s=pool.wake_times.median_s(pool.model_key, tier),
-                    wakes=len(times_s),
-                    stays_s=stays_s,
-                    why_not="" if bar is None else bar.why,
-                )
-            )
-    return tuple(reports)
 
 
 def report_replica(record: ReplicaRecord, load: ReplicaLoad | None) -> ReplicaReport:
@@ -370,12 +313,12 @@ def report_replica(record: ReplicaRecord, load: ReplicaLoad | None) -> ReplicaRe
 
 
 def name_step(record: ReplicaRecord) -> str:
-    """What a replica on its way is at, in one word; nothing for any other."""
+    """The step a replica on its way to ready is at, in one word; nothing for any other."""
     return start_steps.name_step(record.state, record.progress, record.probe.phase)
 
 
 def describe_phase(record: ReplicaRecord) -> str:
-    """What a replica is at, where its state alone does not say."""
+    """What a replica is doing, where its state alone does not say."""
     match record.state:
         case State.SCHEDULED:
             return "waits for its start"
@@ -390,17 +333,3 @@ def describe_phase(record: ReplicaRecord) -> str:
             return record.state.value.replace("_", " ")
         case _:
             return ""
-
-
-def make_slugs(names: Iterable[str]) -> dict[str, str]:
-    """A name for each pool that is fit for ids, paths and files; no two are the same."""
-    slugs: dict[str, str] = {}
-    for name in names:
-        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:100] or "pool"
-        number = 1
-        unique = slug
-        while unique in slugs.values():
-            number += 1
-            unique = f"{slug}.{number}"
-        slugs[name] = unique
-    return slugs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autoscaler.control.lifecycle import State
+from autoscaler.policy.lifecycle import State
 from modelcache.types import Progress
 
 SCHEDULED = "scheduled"

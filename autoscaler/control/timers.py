@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from autoscaler.backends.base import BackendError
 from autoscaler.control.actuator import Actuator
-from autoscaler.control.lifecycle import Event, State
 from autoscaler.control.replicas import PoolRecord, ReplicaRecord, describe_phase
+from autoscaler.policy.lifecycle import Event, State
 from autoscaler.settings import AutoscalerSettings
 from autoscaler.types import ReplicaLoad
 

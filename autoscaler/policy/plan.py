@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autoscaler.control.lifecycle import ENDED_STATES, Event, State
+from autoscaler.policy.lifecycle import ENDED_STATES, Event, State
 
 SURGE = 1
 """Replicas beyond ``max_replicas`` that a pool may have while outdated ones are replaced."""

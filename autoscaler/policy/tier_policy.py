@@ -1,10 +1,10 @@
-"""How warm a pool is kept while nobody asks: a pure function of how long nobody has.
+"""How warm a pool at zero is kept: a pure function of how long it has been without demand.
 
-The tiers are steps of a ladder, hottest first. A pool that has gone to zero stays on each step for
-the time its settings give that step, then goes one down. Steps that are given no time, or that the
-pool does not have here, are left out and take none of it; the coldest there is has no end. A step
-that comes back before its time is spent is taken again. Going up is nobody's decision here: who
-asks brings the pool up from wherever it is.
+A pool that has gone to zero stays in each tier, hottest first, for the seconds its settings give
+that tier, then goes one colder. Tiers that are given no time, or that the pool does not have here,
+are left out and take none of it; the coldest there is has no end. A tier that comes back before
+its time is spent is taken again. Going up is not decided here: a request starts the pool from
+whichever tier it is in.
 """
 
 from __future__ import annotations
@@ -14,87 +14,67 @@ from dataclasses import dataclass, field, replace
 
 from modelcache.types import TIERS, Tier
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LadderPolicy:
-    """Seconds a pool at zero stays on each step; 0 leaves it out, ``None`` is for ever."""
-
-    sleeping_s: float | None = 0.0
-    forked_s: float | None = None
-    paged_s: float | None = None
-    on_disk_s: float | None = None
-
-    def stays_s(self, tier: Tier) -> float | None:
-        """The time on one step. ``remote`` is the floor; ``running`` is ``decide``'s to end."""
-        match tier:
-            case Tier.SLEEPING:
-                return self.sleeping_s
-            case Tier.FORKED:
-                return self.forked_s
-            case Tier.PAGED:
-                return self.paged_s
-            case Tier.ON_DISK:
-                return self.on_disk_s
-            case _:
-                return None
+TierTimes = Mapping[Tier, float | None]
+"""Seconds a pool at zero stays in each tier: 0 leaves it out, ``None`` or no entry is for ever."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Descent:
-    """How far down a pool is: the seconds it has spent on each step since it went to zero.
+class TierState:
+    """The seconds a pool has spent in each tier since it went to zero.
 
-    Only time between two looks that both found nobody there counts. ``on`` is the step it is on,
-    ``seen_at_s`` the last look that found nobody; both ``None`` where the last look did not.
+    Only time between two readings that both found it idle counts. ``tier`` is the one it is in,
+    ``seen_at_s`` the last reading that found it idle; both ``None`` where the last one did not.
     """
 
     spent_s: Mapping[Tier, float] = field(default_factory=dict)
-    on: Tier | None = None
+    tier: Tier | None = None
     seen_at_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rung:
-    """The step a pool belongs on, and in how many seconds the next is due (``None``: never)."""
+class TierChoice:
+    """The tier a pool belongs in, and in how many seconds the next is due (``None``: never)."""
 
     tier: Tier
     left_s: float | None = None
 
 
-def descend(
-    policy: LadderPolicy,
+def choose_tier(
+    stays_s: TierTimes,
     available: Set[Tier],
-    descent: Descent,
+    state: TierState,
     idle: bool | None,
     now_s: float,
-) -> tuple[Rung | None, Descent]:
-    """Where a pool belongs at ``now_s``, if it is known to be idle, and what to remember.
+) -> tuple[TierChoice | None, TierState]:
+    """The tier a pool belongs in at ``now_s``, if it is known to be idle, and what to remember.
 
-    ``available`` are the tiers it can be in, here and now. ``idle`` is whether it is at zero with
-    nobody there: somebody (``False``) puts it back on top, and unknown (``None``) stops the time.
+    ``available`` are the tiers it can be in, here and now. ``idle`` is whether it is at zero
+    without demand: demand (``False``) begins anew, and unknown (``None``) stops the time.
     """
     if idle is None:
-        return None, replace(descent, on=None, seen_at_s=None)
+        return None, replace(state, tier=None, seen_at_s=None)
     if not idle:
-        return None, Descent()
-    spent_s = dict(descent.spent_s)
-    if descent.on is not None and descent.seen_at_s is not None:
-        gap_s = max(0.0, now_s - descent.seen_at_s)
-        spent_s[descent.on] = spent_s.get(descent.on, 0.0) + gap_s
-    rung = choose_rung(policy, available, spent_s)
-    return rung, Descent(spent_s=spent_s, on=rung.tier, seen_at_s=now_s)
+        return None, TierState()
+    spent_s = dict(state.spent_s)
+    if state.tier is not None and state.seen_at_s is not None:
+        gap_s = max(0.0, now_s - state.seen_at_s)
+        spent_s[state.tier] = spent_s.get(state.tier, 0.0) + gap_s
+    choice = pick_tier(stays_s, available, spent_s)
+    return choice, TierState(spent_s=spent_s, tier=choice.tier, seen_at_s=now_s)
 
 
-def choose_rung(policy: LadderPolicy, available: Set[Tier], spent_s: Mapping[Tier, float]) -> Rung:
-    """The hottest step that is there and has time left, else the coldest that is there; without
-    any a pool is as cold as can be."""
+def pick_tier(
+    stays_s: TierTimes, available: Set[Tier], spent_s: Mapping[Tier, float]
+) -> TierChoice:
+    """The hottest available tier that has time left, else the coldest; ``remote`` without any."""
     below = [tier for tier in TIERS if tier in available and tier is not Tier.RUNNING]
     if not below:
-        return Rung(tier=Tier.REMOTE)
+        return TierChoice(tier=Tier.REMOTE)
     for tier in below[:-1]:
-        stays_s = policy.stays_s(tier)
-        if stays_s is None:
-            return Rung(tier=tier)
-        left_s = stays_s - spent_s.get(tier, 0.0)
+        limit_s = stays_s.get(tier)
+        if limit_s is None:
+            return TierChoice(tier=tier)
+        left_s = limit_s - spent_s.get(tier, 0.0)
         if left_s > 0.0:
-            return Rung(tier=tier, left_s=left_s)
-    return Rung(tier=below[-1])
+            return TierChoice(tier=tier, left_s=left_s)
+    return TierChoice(tier=below[-1])

@@ -1,115 +1,195 @@
-"""Takes pools at zero down the ladder, one step at a time, and warms what cooled by itself.
+"""Moves one pool at zero from tier to tier, and reports on its tiers.
 
-``ladder`` says where a pool belongs; here it is brought there, beside the loop, one change of a
-pool at a time. Whoever asks for the pool meanwhile does not wait for that: it is called off.
+``tier_policy`` says where a pool belongs; here it is brought there, beside the control loop, one
+move at a time. A request for the pool does not wait for a move: it is cancelled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from autoscaler.backends.base import Unsupported
-from autoscaler.control.actuator import Actuator, ErrorCounts
-from autoscaler.control.lifecycle import ENDED_STATES, Event, State
-from autoscaler.control.replicas import ASLEEP, PoolRecord
-from autoscaler.policy.tier_policy import Rung, choose_rung, descend
-from autoscaler.settings import AutoscalerSettings
-from autoscaler.types import Decision
-from modelcache.types import Tier
+from autoscaler.policy.tier_policy import TierChoice, TierState, choose_tier, pick_tier
+from autoscaler.settings import PoolSettings
+from autoscaler.tiers.preparer import Preparer
+from autoscaler.tiers.wake_times import WakeTimes
+from autoscaler.types import TierReport
+from modelcache.types import TIERS, Tier
+
+Spawn = Callable[[Awaitable[None], str], asyncio.Task[None]]
+"""Runs work beside the loop under a name; its errors are recorded."""
 
 
-class Stepper:
-    """The ladder's hands. A change that did not succeed is tried again after
-    ``backoff_max_s``."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unavailable:
+    """Why a pool cannot be in a tier: until a time on the loop's clock, or (``None``) for good."""
+
+    reason: str
+    until_s: float | None
+
+
+class TierManager:
+    """The tiers of one pool: those it can be in, the one it is in, and how long wakes took.
+
+    A move that failed is tried again after ``retry_s``. ``on_error`` records an error by where it
+    was raised and returns its text; ``on_change`` is called after every move.
+    """
 
     def __init__(
         self,
-        settings: AutoscalerSettings,
-        actuator: Actuator,
-        errors: ErrorCounts,
+        pool: PoolSettings,
+        *,
+        preparer: Preparer,
+        wake_times: WakeTimes,
+        retry_s: float,
+        spawn: Spawn,
+        on_error: Callable[[str, BaseException], str],
         on_change: Callable[[], None],
     ) -> None:
-        self._again_s = settings.backoff_max_s
-        self._actuator = actuator
-        self._errors = errors
+        self._pool = pool
+        self._preparer = preparer
+        self._wake_times = wake_times
+        self._retry_s = retry_s
+        self._spawn = spawn
+        self._on_error = on_error
         self._on_change = on_change
+        self._stays_s = pool.tiers.stays_s
+        self._model = f"{pool.engine or pool.backend}:{pool.model or pool.name}"
+        self._state = TierState()
+        self._choice: TierChoice | None = None
+        self._unavailable: dict[Tier, Unavailable] = {}
+        self._refreshed_at_s: float | None = None
+        self._move: asyncio.Task[None] | None = None
+        self._moved_to: Tier | None = None
+        self._retry_at_s = 0.0
 
-    def may_sleep(self, pool: PoolRecord) -> bool:
+    @property
+    def model_tier(self) -> Tier:
+        """The warmest tier below ``sleeping`` that the model is in: what a start begins from."""
+        return self._preparer.tier(self._pool)
+
+    @property
+    def model_tiers(self) -> frozenset[Tier]:
+        """The tiers below ``sleeping`` that the model can be in."""
+        return self._preparer.tiers(self._pool)
+
+    @property
+    def step_down_at_s(self) -> float | None:
+        """When a pool at zero will be a tier colder without a request; ``None`` for never."""
+        if self._choice is None or self._choice.left_s is None or self._state.seen_at_s is None:
+            return None
+        return self._state.seen_at_s + self._choice.left_s
+
+    def may_sleep(self) -> bool:
         """Whether an engine that is idle shall sleep, rather than end."""
-        if Tier.SLEEPING in pool.barred:
+        if Tier.SLEEPING in self._unavailable:
             return False
-        tiers = pool.preparer.tiers(pool.pool) | {Tier.SLEEPING}
-        return choose_rung(pool.ladder, tiers, {}).tier is Tier.SLEEPING
+        available = self.model_tiers | {Tier.SLEEPING}
+        return pick_tier(self._stays_s, available, {}).tier is Tier.SLEEPING
 
-    def advance(self, pool: PoolRecord, decision: Decision, now_s: float) -> None:
-        """Look at a pool after its decision has been carried out."""
-        pool.lift_bars(now_s)
-        idle = is_idle(pool, decision, now_s)
-        tiers = set(pool.preparer.tiers(pool.pool))
-        if pool.count(State.DRAINING_TO_SLEEP, *ASLEEP):
-            tiers.add(Tier.SLEEPING)
-        pool.rung, pool.descent = descend(
-            pool.ladder, tiers - set(pool.barred), pool.descent, idle, now_s
+    def exclude(self, tier: Tier, reason: str, until_s: float | None) -> None:
+        """Leave out a tier, until a time or (``None``) for good."""
+        self._unavailable[tier] = Unavailable(reason=reason, until_s=until_s)
+
+    def choose(
+        self, *, idle: bool | None, can_sleep: bool, hold_asleep: bool, now_s: float
+    ) -> Tier | None:
+        """The tier the pool belongs in now; ``None`` while it has demand, or may have.
+
+        ``can_sleep``: an engine sleeps, or is about to. ``hold_asleep``: it shall go on sleeping
+        until the next request, for an operator asked for it.
+        """
+        self._unavailable = {
+            tier: one
+            for tier, one in self._unavailable.items()
+            if one.until_s is None or now_s < one.until_s
+        }
+        available = set(self.model_tiers)
+        if can_sleep:
+            available.add(Tier.SLEEPING)
+        self._choice, self._state = choose_tier(
+            self._stays_s, available - set(self._unavailable), self._state, idle, now_s
         )
         if idle is False:
-            self.call_off(pool)
-        if pool.rung is not None and pool.sleep_requested and pool.count(*ASLEEP):
-            pool.rung = Rung(tier=Tier.SLEEPING)  # until somebody asks: an operator wants it so
-        if pool.rung is None or pool.rung.tier is Tier.SLEEPING:
-            return
-        for record in list(pool.replicas.values()):
-            if record.state is State.SLEEPING:
-                self._actuator.apply(pool, record, Event.STOP)
-        if all(record.state in ENDED_STATES for record in pool.replicas.values()):
-            self._settle(pool, pool.rung.tier, now_s)
+            self.cancel_move()
+        if self._choice is not None and hold_asleep:
+            self._choice = TierChoice(tier=Tier.SLEEPING)
+        return None if self._choice is None else self._choice.tier
 
-    def call_off(self, pool: PoolRecord) -> None:
-        """End the change of a pool that is under way."""
-        if pool.settling is not None:
-            pool.settling.cancel()
-            pool.settling = pool.settled_for = None
+    def cancel_move(self) -> None:
+        """End the move that is under way."""
+        if self._move is not None:
+            self._move.cancel()
+            self._move = self._moved_to = None
 
-    def _settle(self, pool: PoolRecord, tier: Tier, now_s: float) -> None:
-        if pool.settling is not None and not pool.settling.done():
+    def move(self, tier: Tier, now_s: float) -> None:
+        """Begin to bring the pool, which has no process, to a tier, unless a move is under way."""
+        if self._move is not None and not self._move.done():
             return
-        where = pool.preparer.tier(pool.pool)
-        looked_s = None if pool.looked_at_s is None else now_s - pool.looked_at_s
-        # What was there may be gone: a standby dies, somebody evicts by hand.
-        if looked_s is None or looked_s >= self._again_s:
-            pool.looked_at_s = now_s
-            work = self._look(pool)
-        elif where is not tier and (pool.settled_for is not tier or now_s >= pool.settle_again_s):
-            pool.settled_for, pool.settle_again_s = tier, now_s + self._again_s
-            work = self._bring(pool, tier, again_s=now_s + self._again_s)
+        seen_s = None if self._refreshed_at_s is None else now_s - self._refreshed_at_s
+        retry_at_s = now_s + self._retry_s
+        # What was there may be gone: a standby dies, an operator evicts a model.
+        if seen_s is None or seen_s >= self._retry_s:
+            self._refreshed_at_s = now_s
+            work = self._refresh()
+        elif self.model_tier is not tier and (
+            self._moved_to is not tier or now_s >= self._retry_at_s
+        ):
+            self._moved_to, self._retry_at_s = tier, retry_at_s
+            work = self._move_to(tier, retry_at_s)
         else:
             return
-        pool.settling = self._actuator.spawn(work, f"warmth of {pool.pool.name}")
+        self._move = self._spawn(work, f"tier of {self._pool.name}")
 
-    async def _look(self, pool: PoolRecord) -> None:
+    async def _refresh(self) -> None:
         try:
-            await pool.preparer.look(pool.pool)
+            await self._preparer.refresh(self._pool)
         finally:
             self._on_change()
 
-    async def _bring(self, pool: PoolRecord, tier: Tier, again_s: float) -> None:
+    async def _move_to(self, tier: Tier, retry_at_s: float) -> None:
         try:
-            await pool.preparer.settle(pool.pool, tier)
+            await self._preparer.move_to(self._pool, tier)
         except Unsupported as error:
-            pool.bar(tier, str(error), None)
+            self.exclude(tier, str(error), None)
         except Exception as error:  # noqa: BLE001 -- whatever it is, the pool is not in that tier
-            text = self._errors.add(f"warmth of {pool.pool.name}", error)
-            pool.bar(tier, text, again_s)
+            self.exclude(tier, self._on_error(f"tier of {self._pool.name}", error), retry_at_s)
         finally:
             self._on_change()
 
+    def record_wake(self, tier: Tier, seconds: float) -> None:
+        """Remember that a start or wake from ``tier`` took so long."""
+        self._wake_times.add(self._model, tier, seconds)
+        if self._wake_times.is_kept:
+            self._spawn(self._wake_times.save(), "wake times")
 
-def is_idle(pool: PoolRecord, decision: Decision, now_s: float) -> bool | None:
-    """Whether a pool is at zero with nobody there; ``None`` where that is not known."""
-    demand = pool.window.read(now_s)
-    if decision.desired > 0 or pool.make_status().supply or pool.wake_signal:
-        return False
-    if demand.some_requests or demand.some_queued:
-        return False
-    if None in (demand.tokens, demand.requests, demand.arrivals_total):
-        return None
-    return True
+    def estimate_wake_s(self, tier: Tier) -> float | None:
+        """How long a wake from ``tier`` takes at most; ``None`` before the first."""
+        return self._wake_times.estimate_s(self._model, tier)
+
+    def report(self, current: Tier | None) -> tuple[TierReport, ...]:
+        """The tiers the pool knows here, from hot to cold: those it can be in, those it has been
+        woken from, those that were excluded. ``current`` is the one it is in."""
+        reports = []
+        for tier in TIERS[1:]:
+            excluded = self._unavailable.get(tier)
+            times_s = self._wake_times.measured(self._model, tier)
+            stays_s = self._stays_s.get(tier)
+            configured = tier is Tier.SLEEPING and stays_s != 0
+            available = excluded is None and (
+                tier in self.model_tiers or configured or current is tier
+            )
+            if available or excluded is not None or times_s:
+                reports.append(
+                    TierReport(
+                        tier=tier,
+                        available=available,
+                        wake_s=self._wake_times.median_s(self._model, tier),
+                        wakes=len(times_s),
+                        stays_s=stays_s,
+                        why_not="" if excluded is None else excluded.reason,
+                    )
+                )
+        return tuple(reports)

@@ -29,7 +29,7 @@ class Preparer(Protocol):
         """The warmest of them that it is in: what a start would begin from. No I/O."""
         ...
 
-    async def look(self, pool: PoolSettings) -> None:
+    async def refresh(self, pool: PoolSettings) -> None:
         """See again where the pool's model is; somebody else may have fetched or removed it."""
         ...
 
@@ -45,7 +45,7 @@ class Preparer(Protocol):
         """The replica is gone, or will not be started. Nothing to do for one that held nothing."""
         ...
 
-    async def settle(self, pool: PoolSettings, tier: Tier) -> None:
+    async def move_to(self, pool: PoolSettings, tier: Tier) -> None:
         """Bring a pool at zero to one of its tiers, down or up; called off by cancellation.
 
         Raises ``Unsupported`` where this pool cannot be in it. Somebody's lease or pin may keep it
@@ -58,7 +58,7 @@ class Preparer(Protocol):
         ...
 
 
-class AsItLies:
+class NullPreparer:
     """A preparer for models that lie where their engines look for them."""
 
     def tiers(self, pool: PoolSettings) -> frozenset[Tier]:
@@ -69,7 +69,7 @@ class AsItLies:
         """On disk."""
         return Tier.ON_DISK
 
-    async def look(self, pool: PoolSettings) -> None:
+    async def refresh(self, pool: PoolSettings) -> None:
         """Nothing moves."""
 
     async def prepare(self, spec: ReplicaSpec, report: Report) -> ReplicaSpec:
@@ -79,7 +79,7 @@ class AsItLies:
     async def release(self, replica_id: str) -> None:
         """Nothing was held."""
 
-    async def settle(self, pool: PoolSettings, tier: Tier) -> None:
+    async def move_to(self, pool: PoolSettings, tier: Tier) -> None:
         """It is settled."""
 
     async def close(self) -> None:

@@ -5,6 +5,7 @@ One small JSON file, replaced as a whole. What cannot be read in it is as good a
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -37,10 +38,11 @@ class WakeTimes:
         self._path = path
         self._samples = samples
         self._times: dict[Key, dict[Tier, deque[float]]] = {}
+        self._saving = asyncio.Lock()
 
     @property
     def is_kept(self) -> bool:
-        """Whether ``write`` writes anything."""
+        """Whether ``save`` writes anything."""
         return self._path is not None
 
     def add(self, model: str, tier: Tier, seconds: float) -> None:
@@ -83,26 +85,13 @@ class WakeTimes:
         for key, tier, times_s in entries:
             self._put(key, tier, times_s)
 
-    def render(self) -> str:
-        """What is remembered, as ``write`` keeps it."""
-        return json.dumps({"version": VERSION, "wakes": self._entries()}, indent=1) + "\n"
-
-    def write(self, text: str) -> None:
-        """Replace the file; may run in a thread. Raises ``OSError``."""
+    async def save(self) -> None:
+        """Replace the file, in a thread. Raises ``OSError``."""
         if self._path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, self._path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+        async with self._saving:  # or an older text could replace a newer one
+            text = json.dumps({"version": VERSION, "wakes": self._entries()}, indent=1) + "\n"
+            await asyncio.to_thread(replace_file, self._path, text)
 
     def _put(self, key: Key, tier: Tier, times_s: Iterable[float]) -> None:
         tiers = self._times.pop(key, {})
@@ -122,6 +111,22 @@ class WakeTimes:
             for (model, node), tiers in self._times.items()
             for tier, times_s in tiers.items()
         ]
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file, durably, as a whole or not at all. Raises ``OSError``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
 
 
 def read_entries(found: object) -> Iterable[tuple[Key, Tier, list[float]]]:

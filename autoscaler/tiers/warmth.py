@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from autoscaler.backends.base import BackendError, ReplicaSpec, Unsupported
-from autoscaler.control.replicas import make_slugs
-from autoscaler.settings import PoolSettings
+from autoscaler.settings import PoolSettings, make_slug
 from autoscaler.tiers.preparer import Report
 from autoscaler.tiers.warmth_parts import (
     Bring,
@@ -71,11 +70,11 @@ class Warmth:
         self._cache, self._keeper, self._standbys = cache, keeper, standbys
         self._prewarm, self._transform, self._bring = prewarm, transform, bring
         self._prewarm_behind = prewarm_behind or prewarm
-        slugs = make_slugs(pool.name for pool in pools)
         self._leases = Leases()
-        self._places = {
-            pool.name: make_place(pool, slugs[pool.name], self._leases.part()) for pool in pools
-        }
+        self._places: dict[str, Place] = {}
+        for pool in pools:
+            slug = make_slug(pool.name, {one.slug for one in self._places.values()})
+            self._places[pool.name] = make_place(pool, slug, self._leases.part())
         self._holds: dict[str, Hold] = {}
         self._flags: set[threading.Event] = set()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tidegate-models")
@@ -103,7 +102,7 @@ class Warmth:
             return Tier.FORKED
         return Tier.PAGED if place.kept else Tier.ON_DISK
 
-    async def look(self, pool: PoolSettings) -> None:
+    async def refresh(self, pool: PoolSettings) -> None:
         """See ``Preparer``."""
         place = self._places[pool.name]
         if place.standby and self._standbys is not None:
@@ -132,7 +131,7 @@ class Warmth:
         hold = self._hold(spec.id)
         tell = make_teller(report)
         if place.ref is None:
-            await self.look(spec.pool)
+            await self.refresh(spec.pool)
         else:
             await self._fetch(place, hold, spec.id, tell)
         path = await self._make_for(place, hold, spec.id, tell)
@@ -246,7 +245,7 @@ class Warmth:
 
     # -- for a pool at zero ----------------------------------------------------------------
 
-    async def settle(self, pool: PoolSettings, tier: Tier) -> None:
+    async def move_to(self, pool: PoolSettings, tier: Tier) -> None:
         """See ``Preparer``."""
         place = self._places[pool.name]
         if tier is Tier.FORKED:
@@ -312,7 +311,7 @@ class Warmth:
     # -- pages -----------------------------------------------------------------------------
 
     def _may_page(self, place: Place) -> bool:
-        return Tier.PAGED in self.tiers(place.pool) and place.pool.warmth.keeps_pages
+        return Tier.PAGED in self.tiers(place.pool) and place.pool.tiers.keeps_pages
 
     async def _page_quietly(self, place: Place, path: Path | None) -> None:
         try:

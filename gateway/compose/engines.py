@@ -83,7 +83,7 @@ def gpu_memory_fraction(
 
 def may_sleep(pool: PoolSettings, loaders: LoaderSettings) -> bool:
     """Whether a vLLM is to be able to sleep: its pool wants that, and its build can."""
-    if pool.warmth.sleeping_s == 0 or SLEEP_FLAG in pool.engine_args:
+    if pool.tiers.sleeping_s == 0 or SLEEP_FLAG in pool.engine_args:
         return False
     install = find_install(loaders.engine_python)
     return install is not None and install.device == "cuda"

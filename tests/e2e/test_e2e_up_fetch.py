@@ -63,7 +63,7 @@ def running(tmp_path_factory: pytest.TempPathFactory, store: Store) -> Iterator[
     nothing = {"paged_s": 0, "forked_s": 0, "on_disk_s": 0.5}
     pools = [
         simulated("told", model=url("told")),
-        simulated("cold", model=url("cold"), idle_to_zero_s=0.5, warmth=nothing),
+        simulated("cold", model=url("cold"), idle_to_zero_s=0.5, tiers=nothing),
         simulated("off", model=url("off")),
         simulated("two", model=url("two"), max_replicas=2),
         simulated("gone", model=url("gone")),

@@ -29,10 +29,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Tidegate]:
     quick = {"model": str(model), "idle_to_zero_s": 2}
     pools = [
-        simulated("steps", *BRISK, **quick, warmth={"sleeping_s": 1}),
-        simulated("deep", *BRISK, **quick, warmth={"sleeping_s": 0.5, "paged_s": 0.5}),
-        simulated("rests", *BRISK, **quick, warmth={"sleeping_s": 3_600}),
-        simulated("cool", **quick, warmth={"paged_s": 0, "forked_s": 0}),
+        simulated("steps", *BRISK, **quick, tiers={"sleeping_s": 1}),
+        simulated("deep", *BRISK, **quick, tiers={"sleeping_s": 0.5, "paged_s": 0.5}),
+        simulated("rests", *BRISK, **quick, tiers={"sleeping_s": 3_600}),
+        simulated("cool", **quick, tiers={"paged_s": 0, "forked_s": 0}),
         simulated("never", model=str(model), min_replicas=1),
         simulated("slow", *SHUT, model=str(model)),
     ]

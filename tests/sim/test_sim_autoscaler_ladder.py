@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from virtual_time import now, run_virtual
 
 from autoscaler.backends.base import BackendError
-from autoscaler.control.lifecycle import State
+from autoscaler.policy.lifecycle import State
 from autoscaler.settings import AutoscalerSettings, PoolSettings
 from autoscaler.tiers.wake_times import WakeTimes
 from autoscaler.types import PoolReport, Reason
@@ -30,11 +30,11 @@ QUICK = AutoscalerSettings(
     backoff_max_s=8.0,
     drain_s=60.0,
 )
-WARMTH = {"sleeping_s": 30, "forked_s": 40, "paged_s": 50, "on_disk_s": 60}
+TIERS_S = {"sleeping_s": 30, "forked_s": 40, "paged_s": 50, "on_disk_s": 60}
 
 
-def warm(**warmth: float) -> PoolSettings:
-    return process_pool(max_replicas=2, warmth={**WARMTH, **warmth})
+def warm(**seconds: float) -> PoolSettings:
+    return process_pool(max_replicas=2, tiers={**TIERS_S, **seconds})
 
 
 def look(world: World) -> PoolReport:
@@ -73,7 +73,7 @@ def test_down_the_ladder_step_by_step_and_the_next_request_brings_it_up() -> Non
             ends_s = [10.0, 40.0, 42.0, 80.0, 130.0, 190.0]
             assert [at_s for _, at_s in seen[1:]] == [pytest.approx(e, abs=3.5) for e in ends_s]
             assert backend.calls.count(("sleep", "m-1")) == 1
-            assert models.settled == [Tier.FORKED, Tier.PAGED, Tier.ON_DISK, Tier.REMOTE]
+            assert models.moved == [Tier.FORKED, Tier.PAGED, Tier.ON_DISK, Tier.REMOTE]
             assert models.held == set()
             await once(world)
             assert (world.answered, world.cut) == (2, 0)
@@ -268,13 +268,13 @@ def test_where_sleep_fails_the_step_is_left_out_and_says_why() -> None:
 
 def test_a_tier_that_failed_is_tried_again_after_a_while() -> None:
     async def story() -> None:
-        models = FakePreparer(settle_error=BackendError("the fork server died"))
+        models = FakePreparer(move_error=BackendError("the fork server died"))
         async with World([warm(sleeping_s=0)], QUICK, preparer=models) as world:
             await asyncio.sleep(10.0)
             (forked,) = [one for one in look(world).tiers if one.tier is Tier.FORKED]
             assert (forked.available, forked.why_not) == (False, "the fork server died")
             assert tier_of(world) is Tier.ON_DISK
-            models.settle_error = None
+            models.move_error = None
             await world.until(lambda: tier_of(world) is Tier.FORKED, 2 * QUICK.backoff_max_s)
 
     run_virtual(story())
@@ -288,8 +288,8 @@ def test_unsupported_tiers_are_not_asked_for_again() -> None:
             await world.until(lambda: tier_of(world) is Tier.ON_DISK, 100.0)
             await once(world)
             await world.until(lambda: tier_of(world) is Tier.ON_DISK, 100.0)
-            assert Tier.FORKED not in models.settled
-            assert not any("warmth" in where for where in world.loop.status().errors)
+            assert Tier.FORKED not in models.moved
+            assert not any(where.startswith("tier of") for where in world.loop.status().errors)
 
     run_virtual(story())
 
@@ -343,13 +343,13 @@ def test_unknown_is_not_idle() -> None:
 
 def test_a_change_of_tier_is_called_off_by_who_asks() -> None:
     async def story() -> None:
-        models = FakePreparer(settle_s=500.0)
+        models = FakePreparer(move_s=500.0)
         async with World([warm(sleeping_s=0)], QUICK, preparer=models) as world:
             await asyncio.sleep(20.0)
             began_s = now()
             await once(world)
             assert now() - began_s < 10.0
-            assert models.settled == []
+            assert models.moved == []
 
     run_virtual(story())
 
@@ -363,18 +363,18 @@ def test_what_was_there_and_is_gone_is_noticed_and_brought_again() -> None:
         async with World([pool], QUICK, preparer=models) as world:
             await world.until(lambda: models.here is Tier.FORKED, 60.0)
             await asyncio.sleep(20.0)
-            looks = models.looks
+            looks = models.refreshes
             models.here = Tier.ON_DISK  # gone
             await world.until(lambda: models.here is Tier.FORKED, 60.0)
             await asyncio.sleep(60.0)
-            assert models.looks > looks
+            assert models.refreshes > looks
 
     run_virtual(story())
 
 
 def test_of_several_replicas_one_sleeps() -> None:
     async def story() -> None:
-        pool = process_pool(max_replicas=3, target_inflight_tokens=100, warmth=WARMTH)
+        pool = process_pool(max_replicas=3, target_inflight_tokens=100, tiers=TIERS_S)
         limits = QUICK.model_copy(update={"scale_down_delay_s": 100.0})
         async with World([pool], limits, preparer=FakePreparer()) as world:
             await asyncio.gather(*world.burst(3, 20.0))
@@ -394,10 +394,10 @@ class Watched(FakePreparer):
         self.world: World | None = None
         self.wrong: list[str] = []
 
-    async def settle(self, pool: PoolSettings, tier: Tier) -> None:
-        self.check(f"settle {tier}")
-        await super().settle(pool, tier)
-        self.check(f"settled {tier}")
+    async def move_to(self, pool: PoolSettings, tier: Tier) -> None:
+        self.check(f"move to {tier}")
+        await super().move_to(pool, tier)
+        self.check(f"moved to {tier}")
 
     def check(self, what: str) -> None:
         assert self.world is not None
@@ -417,7 +417,7 @@ STEPS = st.one_of(
     st.tuples(st.just("blind"), st.booleans()),
     st.tuples(st.just("scale"), st.none() | st.integers(0, 2)),
     st.tuples(st.just("sleeps"), st.booleans()),
-    st.tuples(st.just("settle takes"), st.floats(0.0, 40.0)),
+    st.tuples(st.just("move takes"), st.floats(0.0, 40.0)),
     st.tuples(st.just("fetch takes"), st.floats(0.1, 40.0)),
 )
 SECONDS = st.sampled_from([0.0, 5.0, 20.0, 60.0])
@@ -427,17 +427,17 @@ SECONDS = st.sampled_from([0.0, 5.0, 20.0, 60.0])
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 @given(
-    st.fixed_dictionaries(dict.fromkeys(WARMTH, SECONDS)),
+    st.fixed_dictionaries(dict.fromkeys(TIERS_S, SECONDS)),
     st.sampled_from([Tier.ON_DISK, Tier.REMOTE]),
     st.lists(STEPS, max_size=14),
 )
 def test_whatever_comes_nobody_is_left_in_the_cold(
-    warmth: dict[str, float], here: Tier, steps: list[tuple[Any, ...]]
+    tiers_s: dict[str, float], here: Tier, steps: list[tuple[Any, ...]]
 ) -> None:
     async def story() -> None:
         models, backend = Watched(), FakeBackend()
         models.here = here
-        world = World([warm(**warmth)], QUICK, backend, preparer=models)
+        world = World([warm(**tiers_s)], QUICK, backend, preparer=models)
         models.world = world
         requests: list[asyncio.Task[None]] = []
         async with world:
@@ -456,8 +456,8 @@ def test_whatever_comes_nobody_is_left_in_the_cold(
                         world.loop.set_replicas("m", value)
                     case "sleeps", value:
                         backend.can_sleep = value
-                    case "settle takes", seconds:
-                        models.settle_s = seconds
+                    case "move takes", seconds:
+                        models.move_s = seconds
                     case "fetch takes", seconds:
                         models.fetch_s = seconds
                 await asyncio.sleep(0.3)
@@ -465,7 +465,7 @@ def test_whatever_comes_nobody_is_left_in_the_cold(
             await asyncio.wait_for(asyncio.gather(*requests), 600.0)
             assert (world.answered, world.cut) == (len(requests), 0)
             world.loop.set_replicas("m", None)
-            models.settle_s = 1.0
+            models.move_s = 1.0
             # However it got there, a pool that nobody asks ends on the last step it has.
             await world.until(
                 lambda: tier_of(world) is Tier.REMOTE and not look(world).replicas, 900.0

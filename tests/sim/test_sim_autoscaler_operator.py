@@ -9,7 +9,7 @@ from fake_fleet import FakeBackend, World, process_pool
 from virtual_time import now, run_virtual
 
 from autoscaler.backends.base import BackendError, Unsupported
-from autoscaler.control.lifecycle import State
+from autoscaler.policy.lifecycle import State
 from autoscaler.settings import AutoscalerSettings, PoolSettings
 from autoscaler.tiers.warmth import Warmth
 from autoscaler.types import Reason

@@ -23,16 +23,16 @@ class FakePreparer:
     """Where the model is."""
     possible: frozenset[Tier] = frozenset({Tier.FORKED, Tier.PAGED, Tier.ON_DISK, Tier.REMOTE})
     fetch_s: float = 20.0
-    settle_s: float = 1.0
+    move_s: float = 1.0
     page_s: float | None = None
     error: Exception | None = None
-    settle_error: Exception | None = None
+    move_error: Exception | None = None
     unsupported: frozenset[Tier] = frozenset()
     held: set[str] = field(default_factory=set)
     prepared: list[str] = field(default_factory=list)
     called_off: list[str] = field(default_factory=list)
-    settled: list[Tier] = field(default_factory=list)
-    looks: int = 0
+    moved: list[Tier] = field(default_factory=list)
+    refreshes: int = 0
     closed: bool = False
 
     def tiers(self, pool: PoolSettings) -> frozenset[Tier]:
@@ -41,8 +41,8 @@ class FakePreparer:
     def tier(self, pool: PoolSettings) -> Tier:
         return self.here
 
-    async def look(self, pool: PoolSettings) -> None:
-        self.looks += 1
+    async def refresh(self, pool: PoolSettings) -> None:
+        self.refreshes += 1
 
     async def prepare(self, spec: ReplicaSpec, report: Report) -> ReplicaSpec:
         self.prepared.append(spec.id)
@@ -76,14 +76,14 @@ class FakePreparer:
     async def release(self, replica_id: str) -> None:
         self.held.discard(replica_id)
 
-    async def settle(self, pool: PoolSettings, tier: Tier) -> None:
-        await asyncio.sleep(self.settle_s)
-        if self.settle_error is not None:
-            raise self.settle_error
+    async def move_to(self, pool: PoolSettings, tier: Tier) -> None:
+        await asyncio.sleep(self.move_s)
+        if self.move_error is not None:
+            raise self.move_error
         if tier in self.unsupported:
             raise Unsupported(f"no {tier} here")
         assert tier in TIERS
-        self.settled.append(tier)
+        self.moved.append(tier)
         self.here = tier
 
     async def close(self) -> None:

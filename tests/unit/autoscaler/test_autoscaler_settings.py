@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from autoscaler.settings import AutoscalerSettings, PoolSettings, make_policy
+from autoscaler.settings import AutoscalerSettings, PoolSettings, make_policy, make_slug
 
 PROCESS: dict[str, Any] = {"name": "m", "engine": "vllm", "model": "/models/m"}
 STATIC: dict[str, Any] = {"name": "m", "backend": "static", "urls": ("http://10.0.0.1:8000",)}
@@ -103,3 +103,13 @@ def test_a_pools_own_values_come_first() -> None:
     own = {**PROCESS, "idle_to_zero_s": 0, "scale_down_delay_s": 5}
     policy = make_policy(PoolSettings.model_validate(own), settings)
     assert (policy.idle_to_zero_s, policy.scale_down_delay_s) == (0.0, 5.0)
+
+
+def test_slugs_are_fit_for_paths_and_differ() -> None:
+    slugs: list[str] = []
+    for name in ["Qwen/Qwen3-8B", "Qwen-Qwen3-8B", "..", "é", "x" * 300, "a:b", "a b"]:
+        slugs.append(make_slug(name, slugs))
+    assert slugs[:2] == ["Qwen-Qwen3-8B", "Qwen-Qwen3-8B.2"]
+    assert len(set(slugs)) == len(slugs)
+    assert all(0 < len(slug) <= 110 and "/" not in slug for slug in slugs)
+    assert all(slug[0] not in ".-" for slug in slugs)

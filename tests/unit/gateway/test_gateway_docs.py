@@ -18,8 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from autoscaler import types
 from autoscaler.backends.process.fork_server import FORK_STATES
-from autoscaler.control.lifecycle import TABLE, State
 from autoscaler.control.start_steps import STEPS
+from autoscaler.policy.lifecycle import TABLE, State
 from gateway.admin import metrics_page
 from gateway.cli.verbs import app
 from gateway.datapath.protocol.errors import Reason

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoscaler.control.lifecycle import Event, State
+from autoscaler.policy.lifecycle import Event, State
 from autoscaler.policy.placement import Gpu, GpuUse, assign_cpus, assign_gpus
 from autoscaler.policy.plan import LOADING, SUPPLY, Candidate, Plan, make_plan
 

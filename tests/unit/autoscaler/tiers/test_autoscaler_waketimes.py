@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from pathlib import Path
@@ -57,12 +58,12 @@ def test_they_survive_a_restart_and_nodes_do_not_mix(tmp_path: Path) -> None:
     one.load()
     one.add(M, Tier.PAGED, 3.25)
     one.add(M, Tier.FORKED, 1.5)
-    one.write(one.render())
+    asyncio.run(one.save())
     other = WakeTimes(node="other", path=path)
     other.load()
     assert other.estimate_s(M, Tier.PAGED) is None
     other.add(M, Tier.PAGED, 7.0)
-    other.write(other.render())
+    asyncio.run(other.save())
     again = WakeTimes(node="one", path=path)
     again.load()
     assert again.measured(M, Tier.PAGED) == (3.25,)
@@ -76,7 +77,7 @@ def test_a_write_that_fails_leaves_the_old_file(
     path = tmp_path / "wake_times.json"
     times = WakeTimes(path=path)
     times.add(M, Tier.PAGED, 3.0)
-    times.write(times.render())
+    asyncio.run(times.save())
     before = path.read_bytes()
     times.add(M, Tier.PAGED, 4.0)
 
@@ -85,7 +86,7 @@ def test_a_write_that_fails_leaves_the_old_file(
 
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(OSError, match="no space"):
-        times.write(times.render())
+        asyncio.run(times.save())
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]
 
@@ -117,7 +118,7 @@ def test_what_makes_no_sense_is_as_good_as_not_measured(tmp_path: Path, text: st
     times.load()
     assert times.estimate_s(M, Tier.PAGED) is None
     times.add(M, Tier.PAGED, 1.0)
-    times.write(times.render())
+    asyncio.run(times.save())
     assert json.loads(path.read_text())["wakes"] == [{**GOOD, "seconds": [1.0]}]
 
 
@@ -138,11 +139,13 @@ def test_no_content_breaks_it(wakes: list[dict[str, Any]]) -> None:
         assert all(one >= 0 for one in seconds)
 
 
-def test_models_that_are_gone_are_forgotten_in_the_end() -> None:
-    times = WakeTimes()
+def test_models_that_are_gone_are_forgotten_in_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "wake_times.json"
+    times = WakeTimes(path=path)
     for number in range(MODELS + 5):
         times.add("old", Tier.PAGED, 1.0)
         times.add(f"m{number}", Tier.PAGED, 1.0)
     assert times.measured("old", Tier.PAGED)
     assert not times.measured("m0", Tier.PAGED)
-    assert len(json.loads(times.render())["wakes"]) == MODELS
+    asyncio.run(times.save())
+    assert len(json.loads(path.read_text())["wakes"]) == MODELS

@@ -126,13 +126,13 @@ def test_a_directory_is_used_where_it_lies(tmp_path: Path) -> None:
     node = Node(tmp_path, local)
 
     async def story() -> None:
-        await node.warmth.look(local)
+        await node.warmth.refresh(local)
         assert node.warmth.tiers(local) == {Tier.ON_DISK, Tier.PAGED, Tier.FORKED}
         spec = await node.prepare(local)
         assert spec.pool.model == str(tmp_path)
         assert node.cache.leases == node.cache.calls == []
         with pytest.raises(Unsupported, match="not removed"):
-            await node.warmth.settle(local, Tier.REMOTE)
+            await node.warmth.move_to(local, Tier.REMOTE)
 
     run(node, story)
 
@@ -142,7 +142,7 @@ def test_a_name_is_the_engines_to_find(tmp_path: Path) -> None:
     node = Node(tmp_path, named)
 
     async def story() -> None:
-        await node.warmth.look(named)
+        await node.warmth.refresh(named)
         assert node.warmth.tiers(named) == {Tier.ON_DISK}
         assert (await node.prepare(named)).pool is named
         assert node.reports == [None]
@@ -156,23 +156,23 @@ def test_down_the_tiers_and_what_each_lets_go_of(tmp_path: Path) -> None:
     node.cache.here = True
 
     async def story() -> None:
-        await node.warmth.look(remote)
+        await node.warmth.refresh(remote)
         assert node.warmth.tier(remote) is Tier.ON_DISK
-        await node.warmth.settle(remote, Tier.FORKED)
+        await node.warmth.move_to(remote, Tier.FORKED)
         assert node.warmth.tier(remote) is Tier.FORKED
         spec = node.standbys.there["m"]
         assert (spec.id, spec.pool.model) == ("m-standby", str(tmp_path / "view"))
         assert node.cache.leases == ["m, at zero"]
         assert "m" in node.keeper.kept
-        await node.warmth.settle(remote, Tier.PAGED)
+        await node.warmth.move_to(remote, Tier.PAGED)
         assert node.warmth.tier(remote) is Tier.PAGED
         assert node.standbys.there == {}
         assert len(node.read) == 1, "what is kept is not read again"
-        await node.warmth.settle(remote, Tier.ON_DISK)
+        await node.warmth.move_to(remote, Tier.ON_DISK)
         assert node.warmth.tier(remote) is Tier.ON_DISK
         assert node.keeper.kept == {}
         assert node.cache.leases == []
-        await node.warmth.settle(remote, Tier.REMOTE)
+        await node.warmth.move_to(remote, Tier.REMOTE)
         assert node.warmth.tier(remote) is Tier.REMOTE
         assert node.cache.calls == [("evict", URL)]
 
@@ -186,10 +186,10 @@ def test_at_zero_pages_are_read_behind_others_and_for_a_replica_at_once(tmp_path
     node.cache.here = True
 
     async def story() -> None:
-        await node.warmth.look(remote)
-        await node.warmth.settle(remote, Tier.PAGED)
+        await node.warmth.refresh(remote)
+        await node.warmth.move_to(remote, Tier.PAGED)
         assert (len(behind), len(node.read)) == (1, 0)
-        await node.warmth.settle(remote, Tier.ON_DISK)
+        await node.warmth.move_to(remote, Tier.ON_DISK)
         await node.prepare(remote)
         await until(lambda: bool(node.read))
         assert len(behind) == 1
@@ -216,7 +216,7 @@ def test_pages_that_one_replica_lets_go_of_are_not_taken_for_kept(tmp_path: Path
     node.cache.here = True
 
     async def story() -> None:
-        await node.warmth.look(remote)
+        await node.warmth.refresh(remote)
         await node.prepare(remote, "m-1")
         assert await asyncio.to_thread(begun.wait, 60)
         await node.prepare(remote, "m-2")
@@ -237,25 +237,25 @@ def test_a_model_of_two_pools_stays_for_the_other(tmp_path: Path) -> None:
 
     async def story() -> None:
         for each in (one, other):
-            await node.warmth.look(each)
+            await node.warmth.refresh(each)
         with pytest.raises(BackendError, match="that of n too"):
-            await node.warmth.settle(one, Tier.REMOTE)
+            await node.warmth.move_to(one, Tier.REMOTE)
         assert node.cache.here
 
     run(node, story)
 
 
 def test_a_standby_is_taken_by_a_start_and_missed_when_it_dies(tmp_path: Path) -> None:
-    local = pool(str(tmp_path), warmth={"paged_s": 0})
+    local = pool(str(tmp_path), tiers={"paged_s": 0})
     node = Node(tmp_path, local)
 
     async def story() -> None:
-        await node.warmth.look(local)
-        await node.warmth.settle(local, Tier.FORKED)
+        await node.warmth.refresh(local)
+        await node.warmth.move_to(local, Tier.FORKED)
         node.standbys.there.clear()
-        await node.warmth.look(local)
+        await node.warmth.refresh(local)
         assert node.warmth.tier(local) is not Tier.FORKED
-        await node.warmth.settle(local, Tier.FORKED)
+        await node.warmth.move_to(local, Tier.FORKED)
         await node.prepare(local)
         assert node.warmth.tier(local) is not Tier.FORKED
 
@@ -272,17 +272,17 @@ def test_pages_past_the_budget_are_no_reason_not_to_start(tmp_path: Path) -> Non
         await node.paged()
         assert node.warmth.tier(local) is Tier.ON_DISK
         assert node.read == [], "nothing is read that is not kept"
-        await node.warmth.settle(local, Tier.FORKED)
+        await node.warmth.move_to(local, Tier.FORKED)
         assert node.warmth.tier(local) is Tier.FORKED
         with pytest.raises(NoSpace):
-            await node.warmth.settle(local, Tier.PAGED)
+            await node.warmth.move_to(local, Tier.PAGED)
 
     run(node, story)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "simulated"])
 def test_a_pool_that_wants_no_pages_gets_none(tmp_path: Path, engine: str) -> None:
-    local = pool(str(tmp_path), engine=engine, warmth={"paged_s": 0, "forked_s": 0})
+    local = pool(str(tmp_path), engine=engine, tiers={"paged_s": 0, "forked_s": 0})
     node = Node(tmp_path, local)
 
     async def story() -> None:

@@ -93,7 +93,7 @@ def test_preparation_steps_are_run_once_and_their_result_is_what_starts(tmp_path
         await node.prepare(remote, "m-2")
         assert spec.pool.model == str(tmp_path / "made")
         assert made == [(URL, node.cache.model())]
-        await node.warmth.settle(remote, Tier.FORKED)
+        await node.warmth.move_to(remote, Tier.FORKED)
         assert node.standbys.there["m"].pool.model == str(tmp_path / "made")
 
     run(node, story)
@@ -110,14 +110,14 @@ def test_what_steps_have_made_is_leased_by_each_who_uses_it(tmp_path: Path) -> N
         assert (held, node.cache.results) == (["m-1"], [])
         await node.prepare(remote, "m-2")
         assert (held, node.cache.results) == (["m-1"], ["m-2"])
-        await node.warmth.settle(remote, Tier.PAGED)
+        await node.warmth.move_to(remote, Tier.PAGED)
         assert node.cache.results == ["m-2", "m, at zero"]
-        await node.warmth.settle(remote, Tier.FORKED)
+        await node.warmth.move_to(remote, Tier.FORKED)
         assert node.cache.results == ["m-2", "m, at zero"], "once, however often it is settled"
         await node.warmth.release("m-1")
         await node.warmth.release("m-2")
         assert (held, node.cache.results) == ([], ["m, at zero"])
-        await node.warmth.settle(remote, Tier.ON_DISK)
+        await node.warmth.move_to(remote, Tier.ON_DISK)
         assert (held, node.cache.results) == ([], [])
 
     run(node, story)
@@ -129,10 +129,10 @@ def test_a_directory_s_results_are_leased_too(tmp_path: Path) -> None:
     node = Node(tmp_path, local, transform=transforming(tmp_path, [], held))
 
     async def story() -> None:
-        await node.warmth.look(local)
-        await node.warmth.settle(local, Tier.PAGED)
+        await node.warmth.refresh(local)
+        await node.warmth.move_to(local, Tier.PAGED)
         assert held == ["m, at zero"]
-        await node.warmth.settle(local, Tier.PAGED)
+        await node.warmth.move_to(local, Tier.PAGED)
         assert held + node.cache.results == ["m, at zero"]
         await node.prepare(local)
         assert sorted(held + node.cache.results) == ["m, at zero", "m-1"]
@@ -204,11 +204,11 @@ def test_a_pool_at_zero_that_is_called_off_holds_nothing_once_it_is_colder(tmp_p
     node.cache.here = True
 
     async def story() -> None:
-        await gate.call_off(node.warmth.settle(remote, Tier.PAGED))
-        await node.warmth.settle(remote, Tier.ON_DISK)
+        await gate.call_off(node.warmth.move_to(remote, Tier.PAGED))
+        await node.warmth.move_to(remote, Tier.ON_DISK)
         await gate.let_on()
         assert (held, node.cache.leases) == ([], [])
-        await node.warmth.settle(remote, Tier.PAGED)
+        await node.warmth.move_to(remote, Tier.PAGED)
         assert (held, node.cache.leases) == (["m, at zero"], ["m, at zero"])
 
     run(node, story)
@@ -263,7 +263,7 @@ def test_a_pool_without_steps_leases_its_model_once(tmp_path: Path) -> None:
         assert spec.pool.model == str(tmp_path / "view")
         assert len(began) == 2, "a look and a lease"
         assert (node.cache.leases, node.cache.results) == (["m-1", "m-2"], [])
-        await node.warmth.settle(remote, Tier.PAGED)
+        await node.warmth.move_to(remote, Tier.PAGED)
         assert node.cache.leases == ["m-1", "m-2", "m, at zero"]
 
     run(node, story)

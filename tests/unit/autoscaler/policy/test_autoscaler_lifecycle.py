@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoscaler.control.lifecycle import (
+from autoscaler.policy.lifecycle import (
     ENDED_STATES,
     LATE_RESULTS,
     PROBED_STATES,
