@@ -150,8 +150,8 @@ class _Tidegate:
             worker_config(settings),
             self.listeners,
             self.shared,
-            on_poke=self.loop.signal_wake,
-            on_failing=self.loop.probe_now,
+            on_wake_signal=self.loop.signal_wake,
+            on_failure=self.loop.probe_now,
         )
         scheme = "https" if gateway.tls_certificate else "http"
         self.url = make_url(gateway.host, self.workers.port, scheme)

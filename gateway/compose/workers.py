@@ -21,13 +21,13 @@ import msgspec
 
 from gateway.datapath.messages import (
     Drain,
-    Failing,
+    FailureReport,
     FleetUpdate,
     Listening,
-    Poke,
     ToControl,
     ToWorker,
     Unpacker,
+    WakeSignal,
     WorkerConfig,
     pack,
 )
@@ -92,14 +92,14 @@ class Workers:
         listeners: list[socket.socket],
         shared: Shared,
         *,
-        on_poke: Callable[[str], None],
-        on_failing: Callable[[str], None],
+        on_wake_signal: Callable[[str], None],
+        on_failure: Callable[[str], None],
     ) -> None:
         self._config = config
         self._listeners = listeners
         self.shared = shared
-        self._on_poke = on_poke
-        self._on_failing = on_failing
+        self._on_wake_signal = on_wake_signal
+        self._on_failure = on_failure
         self._fleet = Fleet(version=0)
         self._processes = [_Process(index) for index in range(len(listeners))]
         self._tasks: list[asyncio.Task[None]] = []
@@ -217,10 +217,10 @@ class Workers:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _handle(self, entry: _Process, message: ToControl) -> None:
-        if isinstance(message, Poke):
-            self._on_poke(message.pool)
-        elif isinstance(message, Failing):
-            self._on_failing(message.replica)
+        if isinstance(message, WakeSignal):
+            self._on_wake_signal(message.pool)
+        elif isinstance(message, FailureReport):
+            self._on_failure(message.replica)
         elif isinstance(message, Listening):
             entry.listening = True
             self._changed.set()

@@ -1,8 +1,9 @@
 """The data path: one request's life, in worker processes that know nothing of the control side.
 
-``worker`` is the process (``messages`` is what control tells it, ``shared`` the memory both map).
-``client`` and ``connection`` are a client's side, ``exchange`` and ``answer`` one request,
-``pool`` holds and places it, ``upstream`` are the connections to replicas, ``local`` answers
-without an engine. ``protocol`` is the wire format, ``metrics`` and ``tls`` what they say,
-``compiled`` builds the fast form.
+``worker`` is the process and puts the rest together (``messages`` is what it exchanges with the
+control process, ``shared`` the memory both map); ``context`` is what all of it shares. From the
+engine's side to the client's: ``upstream`` connections to replicas, ``pool`` dispatches and holds
+requests, ``exchange`` is one request and its answer, ``client`` a client's connection; ``local``
+answers without an engine. ``protocol`` is the wire format, ``metrics`` the counters, ``tls`` the
+certificate, ``compiled`` builds the fast form.
 """

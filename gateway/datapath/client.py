@@ -7,57 +7,64 @@ away is noticed at once, held requests included.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
-from typing import TYPE_CHECKING, Any, Final
+import socket
+import struct
+from typing import Any, Final
 
-from gateway.datapath import local
-from gateway.datapath.answer import ANSWER, SENT
-from gateway.datapath.connection import Connection
-from gateway.datapath.exchange import Exchange
+from gateway.datapath import local, metrics
+from gateway.datapath.context import WorkerContext
+from gateway.datapath.exchange import Downstream, Exchange
+from gateway.datapath.pool import ANSWER, SENT, PoolDirectory
 from gateway.datapath.protocol.chunks import ChunkDecoder
 from gateway.datapath.protocol.errors import ApiError, Reason, render
 from gateway.datapath.protocol.http1 import RequestHead, has_bare_line_end, parse_request_head
 from gateway.datapath.protocol.openai import PROXIED
-
-if TYPE_CHECKING:
-    from gateway.datapath.worker import Worker
 
 log = logging.getLogger("tidegate.datapath")
 
 _MAX_PIPELINED_BYTES: Final = 65536
 # Refused connections beyond the limit that are closed gently at one time.
 _MAX_LINGERING: Final = 256
+_LINGER_S: Final = 5.0
+_NO_LINGER: Final = struct.pack("ii", 1, 0)
+# At the end of a drain: time for the last error answers to be sent.
+_FLUSH_S: Final = 1.0
 _EMPTY_LINES: Final = re.compile(rb"(?:\r\n)+")
 
 
-class ClientConnection(Connection):
-    """See the module. ``deadline_s`` (loop clock) is when the sweeper looks at it again."""
+class ClientConnection(Downstream):
+    """See the module. ``deadline_s`` (loop clock) is when ``sweep`` ends a wait."""
 
-    __slots__ = (
-        "_body_left",
-        "_buffer",
-        "_chunks",
-        "_reading_body",
-        "_scanned",
-        "exchange",
-    )
-
-    def __init__(self, worker: Worker) -> None:
-        super().__init__(worker, worker.loop.time() + worker.config.head_timeout_s)
+    def __init__(self, clients: ClientConnections) -> None:
+        context = clients.context
+        self.clients = clients
+        self.context = context
+        self.pools = clients.pools
+        self.now = context.now
+        self.transport = None
+        self.keep_alive = True
+        self.origin = None
+        self.writing_paused = False
+        self.deadline_s: float = context.now() + context.config.head_timeout_s
         self.exchange: Exchange | None = None
         self._buffer = b""
         self._scanned = 0  # so much of the buffer holds no end of a head
         self._body_left = 0
         self._chunks: ChunkDecoder | None = None
         self._reading_body = False
+        self._paused = False
+        self._paused_s: float = 0.0
+        self._closing = False
 
     # asyncio's side
 
     def connection_made(self, transport: Any) -> None:
         """A client connected."""
         self.transport = transport
-        beyond = self.worker.client_opened(self)
+        beyond = self.clients.opened(self)
         if beyond > 0:
             self._refuse(
                 ApiError(
@@ -73,7 +80,7 @@ class ClientConnection(Connection):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone, or we closed it."""
         self._closing = True
-        self.worker.client_closed(self)
+        self.clients.closed(self)
         exchange, self.exchange = self.exchange, None
         if exchange is not None:
             exchange.cancel()
@@ -96,18 +103,18 @@ class ClientConnection(Connection):
                     self.pause()
             else:
                 self._head(data)
-        except Exception:  # noqa: BLE001 -- a fault of ours ends one request, with an answer
-            self._fault()
+        except Exception:  # noqa: BLE001 -- an internal error ends one request, with an answer
+            self._internal_error()
 
-    def _fault(self) -> None:
-        log.exception("a fault of the gateway's own, met while reading a request")
+    def _internal_error(self) -> None:
+        log.exception("internal error of the gateway while it read a request")
         exchange = self.exchange
-        error = ApiError(500, Reason.INTERNAL, "The gateway met a fault of its own.")
+        error = ApiError(500, Reason.INTERNAL, "Internal error of the gateway.")
         self.keep_alive = False
         if exchange is None:
             self._refuse(error)
         elif exchange.state == ANSWER:
-            exchange.cut("the gateway met a fault of its own")
+            exchange.cut("internal error of the gateway")
         else:
             exchange.reject(error)
 
@@ -124,7 +131,34 @@ class ClientConnection(Connection):
             self.exchange.resume_answer()
         elif not self._closing:
             self.resume()
-            self.worker.loop.call_soon(self._go_on)
+            self.context.loop.call_soon(self._go_on)
+
+    # The exchange's side
+
+    def pause(self) -> None:
+        """Stop reading the client."""
+        if not self._paused and not self._closing:
+            self._paused = True
+            self._paused_s = self.now()
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read the client again."""
+        if self._paused and not self._closing:
+            self._paused = False
+            self.transport.resume_reading()
+
+    def cors_lines(self) -> bytes:
+        """CORS header lines for this request, each ending in CRLF; empty where none apply."""
+        origin = self.origin
+        return b"" if origin is None else self.context.cors_lines(origin)
+
+    def extra_lines(self) -> bytes:
+        """Header lines of ours for a passed answer, each led by CRLF."""
+        lines = b"" if self.origin is None else b"\r\n" + self.cors_lines()[:-2]
+        if lines == b"\r\n":
+            lines = b""
+        return lines if self.keep_alive else lines + b"\r\nconnection: close"
 
     # Reading
 
@@ -135,7 +169,7 @@ class ClientConnection(Connection):
         if data.startswith(b"\r\n"):  # RFC 9112 2.2: empty lines before a request are skipped
             data = _EMPTY_LINES.sub(b"", data, count=1)
             seen = 0
-        config = self.worker.config
+        config = self.context.config
         end = data.find(b"\r\n\r\n", seen - 3 if seen > 3 else 0)
         try:
             if end < 0:
@@ -144,7 +178,7 @@ class ClientConnection(Connection):
                 if has_bare_line_end(data, seen - 1 if seen else 0):
                     raise ApiError(400, Reason.BAD_REQUEST, "Header lines must end in CRLF.")
                 if data and not self._buffer:
-                    self.deadline_s = self.worker.loop.time() + config.head_timeout_s
+                    self.deadline_s = self.now() + config.head_timeout_s
                 self._buffer = data
                 self._scanned = len(data)
                 return
@@ -165,33 +199,33 @@ class ClientConnection(Connection):
         self._request(head, data[end + 4 :])
 
     def _head_too_large(self) -> ApiError:
-        limit = self.worker.config.max_head_bytes
+        limit = self.context.config.max_head_bytes
         return ApiError(
             431, Reason.HEAD_TOO_LARGE, f"The request head is larger than {limit} bytes."
         )
 
     def _request(self, head: RequestHead, rest: bytes) -> None:
-        worker = self.worker
-        self.keep_alive = head.keep_alive and not worker.draining
+        context = self.context
+        self.keep_alive = head.keep_alive and not context.draining
         self.origin = head.origin
         if head.method != b"POST" or head.path not in PROXIED:
             self._local(head, rest)
             return
-        now = worker.loop.time()
+        now = context.now()
         exchange = Exchange(self, head, now)
         self.exchange = exchange
-        self.deadline_s = now + worker.config.request_timeout_s
+        self.deadline_s = now + context.config.request_timeout_s
         length = head.content_length
         try:
             if not head.chunked and length == len(rest):
                 exchange.complete_at_once(rest)
                 return
-            if length > worker.config.max_body_bytes:
+            if length > context.config.max_body_bytes:
                 self._reading_body = True  # it is still on its way: linger, or a reset ends it
                 raise ApiError(
                     413,
                     Reason.BODY_TOO_LARGE,
-                    f"The request body is larger than {worker.config.max_body_bytes} bytes.",
+                    f"The request body is larger than {context.config.max_body_bytes} bytes.",
                 )
         except ApiError as error:
             exchange.reject(error)
@@ -207,9 +241,9 @@ class ClientConnection(Connection):
         exchange = self.exchange
         if exchange is None:
             return
-        config = self.worker.config
+        config = self.context.config
         self.deadline_s = min(
-            self.worker.loop.time() + config.body_timeout_s,
+            self.now() + config.body_timeout_s,
             exchange.started_s + config.request_timeout_s,
         )
         rest: bytes | None = None
@@ -228,7 +262,7 @@ class ClientConnection(Connection):
             if rest is not None and self.exchange is exchange:
                 self._reading_body = False
                 self._buffer = rest
-                self.deadline_s = exchange.started_s + self.worker.config.request_timeout_s
+                self.deadline_s = exchange.started_s + self.context.config.request_timeout_s
                 exchange.complete()
         except ApiError as error:
             if self._reading_body:
@@ -236,14 +270,15 @@ class ClientConnection(Connection):
             exchange.reject(error)
 
     def _local(self, head: RequestHead, rest: bytes) -> None:
-        """What the gateway answers itself. Its body, if any, was never wanted: not read either,
-        unless it is here already."""
+        """What the gateway answers itself. Its body, if any, has no meaning and is not read,
+        unless it was received already."""
         if head.chunked or head.content_length > len(rest):
             self.keep_alive = False
-        request_id = head.request_id or self.worker.next_request_id()
+        request_id = head.request_id or self.context.next_request_id()
         self.transport.write(
             local.answer(
-                self.worker,
+                self.context,
+                self.pools,
                 head,
                 request_id=request_id,
                 close=not self.keep_alive,
@@ -272,10 +307,10 @@ class ClientConnection(Connection):
 
     def _next(self, rest: bytes) -> None:
         self._buffer = b""
-        if not self.keep_alive or self._closing or self.worker.draining:
+        if not self.keep_alive or self._closing or self.context.draining:
             self._close()
             return
-        self.deadline_s = self.worker.loop.time() + self.worker.config.idle_timeout_s
+        self.deadline_s = self.now() + self.context.config.idle_timeout_s
         self._buffer = rest
         if self.writing_paused or len(rest) > _MAX_PIPELINED_BYTES:
             self.pause()
@@ -284,7 +319,7 @@ class ClientConnection(Connection):
         # A client that asks without reading the answers gets not one more before it does.
         if rest and not self.writing_paused:
             # Not from here: an answer made at once would otherwise recurse once per request.
-            self.worker.loop.call_soon(self._go_on)
+            self.context.loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
         idle = self.exchange is None and not self._closing and not self.writing_paused
@@ -294,13 +329,39 @@ class ClientConnection(Connection):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer an error outside any exchange and close: what follows cannot be trusted."""
-        self.worker.rejected(error.reason)
-        self.transport.write(render(error, request_id=self.worker.next_request_id(), close=True))
+        self.context.count_rejection(error.reason)
+        self.transport.write(render(error, request_id=self.context.next_request_id(), close=True))
         self._linger()
+
+    def _close(self) -> None:
+        self._closing = True
+        self.deadline_s = self.now() + self.context.config.idle_timeout_s
+        self.transport.close()
+
+    def reset(self) -> None:
+        """End the connection with a reset: where an orderly end would say that a body is whole."""
+        self._closing = True
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        self.transport.abort()
+
+    def _linger(self) -> None:
+        """Close after an early answer. Closing with unread bytes would reset the connection, and
+        the client would lose the answer: so end the sending side, and read on for a moment."""
+        self._closing = True
+        if self._paused:
+            self._paused = False
+            self.transport.resume_reading()
+        self.deadline_s = self.now() + _LINGER_S
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        else:
+            self.transport.close()
 
     def sweep(self, now: float) -> None:
         """The deadline passed, or an answer may have stalled."""
-        exchange, config = self.exchange, self.worker.config
+        exchange, config = self.exchange, self.context.config
         if exchange is None:
             if now >= self.deadline_s:
                 if self._closing or self.writing_paused:
@@ -332,7 +393,7 @@ class ClientConnection(Connection):
                 )
         elif self._stalled(exchange, now):
             if exchange.state == ANSWER and self.writing_paused:
-                self.transport.abort()  # it is the client that takes no more: nobody to tell
+                self.transport.abort()  # the client takes no more: no error would reach it
                 return
             if exchange.state == ANSWER:
                 exchange.cut("no byte from it for upstream_idle_timeout_s")
@@ -351,7 +412,7 @@ class ClientConnection(Connection):
         since_s = exchange.last_s
         if self._reading_body:  # then it is the replica's turn only while it takes no more
             since_s = max(since_s, self._paused_s if self._paused else now)
-        return now - since_s >= self.worker.config.upstream_idle_timeout_s
+        return now - since_s >= self.context.config.upstream_idle_timeout_s
 
     def drain(self) -> None:
         """No further request on this connection; one that runs is finished."""
@@ -378,3 +439,56 @@ class ClientConnection(Connection):
 
     def __repr__(self) -> str:
         return f"<client {self.exchange!r} buffered={len(self._buffer)}>"
+
+
+class ClientConnections:
+    """All client connections of this worker: counted, swept for timeouts, drained at the end."""
+
+    def __init__(self, context: WorkerContext, pools: PoolDirectory) -> None:
+        self.context = context
+        self.pools = pools
+        self._open: set[ClientConnection] = set()
+        self._all_closed = asyncio.Event()
+
+    def opened(self, client: ClientConnection) -> int:
+        """Count a connection. Returns how many there are beyond ``max_connections``."""
+        counters = self.context.counters
+        self._open.add(client)
+        counters[metrics.CONNECTIONS] += 1
+        counters[metrics.ACCEPTED] += 1
+        return len(self._open) - self.context.config.max_connections
+
+    def closed(self, client: ClientConnection) -> None:
+        """Forget a connection."""
+        if client in self._open:
+            self._open.discard(client)
+            self.context.counters[metrics.CONNECTIONS] -= 1
+        if self.context.draining and not self._open:
+            self._all_closed.set()
+
+    def sweep(self, now: float) -> None:
+        """End what waited too long."""
+        for client in list(self._open):
+            client.sweep(now)
+
+    async def drain(self, limit_s: float) -> None:
+        """Finish the requests under way, then close. After ``limit_s`` those that are left are
+        answered with an error, and every connection is ended."""
+        for client in list(self._open):
+            client.drain()
+        if await self._wait_closed(limit_s):
+            return
+        for client in list(self._open):
+            client.end_now()
+        await self._wait_closed(_FLUSH_S)
+        for client in list(self._open):
+            client.transport.abort()
+
+    async def _wait_closed(self, limit_s: float) -> bool:
+        if not self._open:
+            return True
+        try:
+            await asyncio.wait_for(self._all_closed.wait(), limit_s)
+        except TimeoutError:
+            return False
+        return True

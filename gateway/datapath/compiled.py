@@ -27,12 +27,12 @@ from pathlib import Path
 from types import ModuleType
 
 MODULES = (
-    "gateway.datapath.answer",
     "gateway.datapath.protocol.chunks",
     "gateway.datapath.client",
-    "gateway.datapath.connection",
+    "gateway.datapath.context",
     "gateway.datapath.exchange",
     "gateway.datapath.protocol.http1",
+    "gateway.datapath.local",
     "gateway.datapath.metrics",
     "gateway.datapath.pool",
     "gateway.datapath.protocol.sse",

@@ -7,71 +7,145 @@
 An exchange belongs to one client connection and at any time to at most one of: a hold queue, an
 upstream that connects for it, an upstream connection. Whatever happens, it leaves the ledger
 exactly once (``_unreserve``) and ends exactly once (``end``).
+
+The answer's bytes go through as they come. What is read in passing (first byte, usage, number of
+events) is read from the same blocks and changes nothing.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Final
 
 from gateway.datapath import metrics
-from gateway.datapath.answer import ANSWER, CONNECT, DONE, GATHER, HELD, SENT, Answer
+from gateway.datapath.context import WorkerContext
+from gateway.datapath.pool import (
+    ANSWER,
+    CONNECT,
+    DONE,
+    GATHER,
+    HELD,
+    SENT,
+    PoolDirectory,
+    PooledRequest,
+    PoolRuntime,
+    Target,
+)
 from gateway.datapath.protocol import sse
+from gateway.datapath.protocol.chunks import ChunkDecoder
 from gateway.datapath.protocol.errors import ApiError, Reason, render
-from gateway.datapath.protocol.http1 import RequestHead
+from gateway.datapath.protocol.http1 import RequestHead, ResponseHead
 from gateway.datapath.protocol.openai import peek_model, quote_model, read_head, rewrite_model
-
-if TYPE_CHECKING:
-    from gateway.datapath.client import ClientConnection
-    from gateway.datapath.pool import Target
-    from gateway.datapath.upstream import Upstream, UpstreamConnection
-
-__all__ = ["ANSWER", "CONNECT", "DONE", "GATHER", "HELD", "SENT", "Exchange"]
+from gateway.datapath.upstream import Upstream, UpstreamConnection
 
 _LARGE_BODY_BYTES: Final = 32768
 _SMALL_PART_BYTES: Final = 4096
-_NOBODY: Final[frozenset[str]] = frozenset()
+_NO_REPLICAS: Final[frozenset[str]] = frozenset()
 _QUEUE_WAIT_ZERO: Final = metrics.HISTOGRAM_OFFSETS[metrics.QUEUE_WAIT]
 
+# How an answer's body travels to the client: as it is, as chunks of our own (our head was sent
+# with the first keep-alive comment), bare until close (HTTP/1.0), or collected for an error event.
+_RAW: Final = 0
+_WRAP: Final = 1
+_PLAIN: Final = 2
+_COLLECT: Final = 3
+_MAX_COLLECTED_BYTES: Final = 65536
+_TAIL_BYTES: Final = 4096
+# The end of an answer often comes in scraps ("[DONE]", the last chunk): they are kept with the
+# block before them, so that the last two blocks hold the usage however it was cut.
+_SCRAP_BYTES: Final = 64
 
-class Exchange(Answer):
-    """See the module. Times are the event loop's clock, in seconds. It is the router's
-    ``Request``: ``prompt_tokens``, ``tokens`` and ``exclude``."""
 
+class Downstream(asyncio.Protocol, ABC):
+    """The client connection of an exchange, as the exchange sees it.
+
+    ``keep_alive`` says whether the connection takes another request after this one, ``origin`` is
+    the ``Origin`` header of the current one. ``now`` is the event loop's clock.
+    """
+
+    context: WorkerContext
+    pools: PoolDirectory
+    now: Callable[[], float]
+    transport: Any
+    keep_alive: bool
+    origin: bytes | None
+    writing_paused: bool
+
+    @abstractmethod
+    def pause(self) -> None:
+        """Stop reading the client."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Read the client again."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """End the connection with a reset: where an orderly end would say that a body is whole."""
+
+    @abstractmethod
+    def cors_lines(self) -> bytes:
+        """CORS header lines for this request, each ending in CRLF; empty where none apply."""
+
+    @abstractmethod
+    def extra_lines(self) -> bytes:
+        """Header lines of ours for an answer passed on, each led by CRLF."""
+
+    @abstractmethod
+    def exchange_ended(self, exchange: Exchange) -> None:
+        """The exchange is over: go on with the next request, or close."""
+
+
+class Exchange(PooledRequest):
+    """See the module. Class attributes are the values before the answer began: setting thirty
+    fields per request would cost more than reading its head. ``body_bytes`` counts the request's
+    body, ``whole`` says that it was received whole, ``committed`` that a head was sent."""
+
+    client: Downstream
+    request_id: bytes
+    started_s: float
+    last_s: float
     parts: list[bytes]
-    body_sent: bool = False
+    whole: bool = False
+    committed: bool = False
     peek: tuple[str, int, int] | None = None
-    model: str
-    prompt_tokens: int
-    exclude: frozenset[str]
-    stream: bool = False
     output_bound: int | None = None
     attempts: int = 0
-    held_s: float | None = None
-    held_bytes: int = 0
-    comment_s: float
+    pool: PoolRuntime | None = None
+    target: Target | None = None
+    upstream: UpstreamConnection | None = None
     _peeked: bool = False
     _resendable: bool = True
+    _mode: int = _RAW
+    _answer: ResponseHead | None = None
+    _blocks: int = 0
+    _sent_bytes: int = 0
+    _last_block: bytes = b""
+    _previous_block: bytes = b""
+    _collected: list[bytes] | None = None
+    _decoder: ChunkDecoder | None = None
 
-    def __init__(self, client: ClientConnection, head: RequestHead, now: float) -> None:
+    def __init__(self, client: Downstream, head: RequestHead, now: float) -> None:
         self.client = client
         self.head = head
-        self.request_id = head.request_id or client.worker.next_request_id()
+        self.request_id = head.request_id or client.context.next_request_id()
         self.started_s = now
         self.last_s = now
         self.comment_s = now
         self.state = GATHER
-        self._mode = 0
         self.tokens = self.prompt_tokens = 0
         self.model = ""
-        self.exclude = _NOBODY
+        self.exclude = _NO_REPLICAS
         self.parts = []
 
     # The request's body, from the client
 
     def feed(self, data: bytes) -> None:
         """Some of the body. Raises ``ApiError`` where it is too much."""
-        worker = self.client.worker
-        config = worker.config
+        context = self.client.context
+        config = context.config
         self.body_bytes += len(data)
         if self.body_bytes > config.max_body_bytes:
             raise ApiError(
@@ -87,8 +161,8 @@ class Exchange(Answer):
             parts[-1] += data  # a body sent byte by byte must not cost fifty times its size
         else:
             parts.append(data)
-        worker.buffered_bytes += len(data)
-        if worker.buffered_bytes > config.max_buffered_bytes:
+        context.buffered_bytes += len(data)
+        if context.buffered_bytes > config.max_buffered_bytes:
             raise ApiError(
                 503,
                 Reason.BUFFER_FULL,
@@ -124,7 +198,7 @@ class Exchange(Answer):
         self.whole = True
         self.parts.append(body)
         self.body_bytes = size = len(body)
-        self.client.worker.buffered_bytes += size
+        self.client.context.buffered_bytes += size
         self._read(body)
         self._route(size)
 
@@ -141,7 +215,7 @@ class Exchange(Answer):
         return parts[0]
 
     def _route(self, body_bytes: int) -> None:
-        self.pool = pool = self.client.worker.pool_of(self.model)
+        self.pool = pool = self.client.pools.find(self.model)
         self.prompt_tokens, self.tokens = pool.estimator.estimate(body_bytes, self.output_bound)
         counters = pool.counters
         counters.integers[metrics.ARRIVALS] += 1
@@ -159,7 +233,7 @@ class Exchange(Answer):
         integers, tokens = pool.counters.integers, self.tokens
         integers[metrics.INFLIGHT_REQUESTS] += 1
         integers[metrics.INFLIGHT_TOKENS] += tokens
-        self.client.worker.ledger.reserve(target.view.slot, tokens)
+        self.client.context.ledger.reserve(target.view.slot, tokens)
         connection = target.upstream.acquire()
         if connection is None:
             self.state = CONNECT
@@ -192,12 +266,12 @@ class Exchange(Answer):
         pool = self.pool
         assert pool is not None
         self.upstream = connection
-        connection.exchange = self
+        connection.request = self
         if self.client.writing_paused:
             connection.transport.pause_reading()
         self.state = SENT
         counters = pool.counters
-        now = self.client.worker.loop.time()
+        now = self.client.now()
         self.last_s = now
         if now == self.started_s:
             counters.integers[_QUEUE_WAIT_ZERO] += 1
@@ -264,6 +338,221 @@ class Exchange(Answer):
         if self.upstream is not None and self.head.chunked:
             self.upstream.transport.write(sse.LAST_CHUNK)
 
+    # The answer
+
+    def answer_began(self, head: ResponseHead, body: bytes) -> None:
+        """The replica's head, and what came with it. From here on there is no retry."""
+        self.state = ANSWER
+        self._answer = head
+        self.release_parts()
+        if not self.whole:  # an early answer: what is still to come of the body has no reader
+            self.client.keep_alive = False
+        if self.committed or self.head.http10 or (head.content_length is None and not head.chunked):
+            self._begin_otherwise(head, body)
+        else:
+            client = self.client
+            if client.keep_alive and client.origin is None:
+                end = b"\r\n\r\n"
+            else:
+                end = client.extra_lines() + b"\r\n\r\n"
+            first = b"".join((head.kept, b"\r\nx-request-id: ", self.request_id, end, body))
+            client.transport.write(first)
+            self._sent_bytes = len(first)
+            self.committed = True
+        if body:
+            self._count_block(body)
+
+    def _begin_otherwise(self, head: ResponseHead, body: bytes) -> None:
+        """Our head is out already, or the client or the engine cannot frame a body."""
+        client = self.client
+        if self.committed:  # 200, event stream, chunked
+            if not (head.status == 200 and head.is_stream):
+                self._mode = _COLLECT
+                self._collected = []
+            elif not head.chunked:
+                self._mode = _WRAP
+        else:
+            self._mode = _PLAIN
+            kept = head.kept
+            if head.content_length is None:  # this client cannot be told where the body ends
+                kept = head.without_framing()
+                client.keep_alive = False
+                if head.chunked:
+                    self._decoder = ChunkDecoder()
+            client.transport.write(
+                b"%b\r\nx-request-id: %b%b\r\n\r\n" % (kept, self.request_id, client.extra_lines())
+            )
+            self.committed = True
+        if body:
+            self._write_block(body)
+
+    def answer_block(self, data: bytes) -> None:
+        """The next block. The hottest lines of a stream."""
+        if self._mode == _RAW:
+            self.client.transport.write(data)
+            self._sent_bytes += len(data)
+        else:
+            self._write_block(data)
+        self._count_block(data)
+
+    def _write_block(self, data: bytes) -> None:
+        if self._collected is not None:
+            if sum(map(len, self._collected)) < _MAX_COLLECTED_BYTES:
+                self._collected.append(data)
+            return
+        if self._mode == _WRAP:
+            data = sse.chunk(data)
+        elif self._decoder is not None:
+            try:
+                payload, _ = self._decoder.feed(data)
+            except ApiError as error:  # we are stricter than llhttp, which let it pass
+                self.cut(error.message)
+                return
+            data = b"".join(payload)
+        if data:
+            self.client.transport.write(data)
+            self._sent_bytes += len(data)
+
+    def _count_block(self, data: bytes) -> None:
+        pool = self.pool
+        assert pool is not None
+        now = self.client.now()
+        if self._blocks:
+            pool.counters.observe(metrics.ITL, now - self.last_s)
+        else:
+            pool.counters.observe(metrics.TTFT, now - self.started_s)
+            target = self.target
+            if target is not None:
+                target.failures = 0
+                view = target.view
+                if view.window < view.max_inflight_requests:
+                    view.answered()
+        self.last_s = now
+        self._blocks += 1
+        last = self._last_block
+        if len(data) < _SCRAP_BYTES and len(last) < _TAIL_BYTES:
+            self._last_block = last + data
+        else:
+            self._previous_block = last
+            self._last_block = data
+
+    def answer_ended(self, events: int = 0) -> None:
+        """The answer is whole, in ``events`` chunks where it came in chunks: engines send one for
+        each event of a stream. The connection to the replica is already released."""
+        self.upstream = None
+        answer, pool = self._answer, self.pool
+        if answer is None or pool is None:
+            return
+        integers = pool.counters.integers
+        status = answer.status
+        if status < 400:
+            integers[metrics.OK] += 1
+        else:
+            integers[metrics.CLIENT_ERROR if status < 500 else metrics.ENGINE_ERROR] += 1
+        if self._mode == _COLLECT:
+            self._end_collected(status)
+        else:
+            if self._mode == _WRAP:
+                self.client.transport.write(sse.LAST_CHUNK)
+            if status < 400:
+                self._learn(pool, answer, events)
+            pool.counters.observe(metrics.E2E, self.last_s - self.started_s)
+        self.end()
+
+    def _learn(self, pool: PoolRuntime, answer: ResponseHead, events: int) -> None:
+        """Count what the answer says it cost, and size the model's next requests by it."""
+        integers = pool.counters.integers
+        tail = self._last_block
+        if len(tail) < _TAIL_BYTES and self._previous_block:
+            tail = self._previous_block[-_TAIL_BYTES:] + tail
+        prompt, output = sse.read_usage(tail)
+        if answer.is_stream:
+            if output is None:
+                output = events or self._blocks
+            integers[metrics.CHUNKS] += self._blocks
+        if prompt is not None:
+            integers[metrics.PROMPT_TOKENS] += prompt
+        if output is not None:
+            integers[metrics.OUTPUT_TOKENS] += output
+        integers[metrics.RESPONSE_BYTES] += self._sent_bytes
+        size = self.body_bytes if self.whole else self.head.content_length
+        pool.estimator.learn(size, prompt, output)
+
+    def _end_collected(self, status: int) -> None:
+        body = b"".join(self._collected or ())
+        if self._answer is not None and self._answer.chunked:
+            try:
+                body = b"".join(ChunkDecoder().feed(body)[0])
+            except ApiError:
+                body = b""
+        if not body.startswith(b"{"):
+            body = ApiError(
+                status, Reason.REPLICA_FAILED, f"The engine answered with status {status}."
+            ).body()
+        self.client.transport.write(sse.error_event(b" ".join(body.splitlines())))
+
+    def cut(self, why: str) -> None:
+        """An answer broke after its first byte: say so in the stream where the framing allows it,
+        and close without the final chunk, so that no client takes it for whole."""
+        client, pool, answer = self.client, self.pool, self._answer
+        if pool is not None:
+            pool.counters.integers[metrics.ENGINE_ERROR] += 1
+            if self.target is not None:
+                pool.failing(self.target, suspect=False)
+        client.context.count_rejection(Reason.REPLICA_CUT)
+        if answer is not None and answer.is_stream and self._at_chunk_boundary(answer):
+            error = ApiError(
+                502, Reason.REPLICA_CUT, f"The model's replica failed mid-answer ({why})."
+            )
+            client.transport.write(sse.chunk(b"data: " + error.body() + b"\n\n"))
+        self.break_off()
+
+    def break_off(self) -> None:
+        """End an answer that has begun, so that no client takes what it got for the whole."""
+        client, answer = self.client, self._answer
+        client.keep_alive = False
+        self.drop_upstream()
+        if self._mode == _PLAIN and (answer is None or answer.content_length is None):
+            client.reset()  # an orderly end of the connection would be the end of the body
+        self.end()
+
+    def _at_chunk_boundary(self, answer: ResponseHead) -> bool:
+        if self._mode == _WRAP:
+            return True
+        whole_events = not self._blocks or self._last_block.endswith(b"\n\n\r\n")
+        return self._mode == _RAW and answer.chunked and whole_events
+
+    def drop_upstream(self) -> None:
+        """Close the connection to the replica: what it still computes for us is cancelled."""
+        connection, self.upstream = self.upstream, None
+        if connection is not None:
+            connection.request = None
+            connection.abort()
+
+    # Back-pressure, both ways
+
+    def pause_answer(self) -> None:
+        """The client reads slowly: stop reading the replica."""
+        if self.upstream is not None:
+            self.upstream.transport.pause_reading()
+
+    def resume_answer(self) -> None:
+        """The client reads again."""
+        if self.upstream is not None:
+            self.upstream.transport.resume_reading()
+
+    def is_answer_paused(self) -> bool:
+        """Whether reading the answer is paused because the client reads slowly."""
+        return self.client.writing_paused
+
+    def pause_body(self) -> None:
+        """The replica reads slowly: stop reading the client."""
+        self.client.pause()
+
+    def resume_body(self) -> None:
+        """The replica reads again."""
+        self.client.resume()
+
     # What goes wrong
 
     def upstream_failed(self, why: str, stale: bool) -> None:
@@ -289,7 +578,7 @@ class Exchange(Answer):
             self.exclude = self.exclude | {target.view.replica.id}
         if not self.whole:
             self.client.resume()  # reading may be paused for the connection that is gone
-        if self._resendable and self.attempts <= self.client.worker.config.max_retries:
+        if self._resendable and self.attempts <= self.client.context.config.max_retries:
             pool.counters.integers[metrics.RETRIES] += 1
             self.state = GATHER
             self.body_sent = False
@@ -315,7 +604,7 @@ class Exchange(Answer):
         client = self.client
         if self.pool is not None:
             self.pool.counters.integers[metrics.REJECTED] += 1
-        client.worker.rejected(error.reason)
+        client.context.count_rejection(error.reason)
         if self.state == ANSWER:
             # Bytes of the engine's answer are out: nothing of ours may follow them.
             self.break_off()
@@ -354,12 +643,12 @@ class Exchange(Answer):
             integers = pool.counters.integers
             integers[metrics.INFLIGHT_REQUESTS] -= 1
             integers[metrics.INFLIGHT_TOKENS] -= tokens
-            self.client.worker.ledger.settle(target.view.slot, tokens)
+            self.client.context.ledger.settle(target.view.slot, tokens)
 
     def release_parts(self) -> None:
         """Forget the request's body."""
         for part in self.parts:
-            self.client.worker.buffered_bytes -= len(part)
+            self.client.context.buffered_bytes -= len(part)
         self.parts = []
 
     def end(self) -> None:

@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 import msgspec
 
+from gateway.datapath.context import WorkerContext
+from gateway.datapath.pool import PoolDirectory, unknown_model
 from gateway.datapath.protocol.errors import ApiError, Reason, render, response
+from gateway.datapath.protocol.http1 import RequestHead
 from gateway.datapath.protocol.openai import PROXIED, model_card, model_list
-
-if TYPE_CHECKING:
-    from gateway.datapath.protocol.http1 import RequestHead
-    from gateway.datapath.worker import Worker
 
 _READ = (b"GET", b"HEAD")
 _HEALTH = (b"/health", b"/ping")
 
 
 def answer(
-    worker: Worker, head: RequestHead, *, request_id: bytes, close: bool, extra: bytes
+    context: WorkerContext,
+    pools: PoolDirectory,
+    head: RequestHead,
+    *,
+    request_id: bytes,
+    close: bool,
+    extra: bytes,
 ) -> bytes:
     """The whole response to a request that no engine sees."""
     try:
-        return _answer(worker, head, request_id=request_id, close=close, extra=extra)
+        return _answer(context, pools, head, request_id, close, extra)
     except ApiError as error:
-        worker.rejected(error.reason)
+        context.count_rejection(error.reason)
         whole = render(error, request_id=request_id, close=close, extra=extra)
         return whole[: whole.find(b"\r\n\r\n") + 4] if head.method == b"HEAD" else whole
 
 
 def _answer(
-    worker: Worker, head: RequestHead, *, request_id: bytes, close: bool, extra: bytes
+    context: WorkerContext,
+    pools: PoolDirectory,
+    head: RequestHead,
+    request_id: bytes,
+    close: bool,
+    extra: bytes,
 ) -> bytes:
     path, method = head.path, head.method
     is_models = path == b"/v1/models" or path.startswith(b"/v1/models/")
@@ -60,9 +69,9 @@ def _answer(
             f"{path.decode('latin-1')} takes GET, not {method.decode('latin-1')}.",
             param="GET, HEAD, OPTIONS",
         )
-    body = _models(worker, path) if is_models else _health(worker)
+    body = _models(context, pools, path) if is_models else _health(context)
     return response(
-        503 if worker.draining and not is_models else 200,
+        503 if context.draining and not is_models else 200,
         body,
         request_id=request_id,
         close=close,
@@ -71,19 +80,19 @@ def _answer(
     )
 
 
-def _health(worker: Worker) -> bytes:
-    return msgspec.json.encode({"status": "draining" if worker.draining else "ok"})
+def _health(context: WorkerContext) -> bytes:
+    return msgspec.json.encode({"status": "draining" if context.draining else "ok"})
 
 
-def _models(worker: Worker, path: bytes) -> bytes:
-    names = worker.model_names()
+def _models(context: WorkerContext, pools: PoolDirectory, path: bytes) -> bytes:
+    names = pools.model_names()
     wanted = unquote(path[len(b"/v1/models/") :].decode("latin-1"))
     if not wanted:
-        return model_list(names, worker.started_wall_s)
+        return model_list(names, context.started_wall_s)
     for name, root in names:
         if name == wanted:
-            return msgspec.json.encode(model_card(name, root, worker.started_wall_s))
-    raise worker.unknown_model(wanted)
+            return msgspec.json.encode(model_card(name, root, context.started_wall_s))
+    raise unknown_model(wanted)
 
 
 def _options(allowed: bytes, request_id: bytes, close: bool, extra: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""What the control process and a worker say to each other over their socket pair."""
+"""The messages between the control process and a worker, over their socket pair."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _LENGTH = struct.Struct("!I")
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag="config"):
-    """Everything a worker is told at its start. The meaning of each field is documented where the
-    user sets it: ``gateway/settings/schema.py`` and ``router/settings.py``."""
+    """A worker's configuration, sent at its start. Each field is documented where the user sets
+    it: ``gateway/settings/schema.py`` and ``router/settings.py``."""
 
     index: int
     max_connections: int
@@ -66,20 +66,20 @@ class Listening(msgspec.Struct, frozen=True, tag="listening"):
     pid: int
 
 
-class Poke(msgspec.Struct, frozen=True, tag="poke"):
+class WakeSignal(msgspec.Struct, frozen=True, tag="wake_signal"):
     """Worker → control: a request waits for a replica of this pool."""
 
     pool: str
 
 
-class Failing(msgspec.Struct, frozen=True, tag="failing"):
-    """Worker → control: a replica refused or cut a connection; its health should be looked at."""
+class FailureReport(msgspec.Struct, frozen=True, tag="failure"):
+    """Worker → control: a replica refused or cut a connection; its health should be checked."""
 
     replica: str
 
 
 ToWorker = WorkerConfig | FleetUpdate | Drain
-ToControl = Listening | Poke | Failing
+ToControl = Listening | WakeSignal | FailureReport
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -98,7 +98,8 @@ class Unpacker:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[Any]:
-        """The messages that are whole now. Raises ``ValueError`` on one that is too long or odd."""
+        """The messages that are whole now. Raises ``ValueError`` on one that is too long or
+        malformed."""
         self._buffer += data
         messages = []
         while len(self._buffer) >= _LENGTH.size:

@@ -8,28 +8,63 @@ may be exceeded by at most one request per other worker), and each wait has a de
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from gateway.datapath import metrics
-from gateway.datapath.answer import GATHER, HELD
+from gateway.datapath.context import WorkerContext
 from gateway.datapath.metrics import PoolCounters
 from gateway.datapath.protocol.errors import ApiError, Reason
-from gateway.datapath.upstream import Upstream
+from gateway.datapath.protocol.http1 import RequestHead
+from gateway.datapath.upstream import Upstream, UpstreamRequest
 from router.pick import pick
 from router.tokens import TokenEstimator
-from router.types import Pool, Replica, ReplicaState
+from router.types import Fleet, Pool, Replica, ReplicaState
 from router.view import ReplicaView
 
-if TYPE_CHECKING:
-    from gateway.datapath.exchange import Exchange
-    from gateway.datapath.worker import Worker
+# The states of a request, in the order in which it passes them; ``exchange`` draws them.
+GATHER: Final = 0
+HELD: Final = 1
+CONNECT: Final = 2
+SENT: Final = 3
+ANSWER: Final = 4
+DONE: Final = 5
 
-# A replica that refused a fresh connection is left alone this long, doubling up to the maximum,
-# unless the control side republishes it: it looks at the replica as soon as it is told.
+# A replica that refused a fresh connection is given nothing for this long, doubling up to the
+# maximum, unless the control side, which checks it at once, publishes it again.
 _SUSPECT_S: Final = 0.5
 _SUSPECT_MAX_S: Final = 8.0
 _UNKNOWN_WAKE_S: Final = 30.0
+
+
+class PooledRequest(UpstreamRequest):
+    """A request as its pool dispatches and holds it. Times are the event loop's clock, in seconds;
+    ``tokens`` and ``prompt_tokens`` are estimates, ``body_bytes`` what was received so far."""
+
+    head: RequestHead
+    state: int
+    model: str
+    stream: bool = False
+    body_bytes: int = 0
+    tokens: int
+    prompt_tokens: int
+    exclude: frozenset[str]
+    held_s: float | None = None
+    held_bytes: int = 0
+    comment_s: float
+
+    @abstractmethod
+    def send(self, target: Target) -> None:
+        """Send it to the replica that was picked."""
+
+    @abstractmethod
+    def reject(self, error: ApiError) -> None:
+        """Answer an error in the engine's place."""
+
+    @abstractmethod
+    def comment(self, text: str, now: float) -> None:
+        """Write a keep-alive comment into its held stream."""
 
 
 class Target:
@@ -48,20 +83,20 @@ class Target:
 class PoolRuntime:
     """See the module. ``apply`` brings in what the control side published."""
 
-    def __init__(self, worker: Worker, pool: Pool) -> None:
-        config = worker.config
-        self.worker = worker
+    def __init__(self, context: WorkerContext, pool: Pool) -> None:
+        config = context.config
+        self.context = context
         self.pool = pool
-        self.counters = PoolCounters(*worker.shared.pool_rows(config.index, pool.slot))
+        self.counters = PoolCounters(*context.shared.pool_rows(config.index, pool.slot))
         self.estimator = self._new_estimator()
         self.targets: dict[str, Target] = {}
         self.ready: list[ReplicaView] = []
-        self.queue: deque[Exchange] = deque()
+        self.queue: deque[PooledRequest] = deque()
         self._closed = False
         self._releasing = False
 
     def _new_estimator(self) -> TokenEstimator:
-        config = self.worker.config
+        config = self.context.config
         return TokenEstimator(
             bytes_per_token=config.default_bytes_per_token,
             output_tokens=config.default_output_tokens,
@@ -87,13 +122,12 @@ class PoolRuntime:
             target = old.get(replica.id)
             if target is not None and self._same_endpoint(target, replica):
                 del old[replica.id]
-                if target.view.replica != replica:
-                    target.view = self._renewed(target.view, replica)
+                target.view = self._renewed(target.view, replica)
                 target.served = replica.served_model
                 target.suspect_until_s = 0.0
             else:
                 view = self._new_view(replica)
-                target = Target(view, Upstream(self.worker, replica.url, replica.headers))
+                target = Target(view, Upstream(self.context, replica.url, replica.headers))
             self.targets[replica.id] = target
         for gone in old.values():
             gone.upstream.close()
@@ -112,7 +146,7 @@ class PoolRuntime:
         return renewed
 
     def _new_view(self, replica: Replica) -> ReplicaView:
-        config = self.worker.config
+        config = self.context.config
         return ReplicaView(
             replica,
             initial_window=config.release_initial,
@@ -121,7 +155,7 @@ class PoolRuntime:
         )
 
     def _renew_ready(self) -> None:
-        now = self.worker.loop.time()
+        now = self.context.now()
         self.ready = [
             target.view
             for target in self.targets.values()
@@ -130,34 +164,34 @@ class PoolRuntime:
 
     def failing(self, target: Target, *, suspect: bool) -> None:
         """A replica failed a request. Suspect: give it nothing for a moment."""
-        target.view.failed(self.worker.config.release_initial)
+        target.view.failed(self.context.config.release_initial)
         if suspect:
             pause_s = min(_SUSPECT_S * 2**target.failures, _SUSPECT_MAX_S)
             if pause_s < _SUSPECT_MAX_S:
                 target.failures += 1
-            target.suspect_until_s = self.worker.loop.time() + pause_s
+            target.suspect_until_s = self.context.now() + pause_s
             self._renew_ready()
-        self.worker.report_failing(target.view.replica.id)
+        self.context.report_failure(target.view.replica.id)
 
     # A request's side
 
-    def dispatch(self, exchange: Exchange) -> None:
+    def dispatch(self, request: PooledRequest) -> None:
         """Send a request to a replica now, or hold it. Raises ``ApiError`` if it may do neither."""
         if self._closed:
-            raise self.worker.unknown_model(exchange.model)
+            raise unknown_model(request.model)
         if not self.queue:
-            target = self._pick(exchange)
+            target = self._pick(request)
             if target is not None:
-                exchange.send(target)
+                request.send(target)
                 return
-        self._hold(exchange)
+        self._hold(request)
 
-    def _pick(self, exchange: Exchange) -> Target | None:
-        worker = self.worker
-        ledger = worker.ledger
+    def _pick(self, request: PooledRequest) -> Target | None:
+        context = self.context
+        ledger = context.ledger
         if ledger.shared:
-            worker.refresh_ledger()
-        view = pick(self.ready, exchange, ledger, worker.random)
+            context.refresh_ledger()
+        view = pick(self.ready, request, ledger, context.random)
         return None if view is None else self.targets[view.replica.id]
 
     # Holding
@@ -166,46 +200,46 @@ class PoolRuntime:
         """When it makes sense to come back: the measured wake time, or a guess without one."""
         return _UNKNOWN_WAKE_S if self.pool.wake_eta_s is None else max(1.0, self.pool.wake_eta_s)
 
-    def _hold(self, exchange: Exchange) -> None:
-        worker, config = self.worker, self.worker.config
-        if worker.orphaned:
-            raise self._nobody_wakes()
-        shared, slot = worker.shared, self.pool.slot
+    def _hold(self, request: PooledRequest) -> None:
+        context, config = self.context, self.context.config
+        if context.is_orphaned:
+            raise self._cannot_be_woken()
+        shared, slot = context.shared, self.pool.slot
         self.counters.flush()  # so that the totals hold our own share as it is now
         held = shared.pool_total(slot, metrics.QUEUED_REQUESTS)
         held_bytes = shared.pool_total(slot, metrics.QUEUED_BYTES)
-        size = exchange.head.content_length or exchange.body_bytes
+        size = request.head.content_length or request.body_bytes
         if held >= config.hold_max_requests or held_bytes + size > config.hold_max_bytes:
             raise ApiError(
                 429,
                 Reason.HOLD_QUEUE_FULL,
-                f"The model '{exchange.model}' is not ready, and as many requests as are held "
+                f"The model '{request.model}' is not ready, and as many requests as are held "
                 f"already wait for it ({held}).",
                 retry_after_s=self.retry_after_s(),
             )
-        exchange.exclude = frozenset()
-        exchange.state = HELD
-        now = worker.loop.time()
-        if exchange.held_s is None:
-            exchange.held_s = now
-            exchange.comment_s = now
+        request.exclude = frozenset()
+        request.state = HELD
+        now = context.now()
+        if request.held_s is None:
+            request.held_s = now
+            request.comment_s = now
             self.counters.integers[metrics.HELD] += 1
-            self.queue.append(exchange)
+            self.queue.append(request)
         else:  # its replica failed before it answered: it keeps its place in line
-            self.queue.appendleft(exchange)
-        exchange.held_bytes = size
-        self._count_held(exchange, 1)
-        self.counters.flush()  # before the control side is told to look
-        worker.poke(self.pool.name)
+            self.queue.appendleft(request)
+        request.held_bytes = size
+        self._count_held(request, 1)
+        self.counters.flush()  # before the control side reads them
+        context.send_wake_signal(self.pool.name)
 
-    def _count_held(self, exchange: Exchange, sign: int) -> None:
+    def _count_held(self, request: PooledRequest, sign: int) -> None:
         integers = self.counters.integers
         integers[metrics.QUEUED_REQUESTS] += sign
-        integers[metrics.QUEUED_TOKENS] += sign * exchange.tokens
-        integers[metrics.QUEUED_BYTES] += sign * exchange.held_bytes
+        integers[metrics.QUEUED_TOKENS] += sign * request.tokens
+        integers[metrics.QUEUED_BYTES] += sign * request.held_bytes
 
     @staticmethod
-    def _nobody_wakes() -> ApiError:
+    def _cannot_be_woken() -> ApiError:
         return ApiError(
             503,
             Reason.DRAINING,
@@ -214,17 +248,17 @@ class PoolRuntime:
         )
 
     def refuse_held(self) -> None:
-        """Tell all who are held that they wait in vain."""
-        for exchange in list(self.queue):
-            exchange.reject(self._nobody_wakes())
+        """Refuse the held requests: no replica will be woken for them."""
+        for request in list(self.queue):
+            request.reject(self._cannot_be_woken())
 
-    def unhold(self, exchange: Exchange) -> None:
+    def unhold(self, request: PooledRequest) -> None:
         """A held request leaves the queue without being sent (cancelled, refused)."""
         try:
-            self.queue.remove(exchange)
+            self.queue.remove(request)
         except ValueError:
             return
-        self._count_held(exchange, -1)
+        self._count_held(request, -1)
 
     def release(self) -> None:
         """Send held requests, oldest first, as long as some replica has room for the next."""
@@ -233,18 +267,18 @@ class PoolRuntime:
         self._releasing = True
         try:
             while self.queue and self.ready:
-                exchange = self.queue[0]
-                target = self._pick(exchange)
+                request = self.queue[0]
+                target = self._pick(request)
                 if target is None:
                     break
                 self.queue.popleft()
-                self._count_held(exchange, -1)
-                if exchange.held_s is not None:
-                    waited_s = self.worker.loop.time() - exchange.held_s
+                self._count_held(request, -1)
+                if request.held_s is not None:
+                    waited_s = self.context.now() - request.held_s
                     self.counters.observe(metrics.HELD_TIME, waited_s)
-                exchange.state = GATHER
+                request.state = GATHER
                 self.counters.dirty = True
-                exchange.send(target)
+                request.send(target)
         finally:
             self._releasing = False
 
@@ -260,7 +294,7 @@ class PoolRuntime:
         if not self.queue:
             return
         self.release()
-        config = self.worker.config
+        config = self.context.config
         while self.queue and self._waited_s(self.queue[0], now) >= config.hold_deadline_s:
             self.queue[0].reject(
                 ApiError(
@@ -273,15 +307,15 @@ class PoolRuntime:
             )
         if config.hold_keepalive_s > 0:
             due = now - config.hold_keepalive_s
-            for exchange in self.queue:
-                if exchange.stream and exchange.comment_s <= due and not exchange.head.http10:
-                    exchange.comment(self._progress(exchange, now), now)
+            for request in self.queue:
+                if request.stream and request.comment_s <= due and not request.head.http10:
+                    request.comment(self._progress(request, now), now)
 
     @staticmethod
-    def _waited_s(exchange: Exchange, now: float) -> float:
-        return 0.0 if exchange.held_s is None else now - exchange.held_s
+    def _waited_s(request: PooledRequest, now: float) -> float:
+        return 0.0 if request.held_s is None else now - request.held_s
 
-    def _progress(self, exchange: Exchange, now: float) -> str:
+    def _progress(self, request: PooledRequest, now: float) -> str:
         phase = self.pool.phase
         if not phase:
             states = sorted({target.view.replica.state.value for target in self.targets.values()})
@@ -289,7 +323,7 @@ class PoolRuntime:
         eta = self.pool.wake_eta_s
         return (
             f"tidegate: waiting for {self.pool.name} ({phase}), "
-            f"{self._waited_s(exchange, now):.0f} s"
+            f"{self._waited_s(request, now):.0f} s"
             + ("" if eta is None else f" of about {eta:.0f} s")
         )
 
@@ -303,14 +337,90 @@ class PoolRuntime:
         """The pool is gone from the fleet: give its slot back. The control side waits until
         nothing of it is left, so whatever is held here is refused."""
         self._closed = True
-        for exchange in list(self.queue):
-            exchange.reject(self.worker.unknown_model(exchange.model))
+        for request in list(self.queue):
+            request.reject(unknown_model(request.model))
         for target in self.targets.values():
             target.upstream.close()
-        self.worker.shared.clear_pool(self.worker.config.index, self.pool.slot)
+        self.context.shared.clear_pool(self.context.config.index, self.pool.slot)
 
     def __repr__(self) -> str:
         return (
             f"<pool {self.pool.name} ready={len(self.ready)}/{len(self.targets)} "
             f"queue={len(self.queue)}>"
         )
+
+
+def unknown_model(model: str) -> ApiError:
+    """404 for a name that no pool has; a model at zero is not unknown."""
+    return ApiError(
+        404,
+        Reason.MODEL_UNKNOWN,
+        f"The model '{model[:200]}' does not exist here. GET /v1/models lists those that do.",
+        param="model",
+    )
+
+
+class PoolDirectory:
+    """The pools of this worker by name, as the control side last published them."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
+        self._version = -1
+        self.pools: dict[str, PoolRuntime] = {}
+        self._names: dict[str, PoolRuntime] = {}
+
+    def apply(self, fleet: Fleet) -> None:
+        """Take a new picture of the fleet. One that is not newer than the last is ignored."""
+        if fleet.version <= self._version:
+            return
+        if self._version < 0:
+            self._clear_free_slots(fleet)
+        self._version = fleet.version
+        slots = [replica.slot for pool in fleet.pools for replica in pool.replicas]
+        self._context.replica_slots = 1 + max(slots, default=-1)
+        old = self.pools
+        self.pools = {}
+        self._names = {}
+        for pool in fleet.pools:
+            runtime = old.get(pool.name)
+            if runtime is not None and runtime.pool.slot == pool.slot:
+                del old[pool.name]
+            else:
+                runtime = PoolRuntime(self._context, pool)
+            self.pools[pool.name] = runtime
+            if not pool.draining:
+                for name in (pool.name, *pool.aliases):
+                    self._names[name] = runtime
+        for gone in old.values():
+            gone.close()
+        for pool in fleet.pools:
+            self.pools[pool.name].apply(pool)
+        for runtime in self.pools.values():
+            runtime.counters.flush()  # a reader of the version reads what was counted until now
+        self._context.shared.set_applied(self._context.config.index, fleet.version)
+
+    def _clear_free_slots(self, fleet: Fleet) -> None:
+        """Zero the counters of pools that were removed after the worker before this one ended."""
+        taken = {pool.slot for pool in fleet.pools}
+        for slot in range(self._context.shared.max_pools):
+            if slot not in taken:
+                self._context.shared.clear_pool(self._context.config.index, slot)
+
+    def configure(self) -> None:
+        """The worker's settings have changed."""
+        for runtime in self.pools.values():
+            runtime.configure()
+
+    def find(self, model: str) -> PoolRuntime:
+        """The pool that a model name or alias stands for. Raises ``ApiError`` 404."""
+        runtime = self._names.get(model)
+        if runtime is None:
+            raise unknown_model(model)
+        return runtime
+
+    def model_names(self) -> list[tuple[str, str | None]]:
+        """All names clients may use, with the pool that an alias stands for."""
+        return [
+            (name, None if name == runtime.pool.name else runtime.pool.name)
+            for name, runtime in self._names.items()
+        ]

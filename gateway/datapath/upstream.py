@@ -2,7 +2,7 @@
 
 A connection tracks exactly where the answer ends (by count, or chunk by chunk), so that it
 can be used again and so that nothing after the end is ever taken for an answer. It does not look
-into the bytes; that is the exchange's.
+into the bytes; that is the request's.
 """
 
 from __future__ import annotations
@@ -10,21 +10,67 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
+from typing import Any
 from urllib.parse import urlsplit
 
+from gateway.datapath import metrics
+from gateway.datapath.context import WorkerContext
 from gateway.datapath.protocol.chunks import ChunkTracker
 from gateway.datapath.protocol.http1 import ResponseHead, parse_response_head
-
-if TYPE_CHECKING:
-    from gateway.datapath.exchange import Exchange
-    from gateway.datapath.worker import Worker
 
 log = logging.getLogger("tidegate.datapath")
 
 
+class UpstreamRequest(ABC):
+    """The request that a connection works for. An abstract class and not a protocol: compiled
+    code calls its methods directly.
+
+    ``body_sent`` says that the request's body was sent whole, so that the connection can be kept.
+    """
+
+    body_sent: bool = False
+
+    @abstractmethod
+    def connected(self, upstream: Upstream, connection: UpstreamConnection) -> bool:
+        """The connection asked for is open. Returns false where it is not needed any more."""
+
+    @abstractmethod
+    def connect_failed(self, upstream: Upstream, why: str) -> None:
+        """No connection could be opened."""
+
+    @abstractmethod
+    def answer_began(self, head: ResponseHead, body: bytes) -> None:
+        """The replica's head arrived, and ``body`` with it."""
+
+    @abstractmethod
+    def answer_block(self, data: bytes) -> None:
+        """The next block of the answer's body, as it was received."""
+
+    @abstractmethod
+    def answer_ended(self, events: int = 0) -> None:
+        """The answer is whole; ``events`` is the number of its chunks. The connection is already
+        released."""
+
+    @abstractmethod
+    def upstream_failed(self, why: str, stale: bool) -> None:
+        """The connection broke. ``stale``: it was kept alive and closed before any answer."""
+
+    @abstractmethod
+    def pause_body(self) -> None:
+        """The replica reads slowly: stop reading the request's body."""
+
+    @abstractmethod
+    def resume_body(self) -> None:
+        """The replica reads again."""
+
+    @abstractmethod
+    def is_answer_paused(self) -> bool:
+        """Whether reading the answer is paused because the client reads slowly."""
+
+
 class UpstreamConnection(asyncio.Protocol):
-    """One connection to a replica. ``exchange`` is whom it works for now, ``None`` when idle."""
+    """One connection to a replica. ``request`` is ``None`` while it is idle."""
 
     __slots__ = (
         "_buffer",
@@ -33,8 +79,8 @@ class UpstreamConnection(asyncio.Protocol):
         "_left",
         "_replica",
         "_tracker",
-        "exchange",
         "idle_since_s",
+        "request",
         "reused",
         "transport",
     )
@@ -42,7 +88,7 @@ class UpstreamConnection(asyncio.Protocol):
     def __init__(self, replica: Upstream) -> None:
         self._replica = replica
         self.transport: Any = None
-        self.exchange: Exchange | None = None
+        self.request: UpstreamRequest | None = None
         self.idle_since_s = 0.0
         self.reused = False
         self._reset()
@@ -63,25 +109,25 @@ class UpstreamConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """The hot path: one block from the replica."""
-        exchange = self.exchange
-        if exchange is None:
-            self.abort()  # an answer nobody asked for: the framing can no longer be trusted
+        request = self.request
+        if request is None:
+            self.abort()  # an answer to no request: the framing can no longer be trusted
             return
         try:
             if self._head is not None:
-                self._relay(exchange, data)
+                self._relay(request, data)
                 return
             if self._buffer:
                 data = self._buffer + data
                 self._buffer = b""
-            self._first(exchange, data)
+            self._first(request, data)
         except ValueError as error:
             self.fail(f"not a valid HTTP answer: {error}")
         except Exception:
-            log.exception("a fault of the gateway's own, met while passing an answer on")
-            self.fail("the gateway met a fault of its own")
+            log.exception("internal error of the gateway while it passed an answer on")
+            self.fail("internal error of the gateway")
 
-    def _first(self, exchange: Exchange, data: bytes) -> None:
+    def _first(self, request: UpstreamRequest, data: bytes) -> None:
         """Bytes up to and just after the head."""
         end = data.find(b"\r\n\r\n")
         while end >= 0:
@@ -107,11 +153,11 @@ class UpstreamConnection(asyncio.Protocol):
                 raise ValueError("more body than Content-Length says")
             self._ended = self._left == 0
         ended = self._ended
-        exchange.answer_began(head, body)
-        if ended and self.exchange is exchange:
-            self._finish(exchange)
+        request.answer_began(head, body)
+        if ended and self.request is request:
+            self._finish(request)
 
-    def _relay(self, exchange: Exchange, data: bytes) -> None:
+    def _relay(self, request: UpstreamRequest, data: bytes) -> None:
         """Body bytes after the first block."""
         tracker = self._tracker
         if tracker is not None:
@@ -128,57 +174,57 @@ class UpstreamConnection(asyncio.Protocol):
                 return
             self._ended = self._left == 0
         ended = self._ended
-        exchange.answer_block(data)
-        if ended and self.exchange is exchange:
-            self._finish(exchange)
+        request.answer_block(data)
+        if ended and self.request is request:
+            self._finish(request)
 
-    def _finish(self, exchange: Exchange) -> None:
+    def _finish(self, request: UpstreamRequest) -> None:
         head = self._head
-        keep = head is not None and head.keep_alive and exchange.body_sent
-        self.exchange = None
+        keep = head is not None and head.keep_alive and request.body_sent
+        self.request = None
         self._head = None
         self._ended = False
         events, self._tracker = (0 if self._tracker is None else self._tracker.chunks), None
-        if exchange.client.writing_paused:
+        if request.is_answer_paused():
             self.transport.resume_reading()  # the next request's client may be a fast one
         if keep:
             self._replica.release(self)
         else:
             self.abort()
-        exchange.answer_ended(events)
+        request.answer_ended(events)
 
     def fail(self, why: str) -> None:
-        """The connection cannot be trusted any more; tell the exchange, then close."""
-        exchange, self.exchange = self.exchange, None
+        """The connection cannot be trusted any more; tell the request, then close."""
+        request, self.request = self.request, None
         self.abort()
-        if exchange is not None:
-            exchange.upstream_failed(why, stale=False)
+        if request is not None:
+            request.upstream_failed(why, stale=False)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Closed by the replica, by us, or by the network."""
         self._replica.closed(self)
-        exchange, self.exchange = self.exchange, None
-        if exchange is None:
+        request, self.request = self.request, None
+        if request is None:
             return
         head = self._head
         if head is not None and not head.chunked and head.content_length is None and exc is None:
-            exchange.answer_ended()  # a body that ends with its connection
+            request.answer_ended()  # a body that ends with its connection
             return
         # A kept-alive connection that closes before it answers was most likely idle too long.
         stale = self.reused and head is None and not self._buffer
-        exchange.upstream_failed(str(exc) if exc else "the replica closed the connection", stale)
+        request.upstream_failed(str(exc) if exc else "the replica closed the connection", stale)
 
     def pause_writing(self) -> None:
         """The replica reads slowly: stop reading the client's body."""
-        if self.exchange is not None:
-            self.exchange.client.pause()
+        if self.request is not None:
+            self.request.pause_body()
 
     def resume_writing(self) -> None:
         """The replica reads again."""
-        if self.exchange is not None:
-            self.exchange.client.resume()
+        if self.request is not None:
+            self.request.resume_body()
 
-    # the exchange's side
+    # The request's side
 
     def abort(self) -> None:
         """Close at once: what the engine still computes for it is cancelled by the close."""
@@ -186,23 +232,25 @@ class UpstreamConnection(asyncio.Protocol):
             self.transport.abort()
 
     def __repr__(self) -> str:
-        state = "idle" if self.exchange is None else "busy"
+        state = "idle" if self.request is None else "busy"
         return f"<to {self._replica.host}:{self._replica.port} {state}>"
 
 
 class Upstream:
     """All of one worker's connections to one replica."""
 
-    def __init__(self, worker: Worker, url: str, headers: tuple[tuple[str, str], ...]) -> None:
+    def __init__(
+        self, context: WorkerContext, url: str, headers: tuple[tuple[str, str], ...]
+    ) -> None:
         parts = urlsplit(url)
-        self.worker = worker
+        self.context = context
         self.url = url
         self.headers = headers
         self.tls = parts.scheme == "https"
         self.host = parts.hostname or "127.0.0.1"
         self.port = parts.port or (443 if self.tls else 80)
         self.request_start = b"POST " + parts.path.rstrip("/").encode()
-        self.max_head_bytes = worker.config.max_head_bytes
+        self.max_head_bytes = context.config.max_head_bytes
         lines = b"\r\nhost: " + parts.netloc.rpartition("@")[2].encode()
         for name, value in headers:
             lines += b"\r\n" + name.encode() + b": " + value.encode()
@@ -231,55 +279,57 @@ class Upstream:
                 return connection
         return None
 
-    def connect(self, exchange: Exchange) -> None:
-        """Open a connection for an exchange, which is told when it is there or failed."""
-        task = self.worker.loop.create_task(self._connect(exchange))
+    def connect(self, request: UpstreamRequest) -> None:
+        """Open a connection for a request and tell it when it is open or failed."""
+        task = self.context.loop.create_task(self._connect(request))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _connect(self, exchange: Exchange) -> None:
+    async def _connect(self, request: UpstreamRequest) -> None:
         if self.tls and self._context is None:
             self._context = ssl.create_default_context()
         try:
-            async with asyncio.timeout(self.worker.config.upstream_connect_timeout_s):
-                _, connection = await self.worker.loop.create_connection(
+            async with asyncio.timeout(self.context.config.upstream_connect_timeout_s):
+                _, connection = await self.context.loop.create_connection(
                     lambda: UpstreamConnection(self),
                     self.host,
                     self.port,
                     ssl=self._context,
                 )
         except (OSError, TimeoutError) as error:
-            exchange.connect_failed(self, str(error) or "timed out")
+            request.connect_failed(self, str(error) or "timed out")
             return
-        if not exchange.connected(self, connection):
+        if not request.connected(self, connection):
             self.release(connection)
 
     def release(self, connection: UpstreamConnection) -> None:
         """A connection is free again: keep it, or close it where enough are kept."""
         if connection.transport.is_closing():
             return
-        if self._closed or len(self.idle) >= self.worker.config.upstream_max_idle_connections:
+        if self._closed or len(self.idle) >= self.context.config.upstream_max_idle_connections:
             connection.abort()
             return
-        connection.idle_since_s = self.worker.loop.time()
+        connection.idle_since_s = self.context.now()
         self.idle.append(connection)
 
     def opened(self, connection: UpstreamConnection) -> None:
         """Count an open connection."""
         self.open.add(connection)
-        self.worker.upstream_opened(1)
+        counters = self.context.counters
+        counters[metrics.UPSTREAM_CONNECTIONS] += 1
+        counters[metrics.UPSTREAM_OPENED] += 1
 
     def closed(self, connection: UpstreamConnection) -> None:
         """Forget a closed connection."""
         if connection in self.open:
             self.open.discard(connection)
-            self.worker.upstream_opened(-1)
+            self.context.counters[metrics.UPSTREAM_CONNECTIONS] -= 1
         if connection in self.idle:
             self.idle.remove(connection)
 
     def sweep(self, now: float) -> None:
         """Close connections idle longer than the engines themselves keep them."""
-        limit = now - self.worker.config.upstream_keepalive_s
+        limit = now - self.context.config.upstream_keepalive_s
         kept = []
         for connection in self.idle:
             if connection.idle_since_s < limit:

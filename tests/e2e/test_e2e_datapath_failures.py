@@ -89,7 +89,7 @@ def test_a_bad_replica_costs_no_client_an_error_while_another_is_healthy(
         long = json.dumps({"model": "m", "prompt": "x" * 100_000}).encode()
         if kind in ("dead", "accepts and closes"):
             assert served.ask(post(long)).status == 200
-        eventually(lambda: known[0].id in served.failing)  # the workers tell it beside their work
+        eventually(lambda: known[0].id in served.failures)
     assert len(good.requests) >= 12
     assert len({request.headers["x-request-id"] for request in good.requests}) == len(good.requests)
 
@@ -315,7 +315,7 @@ def test_a_replica_behind_tls_is_asked_if_its_certificate_is_trusted(
             strange.publish(replica)
             answer = strange.ask(SMALL)
             assert (answer.status, answer.reason) == (503, "hold_deadline")
-            eventually(lambda: strange.failing)
+            eventually(lambda: strange.failures)
         assert replica.requests == []
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
         with gateway() as served, served.connect() as client:
@@ -413,7 +413,7 @@ def test_a_held_stream_gets_comments_and_then_the_answer(kind: str) -> None:
             assert body == expected
             client.send(SMALL)  # the connection goes on
             assert client.answer().status in (200, 400, 500)
-        assert len(served.pokes) >= 1
+        assert len(served.wake_signals) >= 1
 
 
 def test_a_held_stream_whose_replica_fails_keeps_waiting_and_is_answered(served: Gateway) -> None:

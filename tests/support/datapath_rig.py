@@ -424,8 +424,8 @@ class Gateway:
     def __init__(self, *, workers: int = 1, **changes: Any) -> None:
         self.config = msgspec.structs.replace(DEFAULTS, **changes)
         self.shared = Shared.create(workers=workers, max_replicas=512, max_pools=4)
-        self.pokes: list[str] = []
-        self.failing: list[str] = []
+        self.wake_signals: list[str] = []
+        self.failures: list[str] = []
         self._count = workers
         self._version = 0
         self._slot = 0
@@ -443,8 +443,8 @@ class Gateway:
             self.config,
             open_listeners("127.0.0.1", 0, self._count),
             self.shared,
-            on_poke=self.pokes.append,
-            on_failing=self.failing.append,
+            on_wake_signal=self.wake_signals.append,
+            on_failure=self.failures.append,
         )
         self.workers.log_file = self._log
         self.port = self.workers.port

@@ -1,4 +1,4 @@
-"""A fault of the gateway's own ends one request with an answer, and leaves the books balanced."""
+"""An internal error ends one request with an answer, and leaves the counts balanced."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def worker() -> Iterator[Worker]:
     shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
     made = Worker(loop, DEFAULTS, shared, lambda message: None)
     replica = Replica(id="r", pool="m", slot=0, url="http://127.0.0.1:1", state=ReplicaState.READY)
-    made.apply(Fleet(version=1, pools=(Pool(name="m", slot=0, replicas=(replica,)),)))
+    made.pools.apply(Fleet(version=1, pools=(Pool(name="m", slot=0, replicas=(replica,)),)))
     yield made
     loop.close()
     shared.close()
 
 
 def connect(worker: Worker) -> tuple[ClientConnection, Wire]:
-    client, wire = ClientConnection(worker), Wire()
+    client, wire = ClientConnection(worker.clients), Wire()
     client.connection_made(wire)
     return client, wire
 
@@ -73,12 +73,12 @@ def test_while_a_request_is_read(worker: Worker, monkeypatch: pytest.MonkeyPatch
     assert wire.sent.startswith(b"HTTP/1.1 500 ")
     assert b"x-tidegate-reason: internal" in wire.sent
     assert wire.closed
-    assert worker.counters[metrics.REASON_INDEX[Reason.INTERNAL]] == 1
+    assert worker.context.counters[metrics.REASON_INDEX[Reason.INTERNAL]] == 1
     worker.check_integrity()
 
 
 def test_while_an_answer_is_read(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    upstream = worker.pools["m"].targets["r"].upstream
+    upstream = worker.pools.pools["m"].targets["r"].upstream
     connection = UpstreamConnection(upstream)
     connection.connection_made(Wire())
     upstream.release(connection)

@@ -12,8 +12,9 @@ import pytest
 from datapath_rig import DEFAULTS
 
 from gateway.datapath import metrics
+from gateway.datapath.client import ClientConnection
 from gateway.datapath.exchange import Exchange
-from gateway.datapath.messages import Failing
+from gateway.datapath.messages import FailureReport
 from gateway.datapath.protocol.errors import ApiError, Reason
 from gateway.datapath.protocol.http1 import parse_request_head
 from gateway.datapath.shared import Shared
@@ -59,18 +60,18 @@ def test_a_body_in_tiny_pieces_is_kept_in_few_parts(loop: Loop) -> None:
     head = parse_request_head(
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n"
     )
-    exchange = Exchange(SimpleNamespace(worker=worker), head, 0.0)  # type: ignore[arg-type]
+    exchange = Exchange(ClientConnection(worker.clients), head, 0.0)
     for number in range(30_000):
         exchange.feed(b"%02d" % (number % 100))
     assert len(exchange.parts) < 30
     assert b"".join(exchange.parts) == b"".join(b"%02d" % (n % 100) for n in range(30_000))
-    assert worker.buffered_bytes == exchange.body_bytes == 60_000
+    assert worker.context.buffered_bytes == exchange.body_bytes == 60_000
 
 
 def test_a_replica_that_stays_dead_for_days_is_tried_every_few_seconds(loop: Loop) -> None:
     worker, _ = make(loop)
-    worker.apply(fleet(1, replica()))
-    pool = worker.pools["m"]
+    worker.pools.apply(fleet(1, replica()))
+    pool = worker.pools.pools["m"]
     target = pool.targets["r0"]
     pauses = []
     for _ in range(3000):
@@ -86,54 +87,54 @@ def test_a_replica_that_stays_dead_for_days_is_tried_every_few_seconds(loop: Loo
 
 def test_republishing_a_suspect_clears_it_and_only_suspects_pause(loop: Loop) -> None:
     worker, _ = make(loop)
-    worker.apply(fleet(1, replica()))
-    pool = worker.pools["m"]
+    worker.pools.apply(fleet(1, replica()))
+    pool = worker.pools.pools["m"]
     pool.failing(pool.targets["r0"], suspect=False)
     assert len(pool.ready) == 1
     pool.failing(pool.targets["r0"], suspect=True)
     assert pool.ready == []
-    worker.apply(fleet(2, replica()))
+    worker.pools.apply(fleet(2, replica()))
     assert len(pool.ready) == 1
 
 
 def test_a_failing_replica_is_reported_at_most_twice_a_second(loop: Loop) -> None:
     worker, sent = make(loop)
     for _ in range(100):
-        worker.report_failing("r0")
+        worker.context.report_failure("r0")
         loop.now_s += 0.01
-    assert sent == [Failing(replica="r0")] * 2
+    assert sent == [FailureReport(replica="r0")] * 2
 
 
 @pytest.mark.parametrize("state", ReplicaState)
 def test_only_ready_replicas_are_offered(loop: Loop, state: ReplicaState) -> None:
     worker, _ = make(loop)
-    worker.apply(fleet(1, replica(0), replica(1, state=state)))
-    assert len(worker.pools["m"].ready) == (2 if state is ReplicaState.READY else 1)
+    worker.pools.apply(fleet(1, replica(0), replica(1, state=state)))
+    assert len(worker.pools.pools["m"].ready) == (2 if state is ReplicaState.READY else 1)
 
 
 def test_an_older_picture_is_ignored(loop: Loop) -> None:
     worker, _ = make(loop)
-    worker.apply(fleet(5, replica()))
-    worker.apply(fleet(4))
-    assert len(worker.pools["m"].ready) == 1
-    worker.apply(fleet(5))
-    assert len(worker.pools["m"].ready) == 1
+    worker.pools.apply(fleet(5, replica()))
+    worker.pools.apply(fleet(4))
+    assert len(worker.pools.pools["m"].ready) == 1
+    worker.pools.apply(fleet(5))
+    assert len(worker.pools.pools["m"].ready) == 1
 
 
 def test_what_stays_the_same_keeps_its_window_and_its_connections(loop: Loop) -> None:
     worker, _ = make(loop, release_initial=2)
-    worker.apply(fleet(1, replica()))
-    pool = worker.pools["m"]
+    worker.pools.apply(fleet(1, replica()))
+    pool = worker.pools.pools["m"]
     first = pool.targets["r0"]
     first.view.answered()
     first.view.answered()
-    worker.apply(fleet(2, replica(), replica(1)))
+    worker.pools.apply(fleet(2, replica(), replica(1)))
     assert pool.targets["r0"] is first
     assert first.view.window == 4
-    worker.apply(fleet(3, replica(max_inflight_requests=3)))
+    worker.pools.apply(fleet(3, replica(max_inflight_requests=3)))
     assert pool.targets["r0"].view.window == 3
-    worker.apply(fleet(4, replica(state=ReplicaState.SLEEPING)))
-    worker.apply(fleet(5, replica()))
+    worker.pools.apply(fleet(4, replica(state=ReplicaState.SLEEPING)))
+    worker.pools.apply(fleet(5, replica()))
     assert pool.targets["r0"].view.window == 2  # it wakes: it is filled slowly again
 
 
@@ -144,10 +145,10 @@ def test_a_replica_that_changes_place_loses_its_connections(
     loop: Loop, change: dict[str, Any]
 ) -> None:
     worker, _ = make(loop)
-    worker.apply(fleet(1, replica()))
-    old = worker.pools["m"].targets["r0"].upstream
-    worker.apply(fleet(2, msgspec.structs.replace(replica(), **change)))
-    new = worker.pools["m"].targets["r0"].upstream
+    worker.pools.apply(fleet(1, replica()))
+    old = worker.pools.pools["m"].targets["r0"].upstream
+    worker.pools.apply(fleet(2, msgspec.structs.replace(replica(), **change)))
+    new = worker.pools.pools["m"].targets["r0"].upstream
     assert new is not old
     assert old._closed
     assert not new._closed
@@ -155,72 +156,77 @@ def test_a_replica_that_changes_place_loses_its_connections(
 
 def test_a_pool_in_another_slot_or_gone_is_closed(loop: Loop) -> None:
     worker, _ = make(loop)
-    worker.apply(fleet(1, replica()))
-    first = worker.pools["m"]
+    worker.pools.apply(fleet(1, replica()))
+    first = worker.pools.pools["m"]
     upstream = first.targets["r0"].upstream
-    worker.apply(fleet(2, replica(), slot=1))
-    assert worker.pools["m"] is not first
+    worker.pools.apply(fleet(2, replica(), slot=1))
+    assert worker.pools.pools["m"] is not first
     assert upstream._closed
-    worker.apply(Fleet(version=3))
+    worker.pools.apply(Fleet(version=3))
     with pytest.raises(ApiError):
-        worker.pool_of("m")
+        worker.pools.find("m")
 
 
 def test_names_and_aliases_lead_to_the_pool_and_follow_it(loop: Loop) -> None:
     worker, _ = make(loop)
-    worker.apply(fleet(1))
-    assert worker.pool_of("a") is worker.pool_of("m")
-    assert worker.model_names() == [("m", None), ("a", "m")]
-    worker.apply(fleet(2, aliases=("b",)))
+    worker.pools.apply(fleet(1))
+    assert worker.pools.find("a") is worker.pools.find("m")
+    assert worker.pools.model_names() == [("m", None), ("a", "m")]
+    worker.pools.apply(fleet(2, aliases=("b",)))
     with pytest.raises(ApiError) as raised:
-        worker.pool_of("a")
+        worker.pools.find("a")
     assert raised.value.status == 404
-    assert worker.pool_of("b") is worker.pool_of("m")
+    assert worker.pools.find("b") is worker.pools.find("m")
 
 
 def test_a_draining_pool_is_unknown_to_new_requests_and_keeps_what_it_has(loop: Loop) -> None:
     worker, _ = make(loop)
-    worker.apply(fleet(1, replica()))
-    runtime = worker.pools["m"]
+    worker.pools.apply(fleet(1, replica()))
+    runtime = worker.pools.pools["m"]
     runtime.counters.integers[metrics.ARRIVALS] = 3
-    worker.apply(fleet(2, replica(), draining=True))
-    assert worker.pools["m"] is runtime
+    worker.pools.apply(fleet(2, replica(), draining=True))
+    assert worker.pools.pools["m"] is runtime
     assert runtime.ready
-    assert worker.model_names() == []
+    assert worker.pools.model_names() == []
     with pytest.raises(ApiError) as raised:
-        worker.pool_of("m")
+        worker.pools.find("m")
     assert (raised.value.status, raised.value.reason) == (404, Reason.MODEL_UNKNOWN)
-    assert worker.shared.pool_total(0, metrics.ARRIVALS) == 3  # with the version it is applied to
-    assert worker.shared.applied() == 2
-    worker.apply(fleet(3, replica()))  # it was added again
-    assert worker.pool_of("m") is runtime
+    assert (
+        worker.context.shared.pool_total(0, metrics.ARRIVALS) == 3
+    )  # with the version it is applied to
+    assert worker.context.shared.applied() == 2
+    worker.pools.apply(fleet(3, replica()))  # it was added again
+    assert worker.pools.find("m") is runtime
 
 
 def test_a_slot_that_is_free_again_begins_at_zero(loop: Loop) -> None:
     worker, _ = make(loop)
-    shared = worker.shared
-    worker.apply(fleet(1))
-    worker.pools["m"].counters.integers[metrics.ARRIVALS] = 3
-    worker.pools["m"].counters.observe(metrics.TTFT, 1.0)
-    worker.apply(Fleet(version=2))
+    shared = worker.context.shared
+    worker.pools.apply(fleet(1))
+    worker.pools.pools["m"].counters.integers[metrics.ARRIVALS] = 3
+    worker.pools.pools["m"].counters.observe(metrics.TTFT, 1.0)
+    worker.pools.apply(Fleet(version=2))
     assert (shared.pool_total(0, metrics.ARRIVALS), shared.pool_sum(0, metrics.TTFT)) == (0, 0.0)
     # A pool that is removed while its worker is dead: the next worker clears what that one left.
     shared.pool_rows(0, 3)[0][metrics.ARRIVALS] = 5
     shared.clear_worker(0)
     assert shared.applied() == 0
-    Worker(loop, DEFAULTS, shared, lambda message: None).apply(fleet(3))
+    Worker(loop, DEFAULTS, shared, lambda message: None).pools.apply(fleet(3))
     assert (shared.pool_total(3, metrics.ARRIVALS), shared.applied()) == (0, 3)
 
 
 def test_other_settings_apply_to_what_is_there(loop: Loop) -> None:
     worker, _ = make(loop, max_inflight_requests=4, default_output_tokens=10)
-    worker.apply(fleet(1, replica(), replica(1, max_inflight_requests=2)))
-    runtime = worker.pools["m"]
+    worker.pools.apply(fleet(1, replica(), replica(1, max_inflight_requests=2)))
+    runtime = worker.pools.pools["m"]
     upstream = runtime.targets["r0"].upstream
     runtime.targets["r0"].view.answered()
     worker.configure(
         msgspec.structs.replace(
-            worker.config, max_inflight_requests=9, default_output_tokens=20, release_initial=8
+            worker.context.config,
+            max_inflight_requests=9,
+            default_output_tokens=20,
+            release_initial=8,
         )
     )
     assert [view.max_inflight_requests for view in runtime.ready] == [9, 2]
@@ -232,8 +238,8 @@ def test_other_settings_apply_to_what_is_there(loop: Loop) -> None:
 def test_retry_after_is_the_measured_wake_time_or_a_guess(loop: Loop) -> None:
     worker, _ = make(loop)
     for number, (eta, expected) in enumerate([(None, 30.0), (0.2, 1.0), (17.5, 17.5)]):
-        worker.apply(fleet(number, wake_eta_s=eta))
-        assert worker.pools["m"].retry_after_s() == expected
+        worker.pools.apply(fleet(number, wake_eta_s=eta))
+        assert worker.pools.pools["m"].retry_after_s() == expected
 
 
 @pytest.mark.parametrize(
@@ -250,7 +256,7 @@ def test_who_waits_is_told_what_for(
 ) -> None:
     worker, _ = make(loop)
     replicas = [replica(slot, state=state) for slot, state in enumerate(states)]
-    worker.apply(fleet(1, *replicas, phase=phase, wake_eta_s=20.0))
+    worker.pools.apply(fleet(1, *replicas, phase=phase, wake_eta_s=20.0))
     waiting = SimpleNamespace(held_s=100.0)
-    text = worker.pools["m"]._progress(waiting, 103.0)  # type: ignore[arg-type]
+    text = worker.pools.pools["m"]._progress(waiting, 103.0)  # type: ignore[arg-type]
     assert text == f"tidegate: waiting for m ({said}), 3 s of about 20 s"

@@ -17,13 +17,13 @@ from gateway.datapath import metrics
 from gateway.datapath.messages import (
     MAX_MESSAGE_BYTES,
     Drain,
-    Failing,
+    FailureReport,
     FleetUpdate,
     Listening,
-    Poke,
     ToControl,
     ToWorker,
     Unpacker,
+    WakeSignal,
     pack,
 )
 from gateway.datapath.metrics import PoolCounters
@@ -239,7 +239,7 @@ FLEET = Fleet(
 @given(st.lists(st.integers(1, 50), max_size=60))
 def test_messages_arrive_whole_however_the_channel_cuts_them(cuts: list[int]) -> None:
     down = [DEFAULTS, FleetUpdate(fleet=FLEET), Drain(), FleetUpdate(fleet=Fleet(version=8))]
-    up = [Listening(pid=5), Poke(pool="m"), Failing(replica="r")]
+    up = [Listening(pid=5), WakeSignal(pool="m"), FailureReport(replica="r")]
     for sent, kind in ((down, ToWorker), (up, ToControl)):
         wire = b"".join(pack(message) for message in sent)
         unpacker, got = Unpacker(kind), []

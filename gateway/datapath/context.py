@@ -1,0 +1,115 @@
+"""What all parts of one worker process share: its event loop, settings, counters and ledger.
+
+Connections, requests and pools are given the context, not the worker that composes them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from array import array
+from collections.abc import Callable
+from typing import Any, Final
+
+from gateway.datapath import metrics
+from gateway.datapath.messages import FailureReport, ToControl, WakeSignal, WorkerConfig
+from gateway.datapath.protocol.errors import Reason
+from gateway.datapath.shared import Shared
+from router.ledger import Ledger
+
+# The other workers' inflight figures may be this old when a replica is picked.
+_LEDGER_AGE_S: Final = 0.001
+_REPORT_INTERVAL_S: Final = 0.5
+_MAX_REPORTED_REPLICAS: Final = 4096
+
+
+class WorkerContext:
+    """See the module. ``now`` is the event loop's clock, in seconds; ``random`` gives numbers in
+    [0, 1). ``send`` takes messages for the control process; ``is_orphaned`` says that this process
+    is gone, so that no engine will be woken any more."""
+
+    def __init__(
+        self,
+        loop: Any,
+        config: WorkerConfig,
+        shared: Shared,
+        send: Callable[[ToControl], None],
+        random: Callable[[], float],
+    ) -> None:
+        self.loop = loop
+        self.now: Callable[[], float] = loop.time
+        self.config = config
+        self.shared = shared
+        self.random = random
+        self.draining = False
+        self.is_orphaned = False
+        self.started_wall_s = int(time.time())
+        self.replica_slots = 0
+        self.buffered_bytes = 0
+        self._counters_row: Any = shared.worker_counters(config.index)
+        self.counters: list[int] = list(self._counters_row)
+        requests, tokens = shared.replica_rows(config.index)
+        self.ledger = Ledger(requests, tokens, self._read_others if shared.workers > 1 else None)
+        self._ledger_read_s = 0.0
+        self._send = send
+        self._reported_s: dict[str, float] = {}
+        self._id_prefix = os.urandom(8).hex().encode() + b"%02x" % config.index
+        self._ids = 0
+        self.configure(config)
+
+    def configure(self, config: WorkerConfig) -> None:
+        """Take other settings from now on."""
+        self.config = config
+        self._cors = frozenset([origin.encode() for origin in config.cors_allow_origins])
+
+    # To the control process
+
+    def send_wake_signal(self, pool: str) -> None:
+        """Report that a request waits for a replica of the pool."""
+        self._send(WakeSignal(pool=pool))
+
+    def report_failure(self, replica: str) -> None:
+        """Report that a replica failed a request, at most twice a second for each replica."""
+        now = self.now()
+        if now - self._reported_s.get(replica, -1e9) >= _REPORT_INTERVAL_S:
+            if len(self._reported_s) > _MAX_REPORTED_REPLICAS:
+                self._reported_s.clear()
+            self._reported_s[replica] = now
+            self._send(FailureReport(replica=replica))
+
+    # Counters and ledger
+
+    def count_rejection(self, reason: Reason) -> None:
+        """Count an answer that the gateway gave in the engine's place."""
+        self.counters[metrics.REASON_INDEX[reason]] += 1
+
+    def publish_counters(self) -> None:
+        """Copy this worker's own counters into shared memory."""
+        self.counters[metrics.BUFFERED_BYTES] = self.buffered_bytes
+        self._counters_row[:] = array("q", self.counters)
+
+    def refresh_ledger(self) -> None:
+        """Read the other workers' inflight figures again where ours are too old."""
+        now = self.now()
+        if now - self._ledger_read_s >= _LEDGER_AGE_S:
+            self._ledger_read_s = now
+            self.ledger.refresh()
+
+    def _read_others(self) -> tuple[list[int], list[int]]:
+        return self.shared.other_rows(self.config.index, self.replica_slots)
+
+    # What responses contain
+
+    def next_request_id(self) -> bytes:
+        """An id for a request that brought none, unique over workers and restarts."""
+        self._ids += 1
+        return b"req-%b%08x" % (self._id_prefix, self._ids)
+
+    def cors_lines(self, origin: bytes) -> bytes:
+        """The CORS lines for an allowed origin, else none (the browser then refuses)."""
+        if not (origin in self._cors or b"*" in self._cors):
+            return b""
+        return (
+            b"access-control-allow-origin: " + origin + b"\r\nvary: origin\r\n"
+            b"access-control-expose-headers: x-request-id, x-tidegate-reason, retry-after\r\n"
+        )
