@@ -1,0 +1,124 @@
+"""What a reload changes, as a table; and that every setting either applies or needs a restart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from autoscaler.settings import PoolSettings
+from gateway.settings.changes import NEEDS_RESTART, PoolChange, find_changes, needs_restart
+from gateway.settings.fields import find
+from gateway.settings.schema import Settings
+
+
+def pool(name: str, **given: Any) -> dict[str, Any]:
+    return {"name": name, "engine": "simulated", "model": name, **given}
+
+
+def make(*pools: dict[str, Any], **sections: Any) -> Settings:
+    return Settings.model_validate({"pools": pools, **sections})
+
+
+def digest(one: PoolSettings) -> str:
+    """As if the engine's arguments were all that a replica is started with."""
+    return repr(one.engine_args)
+
+
+CASES: list[tuple[str, Settings, Settings, dict[str, Any]]] = [
+    ("nothing", make(pool("a")), make(pool("a")), {}),
+    ("a pool more", make(pool("a")), make(pool("a"), pool("b")), {"added": ("b",)}),
+    ("a pool less", make(pool("a"), pool("b")), make(pool("b")), {"removed": ("a",)}),
+    ("another order is no change", make(pool("a"), pool("b")), make(pool("b"), pool("a")), {}),
+    (
+        "another name is another pool",
+        make(pool("a")),
+        make(pool("b")),
+        {"added": ("b",), "removed": ("a",)},
+    ),
+    (
+        "bounds need no new replicas",
+        make(pool("a")),
+        make(pool("a", min_replicas=1, max_replicas=3)),
+        {
+            "changed": (
+                PoolChange(name="a", fields=("min_replicas", "max_replicas"), replaces=False),
+            )
+        },
+    ),
+    (
+        "start-up arguments do",
+        make(pool("a")),
+        make(pool("a", engine_args=["--seed", "1"])),
+        {"changed": (PoolChange(name="a", fields=("engine_args",), replaces=True),)},
+    ),
+    (
+        "a field of a section is named",
+        make(pool("a")),
+        make(pool("a", tiers={"paged_s": 5.0})),
+        {"changed": (PoolChange(name="a", fields=("tiers.paged_s",), replaces=False),)},
+    ),
+    (
+        "an alias moves",
+        make(pool("a", aliases=["x"]), pool("b")),
+        make(pool("a"), pool("b", aliases=["x"])),
+        {
+            "changed": (
+                PoolChange(name="a", fields=("aliases",), replaces=False),
+                PoolChange(name="b", fields=("aliases",), replaces=False),
+            )
+        },
+    ),
+    (
+        "what applies and what does not",
+        make(),
+        make(
+            gateway={"port": 9000, "max_retries": 1, "holding": {"deadline_s": 9.0}},
+            autoscaler={"idle_to_zero_s": 7.0, "log_files": 9},
+            state_dir="elsewhere",
+            modelcache={"page_touch_s": 77.0},
+        ),
+        {
+            "applied": (
+                "gateway.max_retries",
+                "gateway.holding.deadline_s",
+                "autoscaler.idle_to_zero_s",
+            ),
+            "needs_restart": (
+                "state_dir",
+                "gateway.port",
+                "autoscaler.log_files",
+                "modelcache.page_touch_s",
+            ),
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"), [pytest.param(*case[1:], id=case[0]) for case in CASES]
+)
+def test_changes(old: Settings, new: Settings, expected: dict[str, Any]) -> None:
+    found = find_changes(old, new, digest)
+    names = ("added", "changed", "removed", "applied", "needs_restart")
+    assert {name: getattr(found, name) for name in names if getattr(found, name)} == expected
+    again = find_changes(found.settings, new, digest)  # what did not apply is named each time
+    assert (again.added, again.changed, again.removed, again.applied) == ((), (), (), ())
+    assert again.needs_restart == found.needs_restart
+    assert found.settings.pools == new.pools
+
+
+def test_what_needs_a_restart_keeps_its_value_until_then() -> None:
+    old = make(gateway={"port": 1111}, autoscaler={"tick_s": 2.0})
+    new = make(gateway={"port": 2222, "drain_s": 3.0}, autoscaler={"tick_s": 4.0, "log_files": 8})
+    settings = find_changes(old, new, digest).settings
+    assert (settings.gateway.port, settings.gateway.drain_s) == (1111, 3.0)
+    assert (settings.autoscaler.tick_s, settings.autoscaler.log_files) == (4.0, 3)
+    assert find_changes(settings, old, digest).needs_restart == ()  # back to what runs
+
+
+def test_every_name_that_needs_a_restart_is_a_setting() -> None:
+    for name in NEEDS_RESTART:
+        assert find(name.split(".")) is not None, name
+    assert needs_restart("modelcache.dir")
+    assert not needs_restart("gateway.portal")
