@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loaders.weights.index import BadFile
     from loaders.weights.load import Loaded, check, iterate, load
+    from modelcache.safetensors_index import BadFile
 
 __all__ = ["BadFile", "Loaded", "check", "iterate", "load"]
 
@@ -19,6 +19,6 @@ __all__ = ["BadFile", "Loaded", "check", "iterate", "load"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from loaders.weights import index, load
+    from loaders.weights import load
 
-    return getattr(index if name == "BadFile" else load, name)
+    return getattr(load, name)

@@ -220,12 +220,6 @@ class ModelCache:
             for record in self._finder.records(url, revision)[0]:
                 self.store.set_pin(record.url, record.revision, pinned=False)
 
-    def expect(self, url: str, at_s: float | None, revision: str | None = None) -> None:
-        """Say when a model will be used next (seconds since the epoch), ``None``: unknown."""
-        with self.store.lock():
-            for record in self._finder.records(url, revision)[0]:
-                self.store.note_use(record.url, record.revision, expected_use_at_s=at_s)
-
     def evict(
         self, url: str, revision: str | None = None, force: bool = False, prepared: bool = False
     ) -> int:
@@ -239,11 +233,6 @@ class ModelCache:
         with self.store.lock():
             records, works = self._finder.records(url, revision, prepared=prepared)
             return self.store.room.evict(records, works, force=force)
-
-    def evict_for(self, size_bytes: int) -> int:
-        """Evict what is worth least until so many bytes fit in; the bytes freed. ``NoSpace``."""
-        with self.store.lock():
-            return self.store.room.make_room(size_bytes, size_bytes, what="what was asked for")
 
     def sweep(self) -> None:
         """Remove what killed processes have left behind and nobody can use."""
@@ -259,10 +248,6 @@ class ModelCache:
     def usage(self) -> Usage:
         """What the cache takes, and what it may take."""
         return self.store.room.usage()
-
-    def progress(self, url: str) -> Progress | None:
-        """How far a model is that some process of this node is fetching; ``None`` if none is."""
-        return read_fetching(self.store, self._finder.ref(url, None).url)
 
     def verify(
         self,

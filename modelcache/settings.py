@@ -18,7 +18,6 @@ from pydantic import (
 )
 
 from modelcache.refs import parse_ref
-from modelcache.steps import Step
 from modelcache.types import PIECE_BYTES
 
 BaseUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/@?#]+$")]
@@ -29,13 +28,14 @@ FilePattern = Annotated[str, StringConstraints(pattern=r"^!?[^!/\s][^\s]*$", max
 Of = TypeVar("Of")
 
 
-STEP_FIELDS = {
+StepKind = Literal["gguf_to_safetensors", "cast", "command"]
+
+STEP_FIELDS: Mapping[StepKind, frozenset[str]] = {
     "gguf_to_safetensors": frozenset({"file", "dtype"}),
     "cast": frozenset({"dtype"}),
-    "tp_shard": frozenset({"world_size"}),
     "command": frozenset({"argv", "env", "version", "resumable"}),
 }
-NEEDED = {"cast": "dtype", "tp_shard": "world_size", "command": "argv"}
+NEEDED: Mapping[StepKind, str] = {"cast": "dtype", "command": "argv"}
 
 
 class PreparationStep(BaseModel):
@@ -46,19 +46,16 @@ class PreparationStep(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    kind: Literal["gguf_to_safetensors", "cast", "tp_shard", "command"]
+    kind: StepKind
     """``gguf_to_safetensors`` undoes a GGUF file's quantization; ``cast`` changes the type of all
-    floating-point tensors; ``tp_shard`` cuts each file into one per tensor-parallel rank;
-    ``command`` is any program (a quantizer, TensorRT-LLM's converter and builder)."""
+    floating-point tensors; ``command`` is any program (a quantizer, TensorRT-LLM's converter and
+    builder)."""
 
     file: str | None = Field(default=None, pattern=r"^[^/].*$")
     """``gguf_to_safetensors``: which GGUF file of the model. Unset: the only one."""
 
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """``cast``, and ``gguf_to_safetensors`` (unset: bfloat16): the type of the result."""
-
-    world_size: int | None = Field(default=None, ge=2, le=1_024)
-    """``tp_shard``: number of ranks."""
 
     argv: tuple[str, ...] = ()
     """``command``: program and arguments. ``{input}`` in them becomes the model's folder,
@@ -90,19 +87,10 @@ class PreparationStep(BaseModel):
             raise ValueError(f"a {self.kind} step needs {needed}")
         return self
 
-    def step(self) -> Step:
-        """The step itself."""
-        return Step(
-            kind=self.kind,
-            file=self.file,
-            dtype=self.dtype,
-            world_size=self.world_size,
-            argv=self.argv,
-            env=tuple(sorted(self.env.items())),
-            version=self.version,
-            resumable=self.resumable,
-            timeout_s=self.timeout_s,
-        )
+    @property
+    def resumes(self) -> bool:
+        """Whether it goes on with what an interrupted run of it left."""
+        return self.resumable if self.kind == "command" else self.kind == "cast"
 
 
 class ModelCacheSettings(BaseModel):
@@ -198,10 +186,10 @@ class ModelCacheSettings(BaseModel):
     steps: dict[str, tuple[PreparationStep, ...]] = Field(default_factory=dict)
     """What is done to a model before it is used, by the model as pools name it:
     ``"oss://models/qwen" = [{ kind = "cast", dtype = "bfloat16" }]``. Kinds:
-    ``gguf_to_safetensors`` (``file``, ``dtype``), ``cast`` (``dtype``), ``tp_shard``
-    (``world_size``), ``command`` (``argv``, ``env``, ``version``, ``resumable``); each takes
-    ``timeout_s``. In ``argv`` ``{input}`` becomes the model's folder, ``{output}`` the folder for
-    the result, ``{python}`` the engine's interpreter. docs/configure.md has an example."""
+    ``gguf_to_safetensors`` (``file``, ``dtype``), ``cast`` (``dtype``), ``command`` (``argv``,
+    ``env``, ``version``, ``resumable``); each takes ``timeout_s``. In ``argv`` ``{input}`` becomes
+    the model's folder, ``{output}`` the folder for the result, ``{python}`` the engine's
+    interpreter. docs/configure.md has an example."""
 
     @field_validator("peer_names")
     @classmethod
@@ -217,10 +205,10 @@ class ModelCacheSettings(BaseModel):
             parse_ref(os.path.expanduser(name))  # raises for what is none
         return given
 
-    def steps_for(self, model: str) -> tuple[Step, ...]:
+    def steps_for(self, model: str) -> tuple[PreparationStep, ...]:
         """The steps of a model, however the same place is written. Raises ``ValueError`` where
         ``model`` is no reference."""
-        return tuple(step.step() for step in _find(self.steps, model))
+        return _find(self.steps, model)
 
     def files_for(self, model: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Patterns of the files of a model that are wanted, and of those that are not; none where

@@ -119,14 +119,12 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
-    """One file of a manifest. ``digest`` is the tree digest; ``header`` the JSON text of a
-    safetensors file's header, ``None`` for every other file."""
+    """One file of a manifest. ``digest`` is the tree digest."""
 
     path: str
     size_bytes: int
     digest: str
     version: str = ""
-    header: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

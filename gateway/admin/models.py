@@ -350,8 +350,8 @@ def ranges_of_rank(directory: Path, rank: int, world_size: int) -> list[FileRang
     Raises ``CacheError`` where it has no safetensors, or they cannot be cut so.
     """
     from loaders.weights.files import choose_tensors, find_files, opened, read_index
-    from loaders.weights.index import BadFile
     from loaders.weights.plan import cut, usual_cut
+    from modelcache.safetensors_index import BadFile
 
     ranges = []
     try:

@@ -7,9 +7,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from gateway.settings.schema import Settings
 from modelcache.cache import ModelCache
-from modelcache.prepare.results import Held
-from modelcache.prepare.run import Preparation
-from modelcache.steps import Step, input_digest
+from modelcache.prepare.run import Held, Preparation, input_digest
+from modelcache.settings import PreparationStep
 from modelcache.store.lookup import CachedModel
 from modelcache.types import FileEntry, Progress
 
@@ -29,7 +28,7 @@ def make_transform(settings: Settings, cache: ModelCache, environ: Mapping[str, 
 
     def hold(
         source: CachedModel,
-        steps: Sequence[Step],
+        steps: Sequence[PreparationStep],
         holder: str,
         on_progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],

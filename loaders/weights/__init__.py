@@ -1,6 +1,6 @@
 """Safetensors from disk to where they are used.
 
-``load`` is the entry. ``index`` reads headers, ``files`` finds and opens files, ``plan`` lays out
+``load`` is the entry. ``files`` finds and opens files, ``plan`` lays out
 the reads, ``pipeline`` runs them with ``readers`` into ``staging_buffers`` and on to a ``device``;
 ``checksums`` verifies on the way, ``report`` says what it took, ``formats`` compares load formats.
 """

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from loaders.weights.index import BadFile
+from modelcache.safetensors_index import BadFile
 from modelcache.store.digest import PieceDigests, read_pieces
 from modelcache.store.layout import Layout
 from modelcache.types import Damaged

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from loaders.weights.index import BadFile
 from loaders.weights.plan import ALIGN_BYTES, Batch, Portion
 from loaders.weights.staging_buffers import Pool, Stretch, Ticket
+from modelcache.safetensors_index import BadFile
 
 Tensor = Any
 

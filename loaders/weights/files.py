@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loaders.weights.checksums import FileSums
-from loaders.weights.index import (
+from modelcache.safetensors_index import (
     LENGTH_BYTES,
     WEIGHT_MAP_LIMIT_BYTES,
     BadFile,

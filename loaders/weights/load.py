@@ -21,7 +21,6 @@ from loaders.weights.files import (
     opened,
     read_index,
 )
-from loaders.weights.index import BadFile, TensorEntry
 from loaders.weights.pipeline import Pump, usable_cores
 from loaders.weights.plan import (
     ALIGN_BYTES,
@@ -39,6 +38,7 @@ from loaders.weights.readers import CountCached, How, Reader
 from loaders.weights.report import Report, Tally
 from loaders.weights.staging_buffers import Ring
 from modelcache.pagecache.linux_pages import count_by_cachestat
+from modelcache.safetensors_index import BadFile, TensorEntry
 
 THREADS = 8
 """Reads under way at once: what a disk needs to be busy. Copying from the page cache is limited to

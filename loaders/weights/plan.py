@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from loaders.weights.index import DTYPE_BITS, TensorEntry
+from modelcache.safetensors_index import DTYPE_BITS, TensorEntry
 
 ALIGN_BYTES = 4096
 """What offset, length and memory of a read past the page cache are multiples of."""

@@ -19,9 +19,9 @@ from typing import Literal
 import xxhash
 
 from loaders.weights.files import OpenFile
-from loaders.weights.index import BadFile
 from loaders.weights.plan import ALIGN_BYTES, Read
 from loaders.weights.report import Tally
+from modelcache.safetensors_index import BadFile
 
 STEP_BYTES = 1024 * 1024
 """What is copied out of the page cache and hashed at a time: half a core's L2 cache or so. Smaller

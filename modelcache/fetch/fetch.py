@@ -21,7 +21,7 @@ from modelcache.ports import Source
 from modelcache.store.digest import RECORD, PieceDigests, count_pieces
 from modelcache.store.files import copy_range, link, link_or_clone, remove, remove_empty
 from modelcache.store.layout import file_key
-from modelcache.store.manifest import Fetching, check_listing, make_entry
+from modelcache.store.manifest import Fetching, check_listing
 from modelcache.store.partial_files import TREE, Partial
 from modelcache.store.revisions import FETCHING
 from modelcache.store.store import Store
@@ -29,6 +29,7 @@ from modelcache.store.verify import compare_file, hash_file
 from modelcache.types import (
     Cancelled,
     Damaged,
+    FileEntry,
     Manifest,
     NoSpace,
     NotFound,
@@ -316,7 +317,12 @@ class Fetch:
 
     def _complete(self, took_s: float) -> Manifest:
         entries = tuple(
-            make_entry(file.remote, file.digest, self.layout.blob)
+            FileEntry(
+                path=file.remote.path,
+                size_bytes=file.remote.size_bytes,
+                digest=file.digest,
+                version=file.remote.version,
+            )
             for file in self.files
             if file.digest is not None
         )

@@ -80,20 +80,6 @@ def residency(
     return Residency(bytes_total=total, bytes_cached=cached, how=", ".join(used))
 
 
-def residency_map(
-    path: str,
-    *,
-    chunk_bytes: int = PIECE_BYTES,
-    counters: Sequence[Counter] = linux_pages.COUNTERS,
-) -> tuple[Extent, ...] | None:
-    """A file's extents, neighbours that are alike merged; ``None`` where nothing can tell.
-
-    About 2 µs a chunk. Raises ``CacheError`` where the file cannot be opened.
-    """
-    with Opened(path) as file:
-        return extents(file.fd, 0, os.fstat(file.fd).st_size, chunk_bytes, counters)
-
-
 def drop(files: Sequence[FileRange]) -> Residency:
     """Let the kernel forget ``files``, and say what is left of them in the page cache.
 

@@ -3,7 +3,11 @@
 A result's key is a digest of what it is made of, how, and with which tools; where the key is known
 nothing is run. Steps run in the engine's environment, as processes that end with this one. What an
 interrupted step left is gone on with if the step can, and one step at a time makes each result,
-over all processes of the node. Results lie in the model cache, within its quota.
+over all processes of the node.
+
+A step writes into a folder of the cache's (``modelcache.store.pending_results``), within the quota,
+with room made before it begins. Whole, its files become blobs by links, and it is what any model
+is: counted, shown, leased, pinned, evicted.
 """
 
 from __future__ import annotations
@@ -11,21 +15,219 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from modelcache.cache import ModelCache
-from modelcache.prepare.results import Held, Results, find_refused
 from modelcache.prepare.size import expect_bytes
-from modelcache.prepare.step_process import Run, bytes_under, run_step
-from modelcache.steps import INPUT, OUTPUT, PYTHON, TOOLS, Step, StepFailed, StepRun, step_key
-from modelcache.store.files import open_lock, try_lock
+from modelcache.prepare.step_process import Run, StepFailed, bytes_under, run_step
+from modelcache.refs import check_file_path
+from modelcache.settings import PreparationStep, StepKind
+from modelcache.store.files import open_lock, remove_empty, remove_tree, try_lock
+from modelcache.store.layout import RESULT, result_url
+from modelcache.store.leases import Lease
+from modelcache.store.lookup import CachedModel
 from modelcache.store.manifest import Job
-from modelcache.store.pending_results import has_name
-from modelcache.types import Cancelled, Made, Progress
+from modelcache.store.pending_results import OUTPUT as OUTPUT_FOLDER
+from modelcache.store.pending_results import has_name, note_job, read_job, read_work
+from modelcache.store.revisions import PIN, name_result, read_directory, read_use
+from modelcache.types import Cancelled, FileEntry, Made, NoSpace, NotFound, Progress
+
+STEP_FORMAT = 2
+"""Raised when what a kind of step makes changes: what an older Tidegate made is then not used."""
+
+TOOLS: Mapping[StepKind, tuple[str, ...]] = {
+    "gguf_to_safetensors": ("gguf", "torch", "transformers"),
+    "cast": ("torch",),
+    "command": (),
+}
+"""Packages of the engine environment whose versions are part of what a step is."""
+
+INPUT = "{input}"
+OUTPUT = "{output}"
+PYTHON = "{python}"
+"""What a command's arguments may contain: the model's folder, an empty folder for what is made,
+the engine's interpreter."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """A model that stays as long as this is held: until ``lease.release``, or the process ends."""
+
+    model: CachedModel
+    lease: Lease
+
+
+class Results:
+    """The results in one cache, for whoever makes them and whoever uses them."""
+
+    def __init__(self, cache: ModelCache) -> None:
+        self._cache = cache
+        self._store = cache.store
+        self._layout = cache.store.layout
+
+    def find(self, key: str) -> Path | None:
+        """The folder with this result; ``None`` if there is none."""
+        model = self._cache.find(result_url(key))
+        return None if model is None else model.path
+
+    def hold(self, key: str, holder: str, *, final: bool) -> Held | None:
+        """This result, leased; ``None`` if it is not here. ``final``: it is wanted for itself, not
+        only as a step on the way."""
+        model = self._cache.find(result_url(key))
+        if model is None:
+            return None
+        try:
+            lease = self._cache.lease(model, holder)
+        except NotFound:
+            return None
+        try:
+            if final:
+                self._note_final(model)
+        except BaseException:
+            lease.release()
+            raise
+        return Held(model=model, lease=lease)
+
+    def _note_final(self, model: CachedModel) -> None:
+        if not read_use(self._layout.revision(model.url, model.revision)).final:
+            with self._store.lock():
+                self._store.advise(model.url, model.revision, final=True)
+
+    # Making one. Whoever calls these holds the result's lock.
+
+    def begin(self, key: str, job: Job) -> Path:
+        """Have room for a result, and where it is to be written. Raises ``NoSpace``."""
+        with self._store.lock():
+            work = self._layout.work(key)
+            if not job.resumes:
+                remove_tree(work)
+            fresh = not work.exists()
+            missing = max(job.promised_bytes - read_work(self._layout, key).bytes_taken, 1)
+            what = name_result(key, job.made)
+            try:
+                self._store.room.make_room(missing, missing, what=what, making=key)
+            except NoSpace:
+                if fresh:
+                    remove_empty(work)
+                raise
+            output = work / OUTPUT_FOLDER
+            output.mkdir(parents=True, exist_ok=True)
+            note_job(self._layout, key, job)
+            os.utime(work)
+        return output
+
+    def check_room(self, key: str, size_bytes: int) -> None:
+        """See whether a result that has grown to this still fits, and make room where it has grown
+        past what was promised. Raises ``NoSpace``."""
+        job = read_job(self._layout, key)
+        if job is None or size_bytes <= job.promised_bytes:
+            return
+        with self._store.lock():
+            what = name_result(key, job.made)
+            self._store.room.make_room(1, 1, what=what, making=key, grown_bytes=size_bytes)
+
+    @property
+    def reserve_bytes(self) -> int:
+        """What the cache leaves free of its disk."""
+        return self._store.room.reserve_bytes
+
+    def free_bytes(self) -> int:
+        """What the cache's disk has left."""
+        return self._store.room.free_bytes()
+
+    def is_whole(self, key: str) -> bool:
+        """Whether the step has done its work, and the cache has only to take it over."""
+        job, output = read_job(self._layout, key), self._layout.work(key) / OUTPUT_FOLDER
+        if job is None or not job.whole or not output.is_dir():
+            return False
+        return find_refused(output) is None
+
+    def note_whole(self, key: str, job: Job, took_s: float) -> None:
+        """The step has done its work: whoever is interrupted from now on need not repeat it."""
+        output = self._layout.work(key) / OUTPUT_FOLDER
+        for path in (*sorted(output.rglob("*")), output):
+            _sync(path)
+        with self._store.lock():
+            done = replace(job, whole=True, promised_bytes=0, took_s=took_s)
+            note_job(self._layout, key, done)
+
+    def publish(
+        self,
+        key: str,
+        made: Made,
+        holder: str,
+        *,
+        final: bool,
+        on_progress: Callable[[Progress], None],
+        cancelled: Callable[[], bool],
+    ) -> Held:
+        """Take a whole result into the cache, leased before anybody could evict it."""
+        url, layout = result_url(key), self._layout
+        job = read_job(layout, key)
+        took_s = (job.took_s if job is not None else 0.0) + self._cost_s(made.before)
+        with self._store.lock():
+            lease = self._store.take_lease(url, RESULT, holder, ahead=True)
+        assert lease is not None, "it is taken ahead"
+        try:
+            model = self._cache.publish(
+                layout.work(key) / OUTPUT_FOLDER, url=url, revision=RESULT, made=made,
+                on_progress=on_progress, cancelled=cancelled,
+            )  # fmt: skip
+            size_bytes = 0 if model.manifest is None else model.manifest.size_bytes
+            with self._store.lock():
+                cost = took_s / (size_bytes / 1e9) if size_bytes and took_s else None
+                self._store.advise(url, RESULT, reload_s_per_gb=cost, final=final)
+                # What is used of a pinned model is as pinned as the model.
+                if final and (layout.revision(made.model, made.revision) / PIN).exists():
+                    self._store.set_pin(url, RESULT, pinned=True)
+                remove_tree(layout.work(key))
+        except BaseException:
+            lease.release()
+            raise
+        return Held(model=model, lease=lease)
+
+    def _cost_s(self, key: str) -> float:
+        """Seconds to make a result of its model, as far as they were measured."""
+        record = read_directory(self._layout, self._layout.revision(result_url(key), RESULT))
+        if not key or record is None:
+            return 0.0
+        return (record.use.reload_s_per_gb or 0.0) * record.size_bytes / 1e9
+
+    def discard(self, key: str) -> None:
+        """Remove what a step has left that could not go on with it. What it said stays."""
+        with self._store.lock():
+            remove_tree(self._layout.work(key))
+
+    def sweep(self) -> None:
+        """Remove what no step can go on with, and what was left long ago."""
+        with self._store.lock():
+            self._store.room.sweep()
+
+
+def find_refused(output: Path) -> str | None:
+    """The path of a file that no model may have, below a result; ``None`` if all may stay."""
+    for path in sorted(output.rglob("*")):
+        name = path.relative_to(output).as_posix()
+        if path.is_file() and not check_file_path(name):
+            return name
+    return None
+
+
+def _sync(path: Path) -> None:
+    """Have the disk have it: once its digests are written down its bytes are believed."""
+    if path.is_symlink() or not (path.is_file() or path.is_dir()):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
 
 PROGRAM_MOST_BYTES = 64 * 1024 * 1024
 """Largest file among a command's arguments whose content is part of the step's key."""
@@ -43,6 +245,41 @@ print(json.dumps({n: v(n) for n in sys.argv[1:]}))
 """
 
 AskVersions = Callable[[Path, Sequence[str]], Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRun:
+    """How one step went. ``cached``: its result was there already, so it was not run."""
+
+    kind: StepKind
+    key: str
+    cached: bool
+    elapsed_s: float
+    log: Path | None
+
+
+def input_digest(files: Iterable[FileEntry]) -> str:
+    """What a model is, for whatever is made of it: its files' names and digests."""
+    return _digest(sorted((file.path, file.size_bytes, file.digest) for file in files))
+
+
+def step_key(
+    before: str, step: PreparationStep, *, tools: Mapping[str, str], programs: Mapping[str, str]
+) -> str:
+    """The key of a step's result: of what it is made, how, and with which tools.
+
+    ``before`` is the input's digest or the key of the step before; ``tools`` the versions of the
+    kind's ``TOOLS``; ``programs`` digests of the files that a command runs. How long it may take
+    and whether it can resume change nothing about its result.
+    """
+    spec = step.model_dump(exclude={"timeout_s", "resumable"})
+    used = {name: tools[name] for name in TOOLS[step.kind]}
+    return _digest([before, STEP_FORMAT, spec, used, dict(programs)])
+
+
+def _digest(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +323,7 @@ class Preparation:
         self,
         source: Path,
         digest: str,
-        steps: Sequence[Step],
+        steps: Sequence[PreparationStep],
         *,
         model: str,
         revision: str,
@@ -124,13 +361,20 @@ class Preparation:
         key = runs[-1].key if runs else digest
         return Prepared(path=path, key=key, runs=tuple(runs), held=held)
 
-    def find(self, digest: str, steps: Sequence[Step]) -> Path | None:
+    def find(self, digest: str, steps: Sequence[PreparationStep]) -> Path | None:
         """Where the model is after all steps, if that was made already."""
         keys = self.keys(digest, steps)
         return self.results.find(keys[-1]) if keys else None
 
     def _result(
-        self, step: Step, key: str, source: Path, made: Made, asked: Asked, *, final: bool
+        self,
+        step: PreparationStep,
+        key: str,
+        source: Path,
+        made: Made,
+        asked: Asked,
+        *,
+        final: bool,
     ) -> tuple[Held, StepRun]:
         """One step's result, made unless it is there."""
         began_s = time.monotonic()
@@ -152,7 +396,7 @@ class Preparation:
         run = StepRun(kind=step.kind, key=key, cached=log is None, elapsed_s=elapsed_s, log=log)
         return held, run
 
-    def keys(self, digest: str, steps: Sequence[Step]) -> list[str]:
+    def keys(self, digest: str, steps: Sequence[PreparationStep]) -> list[str]:
         """The key of each step's result. Raises ``StepFailed`` where the engine's interpreter
         cannot be asked for its versions."""
         names = sorted({name for step in steps for name in TOOLS[step.kind]})
@@ -166,7 +410,14 @@ class Preparation:
         return found
 
     def _make(
-        self, step: Step, key: str, source: Path, made: Made, log: Path, lock: int, asked: Asked
+        self,
+        step: PreparationStep,
+        key: str,
+        source: Path,
+        made: Made,
+        log: Path,
+        lock: int,
+        asked: Asked,
     ) -> None:
         """Run a step, with room made for its result before it begins where its size is known."""
         began_s = time.monotonic()
@@ -194,7 +445,7 @@ class Preparation:
             raise
         self.results.note_whole(key, job, time.monotonic() - began_s)
 
-    def _check_output(self, step: Step, key: str, output: Path, log: Path) -> None:
+    def _check_output(self, step: PreparationStep, key: str, output: Path, log: Path) -> None:
         """Whether what a step has left can be a model, and fits."""
         for partial in output.rglob(".*.partial"):
             partial.unlink()
@@ -214,25 +465,25 @@ class Preparation:
             )
         self.results.check_room(key, bytes_under(output))
 
-    def _argv(self, step: Step, source: Path, output: Path) -> tuple[str, ...]:
+    def _argv(self, step: PreparationStep, source: Path, output: Path) -> tuple[str, ...]:
         if step.kind == "command":
             places = {INPUT: str(source), OUTPUT: str(output), PYTHON: str(self.python)}
             return tuple(_fill(argument, places) for argument in step.argv)
         argv = [str(self.python), "-I", "-m", "modelcache.prepare.child", step.kind]
         argv += [str(source), str(output)]
         for name, value in (
-            ("--dtype", step.dtype), ("--world-size", step.world_size), ("--file", step.file),
+            ("--dtype", step.dtype), ("--file", step.file),
         ):  # fmt: skip
             if value is not None:
                 argv += [name, str(value)]
         return tuple(argv)
 
-    def _env(self, step: Step, source: Path, output: Path) -> dict[str, str]:
+    def _env(self, step: PreparationStep, source: Path, output: Path) -> dict[str, str]:
         env = {name: value for name, value in self.environ.items() if name not in FOREIGN}
         env |= {"TIDEGATE_INPUT": str(source), "TIDEGATE_OUTPUT": str(output)}
         if step.kind != "command":
             env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        return env | dict(step.env)
+        return env | step.env
 
     @contextlib.contextmanager
     def _alone(self, key: str, asked: Asked) -> Iterator[int]:
@@ -258,7 +509,7 @@ def _fill(argument: str, places: Mapping[str, str]) -> str:
     return argument
 
 
-def _programs(step: Step) -> dict[str, str]:
+def _programs(step: PreparationStep) -> dict[str, str]:
     """Digests of the scripts and programs that a command names by their path."""
     found = {}
     for argument in step.argv if step.kind == "command" else ():

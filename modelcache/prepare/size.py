@@ -6,7 +6,6 @@ much, a step is refused that would have fitted.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
@@ -14,15 +13,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from modelcache.prepare import sharding
-from modelcache.prepare.tensor_file import ITEM_BYTES, TensorReader
-from modelcache.steps import Step
+from modelcache.safetensors_index import (
+    LENGTH_BYTES,
+    Index,
+    find_header_end,
+    parse_header,
+    tensor_bytes,
+)
+from modelcache.settings import PreparationStep
 from modelcache.types import CacheError
 
-GROWTH: Mapping[str, float] = {"gguf_to_safetensors": 5.0, "cast": 2.0, "tp_shard": 1.5}
+GROWTH: Mapping[str, float] = {"gguf_to_safetensors": 5.0, "cast": 2.0}
 """What a result takes where its input's headers do not tell, as a multiple of that."""
 
-FLOATS: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+CODES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""Types of a result as safetensors calls them."""
 CAST = frozenset({"BF16", "F16", "F32", "F64"})
 """What a cast casts, as safetensors calls it."""
 
@@ -42,7 +47,7 @@ GGUF_MOST = 1 << 24
 """Most entries of one kind in a GGUF file that is believed."""
 
 
-def expect_bytes(step: Step, source: Path) -> int | None:
+def expect_bytes(step: PreparationStep, source: Path) -> int | None:
     """About what the result of ``step`` will take at most; ``None`` where nobody can tell (a
     command's). Reads the headers of files in ``source``, and nothing else."""
     if step.kind == "command":
@@ -50,7 +55,7 @@ def expect_bytes(step: Step, source: Path) -> int | None:
     try:
         if step.kind == "gguf_to_safetensors":
             return _after_gguf(step, source)
-        return _after_safetensors(step, source)
+        return _after_cast(step, source)
     except (OSError, ValueError, KeyError, struct.error, CacheError):
         # The step itself will say what is wrong with them, if anything is.
         growth = GROWTH[step.kind] * (2.0 if step.dtype == "float32" else 1.0)
@@ -64,43 +69,37 @@ def size_of(path: Path) -> int:
     return sum(one.stat().st_size for one in path.rglob("*") if one.is_file())
 
 
-def _after_safetensors(step: Step, source: Path) -> int:
-    """Of a cast each number in its new type; of shards each tensor cut, or whole to each rank."""
+def read_index(path: Path) -> Index:
+    """What a safetensors file holds, from its header alone. Raises ``CacheError``."""
+    with path.open("rb") as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        first = file.read(LENGTH_BYTES)
+        header_end = find_header_end(first, size_bytes)
+        return parse_header(first + file.read(header_end - len(first)), size_bytes)
+
+
+def _after_cast(step: PreparationStep, source: Path) -> int:
+    """Each number in its new type; all else stays."""
     files = sorted(source.glob("*.safetensors"))
     if not files:
         raise CacheError(f"{source} has no safetensors file")
-    ranks = step.world_size or 1
-    heads = None
-    if step.kind == "tp_shard":
-        heads = sharding.check(json.loads((source / "config.json").read_bytes()), ranks)
-    total = size_of(source) - sum(path.stat().st_size for path in files) + SLACK_BYTES
+    total = size_of(source) + SLACK_BYTES
     for path in files:
-        with TensorReader(path) as reader:
-            total += ranks * (path.stat().st_size - sum(one.size_bytes for one in reader.tensors))
-            for one in reader.tensors:
-                if heads is None:
-                    total += _cast_bytes(one.dtype, one.shape, step.dtype)
-                    continue
-                cut = sharding.cut_of(one.name, one.shape, heads, 0, ranks)
-                kept = 1 if cut is None else sum(b - a for a, b in cut.slices) / one.shape[cut.dim]
-                total += math.ceil(ranks * kept * one.size_bytes)
+        for one in read_index(path).tensors:
+            made = CODES[step.dtype or "bfloat16"] if one.dtype in CAST else one.dtype
+            total += tensor_bytes(made, one.shape) - (one.end - one.start)
     return total
 
 
-def _cast_bytes(dtype: str, shape: tuple[int, ...], wanted: str | None) -> int:
-    item_bytes = FLOATS[wanted or "bfloat16"] if dtype in CAST else ITEM_BYTES[dtype]
-    return math.prod(shape) * item_bytes
-
-
-def _after_gguf(step: Step, source: Path) -> int:
+def _after_gguf(step: PreparationStep, source: Path) -> int:
     """Every weight in the new type, and the tokenizer from the file's metadata."""
     path = source
     if source.is_dir():
         (path,) = [source / step.file] if step.file else sorted(source.glob("*.gguf"))
     with path.open("rb") as file:
         count, metadata_bytes = _read_gguf(file)
-    item_bytes = FLOATS[step.dtype or "bfloat16"]
-    return count * item_bytes + TOKENIZER_GROWTH * metadata_bytes + SLACK_BYTES
+    made_bytes = tensor_bytes(CODES[step.dtype or "bfloat16"], (count,))
+    return made_bytes + TOKENIZER_GROWTH * metadata_bytes + SLACK_BYTES
 
 
 def _read_gguf(file: BinaryIO) -> tuple[int, int]:

@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelcache.steps import StepFailed
-from modelcache.types import Cancelled, NoSpace, Progress
+from modelcache.types import CacheError, Cancelled, NoSpace, Progress
 
 LOG_MOST_BYTES = 16 * 1024 * 1024
 """A log longer than this loses its beginning."""
@@ -28,6 +27,10 @@ NEARLY_FULL_BYTES = 64 * 1024 * 1024
 
 FAILURE_LINES = 12
 LINE_CHARACTERS = 200
+
+
+class StepFailed(CacheError):
+    """A step ended without its result; the message has its last lines and where its log is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +58,12 @@ def run_step(
     """Run it to its end. Raises ``StepFailed`` with its last lines, ``NoSpace`` where those say
     that a disk is full and its output's is, ``Cancelled``."""
     run.log.parent.mkdir(parents=True, exist_ok=True)
-    leash = [sys.executable, "-I", "-m", "modelcache.prepare.child_guard", str(GRACE_S)]
+    guard = [sys.executable, "-I", "-m", "modelcache.prepare.child_guard", str(GRACE_S)]
     with run.log.open("ab") as log:
         log.write(f"\n$ {' '.join(run.argv)}\n".encode())
         log.flush()
         process = subprocess.Popen(
-            [*leash, *run.argv], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            [*guard, *run.argv], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             env=dict(run.env), cwd=run.output, start_new_session=True,
             pass_fds=run.hold,
         )  # fmt: skip

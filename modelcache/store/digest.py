@@ -78,10 +78,6 @@ class PieceDigests:
         """Whether these are the bytes of piece ``index``, by both digests."""
         return digest_piece(buffer) == self.pieces[index]
 
-    def matches_fast(self, index: int, buffer: Buffer) -> bool:
-        """Whether these are the bytes of piece ``index``, by XXH3-64 alone."""
-        return xxhash.xxh3_64_intdigest(buffer) == self.pieces[index][1]
-
 
 def read_pieces(
     path: Path, digest: str, size_bytes: int, *, piece_bytes: int = PIECE_BYTES

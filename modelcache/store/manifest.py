@@ -6,8 +6,6 @@ believed.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -16,12 +14,9 @@ import blake3
 import msgspec
 
 from modelcache.refs import check_file_path
-from modelcache.types import CacheError, Damaged, FileEntry, Made, Manifest, RemoteFile
+from modelcache.types import CacheError, Damaged, Made, Manifest, RemoteFile
 
 FORMAT = 1
-HEADER_BYTES_MOST = 100_000_000
-"""The longest header the safetensors format allows."""
-
 Body = TypeVar("Body")
 
 
@@ -130,31 +125,3 @@ def check_listing(files: tuple[RemoteFile, ...]) -> None:
         for depth in range(1, len(parts)):
             if "/".join(parts[:depth]) in paths:
                 raise CacheError(f"{'/'.join(parts[:depth])} is a file and a directory")
-
-
-def read_header(path: Path) -> str | None:
-    """The JSON text of a safetensors file's header, unjudged; ``None`` if it has none."""
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            return None
-        (length,) = struct.unpack("<Q", prefix)
-        if length > HEADER_BYTES_MOST:
-            return None
-        header = file.read(length)
-    try:
-        return header.decode() if len(header) == length else None
-    except UnicodeDecodeError:
-        return None
-
-
-def make_entry(file: RemoteFile, digest: str, blob: Callable[[str], Path]) -> FileEntry:
-    """A manifest's line for a file that has become blob ``digest``."""
-    is_weights = file.path.endswith(".safetensors")
-    return FileEntry(
-        path=file.path,
-        size_bytes=file.size_bytes,
-        digest=digest,
-        version=file.version,
-        header=read_header(blob(digest)) if is_weights else None,
-    )

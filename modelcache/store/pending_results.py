@@ -18,7 +18,6 @@ from modelcache.store.files import (
     directories,
     is_locked,
     remove,
-    remove_empty,
     remove_tree,
     write_whole,
 )
@@ -81,9 +80,7 @@ class Work:
 
 def read_works(layout: Layout) -> list[Work]:
     """Every result that is on its way, or was."""
-    folders = (layout.root / PREPARED / "work", _old_outputs(layout))
-    keys = sorted({path.name for folder in folders for path in directories(folder)})
-    return [read_work(layout, key) for key in keys]
+    return [read_work(layout, path.name) for path in directories(layout.root / PREPARED / "work")]
 
 
 def read_work(layout: Layout, key: str) -> Work:
@@ -91,18 +88,18 @@ def read_work(layout: Layout, key: str) -> Work:
     taken: dict[tuple[int, int], int] = {}
     alone = 0
     used_at_s = 0.0
-    for folder in (layout.work(key), _old_outputs(layout) / key):
-        for directory, _, names in os.walk(folder):
-            for name in names:
-                try:
-                    info = os.lstat(os.path.join(directory, name))
-                except FileNotFoundError:
-                    continue  # a step renames and removes as it likes
-                taken[info.st_dev, info.st_ino] = info.st_size
-                # What has another name (of a blob that a step has linked to) frees nothing.
-                alone += info.st_size if info.st_nlink == 1 else 0
-        with suppress(FileNotFoundError):
-            used_at_s = max(used_at_s, os.stat(folder).st_mtime)
+    folder = layout.work(key)
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            try:
+                info = os.lstat(os.path.join(directory, name))
+            except FileNotFoundError:
+                continue  # a step renames and removes as it likes
+            taken[info.st_dev, info.st_ino] = info.st_size
+            # What has another name (of a blob that a step has linked to) frees nothing.
+            alone += info.st_size if info.st_nlink == 1 else 0
+    with suppress(FileNotFoundError):
+        used_at_s = os.stat(folder).st_mtime
     return Work(
         key=key,
         job=read_job(layout, key),
@@ -130,7 +127,6 @@ def remove_work(layout: Layout, key: str) -> None:
     """Remove a result on its way, and what its step said. Call it with the store locked, for one
     that nobody makes."""
     remove_tree(layout.work(key))
-    remove_tree(_old_outputs(layout) / key)
     remove(layout.step_log(key))
 
 
@@ -140,7 +136,6 @@ def sweep_works(layout: Layout, whole: AbstractSet[str], now_s: float) -> None:
     ``whole`` are the keys of results that the cache has. What an interrupted step left stays if
     the next try can use it, for ``LEFTOVER_S`` at most; so does what a failed one said.
     """
-    _adopt_old(layout)
     for work in read_works(layout):
         if work.busy:
             continue
@@ -173,8 +168,7 @@ def has_name(fd: int, path: Path) -> bool:
 def _sweep_locks(layout: Layout) -> None:
     """Remove the locks of steps that nobody holds. Whoever has one open, and locks it later, asks
     ``has_name``."""
-    old = layout.root / PREPARED / "locks"  # where they used to lie
-    for path in (*(layout.root / "locks").glob("*.step"), *old.glob("*")):
+    for path in (layout.root / "locks").glob("*.step"):
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -187,32 +181,3 @@ def _sweep_locks(layout: Layout) -> None:
             continue
         finally:
             os.close(fd)
-    remove_empty(old)
-
-
-def _old_outputs(layout: Layout) -> Path:
-    """Where whole results used to lie, each in a folder named by its key."""
-    return layout.root / PREPARED / "outputs"
-
-
-def _adopt_old(layout: Layout) -> None:
-    """Results used to lie where nobody counted them: they are taken into the cache, or evicted,
-    like any other that is whole. One that cannot be taken over now (the disk is full) waits, and
-    can be evicted where it is."""
-    outputs = _old_outputs(layout)
-    for folder in directories(outputs):
-        try:
-            _adopt(layout, folder)
-        except OSError as error:
-            LOG.warning("%s cannot be taken into the cache: %s", folder, error)
-    remove_empty(outputs)
-
-
-def _adopt(layout: Layout, folder: Path) -> None:
-    output = layout.work(folder.name) / OUTPUT
-    if output.exists():
-        remove_tree(folder)
-        return
-    # The note first: without its result it is not whole, and this begins again.
-    note_job(layout, folder.name, Job(made=None, resumes=True, whole=True))
-    os.rename(folder, output)

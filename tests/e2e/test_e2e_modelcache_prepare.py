@@ -15,14 +15,12 @@ from folder_store import Rig
 
 from modelcache.prepare.run import Preparation, Prepared
 from modelcache.prepare.size import expect_bytes
-from modelcache.steps import Step, StepFailed
+from modelcache.prepare.step_process import StepFailed
+from modelcache.settings import PreparationStep
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 
 FIND_GGUF = "from modelcache.prepare.default_model import find_source; print(find_source())"
-
-RANKS = 3
-"""The model has nine attention heads and three key-value heads."""
 
 COMPARE_GGUF = """
 import sys
@@ -62,31 +60,6 @@ for name, tensor in before.items():
 print("same", len(before))
 """
 
-COMPARE_SHARDS = """
-import json, sys
-import torch
-from pathlib import Path
-from safetensors.torch import load_file
-whole = load_file(sys.argv[1])
-folder, ranks = Path(sys.argv[2]), int(sys.argv[3])
-shards = [load_file(folder / f"model-rank-{r}-of-{ranks}.safetensors") for r in range(ranks)]
-said = json.loads((folder / "tidegate-shards.json").read_text())["tensors"]
-cut = 0
-for name, tensor in whole.items():
-    parts, dim = [shard[name] for shard in shards], said[name]["dim"]
-    assert said[name]["shape"] == list(tensor.shape)
-    if dim is None:
-        assert all(torch.equal(part, tensor) for part in parts), name
-    else:
-        assert torch.equal(torch.cat(parts, dim), tensor), name
-        cut += 1
-# As vLLM divides a layer: by heads, not by an accident of the sizes.
-heads = whole["model.layers.0.self_attn.q_proj.weight"].view(9, 64, -1)
-assert torch.equal(shards[1]["model.layers.0.self_attn.q_proj.weight"].view(3, 64, -1), heads[3:6])
-assert cut == 7 * 30 + 1, cut
-print("same", len(whole))
-"""
-
 OVERFLOW = """
 import sys, torch
 from safetensors.torch import save_file
@@ -121,7 +94,7 @@ def ask(python: Path, script: str, *arguments: object) -> str:
     return ran.stdout.strip()
 
 
-def make(folder: Path, python: Path, source: Path, *steps: Step) -> Prepared:
+def make(folder: Path, python: Path, source: Path, *steps: PreparationStep) -> Prepared:
     return Preparation(
         cache=Rig(root=folder).cache(),
         python=python,
@@ -132,7 +105,7 @@ def make(folder: Path, python: Path, source: Path, *steps: Step) -> Prepared:
     )  # fmt: skip
 
 
-def check_size(step: Step, source: Path, made: Prepared) -> None:
+def check_size(step: PreparationStep, source: Path, made: Prepared) -> None:
     """What a step was given room for is what it takes, or little more."""
     taken = sum(path.stat().st_size for path in made.path.rglob("*") if path.is_file())
     expected = expect_bytes(step, source)
@@ -140,12 +113,11 @@ def check_size(step: Step, source: Path, made: Prepared) -> None:
     assert taken <= expected <= 1.05 * taken, (step.kind, taken, expected)
 
 
-def test_gguf_to_safetensors_then_cast_then_shards(folder: Path, engine_python: Path) -> None:
+def test_gguf_to_safetensors_then_cast(folder: Path, engine_python: Path) -> None:
     """The whole way, each step's values compared with those of the one before."""
     gguf = Path(ask(engine_python, FIND_GGUF))
-    convert = Step(kind="gguf_to_safetensors", file=gguf.name)
-    cast = Step(kind="cast", dtype="float16")
-    shard = Step(kind="tp_shard", world_size=RANKS)
+    convert = PreparationStep(kind="gguf_to_safetensors", file=gguf.name)
+    cast = PreparationStep(kind="cast", dtype="float16")
     converted = make(folder, engine_python, gguf.parent, convert)
     assert ask(engine_python, COMPARE_GGUF, gguf, converted.path) == "same 17"
     assert (converted.path / "tokenizer.json").exists()
@@ -159,16 +131,6 @@ def test_gguf_to_safetensors_then_cast_then_shards(folder: Path, engine_python: 
     assert said == "same 272"
     assert '"float16"' in (smaller.path / "config.json").read_text()
 
-    shards = make(folder, engine_python, gguf.parent, convert, shard)
-    check_size(shard, converted.path, shards)
-    assert ask(engine_python, COMPARE_SHARDS, weights, shards.path, RANKS) == "same 272"
-    assert [
-        run.cached for run in make(folder, engine_python, gguf.parent, convert, shard).runs
-    ] == [
-        True,
-        True,
-    ]
-
 
 def test_a_cast_that_would_lose_numbers_is_an_error(folder: Path, engine_python: Path) -> None:
     source = folder / "overflow"
@@ -176,8 +138,8 @@ def test_a_cast_that_would_lose_numbers_is_an_error(folder: Path, engine_python:
     (source / "config.json").write_text('{"torch_dtype": "bfloat16", "text_config": {"dtype": 1}}')
     ask(engine_python, OVERFLOW, source / "model.safetensors")
     with pytest.raises(StepFailed, match="'large' has numbers too large for float16"):
-        make(folder, engine_python, source, Step(kind="cast", dtype="float16"))
-    made = make(folder, engine_python, source, Step(kind="cast", dtype="float32"))
+        make(folder, engine_python, source, PreparationStep(kind="cast", dtype="float16"))
+    made = make(folder, engine_python, source, PreparationStep(kind="cast", dtype="float32"))
     assert ask(engine_python, COMPARE_F32, made.path / "model.safetensors") == "same 3"
     config = (made.path / "config.json").read_text()
     assert config.count('"float32"') == 2

@@ -182,6 +182,20 @@ class Rig:
         return ref.url
 
 
+def make_room(cache: ModelCache, size_bytes: int) -> int:
+    """Have the cache evict until so many bytes fit in; the bytes freed."""
+    with cache.store.lock():
+        return cache.store.room.make_room(size_bytes, size_bytes, what="a test")
+
+
+def expect(cache: ModelCache, url: str, at_s: float | None) -> None:
+    """Note when a model that is there will be used next."""
+    found = cache.find(url)
+    assert found is not None
+    with cache.store.lock():
+        cache.store.note_use(found.url, found.revision, expected_use_at_s=at_s)
+
+
 def read_tree(directory: Path) -> dict[str, bytes]:
     """What a directory consists of."""
     return {

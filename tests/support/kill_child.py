@@ -27,11 +27,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from folder_store import make_room
+
 from modelcache.cache import ModelCache
 from modelcache.fetch.transfer import Transfer
 from modelcache.pagecache import residency
 from modelcache.pagecache.holder import PageKeeper
-from modelcache.prepare.results import Results
+from modelcache.prepare.run import Results
 from modelcache.settings import ModelCacheSettings
 from modelcache.sources.opening import open_source
 from modelcache.store.files import open_lock, try_lock
@@ -93,9 +95,9 @@ def evict(cache: ModelCache, order: Mapping[str, Any]) -> None:
     cache.evict(order["url"])
 
 
-def evict_for(cache: ModelCache, order: Mapping[str, Any]) -> None:
+def evict_much(cache: ModelCache, order: Mapping[str, Any]) -> None:
     """Evict whatever it takes."""
-    cache.evict_for(order["size_bytes"])
+    make_room(cache, order["size_bytes"])
 
 
 def publish(cache: ModelCache, order: Mapping[str, Any]) -> None:
@@ -148,7 +150,8 @@ def job_of(order: Mapping[str, Any]) -> Job:
 
 
 VERBS = {
-    verb.__name__: verb for verb in (preload, evict, evict_for, publish, repair, prewarm, take_over)
+    verb.__name__: verb
+    for verb in (preload, evict, evict_much, publish, repair, prewarm, take_over)
 }
 
 

@@ -26,7 +26,7 @@ from safetensors_files import header, layout, sums_of
 import loaders
 from loaders.weights import device as devices
 from loaders.weights import load
-from loaders.weights.index import BadFile
+from modelcache.safetensors_index import BadFile
 
 Tensors = dict[str, Any]
 

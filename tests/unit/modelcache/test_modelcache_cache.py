@@ -8,6 +8,7 @@ import pytest
 from folder_store import PIECE, FolderSource, Rig, bytes_of, count_bytes, read_tree
 
 from modelcache.cache import ModelCache
+from modelcache.store.inventory import read_fetching
 from modelcache.types import (
     CacheError,
     Cancelled,
@@ -218,8 +219,6 @@ def test_a_pinned_model_stays_unless_it_is_forced(cache: ModelCache, url: str) -
     for ask in (cache.evict, cache.unpin, cache.verify):
         with pytest.raises(NotFound, match="is not on this disk"):
             ask(url)  # type: ignore[operator]
-    with pytest.raises(NotFound):
-        cache.expect(url, 5.0)
     cache.preload(url)
     assert not cache.ls()[0].pinned, "a pin goes with what was pinned"
 
@@ -237,16 +236,6 @@ def test_one_revision_is_evicted_or_all(rig: Rig, cache: ModelCache, url: str) -
     cache.evict(url)
     assert cache.ls() == []
     assert count_bytes(cache.dir) == 0
-
-
-def test_an_expectation_is_of_one_revision_or_all(rig: Rig, cache: ModelCache, url: str) -> None:
-    first = cache.preload(url)
-    rig.put("models/a", {**FILES, "config.json": b"1"})
-    cache.preload(url)
-    cache.expect(url, 5.0)
-    cache.expect(url, 9.0, revision=first.revision)
-    found = {entry.revision == first.revision: entry.expected_use_at_s for entry in cache.ls()}
-    assert found == {True: 9.0, False: 5.0}
 
 
 def test_a_directory_made_here_becomes_a_model(rig: Rig, cache: ModelCache) -> None:
@@ -284,9 +273,9 @@ def test_how_far_it_is_can_be_asked_from_anywhere(rig: Rig, cache: ModelCache, u
     def on_progress(progress: Progress) -> None:
         told.append(progress)
         if progress.phase == "fetching":
-            asked.append(other.progress(url))
+            asked.append(read_fetching(other.store, url))
 
-    assert other.progress(url) is None
+    assert read_fetching(other.store, url) is None
     cache.preload(url, on_progress=on_progress)
     assert told[0] == Progress(phase="listing")
     fetching = [progress for progress in told if progress.phase == "fetching"]
@@ -295,7 +284,7 @@ def test_how_far_it_is_can_be_asked_from_anywhere(rig: Rig, cache: ModelCache, u
     )
     assert fetching[-1].bytes_done == fetching[-1].bytes_total == SIZE
     assert asked == fetching, "journals say the same as whoever fetches"
-    assert other.progress(url) is None
+    assert read_fetching(other.store, url) is None
 
 
 def test_how_far_it_is_does_not_tell_of_an_older_revision(
@@ -304,13 +293,13 @@ def test_how_far_it_is_does_not_tell_of_an_older_revision(
     calls: list[Progress] = []
     with pytest.raises(Cancelled):
         cache.preload(url, on_progress=calls.append, cancelled=lambda: len(calls) > 4)
-    assert cache.progress(url) is None
+    assert read_fetching(cache.store, url) is None
     for seed in range(6):  # the names of revisions are chance, and so is their order
         rig.put("models/a", {"model.safetensors": bytes_of(2 * PIECE, seed)})
         totals = set()
 
         def on_progress(progress: Progress, totals: set[int | None] = totals) -> None:
-            found = cache.progress(url)
+            found = read_fetching(cache.store, url)
             if progress.phase == "fetching" and found is not None:
                 totals.add(found.bytes_total)
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors_files import sums_of, write_file
 
 from loaders.weights.checksums import find_sums
-from loaders.weights.index import BadFile
+from modelcache.safetensors_index import BadFile
 from modelcache.store.digest import PieceDigests, digest_piece
 from modelcache.store.layout import Layout
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors_files import header, layout, sums_of, write_file
 
 from loaders.weights.files import choose_tensors, find_files, opened, read_index
-from loaders.weights.index import BadFile
+from modelcache.safetensors_index import BadFile
 from modelcache.types import PIECE_BYTES
 
 

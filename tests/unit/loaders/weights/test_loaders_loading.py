@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors_files import sums_of, write_file
 
 import loaders
-from loaders.weights.index import BadFile
 from loaders.weights.load import Options, check, load
 from loaders.weights.report import Report, Stage, Tally
+from modelcache.safetensors_index import BadFile
 from modelcache.types import PIECE_BYTES
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loaders.weights.index import TensorEntry
 from loaders.weights.plan import FileWant, Plan, Portion, cut, make_plan, plan_check, usual_cut
+from modelcache.safetensors_index import TensorEntry
 
 GRID = 64
 

@@ -19,11 +19,11 @@ from safetensors_files import sums_of
 from loaders.weights import plan as plans
 from loaders.weights.device import Arena
 from loaders.weights.files import OpenFile, find_files, opened
-from loaders.weights.index import BadFile
 from loaders.weights.pipeline import Pump
 from loaders.weights.plan import ALIGN_BYTES, Batch, FileWant, Portion, make_plan
 from loaders.weights.readers import How, Reader
 from loaders.weights.staging_buffers import Ring, Stretch, Ticket
+from modelcache.safetensors_index import BadFile
 
 GRID = 8 * ALIGN_BYTES
 

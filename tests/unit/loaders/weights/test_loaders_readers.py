@@ -13,11 +13,11 @@ import pytest
 from safetensors_files import sums_of
 
 from loaders.weights.files import OpenFile, find_files, opened
-from loaders.weights.index import BadFile
 from loaders.weights.plan import ALIGN_BYTES, Read, Segment
 from loaders.weights.readers import CountCached, How, Place, Reader
 from loaders.weights.report import Tally
 from loaders.weights.staging_buffers import Stretch
+from modelcache.safetensors_index import BadFile
 
 SIZE = 3 * 1024 * 1024 + 777
 DATA = random.Random(5).randbytes(SIZE)

@@ -14,6 +14,7 @@ import pytest
 from folder_store import PIECE, Rig, bytes_of, count_bytes, read_tree
 
 from modelcache.cache import ModelCache
+from modelcache.store.inventory import read_fetching
 from modelcache.store.lookup import CachedModel
 from modelcache.types import Cancelled, NoSpace, Progress, SourceError
 
@@ -237,7 +238,7 @@ def test_a_killed_process_leaves_its_pieces_to_the_next(rig: Rig) -> None:
     there = rig.fetched_bytes
     assert there == 2 * PIECE
     cache: ModelCache = rig.cache()
-    assert cache.progress(url) is None, "a dead one fetches nothing"
+    assert read_fetching(cache.store, url) is None, "a dead one fetches nothing"
     assert cache.find(url) is None
     assert read_tree(cache.preload(url).path)["model.safetensors"] == FILES["model.safetensors"]
     assert rig.fetched_bytes == len(FILES["model.safetensors"])

@@ -126,12 +126,6 @@ def test_small_files(disk: Path, name: str) -> None:
     size = path.stat().st_size
     assert residency.prewarm([whole(path)]).bytes_total == size
     assert residency.residency([whole(path)]).bytes_cached == size
-    if size:
-        assert [(e.start, e.end, e.whole) for e in residency.residency_map(str(path)) or ()] == [
-            (0, 1, True)
-        ]
-    else:
-        assert residency.residency_map(str(path)) == ()
 
 
 def test_falls_back_from_a_kernel_without_cachestat(
@@ -156,7 +150,6 @@ def test_is_unknown_where_neither_call_can_tell(
     monkeypatch.setattr(os, "getgroups", list)
     found = residency.residency([whole(path)])
     assert (found.bytes_total, found.bytes_cached) == (MIB, None)
-    assert residency.residency_map(str(path)) is None
     assert residency.prewarm([whole(path)]).bytes_read == MIB
     assert all(pages_cached(path))
 
@@ -180,7 +173,9 @@ def test_the_map_merges_chunks_that_are_alike(disk: Path) -> None:
     path = make(disk / "file", 5 * PIECE + 100)
     read(path, PIECE, 2 * PIECE)
     read(path, 4 * PIECE, PAGE)
-    assert residency.residency_map(str(path)) == (
+    with path.open("rb") as file:
+        found = residency.extents(file.fileno(), 0, path.stat().st_size)
+    assert found == (
         Extent(start=0, end=PIECE, bytes_cached=0),
         Extent(start=PIECE, end=3 * PIECE, bytes_cached=2 * PIECE),
         Extent(start=3 * PIECE, end=4 * PIECE, bytes_cached=0),
@@ -311,8 +306,6 @@ def test_a_missing_file_is_an_error_that_names_it(disk: Path) -> None:
     for call in (residency.residency, residency.prewarm, residency.drop):
         with pytest.raises(CacheError, match=r"no-such.*No such file"):
             call([whole(disk / "no-such")])
-    with pytest.raises(CacheError, match="no-such"):
-        residency.residency_map(str(disk / "no-such"))
     with pytest.raises(ValueError, match="bytes 10 to 5"):
         residency.residency([whole(make(disk / "file", 100), 10, 5)])
 

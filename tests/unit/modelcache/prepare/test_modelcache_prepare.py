@@ -19,9 +19,9 @@ from folder_store import Rig
 from pydantic import ValidationError
 
 from modelcache.prepare import step_process
-from modelcache.prepare.run import Asked, Preparation, Prepared
+from modelcache.prepare.run import Asked, Preparation, Prepared, input_digest, step_key
+from modelcache.prepare.step_process import StepFailed
 from modelcache.settings import ModelCacheSettings, PreparationStep
-from modelcache.steps import Step, StepFailed, input_digest, step_key
 from modelcache.types import Cancelled, FileEntry, Progress
 
 PYTHON = sys.executable
@@ -32,11 +32,11 @@ def versions(python: Path, names: Sequence[str]) -> Mapping[str, str]:
     return {name: TOOLS[name] for name in names}
 
 
-def script(text: str, *arguments: str, seen: Path | None = None) -> Step:
+def script(text: str, *arguments: str, seen: Path | None = None) -> PreparationStep:
     """A command. What it writes to beside its output is no argument: files among those are part of
     the step's key."""
-    env = () if seen is None else (("SEEN", str(seen)),)
-    return Step(kind="command", argv=(PYTHON, "-c", text, *arguments), env=env)
+    env = {} if seen is None else {"SEEN": str(seen)}
+    return PreparationStep(kind="command", argv=(PYTHON, "-c", text, *arguments), env=env)
 
 
 COUNT = """
@@ -68,7 +68,9 @@ def preparation(tmp_path: Path) -> Preparation:
     )
 
 
-def make(preparation: Preparation, source: Path, steps: Sequence[Step], **asked: Any) -> Prepared:
+def make(
+    preparation: Preparation, source: Path, steps: Sequence[PreparationStep], **asked: Any
+) -> Prepared:
     """Prepared, and let go of at once."""
     made = preparation.prepare(source, "d", steps, model="s3://m", revision="r", **asked)
     if made.held is not None:
@@ -80,7 +82,7 @@ def nobody() -> Asked:
     return Asked(holder="nobody", on_progress=lambda progress: None, cancelled=lambda: False)
 
 
-def count(tmp_path: Path) -> Step:
+def count(tmp_path: Path) -> PreparationStep:
     return script(COUNT, "{input}", "{output}", seen=tmp_path / "runs")
 
 
@@ -101,7 +103,8 @@ def until(check: Callable[[], bool], limit_s: float = 30.0) -> None:
 def test_steps_follow_each_other_and_are_done_once(
     tmp_path: Path, source: Path, preparation: Preparation
 ) -> None:
-    steps = [count(tmp_path), replace(count(tmp_path), env=(("EXTRA", "e"), *count(tmp_path).env))]
+    first = count(tmp_path)
+    steps = [first, first.model_copy(update={"env": {"EXTRA": "e", **first.env}})]
     made = make(preparation, source, steps)
     assert (made.path / "weights").read_text() == "w++"
     assert (made.path / "env").read_text() == "e"
@@ -113,21 +116,24 @@ def test_steps_follow_each_other_and_are_done_once(
     assert [run.cached for run in again.runs] == [True, True]
     assert again.path == made.path == preparation.find("d", steps)
     # Another second step: the first one's result is used.
-    other = make(preparation, source, [steps[0], replace(steps[1], version="2")])
+    other = make(preparation, source, [steps[0], steps[1].model_copy(update={"version": "2"})])
     assert [run.cached for run in other.runs] == [True, False]
     assert (tmp_path / "runs").read_text() == "xxx"
     assert not list((tmp_path / "cache/prepared/work").iterdir())
     assert make(preparation, source, []).path == source
 
 
-STEP = Step(kind="cast", dtype="float16")
+STEP = PreparationStep(kind="cast", dtype="float16")
 
 
 @pytest.mark.parametrize(
     ("name", "other"),
     [
         ("input", step_key("e", STEP, tools=TOOLS, programs={})),
-        ("step", step_key("d", replace(STEP, dtype="bfloat16"), tools=TOOLS, programs={})),
+        (
+            "step",
+            step_key("d", STEP.model_copy(update={"dtype": "bfloat16"}), tools=TOOLS, programs={}),
+        ),
         ("tool", step_key("d", STEP, tools={**TOOLS, "torch": "3"}, programs={})),
         ("program", step_key("d", STEP, tools=TOOLS, programs={"/p": "1"})),
     ],
@@ -138,8 +144,8 @@ def test_another_key_for_another(name: str, other: str) -> None:
 
 def test_the_same_key_for_the_same_result() -> None:
     key = step_key("d", STEP, tools=TOOLS, programs={})
-    assert key == step_key("d", replace(STEP, timeout_s=1, resumable=True), tools=TOOLS,
-                           programs={})  # fmt: skip
+    same = STEP.model_copy(update={"timeout_s": 1, "resumable": True})
+    assert key == step_key("d", same, tools=TOOLS, programs={})
     assert key == step_key("d", STEP, tools={**TOOLS, "gguf": "9"}, programs={})
     one = FileEntry(path="a", size_bytes=1, digest="x")
     two = FileEntry(path="b", size_bytes=1, digest="y", version="v")
@@ -151,7 +157,7 @@ def test_the_same_key_for_the_same_result() -> None:
 def test_a_script_that_changed_is_another_step(tmp_path: Path, preparation: Preparation) -> None:
     program = tmp_path / "quantize.py"
     program.write_text("1")
-    step = Step(kind="command", argv=(PYTHON, str(program)))
+    step = PreparationStep(kind="command", argv=(PYTHON, str(program)))
     before = preparation.keys("d", [step])
     assert preparation.keys("d", [step]) == before
     program.write_text("2")
@@ -171,7 +177,7 @@ def test_a_failure_shows_its_last_lines_and_leaves_no_result(
     with pytest.raises(StepFailed, match="made no file"):
         make(preparation, source, [script("pass")])
     with pytest.raises(StepFailed, match="cannot start /no/such: No such file"):
-        make(preparation, source, [Step(kind="command", argv=("/no/such",))])
+        make(preparation, source, [PreparationStep(kind="command", argv=("/no/such",))])
 
 
 SLOW = """
@@ -206,7 +212,7 @@ def test_a_step_called_off_ends_with_all_it_started(
 def test_a_step_that_takes_too_long_is_ended(
     tmp_path: Path, source: Path, preparation: Preparation
 ) -> None:
-    step = replace(script(SLOW, seen=tmp_path / "pids"), timeout_s=5.0)
+    step = script(SLOW, seen=tmp_path / "pids").model_copy(update={"timeout_s": 5.0})
     with pytest.raises(StepFailed, match="longer than 5 s"):
         make(preparation, source, [step])
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
@@ -218,14 +224,15 @@ import os, sys
 from pathlib import Path
 from modelcache.cache import ModelCache
 from modelcache.prepare.run import Preparation
-from modelcache.steps import Step
+from modelcache.settings import PreparationStep
 from modelcache.settings import ModelCacheSettings
 base, resumable, seen, *argv = sys.argv[1:]
 cache = ModelCache(ModelCacheSettings(reserve_bytes=0), dir=Path(base, "cache"),
                    open_source=None, transfer=None)
 Preparation(cache=cache, python=Path(sys.executable), environ=dict(os.environ)).prepare(
     Path(base, "model"), "d",
-    [Step(kind="command", argv=tuple(argv), resumable=resumable == "1", env=(("SEEN", seen),))],
+    [PreparationStep(kind="command", argv=tuple(argv), resumable=resumable == "1",
+                     env={"SEEN": seen})],
     model="s3://m", revision="r",
 )
 """
@@ -235,7 +242,7 @@ Preparation(cache=cache, python=Path(sys.executable), environ=dict(os.environ)).
 def test_a_killed_process_takes_its_step_along_and_the_next_goes_on(
     tmp_path: Path, source: Path, preparation: Preparation, resumable: bool
 ) -> None:
-    step = replace(script(SLOW, seen=tmp_path / "pids"), resumable=resumable)
+    step = script(SLOW, seen=tmp_path / "pids").model_copy(update={"resumable": resumable})
     killed = subprocess.Popen(
         [
             PYTHON,
@@ -337,22 +344,20 @@ def test_commands_do_not_see_our_python(source: Path, preparation: Preparation) 
 def test_an_engine_without_its_packages_is_said_so(source: Path, preparation: Preparation) -> None:
     preparation.ask_versions = None
     with pytest.raises(StepFailed, match=r"gguf.* is not installed for"):
-        make(preparation, source, [Step(kind="gguf_to_safetensors")])
+        make(preparation, source, [PreparationStep(kind="gguf_to_safetensors")])
     preparation.python = Path("/no/such/python")
     with pytest.raises(StepFailed, match="cannot say which packages"):
-        make(preparation, source, [Step(kind="gguf_to_safetensors")])
+        make(preparation, source, [PreparationStep(kind="gguf_to_safetensors")])
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"kind": "cast"}, "needs dtype"),
-        ({"kind": "tp_shard"}, "needs world_size"),
-        ({"kind": "tp_shard", "world_size": 1}, "greater than or equal to 2"),
         ({"kind": "command"}, "needs argv"),
         ({"kind": "cast", "dtype": "int4"}, "bfloat16"),
         ({"kind": "cast", "dtype": "float16", "argv": ["x"]}, "a cast step has no argv"),
-        ({"kind": "gguf_to_safetensors", "world_size": 2}, "has no world_size"),
+        ({"kind": "gguf_to_safetensors", "version": "2"}, "has no version"),
         ({"kind": "gguf_to_safetensors", "file": "/etc/x"}, "pattern"),
         ({"kind": "nonsense"}, "command"),
     ],
@@ -375,7 +380,7 @@ def test_steps_belong_to_a_model_however_it_is_written() -> None:
     )
     steps = settings.steps_for("org/name")
     assert [step.kind for step in steps] == ["gguf_to_safetensors", "command"]
-    assert (steps[0].file, steps[1].env) == ("a.gguf", (("A", "1"), ("B", "2")))
+    assert (steps[0].file, steps[1].env) == ("a.gguf", {"A": "1", "B": "2"})
     assert settings.steps_for("org/other") == ()
 
 
@@ -405,15 +410,15 @@ def test_what_is_no_model_is_found_when_settings_are_read() -> None:
         ModelCacheSettings.model_validate({"steps": steps})
 
 
-def test_the_leash_ends_the_command_with_its_parent(tmp_path: Path) -> None:
+def test_the_guard_ends_the_command_with_its_parent(tmp_path: Path) -> None:
     """Also one that ignores being told."""
     stubborn = (
         "import os, pathlib, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
         "pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(300)"
     )
-    leash = [PYTHON, "-I", "-m", "modelcache.prepare.child_guard", "0.2"]
+    guard = [PYTHON, "-I", "-m", "modelcache.prepare.child_guard", "0.2"]
     holder = subprocess.Popen(
-        [PYTHON, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", *leash,
+        [PYTHON, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", *guard,
          PYTHON, "-c", stubborn, str(tmp_path / "pid")],
     )  # fmt: skip
     until(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()))

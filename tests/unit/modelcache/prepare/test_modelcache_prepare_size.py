@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import math
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors_files import header, layout
 
 from modelcache.prepare.size import SLACK_BYTES, TOKENIZER_GROWTH, expect_bytes
-from modelcache.steps import Step
+from modelcache.settings import PreparationStep
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
 
@@ -50,9 +48,9 @@ def test_a_gguf_file_says_how_many_weights_it_has(tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_bytes(bytes(10_000))
     count = sum(math.prod(shape) for shape in shapes)
     more = TOKENIZER_GROWTH * head_bytes + SLACK_BYTES
-    step = Step(kind="gguf_to_safetensors")
+    step = PreparationStep(kind="gguf_to_safetensors")
     assert expect_bytes(step, tmp_path) == 2 * count + more
-    wide = Step(kind="gguf_to_safetensors", file="a.gguf", dtype="float32")
+    wide = PreparationStep(kind="gguf_to_safetensors", file="a.gguf", dtype="float32")
     gguf(tmp_path / "b.gguf", [(5, 5)])
     assert expect_bytes(wide, tmp_path) == 4 * count + more
 
@@ -73,7 +71,7 @@ def test_what_cannot_be_told_is_a_multiple_of_what_there_is(tmp_path: Path, brok
     if broken == "two":
         (tmp_path / "b.gguf").write_bytes(data)
         size_bytes *= 2
-    step = Step(kind="gguf_to_safetensors")
+    step = PreparationStep(kind="gguf_to_safetensors")
     assert expect_bytes(step, tmp_path) == 5 * size_bytes
 
 
@@ -103,35 +101,17 @@ def weights(folder: Path) -> int:
 def test_a_cast_changes_what_is_a_float(tmp_path: Path) -> None:
     config_bytes = model(tmp_path)
     same = weights(tmp_path) + config_bytes + SLACK_BYTES
-    assert expect_bytes(Step(kind="cast", dtype="float16"), tmp_path) == same
+    assert expect_bytes(PreparationStep(kind="cast", dtype="float16"), tmp_path) == same
     floats = weights(tmp_path) - 800  # the integers stay, and so does the header
-    wide = expect_bytes(Step(kind="cast", dtype="float32"), tmp_path)
+    wide = expect_bytes(PreparationStep(kind="cast", dtype="float32"), tmp_path)
     assert wide is not None
     assert same < wide <= same + floats
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_shards_take_what_they_are_told_to(tmp_path: Path, world_size: int) -> None:
-    """Compared with the real step."""
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    target.mkdir()
-    model(source)
-    expected = expect_bytes(Step(kind="tp_shard", world_size=world_size), source)
-    subprocess.run(
-        [sys.executable, "-m", "modelcache.prepare.child", "tp_shard", source, target,
-         "--world-size", str(world_size)], check=True, capture_output=True,
-    )  # fmt: skip
-    taken = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    assert expected is not None
-    assert taken <= expected <= taken + SLACK_BYTES
-
-
 def test_a_command_s_result_nobody_knows(tmp_path: Path) -> None:
-    assert expect_bytes(Step(kind="command", argv=("x",)), tmp_path) is None
+    assert expect_bytes(PreparationStep(kind="command", argv=("x",)), tmp_path) is None
 
 
 def test_files_that_are_no_safetensors_are_left_to_the_step(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
-    assert expect_bytes(Step(kind="cast", dtype="float32"), tmp_path) == 4000
-    assert expect_bytes(Step(kind="tp_shard", world_size=2), tmp_path) == 1500
+    assert expect_bytes(PreparationStep(kind="cast", dtype="float32"), tmp_path) == 4000

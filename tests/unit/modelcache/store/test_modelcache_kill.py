@@ -180,7 +180,6 @@ def check_pieces(yard: Yard, cache: ModelCache, url: str) -> None:
         for index in range(len(pieces.pieces)):
             span = slice(index * PIECE_BYTES, (index + 1) * PIECE_BYTES)
             assert right[span] == now[span] or not pieces.matches(index, now[span])
-            assert right[span] == now[span] or not pieces.matches_fast(index, now[span])
 
 
 def check_mended(yard: Yard, cache: ModelCache) -> None:
@@ -236,7 +235,7 @@ def test_a_killed_eviction_takes_all_of_a_model_or_nothing_and_nobody_elses(
         yard.measure(Work(start="mixed", order=order))
         for order in (
             {"verb": "evict", "url": models.old},
-            {"verb": "evict_for", "size_bytes": 500_000, "quota_bytes": used_bytes + 10},
+            {"verb": "evict_much", "size_bytes": 500_000, "quota_bytes": used_bytes + 10},
             {"verb": "preload", "url": models.new, "quota_bytes": used_bytes + 400_000},
         )
     ]

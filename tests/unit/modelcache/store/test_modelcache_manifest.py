@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,9 @@ from hypothesis import strategies as st
 from modelcache.fetch.request import select_files
 from modelcache.store.layout import Layout, file_key, model_key, safe_name
 from modelcache.store.manifest import (
-    HEADER_BYTES_MOST,
     Fetching,
     Use,
     check_listing,
-    make_entry,
-    read_header,
     read_record,
     seal,
     unseal,
@@ -31,7 +27,7 @@ MADE = Manifest(
     url=URL,
     revision="r1",
     files=(
-        FileEntry(path="a/model.safetensors", size_bytes=9, digest="ab" * 32, header='{"x":1}'),
+        FileEntry(path="a/model.safetensors", size_bytes=9, digest="ab" * 32),
         FileEntry(path="config.json", size_bytes=0, digest="cd" * 32, version="é"),
     ),
     created_at_s=12.5,
@@ -158,35 +154,6 @@ def test_a_listing_that_cannot_become_a_directory_is_refused(
 
 def test_any_other_listing_is_taken() -> None:
     check_listing(listing("a", "ab/c", "a.b/c", "ab/d e", "é"))
-
-
-def safetensors(header: bytes, length: int | None = None) -> bytes:
-    return struct.pack("<Q", len(header) if length is None else length) + header + b"weights"
-
-
-@pytest.mark.parametrize(
-    ("data", "header"),
-    [
-        (safetensors(b'{"w":1}'), '{"w":1}'),
-        (safetensors(b"not json"), "not json"),
-        (safetensors(b""), ""),
-        (b"", None),
-        (b"1234567", None),
-        (safetensors(b"{}", 1_000), None),
-        (safetensors(b"{}", HEADER_BYTES_MOST + 1), None),
-        (safetensors(b"\xff\xff"), None),
-    ],
-)
-def test_the_header_of_weights_is_kept_where_there_is_one(
-    tmp_path: Path, data: bytes, header: str | None
-) -> None:
-    path = tmp_path / "blob"
-    path.write_bytes(data)
-    assert read_header(path) == header
-    weights = RemoteFile(path="m.safetensors", size_bytes=len(data), version="v")
-    assert make_entry(weights, "d", lambda _: path).header == header
-    other = RemoteFile(path="m.json", size_bytes=len(data))
-    assert make_entry(other, "d", lambda _: path).header is None
 
 
 FILES = listing("a.safetensors", "b.bin", "c.json", "d/e.pt", "d/f.txt")

@@ -12,7 +12,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from folder_store import PIECE, Rig, bytes_of, count_bytes, flip_bit, read_tree
+from folder_store import PIECE, Rig, bytes_of, count_bytes, flip_bit, make_room, read_tree
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -136,7 +136,7 @@ class CacheMachine(RuleBasedStateMachine):
     def make_room(self, size_bytes: int) -> None:
         before = count_bytes(self.cache.dir)
         try:
-            freed = self.cache.evict_for(size_bytes)
+            freed = make_room(self.cache, size_bytes)
         except NoSpace:
             return
         assert freed == before - count_bytes(self.cache.dir)

@@ -4,16 +4,18 @@ A file begins with the header's length (8 bytes, little-endian), then the header
 tensors' bytes. The header comes from whoever wrote the file, so nothing in it is taken on trust:
 a tensor must lie inside the file, have exactly the bytes its shape and type need, share none with
 another, and together they must leave no hole, which could hide something or stem from damage.
-Whatever is off is a ``BadFile``. Only bytes and text come in here; ``loaders.weights.files``
-reads them.
+Whatever is off is a ``BadFile``. Only bytes and text come in here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
+
+from modelcache.types import CacheError
 
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -34,7 +36,7 @@ TENSOR_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 WEIGHT_MAP_LIMIT_BYTES = 100_000_000
 
 
-class BadFile(Exception):
+class BadFile(CacheError):
     """A file is not what it should be: malformed, cut short, changed or damaged.
 
     ``path`` is the file, empty where only its bytes were seen; ``piece`` the index of the piece
@@ -228,6 +230,11 @@ def _check_name(name: str) -> None:
 
 def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(v) is int and 0 <= v <= SIZE_LIMIT for v in value)
+
+
+def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor whose type and shape are sound, as ``parse_header`` gives them."""
+    return math.prod(shape) * DTYPE_BITS[dtype] // 8
 
 
 def _count_bytes(name: str, dtype: str, shape: list[int]) -> int:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors_files import header, layout
 
-from loaders.weights.index import (
+from modelcache.safetensors_index import (
     DTYPE_BITS,
     HEADER_LIMIT_BYTES,
     SIZE_LIMIT,
