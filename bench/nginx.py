@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PACKAGES = ("nginx", "nginx-core", "nginx-light")
@@ -22,16 +22,19 @@ class NginxMissing(RuntimeError):
     """nginx is not here and could not be fetched; the message says why."""
 
 
-def nginx_path(root: Path) -> Path:
+Which = Callable[[str], str | None]
+
+
+def nginx_path(root: Path, which: Which = shutil.which) -> Path:
     """The program: the installed one, or one fetched once into ``.tidegate/tools`` of ``root``."""
-    installed = shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
+    installed = which("nginx") or which("/usr/sbin/nginx")
     if installed:
         return Path(installed)
     tools = root / TOOLS
     fetched = tools / "nginx" / "usr" / "sbin" / "nginx"
     with _alone(tools):
         if not fetched.exists():
-            _fetch(tools)
+            _fetch(tools, which)
     return fetched
 
 
@@ -43,8 +46,8 @@ def _alone(tools: Path) -> Iterator[None]:
         yield
 
 
-def _fetch(tools: Path) -> None:
-    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+def _fetch(tools: Path, which: Which) -> None:
+    if not which("apt-get") or not which("dpkg-deb"):
         raise NginxMissing("nginx is not installed, and this is no Debian to fetch it from")
     with tempfile.TemporaryDirectory(dir=tools) as text:
         scratch = Path(text)

@@ -226,7 +226,7 @@ def _measure_ways(files: Files, options: Options, results: Results) -> None:
     for number in range(options.rounds):
         turn = number % len(ways)
         for name, way in ways[turn:] + ways[:turn]:
-            _make_cold(files)
+            make_cold(files)
             cpu_s, began_s = _cpu_s(), time.monotonic()
             way(files)
             took_s, cpu_s = time.monotonic() - began_s, _cpu_s() - cpu_s
@@ -239,7 +239,7 @@ def _measure_ways(files: Files, options: Options, results: Results) -> None:
 
 
 def _measure_looks(files: Files, results: Results) -> None:
-    for state, prepare in (("cold", _make_cold), ("warm", prewarm)):
+    for state, prepare in (("cold", make_cold), ("warm", prewarm)):
         prepare(files)
         for name, counters in (
             ("tidegate", linux_pages.COUNTERS),
@@ -262,7 +262,7 @@ def _measure_foreground(files: Files, options: Options, results: Results) -> Non
     }  # fmt: skip
     for _ in range(options.rounds):
         for name, background in backgrounds.items():
-            _make_cold(files)
+            make_cold(files)
             with _reader(files[0].path) as read_it:
                 thread = threading.Thread(target=background, args=(others,)) if background else None
                 if thread is not None:
@@ -333,7 +333,7 @@ def _measure_decay(files: Files, options: Options, results: Results) -> None:
             results.missing["kept, locked"] = locked.problem
 
 
-def _make_cold(files: Files) -> None:
+def make_cold(files: Files) -> None:
     """Drop their pages. Raises ``RuntimeError`` where they will not go."""
     for _ in range(3):
         if _fraction(residency.drop(files)) <= MOST_LEFT_FRACTION:

@@ -69,7 +69,7 @@ def no() -> bool:
 
 @contextmanager
 def filled(path: Path, size: int) -> Iterator[int]:
-    """A file of ``size`` bytes nobody wrote, open for writing."""
+    """A file of ``size`` bytes, unwritten, open for writing."""
     path.write_bytes(bytes([UNTOUCHED]) * size)
     fd = os.open(path, os.O_RDWR)
     try:
@@ -172,7 +172,7 @@ class SourceContract:
             def on_bytes(n: int) -> None:
                 nonlocal counted
                 assert 0 < n <= ANNOUNCE_BYTES
-                # Whoever is told may hold the source up; meanwhile no more may be written.
+                # The callback may hold the source up; meanwhile no more may be written.
                 rest = os.pread(fd, size, counted + ANNOUNCE_BYTES)
                 ahead.append(rest.count(UNTOUCHED) == len(rest))
                 counted += n

@@ -493,7 +493,7 @@ def test_held_requests_are_released_in_order_and_no_faster_than_they_are_answere
             client.close()
         order = [int(json.loads(request.body)["prompt"]) for request in replica.requests]
     assert sorted(order) == list(range(most))  # each exactly once
-    # The two of a pair may overtake each other on their two connections; nobody is left behind.
+    # The two of a pair may overtake each other on their two connections; none is left behind.
     assert all(abs(place - number) <= 1 for place, number in enumerate(order)), order
 
 

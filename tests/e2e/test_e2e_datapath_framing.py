@@ -128,7 +128,7 @@ def test_an_ambiguous_message_is_400_and_the_connection_closes(
         assert answer.reason in ("bad_request", "upgrade_unsupported")
         assert answer.headers["connection"] == "close"
         assert answer.json()["error"]["type"] == "invalid_request_error"
-        assert client.ended()  # so what was smuggled behind it is answered by nobody
+        assert client.ended()  # so what was smuggled behind it gets no answer
     assert len(replica.requests) == seen
 
 

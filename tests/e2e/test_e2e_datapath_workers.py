@@ -307,7 +307,7 @@ def test_tls_takes_a_new_certificate_without_a_restart(tmp_path: Path) -> None:
         assert presented(served) == new
         make_certificate(tmp_path, "third")
         eventually(lambda: presented(served) != new)
-        # Plain HTTP on the TLS port harms nobody.
+        # Plain HTTP on the TLS port does no harm.
         with served.connect() as plain:
             plain.send(get(b"/health"))
             assert not plain.rest().startswith(b"HTTP/1.1 200")

@@ -144,7 +144,7 @@ async def streamed(http: httpx.AsyncClient, body: dict[str, object]) -> str:
 
 
 async def mischief(tidegate: Tidegate, rng: random.Random, is_over: Callable[[], bool]) -> None:
-    """Every half second something goes wrong, or somebody turns a knob."""
+    """Every half second something goes wrong, or an operator intervenes."""
     while not is_over():
         await asyncio.sleep(rng.uniform(0.1, 0.4))
         status = await asyncio.to_thread(tidegate.admin, "/status")

@@ -62,7 +62,7 @@ def tidegate(running: Tidegate) -> Iterator[Tidegate]:
 
 
 def test_trap_1_and_10_replica_is_not_removed_while_it_loads(tidegate: Tidegate) -> None:
-    """Its idle time is a tenth of its start, health checks fail all the while, and nobody waits
+    """Its idle time is a tenth of its start, health checks fail all the while, and no client waits
     any more: it becomes ready all the same, and goes only then."""
 
     async def story(http: httpx.AsyncClient) -> None:
@@ -99,7 +99,7 @@ def test_trap_3_request_that_comes_and_goes_at_once_still_wakes(tidegate: Tidega
 
 
 def test_pool_does_not_go_to_zero_while_a_stream_runs(tidegate: Tidegate) -> None:
-    """The stream takes seven times the idle time, and nobody else asks anything."""
+    """The stream takes seven times the idle time, and there is no other request."""
 
     async def story(http: httpx.AsyncClient) -> list[str]:
         lines: list[str] = []
@@ -113,7 +113,7 @@ def test_pool_does_not_go_to_zero_while_a_stream_runs(tidegate: Tidegate) -> Non
 
 
 def test_pool_that_is_given_back_at_zero_stays_there(tidegate: Tidegate) -> None:
-    """What was asked of it before is no reason to start an engine that nobody asks for."""
+    """What was asked of it before is no reason to start an engine without demand."""
     text_of(ask_now(tidegate, chat("back", max_tokens=10)))
     tidegate.admin("/pools/back/scale", {"replicas": 0})
     tidegate.wait_at_zero("back")
@@ -152,7 +152,7 @@ def test_engine_that_dies_before_it_answers_is_replaced_and_the_request_kept(
     answer = ask_now(tidegate, chat("crash"))
     assert text_of(answer)
     assert tidegate.starts("crash") == 2
-    # The new engine has seen it once; whoever asked was told of nothing.
+    # The new engine has seen it once; the client noticed nothing.
     assert tidegate.engine_metrics("crash").sum("vllm:request_success_total") == 1
     tidegate.wait(
         "retry counted", lambda: tidegate.metrics().sum("tidegate_retries_total", pool="crash")

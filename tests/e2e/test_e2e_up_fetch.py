@@ -1,5 +1,5 @@
 """Pools whose model has a URL: fetched by the first request, held while in use, given up when
-nobody asks for long enough."""
+no request comes for long enough."""
 
 from __future__ import annotations
 

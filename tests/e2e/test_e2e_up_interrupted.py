@@ -97,7 +97,7 @@ def test_kill_9_while_workers_start_leaves_none(gate: Path, up: subprocess.Popen
 
 
 def test_an_interrupt_while_it_imports_is_130_and_no_traceback(tmp_path: Path) -> None:
-    """The first that takes time is typer: here importing it is what somebody presses Ctrl-C in."""
+    """The first that takes time is typer: here Ctrl-C comes while it is being imported."""
     (tmp_path / "typer.py").write_text(
         "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)\n"
     )

@@ -29,7 +29,7 @@ def wait_gone(tidegate: Tidegate, within_s: float = 60.0) -> float:
 
 
 def is_shut(url: str) -> bool:
-    """Whether nobody listens there."""
+    """Whether no process listens there."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port_of(url))) != 0
 
@@ -79,7 +79,7 @@ def test_second_sigterm_cuts_and_stops_at_once(tmp_path: Path) -> None:
         )
         tidegate.process.send_signal(signal.SIGTERM)
         await asyncio.to_thread(tidegate.wait, "stopping", lambda: "stopping" in tidegate.log())
-        await asyncio.sleep(1.2)  # sooner it would count as the same wish, passed on by a parent
+        await asyncio.sleep(1.2)  # sooner it would count as the same signal, passed on by a parent
         tidegate.process.send_signal(signal.SIGTERM)
         with pytest.raises(httpx.HTTPError):
             await task
@@ -124,7 +124,7 @@ def test_kill_9_leaves_no_orphan(tmp_path: Path, stubborn: bool) -> None:
 
 
 def test_kill_9_tells_held_clients_at_once_and_finishes_streams(tmp_path: Path) -> None:
-    """Nobody is left who could wake an engine, so waiting on would be in vain."""
+    """No process is left that could wake an engine, so waiting would be in vain."""
     pools = [simulated("busy", *SLOW), simulated("asleep", "--startup-s", 600)]
 
     async def story(http: httpx.AsyncClient) -> None:

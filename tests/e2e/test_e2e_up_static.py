@@ -1,4 +1,4 @@
-"""The static backend: servers that somebody else runs, watched and routed to, never touched."""
+"""The static backend: externally managed servers, watched and routed to, never touched."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_the_first_request_brings_a_hubs_model_into_the_cache(
 def test_it_comes_back_without_the_hub(tidegate: Tidegate, hub: HubServer) -> None:
     tidegate.admin("/pools/named/scale", {"replicas": 0})
     tidegate.wait("no replica", lambda: not tidegate.pool("named")["replicas"], 60)
-    hub.commits.clear()  # whoever asks it for the model is told that there is none
+    hub.commits.clear()  # from now on the hub has no such model
     tidegate.admin("/pools/named/scale", {"replicas": None})
     told = ask_now(tidegate, BODY)
     assert told.status_code == 200, told.text

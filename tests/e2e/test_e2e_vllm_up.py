@@ -76,7 +76,7 @@ def wait_finished(tidegate: Tidegate, count: float) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process runs. One that has ended and that nobody asks after does not."""
+    """Whether a process runs. A zombie does not."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

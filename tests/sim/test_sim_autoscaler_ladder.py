@@ -1,5 +1,5 @@
 """The ladder with the real loop on virtual time: down step by step, up from anywhere, and never
-down under somebody."""
+down while there is demand."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_an_operator_can_call_off_a_download_and_demand_cannot() -> None:
             await asyncio.sleep(1.0)
             visitor.cancel()
             await asyncio.sleep(60.0)
-            assert models.called_off == [], "trap 1: nobody else's wish ends what is on its way"
+            assert models.called_off == [], "trap 1: no other signal ends what is on its way"
             world.loop.set_replicas("m", 0)
             await world.until(lambda: not look(world).replicas, 5.0)
             assert models.called_off == ["m-1"]
@@ -355,7 +355,7 @@ def test_a_change_of_tier_is_called_off_by_who_asks() -> None:
 
 
 def test_what_was_there_and_is_gone_is_noticed_and_brought_again() -> None:
-    """A standby dies, somebody evicts by hand: looked at now and then, at every tier."""
+    """A standby dies, an operator evicts by hand: checked now and then, at every tier."""
 
     async def story() -> None:
         models = FakePreparer()
@@ -387,7 +387,7 @@ def test_of_several_replicas_one_sleeps() -> None:
 
 
 class Watched(FakePreparer):
-    """A preparer that notes when a pool was taken down although somebody was there."""
+    """A preparer that notes when a pool was taken down although there was demand."""
 
     def __init__(self) -> None:
         super().__init__(fetch_s=8.0)
@@ -466,7 +466,7 @@ def test_whatever_comes_nobody_is_left_in_the_cold(
             assert (world.answered, world.cut) == (len(requests), 0)
             world.loop.set_replicas("m", None)
             models.move_s = 1.0
-            # However it got there, a pool that nobody asks ends on the last step it has.
+            # However it got there, a pool without demand ends on the last step it has.
             await world.until(
                 lambda: tier_of(world) is Tier.REMOTE and not look(world).replicas, 900.0
             )

@@ -239,7 +239,7 @@ def test_no_room_is_waited_for_without_counting_as_a_failure() -> None:
 def test_loop_survives_any_exception(where: str) -> None:
     async def story() -> None:
         world = World([process_pool(min_replicas=1)], QUICK)
-        error = RuntimeError("a bug in somebody's code")
+        error = RuntimeError("a bug in a backend")
         async with world:
             await asyncio.sleep(1.0)
             if where == "start":
@@ -257,7 +257,7 @@ def test_loop_survives_any_exception(where: str) -> None:
             report = world.loop.status()
             assert sum(report.errors.values()) > 0
             assert report.last_error is not None
-            assert "a bug in somebody's code" in report.last_error
+            assert "a bug in a backend" in report.last_error
             tries = len(world.backend.calls)
             assert tries < 60
             world.backend.start_error = world.backend.stop_error = None

@@ -43,14 +43,14 @@ def test_trap_1_replica_is_not_removed_while_still_loading() -> None:
     run_virtual(story())
 
 
-@pytest.mark.parametrize("poked", [True, False])
-def test_trap_3_request_that_came_and_went_between_two_ticks_still_wakes(poked: bool) -> None:
+@pytest.mark.parametrize("signalled", [True, False])
+def test_trap_3_request_that_came_and_went_between_two_ticks_still_wakes(signalled: bool) -> None:
     async def story() -> None:
         backend = FakeBackend()
         async with World([process_pool()], QUICK, backend) as world:
             await asyncio.sleep(0.5)
-            if poked:
-                # Held and gone again before the loop runs: only the poke tells of it.
+            if signalled:
+                # Held and gone again before the loop runs: only the wake signal tells of it.
                 world.loop.signal_wake("m")
             else:
                 world.arrivals["m"] = 1
@@ -80,7 +80,7 @@ def test_trap_4_there_is_one_writer_of_the_replica_count() -> None:
         async with World([process_pool()], QUICK) as world:
             with pytest.raises(RuntimeError, match="one writer"):
                 await world.loop.run()
-            # Operator, poke and tick at once still make one decision, and one start.
+            # Operator, wake signal and tick at once still make one decision, and one start.
             world.loop.set_replicas("m", 1)
             world.loop.signal_wake("m")
             tasks = world.burst(50, 0.5)

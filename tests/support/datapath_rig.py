@@ -371,7 +371,7 @@ class ScriptedReplica:
 
 
 def free_port() -> int:
-    """A port nobody listens on just now."""
+    """A port without a listener just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         number: int = probe.getsockname()[1]
@@ -468,7 +468,7 @@ class Gateway:
         """Make these the pool's replicas; returns them as published, once they are in force."""
         known = [item if isinstance(item, Replica) else self.replica(item.url) for item in replicas]
         self._loop.call_soon_threadsafe(self.workers.publish, self.fleet(*known, **changes))
-        # A worker applies what it has read before it reads anything else from anybody.
+        # A worker applies what it has read before it reads anything else.
         eventually(lambda: self._call(self._all_read()))
         return known
 

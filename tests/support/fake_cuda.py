@@ -1,7 +1,7 @@
 """A stand-in for torch with a GPU: streams are queues, and what is queued happens late.
 
-A copy reads its source when its stream gets to it, which is when somebody waits for something
-behind it, or by chance. So whoever overwrites a source too early, or looks at a result without
+A copy reads its source when its stream gets to it, which is when the host waits for something
+behind it, or by chance. So code that overwrites a source too early, or looks at a result without
 waiting, sees wrong bytes. Memory is the CPU's.
 """
 
@@ -125,7 +125,7 @@ class FakeDestination:
 
 
 class FakeMemory:
-    """A device tensor. Its bytes are noise until something is copied there; whoever makes a
+    """A device tensor. Its bytes are noise until something is copied there; code that makes a
     tensor of it waits for the copies by the caller's stream, so that is brought up to date."""
 
     def __init__(self, torch: FakeTorch, size: int) -> None:

@@ -1,4 +1,4 @@
-"""A ``Warmth`` over a cache, a keeper and standbys that only note what they are asked."""
+"""A ``Warmth`` over a cache, a page holder and standbys that only note what they are asked."""
 
 from __future__ import annotations
 

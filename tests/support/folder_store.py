@@ -34,7 +34,7 @@ class FolderSource:
     """A model in ``root / <location>``; its revision is as long as a commit, of its files.
 
     Every range that is fetched is noted in ``log`` by the bytes that were written, with one
-    append each, so that they are counted whoever is killed.
+    append each, so that they are counted whichever process is killed.
     """
 
     ref: ModelRef

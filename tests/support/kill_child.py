@@ -111,7 +111,7 @@ def repair(cache: ModelCache, order: Mapping[str, Any]) -> None:
 
 
 def prewarm(cache: ModelCache, order: Mapping[str, Any]) -> None:
-    """Read a model's pages under a lease, and have a keeper's process keep them."""
+    """Read a model's pages under a lease, and have a page holder keep them."""
     model = cache.find(order["url"])
     assert model is not None
     files = files_of(model.path)

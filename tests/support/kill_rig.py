@@ -278,7 +278,7 @@ class Yard:
                 assert cache.verify(url) == []
 
     def check_accounts(self, cache: ModelCache) -> None:
-        """Its bytes are counted right, and after a sweep nothing is left that nobody has."""
+        """Its bytes are counted right, and after a sweep nothing is left without an owner."""
         assert cache.usage().bytes_used == count_bytes(cache.dir)
         cache.sweep()
         usage = cache.usage()

@@ -1,8 +1,8 @@
 """What may stand in our Kubernetes manifests: every field by name, with the type of its value.
 
-Kubernetes drops an unknown field without a word, or refuses it where nobody looks. This table has
-the fields that the manifests use, and nothing else: whoever writes another looks it up in the API
-reference and adds it here.
+Kubernetes drops an unknown field without a word, or refuses it where no operator looks. This table
+has the fields that the manifests use, and nothing else: a new one is looked up in the API reference
+and added here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A simulated engine that somebody else runs: started and ended by the test, not by Tidegate."""
+"""An externally managed simulated engine: started and ended by the test, not by Tidegate."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ AT_REST = (
     "queued_bytes",
     "buffered_bytes",
 )
-"""Gauges that are zero when nobody asks anything."""
+"""Gauges that are zero without requests."""
 
 
 @dataclass(frozen=True)

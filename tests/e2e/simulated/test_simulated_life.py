@@ -30,7 +30,7 @@ def _wait_for(url: str, status: int) -> httpx.Response:
         try:
             reply = httpx.get(url, timeout=60)
         except httpx.ConnectError:
-            assert time.monotonic() < end, "nobody listens"
+            assert time.monotonic() < end, "no process listens"
         else:
             if reply.status_code == status:
                 return reply

@@ -29,7 +29,7 @@ def files() -> Iterator[list[FileRange]]:
 
 @pytest.mark.parametrize("way", [way for way in pages.WAYS if way not in ("willneed", "vmtouch")])
 def test_every_way_brings_the_files_in(files: list[FileRange], way: str) -> None:
-    pages._make_cold(files)
+    pages.make_cold(files)
     pages.WAYS[way](files)
     assert residency.residency(files).bytes_cached == 2 * (9 * MIB + 5)
 

@@ -135,11 +135,8 @@ def _ask(port: int, path: str, headers: str = "") -> bytes:
             time.sleep(0.05)
 
 
-def test_nginx_is_the_installed_one_or_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nginx_is_the_installed_one_or_fetched(tmp_path: Path) -> None:
     found = nginx_path(ROOT)
     assert subprocess.run([found, "-v"], check=False).returncode == 0
-    monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(NginxMissing, match="no Debian"):
-        nginx_path(tmp_path)
+        nginx_path(tmp_path, which=lambda name: None)
