@@ -15,15 +15,15 @@ from pathlib import Path
 
 from modelcache.fetch.fetch import Fetch
 from modelcache.fetch.repair import list_again, plan_salvage
-from modelcache.fetch.request import OnProgress, Transfer, Want, narrow
-from modelcache.ports import Listing, Source
+from modelcache.fetch.request import Transfer, Want, narrow
+from modelcache.ports import CachedModel, IsCancelled, Listing, OnProgress, Source
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.capacity import Usage
 from modelcache.store.files import open_lock, try_lock
 from modelcache.store.inventory import list_entries, read_fetching
 from modelcache.store.leases import Lease
 from modelcache.store.local_files import Nearby
-from modelcache.store.lookup import CachedModel, Finder
+from modelcache.store.lookup import Finder
 from modelcache.store.store import Store
 from modelcache.store.verify import Damage, check_files, check_manifest
 from modelcache.types import (
@@ -47,8 +47,6 @@ LOG = logging.getLogger("tidegate.modelcache")
 
 WAIT_S = 0.1
 """Seconds between two looks at whether another process has fetched what we want too."""
-
-IsCancelled = Callable[[], bool]
 
 
 class ModelCache:

@@ -1,18 +1,56 @@
-"""What the cache asks of a store: what a model consists of, and bytes of a file into a file."""
+"""What passes between the cache and its neighbours: what a store has to do for it (``Source``), a
+model it hands out (``CachedModel``), and the functions that are passed around with models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from modelcache.types import ModelRef, RemoteFile
+from modelcache.types import FileRange, Manifest, ModelRef, Progress, RemoteFile
 
 ANNOUNCE_BYTES = 1 << 20
 """Most bytes that a source reads between two calls of ``on_bytes``."""
 
 OnBytes = Callable[[int], None]
 """Told how many bytes have just arrived. It may block: that is how bandwidth is kept."""
+
+
+OnProgress = Callable[[Progress], None]
+IsCancelled = Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedModel:
+    """A model as a directory that engines open.
+
+    ``manifest`` is ``None`` for a directory that is used where it is. ``note`` says what its user
+    should know: that the store could not be asked whether it is still the newest.
+    """
+
+    url: str
+    revision: str
+    path: Path
+    manifest: Manifest | None
+    note: str = ""
+
+    @classmethod
+    def in_place(cls, directory: Path) -> CachedModel:
+        """A directory of this machine, used where it is."""
+        path = directory.absolute()
+        return cls(url=str(path), revision="in place", path=path, manifest=None)
+
+
+Prewarm = Callable[[Sequence[FileRange], OnProgress, IsCancelled], object]
+"""Reads files into the page cache. Blocks."""
+Transform = Callable[
+    [str, CachedModel, str, OnProgress, IsCancelled], AbstractContextManager[CachedModel]
+]
+"""The model that a pool names, after its preparation steps, from what the cache has of it; leased
+for the holder that is named as long as its context is open. The same model where there are no
+steps. Blocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

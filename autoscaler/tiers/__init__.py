@@ -1,6 +1,6 @@
 """How warm a pool at zero is kept.
 
-``manager`` moves pools between tiers, through the protocol in ``preparer``. ``warmth`` implements
-that with model cache, page cache and forked engines (``warmth_parts`` are the protocols it needs
-of them, ``warmth_places`` its bookkeeping). ``wake_times`` measures.
+``manager`` moves a pool between tiers, through the protocol in ``preparer``, which implements it
+with the model cache, the page cache and forked engines. ``leases`` hold what must not be evicted;
+``wake_times`` remembers how long wakes took.
 """

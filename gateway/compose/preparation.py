@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 from gateway.settings.schema import Settings
 from modelcache.cache import ModelCache
+from modelcache.ports import CachedModel, IsCancelled, OnProgress, Transform
 from modelcache.prepare.run import Held, Preparation, input_digest
 from modelcache.settings import PreparationStep
-from modelcache.store.lookup import CachedModel
-from modelcache.types import FileEntry, Progress
-
-Transform = Callable[
-    [str, CachedModel, str, Callable[[Progress], None], Callable[[], bool]],
-    AbstractContextManager[CachedModel],
-]
+from modelcache.types import FileEntry
 
 
 def make_transform(settings: Settings, cache: ModelCache, environ: Mapping[str, str]) -> Transform:
@@ -30,8 +25,8 @@ def make_transform(settings: Settings, cache: ModelCache, environ: Mapping[str, 
         source: CachedModel,
         steps: Sequence[PreparationStep],
         holder: str,
-        on_progress: Callable[[Progress], None],
-        cancelled: Callable[[], bool],
+        on_progress: OnProgress,
+        cancelled: IsCancelled,
     ) -> Held:
         """The last step's result, leased; made with its source leased, unless it is there."""
         digest = input_digest(list_entries(source))
@@ -60,8 +55,8 @@ def make_transform(settings: Settings, cache: ModelCache, environ: Mapping[str, 
         model: str,
         source: CachedModel,
         holder: str,
-        on_progress: Callable[[Progress], None],
-        cancelled: Callable[[], bool],
+        on_progress: OnProgress,
+        cancelled: IsCancelled,
     ) -> Iterator[CachedModel]:
         steps = settings.modelcache.steps_for(model)
         if not steps:

@@ -39,7 +39,7 @@ from gateway.compose.engines import (
 from gateway.compose.fleet import FleetBook
 from gateway.compose.process import check_writable, set_up_logging, take_signals
 from gateway.compose.run_record import Running, leave_record, make_url, remove_record
-from gateway.compose.tiers import make_wake_times, make_warmth
+from gateway.compose.tiers import make_preparer, make_wake_times
 from gateway.compose.workers import Workers, open_listeners
 from gateway.datapath.messages import WorkerConfig
 from gateway.datapath.shared import Shared
@@ -143,7 +143,7 @@ class _Tidegate:
             backends={"process": process, "static": StaticBackend(settings=settings.autoscaler)},
             observe=self.book.observe,
             publish=self._publish,
-            preparer=make_warmth(settings, process, self.node, keeper, self.bundles),
+            preparer=make_preparer(settings, process, self.node, keeper, self.bundles),
             wake_times=make_wake_times(settings),
         )
         self.workers = Workers(

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Protocol
 
-from modelcache.ports import Listing, Source
+from modelcache.ports import Listing, OnProgress, Source
 from modelcache.store.partial_files import Partial
 from modelcache.types import (
     Made,
@@ -16,7 +16,6 @@ from modelcache.types import (
     ModelRef,
     NotFound,
     Priority,
-    Progress,
     RemoteFile,
 )
 
@@ -29,8 +28,6 @@ FOREIGN = (
 )
 """The same weights for runtimes that are none of our engines; hubs often have several of them, and
 together more bytes than what is opened."""
-
-OnProgress = Callable[[Progress], None]
 
 
 class Transfer(Protocol):

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from modelcache.cache import ModelCache
+from modelcache.ports import CachedModel
 from modelcache.prepare.size import expect_bytes
 from modelcache.prepare.step_process import Run, StepFailed, bytes_under, run_step
 from modelcache.refs import check_file_path
@@ -30,7 +31,6 @@ from modelcache.settings import PreparationStep, StepKind
 from modelcache.store.files import open_lock, remove_empty, remove_tree, try_lock
 from modelcache.store.layout import RESULT, result_url
 from modelcache.store.leases import Lease
-from modelcache.store.lookup import CachedModel
 from modelcache.store.manifest import Job
 from modelcache.store.pending_results import OUTPUT as OUTPUT_FOLDER
 from modelcache.store.pending_results import has_name, note_job, read_job, read_work

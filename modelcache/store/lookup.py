@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from modelcache.ports import CachedModel
 from modelcache.refs import PATH, parse_ref
 from modelcache.store.files import directories
 from modelcache.store.layout import RESULT, result_key, result_url
@@ -28,21 +28,6 @@ MOST_NAMED = 8
 
 class Ambiguous(NotFound, ValueError):
     """What was given for a revision may be one of several."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CachedModel:
-    """A model as a directory that engines open.
-
-    ``manifest`` is ``None`` for a directory that is used where it lies. ``note`` says what its
-    user should know: that the store could not be asked whether it is still the newest.
-    """
-
-    url: str
-    revision: str
-    path: Path
-    manifest: Manifest | None
-    note: str = ""
 
 
 class Finder:
@@ -67,7 +52,7 @@ class Finder:
         path = Path(ref.location).expanduser().absolute()
         if not path.is_dir():
             raise NotFound(f"{path} is not a directory")
-        return CachedModel(url=str(path), revision="in place", path=path, manifest=None)
+        return CachedModel.in_place(path)
 
     def resolve(self, ref: ModelRef) -> Manifest | None:
         """The manifest of what was asked for, by what is known on this disk: an exact revision, a

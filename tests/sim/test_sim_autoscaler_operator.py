@@ -11,7 +11,7 @@ from virtual_time import now, run_virtual
 from autoscaler.backends.base import BackendError, Unsupported
 from autoscaler.policy.lifecycle import State
 from autoscaler.settings import AutoscalerSettings, PoolSettings
-from autoscaler.tiers.warmth import Warmth
+from autoscaler.tiers.preparer import NodePreparer
 from autoscaler.types import Reason
 from router.types import ReplicaState
 
@@ -240,7 +240,7 @@ def test_static_servers_models_are_not_prepared() -> None:
 
     async def story() -> None:
         backend = FakeBackend(owns_replicas=False, start_s=0.0)
-        preparer = Warmth([])
+        preparer = NodePreparer()
         async with World([static_pool()], QUICK, backend, preparer=preparer) as world:
             await world.until(lambda: len(world.ready("s")) == 2)
             await asyncio.sleep(1_000.0)

@@ -22,7 +22,7 @@ from kill_child import PIECE_BYTES, make_cache
 from object_server import Handler, IndexedServer, serving
 
 from modelcache.cache import ModelCache
-from modelcache.store.lookup import CachedModel
+from modelcache.ports import CachedModel
 from modelcache.store.verify import Damage
 from modelcache.types import Manifest
 

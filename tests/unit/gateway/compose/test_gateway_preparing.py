@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 from folder_store import Rig
 
-from autoscaler.tiers.warmth_places import in_place
 from gateway.admin.models import Models
 from gateway.compose.preparation import Transform, make_transform
 from gateway.settings.schema import Settings
 from modelcache.cache import ModelCache
+from modelcache.ports import CachedModel
 from modelcache.store.leases import Lease
-from modelcache.store.lookup import CachedModel
 from modelcache.types import InUse, ModelEntry, Progress
 
 WRITE = "import pathlib; pathlib.Path('made').write_bytes(b'made' * 5000)"
@@ -90,7 +89,7 @@ def test_a_directory_s_result_is_of_that_directory(rig: Rig, tmp_path: Path) -> 
     folder = tmp_path / "plain"
     folder.mkdir()
     (folder / "weights").write_bytes(b"weights")
-    there = in_place(folder)
+    there = CachedModel.in_place(folder)
     with transform_in(cache, str(folder))(str(folder), there, "m-1", silent, never) as made:
         (entry,) = cache.ls()
         assert (entry.url, entry.leases) == (made.url, ("m-1",))

@@ -11,12 +11,12 @@ import pytest
 from folder_store import PIECE, Rig, bytes_of, count_bytes, make_room, read_tree
 
 from modelcache.cache import ModelCache
+from modelcache.ports import CachedModel
 from modelcache.prepare import step_process
 from modelcache.prepare.run import Asked, Preparation, Prepared, Results, input_digest
 from modelcache.prepare.step_process import StepFailed
 from modelcache.settings import PreparationStep
 from modelcache.store.layout import result_url
-from modelcache.store.lookup import CachedModel
 from modelcache.store.manifest import Job
 from modelcache.store.pending_results import OUTPUT, read_works
 from modelcache.types import CacheError, InUse, Made, ModelEntry, NoSpace, NotFound, Progress

@@ -15,13 +15,13 @@ import pytest
 from folder_store import PIECE, Rig, bytes_of
 
 from modelcache.cache import ModelCache
+from modelcache.ports import CachedModel
 from modelcache.prepare import step_process
 from modelcache.prepare.run import Asked, Preparation, Prepared, Results, input_digest
 from modelcache.prepare.step_process import NEARLY_FULL_BYTES, StepFailed
 from modelcache.settings import PreparationStep
 from modelcache.store.files import open_lock, try_lock
 from modelcache.store.layout import result_url
-from modelcache.store.lookup import CachedModel
 from modelcache.store.manifest import Job
 from modelcache.store.pending_results import read_works
 from modelcache.store.store import Store

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from folder_store import Rig, bytes_of, count_bytes, read_tree
 
+from modelcache.ports import CachedModel
 from modelcache.store import leases
 from modelcache.store.leases import HOLDER_CHARACTERS, Lease
-from modelcache.store.lookup import CachedModel
 from modelcache.types import InUse, NotFound
 
 DATA = {"model.bin": bytes_of(10_000)}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from modelcache.cache import ModelCache
 from modelcache.fetch.repair import plan_salvage
 from modelcache.fetch.request import Salvage
-from modelcache.store.lookup import CachedModel
+from modelcache.ports import CachedModel
 from modelcache.store.verify import Damage
 from modelcache.types import CacheError, Cancelled, FileEntry, Manifest, Progress, SourceError
 

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from modelcache.ports import CachedModel
 from modelcache.store.leases import Lease
-from modelcache.store.lookup import CachedModel
 from modelcache.types import CacheError, Cancelled, InUse, NoSpace, NotFound, Progress
 
 NAMES = ("aaa", "bbb", "ccc")

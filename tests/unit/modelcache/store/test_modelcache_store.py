@@ -13,9 +13,8 @@ from folder_store import PIECE, OneByOne, Rig, bytes_of, count_bytes, flip_bit, 
 from modelcache.cache import ModelCache
 from modelcache.fetch.fetch import Fetch
 from modelcache.fetch.request import Want
-from modelcache.ports import Listing
+from modelcache.ports import CachedModel, Listing
 from modelcache.store import files
-from modelcache.store.lookup import CachedModel
 from modelcache.store.revisions import scan
 from modelcache.types import Cancelled, Damaged, Manifest, ModelRef, RemoteFile
 

@@ -1,4 +1,4 @@
-"""Who holds models and what preparation steps have made of them: leases of ``Warmth``."""
+"""Who holds models and what preparation steps have made of them: leases of ``NodePreparer``."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_warmth import URL, Model, Node, pool, run, until
+from fake_node import URL, Model, Node, pool, run, until
 
-from autoscaler.tiers.warmth_parts import Cancelled, OnProgress
-from autoscaler.tiers.warmth_places import Leases
+from autoscaler.tiers.leases import Leases
+from modelcache.ports import IsCancelled, OnProgress
 from modelcache.store.leases import Lease
-from modelcache.types import Cancelled as CalledOff
-from modelcache.types import Tier
+from modelcache.types import Cancelled, Tier
 
 
 class Gate:
@@ -66,7 +66,7 @@ def transforming(
 
     @contextlib.contextmanager
     def transform(
-        model: str, source: Any, holder: str, tell: OnProgress, cancelled: Cancelled
+        model: str, source: Any, holder: str, tell: OnProgress, cancelled: IsCancelled
     ) -> Iterator[Model]:
         made.append((model, source))
         result = root / "made"
@@ -86,14 +86,14 @@ def test_preparation_steps_are_run_once_and_their_result_is_what_starts(tmp_path
     remote = pool()
     made: list[tuple[str, Any]] = []
 
-    node = Node(tmp_path, remote, transform=transforming(tmp_path, made))
+    node = Node(tmp_path, transform=transforming(tmp_path, made))
 
     async def story() -> None:
         spec = await node.prepare(remote)
         await node.prepare(remote, "m-2")
         assert spec.pool.model == str(tmp_path / "made")
         assert made == [(URL, node.cache.model())]
-        await node.warmth.move_to(remote, Tier.FORKED)
+        await node.preparer.move_to(remote, Tier.FORKED)
         assert node.standbys.there["m"].pool.model == str(tmp_path / "made")
 
     run(node, story)
@@ -103,21 +103,21 @@ def test_what_steps_have_made_is_leased_by_each_who_uses_it(tmp_path: Path) -> N
     """A running, starting or standing-by replica reads the result, so the result must stay."""
     remote = pool()
     held: list[str] = []
-    node = Node(tmp_path, remote, transform=transforming(tmp_path, [], held))
+    node = Node(tmp_path, transform=transforming(tmp_path, [], held))
 
     async def story() -> None:
         await node.prepare(remote)
         assert (held, node.cache.results) == (["m-1"], [])
         await node.prepare(remote, "m-2")
         assert (held, node.cache.results) == (["m-1"], ["m-2"])
-        await node.warmth.move_to(remote, Tier.PAGED)
+        await node.preparer.move_to(remote, Tier.PAGED)
         assert node.cache.results == ["m-2", "m, at zero"]
-        await node.warmth.move_to(remote, Tier.FORKED)
+        await node.preparer.move_to(remote, Tier.FORKED)
         assert node.cache.results == ["m-2", "m, at zero"], "once, however often it is settled"
-        await node.warmth.release("m-1")
-        await node.warmth.release("m-2")
+        await node.preparer.release("m-1")
+        await node.preparer.release("m-2")
         assert (held, node.cache.results) == ([], ["m, at zero"])
-        await node.warmth.move_to(remote, Tier.ON_DISK)
+        await node.preparer.move_to(remote, Tier.ON_DISK)
         assert (held, node.cache.results) == ([], [])
 
     run(node, story)
@@ -126,13 +126,13 @@ def test_what_steps_have_made_is_leased_by_each_who_uses_it(tmp_path: Path) -> N
 def test_a_directory_s_results_are_leased_too(tmp_path: Path) -> None:
     local = pool(str(tmp_path))
     held: list[str] = []
-    node = Node(tmp_path, local, transform=transforming(tmp_path, [], held))
+    node = Node(tmp_path, transform=transforming(tmp_path, [], held))
 
     async def story() -> None:
-        await node.warmth.refresh(local)
-        await node.warmth.move_to(local, Tier.PAGED)
+        await node.preparer.refresh(local)
+        await node.preparer.move_to(local, Tier.PAGED)
         assert held == ["m, at zero"]
-        await node.warmth.move_to(local, Tier.PAGED)
+        await node.preparer.move_to(local, Tier.PAGED)
         assert held + node.cache.results == ["m, at zero"]
         await node.prepare(local)
         assert sorted(held + node.cache.results) == ["m, at zero", "m-1"]
@@ -144,11 +144,11 @@ def test_a_result_that_was_evicted_is_made_again(tmp_path: Path) -> None:
     remote = pool()
     made: list[tuple[str, Any]] = []
     held: list[str] = []
-    node = Node(tmp_path, remote, transform=transforming(tmp_path, made, held))
+    node = Node(tmp_path, transform=transforming(tmp_path, made, held))
 
     async def story() -> None:
         await node.prepare(remote)
-        await node.warmth.release("m-1")
+        await node.preparer.release("m-1")
         node.cache.results_evicted = True
         spec = await node.prepare(remote, "m-2")
         assert len(made) == 2
@@ -168,13 +168,13 @@ def test_a_start_that_is_called_off_holds_nothing_however_late_its_lease_comes(
     gate = Gate()
     transform = transforming(tmp_path, [], held)
     slow = gate.before(transform) if at == "what is made" else transform
-    node = Node(tmp_path, remote, transform=slow)
+    node = Node(tmp_path, transform=slow)
     node.cache.here = True
 
     async def story() -> None:
         if at == "what was made":
             await node.prepare(remote, "m-0")
-            await node.warmth.release("m-0")
+            await node.preparer.release("m-0")
         lease = node.cache.lease
         if at == "the model":
             node.cache.lease = gate.before(lease)  # type: ignore[method-assign]
@@ -184,14 +184,14 @@ def test_a_start_that_is_called_off_holds_nothing_however_late_its_lease_comes(
             )(model, holder)
         await gate.call_off(node.prepare(remote))
         if end == "released":
-            await node.warmth.release("m-1")
+            await node.preparer.release("m-1")
             assert node.cache.leases == []
         else:
-            await node.warmth.close()
+            await node.preparer.close()
         await gate.let_on()
         assert (held, node.cache.leases, node.cache.results) == ([], [], [])
         if end == "released":
-            await node.warmth.close()
+            await node.preparer.close()
 
     asyncio.run(story())
 
@@ -200,15 +200,15 @@ def test_a_pool_at_zero_that_is_called_off_holds_nothing_once_it_is_colder(tmp_p
     remote = pool()
     held: list[str] = []
     gate = Gate()
-    node = Node(tmp_path, remote, transform=gate.before(transforming(tmp_path, [], held)))
+    node = Node(tmp_path, transform=gate.before(transforming(tmp_path, [], held)))
     node.cache.here = True
 
     async def story() -> None:
-        await gate.call_off(node.warmth.move_to(remote, Tier.PAGED))
-        await node.warmth.move_to(remote, Tier.ON_DISK)
+        await gate.call_off(node.preparer.move_to(remote, Tier.PAGED))
+        await node.preparer.move_to(remote, Tier.ON_DISK)
         await gate.let_on()
         assert (held, node.cache.leases) == ([], [])
-        await node.warmth.move_to(remote, Tier.PAGED)
+        await node.preparer.move_to(remote, Tier.PAGED)
         assert (held, node.cache.leases) == (["m, at zero"], ["m, at zero"])
 
     run(node, story)
@@ -216,25 +216,32 @@ def test_a_pool_at_zero_that_is_called_off_holds_nothing_once_it_is_colder(tmp_p
 
 def test_letting_go_is_not_called_off(tmp_path: Path) -> None:
     remote = pool()
-    node = Node(tmp_path, remote)
+    threads = ThreadPoolExecutor(1)
+    node = Node(tmp_path, threads=threads)
     node.cache.here = True
     busy = threading.Event()
 
     async def story() -> None:
         await node.prepare(remote)
-        threads = [
-            asyncio.create_task(node.warmth._run(lambda _: busy.wait(60))) for _ in range(32)
-        ]
-        await asyncio.sleep(0)
-        release = asyncio.create_task(node.warmth.release("m-1"))
+        threads.submit(busy.wait, 60)
+        release = asyncio.create_task(node.preparer.release("m-1"))
         await asyncio.sleep(0)
         release.cancel()
         await asyncio.gather(release, return_exceptions=True)
         busy.set()
-        await asyncio.gather(*threads)
         await until(lambda: node.cache.leases == [])
 
     run(node, story)
+
+
+class CountingThreads(ThreadPoolExecutor):
+    """Counts what it is given."""
+
+    submitted = 0
+
+    def submit(self, *asked: Any, **named: Any) -> Any:
+        self.submitted += 1
+        return super().submit(*asked, **named)
 
 
 def test_a_pool_without_steps_leases_its_model_once(tmp_path: Path) -> None:
@@ -245,25 +252,19 @@ def test_a_pool_without_steps_leases_its_model_once(tmp_path: Path) -> None:
     def same(*asked: Any) -> Iterator[Model]:
         yield node.cache.model()
 
-    node = Node(tmp_path, remote, transform=same)
+    threads = CountingThreads(4)
+    node = Node(tmp_path, transform=same, threads=threads)
     node.cache.here = True
-    began: list[str] = []
 
     async def story() -> None:
         await node.prepare(remote)
         await node.paged()
-        submit = node.warmth._threads.submit
-
-        def count(*asked: Any) -> Any:
-            began.append("a thread's work")
-            return submit(*asked)
-
-        node.warmth._threads.submit = count  # type: ignore[method-assign]
+        threads.submitted = 0
         spec = await node.prepare(remote, "m-2")
         assert spec.pool.model == str(tmp_path / "view")
-        assert len(began) == 2, "a look and a lease"
+        assert threads.submitted == 2, "a look-up and a lease"
         assert (node.cache.leases, node.cache.results) == (["m-1", "m-2"], [])
-        await node.warmth.move_to(remote, Tier.PAGED)
+        await node.preparer.move_to(remote, Tier.PAGED)
         assert node.cache.leases == ["m-1", "m-2", "m, at zero"]
 
     run(node, story)
@@ -272,7 +273,7 @@ def test_a_pool_without_steps_leases_its_model_once(tmp_path: Path) -> None:
 def test_a_directory_is_given_to_its_steps_as_what_it_is(tmp_path: Path) -> None:
     local = pool(str(tmp_path))
     given: list[tuple[str, Any]] = []
-    node = Node(tmp_path, local, transform=transforming(tmp_path, given))
+    node = Node(tmp_path, transform=transforming(tmp_path, given))
 
     async def story() -> None:
         await node.prepare(local)
@@ -296,14 +297,14 @@ def test_leases_hold_until_they_are_closed_and_nothing_after_that() -> None:
     assert part.enter(taken(held, "a")).holder == "a"
     leases.enter(taken(held, "b"))
     assert leases.refuse()
-    with pytest.raises(CalledOff):
+    with pytest.raises(Cancelled):
         part.enter(taken(held, "c"))
     assert held == ["a", "b"], "refusing lets go of nothing"
     leases.close()
     assert held == []
     assert not leases.refuse()
     for closed in (leases, part, leases.part()):
-        with pytest.raises(CalledOff):
+        with pytest.raises(Cancelled):
             closed.enter(taken(held, "d"))
     assert held == []
     leases.close()
@@ -341,7 +342,7 @@ def test_leases_are_closed_under_threads_that_enter() -> None:
     def enter(leases: Leases, held: list[str], start: threading.Barrier, name: int) -> None:
         start.wait()
         for number in range(20):
-            with contextlib.suppress(CalledOff):
+            with contextlib.suppress(Cancelled):
                 leases.part().enter(taken(held, f"{name}-{number}"))
 
     for _ in range(20):

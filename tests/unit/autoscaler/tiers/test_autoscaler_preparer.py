@@ -9,21 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from fake_warmth import URL, Node, pool, run, until
+from fake_node import URL, Node, pool, run, until
 
 from autoscaler.backends.base import BackendError, ReplicaSpec, Unsupported
-from autoscaler.tiers.warmth import Warmth
-from autoscaler.tiers.warmth_parts import Cancelled, OnProgress, list_files
+from autoscaler.tiers.preparer import NodePreparer, list_files
+from modelcache.ports import IsCancelled, OnProgress
 from modelcache.types import FileRange, NoSpace, Priority, Tier
 
 
 def test_a_url_becomes_a_path_leased_and_paged_beside_the_start(tmp_path: Path) -> None:
     remote = pool()
-    node = Node(tmp_path, remote)
+    node = Node(tmp_path)
 
     async def story() -> None:
-        assert node.warmth.tiers(remote) == {Tier.REMOTE}
-        assert node.warmth.tier(remote) is Tier.REMOTE
+        assert node.preparer.tiers(remote) == {Tier.REMOTE}
+        assert node.preparer.tier(remote) is Tier.REMOTE
         spec = await node.prepare(remote)
         assert spec.pool.model == str(tmp_path / "view")
         assert (spec.id, spec.pool.name) == ("m-1", "m")
@@ -31,22 +31,22 @@ def test_a_url_becomes_a_path_leased_and_paged_beside_the_start(tmp_path: Path) 
         assert node.cache.leases == ["m-1"]
         await node.paged()
         await asyncio.sleep(0)
-        assert node.warmth.tier(remote) is Tier.PAGED
-        assert [one.path for one in node.keeper.kept["m"]] == [
+        assert node.preparer.tier(remote) is Tier.PAGED
+        assert [one.path for one in node.page_holder.kept["m"]] == [
             str(tmp_path / "view" / "a.safetensors")
         ]
         assert [one.phase for one in node.reports if one is not None] == ["fetching", "paging"]
         assert node.reports[-1] is None
-        await node.warmth.release("m-1")
+        await node.preparer.release("m-1")
         assert node.cache.leases == []
-        await node.warmth.release("m-1")
+        await node.preparer.release("m-1")
 
     run(node, story)
 
 
 def test_what_is_on_this_disk_is_used_without_asking_the_store(tmp_path: Path) -> None:
     remote = pool()
-    node = Node(tmp_path, remote)
+    node = Node(tmp_path)
     node.cache.here = True
     node.cache.error = OSError("the store is away")
 
@@ -62,7 +62,7 @@ def test_what_is_on_this_disk_is_used_without_asking_the_store(tmp_path: Path) -
 
 def test_what_is_evicted_before_it_is_leased_is_fetched_again(tmp_path: Path) -> None:
     remote = pool()
-    node = Node(tmp_path, remote)
+    node = Node(tmp_path)
     node.cache.here = node.cache.evicted_before_lease = True
 
     async def story() -> None:
@@ -75,7 +75,7 @@ def test_what_is_evicted_before_it_is_leased_is_fetched_again(tmp_path: Path) ->
 
 def test_a_download_that_is_called_off_ends(tmp_path: Path) -> None:
     remote = pool()
-    node = Node(tmp_path, remote)
+    node = Node(tmp_path)
     node.cache.block = threading.Event()
 
     async def story() -> None:
@@ -85,25 +85,25 @@ def test_a_download_that_is_called_off_ends(tmp_path: Path) -> None:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-        await node.warmth.release("m-1")
+        await node.preparer.release("m-1")
         assert await asyncio.to_thread(node.cache.ended.wait, 30.0)
         assert node.cache.calls == [("preload", Priority.WAKE)]
-        assert node.warmth.tier(remote) is Tier.REMOTE
+        assert node.preparer.tier(remote) is Tier.REMOTE
 
     run(node, story)
 
 
 def test_a_failed_download_says_why_and_holds_nothing(tmp_path: Path) -> None:
     remote = pool()
-    node = Node(tmp_path, remote)
+    node = Node(tmp_path)
     node.cache.error = NoSpace("it needs 15 GB, 3 GB are free")
 
     async def story() -> None:
         with pytest.raises(NoSpace, match="3 GB are free"):
             await node.prepare(remote)
-        await node.warmth.release("m-1")
+        await node.preparer.release("m-1")
         assert node.cache.leases == []
-        assert node.warmth.tier(remote) is Tier.REMOTE
+        assert node.preparer.tier(remote) is Tier.REMOTE
 
     run(node, story)
 
@@ -112,10 +112,10 @@ def test_without_a_cache_a_url_cannot_be_had(tmp_path: Path) -> None:
     remote = pool()
 
     async def story() -> None:
-        warmth = Warmth([remote])
+        preparer = NodePreparer()
         with pytest.raises(Unsupported, match="needs the model cache"):
-            await warmth.prepare(ReplicaSpec(id="m-1", pool=remote), lambda progress: None)
-        await warmth.close()
+            await preparer.prepare(ReplicaSpec(id="m-1", pool=remote), lambda progress: None)
+        await preparer.close()
 
     asyncio.run(story())
 
@@ -123,27 +123,27 @@ def test_without_a_cache_a_url_cannot_be_had(tmp_path: Path) -> None:
 def test_a_directory_is_used_where_it_lies(tmp_path: Path) -> None:
     local = pool(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"w")
-    node = Node(tmp_path, local)
+    node = Node(tmp_path)
 
     async def story() -> None:
-        await node.warmth.refresh(local)
-        assert node.warmth.tiers(local) == {Tier.ON_DISK, Tier.PAGED, Tier.FORKED}
+        await node.preparer.refresh(local)
+        assert node.preparer.tiers(local) == {Tier.ON_DISK, Tier.PAGED, Tier.FORKED}
         spec = await node.prepare(local)
         assert spec.pool.model == str(tmp_path)
         assert node.cache.leases == node.cache.calls == []
         with pytest.raises(Unsupported, match="not removed"):
-            await node.warmth.move_to(local, Tier.REMOTE)
+            await node.preparer.move_to(local, Tier.REMOTE)
 
     run(node, story)
 
 
 def test_a_name_is_the_engines_to_find(tmp_path: Path) -> None:
     named = pool("org/model", engine="simulated")
-    node = Node(tmp_path, named)
+    node = Node(tmp_path)
 
     async def story() -> None:
-        await node.warmth.refresh(named)
-        assert node.warmth.tiers(named) == {Tier.ON_DISK}
+        await node.preparer.refresh(named)
+        assert node.preparer.tiers(named) == {Tier.ON_DISK}
         assert (await node.prepare(named)).pool is named
         assert node.reports == [None]
 
@@ -152,28 +152,28 @@ def test_a_name_is_the_engines_to_find(tmp_path: Path) -> None:
 
 def test_down_the_tiers_and_what_each_lets_go_of(tmp_path: Path) -> None:
     remote = pool()
-    node = Node(tmp_path, remote)
+    node = Node(tmp_path)
     node.cache.here = True
 
     async def story() -> None:
-        await node.warmth.refresh(remote)
-        assert node.warmth.tier(remote) is Tier.ON_DISK
-        await node.warmth.move_to(remote, Tier.FORKED)
-        assert node.warmth.tier(remote) is Tier.FORKED
+        await node.preparer.refresh(remote)
+        assert node.preparer.tier(remote) is Tier.ON_DISK
+        await node.preparer.move_to(remote, Tier.FORKED)
+        assert node.preparer.tier(remote) is Tier.FORKED
         spec = node.standbys.there["m"]
         assert (spec.id, spec.pool.model) == ("m-standby", str(tmp_path / "view"))
         assert node.cache.leases == ["m, at zero"]
-        assert "m" in node.keeper.kept
-        await node.warmth.move_to(remote, Tier.PAGED)
-        assert node.warmth.tier(remote) is Tier.PAGED
+        assert "m" in node.page_holder.kept
+        await node.preparer.move_to(remote, Tier.PAGED)
+        assert node.preparer.tier(remote) is Tier.PAGED
         assert node.standbys.there == {}
         assert len(node.read) == 1, "what is kept is not read again"
-        await node.warmth.move_to(remote, Tier.ON_DISK)
-        assert node.warmth.tier(remote) is Tier.ON_DISK
-        assert node.keeper.kept == {}
+        await node.preparer.move_to(remote, Tier.ON_DISK)
+        assert node.preparer.tier(remote) is Tier.ON_DISK
+        assert node.page_holder.kept == {}
         assert node.cache.leases == []
-        await node.warmth.move_to(remote, Tier.REMOTE)
-        assert node.warmth.tier(remote) is Tier.REMOTE
+        await node.preparer.move_to(remote, Tier.REMOTE)
+        assert node.preparer.tier(remote) is Tier.REMOTE
         assert node.cache.calls == [("evict", URL)]
 
     run(node, story)
@@ -182,14 +182,14 @@ def test_down_the_tiers_and_what_each_lets_go_of(tmp_path: Path) -> None:
 def test_at_zero_pages_are_read_behind_others_and_for_a_replica_at_once(tmp_path: Path) -> None:
     behind: list[Sequence[FileRange]] = []
     remote = pool()
-    node = Node(tmp_path, remote, prewarm_behind=lambda files, *_: behind.append(files))
+    node = Node(tmp_path, prewarm_behind=lambda files, *_: behind.append(files))
     node.cache.here = True
 
     async def story() -> None:
-        await node.warmth.refresh(remote)
-        await node.warmth.move_to(remote, Tier.PAGED)
+        await node.preparer.refresh(remote)
+        await node.preparer.move_to(remote, Tier.PAGED)
         assert (len(behind), len(node.read)) == (1, 0)
-        await node.warmth.move_to(remote, Tier.ON_DISK)
+        await node.preparer.move_to(remote, Tier.ON_DISK)
         await node.prepare(remote)
         await until(lambda: bool(node.read))
         assert len(behind) == 1
@@ -203,7 +203,9 @@ def test_pages_that_one_replica_lets_go_of_are_not_taken_for_kept(tmp_path: Path
     begun, ended = threading.Event(), threading.Event()
     reads: list[int] = []
 
-    def prewarm(files: Sequence[FileRange], on_progress: OnProgress, cancelled: Cancelled) -> None:
+    def prewarm(
+        files: Sequence[FileRange], on_progress: OnProgress, cancelled: IsCancelled
+    ) -> None:
         reads.append(len(files))
         if len(reads) == 1:
             begun.set()
@@ -211,35 +213,34 @@ def test_pages_that_one_replica_lets_go_of_are_not_taken_for_kept(tmp_path: Path
                 threading.Event().wait(0.005)
             ended.set()
 
-    node = Node(tmp_path, remote)
-    node.warmth._prewarm = prewarm
+    node = Node(tmp_path, prewarm=prewarm)
     node.cache.here = True
 
     async def story() -> None:
-        await node.warmth.refresh(remote)
+        await node.preparer.refresh(remote)
         await node.prepare(remote, "m-1")
         assert await asyncio.to_thread(begun.wait, 60)
         await node.prepare(remote, "m-2")
         await asyncio.sleep(0.05)
-        await node.warmth.release("m-1")
+        await node.preparer.release("m-1")
         assert await asyncio.to_thread(ended.wait, 60)
-        await until(lambda: node.warmth.tier(remote) is Tier.PAGED)
+        await until(lambda: node.preparer.tier(remote) is Tier.PAGED)
         assert len(reads) == 2
-        assert "m" in node.keeper.kept
+        assert "m" in node.page_holder.kept
 
     run(node, story)
 
 
 def test_a_model_of_two_pools_stays_for_the_other(tmp_path: Path) -> None:
     one, other = pool(), pool(name="n")
-    node = Node(tmp_path, one, other)
+    node = Node(tmp_path)
     node.cache.here = True
 
     async def story() -> None:
         for each in (one, other):
-            await node.warmth.refresh(each)
+            await node.preparer.refresh(each)
         with pytest.raises(BackendError, match="that of n too"):
-            await node.warmth.move_to(one, Tier.REMOTE)
+            await node.preparer.move_to(one, Tier.REMOTE)
         assert node.cache.here
 
     run(node, story)
@@ -247,35 +248,35 @@ def test_a_model_of_two_pools_stays_for_the_other(tmp_path: Path) -> None:
 
 def test_a_standby_is_taken_by_a_start_and_missed_when_it_dies(tmp_path: Path) -> None:
     local = pool(str(tmp_path), tiers={"paged_s": 0})
-    node = Node(tmp_path, local)
+    node = Node(tmp_path)
 
     async def story() -> None:
-        await node.warmth.refresh(local)
-        await node.warmth.move_to(local, Tier.FORKED)
+        await node.preparer.refresh(local)
+        await node.preparer.move_to(local, Tier.FORKED)
         node.standbys.there.clear()
-        await node.warmth.refresh(local)
-        assert node.warmth.tier(local) is not Tier.FORKED
-        await node.warmth.move_to(local, Tier.FORKED)
+        await node.preparer.refresh(local)
+        assert node.preparer.tier(local) is not Tier.FORKED
+        await node.preparer.move_to(local, Tier.FORKED)
         await node.prepare(local)
-        assert node.warmth.tier(local) is not Tier.FORKED
+        assert node.preparer.tier(local) is not Tier.FORKED
 
     run(node, story)
 
 
 def test_pages_past_the_budget_are_no_reason_not_to_start(tmp_path: Path) -> None:
     local = pool(str(tmp_path))
-    node = Node(tmp_path, local)
-    node.keeper.error = NoSpace("exceeds modelcache.page_budget_bytes")
+    node = Node(tmp_path)
+    node.page_holder.error = NoSpace("exceeds modelcache.page_budget_bytes")
 
     async def story() -> None:
         await node.prepare(local)
         await node.paged()
-        assert node.warmth.tier(local) is Tier.ON_DISK
+        assert node.preparer.tier(local) is Tier.ON_DISK
         assert node.read == [], "nothing is read that is not kept"
-        await node.warmth.move_to(local, Tier.FORKED)
-        assert node.warmth.tier(local) is Tier.FORKED
+        await node.preparer.move_to(local, Tier.FORKED)
+        assert node.preparer.tier(local) is Tier.FORKED
         with pytest.raises(NoSpace):
-            await node.warmth.move_to(local, Tier.PAGED)
+            await node.preparer.move_to(local, Tier.PAGED)
 
     run(node, story)
 
@@ -283,32 +284,32 @@ def test_pages_past_the_budget_are_no_reason_not_to_start(tmp_path: Path) -> Non
 @pytest.mark.parametrize("engine", ["vllm", "simulated"])
 def test_a_pool_that_wants_no_pages_gets_none(tmp_path: Path, engine: str) -> None:
     local = pool(str(tmp_path), engine=engine, tiers={"paged_s": 0, "forked_s": 0})
-    node = Node(tmp_path, local)
+    node = Node(tmp_path)
 
     async def story() -> None:
         await node.prepare(local)
         await node.paged()
-        assert node.keeper.kept == {}
-        assert (Tier.FORKED in node.warmth.tiers(local)) == (engine == "vllm")
+        assert node.page_holder.kept == {}
+        assert (Tier.FORKED in node.preparer.tiers(local)) == (engine == "vllm")
 
     run(node, story)
 
 
 def test_a_newer_revision_replaces_what_was_kept_of_the_older(tmp_path: Path) -> None:
     remote = pool()
-    node = Node(tmp_path, remote)
+    node = Node(tmp_path)
     node.cache.here = True
 
     async def story() -> None:
         await node.prepare(remote)
         await node.paged()
-        assert node.warmth.tier(remote) is Tier.PAGED
+        assert node.preparer.tier(remote) is Tier.PAGED
         node.cache.root = tmp_path / "newer"
         node.cache.root.mkdir()
         spec = await node.prepare(remote, "m-2")
         assert spec.pool.model == str(tmp_path / "newer" / "view")
         await node.paged()
-        (kept,) = node.keeper.kept["m"]
+        (kept,) = node.page_holder.kept["m"]
         assert kept.path.startswith(str(tmp_path / "newer"))
 
     run(node, story)

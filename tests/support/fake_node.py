@@ -1,4 +1,4 @@
-"""A ``Warmth`` over a cache, a page holder and standbys that only note what they are asked."""
+"""A ``NodePreparer`` over a cache, a page holder and standbys that only note what is asked."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from typing import Any
 
 from autoscaler.backends.base import ReplicaSpec
 from autoscaler.settings import PoolSettings
-from autoscaler.tiers.warmth import Warmth
-from autoscaler.tiers.warmth_parts import Cancelled, OnProgress
-from modelcache.types import Cancelled as CalledOff
-from modelcache.types import FileRange, InUse, NotFound, Priority, Progress
+from autoscaler.tiers.preparer import NodePreparer
+from modelcache.ports import IsCancelled, OnProgress
+from modelcache.types import Cancelled, FileRange, InUse, NotFound, Priority, Progress
 
 URL = "s3://models/m"
 
@@ -60,7 +59,7 @@ class FakeCache:
         revision: str | None = None,
         priority: Priority = Priority.PRELOAD,
         on_progress: OnProgress | None = None,
-        cancelled: Cancelled | None = None,
+        cancelled: IsCancelled | None = None,
     ) -> Model:
         assert on_progress is not None
         assert cancelled is not None
@@ -73,7 +72,7 @@ class FakeCache:
             while not cancelled():
                 threading.Event().wait(0.01)
             self.ended.set()
-            raise CalledOff("called off")
+            raise Cancelled("called off")
         self.here = True
         return self.model()
 
@@ -100,7 +99,7 @@ class FakeCache:
 
 
 @dataclass
-class FakeKeeper:
+class FakePageHolder:
     kept: dict[str, Sequence[FileRange]] = field(default_factory=dict)
     error: Exception | None = None
     closed: bool = False
@@ -140,38 +139,35 @@ class FakeStandbys:
 
 
 class Node:
-    """A ``Warmth`` over fakes."""
+    """A ``NodePreparer`` over fakes."""
 
-    def __init__(self, root: Path, *pools: PoolSettings, **parts: Any) -> None:
+    def __init__(self, root: Path, **parts: Any) -> None:
         self.cache = FakeCache(root)
-        self.keeper = FakeKeeper()
+        self.page_holder = FakePageHolder()
         self.standbys = FakeStandbys()
         self.read: list[Sequence[FileRange]] = []
         self.reports: list[Progress | None] = []
-        self.warmth = Warmth(
-            pools,
-            cache=self.cache,
-            keeper=self.keeper,
-            standbys=self.standbys,
-            prewarm=self.prewarm,
-            **parts,
-        )
+        fakes: dict[str, Any] = {
+            "cache": self.cache,
+            "page_holder": self.page_holder,
+            "standbys": self.standbys,
+            "prewarm": self.prewarm,
+        }
+        self.preparer = NodePreparer(**{**fakes, **parts})
 
     def prewarm(
-        self, files: Sequence[FileRange], on_progress: OnProgress, cancelled: Cancelled
+        self, files: Sequence[FileRange], on_progress: OnProgress, cancelled: IsCancelled
     ) -> None:
         on_progress(Progress(phase="paging", bytes_done=3, bytes_total=7))
         self.read.append(files)
 
     async def prepare(self, pool: PoolSettings, replica_id: str = "m-1") -> ReplicaSpec:
         spec = ReplicaSpec(id=replica_id, pool=pool)
-        return await self.warmth.prepare(spec, self.reports.append)
+        return await self.preparer.prepare(spec, self.reports.append)
 
     async def paged(self) -> None:
         """What goes on beside a start has ended."""
-        for hold in list(self.warmth._holds.values()):
-            if hold.paging is not None:
-                await hold.paging
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
 
 
 def pool(model: str = URL, **fields: Any) -> PoolSettings:
@@ -183,9 +179,9 @@ def run(node: Node, story: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
             await story()
         finally:
-            await node.warmth.close()
+            await node.preparer.close()
         assert node.cache.leases == node.cache.results == []
-        assert node.keeper.closed
+        assert node.page_holder.closed
 
     asyncio.run(whole())
 
