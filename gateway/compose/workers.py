@@ -75,7 +75,9 @@ def open_listeners(host: str, port: int, count: int) -> list[socket.socket]:
 
 
 @dataclass(slots=True)
-class _Process:
+class WorkerProcess:
+    """One worker: its process and the control process's end of its channel, while it runs."""
+
     index: int
     process: subprocess.Popen[bytes] | None = None
     writer: asyncio.StreamWriter | None = None
@@ -101,7 +103,7 @@ class Workers:
         self._on_wake_signal = on_wake_signal
         self._on_failure = on_failure
         self._fleet = Fleet(version=0)
-        self._processes = [_Process(index) for index in range(len(listeners))]
+        self.processes = [WorkerProcess(index) for index in range(len(listeners))]
         self._tasks: list[asyncio.Task[None]] = []
         self._draining = False
         self._changed = asyncio.Event()
@@ -115,25 +117,25 @@ class Workers:
     async def start(self, fleet: Fleet) -> None:
         """Start all workers and wait until each listens. Raises ``RuntimeError`` if one cannot."""
         self._fleet = fleet
-        self._tasks = [asyncio.create_task(self._keep(entry)) for entry in self._processes]
+        self._tasks = [asyncio.create_task(self._keep(entry)) for entry in self.processes]
         async with asyncio.timeout(60):
-            while not all(entry.listening for entry in self._processes):
+            while not all(entry.listening for entry in self.processes):
                 self._changed.clear()
                 await self._changed.wait()
-                for entry in self._processes:
+                for entry in self.processes:
                     if entry.starts > 3 and not entry.listening:
                         raise RuntimeError("a worker process does not start; see the log above")
 
     def publish(self, fleet: Fleet) -> None:
         """Send all workers a new picture of the fleet."""
         self._fleet = fleet
-        for entry in self._processes:
+        for entry in self.processes:
             self._send(entry, FleetUpdate(fleet=fleet))
 
     def configure(self, config: WorkerConfig) -> None:
         """Have all workers, and those that are started from now on, work by other settings."""
         self._config = config
-        for entry in self._processes:
+        for entry in self.processes:
             self._send(entry, msgspec.structs.replace(config, index=entry.index))
 
     def status(self) -> list[dict[str, object]]:
@@ -145,28 +147,28 @@ class Workers:
                 "state": self._state(entry),
                 "restarts": max(0, entry.starts - 1),
             }
-            for entry in self._processes
+            for entry in self.processes
         ]
 
     @property
     def all_listening(self) -> bool:
         """Whether every worker takes connections."""
-        return all(entry.listening for entry in self._processes) and not self._draining
+        return all(entry.listening for entry in self.processes) and not self._draining
 
     def is_draining(self) -> bool:
         """Whether the workers were told to finish."""
         return self._draining
 
-    def _state(self, entry: _Process) -> str:
+    def _state(self, entry: WorkerProcess) -> str:
         if self._draining:
             return "draining"
         return "listening" if entry.listening else "starting"
 
-    def _send(self, entry: _Process, message: ToWorker) -> None:
+    def _send(self, entry: WorkerProcess, message: ToWorker) -> None:
         if entry.writer is not None and not entry.writer.is_closing():
             entry.writer.write(pack(message))
 
-    async def _keep(self, entry: _Process) -> None:
+    async def _keep(self, entry: WorkerProcess) -> None:
         """Run one worker, and run it again when it dies."""
         pause_s = _RESTART_S
         while not self._draining:
@@ -186,7 +188,7 @@ class Workers:
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, _RESTART_MAX_S)
 
-    async def _run_once(self, entry: _Process) -> None:
+    async def _run_once(self, entry: WorkerProcess) -> None:
         ours, theirs = socket.socketpair()
         listener = self._listeners[entry.index]
         fds = (listener.fileno(), self.shared.fd, theirs.fileno())
@@ -216,7 +218,7 @@ class Workers:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def _handle(self, entry: _Process, message: ToControl) -> None:
+    def _handle(self, entry: WorkerProcess, message: ToControl) -> None:
         if isinstance(message, WakeSignal):
             self._on_wake_signal(message.pool)
         elif isinstance(message, FailureReport):
@@ -225,7 +227,7 @@ class Workers:
             entry.listening = True
             self._changed.set()
 
-    async def _reap(self, entry: _Process) -> None:
+    async def _reap(self, entry: WorkerProcess) -> None:
         """The channel closed: see the process end, and clear what it had in flight."""
         entry.listening = False
         if entry.writer is not None:
@@ -247,7 +249,7 @@ class Workers:
         self._draining = True
         for listener in self._listeners:
             listener.close()
-        for entry in self._processes:
+        for entry in self.processes:
             self._send(entry, Drain())
         if self._tasks:
             limit_s = self._config.drain_s + 2 * _EXIT_GRACE_S
@@ -260,7 +262,7 @@ class Workers:
     def kill(self) -> None:
         """End the workers at once; what they were answering is cut."""
         self._draining = True
-        for entry in self._processes:
+        for entry in self.processes:
             if entry.process is not None and entry.process.poll() is None:
                 entry.process.kill()
                 entry.process.wait()

@@ -246,11 +246,11 @@ def test_what_a_drain_cannot_finish_is_told_so_and_cut() -> None:
 def test_a_worker_whose_control_process_is_gone_drains_and_exits() -> None:
     with gateway() as served:
         pid = served.pids()[0]
-        process = served.workers._processes[0].process
-        writer = served.workers._processes[0].writer
+        process = served.workers.processes[0].process
+        writer = served.workers.processes[0].writer
         assert process is not None
         assert writer is not None
-        served._loop.call_soon_threadsafe(writer.transport.abort)
+        served.loop.call_soon_threadsafe(writer.transport.abort)
         eventually(lambda: process.poll() is not None)
         assert process.returncode == 0
         eventually(lambda: served.pids() not in ([], [pid]))

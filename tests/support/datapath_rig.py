@@ -430,13 +430,13 @@ class Gateway:
         self._version = 0
         self._slot = 0
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed by stop)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
         self._call(self._start())
 
     def _call(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(90)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(90)
 
     async def _start(self) -> None:
         self.workers = _LoggedWorkers(
@@ -467,14 +467,14 @@ class Gateway:
     def publish(self, *replicas: Replica | ScriptedReplica, **changes: Any) -> list[Replica]:
         """Make these the pool's replicas; returns them as published, once they are in force."""
         known = [item if isinstance(item, Replica) else self.replica(item.url) for item in replicas]
-        self._loop.call_soon_threadsafe(self.workers.publish, self.fleet(*known, **changes))
+        self.loop.call_soon_threadsafe(self.workers.publish, self.fleet(*known, **changes))
         # A worker applies what it has read before it reads anything else.
         eventually(lambda: self._call(self._all_read()))
         return known
 
     async def _all_read(self) -> bool:
         """Whether the workers have read all that they were told."""
-        writers = [entry.writer for entry in self.workers._processes]
+        writers = [entry.writer for entry in self.workers.processes]
         return not any(writer is not None and _is_unread(writer) for writer in writers)
 
     # Clients
@@ -550,14 +550,14 @@ class Gateway:
 
     def drain_soon(self) -> Any:
         """Begin to drain; the returned future ends with the last worker."""
-        return asyncio.run_coroutine_threadsafe(self.workers.drain(), self._loop)
+        return asyncio.run_coroutine_threadsafe(self.workers.drain(), self.loop)
 
     def stop(self) -> None:
         """Drain and end; whatever a worker printed as a crash fails the test."""
         try:
             self._call(self.workers.drain())
         finally:
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join(10)
             self.shared.close()
         log = self.log()
