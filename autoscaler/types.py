@@ -50,28 +50,28 @@ class Observation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolPolicy:
-    """What ``decide`` is told of one pool: bounds, targets, windows.
+    """One pool's settings as ``decide`` uses them: bounds, targets, windows.
 
     ``target_inflight_requests`` is the most requests one replica is given, where the pool says;
     it makes many small requests count as well as a few large ones.
     """
 
     pool: str
-    min_replicas: int = 0
-    max_replicas: int = 1
-    target_inflight_tokens: int = 8192
-    target_inflight_requests: int | None = None
-    stable_window_s: float = 60.0
-    panic_window_s: float = 6.0
-    panic_threshold: float = 2.0
-    scale_down_delay_s: float = 60.0
-    idle_to_zero_s: float = 300.0
-    max_scale_up: int = 8
-    demand_stale_s: float = 10.0
+    min_replicas: int
+    max_replicas: int
+    target_inflight_tokens: int
+    target_inflight_requests: int | None
+    stable_window_s: float
+    panic_window_s: float
+    panic_threshold: float
+    scale_down_delay_s: float
+    idle_to_zero_s: float
+    max_scale_up: int
+    demand_stale_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
+class WindowedDemand:
     """A pool's demand as ``decide`` reads it: now, and as means over the two windows.
 
     Tokens and requests are in flight and queued together. ``None`` is unknown: never observed,

@@ -1,25 +1,24 @@
 """How many replicas a pool shall have: one pure function of what is known, and when.
 
-The number comes from demand (tokens in flight and queued, over what one replica carries), is held
-up by what must not be cut (requests, starting replicas, unknown demand, the scale-down delay, a
-panic), and is bounded by ``min_replicas`` and ``max_replicas``. Each step can only change the
-number together with the reason for it, so the decision explains itself.
+The number is recommended from demand (tokens in flight and queued, over what one replica carries).
+Scaling it down is limited by what must not be cut (requests, starting replicas, unknown demand, the
+scale-down delay, a panic), and the number is bounded by ``min_replicas`` and ``max_replicas``. Each
+step can only change the number together with the reason for it, so the decision explains itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from autoscaler.policy.recommend import Need, larger, needs
-from autoscaler.types import Bound, Decision, Demand, PoolPolicy, PoolStatus, Reason, Signal
+from autoscaler.policy.recommend import Recommendation, larger, recommend
+from autoscaler.types import Bound, Decision, PoolPolicy, PoolStatus, Reason, Signal, WindowedDemand
 
-WISH_BUCKETS = 64
+RECENT_BUCKETS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """The most replicas wished for in a stretch of time that began at ``at_s``."""
+class PastRecommendation:
+    """The most replicas that were recommended in a stretch of time that began at ``at_s``."""
 
     at_s: float
     until_s: float
@@ -31,15 +30,15 @@ class DecideState:
     """What one decision remembers for the next.
 
     ``active_at_s``: when a request was last known of. ``panic_until_s``: the end of the panic, if
-    there is one, and ``panic_peak`` the most it wished for. ``wishes``: recent wishes, oldest
-    first, bounded in number.
+    there is one, and ``panic_peak`` the most it recommended. ``recent``: recommendations of the
+    scale-down delay, oldest first, bounded in number.
     """
 
     arrivals_total: int | None = None
     active_at_s: float | None = None
     panic_until_s: float | None = None
     panic_peak: int = 0
-    wishes: tuple[Wish, ...] = ()
+    recent: tuple[PastRecommendation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,33 +53,33 @@ class Proposal:
 
 
 def decide(
-    policy: PoolPolicy, status: PoolStatus, demand: Demand, state: DecideState, now_s: float
+    policy: PoolPolicy, status: PoolStatus, demand: WindowedDemand, state: DecideState, now_s: float
 ) -> tuple[Decision, DecideState]:
     """How many replicas the pool shall have at ``now_s``, why, and what to remember."""
     arrived = has_arrived(demand, state)
     active = demand.some_requests or demand.some_queued or arrived or status.wake_signal
     state = remember_activity(state, demand, active, now_s)
-    stable, panic = needs(policy, demand)
+    stable, panic = recommend(policy, demand)
     state = watch_panic(policy, status, panic, stable, state, now_s)
     panicking = state.panic_until_s is not None
 
-    proposal = wanted(status, stable, panic, state)
-    state = remember_wish(policy, state, proposal.desired, now_s)
+    proposal = propose(status, stable, panic, state)
+    state = remember_recommendation(policy, state, proposal.desired, now_s)
     if active:
         proposal = wake(status, proposal, demand)
     if proposal.desired < status.supply:
-        proposal = hold_up(policy, status, demand, panic, proposal, state, now_s)
+        proposal = limit_scale_down(policy, status, demand, panic, proposal, state, now_s)
     if not active:
-        proposal = rest(policy, status, demand, proposal, state, now_s)
-    proposal = bound(policy, status, proposal)
+        proposal = scale_to_zero(policy, status, demand, proposal, state, now_s)
+    proposal = apply_bounds(policy, status, proposal)
     if status.sleep_requested and not (arrived or status.wake_signal or demand.some_queued):
         proposal = Proposal(
             desired=0,
             reason=Reason.SLEEP_REQUESTED,
-            detail="an operator put it to sleep, and nobody has asked since",
+            detail="an operator put it to sleep, and no request has come since",
         )
     elif status.override is not None:
-        proposal = obey(status, demand, proposal, status.override, active=active)
+        proposal = apply_override(status, demand, proposal, status.override, active=active)
     decision = Decision(
         pool=policy.pool,
         at_s=now_s,
@@ -96,7 +95,7 @@ def decide(
 
 
 def decide_removed(
-    policy: PoolPolicy, status: PoolStatus, demand: Demand, state: DecideState, now_s: float
+    policy: PoolPolicy, status: PoolStatus, demand: WindowedDemand, state: DecideState, now_s: float
 ) -> tuple[Decision, DecideState]:
     """The same for a pool that was removed: what its last requests need, then nothing."""
     some = demand.some_requests or demand.some_queued
@@ -105,7 +104,7 @@ def decide_removed(
         decision, state = decide(free, status, demand, state, now_s)
         detail = f"the pool was removed; until its requests are answered: {decision.detail}"
         return replace(decision, reason=Reason.REMOVED, detail=detail), state
-    known = not unknown(demand)
+    known = not is_unknown(demand)
     decision = Decision(
         pool=policy.pool,
         at_s=now_s,
@@ -120,7 +119,7 @@ def decide_removed(
     return decision, state
 
 
-def has_arrived(demand: Demand, state: DecideState) -> bool:
+def has_arrived(demand: WindowedDemand, state: DecideState) -> bool:
     """Whether requests came since the last decision, even if they have gone again.
 
     A counter that went backwards was reset, so something may have come; one that is unknown says
@@ -134,7 +133,7 @@ def has_arrived(demand: Demand, state: DecideState) -> bool:
 
 
 def remember_activity(
-    state: DecideState, demand: Demand, active: bool, now_s: float
+    state: DecideState, demand: WindowedDemand, active: bool, now_s: float
 ) -> DecideState:
     """The state with the arrivals seen, and the time of activity moved if there is any."""
     seen = state.arrivals_total if demand.arrivals_total is None else demand.arrivals_total
@@ -145,8 +144,8 @@ def remember_activity(
 def watch_panic(
     policy: PoolPolicy,
     status: PoolStatus,
-    panic: Need | None,
-    stable: Need | None,
+    panic: Recommendation | None,
+    stable: Recommendation | None,
     state: DecideState,
     now_s: float,
 ) -> DecideState:
@@ -171,15 +170,18 @@ def watch_panic(
     return replace(state, panic_until_s=until_s, panic_peak=peak)
 
 
-def wanted(
-    status: PoolStatus, stable: Need | None, panic: Need | None, state: DecideState
+def propose(
+    status: PoolStatus,
+    stable: Recommendation | None,
+    panic: Recommendation | None,
+    state: DecideState,
 ) -> Proposal:
-    """What demand asks for, before anything holds it up."""
+    """What demand recommends, before scaling down is limited."""
     if stable is None:
         return Proposal(
             desired=status.supply,
             reason=Reason.UNKNOWN_DEMAND,
-            detail="demand is unknown, so what there is stays",
+            detail="demand is unknown, so the replicas there are stay",
             bound=Bound.UNKNOWN_DEMAND,
         )
     best = stable
@@ -189,7 +191,7 @@ def wanted(
             return Proposal(
                 desired=state.panic_peak,
                 reason=Reason.PANIC,
-                detail=f"a burst asked for {state.panic_peak}; no replica goes while it may last",
+                detail=f"a burst needed {state.panic_peak}; none is removed while it may last",
                 signal=best.signal,
                 bound=Bound.PANIC,
             )
@@ -202,21 +204,23 @@ def wanted(
     return Proposal(desired=best.replicas, reason=reason, detail=best.text, signal=best.signal)
 
 
-def remember_wish(
+def remember_recommendation(
     policy: PoolPolicy, state: DecideState, replicas: int, now_s: float
 ) -> DecideState:
-    """The state with this wish added, those past the delay dropped, and neighbours merged."""
-    width_s = policy.scale_down_delay_s / WISH_BUCKETS
+    """The state with this one added, those past the delay dropped, and neighbours merged."""
+    width_s = policy.scale_down_delay_s / RECENT_BUCKETS
     since_s = now_s - policy.scale_down_delay_s
-    wishes = [wish for wish in state.wishes if wish.until_s >= since_s]
-    newest = Wish(at_s=now_s, until_s=now_s, replicas=replicas)
-    if wishes and (now_s - wishes[-1].at_s < width_s or wishes[-1].replicas == replicas):
-        last = wishes.pop()
-        newest = Wish(at_s=last.at_s, until_s=now_s, replicas=max(last.replicas, replicas))
-    return replace(state, wishes=(*wishes, newest))
+    recent = [one for one in state.recent if one.until_s >= since_s]
+    newest = PastRecommendation(at_s=now_s, until_s=now_s, replicas=replicas)
+    if recent and (now_s - recent[-1].at_s < width_s or recent[-1].replicas == replicas):
+        last = recent.pop()
+        newest = PastRecommendation(
+            at_s=last.at_s, until_s=now_s, replicas=max(last.replicas, replicas)
+        )
+    return replace(state, recent=(*recent, newest))
 
 
-def wake(status: PoolStatus, proposal: Proposal, demand: Demand) -> Proposal:
+def wake(status: PoolStatus, proposal: Proposal, demand: WindowedDemand) -> Proposal:
     """At least one replica as soon as there is a request, even one that has gone again."""
     if status.supply > 0 and proposal.desired > 0:
         return proposal
@@ -234,17 +238,17 @@ def wake(status: PoolStatus, proposal: Proposal, demand: Demand) -> Proposal:
     return Proposal(desired=desired, reason=Reason.WAKE, detail=detail, signal=signal)
 
 
-def hold_up(
+def limit_scale_down(
     policy: PoolPolicy,
     status: PoolStatus,
-    demand: Demand,
-    panic: Need | None,
+    demand: WindowedDemand,
+    panic: Recommendation | None,
     proposal: Proposal,
     state: DecideState,
     now_s: float,
 ) -> Proposal:
-    """Take back as much of a scale-down as must wait."""
-    if unknown(demand):
+    """Put off as much of a scale-down as must wait."""
+    if is_unknown(demand):
         return replace(
             proposal,
             desired=status.supply,
@@ -260,14 +264,15 @@ def hold_up(
             signal=panic.signal,
         )
     since_s = now_s - policy.scale_down_delay_s
-    recent = most(wish.replicas for wish in state.wishes if wish.until_s >= since_s)
-    if policy.scale_down_delay_s > 0 and recent > proposal.desired:
+    past = [one.replicas for one in state.recent if one.until_s >= since_s]
+    most = max(past, default=0)
+    if policy.scale_down_delay_s > 0 and most > proposal.desired:
         proposal = replace(
             proposal,
-            desired=min(recent, status.supply),
+            desired=min(most, status.supply),
             reason=Reason.SCALE_DOWN_DELAYED,
-            detail=f"{proposal.detail}; {recent} {'was' if recent == 1 else 'were'} wished for in "
-            f"the last {policy.scale_down_delay_s:g} s",
+            detail=f"{proposal.detail}; the largest recommendation of the last "
+            f"{policy.scale_down_delay_s:g} s is {most}",
             bound=Bound.SCALE_DOWN_DELAY,
         )
     there = status.supply - status.scheduled
@@ -276,26 +281,26 @@ def hold_up(
             proposal,
             desired=there,
             reason=Reason.STARTING,
-            detail=f"{proposal.detail}; a replica is loading, none goes before it is ready",
+            detail=f"{proposal.detail}; a replica is loading, none is removed before it is ready",
             bound=Bound.STARTING,
         )
     return proposal
 
 
-def rest(
+def scale_to_zero(
     policy: PoolPolicy,
     status: PoolStatus,
-    demand: Demand,
+    demand: WindowedDemand,
     proposal: Proposal,
     state: DecideState,
     now_s: float,
 ) -> Proposal:
     """Go to zero, or stay there, only when idle long enough and nothing is on its way."""
     if status.supply == 0 and proposal.desired == 0:
-        return Proposal(desired=0, reason=Reason.AT_ZERO, detail="at zero, and nobody asks")
+        return Proposal(desired=0, reason=Reason.AT_ZERO, detail="scaled to zero, no demand")
     if status.loading or proposal.reason is Reason.UNKNOWN_DEMAND:
         return proposal
-    if unknown(demand) or demand.arrivals_total is None:
+    if is_unknown(demand) or demand.arrivals_total is None:
         if proposal.desired > 0:
             return proposal
         return replace(
@@ -323,7 +328,7 @@ def rest(
     )
 
 
-def bound(policy: PoolPolicy, status: PoolStatus, proposal: Proposal) -> Proposal:
+def apply_bounds(policy: PoolPolicy, status: PoolStatus, proposal: Proposal) -> Proposal:
     """Keep the number between the pool's bounds, and its growth below the limit per decision."""
     most_now = max(status.supply, policy.min_replicas) + policy.max_scale_up
     if proposal.desired < policy.min_replicas:
@@ -339,7 +344,7 @@ def bound(policy: PoolPolicy, status: PoolStatus, proposal: Proposal) -> Proposa
             proposal,
             desired=policy.max_replicas,
             bound=Bound.MAX_REPLICAS,
-            detail=f"{proposal.detail}; {proposal.desired} wished, max_replicas is "
+            detail=f"{proposal.detail}; {proposal.desired} recommended, max_replicas is "
             f"{policy.max_replicas}",
         )
     if proposal.desired > most_now:
@@ -352,14 +357,14 @@ def bound(policy: PoolPolicy, status: PoolStatus, proposal: Proposal) -> Proposa
     return proposal
 
 
-def obey(
-    status: PoolStatus, demand: Demand, proposal: Proposal, override: int, *, active: bool
+def apply_override(
+    status: PoolStatus, demand: WindowedDemand, proposal: Proposal, override: int, *, active: bool
 ) -> Proposal:
-    """Put the operator's number in place of the decision's.
+    """Put the operator's number in place of the recommended one.
 
-    Zero means "at zero while nobody asks": it waits for requests that are held, in flight or
-    unknown, and one that comes later still wakes the pool. No number takes away an answer. A model
-    that is still on its way here is called off: what has come of it is kept.
+    Zero means "at zero until a request comes": it waits for requests that are held, in flight or
+    unknown, and one that comes later still wakes the pool. No number cuts an answer. A download of
+    the model that is under way is cancelled: what has come of it is kept.
     """
     if override > 0:
         return Proposal(
@@ -373,7 +378,7 @@ def obey(
         obstacle = "a request is held or in flight"
     elif status.starting or status.waking:
         obstacle = "a replica is loading"
-    elif unknown(demand) and status.supply > 0:
+    elif is_unknown(demand) and status.supply > 0:
         obstacle = "demand is unknown"
     if obstacle is not None:
         return Proposal(
@@ -388,11 +393,6 @@ def obey(
     )
 
 
-def unknown(demand: Demand) -> bool:
+def is_unknown(demand: WindowedDemand) -> bool:
     """Whether any part of the demand of this moment is not known."""
     return demand.tokens is None or demand.requests is None
-
-
-def most(numbers: Iterable[int]) -> int:
-    """The largest number, 0 if there is none."""
-    return max(numbers, default=0)

@@ -12,7 +12,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from autoscaler.types import Demand, PoolDemand, PoolPolicy
+from autoscaler.types import PoolDemand, PoolPolicy, WindowedDemand
 
 BUCKETS_PER_PANIC_WINDOW = 12
 
@@ -60,18 +60,18 @@ class DemandWindow:
         self._latest = demand
         self._expire(demand.observed_at_s)
 
-    def read(self, now_s: float) -> Demand:
+    def read(self, now_s: float) -> WindowedDemand:
         """The demand as known at ``now_s``."""
         last = self._latest
         if last is None:
-            return Demand()
+            return WindowedDemand()
         fresh = now_s - last.observed_at_s <= self._stale_s
         tokens, requests = totals(last) if fresh else (None, None)
         queued = above_zero(last.queued_requests, last.queued_tokens)
         inflight = above_zero(last.inflight_requests, last.inflight_tokens)
         stable_tokens, stable_requests = self._means(now_s, self._stable_window_s)
         panic_tokens, panic_requests = self._means(now_s, self._panic_window_s)
-        return Demand(
+        return WindowedDemand(
             tokens=tokens,
             requests=requests,
             stable_tokens=otherwise(stable_tokens, tokens),

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoscaler.policy.decide import WISH_BUCKETS, DecideState, decide, decide_removed
-from autoscaler.types import Bound, Demand, PoolPolicy, PoolStatus, Reason, Signal
+from autoscaler.policy.decide import RECENT_BUCKETS, DecideState, decide, decide_removed
+from autoscaler.settings import AutoscalerSettings, PoolSettings, make_policy
+from autoscaler.types import Bound, PoolPolicy, PoolStatus, Reason, Signal, WindowedDemand
 
 NOW = 10_000.0
-POLICY = PoolPolicy(
-    pool="m", max_replicas=10, target_inflight_tokens=1_000, idle_to_zero_s=300.0, max_scale_up=4
+POLICY = make_policy(
+    PoolSettings.model_validate(
+        {
+            "name": "m",
+            "engine": "simulated",
+            "model": "m",
+            "max_replicas": 10,
+            "target_inflight_tokens": 1_000,
+        }
+    ),
+    AutoscalerSettings(max_scale_up_per_tick=4),
 )
 
 
-def known(tokens: float = 0, requests: int = 0, *, arrivals: int = 0, panic: float = -1) -> Demand:
+def known(
+    tokens: float = 0, requests: int = 0, *, arrivals: int = 0, panic: float = -1
+) -> WindowedDemand:
     """Demand that has been the same for both windows, unless told otherwise."""
-    return Demand(
+    return WindowedDemand(
         tokens=round(tokens),
         requests=requests,
         stable_tokens=tokens,
@@ -34,12 +47,12 @@ def known(tokens: float = 0, requests: int = 0, *, arrivals: int = 0, panic: flo
 
 QUIET = DecideState(arrivals_total=0, active_at_s=NOW - 1_000.0)
 RECENT = DecideState(arrivals_total=0, active_at_s=NOW - 10.0)
-UNKNOWN = Demand()
+UNKNOWN = WindowedDemand()
 TWO = replace(POLICY, min_replicas=2)
 
 CASES = [
     # name, policy, status, demand, state, desired, reason, signal, bound
-    ("nobody asks", POLICY, PoolStatus(), known(), QUIET, 0, Reason.AT_ZERO, "none", None),
+    ("no demand", POLICY, PoolStatus(), known(), QUIET, 0, Reason.AT_ZERO, "none", None),
     (
         "first request", POLICY, PoolStatus(), known(300, 1), QUIET,
         1, Reason.WAKE, Signal.HELD, None,
@@ -65,7 +78,7 @@ CASES = [
         1, Reason.WAKE, Signal.HELD, None,
     ),
     (
-        "unknown at zero wakes nobody", POLICY, PoolStatus(), UNKNOWN, QUIET,
+        "unknown demand at zero starts none", POLICY, PoolStatus(), UNKNOWN, QUIET,
         0, Reason.AT_ZERO, "none", None,
     ),
     (
@@ -135,7 +148,7 @@ CASES = [
     ),
     (
         "unknown now, little before", POLICY, PoolStatus(ready=3),
-        Demand(stable_tokens=10.0, panic_tokens=0.0, arrivals_total=0), QUIET,
+        WindowedDemand(stable_tokens=10.0, panic_tokens=0.0, arrivals_total=0), QUIET,
         3, Reason.UNKNOWN_DEMAND, Signal.STABLE_TOKENS, Bound.UNKNOWN_DEMAND,
     ),
     (
@@ -209,7 +222,7 @@ CASES = [
 def test_decision(
     policy: PoolPolicy,
     status: PoolStatus,
-    demand: Demand,
+    demand: WindowedDemand,
     state: DecideState,
     desired: int,
     reason: Reason,
@@ -236,7 +249,7 @@ def test_decision(
     ],
 )
 def test_a_removed_pool_serves_what_it_has_and_ends(
-    status: PoolStatus, demand: Demand, desired: int, reason: Reason, bound: Bound | None
+    status: PoolStatus, demand: WindowedDemand, desired: int, reason: Reason, bound: Bound | None
 ) -> None:
     at_once = replace(TWO, scale_down_delay_s=0.0)
     decision, _ = decide_removed(at_once, status, demand, QUIET, NOW)
@@ -254,26 +267,17 @@ def test_scale_down_waits_for_the_delay() -> None:
             assert decision.desired == 5
             assert decision.reason is Reason.SCALE_DOWN_DELAYED
             assert decision.bound is Bound.SCALE_DOWN_DELAY
-        elif second > POLICY.scale_down_delay_s * (1 + 2 / WISH_BUCKETS):
+        elif second > POLICY.scale_down_delay_s * (1 + 2 / RECENT_BUCKETS):
             assert (decision.desired, decision.reason) == (2, Reason.SCALE_DOWN)
     assert decision.desired == 2
 
 
-@pytest.mark.parametrize(("ready", "says"), [(1, "; 1 was wished for in"), (2, "; 2 were wished")])
-def test_one_is_no_plural(ready: int, says: str) -> None:
-    status = PoolStatus(ready=ready)
-    _, state = decide(POLICY, status, known(950 * ready, 2), RECENT, NOW)
-    decision, _ = decide(POLICY, status, known(), state, NOW + 1)
-    assert decision.reason is Reason.SCALE_DOWN_DELAYED
-    assert says in decision.detail
-
-
-def test_wishes_that_are_remembered_are_bounded() -> None:
+def test_recommendations_that_are_remembered_are_bounded() -> None:
     state = RECENT
     for number in range(5_000):
         demand = known(1_000 * (number % 7), 1)
         _, state = decide(POLICY, PoolStatus(ready=3), demand, state, NOW + number / 50)
-        assert len(state.wishes) <= WISH_BUCKETS + 2
+        assert len(state.recent) <= RECENT_BUCKETS + 2
 
 
 def test_panic_only_grows_and_ends_a_stable_window_after_its_last_cause() -> None:
@@ -288,7 +292,7 @@ def test_panic_only_grows_and_ends_a_stable_window_after_its_last_cause() -> Non
         assert decision.desired >= 6
     decision, state = decide(POLICY, PoolStatus(ready=6), known(900, 2), state, NOW + 60)
     assert not decision.panicking
-    # What the panic wished for still counts for the delay: no collapse.
+    # What the panic recommended still counts for the delay: no collapse.
     assert decision.desired == 6
     assert decision.reason is Reason.SCALE_DOWN_DELAYED
 
@@ -326,7 +330,7 @@ def test_nan_is_unknown() -> None:
 figures = st.none() | st.integers(0, 50_000)
 means = st.none() | st.floats(0, 50_000)
 demands = st.builds(
-    Demand,
+    WindowedDemand,
     tokens=figures,
     requests=figures,
     stable_tokens=means,
@@ -352,8 +356,7 @@ statuses = st.builds(
     override=st.none() | st.integers(0, 12),
 )
 policies = st.builds(
-    PoolPolicy,
-    pool=st.just("m"),
+    partial(replace, POLICY),
     min_replicas=st.integers(0, 3),
     max_replicas=st.integers(3, 12),
     target_inflight_tokens=st.integers(1, 10_000),
@@ -366,7 +369,7 @@ policies = st.builds(
 
 @given(policies, statuses, st.lists(st.tuples(demands, st.floats(0, 100)), max_size=8))
 def test_whatever_is_known_the_invariants_hold(
-    policy: PoolPolicy, status: PoolStatus, past: list[tuple[Demand, float]]
+    policy: PoolPolicy, status: PoolStatus, past: list[tuple[WindowedDemand, float]]
 ) -> None:
     state, now_s = DecideState(), NOW
     for demand, pause_s in past:
@@ -392,6 +395,6 @@ def test_whatever_is_known_the_invariants_hold(
             loaded = min(status.supply - status.scheduled, policy.max_replicas)
             assert desired >= loaded, "one that loads would be taken away"
         if decision.panicking:
-            nobody = not (held or demand.some_requests or arrived)
+            quiet = not (held or demand.some_requests or arrived)
             idle = decision.reason in {Reason.IDLE_TO_ZERO, Reason.AT_ZERO, Reason.MINIMUM}
-            assert desired >= min(status.supply, policy.max_replicas) or (nobody and idle)
+            assert desired >= min(status.supply, policy.max_replicas) or (quiet and idle)

@@ -10,10 +10,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from autoscaler.settings import AutoscalerSettings, PoolSettings, make_policy
 from autoscaler.signals.window import DemandWindow
-from autoscaler.types import Demand, PoolDemand, PoolPolicy
+from autoscaler.types import PoolDemand, WindowedDemand
 
-POLICY = PoolPolicy(pool="m", stable_window_s=60.0, panic_window_s=6.0, demand_stale_s=10.0)
+POLICY = make_policy(
+    PoolSettings.model_validate({"name": "m", "engine": "simulated", "model": "m"}),
+    AutoscalerSettings(stable_window_s=60.0, panic_window_s=6.0, demand_stale_s=10.0),
+)
 BUCKET_S = POLICY.panic_window_s / 12
 
 
@@ -31,7 +35,7 @@ def seen(at_s: float, requests: int | None, tokens: int | None = None) -> PoolDe
 
 
 def test_nothing_observed_is_unknown() -> None:
-    assert DemandWindow(POLICY).read(5.0) == Demand()
+    assert DemandWindow(POLICY).read(5.0) == WindowedDemand()
 
 
 def test_first_observation_counts_at_once() -> None:
