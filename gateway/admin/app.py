@@ -1,55 +1,64 @@
 """The admin listener: metrics, health, status, and the few things that can be done by hand.
 
-A small ASGI application over a ``Control``, which ``gateway.compose.up`` implements. It has no
-authentication of its own and listens on loopback unless told otherwise; what it does guard against
-is the one attacker who reaches loopback, a web page in a local browser:
+A small ASGI application over a ``Control``, which ``gateway.admin.control`` implements, and the
+verbs of the model cache. Here each operation of ``gateway.admin.operations`` gets its handler. It
+has no authentication of its own and listens on loopback unless configured otherwise; what it does
+guard against is the one attacker who reaches loopback, a web page in a local browser:
 
 - a ``Host`` that is a foreign name is refused (DNS rebinding);
 - nothing is changed by a request that a page could send without asking first: a change is a POST
   with ``content-type: application/json``, and CORS is never granted;
 - a request that a browser marks as coming from another site is refused whatever it asks.
-
-Every error has OpenAI's shape and names its reason in ``x-tidegate-reason``.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
+from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.admin.answers import error, read_object
+from gateway.admin import openapi, schema
 from gateway.admin.metrics_page import render_cache
-from gateway.admin.model_routes import ModelRoutes
+from gateway.admin.model_routes import MAX_SLOW, ModelRoutes
 from gateway.admin.models import Models
+from gateway.admin.openapi import METRICS_TYPE
+from gateway.admin.operations import INDEX, OPENAPI, OPERATIONS, Operation
+from gateway.admin.schema import AdminError, AdminRequest
 from gateway.admin.usage_poller import UsageLook
 from gateway.settings.schema import LOOPBACK_NAMES, is_loopback
 
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_BODY_BYTES = 65_536
 """A change is a few words; more is a mistake."""
+BODY_TIMEOUT_S = 10.0
+"""Seconds a client has to send its few words."""
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
+Handler = Callable[..., Awaitable[BaseModel | Response]]
+"""Answers an operation: called with the parts of its path by name, ``body`` where it has a request
+and ``query`` where it has one. Raises ``AdminError``."""
+
 
 class Control(Protocol):
-    """What the admin listener shows and changes. Moments (``at_s``) are Unix time; ``since_s`` of
-    a replica is how long it has been in its state.
+    """What the admin listener shows and changes.
 
     ``KeyError`` means an unknown pool or replica, ``ValueError`` a value that is not allowed (its
     message is shown), ``TimeoutError`` that it is still under way.
     """
 
-    def status(self) -> dict[str, Any]:
-        """Everything, as JSON: workers, pools, replicas, last decisions."""
+    def status(self) -> schema.GatewayStatus:
+        """Workers, pools, replicas, last decisions."""
         ...
 
     def ready(self) -> tuple[bool, str]:
@@ -60,23 +69,23 @@ class Control(Protocol):
         """Prometheus text, version 0.0.4."""
         ...
 
-    def explain(self, pool: str) -> list[dict[str, Any]]:
+    def explain(self, pool: str) -> Sequence[schema.PastDecisionEntry]:
         """The pool's decisions with their reasons, newest last."""
         ...
 
-    async def scale(self, pool: str, replicas: int | None) -> dict[str, Any]:
+    async def scale(self, pool: str, replicas: int | None) -> schema.ScaleAnswer:
         """Hold the pool at this many replicas; ``None`` gives it back to the autoscaler."""
         ...
 
-    async def sleep(self, pool: str, level: int) -> dict[str, Any]:
+    async def sleep(self, pool: str, level: int) -> schema.SleepAnswer:
         """Put the pool's replicas to sleep: level 1 keeps weights in host memory, 2 drops them."""
         ...
 
-    async def wake(self, pool: str) -> dict[str, Any]:
+    async def wake(self, pool: str) -> schema.WakeAnswer:
         """Wake the pool's sleeping replicas, or start one."""
         ...
 
-    async def drain(self, replica_id: str) -> dict[str, Any]:
+    async def drain(self, replica_id: str) -> schema.DrainAnswer:
         """Give a replica no more requests and stop it when it has finished."""
         ...
 
@@ -86,23 +95,143 @@ def create_app(
     *,
     host: str = "127.0.0.1",
     allowed_hosts: Sequence[str] = (),
-    max_body_bytes: int = MAX_BODY_BYTES,
+    version: str = "",
     models: Models | None = None,
+    max_slow: int = MAX_SLOW,
+    body_timeout_s: float = BODY_TIMEOUT_S,
 ) -> Starlette:
     """The application; ``host`` is the address it is bound to, ``allowed_hosts`` further names.
 
     With ``models`` the model cache is shown and worked on too, below ``/models``.
     """
-    return assemble(_Routes(control, max_body_bytes, models).table(), host, allowed_hosts)
+    handlers = _PoolRoutes(control, models).handlers()
+    if models is not None:
+        handlers |= ModelRoutes(models, max_slow).handlers()
+    return assemble(handlers, host, allowed_hosts, version, body_timeout_s)
 
 
-def assemble(routes: Sequence[Route], host: str, allowed_hosts: Sequence[str]) -> Starlette:
-    """An application of these routes and of an index of them, guarded against web pages."""
+def assemble(
+    handlers: Mapping[str, Handler],
+    host: str,
+    allowed_hosts: Sequence[str],
+    version: str,
+    body_timeout_s: float = BODY_TIMEOUT_S,
+) -> Starlette:
+    """An application of the operations that have a handler, with their index and their OpenAPI
+    document, guarded against web pages."""
+    served = [INDEX, OPENAPI]
+    served += [one for one in OPERATIONS if one.name in handlers]
+    document = schema.ApiDocument(openapi.describe(served, version))
+    summaries = {f"{one.method} {one.path}": one.summary for one in served}
+
+    async def index() -> schema.AdminIndex:
+        return schema.AdminIndex(endpoints=summaries)
+
+    async def describe() -> schema.ApiDocument:
+        return document
+
+    every = {"index": index, "openapi": describe, **handlers}
     return Starlette(
-        routes=[_index(routes), *routes],
+        routes=[_route(one, every[one.name], body_timeout_s) for one in served],
         middleware=[Middleware(BrowserGuard, host=host, allowed_hosts=tuple(allowed_hosts))],
-        exception_handlers={HTTPException: _http_error, Exception: _internal_error},
+        exception_handlers={
+            AdminError: _refused,
+            HTTPException: _http_error,
+            Exception: _internal_error,
+        },
     )
+
+
+def _route(operation: Operation, handler: Handler, body_timeout_s: float) -> Route:
+    async def answer(request: Request) -> Response:
+        given: dict[str, Any] = dict(request.path_params)
+        if operation.query is not None:
+            given["query"] = _query(operation.query, request)
+        if operation.request is not None:
+            data = await _body(request, body_timeout_s)
+            given["body"] = _parsed(operation.request, data)
+        found = await handler(**given)
+        return found if isinstance(found, Response) else as_response(found)
+
+    # A pool's name may have slashes in it.
+    path = operation.path.replace("}", ":path}")
+    return Route(path, answer, methods=[operation.method], name=operation.name)
+
+
+def as_response(answer: BaseModel, status: int = 200, **headers: str) -> Response:
+    """An answer as JSON."""
+    return Response(
+        answer.model_dump_json(), status, headers or None, media_type="application/json"
+    )
+
+
+def _query(kind: type[AdminRequest], request: Request) -> AdminRequest:
+    """The query, whose values are text: digits alone are a number."""
+    given = {
+        name: int(value) if value.isascii() and value.isdigit() else value
+        for name, value in request.query_params.items()
+        if name in kind.model_fields
+    }
+    return _validated(lambda: kind.model_validate(given, strict=True))
+
+
+def _parsed(kind: type[AdminRequest], data: bytes) -> AdminRequest:
+    return _validated(lambda: kind.model_validate_json(data.strip() or b"{}", strict=True))
+
+
+def _validated(validate: Callable[[], AdminRequest]) -> AdminRequest:
+    try:
+        return validate()
+    except ValidationError as problem:
+        found = problem.errors(include_url=False)
+        detail = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+        field = ".".join(map(str, detail["loc"]))
+        if not field:
+            raise AdminError("bad_json", f"The body: {detail['msg']}.") from None
+        if detail["type"] == "extra_forbidden":
+            raise AdminError("unknown_field", f"Unknown field: {field}.", param=field) from None
+        raise AdminError("bad_value", f"{field}: {detail['msg']}.", param=field) from None
+
+
+async def _body(request: Request, timeout_s: float) -> bytes:
+    data = bytearray()
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for piece in request.stream():
+                data += piece
+                if len(data) > MAX_BODY_BYTES:
+                    text = f"The body is larger than {MAX_BODY_BYTES} bytes."
+                    raise AdminError("body_too_large", text, connection="close")
+    except TimeoutError:
+        text = f"The body did not arrive within {timeout_s:g} s."
+        raise AdminError("body_timeout", text, connection="close") from None
+    except ClientDisconnect:
+        raise AdminError("client_closed", "The client went away.", connection="close") from None
+    return bytes(data)
+
+
+def refusal(problem: AdminError) -> Response:
+    """An error as it is answered, with its code in a header too."""
+    headers = {"x-tidegate-reason": problem.code, **problem.headers}
+    return as_response(problem.answer(), problem.status, **headers)
+
+
+async def _refused(request: Request, problem: Exception) -> Response:
+    assert isinstance(problem, AdminError)
+    return refusal(problem)
+
+
+async def _http_error(request: Request, problem: Exception) -> Response:
+    """The framework's own refusals (404, 405), in our shape."""
+    assert isinstance(problem, HTTPException)
+    code = "method_not_allowed" if problem.status_code == 405 else "route_not_found"
+    message = f"{request.method} {request.scope['path']}: {problem.detail}."
+    return refusal(AdminError(code, message, **(problem.headers or {})))
+
+
+async def _internal_error(request: Request, problem: Exception) -> Response:
+    """The traceback goes to the log, never to the client."""
+    return refusal(AdminError("internal_error", schema.FAULT))
 
 
 class BrowserGuard:
@@ -117,35 +246,35 @@ class BrowserGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it here."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        refusal = self.refuse(Request(scope))
-        await (refusal or self.app)(scope, receive, send)
+        if scope["type"] == "http":
+            try:
+                self.check(Request(scope))
+            except AdminError as problem:
+                await refusal(problem)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
-    def refuse(self, request: Request) -> Response | None:
-        """The answer to a request that is not let in, ``None`` for one that is."""
+    def check(self, request: Request) -> None:
+        """Raise ``AdminError`` for a request that is not let in."""
         hosts = request.headers.getlist("host")
         # Without one (HTTP/1.0, a plain health check) it cannot be a browser.
         if len(hosts) > 1 or (hosts and not self.knows(hosts[0])):
-            return error(
-                421,
+            raise AdminError(
                 "host_not_allowed",
                 "This listener does not answer to that Host; "
                 "list the name in gateway.admin_allowed_hosts.",
             )
         if request.headers.get("sec-fetch-site", "none") not in {"none", "same-origin"}:
-            return error(403, "cross_site", "Requests from other sites' pages are refused.")
+            raise AdminError("cross_site", "Requests from other sites' pages are refused.")
         origin = request.headers.get("origin")
         if origin is not None and origin.partition("://")[2] not in hosts:
-            return error(403, "cross_site", "Requests from other origins' pages are refused.")
+            raise AdminError("cross_site", "Requests from other origins' pages are refused.")
         if request.method not in SAFE_METHODS:
             media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if media != "application/json":
-                return error(
-                    415, "content_type", "Send it with the header content-type: application/json."
+                raise AdminError(
+                    "content_type", "Send it with the header content-type: application/json."
                 )
-        return None
 
     def knows(self, host: str) -> bool:
         """Whether a ``Host`` is ours. An address always is: rebinding takes a name."""
@@ -163,167 +292,84 @@ class BrowserGuard:
         return True
 
 
-class _Routes:
-    """The endpoints, bound to one ``Control``."""
+class _PoolRoutes:
+    """The handlers over one ``Control``."""
 
-    def __init__(self, control: Control, max_body_bytes: int, models: Models | None) -> None:
+    def __init__(self, control: Control, models: Models | None) -> None:
         self.control = control
-        self.max_body_bytes = max_body_bytes
         self.usage = None if models is None else UsageLook(models.cache.usage)
-        self.models = [] if models is None else ModelRoutes(models, max_body_bytes).table()
 
-    def table(self) -> list[Route]:
-        """Every route. Pools' names may have slashes in them."""
-        return [
-            Route("/metrics", self.metrics),
-            Route("/healthz", self.healthz),
-            Route("/readyz", self.readyz),
-            Route("/status", self.status),
-            Route("/pools/{pool:path}/explain", self.explain),
-            Route("/pools/{pool:path}/scale", self.scale, methods=["POST"]),
-            Route("/pools/{pool:path}/sleep", self.sleep, methods=["POST"]),
-            Route("/pools/{pool:path}/wake", self.wake, methods=["POST"]),
-            Route("/replicas/{replica:path}/drain", self.drain, methods=["POST"]),
-            *self.models,
-        ]
+    def handlers(self) -> dict[str, Handler]:
+        """Each operation's handler by its name."""
+        return {
+            "metrics": self.metrics,
+            "healthz": healthz,
+            "readyz": self.readyz,
+            "status": self.status,
+            "explain": self.explain,
+            "scale": self.scale,
+            "sleep": self.sleep,
+            "wake": self.wake,
+            "drain": self.drain,
+        }
 
-    async def metrics(self, request: Request) -> Response:
-        """Prometheus text."""
+    async def metrics(self) -> Response:
         page = self.control.metrics()
         if self.usage is not None:
             page += render_cache(await self.usage.get(), self.usage.failures)
         return Response(page, headers={"content-type": METRICS_TYPE})
 
-    async def healthz(self, request: Request) -> Response:
-        """200 as long as the process lives."""
-        return JSONResponse({"status": "alive"})
+    async def readyz(self) -> schema.Readiness:
+        return readiness(*self.control.ready())
 
-    async def readyz(self, request: Request) -> Response:
-        """200 while requests are accepted, else 503 with the reason."""
-        ready, reason = self.control.ready()
-        body = {"ready": ready, "reason": reason}
-        if ready:
-            return JSONResponse(body)
-        refusal = {"message": reason, "type": "server_error", "param": None, "code": "not_ready"}
-        return JSONResponse(
-            {**body, "error": refusal}, 503, headers={"x-tidegate-reason": "not_ready"}
-        )
+    async def status(self) -> schema.GatewayStatus:
+        return self.control.status()
 
-    async def status(self, request: Request) -> Response:
-        """Workers, pools, replicas and last decisions."""
-        return JSONResponse(self.control.status())
-
-    async def explain(self, request: Request) -> Response:
-        """The pool's decisions with their reasons, newest last; ?limit=N for the newest N."""
-        limit = _limit(request)
-        if isinstance(limit, Response):
-            return limit
-        pool = request.path_params["pool"]
-        try:
+    async def explain(self, pool: str, query: schema.ExplainQuery) -> schema.ExplainAnswer:
+        with _known("pool", pool):
             decisions = self.control.explain(pool)
-        except KeyError:
-            return _unknown("pool", pool)
-        return JSONResponse({"pool": pool, "decisions": decisions[-limit:] if limit else decisions})
+        newest = decisions[-query.limit :] if query.limit else decisions
+        return schema.ExplainAnswer(pool=pool, decisions=tuple(newest))
 
-    async def scale(self, request: Request) -> Response:
-        """Hold a pool at {"replicas": N}; null gives it back to the autoscaler."""
-        body = await self.body(request, {"replicas"})
-        if isinstance(body, Response):
-            return body
-        if "replicas" not in body:
-            return error(400, "bad_value", 'Send {"replicas": N} or null.', param="replicas")
-        replicas = body["replicas"]
-        if replicas is not None and not _whole(replicas):
-            return error(
-                400, "bad_value", "replicas must be null or an integer from 0.", param="replicas"
-            )
-        pool = request.path_params["pool"]
-        return await _act("pool", pool, lambda: self.control.scale(pool, replicas))
+    async def scale(self, pool: str, body: schema.ScaleRequest) -> schema.ScaleAnswer:
+        with _known("pool", pool):
+            return await self.control.scale(pool, body.replicas)
 
-    async def sleep(self, request: Request) -> Response:
-        """Put a pool's replicas to sleep at {"level": 1 or 2}."""
-        body = await self.body(request, {"level"})
-        if isinstance(body, Response):
-            return body
-        level = body.get("level", 1)
-        if not _whole(level) or level not in {1, 2}:
-            return error(400, "bad_value", "level must be 1 or 2.", param="level")
-        pool = request.path_params["pool"]
-        return await _act("pool", pool, lambda: self.control.sleep(pool, level))
+    async def sleep(self, pool: str, body: schema.SleepRequest) -> schema.SleepAnswer:
+        with _known("pool", pool):
+            return await self.control.sleep(pool, body.level)
 
-    async def wake(self, request: Request) -> Response:
-        """Wake a pool, as a request for it would."""
-        body = await self.body(request, set())
-        if isinstance(body, Response):
-            return body
-        pool = request.path_params["pool"]
-        return await _act("pool", pool, lambda: self.control.wake(pool))
+    async def wake(self, pool: str, body: schema.NoFields) -> schema.WakeAnswer:
+        with _known("pool", pool):
+            return await self.control.wake(pool)
 
-    async def drain(self, request: Request) -> Response:
-        """Give a replica no more requests, and stop it when it has finished."""
-        body = await self.body(request, set())
-        if isinstance(body, Response):
-            return body
-        replica = request.path_params["replica"]
-        return await _act("replica", replica, lambda: self.control.drain(replica))
-
-    async def body(self, request: Request, known: set[str]) -> dict[str, Any] | Response:
-        """A small JSON object with only ``known`` in it (nothing is ``{}``), or what is wrong."""
-        return await read_object(request, known, self.max_body_bytes)
+    async def drain(self, replica: str, body: schema.NoFields) -> schema.DrainAnswer:
+        with _known("replica", replica):
+            return await self.control.drain(replica)
 
 
-def _index(routes: Sequence[Route]) -> Route:
-    async def index(request: Request) -> Response:
-        """What there is here."""
-        return JSONResponse({"tidegate": "admin", "endpoints": paths})
-
-    own = Route("/", index)
-    paths = {
-        f"{method} {route.path.replace(':path', '')}": (route.endpoint.__doc__ or "").strip()
-        for route in (own, *routes)
-        for method in sorted((route.methods or set()) - {"HEAD"})
-    }
-    return own
+async def healthz() -> schema.Liveness:
+    """The process lives."""
+    return schema.Liveness()
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def readiness(ready: bool, reason: str) -> schema.Readiness:
+    """Whether requests are accepted. Raises ``AdminError`` where they are not."""
+    if not ready:
+        raise AdminError("not_ready", reason)
+    return schema.Readiness(ready=True, reason=reason)
 
 
-def _limit(request: Request) -> int | Response:
-    text = request.query_params.get("limit", "0")
-    if text.isascii() and text.isdigit() and len(text) < 10:
-        return int(text)
-    return error(400, "bad_value", "limit must be an integer from 0.", param="limit")
-
-
-async def _act(kind: str, name: str, action: Callable[[], Awaitable[dict[str, Any]]]) -> Response:
+@contextmanager
+def _known(kind: str, name: str) -> Iterator[None]:
+    """What a ``Control`` raises as the error that is answered."""
     try:
-        return JSONResponse(await action())
+        yield
     except KeyError:
-        return _unknown(kind, name)
+        text = f"There is no {kind} {name!r}."
+        raise AdminError(f"{kind}_not_found", text, param=kind) from None
     except ValueError as problem:
-        return error(400, "bad_value", str(problem))
+        raise AdminError("bad_value", str(problem)) from None
     except TimeoutError:
-        return error(504, "timeout", "It was begun and is not done yet; see /status.")
-
-
-def _unknown(kind: str, name: str) -> Response:
-    return error(404, f"{kind}_not_found", f"There is no {kind} {name!r}.", param=kind)
-
-
-async def _http_error(request: Request, problem: Exception) -> Response:
-    """The framework's own refusals (404, 405), in our shape."""
-    if not isinstance(problem, HTTPException):
-        raise problem
-    reasons = {404: "route_not_found", 405: "method_not_allowed"}
-    reason = reasons.get(problem.status_code, "http_error")
-    message = f"{request.method} {request.scope['path']}: {problem.detail}."
-    response = error(problem.status_code, reason, message)
-    response.headers.update(problem.headers or {})
-    return response
-
-
-async def _internal_error(request: Request, problem: Exception) -> Response:
-    """A fault of ours: the traceback goes to the log, never to the client."""
-    return error(500, "internal_error", "Tidegate failed at this; its log says how.")
+        text = "It was begun and is not done yet; see /status."
+        raise AdminError("timeout", text) from None

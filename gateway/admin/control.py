@@ -1,36 +1,29 @@
 """What the admin listener shows and does: the control loop, the workers and the counters as one.
 
-Implements ``gateway.admin.app.Control``. Turns reports into plain JSON values; readings of our
-monotonic clock become Unix times (``at_s``) or durations (``since_s``).
+Implements ``gateway.admin.app.Control``. Turns reports into answers of the admin API; readings of
+our monotonic clock become Unix times (``at_s``) or durations (``since_s``).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from autoscaler.backends.base import BackendError
 from autoscaler.control.loop import ControlLoop
 from autoscaler.settings import PoolSettings
-from autoscaler.types import (
-    Decision,
-    Observation,
-    PoolReport,
-    ReplicaLoad,
-    ReplicaReport,
-    TierReport,
-)
-from gateway.admin import metrics_page
+from autoscaler.types import Decision, Observation, PoolReport, ReplicaLoad, ReplicaReport
+from gateway.admin import metrics_page, schema
 from gateway.compose.workers import Workers
 from gateway.datapath import metrics
 
 FORKS_S = 2.0
-"""Seconds for which what was seen of the fork server is told again."""
+"""Seconds for which a look at the fork server is used: its memory is read from the kernel."""
 
 
 class LiveControl:
-    """The running Tidegate, for those who ask it something."""
+    """The running Tidegate."""
 
     def __init__(
         self,
@@ -45,7 +38,7 @@ class LiveControl:
         observe: Callable[[], Observation],
         pool_slots: Callable[[], Mapping[str, int]],
         traffic: Callable[[], Mapping[str, Any]],
-        forks: Callable[[], dict[str, Any] | None],
+        forks: Callable[[], schema.ForkServerEntry | None],
     ) -> None:
         self._loop = loop
         self._workers = workers
@@ -58,75 +51,55 @@ class LiveControl:
         self._pool_slots = pool_slots
         self._traffic = traffic
         self._forks = forks
-        self._forks_seen: tuple[float, dict[str, Any] | None] | None = None
+        self._forks_seen: tuple[float, schema.ForkServerEntry | None] | None = None
         self._started_s = clock()
 
-    def status(self) -> dict[str, Any]:
-        """Everything, as JSON."""
+    def status(self) -> schema.GatewayStatus:
+        """Workers, pools, replicas, last decisions."""
         report = self._loop.status()
         seen = self._observe()  # now, not at the loop's last tick
-        workers = self._workers.status()
-        for index, worker in enumerate(workers):
-            counters = self._workers.shared.worker_counters(index)
-            worker["connections"] = counters[metrics.CONNECTIONS]
-            worker["upstream_connections"] = counters[metrics.UPSTREAM_CONNECTIONS]
-        return {
-            "version": self._version,
-            "endpoint": self._url,
-            "admin": self._admin_url,
-            "uptime_s": round(self._clock() - self._started_s, 3),
-            "workers": workers,
-            "pools": [self._pool(pool, seen, report.at_s) for pool in report.pools],
-            "fork_server": self._fork_server(),
-            "errors": dict(report.errors),
-            "last_error": report.last_error,
-        }
+        return schema.GatewayStatus(
+            version=self._version,
+            endpoint=self._url,
+            admin=self._admin_url,
+            uptime_s=round(self._clock() - self._started_s, 3),
+            workers=tuple(map(self._worker, self._workers.status())),
+            pools=tuple(self._pool(pool, seen, report.at_s) for pool in report.pools),
+            fork_server=self._fork_server(),
+            errors=dict(report.errors),
+            last_error=report.last_error,
+        )
 
-    def _fork_server(self) -> dict[str, Any] | None:
-        """How the fork server is and what stands by; memory is read from the kernel, so not at
-        every look."""
+    def _worker(self, worker: dict[str, Any]) -> schema.WorkerEntry:
+        counters = self._workers.shared.worker_counters(worker["index"])
+        return schema.WorkerEntry(
+            **worker,
+            connections=counters[metrics.CONNECTIONS],
+            upstream_connections=counters[metrics.UPSTREAM_CONNECTIONS],
+        )
+
+    def _fork_server(self) -> schema.ForkServerEntry | None:
         now = self._clock()
         if self._forks_seen is None or now - self._forks_seen[0] >= FORKS_S:
             self._forks_seen = (now, self._forks())
         return self._forks_seen[1]
 
-    def _pool(self, report: PoolReport, seen: Observation, now: float) -> dict[str, Any]:
+    def _pool(self, report: PoolReport, seen: Observation, now: float) -> schema.PoolEntry:
         settings = self._pools[report.name]
         demand = seen.pools.get(report.name)
-        return {
-            "name": report.name,
-            "aliases": list(settings.aliases),
-            "engine": settings.engine or settings.backend,
-            "backend": settings.backend,
-            "model": settings.model,
-            "min_replicas": settings.min_replicas,
-            "max_replicas": settings.max_replicas,
-            "desired": report.desired,
-            "override": report.override,
-            "ready": report.ready,
-            "starting": report.starting,
-            "unhealthy": report.unhealthy,
-            "draining": report.draining,
-            "sleeping": report.sleeping,
-            "queued_requests": demand.queued_requests if demand else None,
-            "queued_tokens": demand.queued_tokens if demand else None,
-            "inflight_requests": demand.inflight_requests if demand else None,
-            "inflight_tokens": demand.inflight_tokens if demand else None,
-            "arrivals_total": demand.arrivals_total if demand else None,
-            "wake_eta_s": report.wake_eta_s,
-            "tier": None if report.tier is None else report.tier.value,
-            "tiers": [_tier(one) for one in report.tiers],
-            "step_down_in_s": None
-            if report.step_down_at_s is None
-            else round(max(0.0, report.step_down_at_s - now), 3),
-            "last_decision": _decision(report.last_decision, now),
-            "failures": report.failures,
-            "retry_in_s": None
-            if report.retry_at_s is None
-            else round(max(0.0, report.retry_at_s - now), 3),
-            "error": report.error,
-            "replicas": [_replica(one, seen.replicas.get(one.id), now) for one in report.replicas],
-        }
+        return _filled(
+            schema.PoolEntry,
+            report,
+            demand,
+            settings,
+            engine=settings.engine or settings.backend,
+            step_down_in_s=_seconds_until(report.step_down_at_s, now),
+            last_decision=_decision(report.last_decision, now),
+            retry_in_s=_seconds_until(report.retry_at_s, now),
+            replicas=tuple(
+                _replica(one, seen.replicas.get(one.id), now) for one in report.replicas
+            ),
+        )
 
     def ready(self) -> tuple[bool, str]:
         """Whether requests are accepted: the workers listen. A pool at zero is no obstacle."""
@@ -145,45 +118,47 @@ class LiveControl:
             forks=self._fork_server(),
         )
 
-    def explain(self, pool: str) -> list[dict[str, Any]]:
+    def explain(self, pool: str) -> list[schema.PastDecisionEntry]:
         """The pool's decisions, newest last. ``KeyError`` for an unknown pool."""
         self._check(pool)
         now = self._clock()
         return [
-            {
-                **(_decision(past.decision, now) or {}),
-                "count": past.count,
-                "first_at_s": _wall(past.first_at_s, now),
-                "last_at_s": _wall(past.last_at_s, now),
-            }
+            _filled(
+                schema.PastDecisionEntry,
+                past,
+                past.decision,
+                at_s=_wall(past.decision.at_s, now),
+                first_at_s=_wall(past.first_at_s, now),
+                last_at_s=_wall(past.last_at_s, now),
+            )
             for past in self._loop.decisions(pool)
         ]
 
-    async def scale(self, pool: str, replicas: int | None) -> dict[str, Any]:
+    async def scale(self, pool: str, replicas: int | None) -> schema.ScaleAnswer:
         """Hold the pool at a number of replicas, or give it back to the autoscaler."""
         self._check(pool)
         self._loop.set_replicas(pool, replicas)
-        return {"pool": pool, "override": replicas}
+        return schema.ScaleAnswer(pool=pool, override=replicas)
 
-    async def sleep(self, pool: str, level: int) -> dict[str, Any]:
+    async def sleep(self, pool: str, level: int) -> schema.SleepAnswer:
         """Put the pool's ready replicas to sleep."""
         self._check(pool)
         try:
             report = await self._loop.sleep(pool, level)
         except BackendError as error:
             raise ValueError(str(error)) from error
-        return {"pool": pool, "sleeping": report.sleeping, "ready": report.ready}
+        return schema.SleepAnswer(pool=pool, sleeping=report.sleeping, ready=report.ready)
 
-    async def wake(self, pool: str) -> dict[str, Any]:
+    async def wake(self, pool: str) -> schema.WakeAnswer:
         """Wake the pool's sleeping replicas, or see that one is started."""
         self._check(pool)
         report = await self._loop.wake(pool)
-        return {"pool": pool, "starting": report.starting, "ready": report.ready}
+        return schema.WakeAnswer(pool=pool, starting=report.starting, ready=report.ready)
 
-    async def drain(self, replica_id: str) -> dict[str, Any]:
+    async def drain(self, replica_id: str) -> schema.DrainAnswer:
         """Give a replica no more requests and stop it when it has finished."""
         await self._loop.drain(replica_id)
-        return {"replica": replica_id, "state": "draining"}
+        return schema.DrainAnswer(replica=replica_id)
 
     def _check(self, pool: str) -> None:
         if pool not in self._pools:
@@ -195,54 +170,34 @@ def _wall(at_s: float, now: float) -> float:
     return round(time.time() - (now - at_s), 3)
 
 
-def _decision(decision: Decision | None, now: float) -> dict[str, Any] | None:
+def _seconds_until(at_s: float | None, now: float) -> float | None:
+    return None if at_s is None else round(max(0.0, at_s - now), 3)
+
+
+Entry = TypeVar("Entry", bound=schema.AdminAnswer)
+
+
+def _filled(kind: type[Entry], *sources: object, **given: object) -> Entry:
+    """An answer whose fields are those given, else those of the first source that has them, else
+    unknown."""
+    for name in kind.model_fields:
+        if name not in given:
+            source = next((one for one in sources if hasattr(one, name)), None)
+            given[name] = getattr(source, name, None)
+    return kind(**given)
+
+
+def _decision(decision: Decision | None, now: float) -> schema.DecisionEntry | None:
     if decision is None:
         return None
-    return {
-        "at_s": _wall(decision.at_s, now),
-        "desired": decision.desired,
-        "supply": decision.supply,
-        "reason": decision.reason.value,
-        "detail": decision.detail,
-        "signal": decision.signal.value,
-        "bound": None if decision.bound is None else decision.bound.value,
-        "panicking": decision.panicking,
-    }
+    return _filled(schema.DecisionEntry, decision, at_s=_wall(decision.at_s, now))
 
 
-def _tier(report: TierReport) -> dict[str, Any]:
-    return {
-        "tier": report.tier.value,
-        "available": report.available,
-        "wake_s": None if report.wake_s is None else round(report.wake_s, 3),
-        "wakes": report.wakes,
-        "stays_s": report.stays_s,
-        "why_not": report.why_not,
-    }
-
-
-def _replica(replica: ReplicaReport, load: ReplicaLoad | None, now: float) -> dict[str, Any]:
-    return {
-        "id": replica.id,
-        "state": replica.state.value,
-        "url": replica.url,
-        "pid": replica.pid,
-        "served_model": replica.served_model,
-        "gpus": list(replica.gpus),
-        "cpus": list(replica.cpus),
-        "inflight_requests": load.inflight_requests if load else None,
-        "inflight_tokens": load.inflight_tokens if load else None,
-        "phase": replica.phase,
-        "step": replica.step,
-        "progress": None
-        if replica.progress is None
-        else {
-            "phase": replica.progress.phase,
-            "bytes_done": replica.progress.bytes_done,
-            "bytes_total": replica.progress.bytes_total,
-            "rate_bytes_s": replica.progress.rate_bytes_s,
-        },
-        "woken_from": None if replica.woken_from is None else replica.woken_from.value,
-        "since_s": round(now - replica.since_s, 3),
-        "error": replica.error,
-    }
+def _replica(replica: ReplicaReport, load: ReplicaLoad | None, now: float) -> schema.ReplicaEntry:
+    return _filled(
+        schema.ReplicaEntry,
+        replica,
+        inflight_requests=load.inflight_requests if load else None,
+        inflight_tokens=load.inflight_tokens if load else None,
+        since_s=round(now - replica.since_s, 3),
+    )

@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 from autoscaler.backends.process.fork_server import FORK_STATES
 from autoscaler.control.start_steps import STEPS
 from autoscaler.types import FleetReport
+from gateway.admin.schema import ForkServerEntry
 from gateway.datapath import metrics
 from gateway.datapath.shared import Shared
 from modelcache.types import TIERS
@@ -45,7 +46,7 @@ def render(
     report: FleetReport | None,
     version: str,
     traffic: Mapping[str, Any],
-    forks: Mapping[str, Any] | None = None,
+    forks: ForkServerEntry | None = None,
 ) -> bytes:
     """The whole page, in Prometheus text format 0.0.4. ``pools``: their slots in ``shared`` by
     name; ``traffic``: the model cache's figures; ``forks``: those of the fork server, as
@@ -111,7 +112,7 @@ class _Page(Collector):
         report: FleetReport | None,
         version: str,
         traffic: Mapping[str, Any],
-        forks: Mapping[str, Any] | None,
+        forks: ForkServerEntry | None,
     ) -> None:
         self._forks = forks
         self._shared = shared
@@ -218,7 +219,7 @@ class _Page(Collector):
         yield from (decisions, errors)
 
 
-def _forks(forks: Mapping[str, Any] | None) -> Iterator[Metric]:
+def _forks(forks: ForkServerEntry | None) -> Iterator[Metric]:
     """The fork server and what stands by; what is not known is left out."""
     state = _family(metrics.FORK_SERVER, ["state"])
     memory = _family(metrics.FORK_SERVER_BYTES, [])
@@ -227,13 +228,14 @@ def _forks(forks: Mapping[str, Any] | None) -> Iterator[Metric]:
     standbys = _family(metrics.STANDBY_BYTES, ["pool"])
     if forks is not None:
         for known in FORK_STATES:
-            state.add_metric([known], known == forks["state"])
-        if forks["pss_bytes"] is not None:
-            memory.add_metric([], forks["pss_bytes"])
-        total.add_metric([], forks["forked"])
-        crashes.add_metric([], forks["crashes"])
-        for one in forks["standbys"]:
-            standbys.add_metric([one["pool"]], one["pss_bytes"])
+            state.add_metric([known], known == forks.state)
+        if forks.pss_bytes is not None:
+            memory.add_metric([], forks.pss_bytes)
+        total.add_metric([], forks.forked)
+        crashes.add_metric([], forks.crashes)
+        for one in forks.standbys:
+            if one.pss_bytes is not None:
+                standbys.add_metric([one.pool], one.pss_bytes)
     yield from (state, memory, total, crashes, standbys)
 
 

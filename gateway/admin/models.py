@@ -1,4 +1,4 @@
-"""What can be done with the model cache by hand: verbs over a cache, JSON in and JSON out.
+"""What can be done with the model cache by hand: verbs over a cache, typed requests and answers.
 
 One ``Models`` serves the console (``tidegate model …`` where nothing runs) and the admin listener
 (``POST /models/…``), so both do the same and answer the same. All of it blocks, some of it for as
@@ -7,188 +7,209 @@ long as a download takes; it is called from threads.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gateway.admin.model_names import PoolModel, find_model, names_of
-from gateway.admin.model_parts import (
-    Cache,
-    Cached,
-    IsCancelled,
-    Keeper,
-    OnProgress,
-    Prewarm,
-    Replicate,
-    Transform,
-    nothing_read,
+from autoscaler.settings import PoolSettings
+from gateway.admin import schema
+from modelcache.ports import CachedModel, IsCancelled, OnProgress, Prewarm, Transform
+from modelcache.refs import PATH, parse_ref
+from modelcache.types import (
+    PREPARED,
+    CacheError,
+    Cancelled,
+    Damaged,
+    FileRange,
+    InUse,
+    NoSpace,
+    NotFound,
+    Progress,
+    SourceError,
 )
-from modelcache.types import PREPARED, CacheError, FileRange, NotFound, Progress
 
-SLOW_VERBS = ("preload", "prewarm", "verify", "replicate")
-"""Verbs that take long and tell how far they are."""
-QUICK_VERBS = ("pin", "unpin", "evict")
+if TYPE_CHECKING:
+    from modelcache.cache import ModelCache
+    from modelcache.pagecache.holder import PageKeeper
 
-_KEPT = "asked for: "
-"""Before the keys of pages that somebody wants kept, apart from those of pools."""
-
-_OPTIONS: Mapping[str, Mapping[str, type]] = {
-    "preload": {"expected_use_at_s": float},
-    "prewarm": {"rank": int, "world_size": int},
-    "verify": {"repair": bool},
-    "replicate": {"sites": list},
-    "pin": {},
-    "unpin": {},
-    "evict": {"force": bool, "prepared": bool, "all": bool},
-}
+_HELD = "asked for: "
+"""Before the keys of pages that an operator had prewarmed, apart from those of pools."""
 
 WEIGHTS = ("*.safetensors", "*.gguf")
 """What engines read their weights from."""
 NO_WEIGHTS = f"it has no weights ({', '.join(WEIGHTS)})"
 MOST_LOOKED_AT = 100_000
-"""Files of a directory among which weights are looked for, where nobody knows what is in it."""
+"""Files of a directory without a manifest among which weights are looked for."""
+
+_CODES: tuple[tuple[type[Exception], str], ...] = (
+    (ValueError, "bad_value"),
+    (NotFound, "model_not_found"),
+    (SourceError, "source_failed"),
+    (InUse, "model_in_use"),
+    (NoSpace, "no_space"),
+    (Damaged, "model_damaged"),
+    (Cancelled, "cancelled"),
+    (CacheError, "cache_failed"),
+    (OSError, "cache_failed"),
+)
+"""Error classes, the more special ones first, with their code."""
+
+
+def error_of(problem: Exception) -> schema.AdminError | None:
+    """What a verb raised as the error that is answered; ``None`` for a fault of our own."""
+    code = next((code for kind, code in _CODES if isinstance(problem, kind)), None)
+    if code is None:
+        return None
+    field = str(problem).partition(":")[0]
+    param = (field if field.isidentifier() else "model") if code == "bad_value" else None
+    return schema.AdminError(code, str(problem), param=param)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Models:
     """The verbs over one cache. Safe to use from several threads, as the cache is.
 
-    What is prewarmed is kept with ``keeper``, until it is evicted or unpinned.
+    What is prewarmed is kept in the page cache by ``keeper``, until it is evicted or unpinned.
     """
 
-    cache: Cache
+    cache: ModelCache
     prewarm: Prewarm
-    replicate: Replicate
+    replicate: Callable[
+        [str, str | None, Sequence[str], OnProgress, IsCancelled], Mapping[str, Any]
+    ]
+    """Has other sites preload a model: URL, revision, site names; returns an outcome by site."""
     sites: tuple[str, ...] = ()
-    keeper: Keeper | None = None
-    traffic: Callable[[], Mapping[str, Any]] = nothing_read
+    keeper: PageKeeper | None = None
+    traffic: Callable[[], Mapping[str, Any]] = dict
     """What this process has read from stores and from peers, and given to them."""
     transform: Transform | None = None
     """Runs a model's preparation steps, where it has any."""
-    pools: tuple[PoolModel, ...] = ()
+    pools: tuple[PoolSettings, ...] = ()
     """The pools that are served here; their names stand for their models."""
 
-    def listing(self) -> dict[str, Any]:
+    def listing(self) -> schema.CacheListing:
         """Every revision that is on the disk or on its way, and what all of it takes."""
-        return {
-            "dir": str(self.cache.dir),
-            "usage": as_json(self.cache.usage()),
-            "traffic": as_json(self.traffic()),
-            "models": [as_json(entry) for entry in self.cache.ls()],
-            "pools": names_of(self.pools),
-        }
+        return schema.CacheListing(
+            dir=str(self.cache.dir),
+            usage=schema.CacheUsage.model_validate(self.cache.usage()),
+            traffic=schema.CacheTraffic.model_validate(self.traffic()),
+            models=tuple(self.cache.ls()),
+            pools=tuple(name for pool in self.pools for name in (pool.name, *pool.aliases)),
+        )
 
-    def read(self, verb: str, body: Mapping[str, Any]) -> tuple[str, str | None, dict[str, Any]]:
-        """The model that ``body`` means, by its canonical URL or its path, the revision it names,
-        and the verb's own options. ``ValueError`` says what is wrong."""
-        name, revision, options = read_body(verb, body)
-        url, revision = find_model(name, revision, self.pools)
-        return url, revision, options
+    def resolve(self, asked: schema.ModelRequest) -> tuple[str, str | None]:
+        """The model's canonical URL or its path, and the revision that is named. Raises
+        ``ValueError`` for what names no model."""
+        return find_model(asked.model, asked.revision, self.pools)
 
     def run(
         self,
         verb: str,
-        body: Mapping[str, Any],
+        asked: schema.ModelRequest,
         *,
         on_progress: OnProgress = lambda progress: None,
         cancelled: IsCancelled = lambda: False,
-    ) -> dict[str, Any]:
-        """Do what ``verb`` says to the model that ``body`` names.
+    ) -> schema.ModelAnswer:
+        """Do what ``verb`` says to the model.
 
-        Raises ``ValueError`` for a body that is not right, ``CacheError`` where it cannot be done.
+        Raises ``ValueError`` for a request that is not right, ``CacheError`` where it cannot be
+        done.
         """
-        url, revision, options = self.read(verb, body)
         began_s = time.monotonic()
-        if verb == "preload":
-            told = self._preload(url, revision, options, on_progress, cancelled)
-        elif verb == "prewarm":
-            told = self._prewarm(url, revision, options, on_progress, cancelled)
-        elif verb == "verify":
-            told = self._verify(url, revision, options, on_progress, cancelled)
-        elif verb == "replicate":
-            told = self._replicate(url, revision, options, on_progress, cancelled)
-        elif verb == "evict":
-            told = self._evict(url, revision, options)
-            self._let_go(url)
+        url, revision = self.resolve(asked)
+        answer: schema.ModelAnswer
+        if isinstance(asked, schema.PreloadRequest):
+            answer = self._preload(asked, url, revision, on_progress, cancelled)
+        elif isinstance(asked, schema.PrewarmRequest):
+            answer = self._prewarm(asked, url, revision, on_progress, cancelled)
+        elif isinstance(asked, schema.VerifyRequest):
+            answer = self._verify(asked, url, revision, on_progress, cancelled)
+        elif isinstance(asked, schema.ReplicateRequest):
+            answer = self._replicate(asked, url, revision, on_progress, cancelled)
+        elif isinstance(asked, schema.EvictRequest):
+            answer = self._evict(asked, url, revision)
+            self._drop_pages(url)
         elif verb == "pin":
-            url, revision = self._named(url, revision)
+            url, revision = self._exact(url, revision)
             self.cache.pin(url, revision)
-            told = {"pinned": True}
+            answer = schema.PinAnswer(verb=verb, model=url, revision=revision, pinned=True)
         else:
             self.cache.unpin(url, revision)
-            self._let_go(url)
-            told = {"pinned": False}
-        base = {"verb": verb, "model": url, "revision": revision}
-        return {**base, **told, "elapsed_s": round(time.monotonic() - began_s, 3)}
+            self._drop_pages(url)
+            answer = schema.PinAnswer(verb=verb, model=url, revision=revision, pinned=False)
+        return answer.model_copy(update={"elapsed_s": round(time.monotonic() - began_s, 3)})
 
-    def _named(self, url: str, revision: str | None) -> tuple[str, str | None]:
+    def _exact(self, url: str, revision: str | None) -> tuple[str, str | None]:
         """The exact revision that is meant, the newest where none is named, as far as it is known
         on this disk; else what was given."""
         whole, exact = self.cache.name(url, revision)
         return whole, exact or revision
 
-    def _evict(self, url: str, revision: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    def _evict(
+        self, asked: schema.EvictRequest, url: str, revision: str | None
+    ) -> schema.EvictAnswer:
         """One revision, the newest where none is named; all with ``all``, or where none of those
         that are here is whole."""
-        prepared = options.get("prepared", False)
-        if options.get("all") and revision is not None:
+        if asked.all and revision is not None:
             raise ValueError(f"all: one revision is named too, {revision}")
-        if not options.get("all"):
-            url, revision = self._named(url, revision)
+        if not asked.all:
+            url, revision = self._exact(url, revision)
         before = self.cache.revisions(url)
         gone = before if revision is None else [revision]
-        return {
-            "model": url,
-            "revision": revision,
-            "revisions": gone,
-            "freed_bytes": self.cache.evict(url, revision, options.get("force", False), prepared),
-            "left": [one for one in before if prepared or one not in gone],
-            **({"prepared": True} if prepared else {}),
-        }
+        return schema.EvictAnswer(
+            verb="evict",
+            model=url,
+            revision=revision,
+            revisions=tuple(gone),
+            freed_bytes=self.cache.evict(url, revision, asked.force, asked.prepared),
+            left=tuple(one for one in before if asked.prepared or one not in gone),
+            prepared=asked.prepared,
+        )
 
     def _preload(
         self,
+        asked: schema.PreloadRequest,
         url: str,
         revision: str | None,
-        options: Mapping[str, Any],
         on_progress: OnProgress,
         cancelled: IsCancelled,
-    ) -> dict[str, Any]:
-        there = self.cache.find(url, revision) is not None
+    ) -> schema.PreloadAnswer:
+        was_there = self.cache.find(url, revision) is not None
         cached = self.cache.preload(
             url,
             revision=revision,
             on_progress=on_progress,
             cancelled=cancelled,
-            expected_use_at_s=options.get("expected_use_at_s"),
+            expected_use_at_s=asked.expected_use_at_s,
         )
-        told = {**about(cached), "was_there": there}
+        prepared_s = None
         began_s, began_at_s = time.monotonic(), time.time()
-        with self._made(url, cached, "preload", on_progress, cancelled) as made:
-            told |= what_was_made(cached, made)
-            took_s = round(time.monotonic() - began_s, 3)
-            if told["prepared"] is not None:
-                is_new = made.manifest is None or made.manifest.created_at_s >= began_at_s
-                return {**told, "prepared_s": took_s if is_new else None}
-        if not has_weights(cached):
+        with self._after_steps(url, cached, "preload", on_progress, cancelled) as made:
+            if made.path != cached.path and (
+                made.manifest is None or made.manifest.created_at_s >= began_at_s
+            ):
+                prepared_s = round(time.monotonic() - began_s, 3)
+            told = _on_disk("preload", cached, made)
+        if told["prepared"] is None and not has_weights(cached):
             told["note"] = "; ".join([*filter(None, [cached.note]), NO_WEIGHTS])
-        return told
+        return schema.PreloadAnswer(**told, was_there=was_there, prepared_s=prepared_s)
 
     @contextmanager
-    def _made(
+    def _after_steps(
         self,
         url: str,
-        cached: Cached,
+        cached: CachedModel,
         holder: str,
         on_progress: OnProgress,
         cancelled: IsCancelled,
-    ) -> Iterator[Cached]:
-        """A model after its preparation steps: what engines open. Held as long as it is needed."""
+    ) -> Iterator[CachedModel]:
+        """A model after its preparation steps: what engines open. Leased meanwhile."""
         if self.transform is None or url.startswith(f"{PREPARED}://"):
             yield cached
             return
@@ -197,70 +218,78 @@ class Models:
 
     def _prewarm(
         self,
+        asked: schema.PrewarmRequest,
         url: str,
         revision: str | None,
-        options: Mapping[str, Any],
         on_progress: OnProgress,
         cancelled: IsCancelled,
-    ) -> dict[str, Any]:
-        rank, world_size = options.get("rank", 0), options.get("world_size", 1)
-        if not 0 <= rank < world_size:
+    ) -> schema.PrewarmAnswer:
+        rank, world_size = asked.rank, asked.world_size
+        if rank >= world_size:
             raise ValueError(f"rank: must be from 0 to world_size - 1 = {world_size - 1}")
         cached = self.cache.find(url, revision)
         if cached is None:
             cached = self.cache.preload(
                 url, revision=revision, on_progress=on_progress, cancelled=cancelled
             )
-        with self._made(url, cached, "prewarm", on_progress, cancelled) as made:
-            wanted = (
+        with self._after_steps(url, cached, "prewarm", on_progress, cancelled) as made:
+            files = (
                 weights_of(made.path)
                 if world_size == 1
                 else ranges_of_rank(made.path, rank, world_size)
             )
-            pages = as_json(self.prewarm(wanted, on_progress, cancelled))
-            told = {**about(cached), **what_was_made(cached, made), "pages": pages}
-            return {**told, "not_kept": self._keep(url, wanted)}
+            pages = schema.PrewarmedPages.model_validate(
+                self.prewarm(files, on_progress, cancelled)
+            )
+            not_kept = self._keep_pages(url, files)
+            return schema.PrewarmAnswer(
+                **_on_disk("prewarm", cached, made), pages=pages, not_kept=not_kept
+            )
 
-    def _keep(self, url: str, files: Sequence[FileRange]) -> str:
+    def _keep_pages(self, url: str, files: Sequence[FileRange]) -> str:
         """Have the pages kept; why they are not, empty where they are."""
         if self.keeper is None:
-            return "nobody runs here who would keep them"
+            return "no Tidegate or agent runs here that would keep them"
         try:
-            self.keeper.keep(_KEPT + url, files)
+            self.keeper.keep(_HELD + url, files)
         except CacheError as error:
             return str(error)
         return ""
 
-    def _let_go(self, url: str) -> None:
+    def _drop_pages(self, url: str) -> None:
         if self.keeper is not None:
-            self.keeper.drop(_KEPT + url)
+            self.keeper.drop(_HELD + url)
 
     def _verify(
         self,
+        asked: schema.VerifyRequest,
         url: str,
         revision: str | None,
-        options: Mapping[str, Any],
         on_progress: OnProgress,
         cancelled: IsCancelled,
-    ) -> dict[str, Any]:
-        repair = options.get("repair", False)
+    ) -> schema.VerifyAnswer:
         on_progress(Progress(phase="checking"))
-        url, revision = self._named(url, revision)
+        url, revision = self._exact(url, revision)
         damage = self.cache.verify(
-            url, revision, repair=repair, on_progress=on_progress, cancelled=cancelled
+            url, revision, repair=asked.repair, on_progress=on_progress, cancelled=cancelled
         )
-        told = {"damage": [as_json(one) for one in damage], "repaired": bool(damage) and repair}
-        return {"model": url, "revision": revision, **told}
+        return schema.VerifyAnswer(
+            verb="verify",
+            model=url,
+            revision=revision,
+            damage=tuple(schema.DamagedFile.model_validate(one) for one in damage),
+            repaired=bool(damage) and asked.repair,
+        )
 
     def _replicate(
         self,
+        asked: schema.ReplicateRequest,
         url: str,
         revision: str | None,
-        options: Mapping[str, Any],
         on_progress: OnProgress,
         cancelled: IsCancelled,
-    ) -> dict[str, Any]:
-        names = options.get("sites") or list(self.sites)
+    ) -> schema.ReplicateAnswer:
+        names = asked.sites or self.sites
         unknown = [name for name in names if name not in self.sites]
         if unknown:
             known = ", ".join(self.sites) or "none"
@@ -268,63 +297,88 @@ class Models:
         if not names:
             raise ValueError("sites: modelcache.sites names none, so there is nowhere to go")
         outcomes = self.replicate(url, revision, names, on_progress, cancelled)
-        return {"sites": as_json(outcomes)}
+        return schema.ReplicateAnswer(
+            verb="replicate",
+            model=url,
+            revision=revision,
+            sites={name: schema.SiteOutcome.model_validate(one) for name, one in outcomes.items()},
+        )
 
 
-def read_body(verb: str, body: Mapping[str, Any]) -> tuple[str, str | None, dict[str, Any]]:
-    """The model's URL, its revision and the verb's own options. ``ValueError`` names the field."""
-    url, revision = body.get("model"), body.get("revision")
-    if not isinstance(url, str) or not url:
-        raise ValueError('model: send {"model": "URL"}')
-    if revision is not None and not isinstance(revision, str):
-        raise ValueError("revision: must be text or null")
-    known = _OPTIONS[verb]
-    options = {}
-    for name, value in body.items():
-        if name in ("model", "revision"):
-            continue
-        if name not in known:
-            raise ValueError(f"{name}: unknown field")
-        if value is None:
-            continue
-        options[name] = _option(name, value, known[name])
-    return url, revision, options
+# ── Names of models ───────────────────────────────────────────────────────────────────────────────
 
 
-def _option(name: str, value: Any, kind: type) -> Any:
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if kind is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if kind is list and isinstance(value, list) and all(isinstance(one, str) for one in value):
-        return value
-    if kind is bool and isinstance(value, bool):
-        return value
-    wanted = {int: "an integer", float: "a number", list: "a list of names", bool: "true or false"}[
-        kind
-    ]
-    raise ValueError(f"{name}: must be {wanted}")
+def find_model(
+    text: str, revision: str | None, pools: Sequence[PoolSettings]
+) -> tuple[str, str | None]:
+    """The canonical URL (or the path) that is meant, and the revision that was named.
+
+    A pool comes before all else, for its name may look like a hub's; it is a pool of the process
+    that is asked, so that a name means the same as in a request to it. A directory has to be
+    written as a path (``/…``, ``./…``). Raises ``ValueError`` for what is none of these.
+    """
+    text = text.strip()
+    if not text:
+        raise ValueError("model: it is empty")
+    if text.startswith(f"{PREPARED}://"):
+        return text, revision
+    pool = next((one for one in pools if text in (one.name, *one.aliases)), None)
+    if pool is not None:
+        return _model_of(pool, text, revision)
+    try:
+        return _read(text, revision)
+    except ValueError as error:
+        if "://" in text or text.startswith(("/", "./", "../", "~")) or "neither" not in str(error):
+            raise
+        known = ", ".join(one.name for one in pools) or "none"
+        raise ValueError(f"{error}, nor a pool (known here: {known})") from None
 
 
-def about(cached: Cached) -> dict[str, Any]:
-    """What is told of a model that is on the disk."""
+def _model_of(pool: PoolSettings, name: str, revision: str | None) -> tuple[str, str | None]:
+    """The model of a pool."""
+    model = pool.model or ""
+    here = Path(model).expanduser()
+    if model and "://" not in model and here.is_dir():
+        return _read(os.path.abspath(here), revision)
+    try:
+        parse_ref(model)
+    except ValueError:
+        if pool.engine == "simulated":
+            why = "it is simulated: it has no weights"
+        elif pool.backend == "static":
+            why = "it is externally managed, so the cache has nothing of it"
+        else:
+            why = f"its model {model!r} is neither a directory here nor one that can be fetched"
+        raise ValueError(f"model: pool {name!r}: {why}") from None
+    return _read(model, revision)
+
+
+def _read(text: str, revision: str | None) -> tuple[str, str | None]:
+    ref = parse_ref(text, revision)
+    if ref.scheme == PATH:
+        return os.path.abspath(Path(text).expanduser()), None
+    return ref.url, ref.revision
+
+
+# ── Files of models ───────────────────────────────────────────────────────────────────────────────
+
+
+def _on_disk(verb: str, cached: CachedModel, made: CachedModel) -> dict[str, Any]:
+    """The fields of ``ModelOnDisk``, of a model and what its preparation steps made of it."""
     manifest = cached.manifest
     return {
+        "verb": verb,
         "model": cached.url,
         "revision": cached.revision,
         "path": str(cached.path),
         "size_bytes": None if manifest is None else manifest.size_bytes,
         "files": None if manifest is None else len(manifest.files),
         "note": cached.note,
+        "prepared": None if made.path == cached.path else str(made.path),
     }
 
 
-def what_was_made(cached: Cached, made: Cached) -> dict[str, Any]:
-    """Where the result of a model's preparation steps is; ``None`` for one without steps."""
-    return {"prepared": None if made.path == cached.path else str(made.path)}
-
-
-def has_weights(cached: Cached) -> bool:
+def has_weights(cached: CachedModel) -> bool:
     """Whether there is something in it that engines read weights from, as far as one has looked."""
     if cached.manifest is not None:
         names = [file.path for file in cached.manifest.files]
@@ -370,16 +424,3 @@ def ranges_of_rank(directory: Path, rank: int, world_size: int) -> list[FileRang
     except (BadFile, ValueError) as error:
         raise CacheError(str(error)) from None
     return ranges
-
-
-def as_json(value: Any) -> Any:
-    """Dataclasses, paths and sequences as JSON has them."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {name: as_json(inner) for name, inner in asdict(value).items()}
-    if isinstance(value, Mapping):
-        return {str(name): as_json(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(inner) for inner in value]
-    if isinstance(value, Path):
-        return str(value)
-    return value

@@ -3,7 +3,6 @@
 ``main`` runs a verb and turns what ends it into a line and an exit code; before that
 ``import_check`` looks whether the packages are Tidegate's own. ``verbs`` has up, status, scale,
 explain and doctor; ``config``, ``model``, ``bundle`` and ``agent`` the groups of those names.
-``base`` has the common options, ``client`` asks the admin API, ``model_client`` does what
-``model`` verbs ask. ``tables``, ``model_tables``, ``agent_tables``, ``tier_tables``, ``figures``
-and ``progress`` print.
+``base`` has the common options, ``client`` asks the admin API. ``tables``, ``model_tables`` and
+``progress`` print.
 """

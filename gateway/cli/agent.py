@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from gateway.cli.base import Config, Sets, complain
+from gateway.cli.base import Config, Sets
+from gateway.terminal import complain
 
 
 def agent(

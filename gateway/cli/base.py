@@ -1,8 +1,7 @@
-"""What the console's verbs share: their common options, where they print, whom they ask."""
+"""What the console's verbs share: common options, where they print, which listener they ask."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -16,6 +15,8 @@ from gateway.cli import client
 from gateway.cli.tables import Screen
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from gateway.settings.load import LoadedSettings
 
 Config = Annotated[
@@ -59,19 +60,15 @@ def load(config: Path | None, sets: list[str] | None) -> LoadedSettings:
 
 
 def address(admin: str | None, config: Path | None, sets: list[str] | None) -> str:
-    """Whom to ask: the one named, the one that runs here, the one in the settings."""
+    """The admin listener to ask: the one named, the one that runs here, the one in the settings."""
     if admin is not None:
-        try:
-            return client.check_address(admin)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-    from gateway.compose.run_record import AGENT_NAME, RECORD_NAME, make_url, read_record
+        return client.check_address(admin)
+    from gateway.compose.run_record import find_running, make_url
 
     settings = load(config, sets).settings
-    for name in (RECORD_NAME, AGENT_NAME):
-        running = read_record(settings.state_dir, name)
-        if running is not None:
-            return running.admin_url
+    running = find_running(settings.state_dir)
+    if running is not None:
+        return running.admin_url
     return make_url(settings.gateway.admin_host, settings.gateway.admin_port)
 
 
@@ -81,28 +78,8 @@ def screen() -> Screen:
     return Screen(terminal=terminal, width=shutil.get_terminal_size((100, 24)).columns)
 
 
-def as_text(value: Any) -> str:
+def as_text(value: BaseModel | dict[str, Any]) -> str:
     """JSON for scripts."""
-    return json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
-
-
-def out(text: str) -> None:
-    """Text on standard output, at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def complain(line: str) -> None:
-    """One line on standard error, with whose it is."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"tidegate: {line}\n")
-
-
-def version() -> str:
-    """The installed version; ``(not installed)`` from a bare checkout."""
-    from importlib import metadata
-
-    try:
-        return metadata.version("tidegate")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
+    if isinstance(value, dict):
+        return json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+    return value.model_dump_json(indent=2) + "\n"

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from gateway.cli.base import AsJson, Config, PoolName, Sets, as_text, load, out
-from gateway.cli.model_tables import size
-from gateway.cli.progress import Bar
+from gateway.cli.base import AsJson, Config, PoolName, Sets, as_text, load
+from gateway.cli.progress import ProgressBar
+from gateway.terminal import out, size
 from modelcache.types import CacheError
 
 
@@ -45,7 +45,7 @@ def bundle(
         raise typer.BadParameter(
             f"{given.name}: only what vLLM compiles is kept, and only with loaders.keep_compiled"
         )
-    with Bar(given.model or given.name) as bar:
+    with ProgressBar(given.model or given.name) as bar:
         here = locate(given, settings, os.environ, bar.show)
     placed = given.model_copy(update={"model": here})
     try:

@@ -1,30 +1,50 @@
-"""Asks a running Tidegate's admin listener, for the verbs of the console."""
+"""Asks a running Tidegate's admin listener, for the verbs of the console.
+
+The verbs of ``tidegate model`` are done by a Tidegate or an agent that runs, else by this process;
+all of them do and say the same.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote, urlsplit
+
+import typer
+
+from modelcache.types import CacheError, Progress
 
 if TYPE_CHECKING:
     import httpx
 
+    from gateway.admin.models import Models
+    from gateway.admin.operations import Operation
+    from gateway.admin.schema import CacheListing, ModelAnswer, ModelRequest
+    from gateway.settings.schema import Settings
+
 CONNECT_TIMEOUT_S = 3.0
 ANSWER_TIMEOUT_S = 70.0
 """Longer than a call to a backend may take by default, so that the answer says what happened."""
+CANCEL_TIMEOUT_S = 30.0
+"""Seconds that a verb in this process is given to end in good order after Ctrl-C."""
+
+OnProgress = Callable[[Progress], None]
 
 
 class Unreachable(Exception):
-    """Nobody answers at that address, or it is no Tidegate; the message says which."""
+    """Nothing answers at that address, or it is no Tidegate; the message says which."""
 
 
-class Refused(Exception):
-    """Tidegate answered, and the answer is no; the message is its own."""
+class RequestRefused(Exception):
+    """Tidegate answered with an error; the message is its own."""
 
 
 def check_address(address: str) -> str:
-    """A base URL without a trailing slash; ``host:port`` gets ``http://``. Else ``ValueError``."""
+    """A base URL without a trailing slash; ``host:port`` gets ``http://``. Else a usage error."""
     text = address if "://" in address else f"http://{address}"
     try:
         parts = urlsplit(text)
@@ -32,13 +52,8 @@ def check_address(address: str) -> str:
     except ValueError:
         ok = False
     if not ok:
-        raise ValueError(f"{address!r} is no address: write it like http://127.0.0.1:8001")
+        raise typer.BadParameter(f"{address!r} is no address: write it like http://127.0.0.1:8001")
     return text.rstrip("/")
-
-
-def pool_path(pool: str, verb: str) -> str:
-    """The admin path of a pool, whatever characters are in its name."""
-    return f"/pools/{quote(pool, safe='')}/{verb}"
 
 
 @contextmanager
@@ -61,28 +76,192 @@ def reach(base: str) -> Iterator[httpx.Client]:
         raise Unreachable(f"no answer from {base}: {reason}") from None
 
 
-def ask(base: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """GET a path, or POST a body to it, and the JSON object that is answered.
+def ask(
+    base: str,
+    operation: Operation,
+    body: dict[str, Any] | None = None,
+    *,
+    query: dict[str, Any] | None = None,
+    **path: str,
+) -> Any:
+    """Do an operation of the admin API, and its parsed answer. ``path`` has the parts of its path.
 
-    Raises ``Unreachable`` and ``Refused``.
+    Raises ``Unreachable`` and ``RequestRefused``.
     """
+    quoted = {name: quote(part, safe="") for name, part in path.items()}
     with reach(base) as client:
-        answer = client.get(path) if body is None else client.post(path, json=body)
-    try:
-        found = answer.json()
-    except ValueError:
-        found = None
+        answer = client.request(
+            operation.method,
+            operation.path.format(**quoted),
+            params=query,
+            json=(body or {}) if operation.request is not None else None,
+        )
     if answer.status_code >= 400:
-        raise Refused(_message(answer) or f"{base} answered {answer.status_code}")
-    if not isinstance(found, dict):
-        raise Unreachable(f"{base} is no Tidegate admin listener: it did not answer with JSON")
-    return found
-
-
-def _message(answer: Any) -> str | None:
-    """The message of an error in OpenAI's shape, where the answer is one."""
+        raise _refusal(answer.content, f"{base} answered {answer.status_code}")
     try:
-        found = answer.json()
+        return operation.parse(answer.content)
     except ValueError:
-        return None
-    return found.get("error", {}).get("message") if isinstance(found, dict) else None
+        raise Unreachable(_no_answer(base)) from None
+
+
+def _refusal(text: str | bytes, otherwise: str) -> Exception:
+    """What an admin listener's error is on a command line."""
+    from gateway.admin.schema import ErrorAnswer
+
+    try:
+        error = ErrorAnswer.model_validate_json(text).error
+    except ValueError:
+        return RequestRefused(otherwise)
+    if error.code == "bad_value":
+        return typer.BadParameter(error.message)
+    return RequestRefused(error.message)
+
+
+def _no_answer(base: str) -> str:
+    return (
+        f"{base} is no Tidegate admin listener of this version: its answer does not have the shape"
+    )
+
+
+# ── tidegate model ────────────────────────────────────────────────────────────────────────────────
+
+
+class ModelVerbs(Protocol):
+    """The verbs over a model cache, of this process or of one that runs already."""
+
+    def listing(self) -> CacheListing:
+        """The models in the cache."""
+        ...
+
+    def run(self, verb: str, asked: ModelRequest, on_progress: OnProgress) -> ModelAnswer:
+        """Do it. Wrong values are a usage error, what could not be done ``RequestRefused`` or
+        ``CacheError``."""
+        ...
+
+
+class RemoteVerbs:
+    """Those of an admin listener."""
+
+    def __init__(self, base: str) -> None:
+        self._base = base
+
+    def listing(self) -> CacheListing:
+        """The models in its cache."""
+        from gateway.admin.operations import MODELS
+
+        found: CacheListing = ask(self._base, MODELS)
+        return found
+
+    def run(self, verb: str, asked: ModelRequest, on_progress: OnProgress) -> ModelAnswer:
+        """Do it. The connection keeps slow work going: closing it cancels it."""
+        from gateway.admin import schema
+        from gateway.admin.operations import VERBS
+
+        operation, body = VERBS[verb], asked.model_dump(mode="json")
+        if not operation.lines:
+            answer: ModelAnswer = ask(self._base, operation, body)
+            return answer
+        with (
+            reach(self._base) as client,
+            client.stream("POST", operation.path, json=body) as lines,
+        ):
+            for line in filter(str.strip, lines.iter_lines()):
+                try:
+                    found = operation.parse(line)
+                except ValueError:
+                    raise Unreachable(_no_answer(self._base)) from None
+                if isinstance(found, schema.ErrorAnswer):
+                    raise _refusal(line, "")
+                if isinstance(found, schema.ProgressLine):
+                    on_progress(found.progress)
+                elif isinstance(found, schema.ResultLine):
+                    result: ModelAnswer = found.result
+                    return result
+        raise Unreachable(f"{self._base} ended its answer before it was done")
+
+
+class LocalVerbs:
+    """Those of this process, on the cache's directory."""
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+
+    def listing(self) -> CacheListing:
+        """The models in the cache."""
+        try:
+            return self._models.listing()
+        except OSError as error:
+            raise CacheError(str(error)) from error
+
+    def run(self, verb: str, asked: ModelRequest, on_progress: OnProgress) -> ModelAnswer:
+        """Do it. Ctrl-C cancels it in good order first."""
+        left = threading.Event()
+        ends: list[ModelAnswer | BaseException] = []
+
+        def work() -> None:
+            try:
+                ends.append(
+                    self._models.run(verb, asked, on_progress=on_progress, cancelled=left.is_set)
+                )
+            except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+                ends.append(error)
+
+        thread = threading.Thread(target=work, name=f"model {verb}", daemon=True)
+        thread.start()
+        try:
+            while thread.is_alive():
+                thread.join(0.2)
+        except KeyboardInterrupt:
+            left.set()
+            thread.join(CANCEL_TIMEOUT_S)
+            raise
+        (end,) = ends
+        if isinstance(end, ValueError):
+            raise typer.BadParameter(str(end)) from end
+        if isinstance(end, OSError):
+            raise CacheError(str(end)) from end
+        if isinstance(end, BaseException):
+            raise end
+        return end
+
+
+def model_verbs(admin: str | None, settings: Settings) -> ModelVerbs:
+    """Those of the listener that is named, of what runs with this state directory, or else of this
+    process."""
+    if admin is not None:
+        return RemoteVerbs(check_address(admin))
+    from gateway.compose.run_record import find_running
+
+    running = find_running(settings.state_dir)
+    if running is not None:
+        return RemoteVerbs(running.admin_url)
+    from gateway.compose.cache import cache_dir, open_models
+
+    _check_directory(
+        cache_dir(settings), "state_dir" if settings.modelcache.dir is None else "modelcache.dir"
+    )
+    return LocalVerbs(open_models(settings, os.environ))
+
+
+def _check_directory(path: Path, field: str) -> None:
+    """A directory, or one that could be made. A usage error where a file is in its way."""
+    there = next((one for one in (path, *path.parents) if os.path.lexists(one)), None)
+    if there is not None and there.exists() and not there.is_dir():
+        raise typer.BadParameter(f"{field}: {there} is not a directory")
+
+
+def name_model(text: str, pools: Callable[[], Sequence[str]]) -> str:
+    """The model as it is asked for: a directory by its whole path, everything else as it is
+    written; ``pools`` has the names of pools where it is asked. A usage error where there is
+    none."""
+    if not text.strip():
+        raise typer.BadParameter("model: it is empty")
+    if "://" in text:
+        return text
+    here = Path(text).expanduser()
+    is_path = text.startswith(("/", "./", "../", "~")) or text in (".", "..")
+    if here.is_dir() and (is_path or text not in pools()):
+        return os.path.abspath(here)
+    if is_path:
+        raise typer.BadParameter(f"there is no directory {text}")
+    return text

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from gateway.cli import tables
-from gateway.cli.base import AsJson, Config, Sets, as_text, complain, load, out, screen
+from gateway.cli.base import AsJson, Config, Sets, as_text, load, screen
+from gateway.terminal import complain, out
 
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 

@@ -53,16 +53,16 @@ def _ended(error: Exception) -> int:
     """The line and the exit code of what a verb raised."""
     import typer
 
-    from gateway.cli.base import complain
-    from gateway.cli.client import Refused, Unreachable
+    from gateway.cli.client import RequestRefused, Unreachable
     from gateway.cli.import_check import NotOursError
+    from gateway.terminal import complain
     from modelcache.types import CacheError
 
     # typer brings its own copy of click in some versions; this is its usage errors' class there.
     usage_problem = typer.BadParameter.__mro__[2]
     if isinstance(error, typer.Abort):
         return INTERRUPTED
-    if isinstance(error, Refused | CacheError):
+    if isinstance(error, RequestRefused | CacheError):
         complain(" ".join(str(error).split()))
         return 1
     if isinstance(error, Unreachable | NotOursError):
@@ -75,7 +75,7 @@ def _ended(error: Exception) -> int:
 
 def _usage(error: Exception) -> int:
     """What is wrong with a command line, and where to read about it."""
-    from gateway.cli.base import complain, out
+    from gateway.terminal import complain, out
 
     context = getattr(error, "ctx", None)
     message = error.format_message() if hasattr(error, "format_message") else str(error)
@@ -91,8 +91,8 @@ def _failed(error: Exception) -> int:
     """Wrong settings, a line each; anything else is a fault of ours, in one line."""
     import traceback
 
-    from gateway.cli.base import complain
     from gateway.settings.load import ConfigError
+    from gateway.terminal import complain
 
     if isinstance(error, ConfigError):
         for problem in error.problems:

@@ -13,9 +13,10 @@ from typing import Annotated, Any
 import typer
 
 from gateway.cli import model_tables
-from gateway.cli.base import Admin, AsJson, Config, Sets, as_text, load, out, screen
-from gateway.cli.model_client import find_doer, name_model
-from gateway.cli.progress import Bar
+from gateway.cli.base import Admin, AsJson, Config, Sets, as_text, load, screen
+from gateway.cli.client import model_verbs, name_model
+from gateway.cli.progress import ProgressBar
+from gateway.terminal import out
 
 model_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -47,17 +48,21 @@ def _do(
     as_json: bool,
     where: tuple[str | None, Path | None, list[str] | None],
     **options: Any,
-) -> dict[str, Any]:
+) -> Any:
     """One verb: done, shown, and its answer."""
+    from gateway.admin.operations import VERBS
+
     admin, config, sets = where
-    settings = load(config, sets).settings
-    doer = find_doer(admin, settings)
-    given = {name: value for name, value in options.items() if value not in (None, False, [])}
-    body = {"model": name_model(model, doer), "revision": revision, **given}
-    with Bar(f"{verb} {model}") as bar:
-        told = doer.run(verb, body, bar.show)
-    out(as_text(told) if as_json else model_tables.done(told))
-    return told
+    verbs = model_verbs(admin, load(config, sets).settings)
+    given = {name: value for name, value in options.items() if value is not None}
+    name = name_model(model, lambda: verbs.listing().pools)
+    request = VERBS[verb].request
+    assert request is not None
+    asked: Any = request.model_validate({"model": name, "revision": revision, **given})
+    with ProgressBar(f"{verb} {model}") as bar:
+        answer = verbs.run(verb, asked, bar.show)
+    out(as_text(answer) if as_json else model_tables.done(answer))
+    return answer
 
 
 @model_app.command("ls")
@@ -66,14 +71,13 @@ def model_ls(
 ) -> int:
     """Show the models in this node's cache, and what they take.
 
-    TIER is how warm a model is here, ALONE what evicting it would free (files that no other
-    revision has), IN PAGES how much of it is in the page cache. A `?` is unknown. What preparation
+    TIER is how warm a model is here, UNIQUE what evicting it would free (files that no other
+    revision has), PAGE CACHE how much of it is cached in memory. A `?` is unknown. What preparation
     steps have made of a model stands below it.
 
     **Examples:** `tidegate model ls`, `tidegate model ls --json | jq '.models[].url'`
     """
-    settings = load(config, sets).settings
-    found = find_doer(admin, settings).listing()
+    found = model_verbs(admin, load(config, sets).settings).listing()
     text = model_tables.listing(found, screen(), time.time())
     out(as_text(found) if as_json else text)
     return 0
@@ -232,8 +236,8 @@ def model_verify(
     **Examples:** `tidegate model verify Qwen/Qwen3-8B`,
     `tidegate model verify Qwen/Qwen3-8B --repair --json`
     """
-    told = _do("verify", model, revision, as_json, (admin, config, sets), repair=repair)
-    return 1 if told["damage"] and not told["repaired"] else 0
+    answer = _do("verify", model, revision, as_json, (admin, config, sets), repair=repair)
+    return 1 if answer.damage and not answer.repaired else 0
 
 
 @model_app.command("replicate")
@@ -258,6 +262,5 @@ def model_replicate(
     **Examples:** `tidegate model replicate oss://models/qwen3-8b`,
     `tidegate model replicate oss://models/qwen3-8b --to eu --to us`
     """
-    told = _do("replicate", model, revision, as_json, (admin, config, sets), sites=to)
-    outcomes = (told.get("sites") or {}).values()
-    return 1 if any(one.get("error") or one.get("done") is False for one in outcomes) else 0
+    answer = _do("replicate", model, revision, as_json, (admin, config, sets), sites=to)
+    return 1 if any(one.error or not one.done for one in answer.sites.values()) else 0

@@ -1,98 +1,74 @@
-"""What ``tidegate model`` prints. Pure functions from the answers of ``gateway.admin.models`` to
-text."""
+"""What ``tidegate model`` prints. Pure functions from answers of the admin API to text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from gateway.cli.tables import BUSY, GOOD, NONE, UNKNOWN, Screen, Table, duration
-from modelcache.types import PREPARED, SHORT_CHARACTERS
+from gateway.cli.tables import BUSY, GOOD, Screen, Table
+from gateway.terminal import NONE, UNKNOWN, ago, duration, size
+from modelcache.types import PREPARED, SHORT_CHARACTERS, ModelEntry
 
-UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+if TYPE_CHECKING:
+    from gateway.admin import schema
+
 TIER_STYLES = {"running": GOOD, "sleeping": GOOD, "paged": GOOD, "forked": GOOD, "on_disk": "cyan"}
 
 
-def size(value: float | None) -> str:
-    """Bytes as disks and networks count them: ``0 B``, ``412 kB``, ``14.9 GB``."""
-    if value is None:
-        return UNKNOWN
-    number = float(value)
-    for unit in UNITS:
-        if abs(number) < 999.5 or unit == UNITS[-1]:
-            break
-        number /= 1000
-    return (
-        f"{number:.0f} {unit}" if unit in ("B", "kB") or number >= 99.95 else f"{number:.1f} {unit}"
-    )
-
-
-def listing(found: Mapping[str, Any], screen: Screen, now_s: float) -> str:
+def listing(found: schema.CacheListing, screen: Screen, now_s: float) -> str:
     """What ``tidegate model ls`` shows; ``now_s`` is Unix time."""
-    models = found.get("models") or []
-    head = f"{found.get('dir')}: {_usage(found.get('usage') or {})}"
-    if not models:
+    usage = found.usage
+    head = f"{found.dir}: {size(usage.bytes_used)} taken"
+    if usage.quota_bytes is not None:
+        head += f" of {size(usage.quota_bytes)} allowed"
+    if usage.bytes_prepared:
+        head += f" ({size(usage.bytes_prepared)} by what was made here)"
+    head += f", {size(usage.free_bytes)} of the disk free"
+    if not found.models:
         return f"{head}\nNo model is in it; `tidegate model preload MODEL` brings one.\n"
-    table = Table(("MODEL", "REVISION", "TIER", "SIZE", "ALONE", "IN PAGES", "STATE", "USED"))
-    for entry in below_their_models(models):
-        tier = str(entry.get("tier") or UNKNOWN)
-        used = entry.get("used_at_s")
+    table = Table(("MODEL", "REVISION", "TIER", "SIZE", "UNIQUE", "PAGE CACHE", "STATE", "USED"))
+    for entry in _below_their_models(found.models):
         table.add(
             _name(entry),
-            short(entry.get("revision")),
-            (tier, TIER_STYLES.get(tier, "")),
-            size(entry.get("size_bytes")),
-            size(entry.get("bytes_unique")),
-            _share(entry.get("bytes_cached"), entry.get("size_bytes")),
+            short(entry.revision),
+            (entry.tier, TIER_STYLES.get(entry.tier, "")),
+            size(entry.size_bytes),
+            size(entry.bytes_unique),
+            _share(entry.bytes_cached, entry.size_bytes),
             _state(entry),
-            NONE if used is None else f"{duration(now_s - used)} ago",
+            NONE if entry.used_at_s is None else ago(entry.used_at_s, now_s),
         )
     return f"{head}\n\n{table.render(screen)}"
 
 
-def below_their_models(models: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _below_their_models(models: Sequence[ModelEntry]) -> list[ModelEntry]:
     """What was made of a model after the model; of one that is not here at the end."""
-    made: dict[tuple[Any, Any], list[Mapping[str, Any]]] = {}
+    made: dict[tuple[str, str], list[ModelEntry]] = {}
     for entry in models:
-        if entry.get("made"):
-            origin = entry["made"]
-            made.setdefault((origin.get("model"), origin.get("revision")), []).append(entry)
-    found: list[Mapping[str, Any]] = []
+        if entry.made is not None:
+            made.setdefault((entry.made.model, entry.made.revision), []).append(entry)
+    found: list[ModelEntry] = []
     for entry in models:
-        if not entry.get("made"):
-            found += [entry, *made.pop((entry.get("url"), entry.get("revision")), [])]
+        if entry.made is None:
+            found += [entry, *made.pop((entry.url, entry.revision), [])]
     return found + [entry for rest in made.values() for entry in rest]
 
 
-def _name(entry: Mapping[str, Any]) -> str:
+def _name(entry: ModelEntry) -> str:
     """What a model is called; of a result what it is, whose, and enough of its key to name it."""
-    scheme, _, key = str(entry.get("url")).partition("://")
+    scheme, _, key = entry.url.partition("://")
     if scheme != PREPARED:
-        return str(entry.get("url"))
+        return entry.url
     name = f"{PREPARED}://{key[:SHORT_CHARACTERS]}"
-    origin = entry.get("made")
-    if not origin:
+    if entry.made is None:
         return name
-    return f"└ {name} ({' + '.join(origin.get('steps') or ())} of {origin.get('model')})"
+    return f"└ {name} ({' + '.join(entry.made.steps)} of {entry.made.model})"
 
 
-def short(revision: object) -> str:
+def short(revision: str | None) -> str:
     """A revision as it is told apart by eye: the beginning of a long digest."""
-    text = str(revision or NONE)
+    text = revision or NONE
     return text[:12] if len(text) >= 32 else text
-
-
-def _usage(usage: Mapping[str, Any]) -> str:
-    parts = []
-    for name, text in (("bytes_used", "{} taken"), ("quota_bytes", "of {} allowed")):
-        if usage.get(name) is not None:
-            parts.append(text.format(size(usage[name])))
-    if usage.get("bytes_prepared"):
-        parts.append(f"({size(usage['bytes_prepared'])} by what was made here)")
-    free = usage.get("free_bytes")
-    if free is not None:
-        parts.append(f"{', ' if parts else ''}{size(free)} of the disk free")
-    return " ".join(parts).replace(" ,", ",") or "what it takes is not known"
 
 
 def _share(part: float | None, whole: float | None) -> str:
@@ -101,88 +77,74 @@ def _share(part: float | None, whole: float | None) -> str:
     return NONE if not whole else f"{100 * part / whole:.0f} %"
 
 
-def _state(entry: Mapping[str, Any]) -> str | tuple[str, str]:
-    leases = entry.get("leases") or ()
-    parts = ["pinned"] if entry.get("pinned") else []
-    parts += [f"in use by {', '.join(map(str, leases))}"] if leases else []
-    if leases and not entry.get("complete") and str(entry.get("url")).startswith(PREPARED):
+def _state(entry: ModelEntry) -> str | tuple[str, str]:
+    parts = ["pinned"] if entry.pinned else []
+    parts += [f"in use by {', '.join(entry.leases)}"] if entry.leases else []
+    if entry.complete:
+        return ", ".join(parts) or NONE
+    if entry.leases and entry.url.startswith(PREPARED):
         return "being made", BUSY
-    if not entry.get("complete"):
-        return ", ".join(["not whole", *parts]), BUSY
-    return ", ".join(parts) or NONE
+    return ", ".join(["not whole", *parts]), BUSY
 
 
-def done(told: Mapping[str, Any]) -> str:
+def done(answer: schema.ModelAnswer) -> str:
     """What a verb has done, in a line or two."""
-    model, took = told.get("model"), duration(told.get("elapsed_s"))
-    verb = told["verb"]
-    if verb == "preload":
-        return _preloaded(told, took)
-    if verb == "prewarm":
-        pages = told.get("pages") or {}
-        after = pages.get("after") or {}
-        share = _share(after.get("bytes_cached"), after.get("bytes_total"))
+    from gateway.admin import schema
+
+    took = duration(answer.elapsed_s)
+    if isinstance(answer, schema.PreloadAnswer):
+        return _preloaded(answer, took)
+    if isinstance(answer, schema.PrewarmAnswer):
+        pages = answer.pages
+        share = _share(pages.after.bytes_cached, pages.after.bytes_total)
         return (
-            f"{model}: {size(pages.get('bytes_read'))} read, {share} in the page cache ({took})\n"
+            f"{answer.model}: {size(pages.bytes_read)} read, {share} in the page cache ({took})\n"
         )
-    if verb == "verify":
-        return _verified(told, took)
-    if verb == "replicate":
-        return "".join(_site(name, one) for name, one in (told.get("sites") or {}).items())
-    if verb == "evict":
-        return _evicted(told)
-    if verb == "pin":
-        return f"{model} is pinned; `tidegate model unpin` lets it be evicted again.\n"
-    return f"{model} may be evicted again.\n"
+    if isinstance(answer, schema.VerifyAnswer):
+        return _verified(answer, took)
+    if isinstance(answer, schema.ReplicateAnswer):
+        return "".join(
+            f"{name}: {one.error or ('it is there' if one.done else 'not done')}\n"
+            for name, one in answer.sites.items()
+        )
+    if isinstance(answer, schema.EvictAnswer):
+        return _evicted(answer)
+    if isinstance(answer, schema.PinAnswer) and answer.pinned:
+        return f"{answer.model} is pinned; `tidegate model unpin` lets it be evicted again.\n"
+    return f"{answer.model} may be evicted again.\n"
 
 
-def _evicted(told: Mapping[str, Any]) -> str:
-    gone = " and ".join(short(one) for one in told.get("revisions") or ())
-    model = f"{told.get('model')} {gone}".rstrip()
-    what = f"What was made of {model}" if told.get("prepared") else model
-    text = f"{what} is evicted; {size(told.get('freed_bytes'))} are free again.\n"
-    left = [short(one) for one in told.get("left") or ()]
-    if left and not told.get("prepared"):
-        text += f"Still here: {', '.join(left)} (`--revision` names one, `--all` all).\n"
+def _evicted(answer: schema.EvictAnswer) -> str:
+    model = f"{answer.model} {' and '.join(map(short, answer.revisions))}".rstrip()
+    what = f"What was made of {model}" if answer.prepared else model
+    text = f"{what} is evicted; {size(answer.freed_bytes)} are free again.\n"
+    if answer.left and not answer.prepared:
+        left = ", ".join(map(short, answer.left))
+        text += f"Still here: {left} (`--revision` names one, `--all` all).\n"
     return text
 
 
-def _preloaded(told: Mapping[str, Any], took: str) -> str:
+def _preloaded(answer: schema.PreloadAnswer, took: str) -> str:
     """What is opened in the end stands last: the result of the steps, where there are any."""
-    model, path, made = told.get("model"), told.get("path"), told.get("prepared")
-    if told.get("size_bytes") is None:
-        text = f"{model} is used where it lies"
+    if answer.size_bytes is None:
+        text = f"{answer.model} is used where it lies"
     else:
-        text = f"{model} {short(told.get('revision'))}, {size(told['size_bytes'])}"
-        if told.get("was_there"):
-            text += ", was there already"
-        else:
-            text += f" in {told.get('files')} files ({took})"
-    if made and told.get("prepared_s") is not None:
-        text += f", prepared in {duration(told['prepared_s'])}"
-    elif made:
+        text = f"{answer.model} {short(answer.revision)}, {size(answer.size_bytes)}"
+        text += ", was there already" if answer.was_there else f" in {answer.files} files ({took})"
+    if answer.prepared and answer.prepared_s is not None:
+        text += f", prepared in {duration(answer.prepared_s)}"
+    elif answer.prepared:
         text += ", prepared already"
-    note = f"Note: {told['note']}\n" if told.get("note") else ""
-    return f"{text}: {made or path}\n{note}"
+    note = f"Note: {answer.note}\n" if answer.note else ""
+    return f"{text}: {answer.prepared or answer.path}\n{note}"
 
 
-def _verified(told: Mapping[str, Any], took: str) -> str:
-    damage = told.get("damage") or []
-    model = told.get("model")
-    if told.get("revision"):
-        model = f"{model} {short(told['revision'])}"
-    if not damage:
+def _verified(answer: schema.VerifyAnswer, took: str) -> str:
+    model = f"{answer.model} {short(answer.revision)}" if answer.revision else answer.model
+    if not answer.damage:
         return f"{model}: every byte is what it was ({took}).\n"
-    lines = [f"{model}: {len(damage)} damaged{', mended' if told.get('repaired') else ''}"]
-    return "\n".join([*lines, *map(_damage, damage)]) + "\n"
-
-
-def _damage(one: Mapping[str, Any]) -> str:
-    piece = "" if one.get("piece") is None else f" (piece {one['piece']})"
-    return f"  {one.get('path')}: {one.get('problem') or 'it is damaged'}{piece}"
-
-
-def _site(name: str, outcome: Mapping[str, Any]) -> str:
-    if outcome.get("error"):
-        return f"{name}: {outcome['error']}\n"
-    return f"{name}: {'it is there' if outcome.get('done', True) else 'not done'}\n"
+    lines = [f"{model}: {len(answer.damage)} damaged{', repaired' if answer.repaired else ''}"]
+    for one in answer.damage:
+        piece = "" if one.piece is None else f" (piece {one.piece})"
+        lines.append(f"  {one.path}: {one.problem}{piece}")
+    return "\n".join(lines) + "\n"

@@ -8,15 +8,14 @@ import time
 from types import TracebackType
 from typing import Any
 
-from gateway.cli import model_tables, tables
-from gateway.cli.base import complain
+from gateway.terminal import complain, duration, size
 from modelcache.types import Progress
 
 PLAIN_S = 10.0
 """Seconds between two lines where there is no terminal."""
 
 
-class Bar:
+class ProgressBar:
     """Shows one piece of work while the ``with`` block lasts; nothing of it stays on a terminal.
 
     ``show`` may be called as often as one likes, from any thread.
@@ -29,7 +28,7 @@ class Bar:
         self._task: Any = None
         self._said_s = time.monotonic()
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         if self._live:
             self._begin()
         return self
@@ -79,14 +78,14 @@ def figures(progress: Progress) -> str:
     parts = []
     if progress.bytes_total:
         done, total = progress.bytes_done, progress.bytes_total
-        parts.append(f"{model_tables.size(done)} of {model_tables.size(total)}")
+        parts.append(f"{size(done)} of {size(total)}")
     elif progress.bytes_done:
-        parts.append(model_tables.size(progress.bytes_done))
+        parts.append(size(progress.bytes_done))
     if progress.rate_bytes_s:
-        parts.append(f"{model_tables.size(progress.rate_bytes_s)}/s")
+        parts.append(f"{size(progress.rate_bytes_s)}/s")
         if progress.bytes_total:
             left_s = (progress.bytes_total - progress.bytes_done) / progress.rate_bytes_s
-            parts.append(f"{tables.duration(left_s)} left")
+            parts.append(f"{duration(left_s)} left")
     if progress.detail:
         parts.append(progress.detail)
     return ", ".join(parts)

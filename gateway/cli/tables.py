@@ -1,23 +1,20 @@
 """What the console prints: tables on a terminal, aligned plain text in a pipe.
 
-Pure functions from data to text. Rich is imported only where a table is drawn on a terminal.
+Pure functions from answers of the admin API to text; moments they are given are Unix time. Rich is
+imported only where a table is drawn on a terminal.
 """
 
 from __future__ import annotations
 
-import json
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
-from gateway.cli.figures import NONE as NONE
-from gateway.cli.figures import UNKNOWN as UNKNOWN
-from gateway.cli.figures import ago as ago
-from gateway.cli.figures import duration as duration
-from gateway.cli.figures import figure as figure
-from gateway.cli.figures import one_line as one_line
-from gateway.cli.tier_tables import fork_lines, warmth_lines
+from gateway.terminal import NONE, UNKNOWN, ago, count, duration, figure, one_line, size
+
+if TYPE_CHECKING:
+    from gateway.admin import schema
+    from gateway.doctor.checks import Check
 
 GOOD = "green"
 BUSY = "yellow"
@@ -34,11 +31,10 @@ STATE_STYLES = {
     "failed": BAD,
     "ok": GOOD,
     "warn": BUSY,
-    "warning": BUSY,
     "fail": BAD,
-    "error": BAD,
-    "missing": BAD,
 }
+PEERS_NAMED = 5
+"""Peers that are named where they are not reached; of more the number is enough."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,212 +58,225 @@ class Table:
 
     def render(self, screen: Screen) -> str:
         """The table for this screen, ending in a line break."""
-        return self._rich(screen) if screen.terminal else self._plain()
+        cells = [
+            [(cell, "") if isinstance(cell, str) else cell for cell in row] for row in self.rows
+        ]
+        clean = [[(one_line(text), style) for text, style in row] for row in cells]
+        return self._rich(clean, screen) if screen.terminal else self._plain(clean)
 
-    def _plain(self) -> str:
-        lines = [[one_line(_text(cell)) for cell in row] for row in self.rows]
-        table = [list(self.headings), *lines]
+    def _plain(self, rows: Sequence[Sequence[tuple[str, str]]]) -> str:
+        table = [list(self.headings), *([text for text, _ in row] for row in rows)]
         widths = [max(len(row[column]) for row in table) for column in range(len(self.headings))]
-        text = "\n".join(
+        return "".join(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            + "\n"
             for row in table
         )
-        return f"{text}\n"
 
-    def _rich(self, screen: Screen) -> str:
+    def _rich(self, rows: Sequence[Sequence[tuple[str, str]]], screen: Screen) -> str:
         from rich.box import SIMPLE_HEAD
+        from rich.console import Console
         from rich.table import Table as RichTable
         from rich.text import Text
 
         table = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
         for heading in self.headings:
             table.add_column(heading, overflow="fold", min_width=len(heading))
-        for row in self.rows:
-            table.add_row(
-                *(
-                    Text(one_line(cell))
-                    if isinstance(cell, str)
-                    else Text(one_line(cell[0]), cell[1])
-                    for cell in row
-                )
-            )
-        return on_screen(table, screen)
-
-
-def on_screen(thing: Any, screen: Screen) -> str:
-    """Something of rich's as the text that draws it, colours and all."""
-    from rich.console import Console
-
-    console = Console(force_terminal=True, width=screen.width, highlight=False)
-    with console.capture() as capture:
-        console.print(thing)
-    return capture.get()
-
-
-def _text(cell: str | tuple[str, str]) -> str:
-    return cell if isinstance(cell, str) else cell[0]
+        for row in rows:
+            table.add_row(*(Text(text, style) for text, style in row))
+        console = Console(force_terminal=True, width=screen.width, highlight=False)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get()
 
 
 # ── status ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def status(report: Mapping[str, Any], screen: Screen, now_s: float) -> str:
-    """What ``tidegate status`` shows; ``now_s`` is Unix time, as the report's moments are."""
-    workers = report.get("workers") or []
-    head = (
-        f"tidegate {report.get('version', UNKNOWN)}  {report.get('endpoint', UNKNOWN)}  "
-        f"admin {report.get('admin', UNKNOWN)}  up {duration(report.get('uptime_s'))}  "
-        f"{len(workers)} worker{'' if len(workers) == 1 else 's'}"
-    )
-    pools = report.get("pools") or []
-    parts = [head, "", _pools(pools, screen).rstrip("\n")]
-    if any(pool.get("replicas") for pool in pools):
+def status(report: schema.GatewayStatus, screen: Screen, now_s: float) -> str:
+    """What ``tidegate status`` shows of a gateway."""
+    pools = report.pools
+    parts = [
+        f"tidegate {report.version}  {report.endpoint}  admin {report.admin}  "
+        f"up {duration(report.uptime_s)}  {count(len(report.workers), 'worker')}",
+        "",
+        _pools(pools, screen).rstrip("\n"),
+    ]
+    if any(pool.replicas for pool in pools):
         parts += ["", _replicas(pools, screen).rstrip("\n")]
     if pools:
-        parts += [
-            "",
-            *(
-                f"{pool.get('name')}: {_decision(pool.get('last_decision'), now_s)}"
-                for pool in pools
-            ),
-        ]
-    if warmth := [*warmth_lines(pools), *fork_lines(report.get("fork_server"))]:
-        parts += ["", *warmth]
+        parts += ["", *(f"{pool.name}: {_decision(pool.last_decision, now_s)}" for pool in pools)]
+    if tiers := [*tier_lines(pools), *fork_lines(report.fork_server)]:
+        parts += ["", *tiers]
     for pool in pools:
-        if pool.get("error"):
-            parts += ["", *_trouble(pool)]
-    if report.get("last_error"):
-        parts += ["", f"Last error of the control loop: {one_line(str(report['last_error']))}"]
-    if any(pool.get("engine") == "simulated" for pool in pools):
+        if pool.error:
+            parts += ["", *_errors(pool, pool.error)]
+    if report.last_error:
+        parts += ["", f"Last error of the control loop: {one_line(report.last_error)}"]
+    if any(pool.engine == "simulated" for pool in pools):
         parts += ["", "Pools of engine simulated answer with made-up text at made-up speed."]
     return "\n".join(parts) + "\n"
 
 
-def _pools(pools: Iterable[Mapping[str, Any]], screen: Screen) -> str:
+def _pools(pools: Iterable[schema.PoolEntry], screen: Screen) -> str:
     table = Table(
-        ("POOL", "ENGINE", "READY", "WANTED", "OTHERS", "QUEUED", "INFLIGHT", "TOKENS", "TIER")
+        ("POOL", "ENGINE", "READY", "DESIRED", "NOT READY", "QUEUED", "INFLIGHT", "TOKENS", "TIER")
         + ("WAKE",)
     )
     for pool in pools:
-        ready, desired = pool.get("ready"), pool.get("desired")
-        enough = ready is not None and desired is not None and ready >= desired
-        pinned = " (held)" if pool.get("override") is not None else ""
-        wake = pool.get("wake_eta_s")
+        enough = pool.ready >= pool.desired
+        others = {
+            state: getattr(pool, state)
+            for state in ("starting", "unhealthy", "draining", "sleeping")
+        }
+        tokens = (pool.inflight_tokens, pool.queued_tokens)
         table.add(
-            str(pool.get("name")),
-            str(pool.get("engine") or pool.get("backend") or UNKNOWN),
-            (figure(ready), GOOD if enough and ready else BUSY if not enough else ""),
-            figure(desired) + pinned,
-            _others(pool),
-            figure(pool.get("queued_requests")),
-            figure(pool.get("inflight_requests")),
-            figure(_sum(pool.get("inflight_tokens"), pool.get("queued_tokens"))),
-            str(pool.get("tier") or NONE),
-            NONE if wake is None else duration(wake),
+            pool.name,
+            pool.engine,
+            (figure(pool.ready), GOOD if enough and pool.ready else BUSY if not enough else ""),
+            figure(pool.desired) + (" (held)" if pool.override is not None else ""),
+            ", ".join(f"{number} {state}" for state, number in others.items() if number) or NONE,
+            figure(pool.queued_requests),
+            figure(pool.inflight_requests),
+            figure(None if None in tokens else sum(filter(None, tokens))),
+            pool.tier or NONE,
+            NONE if pool.wake_eta_s is None else duration(pool.wake_eta_s),
         )
     return table.render(screen)
 
 
-def _others(pool: Mapping[str, Any]) -> str:
-    """Replicas that are not ready, by what they are."""
-    states = ("starting", "unhealthy", "draining", "sleeping")
-    return ", ".join(f"{pool[state]} {state}" for state in states if pool.get(state)) or NONE
-
-
-def _sum(*values: float | None) -> float | None:
-    """Unknown as soon as one part is."""
-    known = [value for value in values if value is not None]
-    return sum(known) if len(known) == len(values) else None
-
-
-def _decision(decision: Mapping[str, Any] | None, now_s: float) -> str:
-    if not decision:
+def _decision(decision: schema.DecisionEntry | None, now_s: float) -> str:
+    if decision is None:
         return "nothing decided yet"
-    why = one_line(str(decision.get("detail") or decision.get("reason")))
-    return f"{why} ({ago(decision.get('at_s'), now_s)})"
+    return f"{one_line(decision.detail or decision.reason)} ({ago(decision.at_s, now_s)})"
 
 
-def _trouble(pool: Mapping[str, Any]) -> list[str]:
+def _errors(pool: schema.PoolEntry, error: str) -> list[str]:
     """Why a pool's engines fail: what happened, and the engine's own last lines below it."""
-    first, *rest = str(pool["error"]).strip().splitlines() or [UNKNOWN]
-    failures = pool.get("failures") or 0
-    times = f"{failures} failures in a row" if failures > 1 else "failed"
-    retry = pool.get("retry_in_s")
-    again = f", next try in {duration(retry)}" if retry is not None else ""
-    return [f"{pool.get('name')}: {times}{again}: {one_line(first)}"] + [
+    first, *rest = error.strip().splitlines() or [UNKNOWN]
+    times = f"{pool.failures} failures in a row" if pool.failures > 1 else "failed"
+    retry = "" if pool.retry_in_s is None else f", next try in {duration(pool.retry_in_s)}"
+    return [f"{pool.name}: {times}{retry}: {one_line(first)}"] + [
         f"  {one_line(one)}" for one in rest
     ]
 
 
-def _replicas(pools: Iterable[Mapping[str, Any]], screen: Screen) -> str:
+def _replicas(pools: Iterable[schema.PoolEntry], screen: Screen) -> str:
     table = Table(("REPLICA", "STATE", "FOR", "INFLIGHT", "TOKENS", "PID", "URL", "DETAIL"))
-    for pool in pools:
-        for replica in pool.get("replicas") or []:
-            state = str(replica.get("state"))
-            pid = replica.get("pid")
-            table.add(
-                str(replica.get("id")),
-                (state, STATE_STYLES.get(state, "")),
-                duration(replica.get("since_s")),
-                figure(replica.get("inflight_requests")),
-                figure(replica.get("inflight_tokens")),
-                NONE if pid is None else str(pid),
-                str(replica.get("url") or NONE),
-                _first(replica.get("error") or replica.get("phase")),
-            )
+    for replica in (replica for pool in pools for replica in pool.replicas):
+        table.add(
+            replica.id,
+            (replica.state, STATE_STYLES.get(replica.state, "")),
+            duration(replica.since_s),
+            figure(replica.inflight_requests),
+            figure(replica.inflight_tokens),
+            NONE if replica.pid is None else str(replica.pid),
+            replica.url or NONE,
+            # An error may bring an engine's log with it: its first line.
+            next(iter((replica.error or replica.phase).strip().splitlines()), ""),
+        )
     return table.render(screen)
 
 
-def _first(text: object) -> str:
-    """The first line of a text that may bring a log with it."""
-    return next(iter(str(text or "").strip().splitlines()), "")
+def tier_lines(pools: Iterable[schema.PoolEntry]) -> list[str]:
+    """A line for each pool with tiers: measured wakes from hot to cold, and when the next step down
+    is due: ``chat: wakes from forked in 3.1 s, paged in 5.2 s; colder in 4 min``."""
+    lines = []
+    for pool in pools:
+        wakes = [
+            one.tier + ("" if one.wake_s is None else f" in {duration(one.wake_s)}")
+            for one in pool.tiers
+            if one.available
+        ]
+        if not wakes:
+            continue
+        text = f"{pool.name}: wakes from {', '.join(wakes)}"
+        if pool.step_down_in_s is not None:
+            text += f"; colder in {duration(pool.step_down_in_s)}"
+        text += "".join(f"; not {one.tier}: {one.why_not}" for one in pool.tiers if one.why_not)
+        lines.append(one_line(text))
+    return lines
+
+
+def fork_lines(server: schema.ForkServerEntry | None) -> list[str]:
+    """How the fork server is, and what it and each standby take of the memory; nothing where there
+    is to be none."""
+    if server is None:
+        return []
+    if server.state != "ready":
+        plain = "" if server.state == "importing" else ": engines start plainly"
+        return [one_line(f"fork server: {server.state} ({server.reason}){plain}")]
+    parts = [f"fork server: ready, {size(server.pss_bytes)}"]
+    for one in server.standbys:
+        ready = "stands by" if one.parked else "is on its way to stand by"
+        parts.append(f"{one.pool} {ready}, {size(one.pss_bytes)}")
+    return [one_line("; ".join(parts))]
+
+
+def agent_status(report: schema.AgentStatus, admin_url: str) -> str:
+    """What ``tidegate status`` shows of a cache agent: where peers are served, which are reached,
+    what the cache takes, what went through it."""
+    traffic, usage = report.traffic, report.usage
+    allowed = "" if usage.quota_bytes is None else f" of {size(usage.quota_bytes)} allowed"
+    served = f"served at {report.peer_url}" if report.peer_url else "not served yet"
+    lines = [
+        f"tidegate {report.version}, a cache agent: no pools, no engines",
+        "",
+        f"  peers    {served}; {_reached(traffic.peers)}",
+        f"  admin    {admin_url}",
+        f"  cache    {report.dir}: {size(usage.bytes_used)}{allowed}; "
+        f"{size(usage.free_bytes)} free on disk",
+        f"  traffic  read {size(traffic.store_bytes)} from stores and "
+        f"{size(traffic.peer_bytes)} from peers, gave {size(traffic.sent_bytes)}",
+        f"           {size(traffic.wasted_bytes)} read in vain, "
+        f"{count(traffic.retries, 'retry', 'retries')}, "
+        f"{count(traffic.peer_failures, 'failure', 'failures')} of peers",
+    ]
+    return "\n".join(map(one_line, lines)) + "\n\nIts models: `tidegate model ls`.\n"
+
+
+def _reached(peers: Sequence[schema.PeerEntry]) -> str:
+    if not peers:
+        return "no others are known"
+    away = [one.url for one in peers if not one.reached]
+    text = f"{len(peers) - len(away)} of {len(peers)} others reached"
+    if not away:
+        return text
+    more = f" and {len(away) - PEERS_NAMED} more" if len(away) > PEERS_NAMED else ""
+    return f"{text}, not {', '.join(away[:PEERS_NAMED])}{more}"
 
 
 # ── explain ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def explain(pool: str, decisions: Sequence[Mapping[str, Any]], screen: Screen, now_s: float) -> str:
-    """Why a pool has the replicas it has: the newest decision in full, then how it came to it.
-
-    ``now_s`` is Unix time, as the decisions' moments are.
-    """
-    if not decisions:
-        return f"{pool}: nothing has been decided yet.\n"
-    flat = list(decisions)
-    newest = flat[-1]
+def explain(answer: schema.ExplainAnswer, screen: Screen, now_s: float) -> str:
+    """Why a pool has the replicas it has: the newest decision in full, then how it came to it."""
+    if not answer.decisions:
+        return f"{answer.pool}: nothing has been decided yet.\n"
+    newest = answer.decisions[-1]
     lines = [
-        f"{pool}: {figure(newest.get('desired'))} wanted, {figure(newest.get('supply'))} there "
-        "or on their way",
-        f"  why     {one_line(str(newest.get('detail') or newest.get('reason') or UNKNOWN))}",
-        f"  signal  {SIGNALS.get(str(newest.get('signal')), newest.get('signal') or NONE)}",
-        f"  bound   {BOUNDS.get(str(newest.get('bound')), newest.get('bound') or 'none')}",
+        f"{answer.pool}: {figure(newest.desired)} desired, {figure(newest.supply)} ready or on "
+        "their way",
+        f"  why     {one_line(newest.detail or newest.reason)}",
+        f"  signal  {SIGNALS.get(newest.signal, newest.signal)}",
+        f"  bound   {BOUNDS.get(newest.bound or '', newest.bound or 'none')}",
     ]
-    if newest.get("panicking"):
+    if newest.panicking:
         lines.append("  panic   yes: demand rose so fast that the pool only grows for now")
-    lines += [
-        f"  {name.replace('_', ' '):<7} {value}"
-        for name, value in newest.items()
-        if name not in SHOWN and isinstance(value, int | float | str)
-    ]
-    table = Table(("SINCE", "UNTIL", "TIMES", "WANTED", "THERE", "REASON", "BOUND", "DETAIL"))
-    for one in flat:
+    table = Table(("SINCE", "UNTIL", "TIMES", "DESIRED", "SUPPLY", "REASON", "BOUND", "DETAIL"))
+    for one in answer.decisions:
         table.add(
-            ago(one.get("first_at_s", one.get("at_s")), now_s),
-            ago(one.get("last_at_s", one.get("at_s")), now_s),
-            figure(one.get("count", 1)),
-            figure(one.get("desired")),
-            figure(one.get("supply")),
-            str(one.get("reason") or UNKNOWN),
-            str(one.get("bound") or NONE),
-            str(one.get("detail") or ""),
+            ago(one.first_at_s, now_s),
+            ago(one.last_at_s, now_s),
+            figure(one.count),
+            figure(one.desired),
+            figure(one.supply),
+            one.reason,
+            one.bound or NONE,
+            one.detail,
         )
     return "\n".join([*lines, "", table.render(screen)])
 
-
-SHOWN = frozenset(
-    {"pool", "at_s", "first_at_s", "last_at_s", "count", "desired", "supply", "reason", "detail"}
-    | {"signal", "bound", "panicking"}
-)
 
 SIGNALS = {
     "none": "nothing asked for replicas",
@@ -295,63 +304,13 @@ BOUNDS = {
 # ── doctor ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def doctor(checks: Iterable[Mapping[str, Any]], screen: Screen) -> str:
+def doctor(checks: Iterable[Check], screen: Screen) -> str:
     """The report of ``tidegate doctor``: what was found, and below it what to do."""
     table = Table(("CHECK", "STATUS", "FINDING"))
     advice = []
     for check in checks:
-        state = str(check.get("status"))
-        table.add(
-            str(check.get("name")),
-            (state, STATE_STYLES.get(state, "")),
-            str(check.get("finding") or ""),
-        )
-        if check.get("advice"):
-            advice.append(f"  {check.get('name')}: {one_line(str(check['advice']))}")
+        table.add(check.name, (check.status, STATE_STYLES[check.status]), check.finding)
+        if check.advice:
+            advice.append(f"  {check.name}: {one_line(check.advice)}")
     text = table.render(screen)
     return text + ("\nWhat to do:\n" + "\n".join(advice) + "\n" if advice else "")
-
-
-# ── up ────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BannerPool:
-    """A pool as the banner names it."""
-
-    name: str
-    engine: str = ""
-    min_replicas: int = 0
-
-
-def banner(
-    *, url: str, admin_url: str, pools: Sequence[BannerPool], insecure_tls: bool = False
-) -> str:
-    """What ``tidegate up`` prints once it is ready: where it is, and one line to try it with."""
-    lines = [f"Tidegate is ready at {url}/v1  (admin: {admin_url})", ""]
-    for pool in pools:
-        kind = "a simulation: made-up text" if pool.engine == "simulated" else pool.engine
-        asleep = "" if pool.min_replicas else "; at zero, the first request wakes it"
-        lines.append(f"  {pool.name}  ({kind}{asleep})")
-    if not pools:
-        lines.append("  No pool is configured; see tidegate.example.toml.")
-    else:
-        lines += ["", "Try it:", "", f"  {curlone_line(url, pools[0].name, insecure_tls)}"]
-    lines += ["", "Watch it with `tidegate status --watch`; stop it with Ctrl-C.", ""]
-    return "\n".join(lines)
-
-
-def curlone_line(url: str, model: str, insecure_tls: bool = False) -> str:
-    """One line for a shell that asks a pool for a sentence."""
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
-        "max_tokens": 32,
-        "temperature": 0,
-    }
-    flags = "-sSk" if insecure_tls else "-sS"
-    return (
-        f"curl {flags} {shlex.quote(url + '/v1/chat/completions')} "
-        "-H 'content-type: application/json' "
-        f"-d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
-    )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 import typer
 
-from gateway.cli import agent_tables, base, client, tables
+from gateway.cli import client, tables
 from gateway.cli.agent import agent
 from gateway.cli.base import (
     Admin,
@@ -19,14 +20,14 @@ from gateway.cli.base import (
     Sets,
     address,
     as_text,
-    complain,
     load,
-    out,
     screen,
 )
 from gateway.cli.bundle import bundle
 from gateway.cli.config import config_app
 from gateway.cli.model import model_app
+from gateway.terminal import complain, out
+from gateway.terminal import version as installed_version
 
 CLEAR = "\x1b[H\x1b[2J"
 HELP_NAMES = ["-h", "--help"]
@@ -61,7 +62,7 @@ def _hide_types_of_flags(command: Any) -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"tidegate {base.version()} (Python {sys.version.split()[0]})")
+        typer.echo(f"tidegate {installed_version()} (Python {sys.version.split()[0]})")
         raise typer.Exit
 
 
@@ -169,7 +170,7 @@ def status(
 ) -> int:
     """Show pools, replicas, load, and the last decision for each pool.
 
-    WANTED is what the autoscaler decided; "(held)" after it means an operator did. QUEUED requests
+    DESIRED is what the autoscaler decided; "(held)" after it means an operator did. QUEUED requests
     wait in the gateway, INFLIGHT ones are with an engine, TOKENS are estimates of both. WAKE is how
     long a start takes, measured from earlier ones. A `?` is unknown, which is not zero. Of a cache
     agent it shows its peers, its room and its traffic.
@@ -177,11 +178,13 @@ def status(
     **Examples:** `tidegate status`, `tidegate status --watch`,
     `tidegate status --json | jq '.pools[].ready'`
     """
+    from gateway.admin.operations import STATUS
+
     while True:
         base = address(admin, config, sets)  # each time: one that was started again has new ports
         clear = CLEAR if watch and not as_json and screen().terminal else ""
         try:
-            report = client.ask(base, "/status")
+            report = client.ask(base, STATUS).root
         except client.Unreachable as error:
             if not watch:
                 raise
@@ -196,12 +199,12 @@ def status(
         time.sleep(interval)
 
 
-def _status_text(report: dict[str, Any], base: str, as_json: bool) -> str:
+def _status_text(report: Any, base: str, as_json: bool) -> str:
     """A gateway's status or an agent's, as it is printed."""
     if as_json:
         return as_text(report)
-    if agent_tables.is_agent(report):
-        return agent_tables.agent_status(report, base)
+    if report.kind == "agent":
+        return tables.agent_status(report, base)
     return tables.status(report, screen(), time.time())
 
 
@@ -226,9 +229,10 @@ def scale(
     """
     if replicas != "auto" and not (replicas.isascii() and replicas.isdigit()):
         raise typer.BadParameter(f"{replicas!r} is neither a number from 0 nor auto")
+    from gateway.admin.operations import SCALE
+
     count = None if replicas == "auto" else int(replicas)
-    base = address(admin, config, sets)
-    answer = client.ask(base, client.pool_path(pool, "scale"), {"replicas": count})
+    answer = client.ask(address(admin, config, sets), SCALE, {"replicas": count}, pool=pool)
     if as_json:
         out(as_text(answer))
     elif count is None:
@@ -254,14 +258,10 @@ def explain(
 
     **Examples:** `tidegate explain smollm2`, `tidegate explain smollm2 --limit 5 --json`
     """
-    base = address(admin, config, sets)
-    path = f"{client.pool_path(pool, 'explain')}?limit={limit}"
-    answer = client.ask(base, path)
-    decisions = answer.get("decisions") or []
-    if as_json:
-        out(as_text(answer))
-    else:
-        out(tables.explain(pool, decisions, screen(), time.time()))
+    from gateway.admin.operations import EXPLAIN
+
+    answer = client.ask(address(admin, config, sets), EXPLAIN, query={"limit": limit}, pool=pool)
+    out(as_text(answer) if as_json else tables.explain(answer, screen(), time.time()))
     return 0
 
 
@@ -292,14 +292,9 @@ def doctor(
     loaded = load(config, sets)
     if sys.stderr.isatty() and not as_json:
         complain("looking at this machine; what it asks of an engine takes up to a minute")
-    checks = [
-        {
-            "name": check.name,
-            "status": str(check.status),
-            "finding": check.finding,
-            "advice": check.advice,
-        }
-        for check in run_doctor(loaded.settings, measure=measure)
-    ]
-    out(as_text({"checks": checks}) if as_json else tables.doctor(checks, screen()))
-    return 1 if any(check["status"] == "fail" for check in checks) else 0
+    checks = run_doctor(loaded.settings, measure=measure)
+    if as_json:
+        out(as_text({"checks": [asdict(check) for check in checks]}))
+    else:
+        out(tables.doctor(checks, screen()))
+    return 1 if any(check.status == "fail" for check in checks) else 0

@@ -12,21 +12,21 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from gateway.admin.answers import error
-from gateway.admin.app import MAX_BODY_BYTES, METRICS_TYPE, assemble
+from gateway.admin import schema
+from gateway.admin.app import Handler, assemble, healthz, readiness
 from gateway.admin.metrics_page import render_agent, render_cache
 from gateway.admin.model_routes import ModelRoutes
-from gateway.admin.models import Models, as_json
+from gateway.admin.models import Models
+from gateway.admin.openapi import METRICS_TYPE
+from gateway.admin.schema import AdminError
 from gateway.admin.server import listen, serve_admin_on, url
 from gateway.admin.usage_poller import UsageLook
-from gateway.cli.base import complain, out, version
 from gateway.compose.cache import NodeCache, make_keeper, make_models, open_cache
 from gateway.compose.process import check_writable, set_up_logging, take_signals
 from gateway.compose.run_record import (
@@ -40,6 +40,7 @@ from gateway.compose.run_record import (
 )
 from gateway.settings.load import LoadedSettings
 from gateway.settings.schema import Settings
+from gateway.terminal import complain, out, version
 from modelcache.serving import Serving, run_agent
 from modelcache.types import CacheError
 
@@ -122,56 +123,44 @@ def create_agent_app(
     allowed_hosts: tuple[str, ...] = (),
 ) -> Starlette:
     """The admin application of an agent; ``where`` tells the peer listener's URL once it serves."""
-
-    async def healthz(request: Request) -> Response:
-        """200 as long as the process lives."""
-        return JSONResponse({"status": "alive"})
-
-    async def readyz(request: Request) -> Response:
-        """200 while peers are served, else 503."""
-        ready = where() is not None
-        reason = "serving peers" if ready else "not serving peers yet"
-        return JSONResponse({"ready": ready, "reason": reason}, 200 if ready else 503)
-
     usage = UsageLook(models.cache.usage)
 
-    async def status(request: Request) -> Response:
-        """Where peers are served, what the cache takes, and what was read and given."""
-        return JSONResponse(await asyncio.to_thread(_status, models, where()))
+    async def readyz() -> schema.Readiness:
+        ready = where() is not None
+        return readiness(ready, "serving peers" if ready else "not serving peers yet")
 
-    async def metrics(request: Request) -> Response:
-        """Prometheus text."""
+    async def status() -> schema.AgentStatus:
+        return await asyncio.to_thread(_status, models, where())
+
+    async def metrics() -> Response:
         page = render_agent(version=version(), traffic=models.traffic())
         page += render_cache(await usage.get(), usage.failures)
         return Response(page, headers={"content-type": METRICS_TYPE})
 
-    routes = [
-        Route("/metrics", metrics),
-        Route("/healthz", healthz),
-        Route("/readyz", readyz),
-        Route("/status", status),
-        *ModelRoutes(models, MAX_BODY_BYTES).table(),
-    ]
-    app = assemble(routes, host, allowed_hosts)
-    for what in (
-        "pools",
-        "replicas",
-    ):  # not in the index: the console may ask for them all the same
-        path = f"/{what}/{{rest:path}}"
-        app.router.routes.append(Route(path, _no_pools, methods=["GET", "POST"]))
+    handlers: dict[str, Handler] = {
+        "metrics": metrics,
+        "healthz": healthz,
+        "readyz": readyz,
+        "status": status,
+        **ModelRoutes(models).handlers(),
+    }
+    app = assemble(handlers, host, allowed_hosts, version())
+    for what in ("pools", "replicas"):  # no operations here, but the console may ask for them
+        app.router.routes.append(
+            Route(f"/{what}/{{rest:path}}", _no_pools, methods=["GET", "POST"])
+        )
     return app
 
 
 async def _no_pools(request: Request) -> Response:
-    """404 to what only a gateway can be asked."""
-    return error(404, "no_pools", "A cache agent runs here; it has no pools.")
+    raise AdminError("no_pools", "A cache agent runs here; it has no pools.")
 
 
-def _status(models: Models, peer_url: str | None) -> dict[str, Any]:
-    return {
-        "version": version(),
-        "peer_url": peer_url,
-        "dir": str(models.cache.dir),
-        "usage": as_json(models.cache.usage()),
-        "traffic": as_json(models.traffic()),
-    }
+def _status(models: Models, peer_url: str | None) -> schema.AgentStatus:
+    return schema.AgentStatus(
+        version=version(),
+        peer_url=peer_url,
+        dir=str(models.cache.dir),
+        usage=schema.CacheUsage.model_validate(models.cache.usage()),
+        traffic=schema.CacheTraffic.model_validate(models.traffic()),
+    )

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gateway.admin.model_names import pools_of
-from gateway.admin.model_parts import IsCancelled, Keeper, OnProgress
 from gateway.admin.models import Models
 from gateway.settings.schema import Settings
+from modelcache.ports import IsCancelled, OnProgress
 from modelcache.types import CacheError, FileRange, ModelRef
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ def make_models(
     node: NodeCache,
     settings: Settings,
     environ: Mapping[str, str],
-    keeper: Keeper | None = None,
+    keeper: PageKeeper | None = None,
 ) -> Models:
     """The verbs over a node's cache; what is prewarmed is kept by ``keeper``."""
     from gateway.compose.preparation import make_transform
@@ -101,7 +100,7 @@ def make_models(
         transform=make_transform(settings, node.cache, environ)
         if settings.modelcache.steps
         else None,
-        pools=pools_of(settings),
+        pools=settings.pools,
     )
 
 

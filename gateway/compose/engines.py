@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from autoscaler.backends.base import Placement, ReplicaSpec
 from autoscaler.backends.process.backend import ProcessBackend
@@ -12,6 +11,7 @@ from autoscaler.backends.process.fork_server import ForkPlan
 from autoscaler.backends.process.replica import make_env
 from autoscaler.policy.placement import Gpu
 from autoscaler.settings import PoolSettings
+from gateway.admin.schema import ForkServerEntry
 from gateway.compose.bundles import Bundles
 from gateway.compose.cache import cache_dir
 from gateway.doctor import machine
@@ -121,12 +121,12 @@ def fork_plan(
     )
 
 
-def describe_forks(backend: ProcessBackend) -> dict[str, Any] | None:
-    """How the fork server is, as JSON has it, with the engines that stand by; ``None`` without."""
+def describe_forks(backend: ProcessBackend) -> ForkServerEntry | None:
+    """How the fork server is, with the engines that stand by; ``None`` without."""
     server = backend.fork_server()
     if server is None:
         return None
-    return {**asdict(server), "standbys": [asdict(one) for one in backend.standbys()]}
+    return ForkServerEntry.model_validate({**asdict(server), "standbys": backend.standbys()})
 
 
 def make_bundles(settings: Settings) -> Bundles | None:

@@ -87,6 +87,11 @@ def read_record(state_dir: Path, name: str = RECORD_NAME) -> Running | None:
     return running if _alive(running.pid) else None
 
 
+def find_running(state_dir: Path) -> Running | None:
+    """The Tidegate that runs with this state directory, else the cache agent."""
+    return read_record(state_dir) or read_record(state_dir, AGENT_NAME)
+
+
 def remove_record(state_dir: Path, pid: int, name: str = RECORD_NAME) -> None:
     """Take the record away if it is still this process's own."""
     running = read_record(state_dir, name)

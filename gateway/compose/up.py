@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
+import shlex
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -22,12 +24,11 @@ from autoscaler.backends.base import BackendError
 from autoscaler.backends.process.backend import ProcessBackend
 from autoscaler.backends.static import StaticBackend
 from autoscaler.control.loop import ControlLoop
+from autoscaler.settings import PoolSettings
 from autoscaler.types import PoolView, ReplicaView
 from gateway.admin.app import create_app
 from gateway.admin.control import LiveControl
 from gateway.admin.server import listen, serve_admin_on, url
-from gateway.cli import tables
-from gateway.cli.base import complain, out, version
 from gateway.compose.cache import make_keeper, make_models, open_cache
 from gateway.compose.engines import (
     Inventory,
@@ -45,6 +46,7 @@ from gateway.datapath.messages import WorkerConfig
 from gateway.datapath.shared import Shared
 from gateway.settings.load import LoadedSettings
 from gateway.settings.schema import Settings
+from gateway.terminal import complain, out, version
 from modelcache.serving import start_serving
 from modelcache.types import CacheError
 
@@ -196,20 +198,41 @@ class _Tidegate:
 
     def banner(self) -> str:
         """What is printed once requests are accepted."""
-        pools = [
-            tables.BannerPool(
-                name=pool.name,
-                engine=pool.engine or pool.backend,
-                min_replicas=pool.min_replicas or (1 if pool.backend == "static" else 0),
-            )
-            for pool in self.settings.pools
-        ]
-        return tables.banner(
-            url=self.url,
-            admin_url=self.admin_url,
-            pools=pools,
-            insecure_tls=self.url.startswith("https"),
-        )
+        return banner(self.url, self.admin_url, self.settings.pools)
+
+
+def banner(url: str, admin_url: str, pools: Sequence[PoolSettings]) -> str:
+    """Where Tidegate is reached, its pools, and a line for a shell to try the first of them with.
+    ``url`` is the API's."""
+    lines = [f"Tidegate is ready at {url}/v1  (admin: {admin_url})", ""]
+    for pool in pools:
+        engine = pool.engine or pool.backend
+        kind = "a simulation: made-up text" if engine == "simulated" else engine
+        is_up = pool.min_replicas or pool.backend == "static"
+        zero = "" if is_up else "; at zero, the first request wakes it"
+        lines.append(f"  {pool.name}  ({kind}{zero})")
+    if not pools:
+        lines.append("  No pool is configured; see tidegate.example.toml.")
+    else:
+        lines += ["", "Try it:", "", f"  {_curl(url, pools[0].name)}"]
+    lines += ["", "Watch it with `tidegate status --watch`; stop it with Ctrl-C.", ""]
+    return "\n".join(lines)
+
+
+def _curl(url: str, model: str) -> str:
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "max_tokens": 32,
+        "temperature": 0,
+    }
+    # A certificate of one's own making is what TLS is tried with first.
+    flags = "-sSk" if url.startswith("https") else "-sS"
+    return (
+        f"curl {flags} {shlex.quote(url + '/v1/chat/completions')} "
+        "-H 'content-type: application/json' "
+        f"-d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
+    )
 
 
 async def _run(settings: Settings) -> int:
@@ -231,6 +254,7 @@ async def _live(tidegate: _Tidegate) -> int:
         tidegate.control,
         host=tidegate.settings.gateway.admin_host,
         allowed_hosts=tidegate.settings.gateway.admin_allowed_hosts,
+        version=version(),
         models=tidegate.models,
     )
     admin = asyncio.create_task(serve_admin_on(tidegate.admin_listener, app, admin_stop))

@@ -8,13 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from gateway.cli.figures import count
-from gateway.cli.model_tables import size
+from gateway.admin.schema import CacheListing
 from gateway.doctor.checks import Check, fail, ok, warn
 from gateway.doctor.model_machine import EXTRAS, CacheProbes, FormatSpeed
 from gateway.settings.schema import Settings
+from gateway.terminal import count, size
 
 CLOSE = 0.9
 """A format this near to the quickest is as good: one figure twice differs by that."""
@@ -37,11 +36,11 @@ def diagnose_cache(
         return
     python = settings.loaders.engine_python.expanduser()
     yield _forking(probes, python, device)
-    yield _formats(probes, python, find_weights(settings, listing))
+    yield _formats(probes, python, find_weights(settings))
 
 
 def _cache(
-    settings: Settings, probes: CacheProbes, directory: Path, listing: dict[str, Any] | str
+    settings: Settings, probes: CacheProbes, directory: Path, listing: CacheListing | str | None
 ) -> Check:
     name = "model cache"
     problem = probes.can_write(directory)
@@ -53,20 +52,20 @@ def _cache(
         if secret in listing:
             advice = f"set the environment variable {secret} here, and where Tidegate is started"
         return warn(name, f"{directory}: {listing}", advice)
-    models = listing.get("models") or []
-    taken = (listing.get("usage") or {}).get("bytes_used")
+    models = () if listing is None else listing.models
+    taken = 0 if listing is None else listing.usage.bytes_used
     quota, reserve = settings.modelcache.quota_bytes, settings.modelcache.reserve_bytes
     free = probes.disk_free_bytes(directory)
     text = f"{directory}: {count(len(models), 'model revision')}"
-    text += f", {size(taken)}" if taken is not None else ""
+    text += f", {size(taken)}"
     text += f" of {size(quota)} allowed" if quota is not None else ""
     text += f"; {size(free)} of the disk free, {size(reserve)} of that left alone"
-    parts = sum(not entry.get("complete", True) for entry in models)
+    parts = sum(not entry.complete for entry in models)
     text += f"; {parts} not whole (`tidegate model preload` goes on with them)" if parts else ""
     if free is not None and free <= reserve:
         advice = "make room, set modelcache.dir to another disk, or lower modelcache.reserve_bytes"
         return warn(name, f"{text}: there is room for no model", advice)
-    if quota is not None and free is not None and quota > free + (taken or 0) - reserve:
+    if quota is not None and free is not None and quota > free + taken - reserve:
         return warn(name, f"{text}: the disk is smaller than the quota", "lower it, or make room")
     return ok(name, text)
 
@@ -173,15 +172,13 @@ def _problems(speeds: Sequence[FormatSpeed]) -> str:
     return "; ".join([*parts, *([f"not installed: {', '.join(absent)}"] if absent else [])])
 
 
-def find_weights(settings: Settings, listing: dict[str, Any] | str) -> list[Path]:
-    """Weights that are on this node: of a pool's model that is a directory, else of the cache."""
+def find_weights(settings: Settings) -> list[Path]:
+    """The weights of the first pool whose model is a directory with safetensors."""
     places = [
         Path(pool.model).expanduser()
         for pool in settings.pools
         if pool.engine == "vllm" and pool.model and "://" not in pool.model
     ]
-    if isinstance(listing, dict):
-        places += [Path(one["path"]) for one in listing.get("models") or [] if one.get("path")]
     for place in places:
         found = sorted(place.glob("*.safetensors")) if place.is_dir() else []
         if found:

@@ -20,8 +20,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from gateway.admin.schema import CacheListing
 from gateway.settings.schema import Settings
 from modelcache.types import CacheError
 
@@ -62,8 +63,8 @@ class ForkAbility:
 class CacheProbes(Protocol):
     """What ``diagnose_cache`` asks. Tests answer with values; ``CacheMachine`` asks the machine."""
 
-    def listing(self, settings: Settings) -> dict[str, Any] | str:
-        """What the cache has (``Models.listing``), or why it cannot be told."""
+    def listing(self, settings: Settings) -> CacheListing | str | None:
+        """What the cache has, or why it cannot be told; ``None`` before it is made."""
 
     def can_write(self, path: Path) -> str | None:
         """Why no file can be made in a directory (or its nearest parent); ``None`` when it can."""
@@ -90,13 +91,13 @@ class CacheProbes(Protocol):
 class CacheMachine:
     """The machine itself, asked."""
 
-    def listing(self, settings: Settings) -> dict[str, Any] | str:
+    def listing(self, settings: Settings) -> CacheListing | str | None:
         from gateway.compose.cache import cache_dir, open_models
 
         try:
             models = open_models(settings, os.environ)
             if not cache_dir(settings).is_dir():
-                return {"models": [], "usage": {}}
+                return None
             return models.listing()
         except (CacheError, OSError) as error:
             return str(error)

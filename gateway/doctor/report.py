@@ -11,12 +11,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from autoscaler.settings import PoolSettings
-from gateway.cli.figures import count
 from gateway.doctor.checks import Check, Status, fail, ok, warn
 from gateway.doctor.machine import Gpu, Machine, Probes
 from gateway.doctor.model_checks import diagnose_cache
 from gateway.doctor.model_machine import CacheMachine
 from gateway.settings.schema import Settings
+from gateway.terminal import count
 from loaders.engines.vllm.command import EngineInstall
 
 OLDEST, NEWEST = (3, 11), (3, 13)

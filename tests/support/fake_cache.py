@@ -180,6 +180,9 @@ class FakePages:
     after: Residency
 
 
+NO_PAGES = FakePages(bytes_total=0, bytes_read=0, after=Residency(bytes_total=0, bytes_cached=0))
+
+
 def fake_models(cache: FakeCache, sites: dict[str, str] | None = None) -> Models:
     """The verbs over it. ``sites`` are names with what is wrong there, empty for nothing."""
     outcomes = sites or {}
@@ -206,6 +209,9 @@ def fake_models(cache: FakeCache, sites: dict[str, str] | None = None) -> Models
         cancelled: Callable[[], bool],
     ) -> dict[str, Any]:
         cache.calls.append(("replicate", url, revision, tuple(names)))
-        return {name: {"error": outcomes[name] or None} for name in names}
+        return {
+            name: {"site": name, "done": not outcomes[name], "error": outcomes[name] or None}
+            for name in names
+        }
 
     return Models(cache=cache, prewarm=prewarm, replicate=replicate, sites=tuple(outcomes))

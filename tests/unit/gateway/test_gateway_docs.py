@@ -21,6 +21,7 @@ from autoscaler.backends.process.fork_server import FORK_STATES
 from autoscaler.control.start_steps import STEPS
 from autoscaler.policy.lifecycle import TABLE, State
 from gateway.admin import metrics_page
+from gateway.admin.schema import ForkServerEntry, StandbyEntry
 from gateway.cli.verbs import app
 from gateway.datapath.protocol.errors import Reason
 from gateway.datapath.shared import Shared
@@ -46,13 +47,16 @@ USAGE = Usage(
     quota_bytes=20,
     reserve_bytes=0,
 )
-FORKS: dict[str, Any] = {
-    "state": "ready",
-    "pss_bytes": 7,
-    "forked": 3,
-    "crashes": 2,
-    "standbys": [{"pool": "p", "pss_bytes": 5}],
-}
+FORKS = ForkServerEntry(
+    state="ready",
+    reason="",
+    pid=1,
+    pss_bytes=7,
+    import_s=None,
+    forked=3,
+    crashes=2,
+    standbys=(StandbyEntry(pool="p", pid=2, parked=True, pss_bytes=5),),
+)
 PAGES = sorted(
     path
     for pattern in ("*.md", "docs/**/*.md", "bench/README.md", "deploy/**/*.md")
@@ -223,7 +227,7 @@ def metric_families() -> list[Any]:
 
 
 def test_what_is_not_known_of_the_fork_server_is_left_out() -> None:
-    def samples(forks: dict[str, Any] | None) -> dict[str, float]:
+    def samples(forks: ForkServerEntry | None) -> dict[str, float]:
         shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
         page = metrics_page.render(
             shared=shared, pools={}, report=None, version="1", traffic={}, forks=forks
@@ -241,7 +245,7 @@ def test_what_is_not_known_of_the_fork_server_is_left_out() -> None:
     assert known["tidegate_fork_server importing"] == 0
     assert known["tidegate_fork_server_bytes"] == 7
     assert known["tidegate_standby_bytes p"] == 5
-    gone = samples({**FORKS, "state": "waiting", "pss_bytes": None, "standbys": []})
+    gone = samples(FORKS.model_copy(update={"state": "waiting", "pss_bytes": None, "standbys": ()}))
     assert gone["tidegate_fork_server waiting"] == 1
     assert gone["tidegate_fork_server_crashes_total"] == 2
     assert set(known) - set(gone) == {"tidegate_fork_server_bytes", "tidegate_standby_bytes p"}

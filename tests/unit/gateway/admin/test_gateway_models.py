@@ -6,19 +6,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from fake_cache import FakeCache, FakeCached, fake_models
+from fake_cache import FakeCache, FakeCached, FakePages, fake_models
 from folder_store import Rig
 
-from gateway.admin.model_names import PoolModel, find_model
-from gateway.admin.models import Models
+from autoscaler.settings import PoolSettings
+from gateway.admin import schema
+from gateway.admin.models import Models, find_model
+from gateway.admin.operations import VERBS
 from gateway.compose.cache import open_models
 from gateway.settings.schema import Settings
 from modelcache.cache import ModelCache
-from modelcache.types import Cancelled, FileRange, InUse, NoSpace, NotFound, Progress
+from modelcache.types import Cancelled, FileRange, InUse, NoSpace, NotFound, Progress, Residency
 
 URL = "hf://org/name"
+
+
+def run(models: Models, verb: str, body: dict[str, Any]) -> Any:
+    request: Any = VERBS[verb].request
+    return models.run(verb, request.model_validate(body))
 
 
 class FakeKeeper:
@@ -57,9 +65,9 @@ def test_preload_runs_a_model_s_preparation_steps_ahead_of_its_use(tmp_path: Pat
 
     cache = FakeCache(tmp_path)
     models = replace(fake_models(cache), transform=transform)
-    told = models.run("preload", {"model": URL})
+    told = run(models, "preload", {"model": URL})
     assert asked == [(URL, cache.models[URL])], "what was fetched, and not what its URL is now"
-    assert told["prepared"] == str(tmp_path / "prepared")
+    assert told.prepared == str(tmp_path / "prepared")
 
 
 def test_prewarm_pages_what_engines_open(tmp_path: Path) -> None:
@@ -68,18 +76,25 @@ def test_prewarm_pages_what_engines_open(tmp_path: Path) -> None:
     (made / "model.safetensors").write_bytes(b"made")
     paged: list[FileRange] = []
     keeper = FakeKeeper()
+
+    def page(files: list[FileRange], *_: object) -> FakePages:
+        paged.extend(files)
+        return FakePages(
+            bytes_total=4, bytes_read=4, after=Residency(bytes_total=4, bytes_cached=4)
+        )
+
     models = replace(
         fake_models(FakeCache(tmp_path)),
         transform=lambda *_: nullcontext(at(made)),
-        prewarm=lambda files, on_progress, cancelled: paged.extend(files),
+        prewarm=page,
         keeper=keeper,
     )
-    told = models.run("prewarm", {"model": URL})
+    told = run(models, "prewarm", {"model": URL})
     assert [Path(one.path) for one in paged] == [made / "model.safetensors"]
-    assert told["prepared"] == str(made)
-    assert told["path"] != told["prepared"]
+    assert told.prepared == str(made)
+    assert told.path != told.prepared
     assert keeper.kept == {f"asked for: {URL}": 1}
-    models.run("evict", {"model": URL, "prepared": True})
+    run(models, "evict", {"model": URL, "prepared": True})
     assert keeper.kept == {}  # or its bytes would not be free
 
 
@@ -87,24 +102,24 @@ def test_a_model_without_steps_is_what_was_fetched(tmp_path: Path) -> None:
     models = replace(
         fake_models(FakeCache(tmp_path)), transform=lambda url, cached, *_: nullcontext(cached)
     )
-    assert models.run("preload", {"model": URL})["prepared"] is None
-    assert fake_models(FakeCache(tmp_path)).run("preload", {"model": URL})["prepared"] is None
+    assert run(models, "preload", {"model": URL}).prepared is None
+    assert run(fake_models(FakeCache(tmp_path)), "preload", {"model": URL}).prepared is None
 
 
 def test_prewarmed_pages_are_kept_until_the_model_is_let_go(tmp_path: Path) -> None:
     keeper = FakeKeeper()
     models = replace(fake_models(FakeCache(tmp_path)), keeper=keeper)
-    assert models.run("prewarm", {"model": URL})["not_kept"] == ""
+    assert run(models, "prewarm", {"model": URL}).not_kept == ""
     assert list(keeper.kept.values()) == [1]
-    models.run("evict", {"model": URL})
+    run(models, "evict", {"model": URL})
     assert keeper.kept == {}
 
 
 def test_why_pages_are_not_kept_is_told(tmp_path: Path) -> None:
     full = replace(fake_models(FakeCache(tmp_path)), keeper=FakeKeeper(full=True))
-    assert "page_budget_bytes" in full.run("prewarm", {"model": URL})["not_kept"]
+    assert "page_budget_bytes" in run(full, "prewarm", {"model": URL}).not_kept
     alone = fake_models(FakeCache(tmp_path))
-    assert "nobody runs here" in alone.run("prewarm", {"model": URL})["not_kept"]
+    assert "runs here" in run(alone, "prewarm", {"model": URL}).not_kept
 
 
 def test_what_steps_took_is_told_where_they_ran_and_not_where_their_result_was(
@@ -123,12 +138,12 @@ def test_what_steps_took_is_told_where_they_ran_and_not_where_their_result_was(
         yield found or cache.publish(folder, url="prepared://key", revision="made")
 
     models = replace(over(cache), transform=transform)  # type: ignore[arg-type]
-    told = models.run("preload", {"model": url})
-    assert told["prepared_s"] >= 0
-    assert told["note"] == "", "what steps read need be nothing that engines read"
-    assert models.run("preload", {"model": url})["prepared_s"] is None
-    told = models.run("preload", {"model": "prepared://key"})
-    assert (told["model"], told["was_there"]) == ("prepared://key", True)
+    told = run(models, "preload", {"model": url})
+    assert told.prepared_s >= 0
+    assert told.note == "", "what steps read need be nothing that engines read"
+    assert run(models, "preload", {"model": url}).prepared_s is None
+    told = run(models, "preload", {"model": "prepared://key"})
+    assert (told.model, told.was_there) == ("prepared://key", True)
 
 
 def over(cache: ModelCache) -> Models:
@@ -154,11 +169,11 @@ def bring(rig: Rig, cache: ModelCache, count: int) -> tuple[str, list[str]]:
 def test_evict_takes_the_newest_and_says_which(rig: Rig) -> None:
     cache = rig.cache()
     url, (first, second, third) = bring(rig, cache, 3)
-    told = over(cache).run("evict", {"model": url})
-    assert (told["revision"], told["revisions"]) == (third, [third])
-    assert set(told["left"]) == {first, second}
-    told = over(cache).run("evict", {"model": url, "revision": first[:12]})
-    assert (told["revision"], told["left"]) == (first, [second])
+    told = run(over(cache), "evict", {"model": url})
+    assert (told.revision, told.revisions) == (third, (third,))
+    assert set(told.left) == {first, second}
+    told = run(over(cache), "evict", {"model": url, "revision": first[:12]})
+    assert (told.revision, told.left) == (first, (second,))
     assert [entry.revision for entry in cache.ls()] == [second]
 
 
@@ -166,15 +181,15 @@ def test_evict_takes_all_where_that_is_said(rig: Rig) -> None:
     cache = rig.cache()
     url, revisions = bring(rig, cache, 3)
     with pytest.raises(ValueError, match=r"^all: "):
-        over(cache).run("evict", {"model": url, "all": True, "revision": revisions[0]})
+        run(over(cache), "evict", {"model": url, "all": True, "revision": revisions[0]})
     cache.pin(url, revisions[0])
     with pytest.raises(InUse):
-        over(cache).run("evict", {"model": url, "all": True})
-    told = over(cache).run("evict", {"model": url, "all": True, "force": True})
-    assert set(told["revisions"]) == set(revisions)
-    assert (told["revision"], told["left"], cache.ls()) == (None, [], [])
+        run(over(cache), "evict", {"model": url, "all": True})
+    told = run(over(cache), "evict", {"model": url, "all": True, "force": True})
+    assert set(told.revisions) == set(revisions)
+    assert (told.revision, told.left, cache.ls()) == (None, (), [])
     with pytest.raises(NotFound):
-        over(cache).run("evict", {"model": url})
+        run(over(cache), "evict", {"model": url})
 
 
 def test_what_is_only_half_here_can_be_evicted(rig: Rig) -> None:
@@ -185,8 +200,8 @@ def test_what_is_only_half_here_can_be_evicted(rig: Rig) -> None:
         cache.preload(url, on_progress=seen.append, cancelled=lambda: len(seen) > 3)
     (entry,) = cache.ls()
     assert not entry.complete
-    told = over(cache).run("evict", {"model": url})
-    assert told["revisions"] == [entry.revision]
+    told = run(over(cache), "evict", {"model": url})
+    assert told.revisions == (entry.revision,)
     assert cache.ls() == []
 
 
@@ -194,17 +209,17 @@ def test_verify_and_pin_say_which_revision_they_mean(rig: Rig) -> None:
     cache = rig.cache()
     url, (first, second) = bring(rig, cache, 2)
     for verb in ("verify", "pin"):
-        assert over(cache).run(verb, {"model": url})["revision"] == second
-        told = over(cache).run(verb, {"model": url, "revision": first[:6]})
-        assert told["revision"] == first
+        assert run(over(cache), verb, {"model": url}).revision == second
+        told = run(over(cache), verb, {"model": url, "revision": first[:6]})
+        assert told.revision == first
     with pytest.raises(NotFound, match=f"has no revision v9 here .it has: .*{first}"):
-        over(cache).run("verify", {"model": url, "revision": "v9"})
+        run(over(cache), "verify", {"model": url, "revision": "v9"})
 
 
 def test_a_result_is_preloaded_by_preloading_its_model(rig: Rig) -> None:
     for verb in ("preload", "prewarm"):
         with pytest.raises(NotFound, match="is made by preloading its model"):
-            over(rig.cache()).run(verb, {"model": "prepared://3fe29c81d0e4"})
+            run(over(rig.cache()), verb, {"model": "prepared://3fe29c81d0e4"})
 
 
 def test_what_has_no_weights_is_told(rig: Rig, tmp_path: Path) -> None:
@@ -213,21 +228,29 @@ def test_what_has_no_weights_is_told(rig: Rig, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "readme").write_text("x")
     for name in (str(folder), folder.as_uri()):
-        told = models.run("preload", {"model": name})
-        assert told["note"] == "it has no weights (*.safetensors, *.gguf)"
+        told = run(models, "preload", {"model": name})
+        assert told.note == "it has no weights (*.safetensors, *.gguf)"
     (folder / "sub").mkdir()
     (folder / "sub" / "m.gguf").write_bytes(b"w")
     for name in (str(folder), folder.as_uri()):
-        assert models.run("preload", {"model": name})["note"] == ""
+        assert run(models, "preload", {"model": name}).note == ""
 
 
-POOLS = (
-    PoolModel(names=("chat", "Qwen/Alias"), model="hf://org/small@v1"),
-    PoolModel(names=("toy",), model="toy", simulated=True),
-    PoolModel(names=("toyed",), model="org/real", simulated=True),
-    PoolModel(names=("known",), model="a-name-of-its-own"),
-    PoolModel(names=("away",), model=None, elsewhere=True),
-)
+POOLS = tuple(
+    map(
+        PoolSettings.model_validate,
+        [
+            {
+                "name": "chat", "aliases": ("Qwen/Alias",), "engine": "vllm",
+                "model": "hf://org/small@v1",
+            },
+            {"name": "toy", "model": "toy", "engine": "simulated"},
+            {"name": "toyed", "model": "org/real", "engine": "simulated"},
+            {"name": "known", "model": "a-name-of-its-own", "engine": "vllm"},
+            {"name": "away", "backend": "static", "urls": ("http://h:1",)},
+        ],
+    )
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -249,10 +272,10 @@ def test_names(text: str, found: tuple[str, str | None]) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("toy", "pool 'toy' is simulated: it has no weights"),
+        ("toy", "pool 'toy': it is simulated: it has no weights"),
         ("known", "pool 'known': its model 'a-name-of-its-own' is neither"),
-        ("away", "pool 'away': somebody else runs its engines"),
-        ("nobody", "nor a pool .known here: chat, toy, toyed, known, away."),
+        ("away", "pool 'away': it is externally managed"),
+        ("unheard-of", "nor a pool .known here: chat, toy, toyed, known, away."),
         ("", "model: it is empty"),
         ("a/b/c", "nor a pool"),
     ],
@@ -275,5 +298,5 @@ def test_the_verbs_of_a_node_know_its_pools(tmp_path: Path) -> None:
     given = {"name": "chat", "aliases": ["small"], "engine": "vllm", "model": "org/small"}
     settings = Settings.model_validate({"state_dir": str(tmp_path), "pools": [given]})
     models = open_models(settings, {})
-    assert models.listing()["pools"] == ["chat", "small"]
-    assert models.read("pin", {"model": "small"})[0] == "hf://org/small"
+    assert models.listing().pools == ("chat", "small")
+    assert models.resolve(schema.ModelRequest(model="small")) == ("hf://org/small", None)

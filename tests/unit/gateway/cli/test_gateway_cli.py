@@ -8,7 +8,6 @@ import os
 import shlex
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,73 +15,29 @@ from typing import Any
 
 import pytest
 import typer
+from admin_rig import NOW_S, ServedAdmin, gateway_status, past_decision, pool, replica
 from datapath_rig import make_certificate
 
 import gateway.compose
-from gateway.admin.app import create_app
+from autoscaler.settings import PoolSettings
+from autoscaler.types import TierReport
+from gateway.admin import schema
 from gateway.admin.server import serve_admin
 from gateway.cli import client, main, tables, verbs
-from gateway.cli.tables import BannerPool, Screen
+from gateway.cli.tables import Screen
 from gateway.compose import run_record
+from gateway.compose.up import banner
+from gateway.doctor.checks import Check, Status, fail
 from gateway.settings import defaults
 from gateway.settings.load import ConfigError, LoadedSettings
+from gateway.terminal import duration
+from modelcache.types import Tier
 
 ROOT = Path(__file__).resolve().parents[4]
 PIPE = Screen()
 TERMINAL = Screen(terminal=True, width=200)
 
-NOW_S = 1_800_000_000.0
-DECISION = {
-    "at_s": NOW_S - 12.0,
-    "desired": 1,
-    "supply": 1,
-    "reason": "wake",
-    "detail": "3 requests are held",
-    "signal": "held",
-    "bound": None,
-    "panicking": False,
-}
-REPLICA = {
-    "id": "chat-1",
-    "state": "starting",
-    "url": "http://127.0.0.1:9001",
-    "pid": 4242,
-    "inflight_requests": 0,
-    "inflight_tokens": 0,
-    "phase": "loading weights",
-    "since_s": 11.6,
-    "error": None,
-}
-POOL = {
-    "name": "chat",
-    "engine": "vllm",
-    "backend": "process",
-    "desired": 1,
-    "override": None,
-    "ready": 0,
-    "starting": 1,
-    "unhealthy": 0,
-    "draining": 0,
-    "sleeping": 0,
-    "queued_requests": 3,
-    "queued_tokens": 900,
-    "inflight_requests": 0,
-    "inflight_tokens": 0,
-    "wake_eta_s": 31.4,
-    "last_decision": DECISION,
-    "failures": 0,
-    "retry_in_s": None,
-    "error": None,
-    "replicas": [REPLICA],
-}
-STATUS = {
-    "version": "0.1.0",
-    "endpoint": "http://127.0.0.1:8000",
-    "admin": "http://127.0.0.1:8001",
-    "uptime_s": 192.0,
-    "workers": [{"pid": 1}, {"pid": 2}],
-    "pools": [POOL],
-}
+STATUS = gateway_status(pool())
 
 
 class ScriptedControl:
@@ -91,64 +46,31 @@ class ScriptedControl:
     def __init__(self) -> None:
         self.scaled: list[tuple[str, int | None]] = []
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> schema.GatewayStatus:
         return STATUS
 
-    def ready(self) -> tuple[bool, str]:
-        return True, ""
-
-    def metrics(self) -> bytes:
-        return b""
-
-    def explain(self, pool: str) -> list[dict[str, Any]]:
+    def explain(self, pool: str) -> list[schema.PastDecisionEntry]:
         if pool not in {"chat", "org/m 1"}:
             raise KeyError(pool)
-        old = {**DECISION, "desired": 0, "reason": "at_zero", "detail": "nobody asks", "count": 7}
-        return [{**old, "first_at_s": NOW_S - 90, "last_at_s": NOW_S - 13}, DECISION]
+        old = past_decision(
+            desired=0, reason="at_zero", detail="no demand", count=7,
+            first_at_s=NOW_S - 90, last_at_s=NOW_S - 13,
+        )  # fmt: skip
+        return [old, past_decision()]
 
-    async def scale(self, pool: str, replicas: int | None) -> dict[str, Any]:
+    async def scale(self, pool: str, replicas: int | None) -> schema.ScaleAnswer:
         if pool not in {"chat", "org/m 1"}:
             raise KeyError(pool)
         self.scaled.append((pool, replicas))
-        return {"pool": pool, "override": replicas}
-
-    async def sleep(self, pool: str, level: int) -> dict[str, Any]:
-        raise KeyError(pool)
-
-    async def wake(self, pool: str) -> dict[str, Any]:
-        raise KeyError(pool)
-
-    async def drain(self, replica_id: str) -> dict[str, Any]:
-        raise KeyError(replica_id)
+        return schema.ScaleAnswer(pool=pool, override=replicas)
 
 
-class Served:
-    """A real admin listener in a thread of its own."""
+class Served(ServedAdmin):
+    """A real admin listener over it."""
 
     def __init__(self) -> None:
         self.control = ScriptedControl()
-        self.url = ""
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
-
-    async def _serve(self) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-
-        def listening(url: str) -> None:
-            self.url = url
-            self._ready.set()
-
-        app = create_app(self.control)
-        await serve_admin(app, "127.0.0.1", 0, self._stop, on_listening=listening, shutdown_s=1)
-
-    def __enter__(self) -> Served:
-        self._thread.start()
-        assert self._ready.wait(20)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(20)
+        super().__init__(self.control)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +114,7 @@ def test_status(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     assert head.startswith("tidegate 0.1.0  http://127.0.0.1:8000")
     assert "up 3 min 12 s" in head
     assert "2 workers" in head
-    assert titles.split()[:4] == ["POOL", "ENGINE", "READY", "WANTED"]
+    assert titles.split()[:4] == ["POOL", "ENGINE", "READY", "DESIRED"]
     assert pool.split()[:4] == ["chat", "vllm", "0", "1"]
     for text in ("1 starting", "900", "31 s"):
         assert text in pool
@@ -203,7 +125,8 @@ def test_status(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_status_as_json(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["status", "--json", "--admin", served.url.removeprefix("http://")]) == 0
-    assert json.loads(capsys.readouterr().out) == STATUS
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == json.loads(STATUS.model_dump_json())
 
 
 def test_status_again_and_again_until_interrupted(
@@ -219,7 +142,7 @@ def test_status_again_and_again_until_interrupted(
     monkeypatch.setattr(verbs, "time", SimpleNamespace(time=lambda: NOW_S, sleep=nap))
     assert main.main(["status", "--watch", "--interval", "0.5", "--admin", served.url]) == 130
     assert naps == [0.5] * 3
-    assert capsys.readouterr().out.count("READY") == 3
+    assert capsys.readouterr().out.count("DESIRED") == 3
 
 
 def test_a_watch_goes_on_while_nobody_answers(
@@ -307,11 +230,11 @@ def test_explain(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["explain", "chat", "--admin", served.url]) == 0
     out = capsys.readouterr().out
     for text in (
-        "chat: 1 wanted, 1 there",
+        "chat: 1 desired, 1 ready",
         "why     3 requests are held",
         "signal  requests held in the gateway",
         "bound   none",
-        "nobody asks",
+        "no demand",
         "1 min 30 s ago",
     ):
         assert text in out
@@ -385,7 +308,7 @@ def test_somebody_else_there_is_one_line_and_2(capsys: pytest.CaptureFixture[str
 )
 def test_addresses(address: str, expected: str | None) -> None:
     if expected is None:
-        with pytest.raises(ValueError, match="is no address"):
+        with pytest.raises(typer.BadParameter, match="is no address"):
             client.check_address(address)
     else:
         assert client.check_address(address) == expected
@@ -625,8 +548,8 @@ def test_doctor(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], worst: str, code: int
 ) -> None:
     checks = [
-        SimpleNamespace(name="python", status="ok", finding="3.11", advice=None),
-        SimpleNamespace(name="disk", status=worst, finding="little", advice="make room"),
+        Check(name="python", status=Status.OK, finding="3.11"),
+        Check(name="disk", status=Status(worst), finding="little", advice="make room"),
     ]
     monkeypatch.setattr(
         "gateway.doctor.report.run_doctor", lambda settings, measure: checks if measure else []
@@ -758,14 +681,14 @@ def test_a_pipe_that_closed_is_no_error() -> None:
     ],
 )
 def test_durations(seconds: float | None, expected: str) -> None:
-    assert tables.duration(seconds) == expected
+    assert duration(seconds) == expected
 
 
 def test_unknown_is_not_zero() -> None:
-    pool = {**POOL, "queued_requests": None, "queued_tokens": None, "ready": None, "replicas": []}
-    text = tables.status({**STATUS, "pools": [pool]}, PIPE, NOW_S)
+    unknown = pool(queued_requests=None, queued_tokens=None, wake_eta_s=None, replicas=())
+    text = tables.status(gateway_status(unknown), PIPE, NOW_S)
     cells = text.splitlines()[3].split("  ")
-    assert [cell.strip() for cell in cells if cell.strip() == "?"] == ["?"] * 3
+    assert [cell.strip() for cell in cells if cell.strip() == "?"] == ["?"] * 2
 
 
 def test_a_terminal_gets_a_table_a_pipe_gets_text() -> None:
@@ -773,17 +696,21 @@ def test_a_terminal_gets_a_table_a_pipe_gets_text() -> None:
     assert "\x1b[" in drawn
     assert "loading weights" in drawn
     assert "\x1b[" not in tables.status(STATUS, PIPE, NOW_S)
-    assert "\x1b[" in tables.explain("chat", [DECISION], TERMINAL, NOW_S)
-    checks = [{"name": "a", "status": "fail", "finding": "f", "advice": "do"}]
-    assert "\x1b[" in tables.doctor(checks, TERMINAL)
+    explained = schema.ExplainAnswer(pool="chat", decisions=(past_decision(),))
+    assert "\x1b[" in tables.explain(explained, TERMINAL, NOW_S)
+    assert "\x1b[" in tables.doctor([fail("a", "f", "do")], TERMINAL)
 
 
 @pytest.mark.parametrize("screen", [PIPE, TERMINAL])
 def test_an_engines_words_do_not_steer_the_terminal(screen: Screen) -> None:
     evil = "\x1b]0;title\x07\x1b[2Jgone\r"
-    replica = {**REPLICA, "error": f"{evil}\nthe log", "phase": evil}
-    pool = {**POOL, "error": f"first {evil}\nsecond {evil}", "failures": 3, "retry_in_s": 8}
-    text = tables.status({**STATUS, "pools": [{**pool, "replicas": [replica]}]}, screen, NOW_S)
+    failed = pool(
+        error=f"first {evil}\nsecond {evil}",
+        failures=3,
+        retry_in_s=8,
+        replicas=(replica(error=f"{evil}\nthe log", phase=evil),),
+    )
+    text = tables.status(gateway_status(failed), screen, NOW_S)
     assert "\x1b]" not in text
     assert "\x1b[2J" not in text
     assert "\x07" not in text
@@ -793,25 +720,26 @@ def test_an_engines_words_do_not_steer_the_terminal(screen: Screen) -> None:
 
 
 def test_status_says_what_is_simulated_and_what_is_held() -> None:
-    pool = {**POOL, "engine": "simulated", "override": 1}
-    text = tables.status({**STATUS, "pools": [pool]}, PIPE, NOW_S)
+    text = tables.status(gateway_status(pool(engine="simulated", override=1)), PIPE, NOW_S)
     assert "made-up" in text
     assert "1 (held)" in text
 
 
 def test_status_of_no_pools() -> None:
-    assert "POOL" in tables.status({**STATUS, "pools": []}, PIPE, NOW_S)
-    assert "nothing has been decided" in tables.explain("p", [], PIPE, NOW_S)
+    assert "POOL" in tables.status(gateway_status(), PIPE, NOW_S)
+    nothing = schema.ExplainAnswer(pool="p", decisions=())
+    assert "nothing has been decided" in tables.explain(nothing, PIPE, NOW_S)
 
 
 def test_banner() -> None:
-    text = tables.banner(
-        url="http://127.0.0.1:8000",
-        admin_url="http://127.0.0.1:8001",
-        pools=[
-            BannerPool(name="it's", engine="vllm"),
-            BannerPool(name="fake", engine="simulated", min_replicas=1),
-        ],
+    pools = [
+        {"name": "it's", "engine": "vllm", "model": "m"},
+        {"name": "fake", "engine": "simulated", "model": "m", "min_replicas": 1},
+    ]
+    text = banner(
+        "http://127.0.0.1:8000",
+        "http://127.0.0.1:8001",
+        list(map(PoolSettings.model_validate, pools)),
     )
     assert "http://127.0.0.1:8000/v1" in text
     assert "http://127.0.0.1:8001" in text
@@ -826,6 +754,71 @@ def test_banner() -> None:
 
 
 def test_banner_without_pools() -> None:
-    text = tables.banner(url="http://h", admin_url="http://a", pools=[])
+    text = banner("http://h", "http://a", [])
     assert "No pool is configured" in text
     assert "curl" not in text
+
+
+def tier(name: str, **given: Any) -> TierReport:
+    return TierReport(**{"tier": Tier(name), "available": True, **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "lines"),
+    [
+        (
+            {"tiers": (tier("forked", wake_s=3.14), tier("paged", wake_s=5.2), tier("on_disk"))},
+            ["chat: wakes from forked in 3.1 s, paged in 5.2 s, on_disk"],
+        ),
+        (
+            {"tiers": (tier("sleeping", wake_s=0.4),), "step_down_in_s": 250.0},
+            ["chat: wakes from sleeping in 0.4 s; colder in 4 min 10 s"],
+        ),
+        (
+            {
+                "tiers": (
+                    tier("sleeping", available=False, why_not="the engine\nhas no \x1b[1m/sleep"),
+                    tier("on_disk"),
+                )
+            },
+            ["chat: wakes from on_disk; not sleeping: the engine has no  [1m/sleep"],
+        ),
+        ({"tiers": ()}, []),
+        ({"tiers": (tier("forked", available=False),)}, []),
+    ],
+)
+def test_a_line_for_each_pool_with_tiers(given: dict[str, Any], lines: list[str]) -> None:
+    assert tables.tier_lines([pool(**given)]) == lines
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (
+            {"state": "unfit", "reason": "another vLLM"},
+            "fork server: unfit (another vLLM): engines start plainly",
+        ),
+        (
+            {"state": "importing", "reason": "it imports vLLM"},
+            "fork server: importing (it imports vLLM)",
+        ),
+        (
+            {
+                "pss_bytes": 630_000_000,
+                "standbys": [
+                    {"pool": "a", "pid": 1, "parked": True, "pss_bytes": 560_000_000},
+                    {"pool": "b", "pid": 2, "parked": False, "pss_bytes": None},
+                ],
+            },
+            "fork server: ready, 630 MB; a stands by, 560 MB; b is on its way to stand by, ?",
+        ),
+    ],
+)
+def test_how_the_fork_server_is(given: dict[str, Any], line: str) -> None:
+    base = {
+        "state": "ready", "reason": "", "pid": 1, "pss_bytes": None, "import_s": None, "forked": 0,
+        "crashes": 0, "standbys": [],
+    }  # fmt: skip
+    server = schema.ForkServerEntry.model_validate({**base, **given})
+    assert tables.fork_lines(server) == [line]
+    assert tables.fork_lines(None) == []

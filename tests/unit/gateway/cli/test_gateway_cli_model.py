@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
@@ -14,48 +13,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from admin_rig import NOW_S, ServedAdmin
 from fake_cache import REVISION, FakeCache, fake_models
 
-from gateway.admin.app import create_app
-from gateway.admin.model_names import PoolModel, pools_of
-from gateway.admin.models import Models
-from gateway.admin.server import serve_admin
-from gateway.cli import main, model, model_client, model_tables
-from gateway.cli.tables import Screen
+from autoscaler.settings import PoolSettings
+from gateway.cli import client, main, model
 from gateway.compose import run_record
 from modelcache.types import Cancelled, NoSpace
 
 URL = "hf://org/name"
-NOW_S = 1_800_000_000.0
-
-
-class Served:
-    """A real admin listener in a thread of its own."""
-
-    def __init__(self, models: Models) -> None:
-        self.url = ""
-        self._models = models
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
-
-    async def _serve(self) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-
-        def listening(url: str) -> None:
-            self.url = url
-            self._ready.set()
-
-        app = create_app(SimpleNamespace(), models=self._models)  # type: ignore[arg-type]
-        await serve_admin(app, "127.0.0.1", 0, self._stop, on_listening=listening, shutdown_s=1)
-
-    def __enter__(self) -> Served:
-        self._thread.start()
-        assert self._ready.wait(30)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(30)
 
 
 @pytest.fixture(autouse=True)
@@ -72,10 +38,10 @@ def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCache:
     """The cache of this node, which both ways lead to."""
     cache = FakeCache(tmp_path / "cache")
-    models = fake_models(cache, {"eu": "", "us": "nobody answers"})
+    models = fake_models(cache, {"eu": "", "us": "no answer"})
     monkeypatch.setattr(
         "gateway.compose.cache.open_models",
-        lambda settings, environ: replace(models, pools=pools_of(settings)),
+        lambda settings, environ: replace(models, pools=settings.pools),
     )
     return cache
 
@@ -88,8 +54,8 @@ def tidegate(
     if request.param == "here":
         yield lambda *words: main.main(["model", *words])
         return
-    models = fake_models(cache, {"eu": "", "us": "nobody answers"})
-    with Served(models) as served:
+    models = fake_models(cache, {"eu": "", "us": "no answer"})
+    with ServedAdmin(models=models) as served:
         if request.param == "named":
             yield lambda *words: main.main(["model", *words, "--admin", served.url])
             return
@@ -111,9 +77,12 @@ def chatting(
         )
         yield lambda *words: main.main(["model", *words])
         return
-    pool = PoolModel(names=("chat", "org/other"), model="hf://org/small")
+    given = {
+        "name": "chat", "aliases": ("org/other",), "engine": "vllm", "model": "hf://org/small",
+    }  # fmt: skip
+    pool = PoolSettings.model_validate(given)
     models = replace(fake_models(cache, {"eu": ""}), pools=(pool,))
-    with Served(models) as served:
+    with ServedAdmin(models=models) as served:
         yield lambda *words: main.main(["model", *words, "--admin", served.url])
 
 
@@ -181,9 +150,9 @@ def test_what_is_damaged_or_cannot_be_replicated_is_exit_code_1(
         "  model.safetensors: its content is not what it was (piece 2)\n"
     )
     assert tidegate("verify", URL, "--repair") == 0
-    assert "1 damaged, mended" in capsys.readouterr().out
+    assert "1 damaged, repaired" in capsys.readouterr().out
     assert tidegate("replicate", URL) == 1
-    assert capsys.readouterr().out == "eu: it is there\nus: nobody answers\n"
+    assert capsys.readouterr().out == "eu: it is there\nus: no answer\n"
     assert tidegate("replicate", URL, "--to", "moon") == 2
     assert "'moon' is not in modelcache.sites" in capsys.readouterr().err
 
@@ -274,9 +243,6 @@ def test_texts(cache: FakeCache, capsys: pytest.CaptureFixture[str]) -> None:
     cache.leased.clear()
     assert "may be evicted again" in said("unpin", URL)
     assert said("evict", URL) == f"{URL} 0123456789ab is evicted; 3.0 MB are free again.\n"
-    assert "\x1b[" in model_tables.listing(
-        {"dir": "d", "models": [{"url": URL}]}, Screen(terminal=True, width=120), NOW_S
-    )
 
 
 @pytest.mark.parametrize(
@@ -295,7 +261,7 @@ def test_texts(cache: FakeCache, capsys: pytest.CaptureFixture[str]) -> None:
         ("https://user:secret@host/x", "", "carries no user or password"),
         ("just-a-word", "", "neither a URL"),
         ("just-a-word", "", "nor a pool (known here: chat, toy)"),
-        ("toy", "", "pool 'toy' is simulated: it has no weights"),
+        ("toy", "", "pool 'toy': it is simulated: it has no weights"),
         ("", "", "model: it is empty"),
         (" ", "", "model: it is empty"),
     ],
@@ -355,7 +321,7 @@ def test_ctrl_c_calls_it_off_and_waits_for_that(
                 raise KeyboardInterrupt
             super().join(timeout)
 
-    monkeypatch.setattr(model_client.threading, "Thread", Interrupted)
+    monkeypatch.setattr(client.threading, "Thread", Interrupted)
     assert main.main(["model", "preload", URL]) == 130
     assert cache.left.is_set()
     assert cache.models == {}

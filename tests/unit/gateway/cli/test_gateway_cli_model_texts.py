@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from admin_rig import NOW_S
 from fake_cache import REVISION
 
+from gateway.admin import schema
 from gateway.cli import model_tables
-from gateway.cli.progress import Bar, figures
+from gateway.cli.progress import ProgressBar, figures
 from gateway.cli.tables import Screen
-from modelcache.types import Progress
+from gateway.terminal import size
+from modelcache.types import Made, ModelEntry, Progress, Tier
 
 URL = "hf://org/name"
-NOW_S = 1_800_000_000.0
 
 
 @pytest.mark.parametrize(
@@ -44,45 +47,55 @@ def test_what_preload_says(told: dict[str, Any], text: str) -> None:
         "verb": "preload", "model": "M", "revision": "abc", "size_bytes": 2_000_000, "files": 3,
         "path": "/views/m", "elapsed_s": 5.0, "was_there": False, "prepared": None, "note": "",
     }  # fmt: skip
-    assert model_tables.done({**base, **told}) == text
+    assert model_tables.done(schema.PreloadAnswer(**{**base, **told})) == text
 
 
-def test_what_evict_says_is_left() -> None:
-    told = {
-        "verb": "evict", "model": "M", "revisions": ["b" * 40], "left": ["a" * 40],
-        "freed_bytes": 1000,
-    }  # fmt: skip
-    assert model_tables.done(told) == (
-        "M bbbbbbbbbbbb is evicted; 1 kB are free again.\n"
+@pytest.mark.parametrize("prepared", [False, True])
+def test_what_evict_says_is_left(prepared: bool) -> None:
+    answer = schema.EvictAnswer(
+        verb="evict", model="M", revision="b" * 40, revisions=("b" * 40,), left=("a" * 40,),
+        freed_bytes=1000, prepared=prepared,
+    )  # fmt: skip
+    assert model_tables.done(answer) == (
+        "What was made of M bbbbbbbbbbbb is evicted; 1 kB are free again.\n"
+        if prepared
+        else "M bbbbbbbbbbbb is evicted; 1 kB are free again.\n"
         "Still here: aaaaaaaaaaaa (`--revision` names one, `--all` all).\n"
     )
-    assert model_tables.done({**told, "prepared": True}) == (
-        "What was made of M bbbbbbbbbbbb is evicted; 1 kB are free again.\n"
-    )
+
+
+def entry(url: str, revision: str, **given: Any) -> ModelEntry:
+    base = {
+        "tier": Tier.ON_DISK, "size_bytes": 2_000_000, "bytes_unique": 0, "bytes_cached": None,
+        "complete": True, "pinned": False,
+    }  # fmt: skip
+    return ModelEntry(url=url, revision=revision, **{**base, **given})
 
 
 def test_what_was_made_of_a_model_stands_below_it() -> None:
     key = "3fe29c81d0e4" + "0" * 52
-    made = {"model": URL, "revision": REVISION, "steps": ["gguf_to_safetensors", "cast"]}
-    result = {
-        "url": f"prepared://{key}", "revision": "made", "tier": "on_disk", "size_bytes": 2_000_000,
-        "complete": True, "leases": ["m-1"], "made": made, "used_at_s": NOW_S - 60,
-    }  # fmt: skip
-    half = {**result, "complete": False, "leases": ["the step that makes it"], "tier": "remote"}
-    left = {**half, "leases": [], "made": None}
-    models = [
-        left,
+    made = Made(model=URL, revision=REVISION, steps=("gguf_to_safetensors", "cast"))
+    result = entry(f"prepared://{key}", "made", leases=("m-1",), made=made, used_at_s=NOW_S - 60)
+    half = replace(result, complete=False, leases=("the step that makes it",), tier=Tier.REMOTE)
+    models = (
+        replace(half, leases=(), made=None),
         half,
-        {"url": "hf://org/other", "revision": "1", "complete": True},
+        entry("hf://org/other", "1"),
         result,
-        {"url": URL, "revision": REVISION, "complete": True},
-        {**result, "made": {**made, "model": "hf://org/gone"}},
-    ]
-    usage = {"bytes_used": 9_000_000, "bytes_prepared": 5_000_000, "quota_bytes": 10**7}
-    found = {"dir": "d", "models": models, "usage": usage}
+        entry(URL, REVISION),
+        replace(result, made=replace(made, model="hf://org/gone")),
+    )
+    usage = schema.CacheUsage(
+        bytes_used=9_000_000, bytes_blobs=0, bytes_prepared=5_000_000, bytes_partial=0,
+        bytes_records=0, free_bytes=10**9, quota_bytes=10**7,
+    )  # fmt: skip
+    found = schema.CacheListing(
+        dir="d", usage=usage, traffic=schema.CacheTraffic(), models=models, pools=()
+    )
+    assert "\x1b[" in model_tables.listing(found, Screen(terminal=True, width=120), NOW_S)
     text = model_tables.listing(found, Screen(terminal=False, width=200), NOW_S)
     head, _, _, *rows = text.splitlines()
-    assert head == "d: 9.0 MB taken of 10.0 MB allowed (5.0 MB by what was made here)"
+    assert head.startswith("d: 9.0 MB taken of 10.0 MB allowed (5.0 MB by what was made here), ")
     name = f"prepared://{key[:12]} (gguf_to_safetensors + cast of "
     begins = (
         f"prepared://{key[:12]}", "hf://org/other", URL, f"└ {name}{URL})", f"└ {name}{URL})",
@@ -116,7 +129,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0])
     monkeypatch.setattr("gateway.cli.progress.time", clock)
-    with Bar("preload m") as bar:
+    with ProgressBar("preload m") as bar:
         for second in range(25):
             now[0] = float(second)
             bar.show(Progress(phase="fetching", bytes_done=second * 10**6, bytes_total=10**9))
@@ -132,7 +145,7 @@ def test_progress_on_a_terminal_is_a_bar_and_nothing_of_it_stays(
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with Bar("preload m") as bar:
+    with ProgressBar("preload m") as bar:
         bar.show(Progress(phase="fetching", bytes_done=10**9, bytes_total=2 * 10**9))
     out, err = capsys.readouterr()
     assert out == ""
@@ -155,4 +168,4 @@ def test_progress_on_a_terminal_is_a_bar_and_nothing_of_it_stays(
     ],
 )
 def test_sizes(value: float | None, text: str) -> None:
-    assert model_tables.size(value) == text
+    assert size(value) == text

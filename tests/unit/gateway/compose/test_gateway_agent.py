@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from admin_rig import ServedApp
 from fake_cache import FakeCache, fake_models
+from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from gateway.admin import schema
 from gateway.cli import main
-from gateway.cli.agent_tables import agent_status, is_agent
+from gateway.cli.tables import agent_status
 from gateway.compose.agent import banner, create_agent_app
 from gateway.compose.process import check_writable
 from gateway.compose.run_record import (
@@ -36,15 +39,19 @@ TRAFFIC = {
 }
 
 
-def client(where: str | None = "http://10.0.0.7:8002") -> TestClient:
+def agent_app(where: str | None = "http://10.0.0.7:8002") -> Starlette:
     models = replace(fake_models(FakeCache(Path("/cache"))), traffic=lambda: TRAFFIC)
-    app = create_agent_app(models, lambda: where)
-    return TestClient(app, base_url="http://127.0.0.1")
+    return create_agent_app(models, lambda: where)
+
+
+def client(where: str | None = "http://10.0.0.7:8002") -> TestClient:
+    return TestClient(agent_app(where), base_url="http://127.0.0.1")
 
 
 def test_status_tells_where_and_what() -> None:
     told = client().get("/status").json()
     assert told["peer_url"] == "http://10.0.0.7:8002"
+    assert told["kind"] == "agent"
     assert told["traffic"] == TRAFFIC
     assert told["usage"]["bytes_used"] == 0
 
@@ -57,8 +64,8 @@ PEERS = [
 
 def test_status_of_an_agent_is_a_few_lines() -> None:
     told = client().get("/status").json()
-    assert is_agent(told)
-    text = agent_status({**told, "traffic": {**TRAFFIC, "peers": PEERS}}, "http://127.0.0.1:8001")
+    given = schema.AgentStatus.model_validate({**told, "traffic": {**TRAFFIC, "peers": PEERS}})
+    text = agent_status(given, "http://127.0.0.1:8001")
     for said in (
         "a cache agent",
         "served at http://10.0.0.7:8002; 1 of 2 others reached, not http://10.0.0.9:8002",
@@ -67,25 +74,19 @@ def test_status_of_an_agent_is_a_few_lines() -> None:
         "read 7 B from stores and 5 B from peers, gave 3 B",
     ):
         assert said in text
-    assert "no others are known" in agent_status(told, "http://127.0.0.1:8001")
-    assert "?" in agent_status({"peer_url": None}, "http://127.0.0.1:8001")
+    alone = schema.AgentStatus.model_validate({**told, "peer_url": None})
+    text = agent_status(alone, "http://127.0.0.1:8001")
+    assert "not served yet; no others are known" in text
 
 
 def test_status_asks_the_agent_that_runs_here(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    running = Running(pid=os.getpid(), url="http://a", admin_url="http://127.0.0.1:1")
-    leave_record(tmp_path, running, AGENT_NAME)
-    asked = []
-
-    def ask(base: str, path: str) -> object:
-        asked.append((base, path))
-        return client().get(path).json()
-
-    monkeypatch.setattr("gateway.cli.client.ask", ask)
-    assert main.main(["status", "-s", f"state_dir={tmp_path}"]) == 0
-    assert asked == [("http://127.0.0.1:1", "/status")]
+    with ServedApp(agent_app()) as served:
+        running = Running(pid=os.getpid(), url="http://a", admin_url=served.url)
+        leave_record(tmp_path, running, AGENT_NAME)
+        assert main.main(["status", "-s", f"state_dir={tmp_path}"]) == 0
     assert "a cache agent" in capsys.readouterr().out
 
 

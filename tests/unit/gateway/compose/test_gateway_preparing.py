@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fake_cache import NO_PAGES
 from folder_store import Rig
 
 from gateway.admin.models import Models
-from gateway.compose.preparation import Transform, make_transform
+from gateway.admin.operations import VERBS
+from gateway.compose.preparation import make_transform
 from gateway.settings.schema import Settings
 from modelcache.cache import ModelCache
-from modelcache.ports import CachedModel
+from modelcache.ports import CachedModel, Transform
 from modelcache.store.leases import Lease
 from modelcache.types import InUse, ModelEntry, Progress
 
@@ -35,6 +38,11 @@ def transform_in(cache: ModelCache, model: str, *programs: str) -> Transform:
     ]
     settings = Settings.model_validate({"modelcache": {"steps": {model: steps}}})
     return make_transform(settings, cache, {})
+
+
+def run(models: Models, verb: str, body: dict[str, Any], **watch: Any) -> Any:
+    request: Any = VERBS[verb].request
+    return models.run(verb, request.model_validate(body), **watch)
 
 
 def silent(progress: Progress) -> None:
@@ -127,21 +135,21 @@ def test_what_is_asked_for_by_its_revision_is_what_steps_begin_with(rig: Rig, ve
     newer = cache.preload(URL)
     transform = transform_in(cache, URL, WRITE_WEIGHTS)
     models = Models(
-        cache=cache, prewarm=lambda *_: None, replicate=lambda *_: {}, transform=transform
+        cache=cache, prewarm=lambda *_: NO_PAGES, replicate=lambda *_: {}, transform=transform
     )
     seen: list[tuple[str, ...]] = []
 
     def look(progress: Progress) -> None:
         seen.extend(entry.leases for entry in cache.ls() if entry.revision == older.revision)
 
-    told = models.run(verb, {"model": URL, "revision": older.revision}, on_progress=look)
+    told = run(models, verb, {"model": URL, "revision": older.revision}, on_progress=look)
     assert (f"preparation for {verb}",) in seen, "what steps read stays meanwhile"
     with transform(URL, older, "m-1", silent, never) as made:
-        assert told["prepared"] == str(made.path), "what the pool needs, made once"
-    models.run("pin", {"model": URL, "revision": older.revision})
+        assert told.prepared == str(made.path), "what the pool needs, made once"
+    run(models, "pin", {"model": URL, "revision": older.revision})
     assert result_in(cache).pinned
-    models.run("unpin", {"model": URL})
-    models.run("evict", {"model": URL, "revision": older.revision})
+    run(models, "unpin", {"model": URL})
+    run(models, "evict", {"model": URL, "revision": older.revision})
     assert [(entry.url, entry.revision) for entry in cache.ls()] == [(URL, newer.revision)]
 
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from gateway.admin.schema import CacheListing, CacheTraffic, CacheUsage
 from gateway.doctor.checks import Check, Status
 from gateway.doctor.model_checks import diagnose_cache, find_weights
 from gateway.doctor.model_machine import CacheMachine, ForkAbility, FormatSpeed, parse_speeds
 from gateway.settings.schema import Settings
+from modelcache.types import ModelEntry, Tier
 
 GB = 10**9
 OURS = FormatSpeed(format="tidegate", warm_bytes_s=9 * GB, cold_bytes_s=1.9 * GB)
@@ -22,13 +24,25 @@ PLAIN = FormatSpeed(format="safetensors", warm_bytes_s=9.5 * GB, cold_bytes_s=0.
 ABSENT = FormatSpeed(format="runai_streamer", problem="not installed")
 
 
+def listing(*models: ModelEntry) -> CacheListing:
+    usage = CacheUsage(
+        bytes_used=3 * GB, bytes_blobs=3 * GB, bytes_prepared=0, bytes_partial=0, bytes_records=0,
+        free_bytes=50 * GB, quota_bytes=None,
+    )  # fmt: skip
+    return CacheListing(dir="d", usage=usage, traffic=CacheTraffic(), models=models, pools=())
+
+
+HALF = ModelEntry(
+    url="hf://org/m", revision="1", tier=Tier.REMOTE, size_bytes=2, bytes_unique=1, bytes_cached=0,
+    complete=False, pinned=False,
+)  # fmt: skip
+
+
 @dataclass
 class Answers:
     """A machine on which all is well, unless it is told otherwise."""
 
-    models: dict[str, Any] | str = field(
-        default_factory=lambda: {"models": [], "usage": {"bytes_used": 3 * GB}}
-    )
+    models: CacheListing | str | None = field(default_factory=listing)
     unwritable: str | None = None
     free: int | None = 50 * GB
     missing: tuple[str, ...] = ()
@@ -40,7 +54,7 @@ class Answers:
     formats: list[FormatSpeed] | str = field(default_factory=lambda: [OURS, PLAIN, ABSENT])
     asked: list[str] = field(default_factory=list)
 
-    def listing(self, settings: Settings) -> dict[str, Any] | str:
+    def listing(self, settings: Settings) -> CacheListing | str | None:
         return self.models
 
     def can_write(self, path: Path) -> str | None:
@@ -122,8 +136,11 @@ CASES: list[tuple[str, Answers, dict[str, Any], str, Status, str]] = [
     ),
     ("free unknown", Answers(free=None), {}, "model cache", Status.OK, "? of the disk free"),
     (
-        "not whole", Answers(models={"models": [{"complete": False}], "usage": {}}), {},
-        "model cache", Status.OK, "1 not whole",
+        "not whole", Answers(models=listing(HALF)), {}, "model cache", Status.OK, "1 not whole",
+    ),
+    (
+        "not made yet", Answers(models=None), {}, "model cache", Status.OK,
+        "0 model revisions, 0 B;",
     ),
     (
         "extra missing, not asked for", Answers(missing=("ossfs",)), {}, "model sources",
@@ -212,16 +229,11 @@ def test_nothing_is_started_where_nothing_can_be_or_shall_be(weights: str) -> No
     assert answers.asked == ["fork cpu"]
 
 
-def test_weights_are_found_in_a_pool_s_directory_or_in_the_cache(tmp_path: Path) -> None:
-    empty, cached = tmp_path / "empty", tmp_path / "cached"
-    for folder in (empty, cached):
-        folder.mkdir()
-    (cached / "model.safetensors").write_bytes(b"")
-    listing = {"models": [{"path": None}, {"path": str(cached)}]}
-    assert find_weights(settings(str(empty)), listing) == [cached / "model.safetensors"]
-    assert find_weights(settings("hf://org/m"), listing) == [cached / "model.safetensors"]
-    assert find_weights(settings(str(cached)), "unknown") == [cached / "model.safetensors"]
-    assert find_weights(settings(str(empty)), "unknown") == []
+def test_weights_are_found_in_a_pool_s_directory(tmp_path: Path, weights: str) -> None:
+    (empty := tmp_path / "empty").mkdir()
+    assert find_weights(settings(weights)) == [Path(weights) / "model.safetensors"]
+    assert find_weights(settings(str(empty))) == []
+    assert find_weights(settings("hf://org/m")) == []
 
 
 # The machine itself
@@ -246,7 +258,7 @@ def test_a_secret_of_the_cluster_that_is_missing_is_to_be_set(
 def test_this_machine_answers(tmp_path: Path) -> None:
     machine = CacheMachine()
     given = Settings.model_validate({"state_dir": str(tmp_path / "not" / "there")})
-    assert machine.listing(given) == {"models": [], "usage": {}}
+    assert machine.listing(given) is None
     assert machine.can_write(tmp_path) is None
     assert (machine.disk_free_bytes(tmp_path) or 0) > 0
     assert machine.is_installed("pytest")

@@ -1,11 +1,36 @@
-"""Figures as the console says them: counts, durations, moments; and foreign text on one line."""
+"""What is said on a terminal: lines to standard output and error, figures, the version."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 
 UNKNOWN = "?"
 NONE = "-"
+BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def out(text: str) -> None:
+    """Text on standard output, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def complain(line: str) -> None:
+    """One line on standard error, with whose it is."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"tidegate: {line}\n")
+
+
+def version() -> str:
+    """The installed version; ``(not installed)`` from a bare checkout."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("tidegate")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def figure(value: float | None) -> str:
@@ -16,6 +41,19 @@ def figure(value: float | None) -> str:
 def count(number: float | None, one: str, many: str | None = None) -> str:
     """A number of things: ``1 server``, ``2 servers``; ``many`` where that is no s at the end."""
     return f"{figure(number)} {one if number == 1 else many or f'{one}s'}"
+
+
+def size(value: float | None) -> str:
+    """Bytes as disks and networks count them: ``0 B``, ``412 kB``, ``14.9 GB``."""
+    if value is None:
+        return UNKNOWN
+    number = float(value)
+    for unit in BYTE_UNITS:
+        if abs(number) < 999.5 or unit == BYTE_UNITS[-1]:
+            break
+        number /= 1000
+    digits = 0 if unit in ("B", "kB") or number >= 99.95 else 1
+    return f"{number:.{digits}f} {unit}"
 
 
 def duration(seconds: float | None) -> str:

@@ -1,0 +1,200 @@
+"""The admin API's operations: one row for each route, from which server, console and
+``/openapi.json`` are made. A test compares docs/reference/api.md with ``OPERATIONS``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+from gateway.admin.schema import (
+    AdminAnswer,
+    AdminIndex,
+    AdminRequest,
+    ApiDocument,
+    CacheListing,
+    DrainAnswer,
+    ErrorAnswer,
+    EvictAnswer,
+    EvictRequest,
+    ExplainAnswer,
+    ExplainQuery,
+    Liveness,
+    ModelAnswer,
+    ModelRequest,
+    NoFields,
+    PinAnswer,
+    PreloadAnswer,
+    PreloadRequest,
+    PrewarmAnswer,
+    PrewarmRequest,
+    ProgressLine,
+    Readiness,
+    ReplicateAnswer,
+    ReplicateRequest,
+    ResultLine,
+    ScaleAnswer,
+    ScaleRequest,
+    SleepAnswer,
+    SleepRequest,
+    Status,
+    VerifyAnswer,
+    VerifyRequest,
+    WakeAnswer,
+)
+
+AnswerType = type[AdminAnswer] | type[Status] | type[ApiDocument]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One route. ``answer`` is ``None`` for plain text. With ``lines`` it takes long: it answers
+    200 at once with JSON lines, ``ProgressLine`` s and at the end a ``ResultLine`` of its answer or
+    an ``ErrorAnswer``; closing the connection cancels it. ``errors`` are codes of its own."""
+
+    name: str
+    method: Literal["GET", "POST"]
+    path: str
+    summary: str
+    answer: AnswerType | None
+    request: type[AdminRequest] | None = None
+    query: type[AdminRequest] | None = None
+    lines: bool = False
+    errors: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> tuple[Any, ...]:
+        """The types of what it answers with 200: of each line, where it answers in lines."""
+        if self.lines:
+            return ProgressLine, ResultLine[self.answer], ErrorAnswer  # type: ignore[name-defined]
+        return () if self.answer is None else (self.answer,)
+
+    def parse(self, text: str | bytes) -> Any:
+        """An answer, or a line of it, of one of its types. Raises ``ValueError`` where it is
+        none."""
+        adapter: Any = TypeAdapter(reduce(or_, self.answers))
+        return adapter.validate_json(text)
+
+
+def _get(path: str, name: str, answer: AnswerType | None, summary: str) -> Operation:
+    return Operation(name=name, method="GET", path=path, summary=summary, answer=answer)
+
+
+def _pool(
+    name: str, request: type[AdminRequest], answer: type[AdminAnswer], summary: str
+) -> Operation:
+    return Operation(
+        name=name,
+        method="POST",
+        path=f"/pools/{{pool}}/{name}",
+        summary=summary,
+        request=request,
+        answer=answer,
+        errors=("pool_not_found", "bad_value", "timeout"),
+    )
+
+
+def _model(
+    verb: str,
+    request: type[ModelRequest],
+    answer: type[ModelAnswer],
+    summary: str,
+    lines: bool = False,
+) -> Operation:
+    errors: tuple[str, ...] = ("bad_value", "model_not_found", "model_in_use", "no_space")
+    errors += ("source_failed", "model_damaged", "cache_failed")
+    return Operation(
+        name=verb,
+        method="POST",
+        path=f"/models/{verb}",
+        summary=summary,
+        request=request,
+        answer=answer,
+        lines=lines,
+        errors=(*errors, "cancelled", "too_many") if lines else errors,
+    )
+
+
+INDEX = _get("/", "index", AdminIndex, "What there is here.")
+OPENAPI = Operation(
+    name="openapi",
+    method="GET",
+    path="/openapi.json",
+    summary="This API, as OpenAPI 3.1 describes it.",
+    answer=ApiDocument,
+)
+METRICS = _get("/metrics", "metrics", None, "Prometheus text.")
+HEALTHZ = _get("/healthz", "healthz", Liveness, "200 as long as the process lives.")
+READYZ = Operation(
+    name="readyz",
+    method="GET",
+    path="/readyz",
+    summary="200 while requests are accepted, else 503 with the reason.",
+    answer=Readiness,
+    errors=("not_ready",),
+)
+STATUS = _get("/status", "status", Status, "Workers, pools, replicas and last decisions.")
+EXPLAIN = Operation(
+    name="explain",
+    method="GET",
+    path="/pools/{pool}/explain",
+    summary="The pool's decisions with their reasons, newest last.",
+    query=ExplainQuery,
+    answer=ExplainAnswer,
+    errors=("pool_not_found", "bad_value"),
+)
+SCALE = _pool(
+    "scale", ScaleRequest, ScaleAnswer, "Hold a pool at a number of replicas, or give it back."
+)
+SLEEP = _pool("sleep", SleepRequest, SleepAnswer, "Put a pool's idle ready replicas to sleep.")
+WAKE = _pool("wake", NoFields, WakeAnswer, "Wake a pool, as a request for it would.")
+DRAIN = Operation(
+    name="drain",
+    method="POST",
+    path="/replicas/{replica}/drain",
+    summary="Give a replica no more requests, and stop it when it has finished.",
+    request=NoFields,
+    answer=DrainAnswer,
+    errors=("replica_not_found", "timeout"),
+)
+MODELS = _get("/models", "models", CacheListing, "The models in the cache, and what they take.")
+VERBS = {
+    one.name: one
+    for one in (
+        _model("preload", PreloadRequest, PreloadAnswer, "Bring a model to the disk.", lines=True),
+        _model(
+            "prewarm",
+            PrewarmRequest,
+            PrewarmAnswer,
+            "Bring the weights that engines open into the page cache.",
+            lines=True,
+        ),
+        _model(
+            "verify",
+            VerifyRequest,
+            VerifyAnswer,
+            "Read every byte of a model again and compare it with its digests.",
+            lines=True,
+        ),
+        _model(
+            "replicate",
+            ReplicateRequest,
+            ReplicateAnswer,
+            "Have other sites preload a model.",
+            lines=True,
+        ),
+        _model("pin", ModelRequest, PinAnswer, "Keep a model on the disk whatever happens."),
+        _model("unpin", ModelRequest, PinAnswer, "Let a pinned model be evicted again."),
+        _model("evict", EvictRequest, EvictAnswer, "Take a revision of a model from the disk."),
+    )
+}
+"""The operations over one model, by verb."""
+
+COMMON = (INDEX, OPENAPI, METRICS, HEALTHZ, READYZ, STATUS)
+CACHE = (MODELS, *VERBS.values())
+OPERATIONS = (*COMMON, EXPLAIN, SCALE, SLEEP, WAKE, DRAIN, *CACHE)
+"""Every operation of a gateway's admin listener; a cache agent has ``COMMON`` and ``CACHE``."""

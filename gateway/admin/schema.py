@@ -1,0 +1,579 @@
+"""The admin API's types: what each request and answer consists of.
+
+The one definition of it. The server validates and serialises with these types, the console parses
+into them (``--json`` prints them), and ``/openapi.json`` is made of them. Which operation takes and
+answers what is in ``gateway.admin.operations``. Moments (``*_at_s``) are Unix time; ``None`` is
+unknown, which is not zero. Requests forbid unknown fields; answers may gain fields.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, RootModel, SerializeAsAny
+
+from autoscaler.types import Bound, Reason, Signal, TierReport
+from modelcache.types import ModelEntry, Progress, Residency, Tier
+from router.types import ReplicaState
+
+
+class AdminRequest(BaseModel):
+    """A request's body."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class AdminAnswer(BaseModel):
+    """An answer, or a part of one. Made from any object with the same attributes."""
+
+    model_config = ConfigDict(frozen=True, from_attributes=True, use_attribute_docstrings=True)
+
+
+# ── Errors ────────────────────────────────────────────────────────────────────────────────────────
+
+ERRORS = {
+    "bad_json": 400,
+    "bad_value": 400,
+    "client_closed": 400,
+    "unknown_field": 400,
+    "cross_site": 403,
+    "model_not_found": 404,
+    "no_pools": 404,
+    "pool_not_found": 404,
+    "replica_not_found": 404,
+    "route_not_found": 404,
+    "method_not_allowed": 405,
+    "body_timeout": 408,
+    "model_in_use": 409,
+    "body_too_large": 413,
+    "content_type": 415,
+    "host_not_allowed": 421,
+    "too_many": 429,
+    "cancelled": 499,
+    "cache_failed": 500,
+    "internal_error": 500,
+    "model_damaged": 500,
+    "source_failed": 502,
+    "not_ready": 503,
+    "timeout": 504,
+    "no_space": 507,
+}
+"""Every error code of the admin API with its HTTP status."""
+
+
+FAULT = "Tidegate failed at this; its log says how."
+"""The message of an ``internal_error``: the traceback goes to the log, never to a client."""
+
+
+class ErrorDetail(AdminAnswer):
+    """What is wrong, as OpenAI's errors say it, and the HTTP status."""
+
+    message: str
+    type: str
+    param: str | None = None
+    """The field or the path's part that it is about."""
+    code: str
+    """One of ``ERRORS``; also in the header ``x-tidegate-reason``."""
+    status: int
+
+
+class ErrorAnswer(AdminAnswer):
+    """The one shape of an error."""
+
+    error: ErrorDetail
+
+
+class AdminError(Exception):
+    """A refusal: one of ``ERRORS`` with its message."""
+
+    def __init__(
+        self, code: str, message: str, *, param: str | None = None, **headers: str
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.status = ERRORS[code]
+        self.param = param
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    def answer(self) -> ErrorAnswer:
+        """It as the body of an answer."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return ErrorAnswer(
+            error=ErrorDetail(
+                message=str(self), type=kind, param=self.param, code=self.code, status=self.status
+            )
+        )
+
+
+# ── Health ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class AdminIndex(AdminAnswer):
+    """What there is here."""
+
+    tidegate: Literal["admin"] = "admin"
+    endpoints: dict[str, str]
+    """Summaries by ``METHOD /path``."""
+
+
+class ApiDocument(RootModel[dict[str, Any]]):
+    """An OpenAPI document."""
+
+
+class Liveness(AdminAnswer):
+    """The process lives."""
+
+    status: Literal["alive"] = "alive"
+
+
+class Readiness(AdminAnswer):
+    """Requests are accepted."""
+
+    ready: bool
+    reason: str
+
+
+# ── Status ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class WorkerEntry(AdminAnswer):
+    """One process of the data path."""
+
+    index: int
+    pid: int | None
+    state: Literal["starting", "listening", "draining"]
+    restarts: int
+    connections: int
+    upstream_connections: int
+
+
+class DecisionEntry(AdminAnswer):
+    """How many replicas a pool shall have, and why."""
+
+    at_s: float
+    desired: int
+    supply: int
+    """Replicas that are ready or on their way."""
+    reason: Reason
+    detail: str
+    """The reason in words."""
+    signal: Signal
+    """The figure that asked for the number."""
+    bound: Bound | None
+    """The bound that changed the number which the signal asked for."""
+    panicking: bool
+
+
+class PastDecisionEntry(DecisionEntry):
+    """A decision, and how often it was repeated before another took its place."""
+
+    count: int
+    first_at_s: float
+    last_at_s: float
+
+
+class ReplicaEntry(AdminAnswer):
+    """One replica."""
+
+    id: str
+    state: ReplicaState
+    url: str | None
+    pid: int | None
+    served_model: str | None
+    gpus: tuple[int, ...]
+    cpus: tuple[int, ...]
+    inflight_requests: int | None
+    inflight_tokens: int | None
+    phase: str
+    """What it is at while it starts, for people."""
+    step: str
+    """The first word of ``phase``, for machines."""
+    progress: Progress | None
+    """How much of its model is here, while it is being fetched or prepared."""
+    woken_from: Tier | None
+    since_s: float
+    """Seconds in its state."""
+    error: str | None
+
+
+class PoolEntry(AdminAnswer):
+    """One pool."""
+
+    name: str
+    aliases: tuple[str, ...]
+    engine: str
+    backend: str
+    model: str | None
+    min_replicas: int
+    max_replicas: int
+    desired: int
+    override: int | None
+    """The number an operator holds it at."""
+    ready: int
+    starting: int
+    unhealthy: int
+    draining: int
+    sleeping: int
+    queued_requests: int | None
+    queued_tokens: int | None
+    inflight_requests: int | None
+    inflight_tokens: int | None
+    arrivals_total: int | None
+    wake_eta_s: float | None
+    tier: Tier | None
+    """How warm it is; ``null`` where it is externally managed."""
+    tiers: tuple[TierReport, ...]
+    step_down_in_s: float | None
+    """Seconds until it is a tier colder, without demand."""
+    last_decision: DecisionEntry | None
+    failures: int
+    """Failed starts in a row."""
+    retry_in_s: float | None
+    error: str | None
+    """Why replicas fail, with the engine's last log lines."""
+    replicas: tuple[ReplicaEntry, ...]
+
+
+class StandbyEntry(AdminAnswer):
+    """A forked engine that waits for its weights."""
+
+    pool: str
+    pid: int
+    parked: bool
+    """False until it has imported everything."""
+    pss_bytes: int | None
+
+
+class ForkServerEntry(AdminAnswer):
+    """The fork server: ``state`` is off, importing, ready, waiting or unfit."""
+
+    state: str
+    reason: str
+    pid: int | None
+    pss_bytes: int | None
+    import_s: float | None
+    forked: int
+    crashes: int
+    standbys: tuple[StandbyEntry, ...]
+
+
+class GatewayStatus(AdminAnswer):
+    """A running Tidegate."""
+
+    kind: Literal["gateway"] = "gateway"
+    version: str
+    endpoint: str
+    admin: str
+    uptime_s: float
+    workers: tuple[WorkerEntry, ...]
+    pools: tuple[PoolEntry, ...]
+    fork_server: ForkServerEntry | None
+    errors: dict[str, int]
+    """Errors that the control loop survived, by where they were raised."""
+    last_error: str | None
+
+
+class CacheUsage(AdminAnswer):
+    """What the model cache takes of the disk."""
+
+    bytes_used: int
+    bytes_blobs: int
+    """Fetched models."""
+    bytes_prepared: int
+    """Results of preparation steps."""
+    bytes_partial: int
+    """Files that are being fetched."""
+    bytes_records: int
+    bytes_promised: int = 0
+    """What steps under way will still take; not part of the sum."""
+    free_bytes: int
+    quota_bytes: int | None
+    reserve_bytes: int = 0
+
+
+class PeerEntry(AdminAnswer):
+    """A peer as this node knows it."""
+
+    url: str
+    node: str | None = None
+    reached: bool
+    banned: str | None = None
+    """Why it is not asked for a while."""
+    given_bytes: int = 0
+
+
+class CacheTraffic(AdminAnswer):
+    """What was read from stores and peers and given to peers, since the process began."""
+
+    store_bytes: int = 0
+    peer_bytes: int = 0
+    wasted_bytes: int = 0
+    """Read and thrown away."""
+    retries: int = 0
+    peer_failures: int = 0
+    sent_bytes: int = 0
+    peers: tuple[PeerEntry, ...] = ()
+
+
+class AgentStatus(AdminAnswer):
+    """A running cache agent."""
+
+    kind: Literal["agent"] = "agent"
+    version: str
+    peer_url: str | None
+    """Where peers are served."""
+    dir: str
+    usage: CacheUsage
+    traffic: CacheTraffic
+
+
+class Status(RootModel[Annotated[GatewayStatus | AgentStatus, Field(discriminator="kind")]]):
+    """What runs here: a gateway or a cache agent."""
+
+
+# ── Pools and replicas ────────────────────────────────────────────────────────────────────────────
+
+
+class ExplainQuery(AdminRequest):
+    """Which decisions."""
+
+    limit: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Only the newest so many."""
+
+
+class ExplainAnswer(AdminAnswer):
+    """A pool's decisions, newest last."""
+
+    pool: str
+    decisions: tuple[PastDecisionEntry, ...]
+
+
+class ScaleRequest(AdminRequest):
+    """How many replicas to hold a pool at."""
+
+    replicas: int | None = Field(ge=0)
+    """``null`` gives the pool back to the autoscaler."""
+
+
+class ScaleAnswer(AdminAnswer):
+    """What the pool is held at."""
+
+    pool: str
+    override: int | None
+
+
+class SleepRequest(AdminRequest):
+    """How deep."""
+
+    level: int = Field(default=1, ge=1, le=2)
+    """1 keeps the weights in host memory, 2 drops them."""
+
+
+class SleepAnswer(AdminAnswer):
+    """What the pool has now."""
+
+    pool: str
+    sleeping: int
+    ready: int
+
+
+class WakeAnswer(AdminAnswer):
+    """What the pool has now."""
+
+    pool: str
+    starting: int
+    ready: int
+
+
+class NoFields(AdminRequest):
+    """Nothing needs saying."""
+
+
+class DrainAnswer(AdminAnswer):
+    """What becomes of the replica."""
+
+    replica: str
+    state: Literal["draining"] = "draining"
+
+
+# ── The model cache ───────────────────────────────────────────────────────────────────────────────
+
+
+class ModelRequest(AdminRequest):
+    """A model of the cache."""
+
+    model: str = Field(min_length=1)
+    """A URL, ``org/name`` of a hub, a directory, ``prepared://KEY``, or the name of a pool."""
+    revision: str | None = None
+    """A branch, tag or commit; of what is here also its beginning. ``null``: the newest."""
+
+
+class PreloadRequest(ModelRequest):
+    """A model to bring to the disk."""
+
+    expected_use_at_s: float | None = None
+    """When it will be used; what is used later is evicted sooner."""
+
+
+class PrewarmRequest(ModelRequest):
+    """A model whose weights to bring into the page cache."""
+
+    rank: int = Field(default=0, ge=0)
+    """Only what this tensor-parallel rank of ``world_size`` needs."""
+    world_size: int = Field(default=1, ge=1)
+
+
+class VerifyRequest(ModelRequest):
+    """A model to read again."""
+
+    repair: bool = False
+    """Fetch what is damaged."""
+
+
+class ReplicateRequest(ModelRequest):
+    """A model that other sites shall preload."""
+
+    sites: tuple[str, ...] = ()
+    """Names in ``modelcache.sites``; empty for all."""
+
+
+class EvictRequest(ModelRequest):
+    """A revision to take from the disk, with what preparation steps have made of it."""
+
+    force: bool = False
+    """Also where it is pinned."""
+    prepared: bool = False
+    """Only what was made of it."""
+    all: bool = False
+    """All revisions."""
+
+
+class CacheListing(AdminAnswer):
+    """Every revision that is on the disk or on its way."""
+
+    dir: str
+    usage: CacheUsage
+    traffic: CacheTraffic
+    models: tuple[ModelEntry, ...]
+    pools: tuple[str, ...]
+    """Names that stand for the models of pools."""
+
+
+class ModelAnswer(AdminAnswer):
+    """What was done, to which model."""
+
+    verb: str
+    model: str
+    """Its canonical URL, or its path."""
+    revision: str | None
+    elapsed_s: float = 0.0
+
+
+class PinAnswer(ModelAnswer):
+    """Whether the model is pinned now."""
+
+    pinned: bool
+
+
+class ModelOnDisk(ModelAnswer):
+    """A model that is on the disk."""
+
+    path: str
+    """The directory that engines open, unless it is ``prepared``."""
+    size_bytes: int | None
+    """``null`` for a directory that is used where it lies."""
+    files: int | None
+    note: str
+    """What its user should know; empty for nothing."""
+    prepared: str | None
+    """The directory with the result of its preparation steps; ``null`` for a model without."""
+
+
+class PreloadAnswer(ModelOnDisk):
+    """What was brought to the disk."""
+
+    was_there: bool
+    prepared_s: float | None = None
+    """What the steps took; ``null`` where their result was there."""
+
+
+class PrewarmedPages(AdminAnswer):
+    """What was read into the page cache."""
+
+    bytes_total: int
+    bytes_read: int
+    bytes_skipped: int = 0
+    """Cached already."""
+    bytes_missing: int = 0
+    """Past the end of files."""
+    elapsed_s: float = 0.0
+    yielded_s: float = 0.0
+    """Time stood back for other readers of the disk."""
+    cpu_s: float = 0.0
+    after: Residency
+
+
+class PrewarmAnswer(ModelOnDisk):
+    """What is in the page cache now."""
+
+    pages: PrewarmedPages
+    not_kept: str
+    """Why the pages are not kept there; empty where they are."""
+
+
+class DamagedFile(AdminAnswer):
+    """Something that is not what it was."""
+
+    path: str
+    problem: str
+    digest: str = ""
+    piece: int | None = None
+
+
+class VerifyAnswer(ModelAnswer):
+    """What is damaged."""
+
+    damage: tuple[DamagedFile, ...]
+    repaired: bool
+
+
+class SiteOutcome(AdminAnswer):
+    """What became of a model at one site."""
+
+    site: str
+    done: bool
+    revision: str | None = None
+    size_bytes: int | None = None
+    error: str | None = None
+
+
+class ReplicateAnswer(ModelAnswer):
+    """What became of it at each site."""
+
+    sites: dict[str, SiteOutcome]
+
+
+class EvictAnswer(ModelAnswer):
+    """What is gone."""
+
+    revisions: tuple[str, ...]
+    freed_bytes: int
+    left: tuple[str, ...]
+    """Revisions that are still here."""
+    prepared: bool
+    """Only what was made of it is gone."""
+
+
+Result = TypeVar("Result", bound=ModelAnswer)
+
+
+class ProgressLine(AdminAnswer):
+    """How far it is."""
+
+    progress: Progress
+
+
+class ResultLine(AdminAnswer, Generic[Result]):
+    """The last line of what succeeded."""
+
+    result: SerializeAsAny[Result]
