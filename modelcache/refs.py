@@ -1,4 +1,4 @@
-"""Where a model comes from, read from what people write, and shown without what nobody may see.
+"""Where a model comes from, read from what users write, and shown without secrets.
 
     hf://Qwen/Qwen3-32B            hf://org/name@revision      hf://org/name@v1/gguf
     Qwen/Qwen3-32B                 the same, as vLLM takes it
@@ -48,9 +48,9 @@ def parse_ref(text: str, revision: str | None = None) -> ModelRef:
     """Read a model's URL, a hub's ``org/name`` or a plain path.
 
     ``revision`` may be in the URL too where it is a hub's; both must agree. A plain path gets the
-    scheme ``path``: whoever has a file system decides what it is relative to, and whether a
-    directory called ``org/name`` is meant before the hub. Raises ``ValueError`` that says what is
-    wrong, without repeating a secret.
+    scheme ``path``: the caller, which has a file system, decides what it is relative to, and
+    whether a directory called ``org/name`` is meant before the hub. Raises ``ValueError`` that says
+    what is wrong, without repeating a secret.
     """
     text = text.strip()
     _check_text(text, revision)

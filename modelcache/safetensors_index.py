@@ -1,7 +1,7 @@
 """What a safetensors file says it holds, believed only after every claim was checked.
 
 A file begins with the header's length (8 bytes, little-endian), then the header (JSON), then the
-tensors' bytes. The header comes from whoever wrote the file, so nothing in it is taken on trust:
+tensors' bytes. The header may come from a hostile author, so nothing in it is taken on trust:
 a tensor must lie inside the file, have exactly the bytes its shape and type need, share none with
 another, and together they must leave no hole, which could hide something or stem from damage.
 Whatever is off is a ``BadFile``. Only bytes and text come in here.
@@ -29,7 +29,7 @@ LENGTH_BYTES = 8
 HEADER_LIMIT_BYTES = 100_000_000
 """The format's own limit; a header beyond it is an attempt to make us allocate."""
 DIMENSIONS_LIMIT = 32
-"""No model comes near; numbers beyond it are nobody's honest shape."""
+"""No model comes near; numbers beyond it are no real shape."""
 SIZE_LIMIT = 2**63 - 1
 """Bytes and elements are signed 64-bit numbers to torch and to the kernel."""
 TENSOR_FIELDS = frozenset({"dtype", "shape", "data_offsets"})

@@ -56,7 +56,7 @@ class InUse(CacheError):
 
 
 class Cancelled(CacheError):
-    """Whoever asked has changed their mind."""
+    """The caller has cancelled."""
 
 
 class Tier(StrEnum):
@@ -81,7 +81,7 @@ class Priority(IntEnum):
     """Who is served first where bandwidth is short; lower goes first."""
 
     WAKE = 0
-    """Somebody waits for an answer."""
+    """A client waits for an answer."""
     PRELOAD = 1
     """It will be wanted."""
     REPLICATE = 2

@@ -1,6 +1,6 @@
 """How good a replica is for a request: lower is better, ``None`` abstains.
 
-A scorer returns a cost in tokens, so that scorers add up without weights that nobody can explain:
+A scorer returns a cost in tokens, so that scorers add up without weights that cannot be explained:
 a prefix hit is worth the tokens it saves, a queue costs the tokens in it. Abstaining is not the
 best score: a replica on which a scorer abstains gets the mean of the others.
 """

@@ -8,8 +8,8 @@
     draining to sleep ─drained─▶ falling asleep ─slept─▶ sleeping ─wake─▶ waking ─woken─▶ ready
 
 Every pair of state and event is in the table, is ignored (a late result of something the replica
-has left behind), or is refused (nobody may ask this). There is no fourth case, and a test says so.
-The table does nothing: who applies it performs the actions.
+has left behind), or is refused (no caller may ask this). There is no fourth case, and a test says
+so. The table does nothing: who applies it performs the actions.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Event(StrEnum):
     PREPARED = "prepared"
     PREPARE_FAILED = "prepare_failed"
     FOUND = "found"
-    """It is run by somebody else, and has been registered."""
+    """It is externally managed, and has been registered."""
     START_FAILED = "start_failed"
     NO_ROOM = "no_room"
     """It cannot be started now; no fault of the engine."""
@@ -107,7 +107,7 @@ class Step:
 
 
 class Refused(Exception):
-    """Nobody may ask this of a replica in this state."""
+    """This may not be asked of a replica in this state."""
 
     def __init__(self, state: State, event: Event) -> None:
         super().__init__(f"a replica that is {state} cannot take the event {event}")
@@ -206,7 +206,7 @@ LATE_RESULTS = frozenset(
         Event.STOP_FAILED,
     }
 )
-"""Events that somebody set off earlier, and that can arrive in any state. Where the table has no
+"""Events that an earlier call set off, and that can arrive in any state. Where the table has no
 place for them they change nothing: a failed health check does not end a start, for one."""
 
 REPEATED: Mapping[State, frozenset[Event]] = {

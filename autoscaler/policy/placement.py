@@ -33,7 +33,7 @@ def assign_gpus(
 ) -> tuple[int, ...] | None:
     """The indices of ``count`` GPUs for one replica; ``None`` when there is no room.
 
-    ``memory_bytes`` is what it takes of each; unset, it takes whole GPUs that nobody uses.
+    ``memory_bytes`` is what it takes of each; unset, it takes whole unused GPUs.
     ``allowed`` limits the choice (empty: all). An ``inventory`` of ``None`` is unknown, not
     empty: then the allowed indices are believed, and never shared. Of several GPUs with room
     the fullest is taken, so that whole ones stay free; between equals the lowest index.

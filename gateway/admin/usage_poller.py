@@ -19,7 +19,7 @@ FRESH_S = 15.0
 """A figure of this age is not looked up again: what scrapes most, scrapes so often."""
 
 WAIT_S = 2.0
-"""Longest time that somebody waits for a look; after that the last figure is told."""
+"""Longest time that a scrape waits for a reading; after that it gets the last one."""
 
 STALE_S = 120.0
 """A figure older than this is none: unknown is not what it was."""

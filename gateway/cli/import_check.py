@@ -21,7 +21,7 @@ LEAVES = {
 
 
 class NotOursError(ImportError):
-    """A package of that name is somebody else's; the message says whose place it is in."""
+    """Another distribution has a package of that name; the message says where it lies."""
 
 
 def assert_ours(root: Path | None = None) -> None:

@@ -70,7 +70,7 @@ def make_transform(settings: Settings, cache: ModelCache, environ: Mapping[str, 
 
 
 def list_entries(model: CachedModel) -> Sequence[FileEntry]:
-    """What a model consists of: its manifest, or for a directory that nobody fetched its files by
+    """What a model consists of: its manifest, or for a directory that was not fetched its files by
     size and time of change, so that it need not be read."""
     if model.manifest is not None:
         return tuple(model.manifest.files)

@@ -18,7 +18,7 @@ from gateway.settings.load import ConfigError, LoadedSettings
 log = logging.getLogger("tidegate")
 
 # A signal to a whole process group can reach us twice, directly and passed on by our parent (make
-# does so): within this time it is one wish to stop, not a second one to hurry.
+# does so): within this time it is one request to stop, not a second one to hurry.
 _ONE_SIGNAL_S = 1.0
 _RECORD_BYTES = 4096
 """What is written where something shall be written: a full disk still takes empty files."""

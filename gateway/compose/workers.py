@@ -58,7 +58,7 @@ def open_listeners(host: str, port: int, count: int) -> list[socket.socket]:
             listeners.append(listener)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if not listeners[:-1] and port:
-                # Without this the port would silently be shared with somebody else's server
+                # Without this the port would silently be shared with another program's server
                 # that also set SO_REUSEPORT.
                 with socket.socket(info[0], info[1]) as probe:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -199,7 +199,7 @@ class Workers:
         reader, entry.writer = await asyncio.open_connection(sock=ours)
         self._send(entry, msgspec.structs.replace(self._config, index=entry.index))
         self._send(entry, FleetUpdate(fleet=self._fleet))
-        if self._draining:  # since it was started: there was nobody to be told yet
+        if self._draining:  # since it was started: it has not been told yet
             self._send(entry, Drain())
         unpacker = Unpacker(ToControl)
         while data := await reader.read(65536):

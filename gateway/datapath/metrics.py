@@ -3,7 +3,7 @@
 Names stand here and nowhere else; ``gateway.admin.metrics_page`` only fills in the values.
 
 A worker counts in lists and copies them into its own block of shared memory (``shared.py``) many
-times a second; the control process sums the blocks when somebody scrapes. So counting costs next
+times a second; the control process sums the blocks at each scrape. So counting costs next
 to nothing, no message is sent, and a worker that dies takes at most a moment's counts with it.
 """
 

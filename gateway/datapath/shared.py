@@ -66,7 +66,7 @@ class Shared:
         return shared
 
     def close(self) -> None:
-        """Give the descriptor back. What is mapped stays mapped until nobody reads it."""
+        """Give the descriptor back. What is mapped stays mapped until its last reader has gone."""
         os.close(self.fd)
 
     @classmethod

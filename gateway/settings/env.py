@@ -29,7 +29,7 @@ SERVICE_LINKS = ("tcp://", "udp://", "sctp://")
 
 
 def find_misnamed(environ: Mapping[str, str], named: Collection[str]) -> Iterator[Problem]:
-    """A warning for each variable that is read by nobody and was probably meant as a setting.
+    """A warning for each variable that is not read and was probably meant as a setting.
 
     ``named`` are variables that the settings themselves name, for keys and secrets.
     """

@@ -27,7 +27,7 @@ SECRET = re.compile(r"authorization|token|secret|password|passwd|api[_-]?key|cre
 HIDDEN = "(hidden)"
 
 DEFAULT = "default"
-"""The origin of a value that nobody gave."""
+"""The origin of a value that was not given."""
 
 DATE = "a date"
 """Key that marks a TOML date, which JSON has no word for."""
@@ -87,7 +87,7 @@ Origin = Callable[[Sequence[str]], str]
 def explain(error: ValidationError, origin: Origin, blame: Origin) -> Iterator[Problem]:
     """The problems in a validation error.
 
-    ``origin`` says where the value of a path came from (``"default"`` where nobody gave it),
+    ``origin`` says where the value of a path came from (``"default"`` where it was not given),
     ``blame`` where to look when it is wrong or missing.
     """
     for detail in error.errors(include_url=False):

@@ -244,7 +244,7 @@ def find_warnings(settings: Settings) -> Iterator[tuple[str, str]]:
         yield (
             "gateway.admin_host",
             f"{gateway.admin_host} is reachable from other machines and the admin listener has no "
-            "authentication: whoever reaches it can scale and drain pools",
+            "authentication: every client that reaches it can scale and drain pools",
         )
     if "*" in gateway.admin_allowed_hosts:
         yield (

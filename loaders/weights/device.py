@@ -1,8 +1,8 @@
 """Where tensors end up: in place on the CPU, or through the staging ring to a device.
 
 torch is imported here and only when something is loaded. On the CPU the file is read straight into
-the memory tensors then have. For a device, threads copy slots of the (pinned) ring on a few
-streams of their own; whoever gets a tensor has its stream wait for the copies that filled it.
+the memory tensors then have. For a device, threads copy slots of the (pinned) ring on a few streams
+of their own; the caller that gets a tensor has its stream wait for the copies that filled it.
 """
 
 from __future__ import annotations
@@ -247,8 +247,8 @@ class CudaTarget:
         return undo
 
     def close(self) -> None:
-        """Wait for the streams, then let go of batches nobody got: until their copies are over,
-        their memory must not be handed out."""
+        """Wait for the streams, then release batches that no caller got: until their copies are
+        over, their memory must not be handed out."""
         for stream in self._streams:
             stream.synchronize()
         self._opened.clear()

@@ -131,7 +131,7 @@ class Ring:
         self.size_bytes = self._stretch.size_bytes
 
     def take(self) -> Slot:
-        """A slot nobody reads from or writes to; waits for one."""
+        """A slot that is neither read nor written; waits for one."""
         with self._changed:
             while not self._free:
                 self._changed.wait()

@@ -5,7 +5,7 @@ threads wait
 here for their turn. Bytes are paid for *before* they are read, ``ANNOUNCE_BYTES`` at a time, so a
 cap holds for what is read, over any window and not only on average; beyond its rate a cap lets
 through at most ``ANNOUNCE_BYTES`` and 0.1 s of its rate, after a pause. What the kernel has
-received and nobody has read yet is not counted.
+received and has not been read yet is not counted.
 
 One process keeps one budget. Two processes on a node that fetch at the same time know nothing of
 each other's: let one of them do it, as the command line does while a Tidegate runs.
@@ -28,7 +28,7 @@ POLL_S = 0.1
 """Seconds within which a waiting thread notices that it was cancelled."""
 
 Asked = Callable[[], bool]
-"""Whether whoever asked has changed their mind."""
+"""Whether the caller has cancelled."""
 
 
 class Budget:
@@ -192,7 +192,7 @@ class Slots:
 
     @property
     def free(self) -> int:
-        """What nobody has."""
+        """What is not lent."""
         return self._free
 
     def take(self, model: str, priority: Priority, amount: int, cancelled: Asked) -> None:

@@ -3,7 +3,7 @@
 A *claim* asks for some bytes under one or more *caps*. Every cap is a bucket that fills at its
 rate; a claim is granted when all its caps hold what it asks, so over any time ``t`` a cap grants
 at most ``rate * t + burst``. Where claims compete they are served by start-time fair queueing on
-two levels: classes by weight (a waking replica before a preload, which still gets a little: nobody
+two levels: classes by weight (a waking replica before a preload, which still gets a little: none
 starves), and within a class models evenly, however many connections each has.
 """
 
@@ -78,7 +78,8 @@ class _Bucket:
 
 @dataclass(slots=True)
 class _Queue:
-    """Start-time fair queueing between flows: whoever has the least served for its weight."""
+    """Start-time fair queueing between flows: first the one with the least served for its
+    weight."""
 
     virtual: float = 0.0
     finished: dict[str, float] = field(default_factory=dict)
@@ -162,7 +163,7 @@ class FairShare:
     def _next(self) -> Claim | None:
         """The first in order whose caps all suffice. The cap that a claim waits longest for is
         kept for it: smaller claims behind it would otherwise always be quicker. Its other caps
-        are not, or whoever waits for a slow store would hold up all others."""
+        are not, or a flow that waits for a slow store would hold up all others."""
         kept: set[str] = set()
         for claim in self._in_order():
             waits_s = {name: self.buckets[name].wait_s(claim.size_bytes) for name in claim.caps}

@@ -63,7 +63,7 @@ class Reading:
     asked: bool = False
     """Whether bytes have been asked for; before, it waits for memory."""
     others_bytes_s: float | None = None
-    """What others moved a second, since this is behind them; ``None`` while it is not. With nobody
+    """What others moved a second, since this is behind them; ``None`` while it is not. With nothing
     left to compare with it stays as it was."""
     _older: tuple[float, int] = (0.0, 0)
     _newer: tuple[float, int] = (0.0, 0)

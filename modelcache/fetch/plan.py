@@ -4,7 +4,7 @@ Every piece has an owner among the nodes that fetch its file: the one with the h
 (file, piece, node), which all nodes work out alike. The owner reads it from the store and the
 others from the owner, so a store is read about once however many nodes begin together. A node that
 leaves or stalls owns nothing from then on, and each of its pieces falls to the next in rank. Who
-has nothing left of its own takes over what nobody has begun, the second in rank first, so a slow
+has nothing left of its own takes over what no node has begun, the second in rank first, so a slow
 node is helped rather than waited for.
 
 Sets of pieces are whole numbers, one bit for each piece: a file of 100 GB has 12,000.
@@ -82,12 +82,12 @@ class File:
     peers: dict[str, Seen] = field(default_factory=dict)
     owners: tuple[str, ...] | None = None
     shares: dict[str, int] = field(default_factory=dict)
-    """What each owner owns; nobody's while there is one owner alone."""
+    """What each owner owns; empty while there is one owner alone."""
     stalled: set[str] = field(default_factory=set)
 
     @property
     def open(self) -> int:
-        """Missing, and read by nobody here."""
+        """Missing, and not being read here."""
         return self.missing & ~self.storing & ~self.asking
 
     def available(self, away: frozenset[str]) -> int:
@@ -104,7 +104,7 @@ class Board:
     """All files of one download. One owner (``transfer`` guards it with a lock).
 
     ``me`` is this node's name, ``None`` where it serves no peers: then it owns nothing while
-    somebody else does, and takes from the store only what nobody else will.
+    another node does, and takes from the store only what no other node will.
     """
 
     me: str | None
@@ -206,7 +206,7 @@ class Board:
         yield from bits(below)
 
     def _take_over(self, now_s: float) -> tuple[File, int] | None:
-        """A piece of somebody else's that nobody has begun, once our own are all under way."""
+        """A piece of another node that no node has begun, once our own are all under way."""
         if any(file.open & self._owned(file) & ~file.available(self.away) for file in self.files):
             self.idle_since_s = None
             return None
@@ -297,7 +297,7 @@ class Board:
         return sum(file.missing.bit_count() for file in self.files)
 
     def check_integrity(self) -> None:
-        """What must hold whenever nobody changes it."""
+        """What must hold between two changes."""
         for file in self.files:
             everything = (1 << file.count) - 1
             assert file.missing & ~everything == 0

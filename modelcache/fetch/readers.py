@@ -115,7 +115,7 @@ class StoreReader:
         cut, and its piece asked for again. Not where a cap may be what it waits for, nor where it
         is not much farther from its end than a new one would be.
 
-        The last one of all may have nobody to be compared with; then those before it count, and
+        The last one of all may have no other to be compared with; then those before it count, and
         once only: it may be the line that has become slow.
         """
         own = self.download
@@ -349,8 +349,8 @@ class PeerReader:
         return min(most_s, max(LOST_S, LOST_FACTOR * usual_s))
 
     def _still_wanted(self, attempt: Attempt) -> bool:
-        """Whether nobody else has it, or is writing it: then it may be written here, and nobody
-        else begins to."""
+        """Whether no other reader has it, or is writing it: then it may be written here, and no
+        other begins to."""
         own, bit = self.download, 1 << attempt.index
         with own.lock:
             file = attempt.job.file

@@ -1,8 +1,8 @@
-"""Whether somebody else reads from the disks that files are on, so that background work can wait.
+"""Whether other processes read from the disks that files are on, so that background work can wait.
 
 A disk's count of bytes read, less what this process had read, is what others read. Ours are counted
 when a read is asked for and the disk's when it is done, so the difference falls back while reads
-are under way: only when it rises above the most it ever was has somebody else read.
+are under way: only when it rises above the most it ever was has another process read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 SECTOR_BYTES = 512
 WINDOW_S = 0.25
-"""How long the disk counts as in use after somebody was seen to read."""
+"""How long the disk counts as in use after another process was seen to read."""
 
 LOOK_S = 0.02
 """Least seconds between two looks at the counters, which cost some 50 µs each."""

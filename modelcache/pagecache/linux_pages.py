@@ -46,8 +46,8 @@ class _Counts(ctypes.Structure):
 def count_by_cachestat(fd: int, start: int, length: int) -> int | None:
     """Pages of ``length`` bytes from ``start`` that are cached, in microseconds for gigabytes.
 
-    ``None`` where the call cannot tell: a kernel before 6.5, a sandbox that forbids it, somebody
-    else's file, or an overlay file system, whose own cache is empty because the pages belong to
+    ``None`` where the call cannot tell: a kernel before 6.5, a sandbox that forbids it, another
+    user's file, or an overlay file system, whose own cache is empty because the pages belong to
     the file below.
     """
     if length <= 0:

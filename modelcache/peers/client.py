@@ -305,7 +305,7 @@ class Line:
         self.left -= len(into)
 
     def skip(self, size_bytes: int) -> None:
-        """Read a small body that nobody wants; a large one closes the connection instead."""
+        """Read a small body that is not wanted; a large one closes the connection instead."""
         if size_bytes <= 65_536:
             self.fill(memoryview(bytearray(size_bytes)), lambda n: None)
 

@@ -1,7 +1,7 @@
 """What this node has for its peers: blobs that are whole, and pieces of files on their way.
 
 Of a file that is being fetched it shows only the pieces that it has read from the store itself.
-What it was given by a peer it shows when the file is whole and its digest is right: so whoever
+What it was given by a peer it shows when the file is whole and its digest is right: so a peer that
 passes on wrong bytes is who made them up, and can be left alone for it.
 """
 
@@ -68,7 +68,7 @@ class Holding:
 
     def duplicate(self) -> int:
         """A descriptor of its file that the caller closes. Raises ``Cancelled`` once it is closed:
-        whoever is late must not write into what its number then stands for."""
+        a late writer must not write into what its number then stands for."""
         return self.shelf.duplicate(self)
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""Have other sites' caches fetch a model, ahead of whoever will want it there.
+"""Have other sites' caches fetch a model, ahead of its use there.
 
 Sites are asked over their agents' peer listener, signed with the cluster's secret like everything
 else there. An agent fetches from the store itself, at ``REPLICATE`` priority, and goes on when
-whoever asked has gone; asking again joins what is under way, also after the agent was started anew.
+the client has gone; asking again joins what is under way, also after the agent was started anew.
 """
 
 from __future__ import annotations

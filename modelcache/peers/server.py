@@ -1,6 +1,6 @@
 """Gives this node's pieces to its peers: a small HTTP server, a thread for each connection.
 
-Nothing is said to whoever lacks the cluster's secret. Pieces go from the page cache to the socket
+A client without the cluster's secret gets no answer. Pieces go from the page cache to the socket
 by ``sendfile``. A piece's digest is the one noted when it was checked, not one made from what is
 sent: a bit that flipped since is seen by who receives it.
 """

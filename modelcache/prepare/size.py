@@ -48,7 +48,7 @@ GGUF_MOST = 1 << 24
 
 
 def expect_bytes(step: PreparationStep, source: Path) -> int | None:
-    """About what the result of ``step`` will take at most; ``None`` where nobody can tell (a
+    """About what the result of ``step`` will take at most; ``None`` where that is unknown (a
     command's). Reads the headers of files in ``source``, and nothing else."""
     if step.kind == "command":
         return None

@@ -2,7 +2,7 @@
 
 A blob is named by its *tree digest*: the BLAKE3 of its size and of the BLAKE3s of its pieces. So
 pieces can be hashed by several threads in any order, and a blob is known as soon as its last
-piece is. The XXH3-64 of each piece is for whoever checks while loading, at memory speed; it guards
+piece is. The XXH3-64 of each piece is for checks while loading, at memory speed; it guards
 against decay, not against malice.
 
 Only the standard library and what vLLM brings (``blake3``, ``xxhash``): engines read this too.

@@ -1,8 +1,8 @@
 """What to evict: a pure function of what there is, how it is used, and how much room is wanted.
 
 Each revision is worth the seconds it would cost to load again, spread over the time until it will
-be used next; what is worth least for the bytes it frees goes first. The next use is what somebody
-expects (the forecaster), or, without that, as far ahead as the last one is behind: so without
+be used next; what is worth least for the bytes it frees goes first. The next use is what the
+caller expects, or, without that, as far ahead as the last one is behind: so without
 expectations, and with equal costs, the order is LRU. An expectation that has passed counts for as
 long again as it is overdue, then fades like any other. What is spare goes before all that.
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 RELOAD_S_PER_GB = 1.0
-"""What a GB costs to load again where nobody has measured it; equal for all, so it orders
+"""What a GB costs to load again where it was not measured; equal for all, so it orders
 nothing."""
 
 LEAST_DISTANCE_S = 1.0
@@ -26,7 +26,7 @@ class Candidate:
 
     ``parts`` are the bytes that would go with it, by name of blob or partial file; a part that
     another revision has too goes only with the last of them. ``kept`` says why it must stay
-    (``leased by …``, ``pinned``), empty if it need not. ``spare``: nobody uses it while what was
+    (``leased by …``, ``pinned``), empty if it need not. ``spare``: it is not used while what was
     made of it is there, so it goes before whatever is used.
     """
 
@@ -81,7 +81,8 @@ def choose(candidates: Sequence[Candidate], bytes_needed: int, now_s: float) -> 
 
 
 class Going:
-    """Candidates chosen to go, and the bytes that go with them: parts that nobody else has."""
+    """Candidates chosen to go, and the bytes that go with them: parts that no other candidate
+    has."""
 
     def __init__(self, candidates: Iterable[Candidate]) -> None:
         self.chosen: dict[str, Candidate] = {}

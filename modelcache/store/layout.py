@@ -127,7 +127,7 @@ class Layout:
         return self.root / "leases" / model_key(url) / safe_name(revision)
 
     def fetch_lock(self, url: str) -> Path:
-        """Locked by whoever fetches a revision of this model."""
+        """Locked by the process that fetches a revision of this model."""
         return self.root / "locks" / f"{model_key(url)}.fetch"
 
     def work(self, key: str) -> Path:
@@ -135,7 +135,8 @@ class Layout:
         return self.root / PREPARED / "work" / key
 
     def step_lock(self, key: str) -> Path:
-        """Locked while a step's result is being made, by whoever makes it and by the step."""
+        """Locked while a step's result is being made, by the process that runs the step and by the
+        step."""
         return self.root / "locks" / f"{key}.step"
 
     def step_log(self, key: str) -> Path:
@@ -144,7 +145,7 @@ class Layout:
 
     @property
     def store_lock(self) -> Path:
-        """Locked, briefly, by whoever changes what the store consists of."""
+        """Locked, briefly, by a process that changes what the store consists of."""
         return self.root / "locks" / "store"
 
     @property

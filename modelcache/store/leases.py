@@ -56,7 +56,7 @@ class Lease:
 def take(layout: Layout, directory: Path, holder: str, released: Callable[[], None]) -> Lease:
     """A lease in ``directory`` (``Layout.leases``). Call it with the store locked.
 
-    The file is locked before it gets its name there, so nobody ever sees it free.
+    The file is locked before it gets its name there, so no process ever sees it free.
     """
     layout.tmp.mkdir(parents=True, exist_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _holder(path: Path) -> str | None:
-    """Who holds the lease at ``path``; ``None`` if nobody does any more."""
+    """Who holds the lease at ``path``; ``None`` if it is not held any more."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

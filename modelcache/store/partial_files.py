@@ -1,11 +1,11 @@
 """A file that is being fetched: its bytes, and a journal of the pieces that are good.
 
-Whoever fetches writes any bytes anywhere into ``fd`` and then commits a piece: it is hashed from
-the file, not from the fetcher's memory, and its digests are appended to the journal. A killed
-process leaves the journal with perhaps half a record at its end, and that is dropped. Nothing is
-synced on the way: whoever opens the file again hashes every piece that the journal names, so a
-power cut or a flipped bit costs a piece, never a wrong one. ``finish`` syncs, and only then does
-the file get its name among the blobs.
+The downloader writes any bytes anywhere into ``fd`` and then commits a piece: it is hashed from the
+file, not from the fetcher's memory, and its digests are appended to the journal. A killed process
+leaves the journal with perhaps half a record at its end, and that is dropped. Nothing is synced on
+the way: the process that opens the file again hashes every piece that the journal names, so a power
+cut or a flipped bit costs a piece, never a wrong one. ``finish`` syncs, and only then does the file
+get its name among the blobs.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Partial:
         piece_bytes: int = PIECE_BYTES,
         on_whole: Callable[[Partial], None] | None = None,
     ) -> Partial:
-        """Begin, or go on where somebody stopped: pieces that are there are hashed again.
+        """Begin, or resume: pieces that are there are hashed again.
 
         Reserves the whole file's space. Raises ``InUse`` where another process has it open,
         ``OSError`` (``ENOSPC``) where the disk is full.
@@ -255,13 +255,13 @@ class Partial:
 
 def write_pieces(layout: Layout, digests: PieceDigests, mtime_ns: int) -> None:
     """Write a blob's ``.pieces`` file, with the modification time of its bytes: while the two
-    agree nobody has written to the blob since it was hashed. Call it with the store locked."""
+    agree the blob was not written to since it was hashed. Call it with the store locked."""
     path = layout.pieces(digests.digest)
     write_whole(path, digests.encode(), tmp=layout.tmp, mtime_ns=mtime_ns)
 
 
 def is_sound(layout: Layout, digest: str, size_bytes: int, piece_bytes: int) -> bool:
-    """Whether a blob is there and nobody has written to it since it was hashed.
+    """Whether a blob is there and was not written to since it was hashed.
 
     A look at sizes and times, microseconds; whether the disk still gives the same bytes only
     ``check_blob`` can say.
@@ -280,7 +280,7 @@ def is_sound(layout: Layout, digest: str, size_bytes: int, piece_bytes: int) -> 
 
 def note_known(layout: Layout, key: str, digest: str, sha256: str | None) -> None:
     """Record that a remote file is this blob. Call it with the store locked, before the blob gets
-    its name: a record without a blob is harmless, a blob nobody knows is swept."""
+    its name: a record without a blob is harmless, an unrecorded blob is swept."""
     write_whole(layout.known(key), digest.encode(), tmp=layout.tmp)
     if sha256:
         write_whole(layout.known_sha256(sha256), digest.encode(), tmp=layout.tmp)
@@ -307,7 +307,7 @@ def read_progress(directory: Path) -> int:
         return 0
     magic, size_bytes, piece_bytes = HEADER.unpack_from(journal)
     if magic != MAGIC or piece_bytes == 0:
-        return 0  # damaged: whoever opens it begins anew
+        return 0  # damaged: the next download begins again
     done = 0
     for index in decode_journal(journal):
         if index < count_pieces(size_bytes, piece_bytes):

@@ -3,7 +3,7 @@
 The engine appends to a file, not to a pipe: a Tidegate that hangs or is killed can neither block
 it nor break its output. Rotation copies the file and cuts it to nothing; since the engine appends,
 its next line is at the new beginning. What it writes in the microseconds between the end of the
-copy and the cut is lost; that is the price of needing nobody at the other end.
+copy and the cut is lost; that is the price of needing no reader at the other end.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def place(
 
 
 def free_port(taken: Collection[int]) -> int:
-    """A port nobody listens on, and that no other replica was given. Raises ``BackendError``."""
+    """A port without a listener, and that no other replica was given. Raises ``BackendError``."""
     for _ in range(PORT_TRIES):
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.bind((HOST, 0))

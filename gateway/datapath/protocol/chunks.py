@@ -181,7 +181,7 @@ class ChunkTracker:
 
     def _take_size(self, text: bytes) -> None:
         if not text.isalnum():
-            match = _CHUNK_SIZE.match(text + b"\r\n")  # with extensions, as nobody sends
+            match = _CHUNK_SIZE.match(text + b"\r\n")  # with extensions, which no engine sends
             text = b"" if match is None else match[1]
         if not 0 < len(text) <= 15 or not text.isalnum() or b"x" in text or b"X" in text:
             raise ValueError(f"chunk size {text[:40]!r}")

@@ -2,7 +2,7 @@
 
 A block is one of three things: in use and anonymous (its tokens are not all computed yet, or it
 repeats a block that is already cached), in use under the hash of everything up to its end (shared
-by every sequence that begins that way), or idle: cached under its hash, used by nobody, evicted
+by every sequence that begins that way), or idle: cached under its hash, unused, evicted
 least recently used first when a new block is needed. The rest is blank.
 """
 

@@ -41,7 +41,7 @@ class Link(Protocol):
         """Whether the connection is to be closed after the answer under way."""
 
     def write(self, data: bytes) -> None:
-        """Send bytes, where there is still somebody to read them."""
+        """Send bytes, where the client is still there."""
 
     def finished(self, exchange: Exchange) -> None:
         """The answer is whole."""

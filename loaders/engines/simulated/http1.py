@@ -244,7 +244,7 @@ class Connection(asyncio.Protocol):
     # From the exchange and the sweep
 
     def write(self, data: bytes) -> None:
-        """Send bytes, where there is still somebody to read them."""
+        """Send bytes, where the client is still there."""
         if self._transport is not None:
             self._transport.write(data)
 

@@ -90,7 +90,7 @@ def is_sleeping(app: Application, exchange: Exchange) -> None:
 
 
 def reset_prefix_cache(app: Application, exchange: Exchange) -> None:
-    """Forget every cached block that nobody uses."""
+    """Forget every unused cached block."""
     app.engine.scheduler.blocks.forget()
     exchange.respond(200)
 

@@ -41,7 +41,7 @@ class Marks:
         self._fd = fd
 
     def __call__(self, at: str) -> None:
-        """Tell. A reader that has gone, or does not read, holds nobody up."""
+        """Tell. A reader that has gone, or does not read, does not block the writer."""
         try:
             os.write(self._fd, f"{time.monotonic():.4f} {os.getpid()} {at}\n".encode())
         except OSError:

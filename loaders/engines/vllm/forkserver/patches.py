@@ -1,8 +1,8 @@
 """What a forked engine does otherwise than vLLM would by itself, and why it may.
 
-Nothing here changes an answer. Workers are forked where vLLM would start a Python and import it
-all again; work that waits for nobody (tokenizer, chat template, HTTP application) is done while the
-engine core starts instead of before and after it; memory that must be zero is taken from the
+Nothing here changes an answer. Workers are forked where vLLM would start a Python and import it all
+again; work that depends on nothing else (tokenizer, chat template, HTTP application) is done while
+the engine core starts instead of before and after it; memory that must be zero is taken from the
 kernel, which hands it out zeroed, when it is used. Each step looks for what it is about to replace
 and is left out, with a line in the log, where this vLLM has it otherwise.
 """
@@ -368,7 +368,8 @@ def _place_hold(hold: Hold, device: str) -> None:
 
 
 def make_hold(marks: Marks, fd: int) -> Hold:
-    """Wait until a byte can be read from ``fd``; its end means that nobody wants us any more."""
+    """Wait until a byte can be read from ``fd``; its end means that the engine is not wanted any
+    more."""
 
     def hold() -> None:
         marks(PARKED)

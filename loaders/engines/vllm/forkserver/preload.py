@@ -66,7 +66,7 @@ NATIVE_PREFIXES = (
     "ATEN_", "BLIS_", "CUBLAS", "CUDA_", "DNNL_", "GLIBC_", "GOMP_", "GOTO", "KMP_", "LD_",
     "MALLOC_", "MKL_", "NCCL_", "OMP_", "ONEDNN_", "OPENBLAS_", "PYTHON", "TORCH", "TRITON_",
 )  # fmt: skip
-"""Variables that native libraries read when they are loaded, which nobody can watch."""
+"""Variables that native libraries read when they are loaded, which Python cannot observe."""
 
 READ_LATE = frozenset(
     {
