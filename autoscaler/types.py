@@ -202,37 +202,6 @@ class PastDecision:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaView:
-    """One replica as it is published to the data path; limits are ``None`` where unknown."""
-
-    id: str
-    pool: str
-    url: str
-    state: ReplicaState
-    served_model: str | None = None
-    max_model_len_tokens: int | None = None
-    max_inflight_requests: int | None = None
-    max_inflight_tokens: int | None = None
-    headers: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolView:
-    """What the data path is told of a pool beside its replicas.
-
-    ``wake_eta_s`` is how long its next wake may take, ``None`` before one was measured. ``phase``
-    says to clients what a replica on its way is at: one line of our own words, or nothing.
-    ``draining``: it was removed, and serves what it has.
-    """
-
-    wake_eta_s: float | None = None
-    phase: str = ""
-    aliases: tuple[str, ...] = ()
-    max_replicas: int = 1
-    draining: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TierReport:
     """One tier of a pool on this node, from hot to cold.
 

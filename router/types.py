@@ -25,13 +25,14 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     """One engine of a pool, as the control side publishes it to the data path.
 
     ``slot`` indexes the shared ledger and is not reused while any worker still counts tokens on
-    it. ``url`` is the engine's base URL (``http://127.0.0.1:9001``). The three limits are ``None``
-    where they are unknown: unknown is not zero and not infinity, the pool's setting applies.
+    it; it is -1 until the gateway has given one. ``url`` is the engine's base URL
+    (``http://127.0.0.1:9001``). The three limits are ``None`` where they are unknown: unknown
+    is not zero and not infinity, the pool's setting applies.
     """
 
     id: str
     pool: str
-    slot: int
+    slot: int = -1
     url: str
     state: ReplicaState
     served_model: str | None = None
@@ -44,17 +45,17 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
 class Pool(msgspec.Struct, frozen=True, kw_only=True):
     """The replicas of one model, and how its requests are held when none can take them.
 
-    ``phase`` is what a replica on its way is at, for those who wait: a few words, or none. A pool
+    ``wake_eta_s`` is how long the next wake may take, ``None`` before one was measured. ``phase``
+    says in a few words what the replica nearest to ready is doing, for clients that wait. A pool
     that is ``draining`` was removed: its names are unknown to new requests, those it has are
-    served. ``slot`` is its place in the shared counters.
+    served. ``slot`` is its place in the shared counters, -1 until the gateway has given one.
     """
 
     name: str
-    slot: int
+    slot: int = -1
     aliases: tuple[str, ...] = ()
     replicas: tuple[Replica, ...] = ()
     wake_eta_s: float | None = None
-    max_replicas: int = 1
     phase: str = ""
     draining: bool = False
 

@@ -18,7 +18,7 @@ from typing import Any
 from autoscaler.backends.base import Backend, Leftover, Unsupported
 from autoscaler.control.actuator import Actuator, ErrorCounts
 from autoscaler.control.decision_log import DecisionHistory
-from autoscaler.control.replicas import ASLEEP, PoolRecord, make_views, report_pool, view_pool
+from autoscaler.control.replicas import ASLEEP, PoolRecord, publish_pool, report_pool
 from autoscaler.control.timers import Timers
 from autoscaler.policy.decide import decide
 from autoscaler.policy.lifecycle import ENDED_STATES, Event, State
@@ -33,11 +33,10 @@ from autoscaler.types import (
     Observation,
     PastDecision,
     PoolReport,
-    PoolView,
     Reason,
-    ReplicaView,
 )
 from modelcache.types import Tier
+from router.types import Pool
 
 LOG = logging.getLogger("tidegate.autoscaler")
 
@@ -48,7 +47,7 @@ SLEEP_POLL_S = 0.1
 SLEEP_LEVELS = (1, 2)
 GOING_TO_SLEEP = frozenset({State.DRAINING_TO_SLEEP, State.FALLING_ASLEEP})
 
-Publish = Callable[[tuple[ReplicaView, ...], Mapping[str, PoolView]], None]
+Publish = Callable[[tuple[Pool, ...]], None]
 
 
 class ControlLoop:
@@ -68,9 +67,9 @@ class ControlLoop:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """``backends`` by the name pools call them. ``observe`` reads the data path now, on the
-        same clock; ``publish`` is called with the replicas, and what clients may know of the
-        pools, whenever they change. Without a ``preparer`` models are used where they are;
-        without ``wake_times`` what was measured is forgotten at the end."""
+        same clock; ``publish`` is called with the pools and their replicas whenever they
+        change. Without a ``preparer`` models are used where they are; without ``wake_times`` what
+        was measured is forgotten at the end."""
         self._settings = settings
         self._observe = observe
         self._publish = publish
@@ -96,7 +95,7 @@ class ControlLoop:
         self._observation = Observation()
         self._awake = asyncio.Event()
         self._changed = True
-        self._published: tuple[object, object] | None = None
+        self._published: tuple[Pool, ...] | None = None
         self._opened = False
         self._runner: asyncio.Task[Any] | None = None
         self._closing = False
@@ -438,15 +437,14 @@ class ControlLoop:
     def _publish_changes(self) -> None:
         if not self._changed:
             return
-        views = make_views(self._pools.values())
-        pools = {name: view_pool(pool) for name, pool in self._pools.items()}
-        if (views, pools) != self._published:
+        pools = tuple(publish_pool(pool) for pool in self._pools.values())
+        if pools != self._published:
             try:
-                self._publish(views, pools)
+                self._publish(pools)
             except Exception as error:  # noqa: BLE001 -- told again at the next tick
                 self._errors.add("publish", error)
                 return
-            self._published = (views, pools)
+            self._published = pools
         self._changed = False
 
     def status(self) -> FleetReport:

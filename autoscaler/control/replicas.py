@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from autoscaler.backends.base import Backend, BackendError, Probe, ReplicaSpec
@@ -20,13 +20,11 @@ from autoscaler.types import (
     Decision,
     PoolReport,
     PoolStatus,
-    PoolView,
     ReplicaLoad,
     ReplicaReport,
-    ReplicaView,
 )
 from modelcache.types import Progress, Tier
-from router.types import ReplicaState
+from router.types import Pool, Replica, ReplicaState
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -222,32 +220,9 @@ PUBLISHED = frozenset(State) - {State.SCHEDULED, State.PREPARING} - ENDED_STATES
 ADVANCE = tuple(reversed(start_steps.STEPS))
 
 
-def make_views(pools: Iterable[PoolRecord]) -> tuple[ReplicaView, ...]:
-    """The replicas to publish: every one that has an address and has not ended."""
-    views = []
-    for pool in pools:
-        for record in pool.replicas.values():
-            probe = record.probe
-            if record.state not in PUBLISHED or probe.url is None:
-                continue
-            views.append(
-                ReplicaView(
-                    id=record.id,
-                    pool=record.pool,
-                    url=probe.url,
-                    state=PUBLIC[record.state],
-                    served_model=probe.served_model,
-                    max_model_len_tokens=probe.max_model_len_tokens,
-                    max_inflight_requests=pool.pool.max_inflight_requests,
-                    max_inflight_tokens=pool.pool.max_inflight_tokens,
-                    headers=probe.headers,
-                )
-            )
-    return tuple(views)
-
-
-def view_pool(pool: PoolRecord) -> PoolView:
-    """A pool as it is published; the phase is that of the replica nearest to ready."""
+def publish_pool(pool: PoolRecord) -> Pool:
+    """A pool as the data path sees it, with every replica that has an address and has not ended.
+    Its phase is that of the replica nearest to ready."""
     coming = [
         (name_step(one), one)
         for one in pool.replicas.values()
@@ -256,11 +231,26 @@ def view_pool(pool: PoolRecord) -> PoolView:
     step, nearest = min(coming, key=lambda one: ADVANCE.index(one[0]), default=("", None))
     failures = pool.failures
     phase = "" if nearest is None else start_steps.describe_step(step, nearest.progress, failures)
-    return PoolView(
+    return Pool(
+        name=pool.pool.name,
+        aliases=pool.pool.aliases,
+        replicas=tuple(
+            Replica(
+                id=record.id,
+                pool=record.pool,
+                url=record.probe.url,
+                state=PUBLIC[record.state],
+                served_model=record.probe.served_model,
+                max_model_len_tokens=record.probe.max_model_len_tokens,
+                max_inflight_requests=pool.pool.max_inflight_requests,
+                max_inflight_tokens=pool.pool.max_inflight_tokens,
+                headers=record.probe.headers,
+            )
+            for record in pool.replicas.values()
+            if record.state in PUBLISHED and record.probe.url is not None
+        ),
         wake_eta_s=pool.estimate_wake_s(),
         phase=phase,
-        aliases=pool.pool.aliases,
-        max_replicas=pool.pool.max_replicas,
     )
 
 

@@ -8,9 +8,11 @@ pool's only when every worker has applied a fleet without the pool, which clears
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-from autoscaler.types import Observation, PoolDemand, PoolView, ReplicaLoad, ReplicaView
+import msgspec
+
+from autoscaler.types import Observation, PoolDemand, ReplicaLoad
 from gateway.datapath import metrics
 from gateway.datapath.shared import Shared
 from router.types import Fleet, Pool, Replica, ReplicaState
@@ -31,63 +33,38 @@ class FleetBook:
         """Pools that were removed, with the first version of the fleet that says so."""
         self._version = 0
 
-    def publish(self, replicas: Sequence[ReplicaView], pools: Mapping[str, PoolView]) -> Fleet:
-        """The next fleet. Replicas and pools for which no slot is free are left out until one
-        is."""
+    def publish(self, pools: Sequence[Pool]) -> Fleet:
+        """The next fleet: the pools with their slots. Replicas and pools for which no slot is free
+        are left out until one is."""
         self._version += 1
-        self._forget({view.id for view in replicas})
+        self._forget({replica.id for pool in pools for replica in pool.replicas})
         self._forget_pools(pools)
-        by_pool: dict[str, list[Replica]] = {name: [] for name in pools}
-        for view in replicas:
-            slot = self._slot(view)
-            if slot is not None and view.pool in by_pool:
-                by_pool[view.pool].append(
-                    Replica(
-                        id=view.id,
-                        pool=view.pool,
-                        slot=slot,
-                        url=view.url,
-                        state=view.state,
-                        served_model=view.served_model,
-                        max_model_len_tokens=view.max_model_len_tokens,
-                        max_inflight_requests=view.max_inflight_requests,
-                        max_inflight_tokens=view.max_inflight_tokens,
-                        headers=view.headers,
-                    )
-                )
         published = []
-        for name, pool in pools.items():
-            slot = self._pool_slot(name)
-            if slot is None:
-                continue
-            published.append(
-                Pool(
-                    name=name,
-                    slot=slot,
-                    aliases=pool.aliases,
-                    replicas=tuple(by_pool[name]),
-                    wake_eta_s=pool.wake_eta_s,
-                    max_replicas=pool.max_replicas,
-                    phase=pool.phase,
-                    draining=pool.draining,
-                )
-            )
+        for pool in pools:
+            replicas = []
+            for replica in pool.replicas:
+                slot = self._slot(replica)
+                if slot is not None:
+                    replicas.append(msgspec.structs.replace(replica, slot=slot))
+            slot = self._pool_slot(pool.name)
+            if slot is not None:
+                published.append(msgspec.structs.replace(pool, slot=slot, replicas=tuple(replicas)))
         return Fleet(version=self._version, pools=tuple(published))
 
     def pool_slots(self) -> dict[str, int]:
         """Where each pool counts, by name."""
         return dict(self._pool_slots)
 
-    def _slot(self, view: ReplicaView) -> int | None:
-        slot = self._slots.get(view.id)
-        if slot is None and view.state in (ReplicaState.STOPPED, ReplicaState.FAILED):
+    def _slot(self, replica: Replica) -> int | None:
+        slot = self._slots.get(replica.id)
+        if slot is None and replica.state in (ReplicaState.STOPPED, ReplicaState.FAILED):
             return None
         if slot is None:
             used = set(self._slots.values()) | self._retiring
             free = (index for index in range(self._shared.max_replicas) if index not in used)
             slot = next(free, None)
             if slot is not None:
-                self._slots[view.id] = slot
+                self._slots[replica.id] = slot
         return slot
 
     def _pool_slot(self, name: str) -> int | None:
@@ -107,16 +84,17 @@ class FleetBook:
             slot for slot in self._retiring if self._shared.replica_total(slot) != (0, 0)
         }
 
-    def _forget_pools(self, pools: Mapping[str, PoolView]) -> None:
+    def _forget_pools(self, pools: Sequence[Pool]) -> None:
         applied = self._shared.applied()
         self._retiring_pools = {
             slot: version for slot, version in self._retiring_pools.items() if version > applied
         }
-        for name in [known for known in self._pool_slots if known not in pools]:
+        present = {pool.name for pool in pools}
+        for name in [known for known in self._pool_slots if known not in present]:
             self._retiring_pools[self._pool_slots.pop(name)] = self._version
         self._draining = {
-            name: self._draining.get(name, self._version)
-            for name, pool in pools.items()
+            pool.name: self._draining.get(pool.name, self._version)
+            for pool in pools
             if pool.draining
         }
 

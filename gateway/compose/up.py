@@ -17,7 +17,7 @@ import os
 import shlex
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from autoscaler.backends.base import BackendError
@@ -25,7 +25,6 @@ from autoscaler.backends.process.backend import ProcessBackend
 from autoscaler.backends.static import StaticBackend
 from autoscaler.control.loop import ControlLoop
 from autoscaler.settings import PoolSettings
-from autoscaler.types import PoolView, ReplicaView
 from gateway.admin.app import create_app
 from gateway.admin.control import LiveControl
 from gateway.admin.server import listen, serve_admin_on, url
@@ -49,6 +48,7 @@ from gateway.settings.schema import Settings
 from gateway.terminal import complain, out, version
 from modelcache.serving import start_serving
 from modelcache.types import CacheError
+from router.types import Pool
 
 log = logging.getLogger("tidegate")
 
@@ -129,7 +129,7 @@ class _Tidegate:
         )
         self.stack.callback(self.shared.close)
         self.book = FleetBook(self.shared, time.monotonic)
-        self.fleet = self.book.publish((), {})
+        self.fleet = self.book.publish(())
         self.node = open_cache(settings, os.environ)
         self.stack.callback(self.node.close)
         serving = start_serving(settings.modelcache, self.node.peers, self.node.cache)
@@ -192,8 +192,8 @@ class _Tidegate:
         found = self.node.cache.find(model)
         return None if found is None else str(found.path)
 
-    def _publish(self, replicas: Sequence[ReplicaView], pools: Mapping[str, PoolView]) -> None:
-        self.fleet = self.book.publish(replicas, pools)
+    def _publish(self, pools: Sequence[Pool]) -> None:
+        self.fleet = self.book.publish(pools)
         self.workers.publish(self.fleet)
 
     def banner(self) -> str:

@@ -18,8 +18,7 @@ from virtual_time import now, run_virtual
 from autoscaler.backends.base import BackendError
 from autoscaler.policy.plan import SUPPLY
 from autoscaler.settings import AutoscalerSettings
-from autoscaler.types import ReplicaView
-from router.types import ReplicaState
+from router.types import Replica, ReplicaState
 
 MAX_REPLICAS = 4
 LONGEST_S = 15.0
@@ -155,7 +154,7 @@ class Story:
         with contextlib.suppress(BackendError, ValueError, KeyError):
             await work
 
-    def awake(self) -> list[ReplicaView]:
+    def awake(self) -> list[Replica]:
         """The replicas that do not sleep: those that do were told to, and stay."""
         return [view for view in self.world.views if view.state is not ReplicaState.SLEEPING]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from virtual_time import now
@@ -20,8 +20,8 @@ from autoscaler.control.loop import ControlLoop
 from autoscaler.settings import AutoscalerSettings, PoolSettings
 from autoscaler.tiers.preparer import Preparer
 from autoscaler.tiers.wake_times import WakeTimes
-from autoscaler.types import Observation, PoolDemand, PoolView, ReplicaLoad, ReplicaView
-from router.types import ReplicaState
+from autoscaler.types import Observation, PoolDemand, ReplicaLoad
+from router.types import Pool, Replica, ReplicaState
 
 TOKENS = 100
 """Tokens of every request here."""
@@ -163,7 +163,7 @@ class World:
     preparer: Preparer | None = None
     wake_times: WakeTimes | None = None
     loop: ControlLoop = field(init=False)
-    views: tuple[ReplicaView, ...] = ()
+    views: tuple[Replica, ...] = ()
     etas: dict[str, float | None] = field(default_factory=dict)
     phases: dict[str, str] = field(default_factory=dict)
     published: int = 0
@@ -220,15 +220,15 @@ class World:
         }
         return Observation(pools=pools, replicas=loads)
 
-    def publish(self, views: tuple[ReplicaView, ...], pools: Mapping[str, PoolView]) -> None:
+    def publish(self, pools: tuple[Pool, ...]) -> None:
         if self.publish_error is not None:
             raise self.publish_error
         self.published += 1
-        self.views = views
-        self.etas = {name: view.wake_eta_s for name, view in pools.items()}
-        self.phases = {name: view.phase for name, view in pools.items()}
+        self.views = tuple(replica for pool in pools for replica in pool.replicas)
+        self.etas = {pool.name: pool.wake_eta_s for pool in pools}
+        self.phases = {pool.name: pool.phase for pool in pools}
 
-    def ready(self, pool: str = "m") -> list[ReplicaView]:
+    def ready(self, pool: str = "m") -> list[Replica]:
         return [
             view for view in self.views if view.pool == pool and view.state is ReplicaState.READY
         ]
@@ -255,7 +255,7 @@ class World:
         finally:
             self.inflight[replica] -= 1
 
-    def free(self, pool: str) -> list[ReplicaView]:
+    def free(self, pool: str) -> list[Replica]:
         return [view for view in self.ready(pool) if self.inflight.get(view.id, 0) < self.capacity]
 
     def burst(self, count: int, seconds: float, pool: str = "m") -> list[asyncio.Task[None]]:

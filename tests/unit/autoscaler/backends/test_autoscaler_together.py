@@ -6,14 +6,14 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from process_fixtures import SETTINGS, ask, children_of, is_alive, tiny_backend, tiny_pool
 
 from autoscaler.control.loop import ControlLoop
-from autoscaler.types import Observation, PoolDemand, PoolReport, PoolView, ReplicaLoad, ReplicaView
-from router.types import ReplicaState
+from autoscaler.types import Observation, PoolDemand, PoolReport, ReplicaLoad
+from router.types import Pool, Replica, ReplicaState
 
 QUICK = SETTINGS.model_copy(
     update={
@@ -32,7 +32,7 @@ class Gateway:
     """What the loop sees of the data path: no request, unless the test says so."""
 
     def __init__(self) -> None:
-        self.views: tuple[ReplicaView, ...] = ()
+        self.views: tuple[Replica, ...] = ()
         self.held = 0
 
     def observe(self) -> Observation:
@@ -47,10 +47,10 @@ class Gateway:
         idle = ReplicaLoad(inflight_requests=0, inflight_tokens=0)
         return Observation(pools={"tiny": demand}, replicas={v.id: idle for v in self.views})
 
-    def publish(self, views: tuple[ReplicaView, ...], pools: Mapping[str, PoolView]) -> None:
-        self.views = views
+    def publish(self, pools: tuple[Pool, ...]) -> None:
+        self.views = tuple(replica for pool in pools for replica in pool.replicas)
 
-    def ready(self) -> list[ReplicaView]:
+    def ready(self) -> list[Replica]:
         return [view for view in self.views if view.state is ReplicaState.READY]
 
 
