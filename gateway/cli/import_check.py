@@ -8,6 +8,7 @@ before anything is imported, because what it causes otherwise is hard to recogni
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 LEAVES = {
@@ -24,15 +25,17 @@ class NotOursError(ImportError):
     """Another distribution has a package of that name; the message says where it lies."""
 
 
-def assert_ours(root: Path | None = None) -> None:
+def assert_ours(
+    root: Path | None = None, locate: Callable[[str], Path | None] | None = None
+) -> None:
     """Raise ``NotOursError`` unless every package lies where this one does, and has our modules.
 
-    ``root`` is the directory that holds the packages; by default that of this very file. Nothing
-    is imported.
+    ``root`` is the directory that holds the packages, by default that of this very file; ``locate``
+    finds where a package would be imported from. Nothing is imported.
     """
     root = (root or Path(__file__).resolve().parents[2]).resolve()
     for package, leaf in LEAVES.items():
-        found = _locate(package)
+        found = (locate or _locate)(package)
         if found is None:
             raise NotOursError(
                 f"the package {package!r} of Tidegate cannot be found; install Tidegate again"

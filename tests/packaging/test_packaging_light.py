@@ -90,9 +90,7 @@ def test_a_stranger_of_the_same_name_is_refused(tmp_path: Path) -> None:
     assert "environment of its own" in done.stdout
 
 
-def test_a_package_written_over_ours_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_written_over_ours_is_refused(tmp_path: Path) -> None:
     for package, leaf in LEAVES.items():
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").touch()
@@ -100,8 +98,11 @@ def test_a_package_written_over_ours_is_refused(
             module = tmp_path / package / f"{leaf}.py"
             module.parent.mkdir(exist_ok=True)
             module.touch()
-    monkeypatch.setattr("gateway.cli.import_check._locate", lambda package: tmp_path / package)
+
+    def locate(package: str) -> Path:
+        return tmp_path / package
+
     with pytest.raises(NotOursError, match=r"'router'.*pick\.py is not there"):
-        assert_ours(tmp_path)
+        assert_ours(tmp_path, locate)
     (tmp_path / "router" / "pick.py").touch()
-    assert_ours(tmp_path)
+    assert_ours(tmp_path, locate)
