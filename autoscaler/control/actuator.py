@@ -57,7 +57,7 @@ class Actuator:
         on_progress: Callable[[], None],
         errors: ErrorCounts,
     ) -> None:
-        self._settings = settings
+        self.settings = settings
         self._clock = clock
         self._sleep = sleep
         self._on_change = on_change
@@ -136,7 +136,7 @@ class Actuator:
 
     def backoff_s(self, failures: int) -> float:
         """The pause after this many failures in a row: doubled by each, up to the limit."""
-        first_s, longest_s = self._settings.backoff_initial_s, self._settings.backoff_max_s
+        first_s, longest_s = self.settings.backoff_initial_s, self.settings.backoff_max_s
         return min(longest_s, first_s * 2.0 ** min(failures - 1, 60))
 
     def _call(self, pool: PoolRecord, record: ReplicaRecord, call: Call) -> None:
@@ -172,7 +172,7 @@ class Actuator:
 
         record.progress = None
         try:
-            prepared = await pool.preparer.prepare(record.spec, report)
+            prepared = await record.preparer.prepare(record.spec, report)
         except Exception as error:  # noqa: BLE001 -- whatever it is, there is nothing to start
             record.preparation = record.progress = None
             record.error = self._errors.add(f"preparation of {pool.pool.name}", error)
@@ -184,30 +184,32 @@ class Actuator:
     async def _release(self, pool: PoolRecord, record: ReplicaRecord) -> None:
         record.prepared = record.progress = None
         try:
-            await pool.preparer.release(record.id)
+            await record.preparer.release(record.id)
         except Exception as error:  # noqa: BLE001 -- what is held for it ends with this process
             self._errors.add(f"release of {pool.pool.name}", error)
 
     async def _start(self, pool: PoolRecord, record: ReplicaRecord) -> None:
         try:
-            async with asyncio.timeout(self._settings.call_timeout_s):
-                await pool.backend.start(record.prepared or record.spec)
+            async with asyncio.timeout(self.settings.call_timeout_s):
+                await record.backend.start(record.prepared or record.spec)
         except NoRoom as error:
-            record.not_before_s = self._clock() + self._settings.backoff_initial_s
+            record.no_room = True
+            record.not_before_s = self._clock() + self.settings.backoff_initial_s
             self.apply(pool, record, Event.NO_ROOM, str(error))
         except Exception as error:  # noqa: BLE001 -- whatever it is, the start has failed
             record.error = self._errors.add(f"start of {pool.pool.name}", error)
             self.apply(pool, record, Event.START_FAILED, record.error)
         else:
             record.launched = True
+            record.no_room = False
             record.error = None
             self.spawn(self._watch(pool, record), f"{record.id}-watch")
 
     async def _stop(self, pool: PoolRecord, record: ReplicaRecord) -> None:
-        grace_s = self._settings.terminate_s
+        grace_s = self.settings.terminate_s
         try:
-            async with asyncio.timeout(grace_s + self._settings.call_timeout_s):
-                await pool.backend.stop(record.id, grace_s=grace_s)
+            async with asyncio.timeout(grace_s + self.settings.call_timeout_s):
+                await record.backend.stop(record.id, grace_s=grace_s)
         except Exception as error:  # noqa: BLE001 -- whatever it is, the stop is tried again
             record.stop_failures += 1
             text = self._errors.add(f"stop of {pool.pool.name}", error)
@@ -223,15 +225,15 @@ class Actuator:
 
     async def _put_to_sleep(self, pool: PoolRecord, record: ReplicaRecord) -> None:
         try:
-            async with asyncio.timeout(self._settings.call_timeout_s):
-                await pool.backend.sleep(record.id, record.sleep_level)
+            async with asyncio.timeout(self.settings.call_timeout_s):
+                await record.backend.sleep(record.id, record.sleep_level)
         except Exception as error:  # noqa: BLE001 -- whatever it is, the replica is still awake
             text = self._errors.add(f"sleep of {pool.pool.name}", error)
             record.sleep_error = (
                 error if isinstance(error, BackendError) else BackendError(f"{record.id}: {text}")
             )
             pool.sleep_requested = False
-            again_s = self._clock() + self._settings.backoff_max_s
+            again_s = self._clock() + self.settings.backoff_max_s
             pool.tiers.exclude(
                 Tier.SLEEPING, text, None if isinstance(error, Unsupported) else again_s
             )
@@ -241,8 +243,8 @@ class Actuator:
 
     async def _wake(self, pool: PoolRecord, record: ReplicaRecord) -> None:
         try:
-            async with asyncio.timeout(self._settings.call_timeout_s):
-                await pool.backend.wake(record.id)
+            async with asyncio.timeout(self.settings.call_timeout_s):
+                await record.backend.wake(record.id)
         except Exception as error:  # noqa: BLE001 -- whatever it is, another must be started
             record.error = self._errors.add(f"wake of {pool.pool.name}", error)
             self.apply(pool, record, Event.WAKE_FAILED, record.error)
@@ -255,7 +257,7 @@ class Actuator:
             self.take_probe(pool, record, await self._look(pool, record))
             starting = record.state is State.STARTING
             await self._sleep(
-                self._settings.start_poll_s if starting else self._settings.health_interval_s
+                self.settings.start_poll_s if starting else self.settings.health_interval_s
             )
 
     def probe_now(self, pool: PoolRecord, record: ReplicaRecord) -> None:
@@ -277,8 +279,8 @@ class Actuator:
     async def _look(self, pool: PoolRecord, record: ReplicaRecord) -> Probe:
         # A probe may be two requests, each with its own time limit; this bounds a backend's bug.
         try:
-            async with asyncio.timeout(3 * self._settings.health_timeout_s + 1.0):
-                return await pool.backend.probe(record.id)
+            async with asyncio.timeout(3 * self.settings.health_timeout_s + 1.0):
+                return await record.backend.probe(record.id)
         except Exception as error:  # noqa: BLE001 -- what could not be seen is unknown
             self._errors.add(f"probe of {pool.pool.name}", error)
             return Probe()
@@ -299,7 +301,7 @@ class Actuator:
         record.probe = merged
         if merged != known:
             self._on_change()
-        if probe.alive is False and pool.backend.owns_replicas:
+        if probe.alive is False and record.backend.owns_replicas:
             self.apply(pool, record, Event.EXITED, probe.detail)
         elif probe.ready:
             record.health_failures = 0
@@ -308,7 +310,7 @@ class Actuator:
             record.health_failures += 1
             if record.state is State.UNHEALTHY:
                 record.error = probe.detail
-            elif record.health_failures >= self._settings.health_failures:
+            elif record.health_failures >= self.settings.health_failures:
                 self.apply(pool, record, Event.HEALTH_LOST, probe.detail)
 
     async def close(self) -> None:

@@ -39,6 +39,12 @@ class DecisionHistory:
             )
         )
 
+    def forget(self, pool: str) -> None:
+        """The pool is gone: drop its decisions."""
+        self._pools.pop(pool, None)
+        for key in [key for key in self._counts if key[0] == pool]:
+            del self._counts[key]
+
     def of(self, pool: str) -> list[PastDecision]:
         """The decisions of one pool, newest last; none for a pool without any."""
         return list(self._pools.get(pool, ()))

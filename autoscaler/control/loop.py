@@ -20,7 +20,7 @@ from autoscaler.control.actuator import Actuator, ErrorCounts
 from autoscaler.control.decision_log import DecisionHistory
 from autoscaler.control.replicas import ASLEEP, PoolRecord, publish_pool, report_pool
 from autoscaler.control.timers import Timers
-from autoscaler.policy.decide import decide
+from autoscaler.policy.decide import decide, decide_removed, note_replacement
 from autoscaler.policy.lifecycle import ENDED_STATES, Event, State
 from autoscaler.policy.plan import make_plan
 from autoscaler.settings import AutoscalerSettings, PoolSettings, make_slug
@@ -59,6 +59,7 @@ class ControlLoop:
         pools: Sequence[PoolSettings],
         settings: AutoscalerSettings,
         backends: Mapping[str, Backend],
+        digest: Callable[[PoolSettings], str],
         observe: Callable[[], Observation],
         publish: Publish,
         preparer: Preparer | None = None,
@@ -66,8 +67,9 @@ class ControlLoop:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """``backends`` by the name pools call them. ``observe`` reads the data path now, on the
-        same clock; ``publish`` is called with the pools and their replicas whenever they
+        """``backends`` by the name pools call them. ``digest`` is that of what a pool's replicas
+        are started with: those with another are replaced. ``observe`` reads the data path now,
+        on the same clock; ``publish`` is called with the pools and their replicas whenever they
         change. Without a ``preparer`` models are used where they are; without ``wake_times`` what
         was measured is forgotten at the end."""
         self._settings = settings
@@ -75,7 +77,8 @@ class ControlLoop:
         self._publish = publish
         self._clock = clock
         self._sleep = sleep
-        self._backends = {pool.backend: backends[pool.backend] for pool in pools}
+        self._backends = dict(backends)
+        self._digest = digest
         self._preparer = preparer or NullPreparer()
         self._wake_times = wake_times or WakeTimes(samples=settings.wake_samples)
         self._errors = ErrorCounts()
@@ -91,7 +94,7 @@ class ControlLoop:
         self._history = DecisionHistory(settings.history_size)
         self._pools: dict[str, PoolRecord] = {}
         for pool in pools:
-            self._pools[pool.name] = self._make_pool(pool)
+            self._pools[pool.name] = self._make_pool(pool, digest(pool))
         self._observation = Observation()
         self._awake = asyncio.Event()
         self._changed = True
@@ -100,21 +103,84 @@ class ControlLoop:
         self._runner: asyncio.Task[Any] | None = None
         self._closing = False
 
-    def _make_pool(self, pool: PoolSettings) -> PoolRecord:
-        backend = self._backends[pool.backend]
-        # The models of externally managed servers are not ours to fetch or keep warm.
-        preparer = self._preparer if backend.owns_replicas else NullPreparer()
-        tiers = TierManager(
+    def _make_pool(self, pool: PoolSettings, digest: str) -> PoolRecord:
+        return PoolRecord(
             pool,
-            preparer=preparer,
+            self._settings,
+            self._backends[pool.backend],
+            make_slug(pool.name, {one.slug for one in self._pools.values()}),
+            digest=digest,
+            preparer=self._preparer_of(pool),
+            tiers=self._make_tiers(pool),
+        )
+
+    def _preparer_of(self, pool: PoolSettings) -> Preparer:
+        # The models of externally managed servers are not ours to fetch or keep warm.
+        return self._preparer if self._backends[pool.backend].owns_replicas else NullPreparer()
+
+    def _make_tiers(self, pool: PoolSettings) -> TierManager:
+        return TierManager(
+            pool,
+            preparer=self._preparer_of(pool),
             wake_times=self._wake_times,
             retry_s=self._settings.backoff_max_s,
             spawn=self._actuator.spawn,
             on_error=self._errors.add,
             on_change=self._note_change,
         )
-        slug = make_slug(pool.name, {one.slug for one in self._pools.values()})
-        return PoolRecord(pool, self._settings, backend, slug, preparer=preparer, tiers=tiers)
+
+    # -- which pools there are -------------------------------------------------------------
+
+    def set_pools(
+        self, pools: Sequence[PoolSettings], settings: AutoscalerSettings | None = None
+    ) -> None:
+        """Have these pools from now on, and these settings (``None``: as before); in one step.
+
+        A pool that is not among them serves the requests it has, and ends. Replicas that were
+        started with other arguments than their pool has now are replaced, a new one first. Raises
+        ``ValueError``, with nothing changed, for a pool that cannot be started.
+        """
+        digests = {pool.name: self._digest(pool) for pool in pools}
+        if settings is not None:
+            self._settings = self._actuator.settings = self._timers.settings = settings
+            self._timers.drain_s = settings.drain_s
+        before, self._pools = self._pools, {}
+        for pool in pools:
+            record = before.pop(pool.name, None)
+            if record is not None:
+                self._configure_pool(record, pool, digests[pool.name])
+            self._pools[pool.name] = record or self._make_pool(pool, digests[pool.name])
+        for name, record in before.items():
+            if not record.removed:
+                LOG.info("%s: removed; it serves the requests it has, and ends", name)
+            record.remove()
+            self._pools[name] = record
+        if self._opened:
+            self._register_static()
+        self._note_change()
+
+    def _configure_pool(self, record: PoolRecord, pool: PoolSettings, digest: str) -> None:
+        old = record.pool
+        same_start = digest == record.digest
+        record.configure(pool, self._settings, self._backends[pool.backend], digest)
+        record.preparer = self._preparer_of(pool)
+        record.tiers.retry_s = self._settings.backoff_max_s
+        if not same_start or (old.tiers, old.model) != (pool.tiers, pool.model):
+            record.tiers.cancel_move()
+            self._actuator.spawn(self._preparer.forget(old), f"change of {pool.name}")
+            record.tiers = self._make_tiers(pool)
+        if not same_start:
+            LOG.info("%s: other start-up arguments; its replicas are replaced", pool.name)
+
+    def _drop_pool(self, pool: PoolRecord) -> None:
+        """Nothing of a removed pool is left."""
+        name = pool.pool.name
+        LOG.info("%s: removed", name)
+        pool.tiers.cancel_move()
+        del self._pools[name]
+        self._history.forget(name)
+        self._actuator.spawn(self._preparer.forget(pool.pool), f"removal of {name}")
+        self._note_change()
 
     # -- running ---------------------------------------------------------------------------
 
@@ -190,10 +256,10 @@ class ControlLoop:
 
     def _owned_alive(self) -> bool:
         for pool in self._pools.values():
-            if not pool.backend.owns_replicas:
-                continue
             pool.forget(self._settings.failed_kept)
             for record in pool.replicas.values():
+                if not record.backend.owns_replicas:
+                    continue
                 done = record.operation is None or record.operation.done()
                 if not (done and (record.ended or record.state is State.FAILED)):
                     return True
@@ -208,7 +274,7 @@ class ControlLoop:
         except Exception as error:  # noqa: BLE001 -- an unknown demand is handled, an end is not
             self._errors.add("observe", error)
             self._observation = Observation()
-        for pool in self._pools.values():
+        for pool in list(self._pools.values()):
             try:
                 self._tick_pool(pool, now_s)
             except Exception as error:  # noqa: BLE001 -- one pool's bug must not stop the rest
@@ -222,17 +288,18 @@ class ControlLoop:
         self._timers.advance(pool, self._observation.replicas, now_s)
         decision = self._decide(pool, now_s)
         self._note_decision(pool, decision)
-        if pool.backend.owns_replicas:
-            self._carry_out(pool, decision, now_s)
+        self._carry_out(pool, decision, now_s)
         self._timers.start_due(pool, now_s)
-        if pool.backend.owns_replicas and not self._closing:
+        if pool.backend.owns_replicas and not pool.removed and not self._closing:
             self._advance_tiers(pool, decision, now_s)
-        pool.forget(self._settings.failed_kept)
+        pool.forget(0 if pool.removed else self._settings.failed_kept)
+        if pool.is_finished(now_s):
+            self._drop_pool(pool)
 
     def _decide(self, pool: PoolRecord, now_s: float) -> Decision:
         name, supply = pool.pool.name, pool.make_status().supply
-        if not pool.backend.owns_replicas:
-            number = len(pool.replicas)
+        if not pool.backend.owns_replicas and not pool.removed:
+            number = len(pool.pool.urls)
             text = f"{number} externally managed server{'' if number == 1 else 's'}"
             return Decision(
                 pool=name,
@@ -249,10 +316,14 @@ class ControlLoop:
             )
         demand = pool.window.read(now_s)
         status = pool.make_status()
-        decision, pool.decide_state = decide(pool.policy, status, demand, pool.decide_state, now_s)
+        policy = decide_removed if pool.removed else decide
+        decision, pool.decide_state = policy(pool.policy, status, demand, pool.decide_state, now_s)
         pool.wake_signal = False
         pool.sleep_requested = decision.reason is Reason.SLEEP_REQUESTED
-        return decision
+        living = [one for one in pool.replicas.values() if one.state not in ENDED_STATES]
+        outdated = [one for one in living if pool.is_outdated(one)]
+        no_room = any(one.no_room for one in living if one not in outdated)
+        return note_replacement(decision, len(outdated), no_room=no_room)
 
     def _note_decision(self, pool: PoolRecord, decision: Decision) -> None:
         earlier = pool.decision
@@ -275,8 +346,9 @@ class ControlLoop:
         plan = make_plan(
             decision.desired,
             pool.make_candidates(self._observation.replicas),
-            may_stop_loading=closing or decision.reason is Reason.OVERRIDE,
-            may_stop_sleeping=closing or to_zero,
+            max_replicas=pool.pool.max_replicas if pool.backend.owns_replicas else None,
+            may_stop_loading=closing or pool.removed or decision.reason is Reason.OVERRIDE,
+            may_stop_sleeping=closing or pool.removed or to_zero,
             may_sleep=decision.reason is Reason.IDLE_TO_ZERO and pool.tiers.may_sleep(),
         )
         for replica_id, event in plan.events:
@@ -285,7 +357,7 @@ class ControlLoop:
             if event is Event.SLEEP:
                 record.sleep_level, record.sleep_error = pool.pool.tiers.sleep_level, None
             self._actuator.apply(pool, record, event)
-        for _ in range(plan.starts):
+        for _ in range(plan.starts if pool.backend.owns_replicas else 0):
             pool.add_replica(now_s)
         if closing:
             for record in list(pool.replicas.values()):
@@ -310,8 +382,8 @@ class ControlLoop:
     def _register_static(self) -> None:
         now_s = self._clock()
         for pool in self._pools.values():
-            if not pool.backend.owns_replicas:
-                for url in pool.pool.urls:
+            if not pool.backend.owns_replicas and not pool.removed:
+                for url in pool.missing_urls():
                     pool.add_replica(now_s, url=url)
 
     # -- commands: of operators, and of the data path --------------------------------------
@@ -332,13 +404,19 @@ class ControlLoop:
             if record is not None:
                 self._actuator.probe_now(pool, record)
 
+    def _find(self, pool: str) -> PoolRecord:
+        record = self._pools[pool]
+        if record.removed:
+            raise KeyError(pool)
+        return record
+
     def set_replicas(self, pool: str, replicas: int | None) -> PoolReport:
         """Override the number of replicas; ``None`` gives it back to demand.
 
         0 is "at zero until a request comes". Raises ``KeyError`` for an unknown pool,
         ``ValueError`` for a number outside 0 to ``max_replicas``.
         """
-        record = self._pools[pool]
+        record = self._find(pool)
         if replicas is not None:
             if not record.backend.owns_replicas:
                 raise ValueError(f"{pool} is static: its servers are externally managed")
@@ -363,7 +441,7 @@ class ControlLoop:
         than 1 or 2 or a pool with none ready, ``Unsupported`` where the backend or the engine
         cannot, ``BackendError`` where it failed.
         """
-        record = self._pools[pool]
+        record = self._find(pool)
         if level not in SLEEP_LEVELS:
             raise ValueError(f"level must be 1 or 2, not {level}")
         if not record.backend.owns_replicas:
@@ -393,7 +471,7 @@ class ControlLoop:
         Returns at once. Raises ``KeyError`` for an unknown pool, ``ValueError`` while an operator
         keeps it at zero.
         """
-        record = self._pools[pool]
+        record = self._find(pool)
         if record.override == 0:
             raise ValueError(f"{pool} is scaled to 0; give it back with `scale {pool} auto`")
         record.sleep_requested = False

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from autoscaler.backends.base import Backend, BackendError, Probe, ReplicaSpec
 from autoscaler.control import start_steps
 from autoscaler.policy.decide import DecideState
 from autoscaler.policy.lifecycle import ENDED_STATES, PUBLIC, State
-from autoscaler.policy.plan import LOADING, Candidate
+from autoscaler.policy.plan import LOADING, SERVING, Candidate
 from autoscaler.settings import AutoscalerSettings, PoolSettings, first, make_policy
 from autoscaler.signals.window import DemandWindow
 from autoscaler.tiers.manager import TierManager
@@ -35,11 +35,15 @@ class ReplicaRecord:
     ``not_before_s`` is the earliest time of its start. ``ended`` says that its processes are gone
     for sure, ``launched`` that the backend has taken it. ``operation`` is its newest call to the
     backend; calls follow one another. ``prepared`` is its spec with the model on this node,
-    ``woken_from`` the tier its start or wake began from.
+    ``woken_from`` the tier its start or wake began from. ``digest`` is that of what it is started
+    with. ``no_room``: its start was put off because no GPU is free.
     """
 
     id: str
     spec: ReplicaSpec
+    backend: Backend
+    preparer: Preparer
+    digest: str
     since_s: float
     not_before_s: float
     state: State = State.SCHEDULED
@@ -49,6 +53,7 @@ class ReplicaRecord:
     begun_at_s: float | None = None
     ready_at_s: float | None = None
     drain_at_s: float | None = None
+    no_room: bool = False
     recallable: bool = False
     sleep_level: int = 1
     sleep_error: BackendError | None = None
@@ -68,7 +73,11 @@ class ReplicaRecord:
 
 
 class PoolRecord:
-    """One pool: its settings, its demand, its replicas, and how its engine has been doing."""
+    """One pool: its settings, its demand, its replicas, and how its engine has been doing.
+
+    ``digest`` is that of what its replicas are started with; those with another are outdated.
+    ``removed``: the settings have it no more, and it ends when its last request is answered.
+    """
 
     def __init__(
         self,
@@ -77,17 +86,18 @@ class PoolRecord:
         backend: Backend,
         slug: str,
         *,
+        digest: str,
         preparer: Preparer,
         tiers: TierManager,
     ) -> None:
         self.pool = pool
-        self.policy = make_policy(pool, settings)
-        self.start_timeout_s = first(pool.start_timeout_s, settings.start_timeout_s)
-        self.prepare_timeout_s = first(pool.prepare_timeout_s, settings.prepare_timeout_s)
+        self.digest = digest
         self.backend = backend
         self.slug = slug
         self.preparer = preparer
         self.tiers = tiers
+        self.removed = False
+        self._use(settings)
         self.window = DemandWindow(self.policy)
         self.decide_state = DecideState()
         self.decision: Decision | None = None
@@ -102,6 +112,53 @@ class PoolRecord:
         self.ready_at_s: float | None = None
         self._numbers = 0
 
+    def _use(self, settings: AutoscalerSettings) -> None:
+        self.policy = make_policy(self.pool, settings)
+        self.start_timeout_s = first(self.pool.start_timeout_s, settings.start_timeout_s)
+        self.prepare_timeout_s = first(self.pool.prepare_timeout_s, settings.prepare_timeout_s)
+
+    def configure(
+        self, pool: PoolSettings, settings: AutoscalerSettings, backend: Backend, digest: str
+    ) -> None:
+        """Take other settings. Replicas that would be started alike go on as they are."""
+        if digest != self.digest:
+            self.failures, self.retry_at_s, self.error = 0, None, None
+        self.pool, self.backend, self.digest = pool, backend, digest
+        self._use(settings)
+        self.window.resize(self.policy)
+        if self.override is not None:
+            self.override = min(self.override, pool.max_replicas)
+        for record in self.replicas.values():
+            if record.digest == digest:
+                record.spec = replace(record.spec, pool=pool)
+            if self.removed and record.state is State.DRAINING:
+                record.recallable = True  # it drains because the pool was removed
+        self.removed = False
+
+    def remove(self) -> None:
+        """It is in the settings no more: what an operator asked of it is void."""
+        self.removed = True
+        self.override, self.sleep_requested = None, False
+
+    def is_outdated(self, record: ReplicaRecord) -> bool:
+        """Whether a replica is not what would be started for the pool now."""
+        return record.digest != self.digest or (
+            record.spec.url is not None and record.spec.url not in self.pool.urls
+        )
+
+    def is_finished(self, now_s: float) -> bool:
+        """Whether the pool was removed and has nothing left."""
+        return self.removed and not self.replicas and self.window.read(now_s).requests == 0
+
+    def missing_urls(self) -> list[str]:
+        """The servers of a static pool that no replica stands for yet."""
+        there = {
+            one.spec.url
+            for one in self.replicas.values()
+            if not self.is_outdated(one) and one.state not in {State.STOPPING, *ENDED_STATES}
+        }
+        return [url for url in self.pool.urls if url not in there]
+
     def forget_demand(self) -> None:
         """Begin anew: only demand from now on counts."""
         self.window = DemandWindow(self.policy)
@@ -115,6 +172,9 @@ class PoolRecord:
         record = ReplicaRecord(
             id=name,
             spec=ReplicaSpec(id=name, pool=self.pool, url=url),
+            backend=self.backend,
+            preparer=self.preparer,
+            digest=self.digest,
             since_s=now_s,
             not_before_s=not_before_s,
         )
@@ -126,20 +186,35 @@ class PoolRecord:
         return sum(record.state in states for record in self.replicas.values())
 
     def make_status(self) -> PoolStatus:
-        """The pool as ``decide`` sees it."""
+        """The pool as ``decide`` sees it: an outdated replica and its successor are one."""
+        states = Counter(self._states())
         return PoolStatus(
-            scheduled=self.count(State.SCHEDULED),
-            preparing=self.count(State.PREPARING),
-            starting=self.count(State.STARTING),
-            waking=self.count(State.WAKING),
-            ready=self.count(State.READY),
-            unhealthy=self.count(State.UNHEALTHY),
-            sleeping=self.count(State.SLEEPING),
+            scheduled=states[State.SCHEDULED],
+            preparing=states[State.PREPARING],
+            starting=states[State.STARTING],
+            waking=states[State.WAKING],
+            ready=states[State.READY],
+            unhealthy=states[State.UNHEALTHY],
+            sleeping=states[State.SLEEPING],
             ready_at_s=self.ready_at_s,
             wake_signal=self.wake_signal,
             sleep_requested=self.sleep_requested,
             override=self.override,
         )
+
+    def _states(self) -> list[State]:
+        """The states of the replicas that count. An outdated one that serves counts until one that
+        is ready has taken its place, and meanwhile its successor does not."""
+        records = self.replicas.values()
+        current = [one.state for one in records if not self.is_outdated(one)]
+        serving = [one.state for one in records if self.is_outdated(one) and one.state in SERVING]
+        if serving and self.decision is not None:
+            serving = serving[: max(0, self.decision.desired - current.count(State.READY))]
+        for _ in serving:
+            successor = next((one for one in current if one in LOADING | {State.SCHEDULED}), None)
+            if successor is not None:
+                current.remove(successor)
+        return current + serving
 
     def make_candidates(self, loads: Mapping[str, ReplicaLoad]) -> list[Candidate]:
         """The replicas as the plan sees them, oldest first."""
@@ -148,6 +223,8 @@ class PoolRecord:
                 id=record.id,
                 state=record.state,
                 recallable=record.recallable,
+                outdated=self.is_outdated(record),
+                no_room=record.no_room,
                 inflight_requests=(
                     loads[record.id].inflight_requests if record.id in loads else None
                 ),
@@ -251,6 +328,7 @@ def publish_pool(pool: PoolRecord) -> Pool:
         ),
         wake_eta_s=pool.estimate_wake_s(),
         phase=phase,
+        draining=pool.removed,
     )
 
 

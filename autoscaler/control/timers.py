@@ -17,13 +17,15 @@ class Timers:
 
     def __init__(self, settings: AutoscalerSettings, actuator: Actuator) -> None:
         self.drain_s = settings.drain_s
-        self._settings = settings
+        self.settings = settings
         self._actuator = actuator
 
     def advance(self, pool: PoolRecord, loads: Mapping[str, ReplicaLoad], now_s: float) -> None:
         """Tell each replica of a pool which of its limits has been reached."""
         for record in list(pool.replicas.values()):
-            if pool.backend.owns_replicas:
+            # An externally managed server that is drained by hand stays so until it is taken back.
+            leaving = pool.removed or pool.is_outdated(record)
+            if record.backend.owns_replicas or leaving:
                 self._advance_one(pool, record, loads.get(record.id), now_s)
 
     def _advance_one(
@@ -41,7 +43,7 @@ class Timers:
                 last = f"; it was at: {record.probe.phase}" if record.probe.phase else ""
                 text = f"not ready after {pool.start_timeout_s:g} s (start_timeout_s){last}"
                 self._actuator.apply(pool, record, Event.TIMED_OUT, text)
-            case State.UNHEALTHY if in_state_s >= self._settings.unhealthy_restart_s:
+            case State.UNHEALTHY if in_state_s >= self.settings.unhealthy_restart_s:
                 text = f"unhealthy for {in_state_s:.0f} s: {record.error or 'no answer'}"
                 self._actuator.apply(pool, record, Event.TIMED_OUT, text)
             case State.DRAINING | State.DRAINING_TO_SLEEP if self._is_drained(record, load, now_s):
@@ -54,7 +56,9 @@ class Timers:
                 record.sleep_error = BackendError(text)
                 pool.sleep_requested = False
                 self._actuator.apply(pool, record, Event.KEEP)
-            case State.READY if in_state_s >= self._settings.backoff_reset_s:
+            case State.READY if (
+                in_state_s >= self.settings.backoff_reset_s and not pool.is_outdated(record)
+            ):
                 pool.failures, pool.retry_at_s, pool.error = 0, None, None
             case _:
                 pass
@@ -62,7 +66,7 @@ class Timers:
     def _is_drained(self, record: ReplicaRecord, load: ReplicaLoad | None, now_s: float) -> bool:
         """Whether a replica surely has no request left. Unknown is not none."""
         draining_s = 0.0 if record.drain_at_s is None else now_s - record.drain_at_s
-        settled = draining_s >= self._settings.drain_settle_s
+        settled = draining_s >= self.settings.drain_settle_s
         return load is not None and load.inflight_requests == 0 and settled
 
     def start_due(self, pool: PoolRecord, now_s: float) -> None:
@@ -70,7 +74,7 @@ class Timers:
         for record in list(pool.replicas.values()):
             if record.state is not State.SCHEDULED or now_s < record.not_before_s:
                 continue
-            if not pool.backend.owns_replicas:
+            if not record.backend.owns_replicas:
                 self._actuator.apply(pool, record, Event.FOUND)
                 continue
             waiting = pool.retry_at_s is not None and now_s < pool.retry_at_s

@@ -51,7 +51,7 @@ class TierManager:
         self._pool = pool
         self._preparer = preparer
         self._wake_times = wake_times
-        self._retry_s = retry_s
+        self.retry_s = retry_s
         self._spawn = spawn
         self._on_error = on_error
         self._on_change = on_change
@@ -129,9 +129,9 @@ class TierManager:
         if self._move is not None and not self._move.done():
             return
         seen_s = None if self._refreshed_at_s is None else now_s - self._refreshed_at_s
-        retry_at_s = now_s + self._retry_s
+        retry_at_s = now_s + self.retry_s
         # What was there may be gone: a standby dies, an operator evicts a model.
-        if seen_s is None or seen_s >= self._retry_s:
+        if seen_s is None or seen_s >= self.retry_s:
             self._refreshed_at_s = now_s
             work = self._refresh()
         elif self.model_tier is not tier and (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
@@ -153,6 +155,23 @@ def plain_command(pool: PoolSettings, loaders: LoaderSettings) -> EngineCommand:
     gpus = tuple(range(pool.gpus_per_replica))
     spec = ReplicaSpec(id=pool.name, pool=pool)
     return engine_command(spec, Placement(host="127.0.0.1", port=0, gpus=gpus), loaders)
+
+
+def start_digest(pool: PoolSettings, loaders: LoaderSettings) -> str:
+    """A digest of all that a pool's replicas are started with, whatever they are assigned. Raises
+    ``ValueError`` as ``engine_command`` does."""
+    seen: list[object] = [pool.backend, pool.name, pool.health_path]
+    if pool.backend == "static":
+        seen += [pool.model, pool.max_model_len_tokens]
+        seen += [pool.api_key_env, sorted(pool.headers.items())]
+    else:
+        gpus = tuple(range(pool.gpus_per_replica))
+        spec = ReplicaSpec(id=pool.name, pool=pool)
+        placement = Placement(host="127.0.0.1", port=0, gpus=gpus)
+        command = engine_command(spec, placement, loaders, gpus=lambda: None)
+        seen += [list(command.argv), sorted(command.env.items()), sorted(pool.env.items())]
+        seen += [pool.engine, pool.gpus, pool.gpu_memory_bytes, pool.cpus_per_replica]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 
 class Inventory:

@@ -35,6 +35,7 @@ from gateway.compose.engines import (
     engine_command,
     fork_plan,
     make_bundles,
+    start_digest,
 )
 from gateway.compose.fleet import FleetBook
 from gateway.compose.process import check_writable, set_up_logging, take_signals
@@ -143,6 +144,7 @@ class _Tidegate:
             pools=settings.pools,
             settings=settings.autoscaler,
             backends={"process": process, "static": StaticBackend(settings=settings.autoscaler)},
+            digest=lambda pool: start_digest(pool, settings.loaders),
             observe=self.book.observe,
             publish=self._publish,
             preparer=make_preparer(settings, process, self.node, keeper, self.bundles),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from virtual_time import now
 
 from autoscaler.backends.base import (
+    Backend,
     BackendError,
     Leftover,
     NoRoom,
@@ -148,6 +149,13 @@ def process_pool(**fields: object) -> PoolSettings:
     )
 
 
+def digest(pool: PoolSettings) -> str:
+    """Of what the made-up engines are started with."""
+    if "--bad" in pool.engine_args:
+        raise ValueError(f"{pool.name} cannot be started")
+    return repr((pool.backend, pool.engine_args))
+
+
 @dataclass
 class World:
     """A control loop with made-up engines and requests, on virtual time.
@@ -160,6 +168,7 @@ class World:
     settings: AutoscalerSettings
     backend: FakeBackend = field(default_factory=FakeBackend)
     capacity: int = 1_000
+    more_backends: dict[str, Backend] = field(default_factory=dict)
     preparer: Preparer | None = None
     wake_times: WakeTimes | None = None
     loop: ControlLoop = field(init=False)
@@ -172,6 +181,9 @@ class World:
     arrivals: dict[str, int] = field(default_factory=dict)
     answered: int = 0
     cut: int = 0
+    unknown: int = 0
+    seen: Mapping[str, Pool] = field(default_factory=dict)
+    """The pools as they were last published."""
     blind: bool = False
     observe_error: Exception | None = None
     publish_error: Exception | None = None
@@ -180,7 +192,8 @@ class World:
         self.loop = ControlLoop(
             pools=self.pools,
             settings=self.settings,
-            backends={"process": self.backend, "static": self.backend},
+            backends={pool.backend: self.backend for pool in self.pools} | self.more_backends,
+            digest=digest,
             observe=self.observe,
             publish=self.publish,
             preparer=self.preparer,
@@ -189,16 +202,21 @@ class World:
             sleep=asyncio.sleep,
         )
 
+    def set_pools(self, *pools: PoolSettings, settings: AutoscalerSettings | None = None) -> None:
+        self.loop.set_pools(pools, settings)
+
+    def names(self) -> list[str]:
+        return list(self.seen) or [pool.name for pool in self.pools]
+
     def observe(self) -> Observation:
         if self.observe_error is not None:
             raise self.observe_error
         if self.blind:
             return Observation(
-                pools={pool.name: PoolDemand(observed_at_s=now()) for pool in self.pools}
+                pools={name: PoolDemand(observed_at_s=now()) for name in self.names()}
             )
         pools = {}
-        for pool in self.pools:
-            name = pool.name
+        for name in self.names():
             inflight = sum(
                 self.inflight.get(view.id, 0) for view in self.views if view.pool == name
             )
@@ -224,6 +242,7 @@ class World:
         if self.publish_error is not None:
             raise self.publish_error
         self.published += 1
+        self.seen = {pool.name: pool for pool in pools}
         self.views = tuple(replica for pool in pools for replica in pool.replicas)
         self.etas = {pool.name: pool.wake_eta_s for pool in pools}
         self.phases = {pool.name: pool.phase for pool in pools}
@@ -234,7 +253,11 @@ class World:
         ]
 
     async def request(self, seconds: float, pool: str = "m") -> None:
-        """One request: held while no replica is ready, then answered after ``seconds``."""
+        """One request: held while no replica is ready, then answered after ``seconds``. A pool
+        that is not published, or drains, is unknown to it."""
+        if self.seen and (pool not in self.seen or self.seen[pool].draining):
+            self.unknown += 1
+            return
         self.arrivals[pool] = self.arrivals.get(pool, 0) + 1
         self.held[pool] = self.held.get(pool, 0) + 1
         try:
