@@ -1,5 +1,5 @@
 """The admin API's operations: one row for each route, from which server, console and
-``/openapi.json`` are made. A test compares docs/reference/api.md with ``OPERATIONS``.
+``/openapi.json`` are made. A test compares docs/reference/admin-api.md with ``OPERATIONS``.
 """
 
 from __future__ import annotations
