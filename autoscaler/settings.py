@@ -422,7 +422,7 @@ def raise_first(conflicts: Iterator[str]) -> None:
 
 
 def make_policy(pool: PoolSettings, settings: AutoscalerSettings) -> PoolPolicy:
-    """What ``decide`` is told of one pool: its own settings over the autoscaler's."""
+    """The policy of one pool: its own settings over the autoscaler's."""
     return PoolPolicy(
         pool=pool.name,
         min_replicas=pool.min_replicas,

@@ -1,7 +1,7 @@
 """The autoscaler's vocabulary: what it sees, what it decides, and why.
 
 Times (``*_at_s``, ``since_s``) are readings of the control loop's clock, which is monotonic;
-whoever shows them to people subtracts them from ``FleetReport.at_s``.
+they are shown as differences from ``FleetReport.at_s``.
 """
 
 from __future__ import annotations
@@ -247,8 +247,8 @@ class PoolReport:
 
     ``error`` says why replicas fail, while they do: the newest failure with the engine's last log
     lines. ``failures`` counts them in a row; the next start is not before ``retry_at_s``. ``tier``
-    is how warm it is (``None``: somebody else's), ``step_down_at_s`` when it will be a tier colder
-    if nobody asks.
+    is how warm it is (``None``: externally managed), ``step_down_at_s`` when it will be a tier
+    colder without a request.
     """
 
     name: str

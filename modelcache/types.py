@@ -160,13 +160,17 @@ class Manifest:
         return sum(file.size_bytes for file in self.files)
 
 
+PROGRESS_PHASES = ("listing", "fetching", "checking", "preparing", "paging")
+"""What the cache does with a model before an engine starts, in order."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """How far something is. ``bytes_total`` is ``None`` while it is unknown; ``rate_bytes_s`` is
     the mean over the last seconds."""
 
     phase: str
-    """``listing``, ``fetching``, ``checking``, ``preparing``, ``paging``."""
+    """One of ``PROGRESS_PHASES``."""
     bytes_done: int = 0
     bytes_total: int | None = None
     rate_bytes_s: float | None = None

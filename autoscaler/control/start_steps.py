@@ -1,18 +1,16 @@
-"""What a replica on its way to ready is at, in one word for machines and one line for people."""
+"""The step that a replica on its way to ready is at: one word for machines, a line for people."""
 
 from __future__ import annotations
 
 from autoscaler.policy.lifecycle import State
-from modelcache.types import Progress
+from modelcache.types import PROGRESS_PHASES, Progress
 
 SCHEDULED = "scheduled"
 STARTING = "starting"
 WAKING = "waking"
 ENGINE_STEPS = ("importing", "loading", "compiling", "warming")
 """What an engine may be at; a probe's phase begins with one of them where it knows."""
-CACHE_STEPS = ("listing", "fetching", "checking", "preparing", "paging")
-"""What the model cache may be at."""
-STEPS = (SCHEDULED, *CACHE_STEPS, STARTING, *ENGINE_STEPS, WAKING)
+STEPS = (SCHEDULED, *PROGRESS_PHASES, STARTING, *ENGINE_STEPS, WAKING)
 """All of them, in the order in which they come."""
 
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -26,7 +24,7 @@ def name_step(state: State, progress: Progress | None, probe_phase: str) -> str:
         case State.WAKING:
             return WAKING
         case State.PREPARING:
-            known = progress is not None and progress.phase in CACHE_STEPS
+            known = progress is not None and progress.phase in PROGRESS_PHASES
             return progress.phase if progress is not None and known else "preparing"
         case State.STARTING:
             word = first_word(probe_phase)
@@ -43,9 +41,9 @@ def describe_step(step: str, progress: Progress | None, failures: int = 0) -> st
     """
     if step == SCHEDULED and failures:
         return f"{step}, after {failures} failed start{'s' if failures > 1 else ''}"
-    if progress is None or progress.phase not in CACHE_STEPS:
+    if progress is None or progress.phase not in PROGRESS_PHASES:
         return step
-    if step in CACHE_STEPS:
+    if step in PROGRESS_PHASES:
         return describe_progress(progress)
     if step in (STARTING, *ENGINE_STEPS):
         return f"{step}, {describe_progress(progress)}"

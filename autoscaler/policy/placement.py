@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
+class GpuCapacity:
     """A GPU of this machine. ``memory_bytes`` is ``None`` when unknown."""
 
     index: int
@@ -28,7 +28,7 @@ def assign_gpus(
     count: int,
     memory_bytes: int | None,
     allowed: Sequence[int],
-    inventory: Sequence[Gpu] | None,
+    inventory: Sequence[GpuCapacity] | None,
     uses: Iterable[GpuUse],
 ) -> tuple[int, ...] | None:
     """The indices of ``count`` GPUs for one replica; ``None`` when there is no room.
@@ -42,7 +42,7 @@ def assign_gpus(
         return ()
     known = {gpu.index: gpu for gpu in inventory or ()}
     if inventory is None:
-        known = {index: Gpu(index=index) for index in allowed}
+        known = {index: GpuCapacity(index=index) for index in allowed}
     candidates = [known[index] for index in allowed or sorted(known) if index in known]
     taken = list(uses)
     free: list[tuple[float, int]] = []
@@ -55,7 +55,7 @@ def assign_gpus(
     return tuple(sorted(index for _, index in sorted(free)[:count]))
 
 
-def room_left(gpu: Gpu, memory_bytes: int | None, uses: Sequence[GpuUse]) -> float | None:
+def room_left(gpu: GpuCapacity, memory_bytes: int | None, uses: Sequence[GpuUse]) -> float | None:
     """Bytes that would be left on a GPU; ``None`` if it has no room for the replica."""
     if not uses:
         if memory_bytes is None or gpu.memory_bytes is None:

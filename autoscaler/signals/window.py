@@ -1,8 +1,8 @@
 """A pool's demand over the last while: time-weighted means over the stable and panic windows.
 
-An observation holds until the next one, for ``demand_stale_s`` at most; time that nobody observed
-is left out of the mean instead of counting as zero. What is kept is bounded: observations that
-follow each other within ``bucket_s`` are merged into one span.
+An observation holds until the next one, for ``demand_stale_s`` at most; time without an
+observation is left out of the mean instead of counting as zero. What is kept is bounded:
+observations that follow each other within ``bucket_s`` are merged into one span.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BUCKETS_PER_PANIC_WINDOW = 12
 
 
 @dataclass(slots=True, kw_only=True)
-class Span:
+class DemandSpan:
     """A stretch of time and the mean demand in it; ``None`` is unknown."""
 
     start_s: float
@@ -31,7 +31,7 @@ class DemandWindow:
     """The recent demand of one pool. One owner writes it; time only moves forward."""
 
     def __init__(self, policy: PoolPolicy) -> None:
-        self._spans: deque[Span] = deque()
+        self._spans: deque[DemandSpan] = deque()
         self._latest: PoolDemand | None = None
         self.resize(policy)
 
@@ -93,13 +93,13 @@ class DemandWindow:
         limit = 2 * (self._stable_window_s / self._bucket_s) + 4
         assert len(spans) <= limit, f"{len(spans)} spans are kept, {limit:g} are allowed"
 
-    def _held(self, demand: PoolDemand, until_s: float) -> Span:
+    def _held(self, demand: PoolDemand, until_s: float) -> DemandSpan:
         start_s = demand.observed_at_s
         end_s = min(until_s, start_s + self._stale_s)
         tokens, requests = totals(demand)
-        return Span(start_s=start_s, end_s=end_s, tokens=tokens, requests=requests)
+        return DemandSpan(start_s=start_s, end_s=end_s, tokens=tokens, requests=requests)
 
-    def _append(self, span: Span) -> None:
+    def _append(self, span: DemandSpan) -> None:
         if span.end_s <= span.start_s:
             return
         if self._spans:
@@ -169,7 +169,7 @@ def otherwise(mean: float | None, latest: int | None) -> float | None:
     return latest if mean is None else mean
 
 
-def alike(one: Span, other: Span) -> bool:
+def alike(one: DemandSpan, other: DemandSpan) -> bool:
     """Whether two spans know the same figures, so that their means can be merged."""
     return (one.tokens is None) == (other.tokens is None) and (
         (one.requests is None) == (other.requests is None)
@@ -177,7 +177,7 @@ def alike(one: Span, other: Span) -> bool:
 
 
 def merged(
-    one: Span, other: Span, one_value: float | None, other_value: float | None
+    one: DemandSpan, other: DemandSpan, one_value: float | None, other_value: float | None
 ) -> float | None:
     """The time-weighted mean of two values of adjoining spans."""
     if one_value is None or other_value is None:

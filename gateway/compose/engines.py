@@ -11,7 +11,7 @@ from autoscaler.backends.base import Placement, ReplicaSpec
 from autoscaler.backends.process.backend import ProcessBackend
 from autoscaler.backends.process.fork_server import ForkPlan
 from autoscaler.backends.process.replica import make_env
-from autoscaler.policy.placement import Gpu
+from autoscaler.policy.placement import GpuCapacity
 from autoscaler.settings import PoolSettings
 from gateway.admin.schema import ForkServerEntry
 from gateway.compose.bundles import Bundles
@@ -34,7 +34,7 @@ def engine_command(
     placement: Placement,
     loaders: LoaderSettings,
     bundles: Bundles | None = None,
-    gpus: Callable[[], Sequence[Gpu] | None] | None = None,
+    gpus: Callable[[], Sequence[GpuCapacity] | None] | None = None,
 ) -> EngineCommand:
     """The command line of a replica. Raises ``ValueError`` for settings that cannot be run.
     ``gpus`` tells the GPUs of this machine; without, they are looked for."""
@@ -71,7 +71,7 @@ def engine_command(
 
 
 def gpu_memory_fraction(
-    pool: PoolSettings, gpus: Callable[[], Sequence[Gpu] | None] | None = None
+    pool: PoolSettings, gpus: Callable[[], Sequence[GpuCapacity] | None] | None = None
 ) -> float | None:
     """The share of a GPU's memory that a replica may take, where its pool names bytes; ``None``
     leaves it to vLLM. Of GPUs of several sizes the smallest counts."""
@@ -177,25 +177,25 @@ def start_digest(pool: PoolSettings, loaders: LoaderSettings) -> str:
 class Inventory:
     """The GPUs of this machine as they were last seen: a look takes up to seconds."""
 
-    def __init__(self, look: Callable[[], Sequence[Gpu] | None] | None = None) -> None:
+    def __init__(self, look: Callable[[], Sequence[GpuCapacity] | None] | None = None) -> None:
         self._look = look or list_gpus
-        self._seen: Sequence[Gpu] | None = None
+        self._seen: Sequence[GpuCapacity] | None = None
 
-    def look(self) -> Sequence[Gpu] | None:
+    def look(self) -> Sequence[GpuCapacity] | None:
         """Look now; not for an event loop."""
         seen = self._look()
         if seen is not None:
             self._seen = seen
         return seen
 
-    def seen(self) -> Sequence[Gpu] | None:
+    def seen(self) -> Sequence[GpuCapacity] | None:
         """What the last look that told them found; looks if there was none."""
         return self.look() if self._seen is None else self._seen
 
 
-def list_gpus() -> Sequence[Gpu] | None:
+def list_gpus() -> Sequence[GpuCapacity] | None:
     """The GPUs of this machine, or ``None`` where they cannot be told."""
     found = machine.Machine().gpus()
     if found is None:
         return None
-    return [Gpu(index=gpu.index, memory_bytes=gpu.memory_bytes) for gpu in found]
+    return [GpuCapacity(index=gpu.index, memory_bytes=gpu.memory_bytes) for gpu in found]

@@ -58,7 +58,7 @@ from autoscaler.backends.process.replica import (
     spawn_plainly,
     to_the_end,
 )
-from autoscaler.policy.placement import Gpu
+from autoscaler.policy.placement import GpuCapacity
 from autoscaler.settings import AutoscalerSettings
 from loaders.engines.vllm.forkserver.client import ForkedProcess, ForkError, ServerLost
 
@@ -83,7 +83,7 @@ class ProcessBackend:
         state_dir: Path,
         settings: AutoscalerSettings,
         command: MakeCommand,
-        list_gpus: Callable[[], Sequence[Gpu] | None] = lambda: None,
+        list_gpus: Callable[[], Sequence[GpuCapacity] | None] = lambda: None,
         cpus: Sequence[int] | None = None,
         environ: Mapping[str, str] | None = None,
         sleep: Sleep = asyncio.sleep,

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 
 from autoscaler.backends.base import BackendError, NoRoom, ReplicaSpec
 from autoscaler.backends.process.replica import ReplicaProcess
-from autoscaler.policy.placement import Gpu, GpuUse, assign_cpus, assign_gpus
+from autoscaler.policy.placement import GpuCapacity, GpuUse, assign_cpus, assign_gpus
 
 HOST = "127.0.0.1"
 PORT_TRIES = 32
@@ -17,7 +17,7 @@ def place(
     spec: ReplicaSpec,
     children: Sequence[ReplicaProcess],
     *,
-    inventory: Sequence[Gpu] | None,
+    inventory: Sequence[GpuCapacity] | None,
     cpus: Sequence[int],
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """GPUs and cores for a replica beside those there are. Raises ``NoRoom`` without a GPU.

@@ -33,7 +33,7 @@ from autoscaler.backends.base import (
 )
 from autoscaler.backends.process import procs, start_gate
 from autoscaler.backends.process.family import ProcessRecord, ProcessRegistry
-from autoscaler.policy.placement import Gpu
+from autoscaler.policy.placement import GpuCapacity
 
 FOLDERS = [str(Path(__file__).parents[3] / "support"), str(Path(__file__).parents[4])]
 
@@ -278,7 +278,7 @@ def test_what_an_engine_is_given(tmp_path: Path) -> None:
         backend = tiny_backend(
             tmp_path,
             cpus=[core],
-            list_gpus=lambda: [Gpu(index=index, memory_bytes=100) for index in range(4)],
+            list_gpus=lambda: [GpuCapacity(index=index, memory_bytes=100) for index in range(4)],
             environ={**os.environ, "TIDEGATE__SECRET": "x", "KEPT": "yes"},
         )
         pool = {"gpus_per_replica": 2, "gpus": (1, 2, 3), "cpus_per_replica": 1}

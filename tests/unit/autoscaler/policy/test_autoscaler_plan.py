@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoscaler.policy.lifecycle import Event, State
-from autoscaler.policy.placement import Gpu, GpuUse, assign_cpus, assign_gpus
+from autoscaler.policy.placement import GpuCapacity, GpuUse, assign_cpus, assign_gpus
 from autoscaler.policy.plan import LOADING, SUPPLY, Candidate, Plan, make_plan
 
 
@@ -218,7 +218,7 @@ def test_any_plan_leads_to_the_number_or_stays_above_it(
 
 
 GIB = 1 << 30
-FOUR = [Gpu(index=index, memory_bytes=80 * GIB) for index in range(4)]
+FOUR = [GpuCapacity(index=index, memory_bytes=80 * GIB) for index in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_gpus(
     count: int,
     memory: int | None,
     allowed: tuple[int, ...],
-    inventory: list[Gpu] | None,
+    inventory: list[GpuCapacity] | None,
     uses: list[GpuUse],
     given_: tuple[int, ...] | None,
 ) -> None:

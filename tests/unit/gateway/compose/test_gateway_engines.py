@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from autoscaler.policy.placement import Gpu
+from autoscaler.policy.placement import GpuCapacity
 from autoscaler.settings import PoolSettings
 from gateway.compose.engines import Inventory, gpu_memory_fraction
 
@@ -21,27 +21,38 @@ def pool(**fields: object) -> PoolSettings:
 @pytest.mark.parametrize(
     ("wanted", "gpus", "fraction"),
     [
-        (None, [Gpu(index=0, memory_bytes=80 * GIB)], None),
-        (20 * GIB, [Gpu(index=0, memory_bytes=80 * GIB)], 0.25),
-        (20 * GIB, [Gpu(index=0, memory_bytes=80 * GIB), Gpu(index=1, memory_bytes=40 * GIB)], 0.5),
-        (160 * GIB, [Gpu(index=0, memory_bytes=80 * GIB)], 1.0),
-        (20 * GIB, [Gpu(index=0)], None),
+        (None, [GpuCapacity(index=0, memory_bytes=80 * GIB)], None),
+        (20 * GIB, [GpuCapacity(index=0, memory_bytes=80 * GIB)], 0.25),
+        (
+            20 * GIB,
+            [
+                GpuCapacity(index=0, memory_bytes=80 * GIB),
+                GpuCapacity(index=1, memory_bytes=40 * GIB),
+            ],
+            0.5,
+        ),
+        (160 * GIB, [GpuCapacity(index=0, memory_bytes=80 * GIB)], 1.0),
+        (20 * GIB, [GpuCapacity(index=0)], None),
         (20 * GIB, None, None),
     ],
 )
 def test_bytes_of_a_gpu_become_the_share_that_vllm_is_told(
-    wanted: int | None, gpus: Sequence[Gpu] | None, fraction: float | None
+    wanted: int | None, gpus: Sequence[GpuCapacity] | None, fraction: float | None
 ) -> None:
     given = {} if wanted is None else {"gpus_per_replica": 1, "gpu_memory_bytes": wanted}
     assert gpu_memory_fraction(pool(**given), lambda: gpus) == fraction
 
 
 def test_gpus_are_looked_for_once_and_remembered_when_they_cannot_be_told() -> None:
-    looks: list[Sequence[Gpu] | None] = [None, [Gpu(index=0, memory_bytes=80)], None]
+    looks: list[Sequence[GpuCapacity] | None] = [
+        None,
+        [GpuCapacity(index=0, memory_bytes=80)],
+        None,
+    ]
     inventory = Inventory(lambda: looks.pop(0))
     assert inventory.seen() is None  # unknown: asked again
-    assert inventory.seen() == [Gpu(index=0, memory_bytes=80)]
-    assert inventory.seen() == [Gpu(index=0, memory_bytes=80)]
+    assert inventory.seen() == [GpuCapacity(index=0, memory_bytes=80)]
+    assert inventory.seen() == [GpuCapacity(index=0, memory_bytes=80)]
     assert inventory.look() is None  # who looks is told what there is now
-    assert inventory.seen() == [Gpu(index=0, memory_bytes=80)]
+    assert inventory.seen() == [GpuCapacity(index=0, memory_bytes=80)]
     assert looks == []
