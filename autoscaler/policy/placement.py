@@ -13,6 +13,9 @@ class GpuCapacity:
 
     index: int
     memory_bytes: int | None = None
+    name: str = ""
+    free_bytes: int | None = None
+    driver: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,18 +8,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from autoscaler.backends.base import BackendError
 from autoscaler.control.loop import ControlLoop
 from autoscaler.settings import PoolSettings
 from autoscaler.types import Decision, Observation, PoolReport, ReplicaLoad, ReplicaReport
 from gateway.admin import metrics_page, schema
-from gateway.compose.workers import Workers
 from gateway.datapath import metrics
+from gateway.datapath.shared import Shared
 
 FORKS_S = 2.0
 """Seconds for which a look at the fork server is used: its memory is read from the kernel."""
+
+
+class WorkerPool(Protocol):
+    """The workers, as far as they are shown; ``gateway.compose.workers.Workers`` are."""
+
+    @property
+    def shared(self) -> Shared:
+        """The block with their counters."""
+        ...
+
+    @property
+    def all_listening(self) -> bool:
+        """Whether every worker takes connections."""
+        ...
+
+    def status(self) -> list[dict[str, Any]]:
+        """Index, pid, state and restarts of each."""
+        ...
 
 
 class LiveControl:
@@ -29,7 +47,7 @@ class LiveControl:
         self,
         *,
         loop: ControlLoop,
-        workers: Workers,
+        workers: WorkerPool,
         pools: tuple[PoolSettings, ...],
         version: str,
         url: str,

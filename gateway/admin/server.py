@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from gateway.compose.run_record import make_url
 from gateway.settings.errors import not_listening
 from gateway.settings.load import ConfigError
 
@@ -54,33 +53,10 @@ class _Server(uvicorn.Server):
 
 
 async def serve_admin(
-    app: ASGIApp,
-    host: str,
-    port: int,
-    stop: asyncio.Event,
-    *,
-    on_listening: Callable[[str], None] | None = None,
-    shutdown_s: int = 3,
+    listener: socket.socket, app: ASGIApp, stop: asyncio.Event, *, shutdown_s: int = 3
 ) -> None:
-    """Serve until ``stop`` is set, then finish what is under way for at most ``shutdown_s``.
-
-    ``on_listening`` is told the URL (with the port the system chose) once connections are taken.
-    Raises ``ConfigError`` before anything is served where the address cannot be had.
-    """
-    await serve_admin_on(
-        listen(host, port), app, stop, on_listening=on_listening, shutdown_s=shutdown_s
-    )
-
-
-async def serve_admin_on(
-    listener: socket.socket,
-    app: ASGIApp,
-    stop: asyncio.Event,
-    *,
-    on_listening: Callable[[str], None] | None = None,
-    shutdown_s: int = 3,
-) -> None:
-    """The same on a socket that is already listening; it is closed at the end."""
+    """Serve on a listening socket until ``stop`` is set, then finish what is under way for at most
+    ``shutdown_s``. The socket is closed at the end."""
     server = _Server(
         uvicorn.Config(
             app,
@@ -100,8 +76,6 @@ async def serve_admin_on(
     serving = asyncio.create_task(server.serve(sockets=[listener]), name="admin server")
     stopping = asyncio.create_task(stop.wait(), name="admin stop")
     try:
-        if on_listening is not None:
-            on_listening(url(listener))
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         stopping.cancel()
@@ -119,3 +93,9 @@ def url(listener: socket.socket, scheme: str = "http") -> str:
     """Where a listening socket is reached from this machine."""
     host, port = listener.getsockname()[:2]
     return make_url(host, port, scheme)
+
+
+def make_url(host: str, port: int, scheme: str = "http") -> str:
+    """Where a listener is reached from this machine; every-interface addresses become loopback."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host).strip("[]")
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

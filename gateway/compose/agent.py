@@ -25,7 +25,7 @@ from gateway.admin.model_routes import ModelRoutes
 from gateway.admin.models import Models
 from gateway.admin.openapi import METRICS_TYPE
 from gateway.admin.schema import AdminError
-from gateway.admin.server import listen, serve_admin_on, url
+from gateway.admin.server import listen, make_url, serve_admin, url
 from gateway.admin.usage_poller import UsageLook
 from gateway.compose.cache import NodeCache, make_keeper, make_models, open_cache
 from gateway.compose.process import check_writable, set_up_logging, take_signals
@@ -35,7 +35,6 @@ from gateway.compose.run_record import (
     Running,
     claim_for_agent,
     leave_record,
-    make_url,
     remove_record,
 )
 from gateway.settings.load import LoadedSettings
@@ -92,7 +91,7 @@ async def _run(settings: Settings, node: NodeCache) -> int:
             settings.modelcache,
             cache=node.cache,
             peers=node.peers,
-            serve_admin=lambda until: serve_admin_on(listener, app, until),
+            serve_admin=lambda until: serve_admin(listener, app, until),
             stop=stop,
             on_serving=begin,
         )

@@ -10,13 +10,13 @@ from dataclasses import asdict
 from autoscaler.backends.base import Placement, ReplicaSpec
 from autoscaler.backends.process.backend import ProcessBackend
 from autoscaler.backends.process.fork_server import ForkPlan
+from autoscaler.backends.process.gpus import list_gpus
 from autoscaler.backends.process.replica import make_env
 from autoscaler.policy.placement import GpuCapacity
 from autoscaler.settings import PoolSettings
 from gateway.admin.schema import ForkServerEntry
 from gateway.compose.bundles import Bundles
 from gateway.compose.cache import cache_dir
-from gateway.doctor import machine
 from gateway.settings.schema import Settings
 from loaders.engines.vllm.command import (
     EngineCommand,
@@ -145,7 +145,7 @@ def make_bundles(settings: Settings) -> Bundles | None:
 
 
 def _gpu_kinds() -> tuple[tuple[str, str], ...] | None:
-    found = machine.Machine().gpus()
+    found = list_gpus()
     return None if found is None else tuple((one.name, one.driver) for one in found)
 
 
@@ -172,30 +172,3 @@ def start_digest(pool: PoolSettings, loaders: LoaderSettings) -> str:
         seen += [list(command.argv), sorted(command.env.items()), sorted(pool.env.items())]
         seen += [pool.engine, pool.gpus, pool.gpu_memory_bytes, pool.cpus_per_replica]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
-
-
-class Inventory:
-    """The GPUs of this machine as they were last seen: a look takes up to seconds."""
-
-    def __init__(self, look: Callable[[], Sequence[GpuCapacity] | None] | None = None) -> None:
-        self._look = look or list_gpus
-        self._seen: Sequence[GpuCapacity] | None = None
-
-    def look(self) -> Sequence[GpuCapacity] | None:
-        """Look now; not for an event loop."""
-        seen = self._look()
-        if seen is not None:
-            self._seen = seen
-        return seen
-
-    def seen(self) -> Sequence[GpuCapacity] | None:
-        """What the last look that told them found; looks if there was none."""
-        return self.look() if self._seen is None else self._seen
-
-
-def list_gpus() -> Sequence[GpuCapacity] | None:
-    """The GPUs of this machine, or ``None`` where they cannot be told."""
-    found = machine.Machine().gpus()
-    if found is None:
-        return None
-    return [GpuCapacity(index=gpu.index, memory_bytes=gpu.memory_bytes) for gpu in found]

@@ -35,12 +35,6 @@ class Running:
     admin_url: str
 
 
-def make_url(host: str, port: int, scheme: str = "http") -> str:
-    """Where a listener is reached from this machine; every-interface addresses become loopback."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host).strip("[]")
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-
-
 def leave_record(state_dir: Path, running: Running, name: str = RECORD_NAME) -> None:
     """Write the record, whole or not at all. Raises ``OSError`` where it cannot be written."""
     state_dir.mkdir(parents=True, exist_ok=True)

@@ -22,15 +22,15 @@ from pathlib import Path
 
 from autoscaler.backends.base import BackendError
 from autoscaler.backends.process.backend import ProcessBackend
+from autoscaler.backends.process.gpus import GpuInventory
 from autoscaler.backends.static import StaticBackend
 from autoscaler.control.loop import ControlLoop
 from autoscaler.settings import PoolSettings
 from gateway.admin.app import create_app
 from gateway.admin.control import LiveControl
-from gateway.admin.server import listen, serve_admin_on, url
+from gateway.admin.server import listen, make_url, serve_admin, url
 from gateway.compose.cache import make_keeper, make_models, open_cache
 from gateway.compose.engines import (
-    Inventory,
     describe_forks,
     engine_command,
     fork_plan,
@@ -39,7 +39,7 @@ from gateway.compose.engines import (
 )
 from gateway.compose.fleet import FleetBook
 from gateway.compose.process import check_writable, set_up_logging, take_signals
-from gateway.compose.run_record import Running, leave_record, make_url, remove_record
+from gateway.compose.run_record import Running, leave_record, remove_record
 from gateway.compose.tiers import make_preparer, make_wake_times
 from gateway.compose.workers import Workers, open_listeners
 from gateway.datapath.messages import WorkerConfig
@@ -175,7 +175,7 @@ class _Tidegate:
         )
 
     def _process_backend(self) -> ProcessBackend:
-        settings, inventory = self.settings, Inventory()
+        settings, inventory = self.settings, GpuInventory()
         return ProcessBackend(
             state_dir=settings.state_dir,
             settings=settings.autoscaler,
@@ -259,7 +259,7 @@ async def _live(tidegate: _Tidegate) -> int:
         version=version(),
         models=tidegate.models,
     )
-    admin = asyncio.create_task(serve_admin_on(tidegate.admin_listener, app, admin_stop))
+    admin = asyncio.create_task(serve_admin(tidegate.admin_listener, app, admin_stop))
     looping: asyncio.Task[None] | None = None
     status = 0
     try:

@@ -19,31 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from autoscaler.backends.process.gpus import list_gpus
+from autoscaler.policy.placement import GpuCapacity
 from gateway.compose.run_record import AGENT_NAME, Running, read_record
 from gateway.datapath import compiled
 from loaders.engines.vllm.command import EngineInstall, find_install
 from modelcache.prepare.default_model import MANIFEST, find_damage
 
-TOOL_TIMEOUT_S = 20.0
 IMPORT_TIMEOUT_S = 180.0
 CONNECT_TIMEOUT_S = 2.0
-GPU_FIELDS = "index,name,memory.total,memory.free,driver_version"
 ASK_DEVICE = (
     "import vllm; from vllm.platforms import current_platform as p; "
     "print('device', p.device_type or 'none')"
 )
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    """One GPU as its driver describes it."""
-
-    index: int
-    name: str
-    memory_bytes: int
-    free_bytes: int
-    driver: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +65,7 @@ class Probes(Protocol):
     def disk_free_bytes(self, path: Path) -> int | None:
         """Free space on the disk that would hold ``path``."""
 
-    def gpus(self) -> Sequence[Gpu] | None:
+    def gpus(self) -> Sequence[GpuCapacity] | None:
         """NVIDIA GPUs; empty where there is no driver, ``None`` where it does not answer."""
 
     def install(self, python: Path) -> EngineInstall | None:
@@ -148,23 +137,8 @@ class Machine:
         except OSError:
             return None
 
-    def gpus(self) -> Sequence[Gpu] | None:
-        tool = shutil.which("nvidia-smi")
-        if tool is None:
-            return None if Path("/proc/driver/nvidia/version").exists() else ()
-        argv = [tool, f"--query-gpu={GPU_FIELDS}", "--format=csv,noheader,nounits"]
-        try:
-            asked = subprocess.run(
-                argv, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if asked.returncode != 0:
-            return None
-        try:
-            return parse_gpus(asked.stdout)
-        except ValueError:
-            return None
+    def gpus(self) -> Sequence[GpuCapacity] | None:
+        return list_gpus()
 
     def install(self, python: Path) -> EngineInstall | None:
         return find_install(python)
@@ -265,25 +239,6 @@ class Machine:
 
 def _pid_in(running: Running | None) -> int | None:
     return None if running is None else running.pid
-
-
-def parse_gpus(text: str) -> tuple[Gpu, ...]:
-    """GPUs from what ``nvidia-smi`` prints for ``GPU_FIELDS``; ``ValueError`` for other text."""
-    found = []
-    for line in text.splitlines():
-        if not line.strip():
-            continue
-        index, name, total, free, driver = (part.strip() for part in line.split(","))
-        found.append(
-            Gpu(
-                index=int(index),
-                name=name,
-                memory_bytes=int(total) << 20,
-                free_bytes=int(free) << 20,
-                driver=driver,
-            )
-        )
-    return tuple(found)
 
 
 def _nearest(path: Path) -> Path:

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from autoscaler.policy.placement import GpuCapacity
 from autoscaler.settings import PoolSettings
 from gateway.doctor.checks import Check, Status, fail, ok, warn
-from gateway.doctor.machine import Gpu, Machine, Probes
+from gateway.doctor.machine import Machine, Probes
 from gateway.doctor.model_checks import diagnose_cache
 from gateway.doctor.model_machine import CacheMachine
 from gateway.settings.schema import Settings
@@ -173,7 +174,7 @@ def _disk(settings: Settings, probes: Probes) -> Check:
     return ok("disk", text)
 
 
-def _gpus(processes: Sequence[PoolSettings], gpus: Sequence[Gpu] | None) -> Check:
+def _gpus(processes: Sequence[PoolSettings], gpus: Sequence[GpuCapacity] | None) -> Check:
     if gpus is None:
         return warn(
             "gpu",
@@ -205,7 +206,10 @@ def _data_path(probes: Probes) -> Check:
 
 
 def _engine(
-    settings: Settings, probes: Probes, install: EngineInstall | None, gpus: Sequence[Gpu] | None
+    settings: Settings,
+    probes: Probes,
+    install: EngineInstall | None,
+    gpus: Sequence[GpuCapacity] | None,
 ) -> Iterator[Check]:
     python = _path(settings.loaders.engine_python)
     if install is None:
@@ -247,7 +251,7 @@ def _pool(
     pool: PoolSettings,
     settings: Settings,
     probes: Probes,
-    gpus: Sequence[Gpu] | None,
+    gpus: Sequence[GpuCapacity] | None,
     install: EngineInstall | None,
 ) -> Iterator[Check]:
     name = f"pool {pool.name}"
@@ -282,7 +286,9 @@ def _pool(
             )
 
 
-def _pool_gpus(name: str, pool: PoolSettings, gpus: Sequence[Gpu] | None) -> Iterator[Check]:
+def _pool_gpus(
+    name: str, pool: PoolSettings, gpus: Sequence[GpuCapacity] | None
+) -> Iterator[Check]:
     if not pool.gpus_per_replica:
         return
     there = {gpu.index for gpu in gpus or ()}
@@ -381,5 +387,5 @@ def _path(path: Path) -> Path:
     return path.expanduser()
 
 
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / GIB:.1f} GiB"
+def _gib(size_bytes: int | None) -> str:
+    return "?" if size_bytes is None else f"{size_bytes / GIB:.1f} GiB"

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 from gateway.admin import schema
 from gateway.admin.app import Control, create_app
 from gateway.admin.models import Models
-from gateway.admin.server import serve_admin
+from gateway.admin.server import listen, serve_admin, url
 
 NOW_S = 1_800_000_000.0
 
@@ -82,13 +82,10 @@ class ServedApp:
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
 
-        def listening(url: str) -> None:
-            self.url = url
-            self._ready.set()
-
-        await serve_admin(
-            self._app, "127.0.0.1", 0, self._stop, on_listening=listening, shutdown_s=1
-        )
+        listener = listen("127.0.0.1", 0)
+        self.url = url(listener)
+        self._ready.set()
+        await serve_admin(listener, self._app, self._stop, shutdown_s=1)
 
     def __enter__(self) -> Self:
         self._thread.start()

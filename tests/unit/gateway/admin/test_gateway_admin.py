@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
-from admin_rig import gateway_status, past_decision, pool
+from admin_rig import ServedApp, gateway_status, past_decision, pool
 from fake_cache import FakeCache, fake_models
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -23,7 +21,7 @@ from starlette.routing import Route
 from gateway.admin import schema
 from gateway.admin.app import create_app
 from gateway.admin.openapi import METRICS_TYPE
-from gateway.admin.server import listen, serve_admin, serve_admin_on, url
+from gateway.admin.server import listen, serve_admin, url
 from gateway.settings.load import ConfigError
 
 JSON = {"content-type": "application/json"}
@@ -384,39 +382,16 @@ def test_a_preflight_is_granted_nothing(app: Starlette) -> None:
 # ── The server ────────────────────────────────────────────────────────────────────────────────────
 
 
-def serve(app: Starlette, visit: Callable[[str], Any]) -> Any:
-    """Run the server while ``visit``, in a thread, asks it something; then stop it."""
-
-    async def run() -> Any:
-        stop, found = asyncio.Event(), asyncio.get_running_loop().create_future()
-        serving = asyncio.create_task(
-            serve_admin(app, "127.0.0.1", 0, stop, on_listening=found.set_result, shutdown_s=1)
-        )
-        answer = await asyncio.to_thread(visit, await found)
-        stop.set()
-        await asyncio.wait_for(serving, 60)
-        return answer
-
-    return asyncio.run(run())
-
-
 def test_the_server_serves_and_stops(app: Starlette) -> None:
-    seen: dict[str, Any] = {}
-
-    def visit(base: str) -> httpx.Response:
-        seen["handlers"] = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
-        seen["base"] = base
-        return httpx.get(f"{base}/status", trust_env=False)
-
-    answer = serve(app, visit)
+    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    with ServedApp(app) as served:
+        answer = httpx.get(f"{served.url}/status", trust_env=False)
+        after = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     assert answer.status_code == 200
     assert "server" not in answer.headers
-    assert not any(
-        isinstance(getattr(handler, "__self__", None), uvicorn.Server)
-        for handler in seen["handlers"]
-    ), "the control process owns the signals"
+    assert after == before, "the control process owns the signals"
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{seen['base']}/healthz", trust_env=False)
+        httpx.get(f"{served.url}/healthz", trust_env=False)
 
 
 def test_stopping_does_not_wait_for_ever_for_a_slow_answer() -> None:
@@ -432,7 +407,7 @@ def test_stopping_does_not_wait_for_ever_for_a_slow_answer() -> None:
         stop, listener = asyncio.Event(), listen("127.0.0.1", 0)
         base = url(listener)
         serving = asyncio.create_task(
-            serve_admin_on(listener, Starlette(routes=[Route("/", slow)]), stop, shutdown_s=1)
+            serve_admin(listener, Starlette(routes=[Route("/", slow)]), stop, shutdown_s=1)
         )
         async with httpx.AsyncClient(trust_env=False) as client:
             asking = asyncio.create_task(client.get(base, timeout=30))
@@ -447,11 +422,11 @@ def test_stopping_does_not_wait_for_ever_for_a_slow_answer() -> None:
     assert asyncio.run(run()) < 30, "it would take 60 s"
 
 
-def test_a_port_in_use_is_one_clear_line(app: Starlette) -> None:
+def test_a_port_in_use_is_one_clear_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError) as caught:
-            asyncio.run(serve_admin(app, "127.0.0.1", port, asyncio.Event()))
+            listen("127.0.0.1", port)
     (line,) = [str(problem) for problem in caught.value.problems]
     assert f"cannot listen on 127.0.0.1:{port}" in line
     assert "gateway.admin_port" in line
@@ -476,7 +451,3 @@ def test_the_same_port_can_be_had_again_at_once(app: Starlette) -> None:
         accepted.close()
     first.close()
     listen("127.0.0.1", port).close()
-
-
-def test_json_is_what_is_answered(app: Starlette) -> None:
-    assert json.loads(serve(app, lambda base: httpx.get(base, trust_env=False)).content)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shlex
@@ -15,14 +14,13 @@ from typing import Any
 
 import pytest
 import typer
-from admin_rig import NOW_S, ServedAdmin, gateway_status, past_decision, pool, replica
+from admin_rig import NOW_S, ServedAdmin, ServedApp, gateway_status, past_decision, pool, replica
 from datapath_rig import make_certificate
 
 import gateway.compose
 from autoscaler.settings import PoolSettings
 from autoscaler.types import TierReport
 from gateway.admin import schema
-from gateway.admin.server import serve_admin
 from gateway.cli import client, main, tables, verbs
 from gateway.cli.tables import Screen
 from gateway.compose import run_record
@@ -260,7 +258,7 @@ def test_an_unknown_pool_is_one_line_and_1(
         ["scale", "p", "auto"],
     ],
 )
-def test_nobody_there_is_one_line_and_2(
+def test_no_answer_is_one_line_and_2(
     capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     assert main.main([*arguments, "--admin", "http://127.0.0.1:1"]) == 2
@@ -270,7 +268,7 @@ def test_nobody_there_is_one_line_and_2(
     assert err.count("\n") == 1
 
 
-def test_somebody_else_there_is_one_line_and_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_server_there_is_one_line_and_2(capsys: pytest.CaptureFixture[str]) -> None:
     class Other:
         """An HTTP server that is no Tidegate."""
 
@@ -279,17 +277,8 @@ def test_somebody_else_there_is_one_line_and_2(capsys: pytest.CaptureFixture[str
             await send(start)
             await send({"type": "http.response.body", "body": b"<html>"})
 
-    async def run() -> int:
-        stop, found = asyncio.Event(), asyncio.get_running_loop().create_future()
-        task = asyncio.create_task(
-            serve_admin(Other(), "127.0.0.1", 0, stop, on_listening=found.set_result)
-        )
-        code = await asyncio.to_thread(main.main, ["status", "--admin", await found])
-        stop.set()
-        await task
-        return code
-
-    assert asyncio.run(run()) == 2
+    with ServedApp(Other()) as served:
+        assert main.main(["status", "--admin", served.url]) == 2
     assert "is no Tidegate admin listener" in capsys.readouterr().err
 
 

