@@ -18,6 +18,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from autoscaler.types import PoolPolicy
+from loaders.engines.base import ENGINES, EngineName, engine_of
 from modelcache.refs import parse_ref
 from modelcache.types import Tier
 
@@ -271,7 +272,7 @@ class PoolSettings(BaseModel):
     """``process``: engines are child processes of Tidegate. ``static``: externally
     managed servers at ``urls``: health-checked and routed to, never started or stopped."""
 
-    engine: Literal["vllm", "simulated"] | None = None
+    engine: EngineName | None = None
     """Which engine a ``process`` pool starts; required there. ``simulated`` answers instantly and
     is no model."""
 
@@ -371,7 +372,11 @@ class PoolSettings(BaseModel):
 
     def _process_conflicts(self) -> Iterator[str]:
         if self.engine is None:
-            yield 'engine is missing: a process pool needs one ("vllm" or "simulated")'
+            names = " or ".join(f'"{name}"' for name in ENGINES)
+            yield f"engine is missing: a process pool needs one ({names})"
+        else:
+            problems = engine_of(self.engine).check(self.engine_args)
+            yield from (f"engine_args {problem}" for problem in problems)
         if self.model is None:
             yield "model is missing: a process pool needs the path, URL or name of one"
         elif "://" in self.model:

@@ -1,4 +1,3 @@
 """Where replicas run: ``base`` is the protocol, ``process`` starts engines on this machine,
-``static`` routes to externally managed servers, ``health`` asks either kind of server how it
-is.
+``static`` routes to externally managed servers.
 """

@@ -1,16 +1,18 @@
-"""What a backend is: the hands of the control loop, for one way of running engines.
+"""What a backend is: one place where replicas run. It starts, stops and watches them.
 
-A backend does what it is told and says what it sees. It never decides, never retries on its own,
-and never changes the number of replicas.
+A backend does what the control loop asks and says what it sees. It never decides, never retries on
+its own, and never changes the number of replicas. What an engine is (its command line, health,
+sleep) is asked of ``loaders.engines``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from autoscaler.settings import PoolSettings
+from loaders.engines.base import EngineCommand, Placement
 
 
 class BackendError(Exception):
@@ -100,17 +102,6 @@ class Backend(Protocol):
         """
         ...
 
-    async def sleep(self, replica_id: str, level: int) -> None:
-        """Put an idle replica to sleep: 1 keeps its weights in host memory, 2 drops them.
-
-        Returns when it sleeps. Raises ``Unsupported`` or ``BackendError``.
-        """
-        ...
-
-    async def wake(self, replica_id: str) -> None:
-        """Wake a sleeping replica; returns when it can answer. Raises as ``sleep`` does."""
-        ...
-
     async def adopt(self) -> list[Leftover]:
         """Before the first start: end what an earlier Tidegate left, and say what that was.
 
@@ -123,29 +114,5 @@ class Backend(Protocol):
         ...
 
 
-class Command(Protocol):
-    """What to run for a replica (``loaders.engines.vllm.command.EngineCommand`` is one)."""
-
-    @property
-    def argv(self) -> Sequence[str]:
-        """The program and its arguments."""
-        ...
-
-    @property
-    def env(self) -> Mapping[str, str]:
-        """Environment variables to set beside those Tidegate was given."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
-    """Where a replica runs: its address, GPUs (indices) and CPU cores (empty: not pinned)."""
-
-    host: str
-    port: int
-    gpus: tuple[int, ...] = ()
-    cpus: tuple[int, ...] = ()
-
-
-MakeCommand = Callable[[ReplicaSpec, Placement], Command]
+MakeCommand = Callable[[ReplicaSpec, Placement], EngineCommand]
 """Makes the command line of a replica. Raises ``ValueError`` for settings it cannot run."""

@@ -1,4 +1,4 @@
-"""Engines that somebody else runs, at given URLs: watched and routed to, never stopped."""
+"""Externally managed servers, at given URLs: watched and routed to, never started or stopped."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from autoscaler.backends.base import BackendError, Leftover, Probe, ReplicaSpec, Unsupported
-from autoscaler.backends.health import HealthClient, ServedModel, choose_model
+from autoscaler.backends.base import BackendError, Leftover, Probe, ReplicaSpec
 from autoscaler.settings import AutoscalerSettings
+from loaders.engines.base import ServedModel, choose_model, engine_of
+from loaders.engines.client import EngineClient
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,10 +32,10 @@ class StaticBackend:
         *,
         settings: AutoscalerSettings,
         environ: Mapping[str, str] | None = None,
-        client: HealthClient | None = None,
+        client: EngineClient | None = None,
     ) -> None:
         self._environ = os.environ if environ is None else environ
-        self._client = client or HealthClient(timeout_s=settings.health_timeout_s)
+        self._client = client or EngineClient(timeout_s=settings.health_timeout_s)
         self._servers: dict[str, Server] = {}
 
     async def start(self, spec: ReplicaSpec) -> None:
@@ -57,12 +58,12 @@ class StaticBackend:
         server = self._servers.get(replica_id)
         if server is None:
             return Probe(alive=False, ready=False, detail="it is not watched")
-        pool = server.spec.pool
-        health = await self._client.check(server.url, pool.health_path, server.headers)
+        pool, engine = server.spec.pool, engine_of(server.spec.pool.engine)
+        health = await engine.health(self._client, server.url, server.headers, pool.health_path)
         if health.ready is False:
             server.model = None
         elif health.ready and server.model is None:
-            models = await self._client.list_models(server.url, server.headers)
+            models = await engine.list_models(self._client, server.url, server.headers)
             server.model = choose_model(models, pool.model, pool.name)
         model = server.model
         learned = None if model is None else model.name
@@ -80,14 +81,6 @@ class StaticBackend:
     async def stop(self, replica_id: str, *, grace_s: float) -> None:
         """Stop watching a server. The server itself is left alone."""
         self._servers.pop(replica_id, None)
-
-    async def sleep(self, replica_id: str, level: int) -> None:
-        """Not for servers that somebody else runs."""
-        raise Unsupported("a static replica is somebody else's: it cannot be put to sleep here")
-
-    async def wake(self, replica_id: str) -> None:
-        """Not for servers that somebody else runs."""
-        raise Unsupported("a static replica is somebody else's: it cannot be woken here")
 
     async def adopt(self) -> list[Leftover]:
         """Nothing: it never left anything."""

@@ -1,7 +1,7 @@
-"""Applies the lifecycle table to replicas, and makes the calls to backends it asks for.
+"""Applies the lifecycle table to replicas, and makes the calls to backends and engines it asks for.
 
 A transition happens in one synchronous step on the event loop; the calls run beside it, one at a
-time per replica, each bounded in time, and come back as events. Whatever a backend raises ends
+time per replica, each bounded in time, and come back as events. Whatever a call raises ends
 here: it is recorded, and turned into the event that says the call failed.
 """
 
@@ -17,6 +17,8 @@ from autoscaler.backends.base import BackendError, NoRoom, Probe, Unsupported
 from autoscaler.control.replicas import PoolRecord, ReplicaRecord
 from autoscaler.policy.lifecycle import PROBED_STATES, Action, Event, Refused, State, step
 from autoscaler.settings import AutoscalerSettings
+from loaders.engines.base import engine_of
+from loaders.engines.client import EngineClient, EngineUnsupported
 from modelcache.types import Progress, Tier
 
 LOG = logging.getLogger("tidegate.autoscaler")
@@ -55,6 +57,7 @@ class Actuator:
         sleep: Callable[[float], Awaitable[None]],
         on_change: Callable[[], None],
         on_progress: Callable[[], None],
+        engine_client: EngineClient,
         errors: ErrorCounts,
     ) -> None:
         self.settings = settings
@@ -62,6 +65,7 @@ class Actuator:
         self._sleep = sleep
         self._on_change = on_change
         self._on_progress = on_progress
+        self._engine_client = engine_client
         self._errors = errors
         self._tasks: set[asyncio.Task[None]] = set()
         self._looking: set[str] = set()
@@ -225,26 +229,27 @@ class Actuator:
 
     async def _put_to_sleep(self, pool: PoolRecord, record: ReplicaRecord) -> None:
         try:
-            async with asyncio.timeout(self.settings.call_timeout_s):
-                await record.backend.sleep(record.id, record.sleep_level)
+            timeout_s, url = self.settings.call_timeout_s, record.probe.url or ""
+            async with asyncio.timeout(timeout_s):
+                engine, level = engine_of(record.spec.pool.engine), record.sleep_level
+                await engine.sleep(self._engine_client, url, level, timeout_s=timeout_s)
         except Exception as error:  # noqa: BLE001 -- whatever it is, the replica is still awake
             text = self._errors.add(f"sleep of {pool.pool.name}", error)
-            record.sleep_error = (
-                error if isinstance(error, BackendError) else BackendError(f"{record.id}: {text}")
-            )
+            unsupported = isinstance(error, EngineUnsupported)
+            record.sleep_error = (Unsupported if unsupported else BackendError)(text)
             pool.sleep_requested = False
             again_s = self._clock() + self.settings.backoff_max_s
-            pool.tiers.exclude(
-                Tier.SLEEPING, text, None if isinstance(error, Unsupported) else again_s
-            )
+            pool.tiers.exclude(Tier.SLEEPING, text, None if unsupported else again_s)
             self.apply(pool, record, Event.SLEEP_FAILED, text)
         else:
             self.apply(pool, record, Event.SLEPT)
 
     async def _wake(self, pool: PoolRecord, record: ReplicaRecord) -> None:
         try:
-            async with asyncio.timeout(self.settings.call_timeout_s):
-                await record.backend.wake(record.id)
+            timeout_s, url = self.settings.call_timeout_s, record.probe.url or ""
+            async with asyncio.timeout(timeout_s):
+                engine, level = engine_of(record.spec.pool.engine), record.sleep_level
+                await engine.wake(self._engine_client, url, level, timeout_s=timeout_s)
         except Exception as error:  # noqa: BLE001 -- whatever it is, another must be started
             record.error = self._errors.add(f"wake of {pool.pool.name}", error)
             self.apply(pool, record, Event.WAKE_FAILED, record.error)

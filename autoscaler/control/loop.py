@@ -35,6 +35,7 @@ from autoscaler.types import (
     PoolReport,
     Reason,
 )
+from loaders.engines.client import EngineClient
 from modelcache.types import Tier
 from router.types import Pool
 
@@ -64,6 +65,7 @@ class ControlLoop:
         publish: Publish,
         preparer: Preparer | None = None,
         wake_times: WakeTimes | None = None,
+        engine_client: EngineClient | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -77,6 +79,7 @@ class ControlLoop:
         self._publish = publish
         self._clock = clock
         self._sleep = sleep
+        self._engine_client = engine_client or EngineClient(timeout_s=settings.call_timeout_s)
         self._backends = dict(backends)
         self._digest = digest
         self._preparer = preparer or NullPreparer()
@@ -88,6 +91,7 @@ class ControlLoop:
             sleep=sleep,
             on_change=self._note_change,
             on_progress=self._note_progress,
+            engine_client=self._engine_client,
             errors=self._errors,
         )
         self._timers = Timers(settings, self._actuator)
@@ -245,6 +249,7 @@ class ControlLoop:
                     await backend.close()
             except Exception as error:  # noqa: BLE001 -- the other backends must be closed too
                 self._errors.add(f"close of {name}", error)
+        await self._engine_client.close()
         self._publish_changes()
 
     async def _close_preparer(self) -> None:

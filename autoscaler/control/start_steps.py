@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from autoscaler.policy.lifecycle import State
+from loaders.engines.base import START_PHASES
 from modelcache.types import PROGRESS_PHASES, Progress
 
 SCHEDULED = "scheduled"
 STARTING = "starting"
 WAKING = "waking"
-ENGINE_STEPS = ("importing", "loading", "compiling", "warming")
+ENGINE_STEPS = START_PHASES
 """What an engine may be at; a probe's phase begins with one of them where it knows."""
 STEPS = (SCHEDULED, *PROGRESS_PHASES, STARTING, *ENGINE_STEPS, WAKING)
 """All of them, in the order in which they come."""

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from autoscaler.backends.base import BackendError, ReplicaSpec, Unsupported
 from autoscaler.settings import PoolSettings, make_slug
 from autoscaler.tiers.leases import Leases
+from loaders.engines.base import engine_of
 from modelcache.ports import CachedModel, IsCancelled, OnProgress, Prewarm, Transform
 from modelcache.refs import parse_ref
 from modelcache.types import CacheError, FileRange, ModelRef, Priority, Progress, Tier
@@ -233,7 +234,7 @@ class NodePreparer:
         found = {Tier.ON_DISK} if model.ref is None else {Tier.ON_DISK, Tier.REMOTE}
         if self._page_holder is not None and model.path is not None:
             found.add(Tier.PAGED)
-        if self._standbys is not None and pool.engine == "vllm":
+        if self._standbys is not None and engine_of(pool.engine).capabilities.fork:
             found.add(Tier.FORKED)
         return frozenset(found)
 
@@ -323,7 +324,8 @@ class NodePreparer:
 
     async def _unpack_compiled(self, model: PoolModel, path: Path | None) -> None:
         unpack = self._unpack
-        if unpack is not None and path is not None and model.pool.engine == "vllm":
+        compiles = engine_of(model.pool.engine).capabilities.compile_cache
+        if unpack is not None and path is not None and compiles:
             await self._run(lambda _: unpack(model.pool, path))
 
     async def _fetch(

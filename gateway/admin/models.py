@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoscaler.settings import PoolSettings
 from gateway.admin import schema
+from loaders.engines.base import engine_of
 from modelcache.ports import CachedModel, IsCancelled, OnProgress, Prewarm, Transform
 from modelcache.refs import PATH, parse_ref
 from modelcache.types import (
@@ -343,10 +344,10 @@ def _model_of(pool: PoolSettings, name: str, revision: str | None) -> tuple[str,
     try:
         parse_ref(model)
     except ValueError:
-        if pool.engine == "simulated":
-            why = "it is simulated: it has no weights"
-        elif pool.backend == "static":
+        if pool.backend == "static":
             why = "it is externally managed, so the cache has nothing of it"
+        elif not engine_of(pool.engine).capabilities.loads_weights:
+            why = "its engine loads no weights"
         else:
             why = f"its model {model!r} is neither a directory here nor one that can be fetched"
         raise ValueError(f"model: pool {name!r}: {why}") from None

@@ -31,8 +31,9 @@ def bundle(
     **Examples:** `tidegate model bundle qwen3-8b`,
     `tidegate model bundle qwen3-8b --out ~/models/Qwen3-8B/tidegate-bundles`
     """
-    from gateway.compose.engines import make_bundles, plain_command
+    from gateway.compose.engines import make_compile_cache, plain_command
     from gateway.compose.tiers import locate
+    from loaders.engines.base import engine_of
     from loaders.engines.vllm.compile_cache import BadBundle
 
     settings = load(config, sets).settings
@@ -40,17 +41,18 @@ def bundle(
     if given is None:
         names = ", ".join(one.name for one in settings.pools)
         raise typer.BadParameter(f"there is no pool {pool!r} (known: {names})")
-    bundles = make_bundles(settings)
-    if bundles is None or given.engine != "vllm":
+    compiled = make_compile_cache(settings)
+    keeps = engine_of(given.engine).capabilities.compile_cache
+    if compiled is None or not keeps:
         raise typer.BadParameter(
-            f"{given.name}: only what vLLM compiles is kept, and only with loaders.keep_compiled"
+            f"{given.name}: its engine compiles nothing, or loaders.keep_compiled is off"
         )
     with ProgressBar(given.model or given.name) as bar:
         here = locate(given, settings, os.environ, bar.show)
     placed = given.model_copy(update={"model": here})
     try:
         command = plain_command(placed, settings.loaders)
-        file = bundles.pack(command, here, into, given.env)
+        file = compiled.ship(command, here, into, given.env)
     except (BadBundle, OSError, ValueError) as error:
         raise CacheError(str(error)) from None
     told = {"pool": given.name, "file": str(file), "size_bytes": file.stat().st_size}

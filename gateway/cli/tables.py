@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gateway.terminal import NONE, UNKNOWN, ago, count, duration, figure, one_line, size
+from loaders.engines.base import ENGINES, engine_of
 
 if TYPE_CHECKING:
     from gateway.admin import schema
@@ -113,8 +114,9 @@ def status(report: schema.GatewayStatus, screen: Screen, now_s: float) -> str:
             parts += ["", *_errors(pool, pool.error)]
     if report.last_error:
         parts += ["", f"Last error of the control loop: {one_line(report.last_error)}"]
-    if any(pool.engine == "simulated" for pool in pools):
-        parts += ["", "Pools of engine simulated answer with made-up text at made-up speed."]
+    for engine in map(engine_of, sorted({pool.engine for pool in pools if pool.engine in ENGINES})):
+        if engine.notice:
+            parts += ["", f"Engine {engine.name} is {engine.notice}."]
     return "\n".join(parts) + "\n"
 
 

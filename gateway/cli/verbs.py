@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -28,6 +28,7 @@ from gateway.cli.config import config_app
 from gateway.cli.model import model_app
 from gateway.terminal import complain, out
 from gateway.terminal import version as installed_version
+from loaders.engines.base import EngineName
 
 CLEAR = "\x1b[H\x1b[2J"
 HELP_NAMES = ["-h", "--help"]
@@ -96,7 +97,7 @@ def up(
     config: Config = None,
     sets: Sets = None,
     engine: Annotated[
-        Literal["vllm", "simulated"] | None,
+        EngineName | None,
         typer.Option(help="Engine of every pool that Tidegate starts itself."),
     ] = None,
     model: Annotated[

@@ -2,6 +2,6 @@
 
 ``up`` is ``tidegate up`` and ``agent`` is ``tidegate agent``. ``workers`` starts and watches the
 data path's processes, ``fleet`` publishes replicas to them and reads demand back. ``cache``,
-``preparation``, ``bundles``, ``tiers`` and ``engines`` build the parts that start engines.
+``preparation``, ``tiers`` and ``engines`` build the parts that start engines.
 ``process`` has logs and signals, ``run_record`` where a running Tidegate listens.
 """

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
-from autoscaler.backends.base import Placement, ReplicaSpec
+from autoscaler.backends.base import ReplicaSpec
 from autoscaler.backends.process.backend import ProcessBackend
 from autoscaler.backends.process.fork_server import ForkPlan
 from autoscaler.backends.process.gpus import list_gpus
@@ -15,66 +15,43 @@ from autoscaler.backends.process.replica import make_env
 from autoscaler.policy.placement import GpuCapacity
 from autoscaler.settings import PoolSettings
 from gateway.admin.schema import ForkServerEntry
-from gateway.compose.bundles import Bundles
 from gateway.compose.cache import cache_dir
 from gateway.settings.schema import Settings
-from loaders.engines.vllm.command import (
-    EngineCommand,
-    find_install,
-    simulated_command,
-    vllm_command,
-)
+from loaders.engines.base import EngineCommand, EngineOptions, Placement, engine_of
+from loaders.engines.vllm.command import find_install
+from loaders.engines.vllm.compile_cache import CompileCache
 from loaders.settings import LoaderSettings
-
-SLEEP_FLAG = "--enable-sleep-mode"
 
 
 def engine_command(
     spec: ReplicaSpec,
     placement: Placement,
     loaders: LoaderSettings,
-    bundles: Bundles | None = None,
+    compiled: CompileCache | None = None,
     gpus: Callable[[], Sequence[GpuCapacity] | None] | None = None,
 ) -> EngineCommand:
-    """The command line of a replica. Raises ``ValueError`` for settings that cannot be run.
-    ``gpus`` tells the GPUs of this machine; without, they are looked for."""
-    pool = spec.pool
-    model = pool.model or pool.name
-    if pool.engine == "simulated":
-        command = simulated_command(
-            model=pool.name,
-            host=placement.host,
-            port=placement.port,
-            args=pool.engine_args,
-            max_model_len_tokens=pool.max_model_len_tokens,
-        )
-    else:
-        sleeps = may_sleep(pool, loaders)
-        command = vllm_command(
-            python=loaders.engine_python,
-            model=model,
-            served_model=pool.name,
-            host=placement.host,
-            port=placement.port,
-            args=(SLEEP_FLAG, *pool.engine_args) if sleeps else pool.engine_args,
-            gpus=placement.gpus,
-            cpus=placement.cpus,
-            max_model_len_tokens=pool.max_model_len_tokens,
-            gpu_memory_fraction=gpu_memory_fraction(pool, gpus),
-            settings=loaders,
-        )
-        if sleeps:
-            command.env["VLLM_SERVER_DEV_MODE"] = "1"  # without it there is no /sleep
-        if bundles is not None:
-            command.env.update(bundles.env(command, model, pool.env))
-    return EngineCommand(argv=command.argv, env={**command.env, **pool.env})
+    """The command line of a replica, without its pool's ``env``. Raises ``ValueError`` for settings
+    that cannot be run. ``gpus`` tells the GPUs of this machine; without, they are looked for."""
+    pool, engine = spec.pool, engine_of(spec.pool.engine)
+    options = EngineOptions(
+        model=pool.model or pool.name,
+        served_model=pool.name,
+        args=pool.engine_args,
+        max_model_len_tokens=pool.max_model_len_tokens,
+        sleep=pool.tiers.sleeping_s != 0,
+        gpu_memory_fraction=gpu_memory_fraction(pool, gpus),
+    )
+    command = engine.command(options, placement, loaders)
+    if compiled is not None and engine.capabilities.compile_cache:
+        command.env.update(compiled.env(command, options.model, pool.env))
+    return command
 
 
 def gpu_memory_fraction(
     pool: PoolSettings, gpus: Callable[[], Sequence[GpuCapacity] | None] | None = None
 ) -> float | None:
     """The share of a GPU's memory that a replica may take, where its pool names bytes; ``None``
-    leaves it to vLLM. Of GPUs of several sizes the smallest counts."""
+    leaves it to the engine. Of GPUs of several sizes the smallest counts."""
     if pool.gpu_memory_bytes is None:
         return None
     sizes = [one.memory_bytes for one in (gpus or list_gpus)() or () if one.memory_bytes]
@@ -83,31 +60,23 @@ def gpu_memory_fraction(
     return min(1.0, pool.gpu_memory_bytes / min(sizes))
 
 
-def may_sleep(pool: PoolSettings, loaders: LoaderSettings) -> bool:
-    """Whether a vLLM is to be able to sleep: its pool wants that, and its build can."""
-    if pool.tiers.sleeping_s == 0 or SLEEP_FLAG in pool.engine_args:
-        return False
-    install = find_install(loaders.engine_python)
-    return install is not None and install.device == "cuda"
-
-
 def fork_plan(
     settings: Settings,
     environ: Mapping[str, str],
-    bundles: Bundles | None = None,
+    compiled: CompileCache | None = None,
     find: Callable[[str], str | None] = lambda model: None,
 ) -> ForkPlan | None:
-    """What the fork server imports, for the first pool that has vLLM; ``None`` without one, or
-    where the settings want none. Pools whose environment differs are started the plain way.
+    """What the fork server imports, for the first pool whose engine can be forked; ``None`` without
+    one, or where the settings want none. Pools whose environment differs are started the plain way.
     ``find`` tells where a model with a URL is on this disk."""
-    pools = [pool for pool in settings.pools if pool.engine == "vllm"]
+    pools = [pool for pool in settings.pools if engine_of(pool.engine).capabilities.fork]
     if not pools or not settings.loaders.fork_server:
         return None
     install = find_install(settings.loaders.engine_python)
     spec = ReplicaSpec(id="fork-server", pool=pools[0])
     placement = Placement(host="127.0.0.1", port=0)
     try:
-        command = engine_command(spec, placement, settings.loaders, bundles)
+        command = engine_command(spec, placement, settings.loaders, compiled)
     except ValueError:
         return None  # each start says so
     return ForkPlan(
@@ -131,12 +100,13 @@ def describe_forks(backend: ProcessBackend) -> ForkServerEntry | None:
     return ForkServerEntry.model_validate({**asdict(server), "standbys": backend.standbys()})
 
 
-def make_bundles(settings: Settings) -> Bundles | None:
+def make_compile_cache(settings: Settings) -> CompileCache | None:
     """Where this node keeps what engines compile and measure; ``None`` where that is not wanted."""
     loaders = settings.loaders
-    if not loaders.keep_compiled or not any(pool.engine == "vllm" for pool in settings.pools):
+    engines = (engine_of(pool.engine) for pool in settings.pools)
+    if not loaders.keep_compiled or not any(one.capabilities.compile_cache for one in engines):
         return None
-    return Bundles(
+    return CompileCache(
         cache_dir(settings) / "bundles",
         python=loaders.engine_python,
         quota_bytes=loaders.compiled_quota_bytes,

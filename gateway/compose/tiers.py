@@ -13,11 +13,11 @@ from autoscaler.backends.process.backend import ProcessBackend
 from autoscaler.settings import PoolSettings
 from autoscaler.tiers.preparer import NodePreparer, Unpack
 from autoscaler.tiers.wake_times import WakeTimes
-from gateway.compose.bundles import Bundles
 from gateway.compose.cache import prewarm_behind
 from gateway.compose.engines import plain_command
 from gateway.compose.preparation import make_transform
 from gateway.settings.schema import Settings
+from loaders.engines.vllm.compile_cache import CompileCache
 from modelcache.pagecache import residency
 from modelcache.ports import CachedModel, IsCancelled, OnProgress
 from modelcache.refs import parse_ref
@@ -35,7 +35,7 @@ def make_preparer(
     backend: ProcessBackend,
     node: NodeCache,
     page_holder: PageKeeper | None,
-    bundles: Bundles | None,
+    compiled: CompileCache | None,
 ) -> NodePreparer:
     """The preparer of this node. Nothing is read, held or started yet."""
     return NodePreparer(
@@ -47,17 +47,17 @@ def make_preparer(
         transform=make_transform(settings, node.cache, os.environ)
         if settings.modelcache.steps
         else None,
-        unpack=None if bundles is None else make_unpack(settings, bundles),
+        unpack=None if compiled is None else make_unpack(settings, compiled),
     )
 
 
-def make_unpack(settings: Settings, bundles: Bundles) -> Unpack:
+def make_unpack(settings: Settings, compiled: CompileCache) -> Unpack:
     """Unpacks the compiled artefacts that models bring for their engines."""
 
     def unpack(pool: PoolSettings, model: Path) -> None:
         with contextlib.suppress(ValueError):  # settings that cannot be run: the start says so
             here = pool.model_copy(update={"model": str(model)})
-            bundles.bring(plain_command(here, settings.loaders), model, pool.env)
+            compiled.bring(plain_command(here, settings.loaders), model, pool.env)
 
     return unpack
 

@@ -34,7 +34,7 @@ from gateway.compose.engines import (
     describe_forks,
     engine_command,
     fork_plan,
-    make_bundles,
+    make_compile_cache,
     start_digest,
 )
 from gateway.compose.fleet import FleetBook
@@ -47,6 +47,7 @@ from gateway.datapath.shared import Shared
 from gateway.settings.load import LoadedSettings
 from gateway.settings.schema import Settings
 from gateway.terminal import complain, out, version
+from loaders.engines.base import engine_of
 from modelcache.serving import start_serving
 from modelcache.types import CacheError
 from router.types import Pool
@@ -138,7 +139,7 @@ class _Tidegate:
             self.stack.callback(serving.close)
         keeper = make_keeper(settings)
         self.models = make_models(self.node, settings, os.environ, keeper)
-        self.bundles = make_bundles(settings)
+        self.compiled = make_compile_cache(settings)
         process = self._process_backend()
         self.loop = ControlLoop(
             pools=settings.pools,
@@ -147,7 +148,7 @@ class _Tidegate:
             digest=lambda pool: start_digest(pool, settings.loaders),
             observe=self.book.observe,
             publish=self._publish,
-            preparer=make_preparer(settings, process, self.node, keeper, self.bundles),
+            preparer=make_preparer(settings, process, self.node, keeper, self.compiled),
             wake_times=make_wake_times(settings),
         )
         self.workers = Workers(
@@ -180,10 +181,10 @@ class _Tidegate:
             state_dir=settings.state_dir,
             settings=settings.autoscaler,
             command=lambda spec, placement: engine_command(
-                spec, placement, settings.loaders, self.bundles, inventory.seen
+                spec, placement, settings.loaders, self.compiled, inventory.seen
             ),
             list_gpus=inventory.look,
-            fork_plan=fork_plan(settings, os.environ, self.bundles, self._find_model),
+            fork_plan=fork_plan(settings, os.environ, self.compiled, self._find_model),
             on_news=lambda replica_id: self.loop.probe_now(replica_id),
         )
 
@@ -208,8 +209,7 @@ def banner(url: str, admin_url: str, pools: Sequence[PoolSettings]) -> str:
     ``url`` is the API's."""
     lines = [f"Tidegate is ready at {url}/v1  (admin: {admin_url})", ""]
     for pool in pools:
-        engine = pool.engine or pool.backend
-        kind = "a simulation: made-up text" if engine == "simulated" else engine
+        kind = engine_of(pool.engine).notice or pool.engine or pool.backend
         is_up = pool.min_replicas or pool.backend == "static"
         zero = "" if is_up else "; at zero, the first request wakes it"
         lines.append(f"  {pool.name}  ({kind}{zero})")

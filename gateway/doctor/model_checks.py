@@ -14,6 +14,7 @@ from gateway.doctor.checks import Check, fail, ok, warn
 from gateway.doctor.model_machine import EXTRAS, CacheProbes, FormatSpeed
 from gateway.settings.schema import Settings
 from gateway.terminal import count, size
+from loaders.engines.base import engine_of
 
 CLOSE = 0.9
 """A format this near to the quickest is as good: one figure twice differs by that."""
@@ -177,7 +178,9 @@ def find_weights(settings: Settings) -> list[Path]:
     places = [
         Path(pool.model).expanduser()
         for pool in settings.pools
-        if pool.engine == "vllm" and pool.model and "://" not in pool.model
+        if engine_of(pool.engine).capabilities.loads_weights
+        and pool.model
+        and "://" not in pool.model
     ]
     for place in places:
         found = sorted(place.glob("*.safetensors")) if place.is_dir() else []

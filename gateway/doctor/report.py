@@ -18,6 +18,7 @@ from gateway.doctor.model_checks import diagnose_cache
 from gateway.doctor.model_machine import CacheMachine
 from gateway.settings.schema import Settings
 from gateway.terminal import count
+from loaders.engines.base import engine_of
 from loaders.engines.vllm.command import EngineInstall
 
 OLDEST, NEWEST = (3, 11), (3, 13)
@@ -48,19 +49,19 @@ def diagnose(settings: Settings, probes: Probes) -> list[Check]:
     if agent is not None and probes.owner(settings.state_dir) is None:
         return _diagnose_agent(settings, probes, agent)
     processes = [pool for pool in settings.pools if pool.backend == "process"]
-    vllm = [pool for pool in processes if pool.engine == "vllm"]
+    installed = [pool for pool in processes if engine_of(pool.engine).program(settings.loaders)]
     gpus = probes.gpus()
-    install = probes.install(_path(settings.loaders.engine_python)) if vllm else None
+    install = probes.install(_path(settings.loaders.engine_python)) if installed else None
     checks = [
         _python(probes),
         _system(probes),
         _cores(settings, probes, processes),
-        _memory(settings, probes, vllm, install),
+        _memory(settings, probes, installed, install),
         _disk(settings, probes),
         _gpus(processes, gpus),
         _data_path(probes),
     ]
-    if vllm:
+    if installed:
         checks += _engine(settings, probes, install, gpus)
     for pool in settings.pools:
         checks += _pool(pool, settings, probes, gpus, install)
@@ -137,7 +138,7 @@ def _cores(settings: Settings, probes: Probes, processes: Sequence[PoolSettings]
 def _memory(
     settings: Settings,
     probes: Probes,
-    vllm: Sequence[PoolSettings],
+    installed: Sequence[PoolSettings],
     install: EngineInstall | None,
 ) -> Check:
     total, available = probes.memory_bytes()
@@ -145,7 +146,7 @@ def _memory(
     if install is None or install.device != "cpu":
         return ok("memory", text)
     needed = 0
-    for pool in vllm:
+    for pool in installed:
         model = probes.model(_path(Path(pool.model or "")))
         weights = model.weights_bytes if model else 0
         cache = settings.loaders.cpu_kv_cache_gib * GIB
@@ -185,7 +186,7 @@ def _gpus(processes: Sequence[PoolSettings], gpus: Sequence[GpuCapacity] | None)
         return ok("gpu", "no NVIDIA GPU: engines run on the CPU")
     names = ", ".join(f"{gpu.index}: {gpu.name} {_gib(gpu.memory_bytes)}" for gpu in gpus)
     text = f"{names} (driver {gpus[0].driver})"
-    wanting = [pool for pool in processes if pool.engine == "vllm"]
+    wanting = [pool for pool in processes if engine_of(pool.engine).capabilities.loads_weights]
     if wanting and not any(pool.gpus_per_replica for pool in wanting):
         return warn(
             "gpu",
@@ -258,8 +259,9 @@ def _pool(
     if pool.backend == "static":
         yield from _static_pool(name, pool, probes)
         return
-    if pool.engine == "simulated":
-        yield ok(name, "simulated engine: instant, and no model behind it")
+    engine = engine_of(pool.engine)
+    if not engine.capabilities.loads_weights:
+        yield ok(name, f"{engine.name} engine, no model behind it")
         return
     yield from _pool_gpus(name, pool, gpus)
     device = "CPU" if install is not None and install.device == "cpu" else "GPU"

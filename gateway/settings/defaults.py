@@ -14,10 +14,10 @@ from typing import Any
 
 from gateway.settings.errors import Problem
 from gateway.settings.load import BUILT_IN, ConfigError, Flag, LoadedSettings, load
+from loaders.engines.base import DEFAULT_ENGINE, engine_of
 from modelcache.refs import parse_ref
 
 CONFIG_NAME = "tidegate.toml"
-SIMULATED_POOL = "simulated"
 DEFAULT_POOL = "smollm2"
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_MODEL_DIRECTORY = Path(".tidegate/models") / DEFAULT_MODEL
@@ -58,7 +58,7 @@ def load_for_up(
     path = find_config(config)
     flags = _flags(up)
     if up.model is not None:
-        model = model_pool(up.model, up.engine or "vllm")
+        model = model_pool(up.model, up.engine or DEFAULT_ENGINE)
         return load(path, environ, overrides, flags=[*flags, Flag("pools", [model], "--model")])
     base = {"pools": [built_in_pool(up.engine)]}
     loaded = load(path, environ, overrides, base=base, flags=flags)
@@ -93,7 +93,7 @@ def _engine_flags(loaded: LoadedSettings, engine: str) -> list[Flag]:
         if pool.backend != "process" or pool.engine == engine:
             continue
         values: dict[str, Any] = {"engine": engine, "engine_args": []}
-        if engine == "simulated":  # it computes nothing, so it needs nothing of its own
+        if not engine_of(engine).capabilities.loads_weights:  # it computes nothing: no GPU
             values |= {"gpus": [], "gpus_per_replica": 0, "gpu_memory_bytes": None}
         flags += [
             Flag(f"pools.{index}.{name}", value, "--engine") for name, value in values.items()
@@ -103,12 +103,12 @@ def _engine_flags(loaded: LoadedSettings, engine: str) -> list[Flag]:
 
 def built_in_pool(engine: str | None) -> dict[str, Any]:
     """The pool of a Tidegate that was told of none."""
-    if engine == "simulated":
-        return {"name": SIMULATED_POOL, "engine": "simulated", "model": SIMULATED_POOL}
+    if engine is not None and not engine_of(engine).capabilities.loads_weights:
+        return {"name": engine, "engine": engine, "model": engine}
     return {
         "name": DEFAULT_POOL,
         "aliases": [DEFAULT_MODEL],
-        "engine": "vllm",
+        "engine": DEFAULT_ENGINE,
         "model": str(DEFAULT_MODEL_DIRECTORY),
         "max_model_len_tokens": DEFAULT_MODEL_LEN_TOKENS,
     }
@@ -118,7 +118,7 @@ def model_pool(model: str, engine: str) -> dict[str, Any]:
     """A pool for the model that ``--model`` names: a directory, a URL, a hub's name or a name that
     the engine knows."""
     here = Path(model).expanduser()
-    if engine == "vllm" and here.is_dir():
+    if engine_of(engine).capabilities.loads_weights and here.is_dir():
         model = os.path.abspath(here)
     known_as = _known_as(model)
     name = "-".join(Path(known_as).name.split()) or known_as
@@ -155,7 +155,7 @@ def find_missing(loaded: LoadedSettings, *, given_only: bool = False) -> list[Pr
     pools = [
         (index, pool)
         for index, pool in enumerate(settings.pools)
-        if pool.engine == "vllm"
+        if engine_of(pool.engine).program(settings.loaders) is not None
         and not (given_only and loaded.origins[f"pools.{index}.name"] == BUILT_IN)
     ]
     python = settings.loaders.engine_python.expanduser()

@@ -18,6 +18,7 @@ from gateway.settings import defaults, fields
 from gateway.settings.errors import HIDDEN, SECRET, show
 from gateway.settings.load import LoadedSettings, leaves
 from gateway.settings.schema import Settings
+from loaders.engines.base import DEFAULT_ENGINE
 
 WIDTH = 98
 POOLS = "pools"
@@ -26,7 +27,7 @@ SAMPLES: Mapping[str, Any] = {
     "gateway.tls_certificate": "/etc/tidegate/tls.crt",
     "gateway.tls_key": "/etc/tidegate/tls.key",
     "router.max_inflight_tokens": 65_536,
-    "pools.*.engine": "vllm",
+    "pools.*.engine": DEFAULT_ENGINE,
     "pools.*.model": "./models/my-model",
     "pools.*.max_inflight_requests": 64,
     "pools.*.max_inflight_tokens": 65_536,

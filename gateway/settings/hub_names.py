@@ -7,32 +7,14 @@ fork server whose engines need no hub) is there for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 from autoscaler.settings import PoolSettings
 from gateway.settings.schema import Settings
-from loaders.engines.vllm.command import read_flags
+from loaders.engines.base import engine_of
 from modelcache.refs import parse_ref
-
-THEIR_OWN = frozenset(
-    {
-        *("--revision", "--code-revision", "--tokenizer-revision", "--download-dir"),
-        # These may name another repository of the hub: whoever has its model here is offline.
-        *("--tokenizer", "--hf-config-path", "--lora-modules", "--speculative-config", "--config"),
-        *("--hf-token", "--hf-overrides", "-sc"),
-    }
-)
-"""Arguments by which an engine is told what to fetch, from where, or where to keep it: then it
-does."""
-
-OTHERS_FORMATS = frozenset({"dummy", "pt", "npcache"})
-"""Load formats that make weights up, or want files which are not fetched beside safetensors."""
-
-THEIR_ENVIRONMENT = ("HF_", "HUGGING_FACE_", "TRANSFORMERS_", "VLLM_USE_MODELSCOPE", "MODELSCOPE_")
-"""What variables begin with that say where a hub is and who asks it. Set for a pool alone, the
-cache does not see them."""
 
 
 def has_hub() -> bool:
@@ -48,9 +30,8 @@ def through_cache(
 ) -> Settings:
     """Settings in which such a pool names its model by ``hf://``; the same where there is none.
 
-    Left alone are simulated engines, names of directories that exist, pools whose arguments or
-    environment say what is fetched or how, and all of them where the settings say so or nothing
-    reads a hub.
+    Left alone are names of directories that exist, pools whose engine fetches its model itself, and
+    all of them where the settings say so or nothing reads a hub.
     """
     if not settings.modelcache.hub_names:
         return settings
@@ -64,11 +45,9 @@ def _through_cache(
     pool: PoolSettings, settings: Settings, is_directory: Callable[[str], bool]
 ) -> PoolSettings:
     model = pool.model or ""
-    if pool.engine != "vllm" or "://" in model or is_directory(model):
+    if "://" in model or is_directory(model):
         return pool
-    if _fetches_itself(pool.engine_args, settings.loaders.load_format):
-        return pool
-    if any(name.startswith(THEIR_ENVIRONMENT) for name in pool.env):
+    if engine_of(pool.engine).fetches_model(pool.engine_args, pool.env, settings.loaders):
         return pool
     try:
         ref = parse_ref(model)
@@ -78,12 +57,3 @@ def _through_cache(
         return pool
     revision = "" if ref.revision is None else f"@{ref.revision}"
     return pool.model_copy(update={"model": f"{ref.url}{revision}"})
-
-
-def _fetches_itself(args: Sequence[str], load_format: str) -> bool:
-    for name, *values in read_flags(args):
-        if name.partition(".")[0] in THEIR_OWN:  # --speculative-config.model
-            return True
-        if name == "--load-format" and values:
-            load_format = values[0]
-    return load_format in OTHERS_FORMATS

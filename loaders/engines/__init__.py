@@ -1,1 +1,3 @@
-"""Serving engines: ``vllm`` and ``simulated``."""
+"""Serving engines: ``base`` is the protocol, ``vllm``, ``simulated`` and ``openai_compatible``
+implement it, ``client`` is the HTTP by which they are asked.
+"""

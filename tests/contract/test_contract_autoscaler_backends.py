@@ -16,7 +16,7 @@ import tiny_engine
 from fake_fleet import FakeBackend
 from process_fixtures import SETTINGS, ask, tiny_backend, tiny_pool, wait_for_probe, wait_ready
 
-from autoscaler.backends.base import Backend, BackendError, NoRoom, ReplicaSpec, Unsupported
+from autoscaler.backends.base import Backend, BackendError, NoRoom, ReplicaSpec
 from autoscaler.backends.static import StaticBackend
 from autoscaler.settings import PoolSettings
 
@@ -25,8 +25,6 @@ FOLDER = str(Path(tiny_engine.__file__).parent)
 
 class BackendContract(ABC):
     """Inherited by the tests of each backend, which say how to make one."""
-
-    can_sleep = True
 
     @abstractmethod
     def make(self, folder: Path) -> Backend:
@@ -121,33 +119,6 @@ class BackendContract(ABC):
 
         asyncio.run(story())
 
-    def test_sleep_and_wake_or_unsupported(self, tmp_path: Path) -> None:
-        async def story() -> None:
-            async with self.backend(tmp_path) as backend:
-                await backend.start(self.spec("r-1"))
-                await wait_ready(backend, "r-1")
-                if self.can_sleep:
-                    await backend.sleep("r-1", 1)
-                    await backend.wake("r-1")
-                    assert (await wait_ready(backend, "r-1")).ready is True
-                    return
-                with pytest.raises(Unsupported):
-                    await backend.sleep("r-1", 1)
-                with pytest.raises(Unsupported):
-                    await backend.wake("r-1")
-
-        asyncio.run(story())
-
-    def test_sleep_and_wake_of_nobody_fail(self, tmp_path: Path) -> None:
-        async def story() -> None:
-            async with self.backend(tmp_path) as backend:
-                with pytest.raises(BackendError):
-                    await backend.sleep("nobody", 1)
-                with pytest.raises(BackendError):
-                    await backend.wake("nobody")
-
-        asyncio.run(story())
-
     def test_close_ends_all_and_may_be_repeated(self, tmp_path: Path) -> None:
         async def story() -> None:
             async with self.backend(tmp_path) as backend:
@@ -162,7 +133,7 @@ class BackendContract(ABC):
 
 class TestFakeBackend(BackendContract):
     def make(self, folder: Path) -> Backend:
-        return FakeBackend(clock=time.monotonic, start_s=0.1, wake_s=0.01)
+        return FakeBackend(clock=time.monotonic, start_s=0.1)
 
     def spec(self, replica_id: str) -> ReplicaSpec:
         return ReplicaSpec(id=replica_id, pool=tiny_pool())
@@ -186,7 +157,6 @@ class TestProcessBackend(BackendContract):
 
 
 class TestStaticBackend(BackendContract):
-    can_sleep = False
     url = ""
 
     @pytest.fixture(autouse=True)

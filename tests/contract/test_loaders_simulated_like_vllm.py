@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from loaders.engines.vllm.command import simulated_command, vllm_command
+from loaders.engines.base import EngineOptions, Placement, engine_of
 from loaders.settings import LoaderSettings
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -109,20 +108,11 @@ def _running(argv: tuple[str, ...], env: dict[str, str], url: str) -> Iterator[s
 def urls(engine_python: Path, model_dir: Path, root: Path) -> Iterator[tuple[str, str]]:
     """The real engine's base URL and the simulated one's."""
     real_port, simulated_port = _free_port(), _free_port()
-    real = vllm_command(
-        python=engine_python,
-        model=str(model_dir),
-        served_model="demo",
-        host="127.0.0.1",
-        port=real_port,
-        args=(),
-        gpus=(),
-        cpus=(),
-        max_model_len_tokens=2048,
-        settings=LoaderSettings(),
-    )
-    simulated = simulated_command(
-        model="demo", host="127.0.0.1", port=simulated_port, args=("--max-model-len", "2048")
+    options = EngineOptions(model=str(model_dir), served_model="demo", max_model_len_tokens=2048)
+    settings = LoaderSettings(engine_python=engine_python)
+    real, simulated = (
+        engine_of(name).command(options, Placement(host="127.0.0.1", port=port), settings)
+        for name, port in (("vllm", real_port), ("simulated", simulated_port))
     )
     dev = {"VLLM_SERVER_DEV_MODE": "1"}
     with (
@@ -244,8 +234,3 @@ def test_sleep_and_wake_are_answered_alike(urls: tuple[str, str]) -> None:
     for path in ("/sleep?level=1", "/wake_up"):
         real, ours = (httpx.post(url + path, timeout=60) for url in urls)
         assert (ours.status_code, ours.json()) == (real.status_code, real.json())
-
-
-def test_it_is_this_python_that_runs_the_simulation() -> None:
-    command = simulated_command(model="demo", host="127.0.0.1", port=1, args=())
-    assert command.argv[0] == sys.executable

@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 
 from gateway.doctor.machine import Machine
-from loaders.engines.vllm.command import find_install, vllm_command
+from loaders.engines.base import EngineOptions, Placement, engine_of
+from loaders.engines.vllm.command import find_install
+from loaders.settings import LoaderSettings
 from modelcache.prepare.default_model import find_damage
 
 START_TIMEOUT_S = 240.0
@@ -68,14 +70,10 @@ def engine(
 ) -> Iterator[Engine]:
     place = tmp_path_factory.mktemp("engine")
     port = free_port()
-    command = vllm_command(
-        python=engine_python,
-        model=str(model_dir),
-        served_model="small",
-        host="127.0.0.1",
-        port=port,
-        max_model_len_tokens=2048,
-    )
+    options = EngineOptions(model=str(model_dir), served_model="small", max_model_len_tokens=2048)
+    placement = Placement(host="127.0.0.1", port=port)
+    settings = LoaderSettings(engine_python=engine_python)
+    command = engine_of("vllm").command(options, placement, settings)
     log = place / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import httpx
 from virtual_time import now
 
 from autoscaler.backends.base import (
@@ -15,13 +16,13 @@ from autoscaler.backends.base import (
     NoRoom,
     Probe,
     ReplicaSpec,
-    Unsupported,
 )
 from autoscaler.control.loop import ControlLoop
 from autoscaler.settings import AutoscalerSettings, PoolSettings
 from autoscaler.tiers.preparer import Preparer
 from autoscaler.tiers.wake_times import WakeTimes
 from autoscaler.types import Observation, PoolDemand, ReplicaLoad
+from loaders.engines.client import EngineClient
 from router.types import Pool, Replica, ReplicaState
 
 TOKENS = 100
@@ -52,6 +53,7 @@ class FakeBackend:
     stop_s: float = 0.0
     room: int = 1_000
     can_sleep: bool = True
+    can_wake: bool = True
     start_error: Exception | None = None
     stop_error: Exception | None = None
     probe_error: Exception | None = None
@@ -114,22 +116,22 @@ class FakeBackend:
             engine.alive = False
             self.stopped.append(replica_id)
 
-    async def sleep(self, replica_id: str, level: int) -> None:
-        self.calls.append(("sleep", replica_id))
+    async def answer(self, request: httpx.Request) -> httpx.Response:
+        """What the engines answer to the calls that put them to sleep and wake them."""
+        _, replica_id, path = request.url.path.split("/", 2)
+        call = {"sleep": "sleep", "wake_up": "wake"}[path]
+        self.calls.append((call, replica_id))
         if not self.can_sleep:
-            raise Unsupported("it never sleeps")
-        if replica_id not in self.engines:
-            raise BackendError(f"{replica_id} is not there")
-        self.engines[replica_id].asleep = True
-
-    async def wake(self, replica_id: str) -> None:
-        self.calls.append(("wake", replica_id))
-        if not self.can_sleep:
-            raise Unsupported("it never sleeps")
-        if replica_id not in self.engines:
-            raise BackendError(f"{replica_id} is not there")
-        await asyncio.sleep(self.wake_s)
-        self.engines[replica_id].asleep = False
+            return httpx.Response(404)
+        engine = self.engines.get(replica_id)
+        if engine is None:
+            raise httpx.ConnectError(f"{replica_id} is not there")
+        if call == "wake" and not self.can_wake:
+            return httpx.Response(500)
+        if call == "wake":
+            await asyncio.sleep(self.wake_s)
+        engine.asleep = call == "sleep"
+        return httpx.Response(200)
 
     async def adopt(self) -> list[Leftover]:
         if self.adopt_error is not None:
@@ -198,6 +200,10 @@ class World:
             publish=self.publish,
             preparer=self.preparer,
             wake_times=self.wake_times,
+            engine_client=EngineClient(
+                timeout_s=self.settings.call_timeout_s,
+                transport=httpx.MockTransport(self.backend.answer),
+            ),
             clock=now,
             sleep=asyncio.sleep,
         )

@@ -8,32 +8,24 @@ import os
 import sys
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tiny_engine
 
-from autoscaler.backends.base import Backend, Placement, Probe, ReplicaSpec
+from autoscaler.backends.base import Backend, Probe, ReplicaSpec
 from autoscaler.backends.process.backend import ProcessBackend
 from autoscaler.settings import AutoscalerSettings, PoolSettings
+from loaders.engines.base import EngineCommand, Placement
 
 SETTINGS = AutoscalerSettings(terminate_s=5.0, health_timeout_s=5.0, call_timeout_s=20.0)
 
 
-@dataclass(frozen=True)
-class TinyCommand:
-    """A command line, as the backend wants it."""
-
-    argv: tuple[str, ...]
-    env: dict[str, str] = field(default_factory=dict)
-
-
-def tiny_command(spec: ReplicaSpec, placement: Placement) -> TinyCommand:
+def tiny_command(spec: ReplicaSpec, placement: Placement) -> EngineCommand:
     """The command of the tiny engine, with the pool's own arguments."""
     script = tiny_engine.__file__
     argv = (sys.executable, script, "--port", str(placement.port), *spec.pool.engine_args)
-    return TinyCommand(argv=argv, env={"TINY": "yes"})
+    return EngineCommand(argv=argv, env={"TINY": "yes"})
 
 
 def tiny_pool(*engine_args: str, **fields: Any) -> PoolSettings:

@@ -21,7 +21,6 @@ def main() -> int:
     parser.add_argument("--family", action="store_true", help="have a child, and one that left")
     parser.add_argument("--unwell", action="store_true", help="answer 503 to GET /health")
     parser.add_argument("--no-health", action="store_true", help="answer 404 to GET /health")
-    parser.add_argument("--no-sleep", action="store_true", help="answer 404 to POST /sleep")
     parser.add_argument("--chatty-bytes", type=int, default=0, help="written before serving")
     options = parser.parse_args()
     if options.fail:
@@ -43,8 +42,6 @@ def main() -> int:
 
 
 def serve(options: argparse.Namespace) -> None:
-    asleep = False
-
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path == "/health":
@@ -55,20 +52,12 @@ def serve(options: argparse.Namespace) -> None:
                 self.answer(200, {"object": "list", "data": [model]})
             elif self.path == "/facts":
                 facts = {"cpus": sorted(os.sched_getaffinity(0)), "env": dict(os.environ)}
-                self.answer(200, {**facts, "asleep": asleep, "pid": os.getpid()})
+                self.answer(200, {**facts, "pid": os.getpid()})
             elif self.path == "/shout":
                 print("y" * 5_000, flush=True)
                 self.answer(200)
             else:
                 self.answer(404)
-
-        def do_POST(self) -> None:
-            nonlocal asleep
-            if options.no_sleep or self.path not in {"/sleep?level=1", "/wake_up"}:
-                self.answer(404)
-                return
-            asleep = self.path != "/wake_up"
-            self.answer(200)
 
         def answer(self, status: int, body: object = None) -> None:
             data = json.dumps(body).encode()

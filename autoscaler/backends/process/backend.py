@@ -20,14 +20,11 @@ from autoscaler.backends.base import (
     BackendError,
     Leftover,
     MakeCommand,
-    Placement,
     Probe,
     ReplicaSpec,
     StillRunning,
     Unsupported,
 )
-from autoscaler.backends.health import HealthClient, choose_model
-from autoscaler.backends.process import sleeping
 from autoscaler.backends.process.family import (
     Family,
     ProcessRecord,
@@ -60,6 +57,8 @@ from autoscaler.backends.process.replica import (
 )
 from autoscaler.policy.placement import GpuCapacity
 from autoscaler.settings import AutoscalerSettings
+from loaders.engines.base import DEFAULT_HEALTH_PATH, Placement, choose_model, engine_of
+from loaders.engines.client import EngineClient
 from loaders.engines.vllm.forkserver.client import ForkedProcess, ForkError, ServerLost
 
 LOG = logging.getLogger("tidegate.autoscaler")
@@ -98,7 +97,7 @@ class ProcessBackend:
         self._sleep = sleep
         self._logs = state_dir.absolute() / "logs"
         self._registry = ProcessRegistry(state_dir.absolute() / "replicas")
-        self._client = HealthClient(timeout_s=settings.health_timeout_s)
+        self._client = EngineClient(timeout_s=settings.health_timeout_s)
         self._children: dict[str, ReplicaProcess] = {}
         self._standbys: dict[str, ReplicaProcess] = {}
         self._on_news = on_news
@@ -257,7 +256,7 @@ class ProcessBackend:
         self, child: ReplicaProcess, env: Mapping[str, str], *, parked: bool
     ) -> Process:
         """Fork the engine where that is possible, else start it the plain way and keep why."""
-        if self._forks is not None and child.spec.pool.engine == "vllm":
+        if self._forks is not None and engine_of(child.spec.pool.engine).capabilities.fork:
             output = child.log.open()
             try:
                 return await self._forks.fork(
@@ -292,10 +291,10 @@ class ProcessBackend:
         if status is not None:
             detail = describe_end(child, status, lines=self._settings.log_tail_lines)
             return make_probe(child, alive=False, ready=False, detail=detail)
-        pool = child.spec.pool
-        health = await self._client.check(child.url, pool.health_path, {})
+        pool, engine = child.spec.pool, engine_of(child.spec.pool.engine)
+        health = await engine.health(self._client, child.url, {}, DEFAULT_HEALTH_PATH)
         if health.ready and child.model is None:
-            models = await self._client.list_models(child.url, {})
+            models = await engine.list_models(self._client, child.url, {})
             child.model = choose_model(models, pool.name, pool.model)
         phase = "" if health.ready else child.describe_phase()
         return make_probe(child, alive=True, ready=health.ready, detail=health.detail, phase=phase)
@@ -331,22 +330,6 @@ class ProcessBackend:
         for shelf in (self._children, self._standbys):
             for key in [key for key, one in shelf.items() if one is child]:
                 del shelf[key]
-
-    async def sleep(self, replica_id: str, level: int) -> None:
-        """Ask the engine to sleep (vLLM's ``/sleep``; it needs ``--enable-sleep-mode``)."""
-        child = self._find(replica_id)
-        await sleeping.put_to_sleep(self._client, child, level, self._settings.call_timeout_s)
-
-    async def wake(self, replica_id: str) -> None:
-        """Ask the engine to wake (vLLM's ``/wake_up``, and what belongs to it)."""
-        child = self._find(replica_id)
-        await sleeping.wake(self._client, child, self._settings.call_timeout_s)
-
-    def _find(self, replica_id: str) -> ReplicaProcess:
-        child = self._children.get(replica_id)
-        if child is None:
-            raise BackendError(f"{replica_id} has no process")
-        return child
 
     async def adopt(self) -> list[Leftover]:
         """Own the state directory, and end the processes its last owner left running."""

@@ -21,12 +21,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoscaler.backends.base import Command, StillRunning
+from autoscaler.backends.base import StillRunning
 from autoscaler.backends.process import start_gate
 from autoscaler.backends.process.family import Family, ProcessRecord, ProcessRegistry, Sleep
 from autoscaler.backends.process.logs import ReplicaLog
 from autoscaler.backends.process.procs import boot_id, read_pss_bytes, read_stat
 from autoscaler.backends.process.replica import to_the_end
+from loaders.engines.base import EngineCommand
 from loaders.engines.vllm.forkserver.client import (
     ForkedProcess,
     ForkError,
@@ -130,7 +131,7 @@ class Forks:
         )
 
     async def fork(
-        self, command: Command, env: Mapping[str, str], cpus: Sequence[int], mark: str, *,
+        self, command: EngineCommand, env: Mapping[str, str], cpus: Sequence[int], mark: str, *,
         log: int, parked: bool = False,
     ) -> ForkedProcess:  # fmt: skip
         """Fork the engine that ``command`` would start; it waits behind its gate.
@@ -138,7 +139,7 @@ class Forks:
         Waits for a server that is importing. Raises ``ForkError``, with the reason, where the
         engine has to be started the plain way: ``ServerLost`` if that may soon be otherwise.
         """
-        python, flag, _, *args = [*command.argv[:3], *command.argv[3:]] or ["", "", ""]
+        python, flag, _, *args = command.argv
         if python != str(self._plan.python.absolute()) or flag != LAUNCHER_FLAG:
             raise ForkError("its program is another")
         if self._state == "importing":

@@ -12,13 +12,19 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from autoscaler.backends.base import Command, Placement, Probe, ReplicaSpec
-from autoscaler.backends.health import ServedModel
+from autoscaler.backends.base import Probe, ReplicaSpec
 from autoscaler.backends.process import start_gate
 from autoscaler.backends.process.family import Family
 from autoscaler.backends.process.logs import ReplicaLog, message_of
-from autoscaler.backends.process.phases import PHASES, later, phase_of
 from autoscaler.backends.process.procs import read_pss_bytes
+from loaders.engines.base import (
+    START_PHASES,
+    EngineCommand,
+    Placement,
+    ServedModel,
+    engine_of,
+    later_phase,
+)
 from loaders.engines.vllm.forkserver.client import ForkedProcess
 from loaders.engines.vllm.forkserver.marks import PARKED, SERVING, read_marks
 
@@ -41,15 +47,14 @@ class ReplicaProcess:
     placement: Placement
     mark: str
     log: ReplicaLog
-    command: Command
+    command: EngineCommand
     process: Process | None = None
     family: Family | None = None
     model: ServedModel | None = None
     ended: bool = False
-    phase: str = PHASES[0]
+    phase: str = START_PHASES[0]
     told: list[tuple[float, str]] = field(default_factory=list)
     plainly: str = ""
-    sleep_level: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -74,14 +79,14 @@ class ReplicaProcess:
         news = self.process.read_marks()
         for at_s, _, what in read_marks(news or b""):
             self.told.append((at_s, what))
-            self.phase = later(self.phase, what.partition(":")[0])
+            self.phase = later_phase(self.phase, what.partition(":")[0])
         return news is not None
 
     def describe_phase(self) -> str:
-        """What it is at while it starts: one of the words of ``phases``, and its newest line."""
+        """What it is at while it starts: one of ``START_PHASES``, and its newest line."""
         self.listen()
         messages = [message_of(line) for line in self.log.tail(PHASE_LINES)]
-        shown = phase_of(messages, self.phase)
+        shown = engine_of(self.spec.pool.engine).start_phase(messages, self.phase)
         if not self.told or shown == "compiling":  # of all else a forked one tells more precisely
             self.phase = shown
         text = ": ".join([self.phase, *messages[-1:]])[:PHASE_CHARACTERS]
@@ -109,7 +114,7 @@ def spawn_plainly(child: ReplicaProcess, env: Mapping[str, str]) -> subprocess.P
 
 
 def make_env(
-    environ: Mapping[str, str], command: Command, spec: ReplicaSpec, placement: Placement
+    environ: Mapping[str, str], command: EngineCommand, spec: ReplicaSpec, placement: Placement
 ) -> dict[str, str]:
     """The environment of an engine, but for its mark.
 

@@ -12,7 +12,7 @@ virtual time.
 
 ``server`` is the process (``arguments``, ``settings``), ``http1`` its port and ``exchange`` one
 request. ``application`` answers, by ``api`` (text) and ``operations`` (the rest), and has a
-``generation`` for each answer under way. ``engine`` runs the ``scheduler`` in time, over KV
-``blocks``; ``tokens``, ``faults`` and ``metrics`` are its tokenizer, its scripted failures and
-what it counts.
+``generation`` for each answer under way. ``core`` runs the ``scheduler`` in time, over KV
+``blocks``; ``tokens``, ``faults`` and ``metrics`` are its tokenizer, its scripted failures and what
+it counts. ``engine`` implements the protocol of ``loaders.engines.base``.
 """

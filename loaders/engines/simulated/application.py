@@ -12,13 +12,14 @@ from typing import Any
 
 import msgspec
 
+from loaders.engines.base import START_PHASES
 from loaders.engines.simulated.api import chat, completions, messages, pooling, responses
 from loaders.engines.simulated.api.answers import Speaker
 from loaders.engines.simulated.api.context import Context, Prepare
 from loaders.engines.simulated.api.errors import ApiError, bad
-from loaders.engines.simulated.engine import Engine
+from loaders.engines.simulated.core import EngineCore
 from loaders.engines.simulated.exchange import Exchange
-from loaders.engines.simulated.faults import STARTUP_PHASES, Fault, FaultPlan
+from loaders.engines.simulated.faults import Fault, FaultPlan
 from loaders.engines.simulated.generation import Generation
 from loaders.engines.simulated.metrics import Metrics
 from loaders.engines.simulated.scheduler import QueueFullError, Scheduler
@@ -52,11 +53,11 @@ class Application:
     def __init__(self, settings: Settings, operations: Operations) -> None:
         self.settings = settings
         self._operations = operations
-        self.engine = Engine(
+        self.engine = EngineCore(
             Scheduler(settings.model), Metrics(), virtual_time=settings.virtual_time
         )
         self.faults = FaultPlan(settings.seed)
-        self.phase: str | None = STARTUP_PHASES[0]
+        self.phase: str | None = START_PHASES[0]
         self.sleep_level = 0
         self.started_s = int(time.time())
         self.live: set[Generation] = set()
@@ -84,7 +85,7 @@ class Application:
 
     async def start(self) -> None:
         """Go through the start-up phases; ready when it returns."""
-        for phase, duration_s in zip(STARTUP_PHASES, self.settings.startup_s, strict=True):
+        for phase, duration_s in zip(START_PHASES, self.settings.startup_s, strict=True):
             self.phase = phase
             if duration_s:
                 logger.info("start-up: %s for %.3g s (simulated)", phase, duration_s)

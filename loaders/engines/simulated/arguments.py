@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from loaders.engines.base import START_PHASES
 from loaders.engines.simulated.exchange import HttpLimits
-from loaders.engines.simulated.faults import KINDS, STARTUP_PHASES, TRIGGERS
+from loaders.engines.simulated.faults import KINDS, TRIGGERS
 from loaders.engines.simulated.scheduler import EngineModel
 from loaders.engines.simulated.settings import Settings
 
@@ -184,10 +185,10 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 def _add_life(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("its life, in seconds").add_argument
     shares = ", ".join(
-        f"{p} {s:.0%}" for p, s in zip(STARTUP_PHASES, _STARTUP_SHARES, strict=True)
+        f"{p} {s:.0%}" for p, s in zip(START_PHASES, _STARTUP_SHARES, strict=True)
     ).replace("%", "%%")
     add("--startup-s", type=float, default=0.0, metavar="S", help=f"whole start-up: {shares} (0)")
-    for phase in STARTUP_PHASES:
+    for phase in START_PHASES:
         add(f"--{phase}-s", type=float, metavar="S", help="this phase, in place of its share")
     add(
         "--late-port",
@@ -244,7 +245,7 @@ def _settings(given: argparse.Namespace) -> Settings:
         least = -(-given.max_model_len // max(1, given.block_size))
         blocks = max(EngineModel().kv_blocks, least)
     phases = []
-    for phase, share in zip(STARTUP_PHASES, _STARTUP_SHARES, strict=True):
+    for phase, share in zip(START_PHASES, _STARTUP_SHARES, strict=True):
         own = getattr(given, f"{phase}_s")
         phases.append(given.startup_s * share if own is None else own)
     return Settings(

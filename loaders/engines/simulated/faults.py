@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from loaders.engines.base import START_PHASES
+
 KINDS = {
     "crash": "the process exits at once with `code` (1), as a segfault or an OOM kill would end it",
     "hang": "`scope=process` (default): nothing answers any more, SIGTERM neither; "
@@ -37,9 +39,6 @@ TRIGGERS = {
     "during": "`startup` (crash and hang only): while starting, `phase=` says in which phase",
 }
 """Every parameter that says when, and its meaning."""
-
-STARTUP_PHASES = ("importing", "loading", "compiling", "warming")
-"""What an engine does before it is ready, in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +81,7 @@ class Fault:
 
 _CHOICES = {
     "during": ("startup",),
-    "phase": STARTUP_PHASES,
+    "phase": START_PHASES,
     "how": ("close", "reset"),
     "scope": ("process", "engine", "requests"),
     "on": ("request", "connect"),
@@ -224,7 +223,7 @@ class FaultPlan:
         """The fault that strikes in start-up ``phase``: the first, where it names none."""
         for armed in self._armed:
             fault = armed.fault
-            if fault.during and (fault.phase or STARTUP_PHASES[0]) == phase:
+            if fault.during and (fault.phase or START_PHASES[0]) == phase:
                 return fault
         return None
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from loaders.engines.simulated.api.answers import Answer
-from loaders.engines.simulated.engine import Engine
+from loaders.engines.simulated.core import EngineCore
 from loaders.engines.simulated.exchange import Exchange
 from loaders.engines.simulated.scheduler import Sequence, SequenceState
 from loaders.engines.simulated.tokens import block_hashes, padded, token_count
@@ -40,7 +40,7 @@ class Generation:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: EngineCore,
         exchange: Exchange,
         answers: list[tuple[bytes, Answer]],
         *,
@@ -77,7 +77,7 @@ class Generation:
         return sum(sequence.cached_tokens for sequence in self.sequences)
 
     def start(self, wording: Format) -> None:
-        """Submit the sequences and begin to answer. Raises as ``Engine.submit``."""
+        """Submit the sequences and begin to answer. Raises as ``EngineCore.submit``."""
         self._engine.submit(self.sequences)
         self._format = wording
         exchange = self._exchange

@@ -12,7 +12,7 @@ from loaders.engines.simulated.scheduler import EngineModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """One simulated engine. ``startup_s`` has a duration for each of ``faults.STARTUP_PHASES``."""
+    """One simulated engine. ``startup_s`` has a duration for each of ``START_PHASES``."""
 
     served_models: tuple[str, ...]
     model_path: str

@@ -1,3 +1,4 @@
-"""vLLM: ``command`` line, ``compile_cache`` shipped as bundles, the weight ``load_format``
-registered as a vLLM plugin, and the ``forkserver`` that has imported vLLM before it is needed.
+"""vLLM: ``engine`` implements the protocol, by its ``command`` line. ``compile_cache`` keeps what
+it compiles, ``load_format`` is our weight reader as a vLLM plugin, and ``forkserver`` is a process
+that has imported vLLM before an engine is needed.
 """

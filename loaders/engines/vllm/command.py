@@ -1,4 +1,4 @@
-"""Command lines of engines: what is run, with which flags and environment, to serve one replica.
+"""vLLM's command line: what is run, with which flags and environment, to serve one replica.
 
 Nothing is started here. The command is worked out from what is installed beside the engine's
 interpreter, read from the file system: importing vLLM to ask its version would take ten seconds.
@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from loaders.engines.base import EngineCommand, EngineOptions, Placement
 from loaders.engines.vllm.load_format import ENTRY_POINT, LOAD_FORMAT
 from loaders.settings import LoaderSettings
 
@@ -49,13 +49,7 @@ ALIASES: Mapping[str, str] = {
 
 NEGATABLE = frozenset({"--enforce-eager", "--disable-uvicorn-access-log"})
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineCommand:
-    """What to run. ``env`` is added to the environment that Tidegate itself was given."""
-
-    argv: tuple[str, ...]
-    env: dict[str, str] = field(default_factory=dict)
+SLEEP_FLAG = "--enable-sleep-mode"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,80 +62,51 @@ class EngineInstall:
 
 
 def vllm_command(
-    *,
-    python: Path,
-    model: str,
-    served_model: str,
-    host: str,
-    port: int,
-    args: Sequence[str] = (),
-    gpus: Sequence[int] = (),
-    cpus: Sequence[int] = (),
-    max_model_len_tokens: int | None = None,
-    gpu_memory_fraction: float | None = None,
-    settings: LoaderSettings | None = None,
+    options: EngineOptions, placement: Placement, settings: LoaderSettings
 ) -> EngineCommand:
-    """The command that serves ``model`` with the vLLM installed for ``python``.
+    """The command that serves a model with the vLLM installed for ``settings.engine_python``.
 
-    ``model`` is a directory or a name on a hub, ``served_model`` what clients call it. ``gpus``
-    are indices in PCI order and ``cpus`` core numbers; empty means the engine chooses.
-    ``gpu_memory_fraction`` is the share of each GPU's memory it may take. ``args`` are the user's
-    and replace any flag of ours. Raises ``ValueError`` for an argument that would take the address
-    from Tidegate (``--port`` and its kin).
+    GPUs are numbered in PCI order; without GPUs or cores the engine chooses. The user's arguments
+    replace any flag of ours.
     """
-    settings = settings or LoaderSettings()
-    _refuse_ours(args)
+    python, args = settings.engine_python, options.args
     install = find_install(python)
     on_cpu = install is not None and install.device == "cpu"
+    sleeps = options.sleep and install is not None and not on_cpu and SLEEP_FLAG not in args
     flags: list[tuple[str, str | None]] = [
-        ("--model", model),
-        ("--served-model-name", served_model),
-        ("--host", host),
-        ("--port", str(port)),
+        ("--model", options.model),
+        ("--served-model-name", options.served_model),
+        ("--host", placement.host),
+        ("--port", str(placement.port)),
         ("--disable-uvicorn-access-log", None),
         ("--uvicorn-log-level", "warning"),
     ]
     if settings.load_format != LOAD_FORMAT or has_plugin(python):
         flags.append(("--load-format", settings.load_format))
-    if max_model_len_tokens is not None:
-        flags.append(("--max-model-len", str(max_model_len_tokens)))
+    if options.max_model_len_tokens is not None:
+        flags.append(("--max-model-len", str(options.max_model_len_tokens)))
     if on_cpu and settings.cpu_enforce_eager:
         flags.append(("--enforce-eager", None))
-    if len(gpus) > 1 and not (_flags_in(args) & {"--data-parallel-size"}):
-        flags.append(("--tensor-parallel-size", str(len(gpus))))
-    if gpu_memory_fraction is not None and not on_cpu:
-        flags.append(("--gpu-memory-utilization", f"{gpu_memory_fraction:.4f}"))
-    env = _environment(python, model, settings)
-    if gpus:
+    if len(placement.gpus) > 1 and not (_flags_in(args) & {"--data-parallel-size"}):
+        flags.append(("--tensor-parallel-size", str(len(placement.gpus))))
+    if options.gpu_memory_fraction is not None and not on_cpu:
+        flags.append(("--gpu-memory-utilization", f"{options.gpu_memory_fraction:.4f}"))
+    if sleeps:
+        flags.append((SLEEP_FLAG, None))
+    env = _environment(python, options.model, settings)
+    if placement.gpus:
         env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(str(index) for index in gpus)
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, placement.gpus))
     if on_cpu:
         env["VLLM_CPU_KVCACHE_SPACE"] = str(settings.cpu_kv_cache_gib)
-        env["VLLM_CPU_OMP_THREADS_BIND"] = _thread_binding(cpus, settings)
+        env["VLLM_CPU_OMP_THREADS_BIND"] = _thread_binding(placement.cpus, settings)
         # What vLLM 0.32 compiles ahead of time on a CPU it cannot load again, and then compiles
         # anew; what Inductor keeps by itself it can: 12 s instead of 35 here.
         env["VLLM_USE_AOT_COMPILE"] = "0"
+    if sleeps:
+        env["VLLM_SERVER_DEV_MODE"] = "1"  # without it there is no /sleep
     return EngineCommand(
         argv=(str(python.absolute()), "-c", LAUNCHER, *merge_flags(flags, args)), env=env
-    )
-
-
-def simulated_command(
-    *,
-    model: str,
-    host: str,
-    port: int,
-    args: Sequence[str] = (),
-    max_model_len_tokens: int | None = None,
-) -> EngineCommand:
-    """The command that serves ``model`` with the simulated engine, in our own environment."""
-    _refuse_ours(args)
-    flags = [("--model", model), ("--host", host), ("--port", str(port))]
-    if max_model_len_tokens is not None:
-        flags.append(("--max-model-len", str(max_model_len_tokens)))
-    return EngineCommand(
-        argv=(sys.executable, "-m", "loaders.engines.simulated", *merge_flags(flags, args)),
-        env={"PYTHONSAFEPATH": "1", "PYTHONPATH": _own_path()},
     )
 
 
@@ -211,11 +176,11 @@ def _flags_in(args: Sequence[str]) -> set[str]:
     return {name for name, *_ in read_flags(args)}
 
 
-def _refuse_ours(args: Sequence[str]) -> None:
-    """The address and the name are how replicas are found: they are not the user's to set."""
+def check_address(args: Sequence[str]) -> Iterator[str]:
+    """What is wrong with arguments that set the address: by it Tidegate finds its replicas."""
     for name in ("--host", "--port", "--uds"):
         if name in _flags_in(args):
-            raise ValueError(f"{name} is set by Tidegate and cannot be among a pool's engine_args")
+            yield f"holds {name}, which Tidegate sets itself"
 
 
 def _environment(python: Path, model: str, settings: LoaderSettings) -> dict[str, str]:
@@ -251,9 +216,3 @@ def _thread_binding(cpus: Sequence[int], settings: LoaderSettings) -> str:
     if len(os.sched_getaffinity(0)) < 2:
         return "nobind"  # vLLM's own choice needs one core for itself and one to compute
     return settings.cpu_bind
-
-
-def _own_path() -> str:
-    """Where our own packages are, so that the child finds them from any working directory."""
-    root = str(Path(__file__).resolve().parents[3])
-    return os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))

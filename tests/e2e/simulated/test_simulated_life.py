@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from loaders.engines.simulated.faults import STARTUP_PHASES
+from loaders.engines.base import START_PHASES
 
 
 def _free_port() -> int:
@@ -44,7 +44,7 @@ def test_it_is_ready_at_once(start: Any) -> None:
     assert engine.get("/health").status_code == 200
     log = "".join(engine.lines)
     assert "startup complete" in log
-    assert not [phase for phase in STARTUP_PHASES if phase in log], log
+    assert not [phase for phase in START_PHASES if phase in log], log
 
 
 def test_start_up_has_phases_and_health_says_503_until_they_are_over(start: Any) -> None:

@@ -14,14 +14,15 @@ from typing import Any
 
 import fake_vllm
 import pytest
-from process_fixtures import TinyCommand, ask, is_alive, tiny_backend, wait_for_probe, wait_ready
+from process_fixtures import ask, is_alive, tiny_backend, wait_for_probe, wait_ready
 
-from autoscaler.backends.base import BackendError, Placement, ReplicaSpec, Unsupported
+from autoscaler.backends.base import BackendError, ReplicaSpec, Unsupported
 from autoscaler.backends.process import fork_server
 from autoscaler.backends.process.backend import ProcessBackend
 from autoscaler.backends.process.fork_server import ForkPlan
 from autoscaler.backends.process.procs import carries, list_stats
 from autoscaler.settings import PoolSettings
+from loaders.engines.base import EngineCommand, Placement
 
 PLAIN = "import sys; sys.path.insert(0, {!r}); import tiny_engine; sys.exit(tiny_engine.main())"
 
@@ -36,10 +37,10 @@ def replica(replica_id: str, *engine_args: str, **fields: Any) -> ReplicaSpec:
     return ReplicaSpec(id=replica_id, pool=pool(*engine_args, **fields))
 
 
-def command(spec: ReplicaSpec, placement: Placement) -> TinyCommand:
+def command(spec: ReplicaSpec, placement: Placement) -> EngineCommand:
     plain = PLAIN.format(str(Path(fake_vllm.__file__).parent))
     args = ("--port", str(placement.port), *spec.pool.engine_args)
-    return TinyCommand(argv=(sys.executable, "-c", plain, *args), env={"TINY": "yes"})
+    return EngineCommand(argv=(sys.executable, "-c", plain, *args), env={"TINY": "yes"})
 
 
 def run(

@@ -29,11 +29,11 @@ from autoscaler.backends.base import (
     ReplicaSpec,
     StateInUse,
     StillRunning,
-    Unsupported,
 )
 from autoscaler.backends.process import procs, start_gate
 from autoscaler.backends.process.family import ProcessRecord, ProcessRegistry
 from autoscaler.policy.placement import GpuCapacity
+from loaders.engines.base import EngineCommand
 
 FOLDERS = [str(Path(__file__).parents[3] / "support"), str(Path(__file__).parents[4])]
 
@@ -173,10 +173,8 @@ def test_the_gate_stays_shut_until_the_process_is_on_record(
 
 def test_a_program_that_is_not_there_is_said_so(tmp_path: Path) -> None:
     async def story() -> None:
-        from process_fixtures import TinyCommand
-
         backend = tiny_backend(
-            tmp_path, command=lambda spec, placement: TinyCommand(argv=("/no/such/engine",))
+            tmp_path, command=lambda spec, placement: EngineCommand(argv=("/no/such/engine",))
         )
         await backend.start(spec())
         probe = await wait_for_probe(backend, "r-1", lambda one: one.alive is False)
@@ -296,24 +294,6 @@ def test_what_an_engine_is_given(tmp_path: Path) -> None:
             await backend.start(spec(replica_id="r-2", **pool))
         await backend.stop("r-1", grace_s=5.0)
         await backend.start(spec(replica_id="r-2", **pool))
-        await backend.close()
-
-    asyncio.run(story())
-
-
-def test_sleep_reaches_the_engine_and_one_that_cannot_says_so(tmp_path: Path) -> None:
-    async def story() -> None:
-        backend = tiny_backend(tmp_path)
-        await backend.start(spec())
-        await backend.start(spec("--no-sleep", replica_id="r-2"))
-        url = (await wait_ready(backend, "r-1")).url
-        await backend.sleep("r-1", 1)
-        assert ask(f"{url}/facts")["asleep"] is True
-        await backend.wake("r-1")
-        assert ask(f"{url}/facts")["asleep"] is False
-        await wait_ready(backend, "r-2")
-        with pytest.raises(Unsupported, match="no POST /sleep"):
-            await backend.sleep("r-2", 1)
         await backend.close()
 
     asyncio.run(story())

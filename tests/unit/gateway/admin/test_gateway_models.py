@@ -272,7 +272,7 @@ def test_names(text: str, found: tuple[str, str | None]) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("toy", "pool 'toy': it is simulated: it has no weights"),
+        ("toy", "pool 'toy': its engine loads no weights"),
         ("known", "pool 'known': its model 'a-name-of-its-own' is neither"),
         ("away", "pool 'away': it is externally managed"),
         ("unheard-of", "nor a pool .known here: chat, toy, toyed, known, away."),

@@ -261,7 +261,7 @@ def test_texts(cache: FakeCache, capsys: pytest.CaptureFixture[str]) -> None:
         ("https://user:secret@host/x", "", "carries no user or password"),
         ("just-a-word", "", "neither a URL"),
         ("just-a-word", "", "nor a pool (known here: chat, toy)"),
-        ("toy", "", "pool 'toy': it is simulated: it has no weights"),
+        ("toy", "", "pool 'toy': its engine loads no weights"),
         ("", "", "model: it is empty"),
         (" ", "", "model: it is empty"),
     ],

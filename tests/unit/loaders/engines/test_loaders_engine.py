@@ -6,18 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from loaders.engines.base import ENGINES, EngineCommand, EngineOptions, Placement, engine_of
 from loaders.engines.vllm.command import (
     LAUNCHER,
     Device,
-    EngineCommand,
     EngineInstall,
     find_install,
     merge_flags,
-    simulated_command,
-    vllm_command,
 )
 from loaders.settings import LoaderSettings
 
@@ -43,15 +42,24 @@ def make_environment(root: Path, *entries: str) -> Path:
     return python
 
 
-def build(python: Path, **given: object) -> EngineCommand:
-    asked: dict[str, object] = {
-        "python": python,
-        "model": "org/model",
-        "served_model": "m",
-        "host": "127.0.0.1",
-        "port": 9001,
-    }
-    return vllm_command(**{**asked, **given})  # type: ignore[arg-type]
+def build(
+    python: Path,
+    *,
+    settings: LoaderSettings | None = None,
+    gpus: tuple[int, ...] = (),
+    cpus: tuple[int, ...] = (),
+    **options: Any,
+) -> EngineCommand:
+    given = (settings or LoaderSettings()).model_copy(update={"engine_python": python})
+    asked = EngineOptions(**{"model": "org/model", "served_model": "m", **options})
+    placement = Placement(host="127.0.0.1", port=9001, gpus=gpus, cpus=cpus)
+    return engine_of("vllm").command(asked, placement, given)
+
+
+def simulated(*args: str, **options: Any) -> EngineCommand:
+    asked = EngineOptions(model="m", served_model="m", args=args, **options)
+    placement = Placement(host="127.0.0.1", port=9)
+    return engine_of("simulated").command(asked, placement, LoaderSettings())
 
 
 def values_of(command: EngineCommand, flag: str) -> list[str]:
@@ -139,10 +147,10 @@ def test_gpus_are_numbered_as_nvidia_smi_does_and_shared_by_tensor_parallelism(
     assert values_of(command, "--tensor-parallel-size") == ["2"]
     assert "--tensor-parallel-size" not in build(cuda_python, gpus=(2,)).argv
     assert "CUDA_VISIBLE_DEVICES" not in build(cuda_python).env
-    for own in (["-tp", "1"], ["--data-parallel-size", "2"], ["--data_parallel_size=2"]):
+    for own in (("-tp", "1"), ("--data-parallel-size", "2"), ("--data_parallel_size=2",)):
         command = build(cuda_python, gpus=(2, 3), args=own)
         assert "--tensor-parallel-size" not in command.argv
-        assert command.argv[-len(own) :] == tuple(own)
+        assert command.argv[-len(own) :] == own
 
 
 def test_a_share_of_a_gpus_memory_is_for_gpus(cuda_python: Path, cpu_python: Path) -> None:
@@ -170,16 +178,26 @@ def test_the_users_flags_replace_ours(
     assert merge_flags(ours, theirs) == merged
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("own", [["--port", "1"], ["--host=0.0.0.0"], ["--uds", "x"]])
-def test_the_address_is_not_the_users_to_set(own: list[str], cpu_python: Path) -> None:
-    with pytest.raises(ValueError, match="set by Tidegate"):
-        build(cpu_python, args=own)
-    with pytest.raises(ValueError, match="set by Tidegate"):
-        simulated_command(model="m", host="127.0.0.1", port=1, args=own)
+def test_the_address_is_not_the_users_to_set(own: list[str], engine: str) -> None:
+    (problem,) = engine_of(engine).check(own)
+    assert own[0].partition("=")[0] in problem
+    assert list(engine_of(engine).check(["--seed", "1"])) == []
+
+
+def test_an_engine_that_is_to_sleep_is_started_so(cuda_python: Path, cpu_python: Path) -> None:
+    command = build(cuda_python, sleep=True)
+    assert command.argv.count("--enable-sleep-mode") == 1
+    assert command.env["VLLM_SERVER_DEV_MODE"] == "1"
+    own = build(cuda_python, sleep=True, args=("--enable-sleep-mode",))
+    assert own.argv.count("--enable-sleep-mode") == 1
+    assert "--enable-sleep-mode" not in build(cpu_python, sleep=True).argv  # it cannot
+    assert "--enable-sleep-mode" not in build(cuda_python).argv
 
 
 def test_no_command_has_a_flag_twice(cpu_python: Path) -> None:
-    own = ["--max-model-len", "9", "--enforce-eager", "--served-model-name", "x"]
+    own = ("--max-model-len", "9", "--enforce-eager", "--served-model-name", "x")
     argv = build(cpu_python, max_model_len_tokens=5, args=own).argv
     flags = [arg for arg in argv if arg.startswith("--")]
     assert sorted(flags) == sorted(set(flags))
@@ -260,7 +278,7 @@ def run_launcher(place: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_simulated_engine_runs_in_our_own_interpreter(tmp_path: Path) -> None:
-    command = simulated_command(model="m", host="127.0.0.1", port=9, args=["--startup-s", "2"])
+    command = simulated("--startup-s", "2")
     assert command.argv[:3] == (sys.executable, "-m", "loaders.engines.simulated")
     assert command.argv[-2:] == ("--startup-s", "2")
     done = subprocess.run(
@@ -275,14 +293,7 @@ def test_the_simulated_engine_runs_in_our_own_interpreter(tmp_path: Path) -> Non
 
 
 def test_simulated_engine_is_given_the_context_length() -> None:
-    command = simulated_command(model="m", host="127.0.0.1", port=1, max_model_len_tokens=4096)
-    assert command.argv[-2:] == ("--max-model-len", "4096")
-    own = simulated_command(
-        model="m",
-        host="127.0.0.1",
-        port=1,
-        args=("--max-model-len", "9"),
-        max_model_len_tokens=4096,
-    )
+    assert simulated(max_model_len_tokens=4096).argv[-2:] == ("--max-model-len", "4096")
+    own = simulated("--max-model-len", "9", max_model_len_tokens=4096)
     assert own.argv.count("--max-model-len") == 1
     assert own.argv[-1] == "9"

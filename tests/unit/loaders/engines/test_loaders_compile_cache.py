@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.compose.bundles import FACTS, SHIPPED, Bundles
-from loaders.engines.vllm.command import EngineCommand
-from loaders.engines.vllm.compile_cache import BadBundle
+from loaders.engines.base import EngineCommand
+from loaders.engines.vllm.compile_cache import FACTS, SHIPPED, BadBundle, CompileCache
 
 GPU = ("NVIDIA H100", "570.1")
 
@@ -32,15 +31,15 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def make(python: Path, directory: Path, quota_bytes: int = 1 << 20) -> Bundles:
-    return Bundles(directory, python=python, quota_bytes=quota_bytes, gpus=lambda: [GPU])
+def make(python: Path, directory: Path, quota_bytes: int = 1 << 20) -> CompileCache:
+    return CompileCache(directory, python=python, quota_bytes=quota_bytes, gpus=lambda: [GPU])
 
 
 def command(python: Path, *args: str) -> EngineCommand:
     return EngineCommand(argv=(str(python), "-c", "launcher", *args))
 
 
-def fill(bundles: Bundles, given: EngineCommand, model: Path, data: bytes = b"kernel") -> Path:
+def fill(bundles: CompileCache, given: EngineCommand, model: Path, data: bytes = b"kernel") -> Path:
     """As an engine does: into the folder its environment names."""
     folder = Path(bundles.env(given, str(model))["TRITON_CACHE_DIR"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +89,7 @@ def test_gpus_that_cannot_be_told_now_are_asked_again(
     python: Path, model: Path, tmp_path: Path
 ) -> None:
     told: list[list[tuple[str, str]] | None] = [[GPU], None]
-    bundles = Bundles(tmp_path / "b", python=python, quota_bytes=1, gpus=lambda: told.pop())
+    bundles = CompileCache(tmp_path / "b", python=python, quota_bytes=1, gpus=lambda: told.pop())
     assert bundles.env(command(python), str(model)) == {}
     assert bundles.env(command(python), str(model)) != {}
 
@@ -101,7 +100,7 @@ def test_what_a_fork_server_was_told_of_does_not_keep_a_shipped_one_out(
     here, there = make(python, tmp_path / "here"), make(python, tmp_path / "there")
     given = command(python)
     fill(here, given, model)
-    here.pack(given, str(model), model / SHIPPED)
+    here.ship(given, str(model), model / SHIPPED)
     assert there.env(given, str(model))  # only noted, nothing compiled
     assert there.bring(given, model) > 0
 
@@ -119,18 +118,18 @@ def test_packed_here_it_is_unpacked_on_the_next_node(
     given = command(python, "--max-model-len", "2048")
     here.bring(given, model)
     fill(here, given, model)
-    file = here.pack(given, str(model), model / SHIPPED)
+    file = here.ship(given, str(model), model / SHIPPED)
     assert there.bring(given, model) > 0
     place = Path(there.env(given, str(model))["TRITON_CACHE_DIR"])
     assert (place / "one.so").read_bytes() == b"kernel"
     assert there.bring(given, model) == 0, "what is there is left alone"
-    assert here.pack(given, str(model), tmp_path / "again").read_bytes() == file.read_bytes()
+    assert here.ship(given, str(model), tmp_path / "again").read_bytes() == file.read_bytes()
 
 
 def test_one_for_other_settings_is_not_used(python: Path, model: Path, tmp_path: Path) -> None:
     here, there = make(python, tmp_path / "here"), make(python, tmp_path / "there")
     fill(here, command(python, "--max-model-len", "2048"), model)
-    here.pack(command(python, "--max-model-len", "2048"), str(model), model / SHIPPED)
+    here.ship(command(python, "--max-model-len", "2048"), str(model), model / SHIPPED)
     assert there.bring(command(python, "--max-model-len", "4096"), model) == 0
 
 
@@ -140,7 +139,7 @@ def test_a_damaged_one_is_said_and_not_used(
     here, there = make(python, tmp_path / "here"), make(python, tmp_path / "there")
     given = command(python)
     fill(here, given, model, bytes(100_000))
-    file = here.pack(given, str(model), model / SHIPPED)
+    file = here.ship(given, str(model), model / SHIPPED)
     file.write_bytes(file.read_bytes()[:5_000])
     assert there.bring(given, model) == 0
     assert "is not used" in caplog.text
@@ -150,10 +149,10 @@ def test_a_damaged_one_is_said_and_not_used(
 def test_nothing_compiled_yet_is_said(python: Path, model: Path, tmp_path: Path) -> None:
     bundles = make(python, tmp_path / "bundles")
     with pytest.raises(BadBundle, match="start it once"):
-        bundles.pack(command(python), str(model), tmp_path / "out")
+        bundles.ship(command(python), str(model), tmp_path / "out")
     bundles.bring(command(python), model)
     with pytest.raises(BadBundle, match="start it once"):
-        bundles.pack(command(python), str(model), tmp_path / "out")
+        bundles.ship(command(python), str(model), tmp_path / "out")
 
 
 def test_past_the_quota_what_was_not_used_for_longest_goes(

@@ -1,0 +1,223 @@
+"""What a serving engine is, wherever it runs: the ``Engine`` protocol, and the engines by name.
+
+Everything that differs from engine to engine is asked of it (``engine_of(name)``): its command
+line, health, models, sleep, start phases, what it can do. No other package compares the name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
+
+if TYPE_CHECKING:
+    from loaders.engines.client import EngineClient
+    from loaders.settings import LoaderSettings
+
+EngineName = Literal["vllm", "simulated"]
+"""Engines that Tidegate can start."""
+
+ENGINES: tuple[str, ...] = get_args(EngineName)
+DEFAULT_ENGINE = "vllm"
+OPENAI_COMPATIBLE = "openai_compatible"
+
+START_PHASES = ("importing", "loading", "compiling", "warming")
+"""What an engine does before it is ready, in order."""
+
+DEFAULT_HEALTH_PATH = "/health"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where a replica runs: its address, GPUs (indices) and CPU cores (empty: not pinned)."""
+
+    host: str
+    port: int
+    gpus: tuple[int, ...] = ()
+    cpus: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What a pool asks of its engines.
+
+    ``model`` is a directory or a name on a hub, ``served_model`` what clients call it, ``args`` the
+    user's own arguments. ``sleep``: it is put to sleep later. ``gpu_memory_fraction`` is the share
+    of each GPU's memory that it may take; ``None`` leaves that to the engine.
+    """
+
+    model: str
+    served_model: str
+    args: tuple[str, ...] = ()
+    max_model_len_tokens: int | None = None
+    sleep: bool = False
+    gpu_memory_fraction: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineCommand:
+    """What to run. ``env`` is added to the environment that Tidegate itself was given."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What an engine can do.
+
+    ``loads_weights``: it reads a model from disk. ``fork``: it can be forked from a process that
+    has imported it. ``compile_cache``: what it compiles can be kept for the next start.
+    """
+
+    loads_weights: bool = False
+    sleep_levels: frozenset[int] = frozenset()
+    fork: bool = False
+    compile_cache: bool = False
+    kv_events: bool = False
+    lora: bool = False
+    prefill_decode: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadMetrics:
+    """The names of an engine's Prometheus gauges of its load; ``None`` where it has none."""
+
+    requests_running: str | None = None
+    requests_waiting: str | None = None
+    kv_cache_usage_fraction: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineHealth:
+    """What a health check found; ``ready`` is ``None`` when it could not be made."""
+
+    ready: bool | None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """One model an engine lists. ``max_model_len_tokens`` is ``None`` where it does not say."""
+
+    name: str
+    max_model_len_tokens: int | None = None
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """One kind of serving engine. Stateless; every call says which server it is about."""
+
+    @property
+    def name(self) -> str:
+        """Its name in settings."""
+        ...
+
+    @property
+    def notice(self) -> str:
+        """What a user has to know of its answers; empty where a model gives them."""
+        ...
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do."""
+        ...
+
+    @property
+    def load_metrics(self) -> LoadMetrics:
+        """Where its ``/metrics`` page tells its load."""
+        ...
+
+    def check(self, args: Sequence[str]) -> Iterator[str]:
+        """What is wrong with a pool's ``engine_args``, each as words that follow the field."""
+        ...
+
+    def program(self, settings: LoaderSettings) -> Path | None:
+        """The interpreter that has to exist before it can start; ``None``: it is Tidegate's own."""
+        ...
+
+    def fetches_model(
+        self, args: Sequence[str], env: Mapping[str, str], settings: LoaderSettings
+    ) -> bool:
+        """Whether it has to fetch a model of a hub itself: it has none, or these arguments and
+        variables of its pool say what is fetched, from where, or how."""
+        ...
+
+    def command(
+        self, options: EngineOptions, placement: Placement, settings: LoaderSettings
+    ) -> EngineCommand:
+        """The command line of one replica. Raises ``ValueError`` where it cannot be started."""
+        ...
+
+    def start_phase(self, messages: Iterable[str], known: str) -> str:
+        """The one of ``START_PHASES`` that its log messages show, ``known`` or a later one."""
+        ...
+
+    async def health(
+        self, client: EngineClient, url: str, headers: Mapping[str, str], path: str
+    ) -> EngineHealth:
+        """Whether the server at ``url`` answers as healthy. Never raises for one that does not."""
+        ...
+
+    async def list_models(
+        self, client: EngineClient, url: str, headers: Mapping[str, str]
+    ) -> tuple[ServedModel, ...] | None:
+        """The models a server lists; ``None`` when it does not say in a way that can be read."""
+        ...
+
+    async def sleep(self, client: EngineClient, url: str, level: int, *, timeout_s: float) -> None:
+        """Put an idle server to sleep: 1 keeps its weights in host memory, 2 drops them.
+
+        Returns when it sleeps. Raises ``EngineUnsupported`` or ``EngineError``.
+        """
+        ...
+
+    async def wake(self, client: EngineClient, url: str, level: int, *, timeout_s: float) -> None:
+        """Wake a server that sleeps at ``level``; returns when it can answer, with its own weights.
+
+        Raises as ``sleep`` does; ``timeout_s`` bounds each call to the server.
+        """
+        ...
+
+
+_IMPLEMENTATIONS = {
+    "vllm": ("loaders.engines.vllm.engine", "VllmEngine"),
+    "simulated": ("loaders.engines.simulated.engine", "SimulatedEngine"),
+    OPENAI_COMPATIBLE: ("loaders.engines.openai_compatible", "OpenAICompatibleEngine"),
+}
+
+
+@cache
+def engine_of(name: str | None) -> Engine:
+    """The engine with this name in settings; any OpenAI-compatible server where a pool names none.
+
+    Raises ``ValueError`` for a name that no engine has.
+    """
+    try:
+        module, implementation = _IMPLEMENTATIONS[name or OPENAI_COMPATIBLE]
+    except KeyError:
+        raise ValueError(f"there is no engine {name!r} (known: {', '.join(ENGINES)})") from None
+    engine: Engine = getattr(import_module(module), implementation)()
+    return engine
+
+
+def later_phase(one: str, other: str) -> str:
+    """The later of two start phases; an unknown word is before all."""
+    order = START_PHASES
+    return max(one, other, key=lambda word: order.index(word) if word in order else -1)
+
+
+def choose_model(
+    models: tuple[ServedModel, ...] | None, *preferred: str | None
+) -> ServedModel | None:
+    """The first preferred name that is listed, else the first model of the list."""
+    if not models:
+        return None
+    listed = {model.name: model for model in models}
+    for name in preferred:
+        if name in listed:
+            return listed[name]
+    return models[0]
