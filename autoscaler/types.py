@@ -125,7 +125,7 @@ class PoolStatus:
         return self.preparing + self.starting + self.waking
 
 
-class Reason(StrEnum):
+class ScaleReason(StrEnum):
     """Why a decision is what it is, for machines. ``detail`` says it to people."""
 
     AT_ZERO = "at_zero"
@@ -185,7 +185,7 @@ class Decision:
     at_s: float
     desired: int
     supply: int
-    reason: Reason
+    reason: ScaleReason
     detail: str
     signal: Signal = Signal.NONE
     bound: Bound | None = None
@@ -278,6 +278,6 @@ class FleetReport:
 
     at_s: float
     pools: tuple[PoolReport, ...]
-    decisions: Mapping[tuple[str, Reason], int]
+    decisions: Mapping[tuple[str, ScaleReason], int]
     errors: Mapping[str, int]
     last_error: str | None = None

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import replace
 
-from autoscaler.types import Bound, Decision, PastDecision, Reason, Signal
+from autoscaler.types import Bound, Decision, PastDecision, ScaleReason, Signal
 
 
 class DecisionHistory:
@@ -15,7 +15,7 @@ class DecisionHistory:
     def __init__(self, size: int) -> None:
         self._size = size
         self._pools: dict[str, deque[PastDecision]] = {}
-        self._counts: Counter[tuple[str, Reason]] = Counter()
+        self._counts: Counter[tuple[str, ScaleReason]] = Counter()
 
     def add(self, decision: Decision) -> None:
         """Take in a decision, as a repetition of the newest where it says the same.
@@ -49,12 +49,12 @@ class DecisionHistory:
         """The decisions of one pool, newest last; none for a pool without any."""
         return list(self._pools.get(pool, ()))
 
-    def counts(self) -> Mapping[tuple[str, Reason], int]:
+    def counts(self) -> Mapping[tuple[str, ScaleReason], int]:
         """How many decisions there were since the start, by pool and reason."""
         return dict(self._counts)
 
 
-def same(decision: Decision) -> tuple[int, int, Reason, Signal, Bound | None, bool]:
+def same(decision: Decision) -> tuple[int, int, ScaleReason, Signal, Bound | None, bool]:
     """What two decisions must share to say the same: all but their time and their figures."""
     return (
         decision.desired,

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from autoscaler.backends.base import Backend, Leftover, Unsupported
@@ -33,7 +34,7 @@ from autoscaler.types import (
     Observation,
     PastDecision,
     PoolReport,
-    Reason,
+    ScaleReason,
 )
 from loaders.engines.client import EngineClient
 from modelcache.types import Tier
@@ -302,29 +303,19 @@ class ControlLoop:
             self._drop_pool(pool)
 
     def _decide(self, pool: PoolRecord, now_s: float) -> Decision:
-        name, supply = pool.pool.name, pool.make_status().supply
+        status = pool.make_status()
+        fixed = partial(Decision, pool=pool.pool.name, at_s=now_s, supply=status.supply)
         if not pool.backend.owns_replicas and not pool.removed:
             number = len(pool.pool.urls)
             text = f"{number} externally managed server{'' if number == 1 else 's'}"
-            return Decision(
-                pool=name,
-                at_s=now_s,
-                desired=number,
-                supply=supply,
-                reason=Reason.STATIC,
-                detail=text,
-            )
+            return fixed(desired=number, reason=ScaleReason.STATIC, detail=text)
         if self._closing:
-            text = "Tidegate is closing"
-            return Decision(
-                pool=name, at_s=now_s, desired=0, supply=supply, reason=Reason.CLOSING, detail=text
-            )
+            return fixed(desired=0, reason=ScaleReason.CLOSING, detail="Tidegate is closing")
         demand = pool.window.read(now_s)
-        status = pool.make_status()
         policy = decide_removed if pool.removed else decide
         decision, pool.decide_state = policy(pool.policy, status, demand, pool.decide_state, now_s)
         pool.wake_signal = False
-        pool.sleep_requested = decision.reason is Reason.SLEEP_REQUESTED
+        pool.sleep_requested = decision.reason is ScaleReason.SLEEP_REQUESTED
         living = [one for one in pool.replicas.values() if one.state not in ENDED_STATES]
         outdated = [one for one in living if pool.is_outdated(one)]
         no_room = any(one.no_room for one in living if one not in outdated)
@@ -347,14 +338,14 @@ class ControlLoop:
 
     def _carry_out(self, pool: PoolRecord, decision: Decision, now_s: float) -> None:
         closing = self._closing
-        to_zero = pool.override == 0 and decision.reason is not Reason.SLEEP_REQUESTED
+        to_zero = pool.override == 0 and decision.reason is not ScaleReason.SLEEP_REQUESTED
         plan = make_plan(
             decision.desired,
-            pool.make_candidates(self._observation.replicas),
+            pool.make_statuses(self._observation.replicas),
             max_replicas=pool.pool.max_replicas if pool.backend.owns_replicas else None,
-            may_stop_loading=closing or pool.removed or decision.reason is Reason.OVERRIDE,
+            may_stop_loading=closing or pool.removed or decision.reason is ScaleReason.OVERRIDE,
             may_stop_sleeping=closing or pool.removed or to_zero,
-            may_sleep=decision.reason is Reason.IDLE_TO_ZERO and pool.tiers.may_sleep(),
+            may_sleep=decision.reason is ScaleReason.IDLE_TO_ZERO and pool.tiers.may_sleep(),
         )
         for replica_id, event in plan.events:
             record = pool.replicas[replica_id]

@@ -11,7 +11,7 @@ from autoscaler.backends.base import Backend, BackendError, Probe, ReplicaSpec
 from autoscaler.control import start_steps
 from autoscaler.policy.decide import DecideState
 from autoscaler.policy.lifecycle import ENDED_STATES, PUBLIC, State
-from autoscaler.policy.plan import LOADING, SERVING, Candidate
+from autoscaler.policy.plan import LOADING, SERVING, ReplicaStatus
 from autoscaler.settings import AutoscalerSettings, PoolSettings, first, make_policy
 from autoscaler.signals.window import DemandWindow
 from autoscaler.tiers.manager import TierManager
@@ -216,10 +216,10 @@ class PoolRecord:
                 current.remove(successor)
         return current + serving
 
-    def make_candidates(self, loads: Mapping[str, ReplicaLoad]) -> list[Candidate]:
+    def make_statuses(self, loads: Mapping[str, ReplicaLoad]) -> list[ReplicaStatus]:
         """The replicas as the plan sees them, oldest first."""
         return [
-            Candidate(
+            ReplicaStatus(
                 id=record.id,
                 state=record.state,
                 recallable=record.recallable,

@@ -11,7 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from autoscaler.policy.recommend import Recommendation, larger, recommend
-from autoscaler.types import Bound, Decision, PoolPolicy, PoolStatus, Reason, Signal, WindowedDemand
+from autoscaler.types import (
+    Bound,
+    Decision,
+    PoolPolicy,
+    PoolStatus,
+    ScaleReason,
+    Signal,
+    WindowedDemand,
+)
 
 RECENT_BUCKETS = 64
 
@@ -46,7 +54,7 @@ class Proposal:
     """A number on its way to a decision, with the reason it has so far."""
 
     desired: int
-    reason: Reason
+    reason: ScaleReason
     detail: str
     signal: Signal = Signal.NONE
     bound: Bound | None = None
@@ -75,7 +83,7 @@ def decide(
     if status.sleep_requested and not (arrived or status.wake_signal or demand.some_queued):
         proposal = Proposal(
             desired=0,
-            reason=Reason.SLEEP_REQUESTED,
+            reason=ScaleReason.SLEEP_REQUESTED,
             detail="an operator put it to sleep, and no request has come since",
         )
     elif status.override is not None:
@@ -103,14 +111,14 @@ def decide_removed(
         free = replace(policy, min_replicas=0, max_replicas=max(1, policy.max_replicas))
         decision, state = decide(free, status, demand, state, now_s)
         detail = f"the pool was removed; until its requests are answered: {decision.detail}"
-        return replace(decision, reason=Reason.REMOVED, detail=detail), state
+        return replace(decision, reason=ScaleReason.REMOVED, detail=detail), state
     known = not is_unknown(demand)
     decision = Decision(
         pool=policy.pool,
         at_s=now_s,
         desired=0 if known else status.supply,
         supply=status.supply,
-        reason=Reason.REMOVED if known else Reason.UNKNOWN_DEMAND,
+        reason=ScaleReason.REMOVED if known else ScaleReason.UNKNOWN_DEMAND,
         detail="the pool was removed and has no request left"
         if known
         else "the pool was removed, and whether it has requests left is unknown",
@@ -191,7 +199,7 @@ def propose(
     if stable is None:
         return Proposal(
             desired=status.supply,
-            reason=Reason.UNKNOWN_DEMAND,
+            reason=ScaleReason.UNKNOWN_DEMAND,
             detail="demand is unknown, so the replicas there are stay",
             bound=Bound.UNKNOWN_DEMAND,
         )
@@ -201,17 +209,17 @@ def propose(
         if state.panic_peak > best.replicas:
             return Proposal(
                 desired=state.panic_peak,
-                reason=Reason.PANIC,
+                reason=ScaleReason.PANIC,
                 detail=f"a burst needed {state.panic_peak}; none is removed while it may last",
                 signal=best.signal,
                 bound=Bound.PANIC,
             )
-    reason = Reason.STEADY
+    reason = ScaleReason.STEADY
     if best.replicas > status.supply:
         panicking = state.panic_until_s is not None
-        reason = Reason.PANIC if panicking else Reason.DEMAND
+        reason = ScaleReason.PANIC if panicking else ScaleReason.DEMAND
     elif best.replicas < status.supply:
-        reason = Reason.SCALE_DOWN
+        reason = ScaleReason.SCALE_DOWN
     return Proposal(desired=best.replicas, reason=reason, detail=best.text, signal=best.signal)
 
 
@@ -241,12 +249,12 @@ def wake(status: PoolStatus, proposal: Proposal, demand: WindowedDemand) -> Prop
         signal, detail = Signal.ARRIVALS, "a request came since the last decision"
     if status.supply > 0:
         return Proposal(
-            desired=1, reason=Reason.BUSY, detail=detail, signal=signal, bound=Bound.NEVER_ZERO
+            desired=1, reason=ScaleReason.BUSY, detail=detail, signal=signal, bound=Bound.NEVER_ZERO
         )
     desired = max(1, proposal.desired)
     if proposal.desired > 1:
         detail = f"{detail}; {proposal.detail}"
-    return Proposal(desired=desired, reason=Reason.WAKE, detail=detail, signal=signal)
+    return Proposal(desired=desired, reason=ScaleReason.WAKE, detail=detail, signal=signal)
 
 
 def limit_scale_down(
@@ -263,14 +271,16 @@ def limit_scale_down(
         return replace(
             proposal,
             desired=status.supply,
-            reason=Reason.UNKNOWN_DEMAND,
+            reason=ScaleReason.UNKNOWN_DEMAND,
             detail="demand is unknown, which is never a reason to remove a replica",
             bound=Bound.UNKNOWN_DEMAND,
         )
     if panic is not None and panic.replicas > proposal.desired:
         proposal = Proposal(
             desired=min(panic.replicas, status.supply),
-            reason=Reason.STEADY if panic.replicas >= status.supply else Reason.SCALE_DOWN,
+            reason=ScaleReason.STEADY
+            if panic.replicas >= status.supply
+            else ScaleReason.SCALE_DOWN,
             detail=panic.text,
             signal=panic.signal,
         )
@@ -281,7 +291,7 @@ def limit_scale_down(
         proposal = replace(
             proposal,
             desired=min(most, status.supply),
-            reason=Reason.SCALE_DOWN_DELAYED,
+            reason=ScaleReason.SCALE_DOWN_DELAYED,
             detail=f"{proposal.detail}; the largest recommendation of the last "
             f"{policy.scale_down_delay_s:g} s is {most}",
             bound=Bound.SCALE_DOWN_DELAY,
@@ -291,7 +301,7 @@ def limit_scale_down(
         return replace(
             proposal,
             desired=there,
-            reason=Reason.STARTING,
+            reason=ScaleReason.STARTING,
             detail=f"{proposal.detail}; a replica is loading, none is removed before it is ready",
             bound=Bound.STARTING,
         )
@@ -308,8 +318,8 @@ def scale_to_zero(
 ) -> Proposal:
     """Go to zero, or stay there, only when idle long enough and nothing is on its way."""
     if status.supply == 0 and proposal.desired == 0:
-        return Proposal(desired=0, reason=Reason.AT_ZERO, detail="scaled to zero, no demand")
-    if status.loading or proposal.reason is Reason.UNKNOWN_DEMAND:
+        return Proposal(desired=0, reason=ScaleReason.AT_ZERO, detail="scaled to zero, no demand")
+    if status.loading or proposal.reason is ScaleReason.UNKNOWN_DEMAND:
         return proposal
     if is_unknown(demand) or demand.arrivals_total is None:
         if proposal.desired > 0:
@@ -317,7 +327,7 @@ def scale_to_zero(
         return replace(
             proposal,
             desired=1,
-            reason=Reason.UNKNOWN_DEMAND,
+            reason=ScaleReason.UNKNOWN_DEMAND,
             detail="demand is unknown, which is never a reason to go to zero",
             bound=Bound.UNKNOWN_DEMAND,
         )
@@ -325,7 +335,7 @@ def scale_to_zero(
     if now_s - max(moments, default=now_s) >= policy.idle_to_zero_s:
         return Proposal(
             desired=0,
-            reason=Reason.IDLE_TO_ZERO if status.supply else Reason.AT_ZERO,
+            reason=ScaleReason.IDLE_TO_ZERO if status.supply else ScaleReason.AT_ZERO,
             detail=f"no request for {policy.idle_to_zero_s:g} s",
         )
     if proposal.desired > 0:
@@ -333,7 +343,7 @@ def scale_to_zero(
     return replace(
         proposal,
         desired=1,
-        reason=Reason.IDLE,
+        reason=ScaleReason.IDLE,
         detail=f"no request; to zero after {policy.idle_to_zero_s:g} s of that",
         bound=Bound.IDLE_TO_ZERO,
     )
@@ -346,7 +356,7 @@ def apply_bounds(policy: PoolPolicy, status: PoolStatus, proposal: Proposal) -> 
         return replace(
             proposal,
             desired=policy.min_replicas,
-            reason=Reason.MINIMUM,
+            reason=ScaleReason.MINIMUM,
             bound=Bound.MIN_REPLICAS,
             detail=f"{proposal.detail}; min_replicas is {policy.min_replicas}",
         )
@@ -380,7 +390,7 @@ def apply_override(
     if override > 0:
         return Proposal(
             desired=override,
-            reason=Reason.OVERRIDE,
+            reason=ScaleReason.OVERRIDE,
             detail=f"an operator asked for {override}; without that: {proposal.desired}",
             signal=Signal.OVERRIDE,
         )
@@ -394,13 +404,16 @@ def apply_override(
     if obstacle is not None:
         return Proposal(
             desired=1,
-            reason=Reason.OVERRIDE_WAITS,
+            reason=ScaleReason.OVERRIDE_WAITS,
             detail=f"an operator asked for 0, but {obstacle}",
             signal=Signal.OVERRIDE,
             bound=Bound.NEVER_ZERO,
         )
     return Proposal(
-        desired=0, reason=Reason.OVERRIDE, detail="an operator asked for 0", signal=Signal.OVERRIDE
+        desired=0,
+        reason=ScaleReason.OVERRIDE,
+        detail="an operator asked for 0",
+        signal=Signal.OVERRIDE,
     )
 
 

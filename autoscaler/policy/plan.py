@@ -17,7 +17,7 @@ ENDING_STATES = ENDED_STATES | {State.DRAINING, State.STOPPING}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class ReplicaStatus:
     """A replica as the plan sees it, oldest first in a pool.
 
     ``recallable``: it drains only because it was not needed, and may go on. ``inflight_requests``
@@ -35,7 +35,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class ScalePlan:
     """Events for replicas there are, and how many new ones to schedule."""
 
     events: tuple[tuple[str, Event], ...] = ()
@@ -44,13 +44,13 @@ class Plan:
 
 def make_plan(
     desired: int,
-    replicas: Sequence[Candidate],
+    replicas: Sequence[ReplicaStatus],
     *,
     max_replicas: int | None = None,
     may_stop_loading: bool = False,
     may_stop_sleeping: bool = False,
     may_sleep: bool = False,
-) -> Plan:
+) -> ScalePlan:
     """What leads from the replicas there are to the desired number.
 
     To grow: call back what drains, wake what sleeps, start the rest; the cheapest first. To
@@ -76,12 +76,12 @@ def make_plan(
 
 def make_current_plan(
     desired: int,
-    replicas: Sequence[Candidate],
+    replicas: Sequence[ReplicaStatus],
     *,
     may_stop_loading: bool,
     may_stop_sleeping: bool,
     may_sleep: bool,
-) -> Plan:
+) -> ScalePlan:
     """The plan where no replica is outdated."""
     supply = [one for one in replicas if one.state in SUPPLY]
     missing = desired - len(supply)
@@ -91,7 +91,7 @@ def make_current_plan(
     if may_stop_sleeping and desired == 0:
         events += [(one.id, Event.STOP) for one in replicas if one.state is State.SLEEPING]
     if missing <= 0:
-        return Plan(events=tuple(events))
+        return ScalePlan(events=tuple(events))
     back = [
         (one.id, Event.KEEP)
         for one in reversed(replicas)
@@ -102,16 +102,16 @@ def make_current_plan(
     missing -= len(back[:missing])
     # One that is about to sleep is woken as soon as it does, which is sooner than a new start.
     missing -= sum(one.state is State.FALLING_ASLEEP for one in replicas)
-    return Plan(events=tuple(events), starts=max(0, missing))
+    return ScalePlan(events=tuple(events), starts=max(0, missing))
 
 
 def replace_outdated(
-    plan: Plan,
+    plan: ScalePlan,
     desired: int,
-    current: Sequence[Candidate],
-    outdated: Sequence[Candidate],
+    current: Sequence[ReplicaStatus],
+    outdated: Sequence[ReplicaStatus],
     max_replicas: int | None,
-) -> Plan:
+) -> ScalePlan:
     """The plan with what becomes of the outdated replicas: a new one is ready before one goes.
 
     Where a new one finds no room beside the others, one of them goes first, and the next only
@@ -133,10 +133,10 @@ def replace_outdated(
         there = sum(one.state in SUPPLY for one in current)
         there += sum(one.state not in ENDED_STATES for one in outdated)
         starts = min(starts, max(0, max_replicas + SURGE - there))
-    return Plan(events=(*plan.events, *events), starts=starts)
+    return ScalePlan(events=(*plan.events, *events), starts=starts)
 
 
-def waits_for_room(current: Sequence[Candidate], outdated: Sequence[Candidate]) -> bool:
+def waits_for_room(current: Sequence[ReplicaStatus], outdated: Sequence[ReplicaStatus]) -> bool:
     """Whether a new replica finds no room while nothing is on its way that would make some."""
     busy = any(one.state in LOADING for one in current)
     leaving = any(one.state in ENDING_STATES - ENDED_STATES for one in outdated)
@@ -144,7 +144,7 @@ def waits_for_room(current: Sequence[Candidate], outdated: Sequence[Candidate]) 
 
 
 def shrink(
-    surplus: int, supply: Sequence[Candidate], may_stop_loading: bool
+    surplus: int, supply: Sequence[ReplicaStatus], may_stop_loading: bool
 ) -> list[tuple[str, Event]]:
     """Whom to stop, the cheapest loss first."""
     newest = list(reversed(supply))
@@ -164,7 +164,7 @@ def shrink(
 
 
 def sleep_last(
-    events: list[tuple[str, Event]], supply: Sequence[Candidate]
+    events: list[tuple[str, Event]], supply: Sequence[ReplicaStatus]
 ) -> list[tuple[str, Event]]:
     """The same, but the last ready one to be stopped is put to sleep: one is enough to wake."""
     ready = {one.id for one in supply if one.state is State.READY}

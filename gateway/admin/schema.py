@@ -12,7 +12,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, SerializeAsAny
 
-from autoscaler.types import Bound, Reason, Signal, TierReport
+from autoscaler.types import Bound, ScaleReason, Signal, TierReport
 from modelcache.types import ModelEntry, Progress, Residency, Tier
 from router.types import ReplicaState
 
@@ -154,7 +154,7 @@ class DecisionEntry(AdminAnswer):
     desired: int
     supply: int
     """Replicas that are ready or on their way."""
-    reason: Reason
+    reason: ScaleReason
     detail: str
     """The reason in words."""
     signal: Signal

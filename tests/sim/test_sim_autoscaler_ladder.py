@@ -17,7 +17,7 @@ from autoscaler.backends.base import BackendError
 from autoscaler.policy.lifecycle import State
 from autoscaler.settings import AutoscalerSettings, PoolSettings
 from autoscaler.tiers.wake_times import WakeTimes
-from autoscaler.types import PoolReport, Reason
+from autoscaler.types import PoolReport, ScaleReason
 from modelcache.types import NoSpace, Tier
 
 QUICK = AutoscalerSettings(
@@ -407,7 +407,7 @@ class Watched(FakePreparer):
         busy = states - {State.FAILED, State.STOPPED}
         waiting = world.held.get("m", 0) + sum(world.inflight.values())
         # One that came in this very moment is seen by the next tick, and calls it off.
-        if busy or (waiting and world.loop._pools["m"].decision.reason is not Reason.AT_ZERO):  # type: ignore[union-attr]
+        if busy or (waiting and world.loop._pools["m"].decision.reason is not ScaleReason.AT_ZERO):  # type: ignore[union-attr]
             self.wrong.append(f"{what}: {states}, {waiting} wait")
 
 

@@ -10,7 +10,7 @@ from virtual_time import now, run_virtual
 
 from autoscaler.backends.base import StateInUse
 from autoscaler.settings import AutoscalerSettings
-from autoscaler.types import Reason
+from autoscaler.types import ScaleReason
 from router.types import ReplicaState
 
 QUICK = AutoscalerSettings(
@@ -72,7 +72,7 @@ def test_pool_goes_to_zero_when_idle_and_comes_back() -> None:
                 assert now() - idle_from_s >= QUICK.idle_to_zero_s
                 assert len(world.backend.started) == round_number
                 reasons = [one.decision.reason for one in world.loop.decisions("m")]
-                assert Reason.IDLE_TO_ZERO in reasons
+                assert ScaleReason.IDLE_TO_ZERO in reasons
 
     run_virtual(story())
 

@@ -12,7 +12,7 @@ from autoscaler.backends.base import BackendError, Unsupported
 from autoscaler.policy.lifecycle import State
 from autoscaler.settings import AutoscalerSettings, PoolSettings
 from autoscaler.tiers.preparer import NodePreparer
-from autoscaler.types import Reason
+from autoscaler.types import ScaleReason
 from router.types import ReplicaState
 
 QUICK = AutoscalerSettings(
@@ -69,7 +69,7 @@ def test_scale_to_zero_waits_for_streams_and_requests_still_wake() -> None:
             assert len(world.ready()) == 1
             decision = world.loop.status().pools[0].last_decision
             assert decision is not None
-            assert decision.reason is Reason.OVERRIDE_WAITS
+            assert decision.reason is ScaleReason.OVERRIDE_WAITS
             await asyncio.gather(*tasks)
             await world.until(lambda: not world.views, 5.0)
             await asyncio.sleep(100.0)
@@ -224,13 +224,13 @@ def test_static_servers_are_watched_never_stopped_and_keep_their_number() -> Non
                 await world.loop.sleep("s")
             decision = world.loop.status().pools[0].last_decision
             assert decision is not None
-            assert (decision.desired, decision.reason) == (2, Reason.STATIC)
+            assert (decision.desired, decision.reason) == (2, ScaleReason.STATIC)
         urls = ["http://127.0.0.1:1"]
         async with World([static_pool(urls=urls)], QUICK, backend) as world:
             await asyncio.sleep(1.0)
             decision = world.loop.status().pools[0].last_decision
             assert decision is not None
-            assert (decision.desired, decision.reason) == (1, Reason.STATIC)
+            assert (decision.desired, decision.reason) == (1, ScaleReason.STATIC)
 
     run_virtual(story())
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from virtual_time import now, run_virtual
 
 from autoscaler.settings import AutoscalerSettings, PoolSettings
-from autoscaler.types import Bound, Decision, Reason
+from autoscaler.types import Bound, Decision, ScaleReason
 from router.types import ReplicaState
 
 QUICK = AutoscalerSettings(
@@ -104,7 +104,7 @@ def test_a_removed_pool_stays_while_its_requests_are_not_known() -> None:
             world.blind = True
             world.set_pools()
             await asyncio.sleep(300.0)
-            assert decision(world).reason is Reason.UNKNOWN_DEMAND
+            assert decision(world).reason is ScaleReason.UNKNOWN_DEMAND
             assert len(world.ready()) == 1
             world.blind = False
             await stream

@@ -9,7 +9,7 @@ from fake_fleet import FakeBackend, World, process_pool
 from virtual_time import now, run_virtual
 
 from autoscaler.settings import AutoscalerSettings
-from autoscaler.types import Observation, Reason
+from autoscaler.types import Observation, ScaleReason
 from router.types import ReplicaState
 
 TOKENS_EACH = 100
@@ -55,7 +55,7 @@ def test_trap_3_request_that_came_and_went_between_two_ticks_still_wakes(signall
             else:
                 world.arrivals["m"] = 1
             await world.until(lambda: len(backend.started) == 1, 2.0)
-            assert any(one.decision.reason is Reason.WAKE for one in world.loop.decisions("m"))
+            assert any(one.decision.reason is ScaleReason.WAKE for one in world.loop.decisions("m"))
 
     run_virtual(story())
 
@@ -109,7 +109,7 @@ def test_trap_6_unknown_demand_is_not_zero_and_removes_nothing(failure: str) -> 
             await asyncio.sleep(3_600.0)
             assert len(w.ready()) == fleet
             assert backend.stopped == []
-            assert w.loop.status().pools[0].last_decision.reason is Reason.UNKNOWN_DEMAND
+            assert w.loop.status().pools[0].last_decision.reason is ScaleReason.UNKNOWN_DEMAND
 
     run_virtual(story())
 

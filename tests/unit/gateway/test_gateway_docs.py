@@ -210,7 +210,7 @@ def metric_families() -> list[Any]:
     report = types.FleetReport(
         at_s=0.0,
         pools=(pool,),
-        decisions={("p", types.Reason.WAKE): 1},
+        decisions={("p", types.ScaleReason.WAKE): 1},
         errors={"observe": 1},
     )
     shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
@@ -280,7 +280,7 @@ def test_label_values_are_explained() -> None:
     }
     assert set(rows_of(METRICS, "`outcome` of `tidegate_requests_total`")) == outcomes
     reasons = rows_of(METRICS, "`reason` of `tidegate_decisions_total`")
-    assert set(reasons) == set(types.Reason)
+    assert set(reasons) == set(types.ScaleReason)
     assert set(rows_of(METRICS, "`tier` of `tidegate_tier`")) == set(TIERS)
     assert set(rows_of(METRICS, "`kind` of `tidegate_cache_bytes`")) == set(
         metrics_page.CACHE_KINDS

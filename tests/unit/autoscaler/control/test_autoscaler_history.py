@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from autoscaler.control.decision_log import DecisionHistory
-from autoscaler.types import Bound, Decision, Reason
+from autoscaler.types import Bound, Decision, ScaleReason
 
-ONE = Decision(pool="m", at_s=1.0, desired=1, supply=1, reason=Reason.STEADY, detail="first")
+ONE = Decision(pool="m", at_s=1.0, desired=1, supply=1, reason=ScaleReason.STEADY, detail="first")
 
 
 def test_equal_decisions_in_a_row_count_as_one() -> None:
@@ -27,7 +27,7 @@ def test_history_is_bounded_and_counts_are_not_lost() -> None:
     for number in range(100):
         history.add(replace(ONE, desired=number, at_s=float(number)))
     assert [past.decision.desired for past in history.of("m")] == [97, 98, 99]
-    assert history.counts() == {("m", Reason.STEADY): 100}
+    assert history.counts() == {("m", ScaleReason.STEADY): 100}
 
 
 def test_pools_do_not_mix() -> None:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from autoscaler.policy.decide import RECENT_BUCKETS, DecideState, decide, decide_removed
 from autoscaler.settings import AutoscalerSettings, PoolSettings, make_policy
-from autoscaler.types import Bound, PoolPolicy, PoolStatus, Reason, Signal, WindowedDemand
+from autoscaler.types import Bound, PoolPolicy, PoolStatus, ScaleReason, Signal, WindowedDemand
 
+R = ScaleReason
 NOW = 10_000.0
 POLICY = make_policy(
     PoolSettings.model_validate(
@@ -52,165 +53,165 @@ TWO = replace(POLICY, min_replicas=2)
 
 CASES = [
     # name, policy, status, demand, state, desired, reason, signal, bound
-    ("no demand", POLICY, PoolStatus(), known(), QUIET, 0, Reason.AT_ZERO, "none", None),
+    ("no demand", POLICY, PoolStatus(), known(), QUIET, 0, R.AT_ZERO, "none", None),
     (
         "first request", POLICY, PoolStatus(), known(300, 1), QUIET,
-        1, Reason.WAKE, Signal.HELD, None,
+        1, R.WAKE, Signal.HELD, None,
     ),
     (
         "first burst", POLICY, PoolStatus(), known(3_500, 9), QUIET,
-        4, Reason.WAKE, Signal.HELD, None,
+        4, R.WAKE, Signal.HELD, None,
     ),
     (
         "huge burst is bounded per decision", POLICY, PoolStatus(), known(9_500, 30), QUIET,
-        4, Reason.WAKE, Signal.HELD, Bound.MAX_SCALE_UP,
+        4, R.WAKE, Signal.HELD, Bound.MAX_SCALE_UP,
     ),
     (
         "came and went", POLICY, PoolStatus(), known(arrivals=1), QUIET,
-        1, Reason.WAKE, Signal.ARRIVALS, None,
+        1, R.WAKE, Signal.ARRIVALS, None,
     ),
     (
         "counter was reset", POLICY, PoolStatus(), known(arrivals=2),
-        replace(QUIET, arrivals_total=50), 1, Reason.WAKE, Signal.ARRIVALS, None,
+        replace(QUIET, arrivals_total=50), 1, R.WAKE, Signal.ARRIVALS, None,
     ),
     (
         "poked though demand is unknown", POLICY, PoolStatus(wake_signal=True), UNKNOWN, QUIET,
-        1, Reason.WAKE, Signal.HELD, None,
+        1, R.WAKE, Signal.HELD, None,
     ),
     (
         "unknown demand at zero starts none", POLICY, PoolStatus(), UNKNOWN, QUIET,
-        0, Reason.AT_ZERO, "none", None,
+        0, R.AT_ZERO, "none", None,
     ),
     (
         "more is needed", POLICY, PoolStatus(ready=1), known(1_500, 3), RECENT,
-        2, Reason.PANIC, Signal.STABLE_TOKENS, None,
+        2, R.PANIC, Signal.STABLE_TOKENS, None,
     ),
     (
         "a little more is needed", POLICY, PoolStatus(ready=4), known(4_500, 9), RECENT,
-        5, Reason.DEMAND, Signal.STABLE_TOKENS, None,
+        5, R.DEMAND, Signal.STABLE_TOKENS, None,
     ),
     (
         "exactly what is there", POLICY, PoolStatus(ready=4), known(4_000, 9), RECENT,
-        4, Reason.STEADY, Signal.STABLE_TOKENS, None,
+        4, R.STEADY, Signal.STABLE_TOKENS, None,
     ),
     (
         "pending replicas are supply", POLICY, PoolStatus(ready=1, starting=2, scheduled=1),
-        known(4_000, 9), RECENT, 4, Reason.STEADY, Signal.STABLE_TOKENS, None,
+        known(4_000, 9), RECENT, 4, R.STEADY, Signal.STABLE_TOKENS, None,
     ),
     (
         "maximum", POLICY, PoolStatus(ready=9), known(99_000, 99), RECENT,
-        10, Reason.PANIC, Signal.STABLE_TOKENS, Bound.MAX_REPLICAS,
+        10, R.PANIC, Signal.STABLE_TOKENS, Bound.MAX_REPLICAS,
     ),
     (
         "minimum from nothing", TWO, PoolStatus(), known(), QUIET,
-        2, Reason.MINIMUM, "none", Bound.MIN_REPLICAS,
+        2, R.MINIMUM, "none", Bound.MIN_REPLICAS,
     ),
     (
         "minimum holds when idle", TWO, PoolStatus(ready=2), known(), QUIET,
-        2, Reason.MINIMUM, "none", Bound.MIN_REPLICAS,
+        2, R.MINIMUM, "none", Bound.MIN_REPLICAS,
     ),
     (
         "minimum though demand is unknown", TWO, PoolStatus(ready=1), UNKNOWN, QUIET,
-        2, Reason.MINIMUM, "none", Bound.MIN_REPLICAS,
+        2, R.MINIMUM, "none", Bound.MIN_REPLICAS,
     ),
     (
         "idle, not long enough", POLICY, PoolStatus(ready=1), known(), RECENT,
-        1, Reason.IDLE, Signal.STABLE_TOKENS, Bound.IDLE_TO_ZERO,
+        1, R.IDLE, Signal.STABLE_TOKENS, Bound.IDLE_TO_ZERO,
     ),
     (
         "idle long enough", POLICY, PoolStatus(ready=1), known(), QUIET,
-        0, Reason.IDLE_TO_ZERO, "none", None,
+        0, R.IDLE_TO_ZERO, "none", None,
     ),
     (
         "idle since it became ready only", POLICY, PoolStatus(ready=1, ready_at_s=NOW - 10),
-        known(), QUIET, 1, Reason.IDLE, Signal.STABLE_TOKENS, Bound.IDLE_TO_ZERO,
+        known(), QUIET, 1, R.IDLE, Signal.STABLE_TOKENS, Bound.IDLE_TO_ZERO,
     ),
     (
         "idle, but loading", POLICY, PoolStatus(starting=1), known(), QUIET,
-        1, Reason.STARTING, Signal.STABLE_TOKENS, Bound.STARTING,
+        1, R.STARTING, Signal.STABLE_TOKENS, Bound.STARTING,
     ),
     (
         "idle, but waking", POLICY, PoolStatus(waking=1), known(), QUIET,
-        1, Reason.STARTING, Signal.STABLE_TOKENS, Bound.STARTING,
+        1, R.STARTING, Signal.STABLE_TOKENS, Bound.STARTING,
     ),
     (
         "idle crash loop is given up", POLICY, PoolStatus(scheduled=1), known(), QUIET,
-        0, Reason.IDLE_TO_ZERO, "none", None,
+        0, R.IDLE_TO_ZERO, "none", None,
     ),
     (
         "idle, arrivals unknown", POLICY, PoolStatus(ready=1),
         replace(known(), arrivals_total=None), QUIET,
-        1, Reason.UNKNOWN_DEMAND, Signal.STABLE_TOKENS, Bound.UNKNOWN_DEMAND,
+        1, R.UNKNOWN_DEMAND, Signal.STABLE_TOKENS, Bound.UNKNOWN_DEMAND,
     ),
     (
         "unknown removes nothing", POLICY, PoolStatus(ready=3), UNKNOWN, QUIET,
-        3, Reason.UNKNOWN_DEMAND, "none", Bound.UNKNOWN_DEMAND,
+        3, R.UNKNOWN_DEMAND, "none", Bound.UNKNOWN_DEMAND,
     ),
     (
         "unknown now, little before", POLICY, PoolStatus(ready=3),
         WindowedDemand(stable_tokens=10.0, panic_tokens=0.0, arrivals_total=0), QUIET,
-        3, Reason.UNKNOWN_DEMAND, Signal.STABLE_TOKENS, Bound.UNKNOWN_DEMAND,
+        3, R.UNKNOWN_DEMAND, Signal.STABLE_TOKENS, Bound.UNKNOWN_DEMAND,
     ),
     (
         "half unknown is unknown", POLICY, PoolStatus(ready=3),
         replace(known(), tokens=None), QUIET,
-        3, Reason.UNKNOWN_DEMAND, Signal.STABLE_TOKENS, Bound.UNKNOWN_DEMAND,
+        3, R.UNKNOWN_DEMAND, Signal.STABLE_TOKENS, Bound.UNKNOWN_DEMAND,
     ),
     (
         "a stream keeps the last one", replace(POLICY, idle_to_zero_s=0.0), PoolStatus(ready=1),
         replace(known(0, 1), stable_tokens=0.0, panic_tokens=0.0), QUIET,
-        1, Reason.BUSY, Signal.HELD, Bound.NEVER_ZERO,
+        1, R.BUSY, Signal.HELD, Bound.NEVER_ZERO,
     ),
     (
         "fewer are needed", POLICY, PoolStatus(ready=5), known(1_500, 3), RECENT,
-        2, Reason.SCALE_DOWN, Signal.STABLE_TOKENS, None,
+        2, R.SCALE_DOWN, Signal.STABLE_TOKENS, None,
     ),
     (
         "fewer by the long mean, not by the short", POLICY, PoolStatus(ready=5),
-        known(1_500, 3, panic=4_500), RECENT, 5, Reason.STEADY, Signal.PANIC_TOKENS, None,
+        known(1_500, 3, panic=4_500), RECENT, 5, R.STEADY, Signal.PANIC_TOKENS, None,
     ),
     (
         "fewer, but one is loading", POLICY, PoolStatus(ready=2, starting=2), known(500, 3),
-        RECENT, 4, Reason.STARTING, Signal.STABLE_TOKENS, Bound.STARTING,
+        RECENT, 4, R.STARTING, Signal.STABLE_TOKENS, Bound.STARTING,
     ),
     (
         "many small requests", replace(POLICY, target_inflight_requests=4),
         PoolStatus(ready=5), known(100, 19), RECENT,
-        5, Reason.STEADY, Signal.STABLE_REQUESTS, None,
+        5, R.STEADY, Signal.STABLE_REQUESTS, None,
     ),
     (
         "an operator's number", POLICY, PoolStatus(ready=1, override=7), known(), QUIET,
-        7, Reason.OVERRIDE, Signal.OVERRIDE, None,
+        7, R.OVERRIDE, Signal.OVERRIDE, None,
     ),
     (
         "an operator's number below the need", POLICY, PoolStatus(ready=5, override=2),
-        known(5_000, 9), RECENT, 2, Reason.OVERRIDE, Signal.OVERRIDE, None,
+        known(5_000, 9), RECENT, 2, R.OVERRIDE, Signal.OVERRIDE, None,
     ),
     (
         "an operator's zero", TWO, PoolStatus(ready=2, override=0), known(), RECENT,
-        0, Reason.OVERRIDE, Signal.OVERRIDE, None,
+        0, R.OVERRIDE, Signal.OVERRIDE, None,
     ),
     (
         "an operator's zero waits", TWO, PoolStatus(ready=2, override=0), known(100, 1), RECENT,
-        1, Reason.OVERRIDE_WAITS, Signal.OVERRIDE, Bound.NEVER_ZERO,
+        1, R.OVERRIDE_WAITS, Signal.OVERRIDE, Bound.NEVER_ZERO,
     ),
     (
         "an operator's zero is woken", POLICY, PoolStatus(override=0, wake_signal=True), known(),
         QUIET,
-        1, Reason.OVERRIDE_WAITS, Signal.OVERRIDE, Bound.NEVER_ZERO,
+        1, R.OVERRIDE_WAITS, Signal.OVERRIDE, Bound.NEVER_ZERO,
     ),
     (
         "an operator's zero, unknown demand", POLICY, PoolStatus(ready=1, override=0), UNKNOWN,
-        QUIET, 1, Reason.OVERRIDE_WAITS, Signal.OVERRIDE, Bound.NEVER_ZERO,
+        QUIET, 1, R.OVERRIDE_WAITS, Signal.OVERRIDE, Bound.NEVER_ZERO,
     ),
     (
         "put to sleep", TWO, PoolStatus(sleeping=2, sleep_requested=True), known(5_000), RECENT,
-        0, Reason.SLEEP_REQUESTED, "none", None,
+        0, R.SLEEP_REQUESTED, "none", None,
     ),
     (
         "put to sleep, then a request", POLICY,
         PoolStatus(sleeping=2, sleep_requested=True, wake_signal=True),
-        known(), QUIET, 1, Reason.WAKE, Signal.HELD, None,
+        known(), QUIET, 1, R.WAKE, Signal.HELD, None,
     ),
 ]  # fmt: skip
 
@@ -225,7 +226,7 @@ def test_decision(
     demand: WindowedDemand,
     state: DecideState,
     desired: int,
-    reason: Reason,
+    reason: ScaleReason,
     signal: str,
     bound: Bound | None,
 ) -> None:
@@ -239,17 +240,26 @@ def test_decision(
 @pytest.mark.parametrize(
     ("status", "demand", "desired", "reason", "bound"),
     [
-        pytest.param(PoolStatus(ready=2), known(), 0, Reason.REMOVED, None, id="idle"),
-        pytest.param(PoolStatus(starting=1), known(), 0, Reason.REMOVED, None, id="starting"),
-        pytest.param(PoolStatus(ready=2), known(10, 1), 1, Reason.REMOVED, None, id="busy"),
-        pytest.param(PoolStatus(), known(10, 1), 1, Reason.REMOVED, None, id="held"),
+        pytest.param(PoolStatus(ready=2), known(), 0, R.REMOVED, None, id="idle"),
+        pytest.param(PoolStatus(starting=1), known(), 0, R.REMOVED, None, id="starting"),
+        pytest.param(PoolStatus(ready=2), known(10, 1), 1, R.REMOVED, None, id="busy"),
+        pytest.param(PoolStatus(), known(10, 1), 1, R.REMOVED, None, id="held"),
         pytest.param(
-            PoolStatus(ready=2), UNKNOWN, 2, Reason.UNKNOWN_DEMAND, Bound.UNKNOWN_DEMAND, id="blind"
+            PoolStatus(ready=2),
+            UNKNOWN,
+            2,
+            R.UNKNOWN_DEMAND,
+            Bound.UNKNOWN_DEMAND,
+            id="blind",
         ),
     ],
 )
 def test_a_removed_pool_serves_what_it_has_and_ends(
-    status: PoolStatus, demand: WindowedDemand, desired: int, reason: Reason, bound: Bound | None
+    status: PoolStatus,
+    demand: WindowedDemand,
+    desired: int,
+    reason: ScaleReason,
+    bound: Bound | None,
 ) -> None:
     at_once = replace(TWO, scale_down_delay_s=0.0)
     decision, _ = decide_removed(at_once, status, demand, QUIET, NOW)
@@ -265,10 +275,10 @@ def test_scale_down_waits_for_the_delay() -> None:
         decision, state = decide(POLICY, PoolStatus(ready=ready), demand, state, now_s)
         if second <= POLICY.scale_down_delay_s:
             assert decision.desired == 5
-            assert decision.reason is Reason.SCALE_DOWN_DELAYED
+            assert decision.reason is R.SCALE_DOWN_DELAYED
             assert decision.bound is Bound.SCALE_DOWN_DELAY
         elif second > POLICY.scale_down_delay_s * (1 + 2 / RECENT_BUCKETS):
-            assert (decision.desired, decision.reason) == (2, Reason.SCALE_DOWN)
+            assert (decision.desired, decision.reason) == (2, R.SCALE_DOWN)
     assert decision.desired == 2
 
 
@@ -294,7 +304,7 @@ def test_panic_only_grows_and_ends_a_stable_window_after_its_last_cause() -> Non
     assert not decision.panicking
     # What the panic recommended still counts for the delay: no collapse.
     assert decision.desired == 6
-    assert decision.reason is Reason.SCALE_DOWN_DELAYED
+    assert decision.reason is R.SCALE_DOWN_DELAYED
 
 
 def test_without_a_delay_the_end_of_a_panic_follows_the_mean_of_what_has_come_since() -> None:
@@ -311,7 +321,7 @@ def test_idle_time_counts_over_a_gap_in_which_nothing_was_known() -> None:
     decision, state = decide(POLICY, PoolStatus(ready=1), UNKNOWN, state, NOW + 299)
     assert decision.desired == 1
     decision, state = decide(POLICY, PoolStatus(ready=1), known(arrivals=7), state, NOW + 301)
-    assert (decision.desired, decision.reason) == (0, Reason.IDLE_TO_ZERO)
+    assert (decision.desired, decision.reason) == (0, R.IDLE_TO_ZERO)
 
 
 def test_request_in_the_gap_counts() -> None:
@@ -396,5 +406,9 @@ def test_whatever_is_known_the_invariants_hold(
             assert desired >= loaded, "one that loads would be taken away"
         if decision.panicking:
             quiet = not (held or demand.some_requests or arrived)
-            idle = decision.reason in {Reason.IDLE_TO_ZERO, Reason.AT_ZERO, Reason.MINIMUM}
+            idle = decision.reason in {
+                R.IDLE_TO_ZERO,
+                R.AT_ZERO,
+                R.MINIMUM,
+            }
             assert desired >= min(status.supply, policy.max_replicas) or (quiet and idle)

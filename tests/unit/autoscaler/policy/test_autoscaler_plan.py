@@ -8,144 +8,152 @@ from hypothesis import strategies as st
 
 from autoscaler.policy.lifecycle import Event, State
 from autoscaler.policy.placement import GpuCapacity, GpuUse, assign_cpus, assign_gpus
-from autoscaler.policy.plan import LOADING, SUPPLY, Candidate, Plan, make_plan
+from autoscaler.policy.plan import LOADING, SUPPLY, ReplicaStatus, ScalePlan, make_plan
 
 
-def some(*states: State, recallable: bool = True) -> list[Candidate]:
+def some(*states: State, recallable: bool = True) -> list[ReplicaStatus]:
     """Replicas named a, b, c... in these states, oldest first."""
     return [
-        Candidate(id=chr(97 + number), state=state, recallable=recallable)
+        ReplicaStatus(id=chr(97 + number), state=state, recallable=recallable)
         for number, state in enumerate(states)
     ]
 
 
 S = State
 CASES = [
-    ("nothing to do", 1, some(S.READY), Plan()),
-    ("from zero", 2, [], Plan(starts=2)),
-    ("pending ones count", 3, some(S.SCHEDULED, S.STARTING, S.WAKING), Plan()),
-    ("stopping ones do not", 1, some(S.STOPPING, S.FAILED), Plan(starts=1)),
+    ("nothing to do", 1, some(S.READY), ScalePlan()),
+    ("from zero", 2, [], ScalePlan(starts=2)),
+    ("pending ones count", 3, some(S.SCHEDULED, S.STARTING, S.WAKING), ScalePlan()),
+    ("stopping ones do not", 1, some(S.STOPPING, S.FAILED), ScalePlan(starts=1)),
     (
         "call back before waking before starting",
         3,
         some(S.DRAINING, S.SLEEPING, S.DRAINING_TO_SLEEP),
-        Plan(events=(("c", Event.KEEP), ("a", Event.KEEP), ("b", Event.WAKE))),
+        ScalePlan(events=(("c", Event.KEEP), ("a", Event.KEEP), ("b", Event.WAKE))),
     ),
-    ("then start", 2, some(S.SLEEPING), Plan(events=(("a", Event.WAKE),), starts=1)),
+    ("then start", 2, some(S.SLEEPING), ScalePlan(events=(("a", Event.WAKE),), starts=1)),
     (
         "an operator's drain is not called back",
         1,
         some(S.DRAINING, recallable=False),
-        Plan(starts=1),
+        ScalePlan(starts=1),
     ),
-    ("one that is falling asleep will be woken", 1, some(S.FALLING_ASLEEP), Plan()),
+    ("one that is falling asleep will be woken", 1, some(S.FALLING_ASLEEP), ScalePlan()),
     (
         "waiting ones go first",
         1,
         some(S.READY, S.SCHEDULED, S.SCHEDULED),
-        Plan(events=(("c", Event.STOP), ("b", Event.STOP))),
+        ScalePlan(events=(("c", Event.STOP), ("b", Event.STOP))),
     ),
     (
         "unhealthy before ready",
         1,
         some(S.UNHEALTHY, S.READY),
-        Plan(events=(("a", Event.STOP),)),
+        ScalePlan(events=(("a", Event.STOP),)),
     ),
-    ("loading ones stay, and no ready one goes instead", 1, some(S.READY, S.STARTING), Plan()),
-    ("to zero", 0, some(S.READY, S.SLEEPING), Plan(events=(("a", Event.STOP),))),
+    ("loading ones stay, and no ready one goes instead", 1, some(S.READY, S.STARTING), ScalePlan()),
+    ("to zero", 0, some(S.READY, S.SLEEPING), ScalePlan(events=(("a", Event.STOP),))),
 ]
 
 
 @pytest.mark.parametrize(
     ("desired", "replicas", "plan"), [pytest.param(*case[1:], id=case[0]) for case in CASES]
 )
-def test_plan(desired: int, replicas: list[Candidate], plan: Plan) -> None:
+def test_plan(desired: int, replicas: list[ReplicaStatus], plan: ScalePlan) -> None:
     assert make_plan(desired, replicas) == plan
 
 
 RESTS = [
-    ("one that is idle sleeps", 0, some(S.READY), Plan(events=(("a", Event.SLEEP),))),
+    ("one that is idle sleeps", 0, some(S.READY), ScalePlan(events=(("a", Event.SLEEP),))),
     (
         "of several, one",
         0,
         some(S.READY, S.READY, S.UNHEALTHY),
-        Plan(events=(("c", Event.STOP), ("b", Event.STOP), ("a", Event.SLEEP))),
+        ScalePlan(events=(("c", Event.STOP), ("b", Event.STOP), ("a", Event.SLEEP))),
     ),
-    ("what is ill does not", 0, some(S.UNHEALTHY), Plan(events=(("a", Event.STOP),))),
-    ("only at zero", 1, some(S.READY, S.READY), Plan(events=(("b", Event.STOP),))),
-    ("what sleeps goes on", 0, some(S.SLEEPING), Plan()),
+    ("what is ill does not", 0, some(S.UNHEALTHY), ScalePlan(events=(("a", Event.STOP),))),
+    ("only at zero", 1, some(S.READY, S.READY), ScalePlan(events=(("b", Event.STOP),))),
+    ("what sleeps goes on", 0, some(S.SLEEPING), ScalePlan()),
 ]
 
 
 @pytest.mark.parametrize(
     ("desired", "replicas", "plan"), [pytest.param(*case[1:], id=case[0]) for case in RESTS]
 )
-def test_to_zero_by_way_of_sleep(desired: int, replicas: list[Candidate], plan: Plan) -> None:
+def test_to_zero_by_way_of_sleep(
+    desired: int, replicas: list[ReplicaStatus], plan: ScalePlan
+) -> None:
     assert make_plan(desired, replicas, may_sleep=True) == plan
 
 
-def old(*states: State, busy: int | None = None) -> list[Candidate]:
+def old(*states: State, busy: int | None = None) -> list[ReplicaStatus]:
     """Outdated replicas named z, y, x..., oldest first."""
     return [
-        Candidate(id=chr(122 - number), state=state, outdated=True, inflight_requests=busy)
+        ReplicaStatus(id=chr(122 - number), state=state, outdated=True, inflight_requests=busy)
         for number, state in enumerate(states)
     ]
 
 
-NO_ROOM = [Candidate(id="a", state=S.SCHEDULED, no_room=True)]
+NO_ROOM = [ReplicaStatus(id="a", state=S.SCHEDULED, no_room=True)]
 
 REPLACEMENTS = [
-    ("a new one is started beside it", 1, 1, old(S.READY), Plan(starts=1)),
-    ("the old one stays while it loads", 1, 1, old(S.READY) + some(S.STARTING), Plan()),
+    ("a new one is started beside it", 1, 1, old(S.READY), ScalePlan(starts=1)),
+    ("the old one stays while it loads", 1, 1, old(S.READY) + some(S.STARTING), ScalePlan()),
     (
         "and goes when it is ready",
         1,
         1,
         old(S.READY) + some(S.READY),
-        Plan(events=(("z", Event.STOP),)),
+        ScalePlan(events=(("z", Event.STOP),)),
     ),
-    ("not while the new one is unhealthy", 1, 1, old(S.READY) + some(S.UNHEALTHY), Plan()),
-    ("one more than the most at a time", 3, 3, old(S.READY, S.READY, S.READY), Plan(starts=1)),
-    ("as many as there is room for", 2, 8, old(S.READY, S.READY), Plan(starts=2)),
+    ("not while the new one is unhealthy", 1, 1, old(S.READY) + some(S.UNHEALTHY), ScalePlan()),
+    ("one more than the most at a time", 3, 3, old(S.READY, S.READY, S.READY), ScalePlan(starts=1)),
+    ("as many as there is room for", 2, 8, old(S.READY, S.READY), ScalePlan(starts=2)),
     (
         "the next when the one before has ended",
         2,
         2,
         old(S.DRAINING, S.READY) + some(S.READY),
-        Plan(),
+        ScalePlan(),
     ),
-    ("which has ended", 2, 2, old(S.STOPPED, S.READY) + some(S.READY), Plan(starts=1)),
+    ("which has ended", 2, 2, old(S.STOPPED, S.READY) + some(S.READY), ScalePlan(starts=1)),
     (
         "what does not serve goes at once",
         1,
         2,
         old(S.SCHEDULED, S.PREPARING, S.UNHEALTHY, S.DRAINING_TO_SLEEP, S.FALLING_ASLEEP),
-        Plan(events=tuple((name, Event.STOP) for name in "zyxwv")),
+        ScalePlan(events=tuple((name, Event.STOP) for name in "zyxwv")),
     ),
-    ("one that starts is waited for", 1, 1, old(S.STARTING), Plan(starts=1)),
+    ("one that starts is waited for", 1, 1, old(S.STARTING), ScalePlan(starts=1)),
     (
         "what sleeps is not woken",
         1,
         1,
         old(S.SLEEPING),
-        Plan(events=(("z", Event.STOP),), starts=1),
+        ScalePlan(events=(("z", Event.STOP),), starts=1),
     ),
     (
         "at zero all go",
         0,
         2,
         old(S.READY, S.SLEEPING),
-        Plan(events=(("y", Event.STOP), ("z", Event.STOP))),
+        ScalePlan(events=(("y", Event.STOP), ("z", Event.STOP))),
     ),
     (
         "without room one goes first",
         2,
         2,
         old(S.READY, S.READY) + NO_ROOM,
-        Plan(events=(("y", Event.STOP),), starts=0),
+        ScalePlan(events=(("y", Event.STOP),), starts=0),
     ),
-    ("and no other until it is gone", 2, 2, old(S.READY, S.STOPPING) + NO_ROOM, Plan()),
-    ("nor until its successor is ready", 2, 2, old(S.READY) + some(S.STARTING) + NO_ROOM, Plan()),
+    ("and no other until it is gone", 2, 2, old(S.READY, S.STOPPING) + NO_ROOM, ScalePlan()),
+    (
+        "nor until its successor is ready",
+        2,
+        2,
+        old(S.READY) + some(S.STARTING) + NO_ROOM,
+        ScalePlan(),
+    ),
 ]
 
 
@@ -154,23 +162,23 @@ REPLACEMENTS = [
     [pytest.param(*case[1:], id=case[0]) for case in REPLACEMENTS],
 )
 def test_outdated_replicas_are_replaced(
-    desired: int, most: int, replicas: list[Candidate], plan: Plan
+    desired: int, most: int, replicas: list[ReplicaStatus], plan: ScalePlan
 ) -> None:
     assert make_plan(desired, replicas, max_replicas=most) == plan
 
 
 def test_what_is_being_prepared_is_loading_and_an_operator_may_end_it() -> None:
     coming = some(S.PREPARING)
-    assert make_plan(1, coming) == Plan()
-    assert make_plan(0, coming) == Plan()
-    ended = Plan(events=(("a", Event.STOP),))
+    assert make_plan(1, coming) == ScalePlan()
+    assert make_plan(0, coming) == ScalePlan()
+    ended = ScalePlan(events=(("a", Event.STOP),))
     assert make_plan(0, coming, may_stop_loading=True) == ended
 
 
 def test_least_busy_goes_first_and_unknown_counts_as_busiest() -> None:
     loads = {"a": 3, "b": None, "c": 0, "d": 9}
     replicas = [
-        Candidate(id=name, state=State.READY, inflight_requests=load)
+        ReplicaStatus(id=name, state=State.READY, inflight_requests=load)
         for name, load in loads.items()
     ]
     order = [name for name, _ in make_plan(0, replicas).events]
@@ -188,7 +196,7 @@ def test_an_operator_may_stop_one_that_loads_and_ones_that_sleep() -> None:
     st.integers(0, 8),
     st.lists(
         st.builds(
-            Candidate,
+            ReplicaStatus,
             id=st.uuids().map(str),
             state=st.sampled_from(State),
             recallable=st.booleans(),
@@ -200,7 +208,7 @@ def test_an_operator_may_stop_one_that_loads_and_ones_that_sleep() -> None:
     st.booleans(),
 )
 def test_any_plan_leads_to_the_number_or_stays_above_it(
-    desired: int, replicas: list[Candidate], may_stop_loading: bool
+    desired: int, replicas: list[ReplicaStatus], may_stop_loading: bool
 ) -> None:
     plan = make_plan(desired, replicas, may_stop_loading=may_stop_loading)
     states = {one.id: one.state for one in replicas}
