@@ -72,44 +72,6 @@ def run(loaded: LoadedSettings) -> int:
         return 2
 
 
-def worker_config(settings: Settings) -> WorkerConfig:
-    """The settings a worker needs, flat; its index is set per worker."""
-    gateway, holding, router = settings.gateway, settings.gateway.holding, settings.router
-    return WorkerConfig(
-        index=0,
-        max_connections=gateway.max_connections,
-        max_head_bytes=gateway.max_head_bytes,
-        max_headers=gateway.max_headers,
-        max_body_bytes=gateway.max_body_bytes,
-        max_buffered_bytes=gateway.max_buffered_bytes,
-        peek_bytes=gateway.peek_bytes,
-        head_timeout_s=gateway.head_timeout_s,
-        body_timeout_s=gateway.body_timeout_s,
-        idle_timeout_s=gateway.idle_timeout_s,
-        request_timeout_s=gateway.request_timeout_s,
-        upstream_connect_timeout_s=gateway.upstream_connect_timeout_s,
-        upstream_idle_timeout_s=gateway.upstream_idle_timeout_s,
-        upstream_max_idle_connections=gateway.upstream_max_idle_connections,
-        upstream_keepalive_s=gateway.upstream_keepalive_s,
-        max_retries=gateway.max_retries,
-        drain_s=gateway.drain_s,
-        tls_certificate=_text(gateway.tls_certificate),
-        tls_key=_text(gateway.tls_key),
-        tls_reload_s=gateway.tls_reload_s,
-        cors_allow_origins=gateway.cors_allow_origins,
-        hold_max_requests=holding.max_requests,
-        hold_max_bytes=holding.max_bytes,
-        hold_deadline_s=holding.deadline_s,
-        hold_keepalive_s=holding.keepalive_s,
-        release_initial=holding.release_initial,
-        default_bytes_per_token=router.default_bytes_per_token,
-        default_output_tokens=router.default_output_tokens,
-        learning_rate=router.learning_rate,
-        max_inflight_requests=router.max_inflight_requests,
-        max_inflight_tokens=router.max_inflight_tokens,
-    )
-
-
 class _Tidegate:
     """Everything that runs, while it runs."""
 
@@ -152,7 +114,7 @@ class _Tidegate:
             wake_times=make_wake_times(settings),
         )
         self.workers = Workers(
-            worker_config(settings),
+            WorkerConfig(index=0, gateway=settings.gateway, router=settings.router),
             self.listeners,
             self.shared,
             on_wake_signal=self.loop.signal_wake,
@@ -331,7 +293,3 @@ def _log_end(*tasks: asyncio.Task[None] | None) -> None:
             and (error := task.exception()) is not None
         ):
             log.error("stopped by an internal error", exc_info=error)
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)

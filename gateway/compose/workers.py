@@ -252,7 +252,7 @@ class Workers:
         for entry in self.processes:
             self._send(entry, Drain())
         if self._tasks:
-            limit_s = self._config.drain_s + 2 * _EXIT_GRACE_S
+            limit_s = self._config.gateway.drain_s + 2 * _EXIT_GRACE_S
             _, late = await asyncio.wait(self._tasks, timeout=limit_s)
             for task in late:
                 task.cancel()

@@ -48,7 +48,7 @@ class ClientConnection(Downstream):
         self.keep_alive = True
         self.origin = None
         self.writing_paused = False
-        self.deadline_s: float = context.now() + context.config.head_timeout_s
+        self.deadline_s: float = context.now() + context.gateway.head_timeout_s
         self.exchange: Exchange | None = None
         self._buffer = b""
         self._scanned = 0  # so much of the buffer holds no end of a head
@@ -169,27 +169,27 @@ class ClientConnection(Downstream):
         if data.startswith(b"\r\n"):  # RFC 9112 2.2: empty lines before a request are skipped
             data = _EMPTY_LINES.sub(b"", data, count=1)
             seen = 0
-        config = self.context.config
+        gateway = self.context.gateway
         end = data.find(b"\r\n\r\n", seen - 3 if seen > 3 else 0)
         try:
             if end < 0:
-                if len(data) > config.max_head_bytes:
+                if len(data) > gateway.max_head_bytes:
                     raise self._head_too_large()
                 if has_bare_line_end(data, seen - 1 if seen else 0):
                     raise ApiError(400, Reason.BAD_REQUEST, "Header lines must end in CRLF.")
                 if data and not self._buffer:
-                    self.deadline_s = self.now() + config.head_timeout_s
+                    self.deadline_s = self.now() + gateway.head_timeout_s
                 self._buffer = data
                 self._scanned = len(data)
                 return
-            if end > config.max_head_bytes:
+            if end > gateway.max_head_bytes:
                 raise self._head_too_large()
             raw = data[: end + 4]
-            if raw.count(b"\r\n") - 2 > config.max_headers:
+            if raw.count(b"\r\n") - 2 > gateway.max_headers:
                 raise ApiError(
                     431,
                     Reason.HEAD_TOO_LARGE,
-                    f"The request has more than {config.max_headers} header lines.",
+                    f"The request has more than {gateway.max_headers} header lines.",
                 )
             head = parse_request_head(raw)
         except ApiError as error:
@@ -199,7 +199,7 @@ class ClientConnection(Downstream):
         self._request(head, data[end + 4 :])
 
     def _head_too_large(self) -> ApiError:
-        limit = self.context.config.max_head_bytes
+        limit = self.context.gateway.max_head_bytes
         return ApiError(
             431, Reason.HEAD_TOO_LARGE, f"The request head is larger than {limit} bytes."
         )
@@ -214,18 +214,18 @@ class ClientConnection(Downstream):
         now = context.now()
         exchange = Exchange(self, head, now)
         self.exchange = exchange
-        self.deadline_s = now + context.config.request_timeout_s
+        self.deadline_s = now + context.gateway.request_timeout_s
         length = head.content_length
         try:
             if not head.chunked and length == len(rest):
                 exchange.complete_at_once(rest)
                 return
-            if length > context.config.max_body_bytes:
+            if length > context.gateway.max_body_bytes:
                 self._reading_body = True  # it is still on its way: linger, or a reset ends it
                 raise ApiError(
                     413,
                     Reason.BODY_TOO_LARGE,
-                    f"The request body is larger than {context.config.max_body_bytes} bytes.",
+                    f"The request body is larger than {context.gateway.max_body_bytes} bytes.",
                 )
         except ApiError as error:
             exchange.reject(error)
@@ -241,10 +241,10 @@ class ClientConnection(Downstream):
         exchange = self.exchange
         if exchange is None:
             return
-        config = self.context.config
+        gateway = self.context.gateway
         self.deadline_s = min(
-            self.now() + config.body_timeout_s,
-            exchange.started_s + config.request_timeout_s,
+            self.now() + gateway.body_timeout_s,
+            exchange.started_s + gateway.request_timeout_s,
         )
         rest: bytes | None = None
         try:
@@ -262,7 +262,7 @@ class ClientConnection(Downstream):
             if rest is not None and self.exchange is exchange:
                 self._reading_body = False
                 self._buffer = rest
-                self.deadline_s = exchange.started_s + self.context.config.request_timeout_s
+                self.deadline_s = exchange.started_s + self.context.gateway.request_timeout_s
                 exchange.complete()
         except ApiError as error:
             if self._reading_body:
@@ -310,7 +310,7 @@ class ClientConnection(Downstream):
         if not self.keep_alive or self._closing or self.context.draining:
             self._close()
             return
-        self.deadline_s = self.now() + self.context.config.idle_timeout_s
+        self.deadline_s = self.now() + self.context.gateway.idle_timeout_s
         self._buffer = rest
         if self.writing_paused or len(rest) > _MAX_PIPELINED_BYTES:
             self.pause()
@@ -335,7 +335,7 @@ class ClientConnection(Downstream):
 
     def _close(self) -> None:
         self._closing = True
-        self.deadline_s = self.now() + self.context.config.idle_timeout_s
+        self.deadline_s = self.now() + self.context.gateway.idle_timeout_s
         self.transport.close()
 
     def reset(self) -> None:
@@ -361,7 +361,7 @@ class ClientConnection(Downstream):
 
     def sweep(self, now: float) -> None:
         """The deadline passed, or an answer may have stalled."""
-        exchange, config = self.exchange, self.context.config
+        exchange, gateway = self.exchange, self.context.gateway
         if exchange is None:
             if now >= self.deadline_s:
                 if self._closing or self.writing_paused:
@@ -374,7 +374,7 @@ class ClientConnection(Downstream):
                     self._close()
             return
         if now >= self.deadline_s:
-            end_s = exchange.started_s + config.request_timeout_s
+            end_s = exchange.started_s + gateway.request_timeout_s
             if now < end_s and self._paused:  # the replica is slow, not the client
                 self.deadline_s = end_s
             elif now < end_s:
@@ -388,7 +388,7 @@ class ClientConnection(Downstream):
                     ApiError(
                         504,
                         Reason.REQUEST_TIMEOUT,
-                        f"The request took longer than {config.request_timeout_s:g} s.",
+                        f"The request took longer than {gateway.request_timeout_s:g} s.",
                     )
                 )
         elif self._stalled(exchange, now):
@@ -402,7 +402,7 @@ class ClientConnection(Downstream):
                 ApiError(
                     504,
                     Reason.REPLICA_TIMEOUT,
-                    f"The model's replica sent nothing for {config.upstream_idle_timeout_s:g} s.",
+                    f"The model's replica sent nothing for {gateway.upstream_idle_timeout_s:g} s.",
                 )
             )
 
@@ -412,7 +412,7 @@ class ClientConnection(Downstream):
         since_s = exchange.last_s
         if self._reading_body:  # then it is the replica's turn only while it takes no more
             since_s = max(since_s, self._paused_s if self._paused else now)
-        return now - since_s >= self.context.config.upstream_idle_timeout_s
+        return now - since_s >= self.context.gateway.upstream_idle_timeout_s
 
     def drain(self) -> None:
         """No further request on this connection; one that runs is finished."""
@@ -456,7 +456,7 @@ class ClientConnections:
         self._open.add(client)
         counters[metrics.CONNECTIONS] += 1
         counters[metrics.ACCEPTED] += 1
-        return len(self._open) - self.context.config.max_connections
+        return len(self._open) - self.context.gateway.max_connections
 
     def closed(self, client: ClientConnection) -> None:
         """Forget a connection."""

@@ -25,8 +25,9 @@ _MAX_REPORTED_REPLICAS: Final = 4096
 
 class WorkerContext:
     """See the module. ``now`` is the event loop's clock, in seconds; ``random`` gives numbers in
-    [0, 1). ``send`` takes messages for the control process; ``is_orphaned`` says that this process
-    is gone, so that no engine will be woken any more."""
+    [0, 1). ``gateway`` and ``router`` are sections of the settings. ``send`` takes messages for
+    the control process; ``is_orphaned`` says that this process is gone, so that no engine will be
+    woken any more."""
 
     def __init__(
         self,
@@ -36,9 +37,9 @@ class WorkerContext:
         send: Callable[[ToControl], None],
         random: Callable[[], float],
     ) -> None:
+        self.index = config.index
         self.loop = loop
         self.now: Callable[[], float] = loop.time
-        self.config = config
         self.shared = shared
         self.random = random
         self.draining = False
@@ -46,21 +47,22 @@ class WorkerContext:
         self.started_wall_s = int(time.time())
         self.replica_slots = 0
         self.buffered_bytes = 0
-        self._counters_row: Any = shared.worker_counters(config.index)
+        self._counters_row: Any = shared.worker_counters(self.index)
         self.counters: list[int] = list(self._counters_row)
-        requests, tokens = shared.replica_rows(config.index)
+        requests, tokens = shared.replica_rows(self.index)
         self.ledger = Ledger(requests, tokens, self._read_others if shared.workers > 1 else None)
         self._ledger_read_s = 0.0
         self._send = send
         self._reported_s: dict[str, float] = {}
-        self._id_prefix = os.urandom(8).hex().encode() + b"%02x" % config.index
+        self._id_prefix = os.urandom(8).hex().encode() + b"%02x" % self.index
         self._ids = 0
         self.configure(config)
 
     def configure(self, config: WorkerConfig) -> None:
         """Take other settings from now on."""
-        self.config = config
-        self._cors = frozenset([origin.encode() for origin in config.cors_allow_origins])
+        self.gateway = config.gateway
+        self.router = config.router
+        self._cors = frozenset([origin.encode() for origin in config.gateway.cors_allow_origins])
 
     # To the control process
 
@@ -96,7 +98,7 @@ class WorkerContext:
             self.ledger.refresh()
 
     def _read_others(self) -> tuple[list[int], list[int]]:
-        return self.shared.other_rows(self.config.index, self.replica_slots)
+        return self.shared.other_rows(self.index, self.replica_slots)
 
     # What responses contain
 

@@ -145,13 +145,13 @@ class Exchange(PooledRequest):
     def feed(self, data: bytes) -> None:
         """Some of the body. Raises ``ApiError`` where it is too much."""
         context = self.client.context
-        config = context.config
+        gateway = context.gateway
         self.body_bytes += len(data)
-        if self.body_bytes > config.max_body_bytes:
+        if self.body_bytes > gateway.max_body_bytes:
             raise ApiError(
                 413,
                 Reason.BODY_TOO_LARGE,
-                f"The request body is larger than {config.max_body_bytes} bytes.",
+                f"The request body is larger than {gateway.max_body_bytes} bytes.",
             )
         if self.state >= SENT:
             self._forward(data)
@@ -162,14 +162,14 @@ class Exchange(PooledRequest):
         else:
             parts.append(data)
         context.buffered_bytes += len(data)
-        if context.buffered_bytes > config.max_buffered_bytes:
+        if context.buffered_bytes > gateway.max_buffered_bytes:
             raise ApiError(
                 503,
                 Reason.BUFFER_FULL,
                 "The gateway already holds as many request bytes as it may; try again.",
                 retry_after_s=1.0,
             )
-        if self.body_bytes >= config.peek_bytes and not self._peeked:
+        if self.body_bytes >= gateway.peek_bytes and not self._peeked:
             self._peek()
 
     def _peek(self) -> None:
@@ -578,7 +578,7 @@ class Exchange(PooledRequest):
             self.exclude = self.exclude | {target.view.replica.id}
         if not self.whole:
             self.client.resume()  # reading may be paused for the connection that is gone
-        if self._resendable and self.attempts <= self.client.context.config.max_retries:
+        if self._resendable and self.attempts <= self.client.context.gateway.max_retries:
             pool.counters.integers[metrics.RETRIES] += 1
             self.state = GATHER
             self.body_sent = False

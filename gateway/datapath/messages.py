@@ -3,51 +3,31 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from router.types import Fleet
+
+if TYPE_CHECKING:
+    from gateway.datapath.settings import GatewaySettings
+    from router.settings import RouterSettings
+else:
+    # A worker gets the values, which the control process has checked, and not pydantic, which
+    # would cost it about 10 MB of memory and half of the time of its start.
+    GatewaySettings = RouterSettings = SimpleNamespace
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _LENGTH = struct.Struct("!I")
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag="config"):
-    """A worker's configuration, sent at its start. Each field is documented where the user sets
-    it: ``gateway/settings/schema.py`` and ``router/settings.py``."""
+    """A worker's configuration: its number, and the sections of the settings that it needs."""
 
     index: int
-    max_connections: int
-    max_head_bytes: int
-    max_headers: int
-    max_body_bytes: int
-    max_buffered_bytes: int
-    peek_bytes: int
-    head_timeout_s: float
-    body_timeout_s: float
-    idle_timeout_s: float
-    request_timeout_s: float
-    upstream_connect_timeout_s: float
-    upstream_idle_timeout_s: float
-    upstream_max_idle_connections: int
-    upstream_keepalive_s: float
-    max_retries: int
-    drain_s: float
-    tls_certificate: str | None
-    tls_key: str | None
-    tls_reload_s: float
-    cors_allow_origins: tuple[str, ...]
-    hold_max_requests: int
-    hold_max_bytes: int
-    hold_deadline_s: float
-    hold_keepalive_s: float
-    release_initial: int
-    default_bytes_per_token: float
-    default_output_tokens: int
-    learning_rate: float
-    max_inflight_requests: int
-    max_inflight_tokens: int | None
+    gateway: GatewaySettings
+    router: RouterSettings
 
 
 class FleetUpdate(msgspec.Struct, frozen=True, tag="fleet"):
@@ -81,7 +61,23 @@ class FailureReport(msgspec.Struct, frozen=True, tag="failure"):
 ToWorker = WorkerConfig | FleetUpdate | Drain
 ToControl = Listening | WakeSignal | FailureReport
 
-_encode = msgspec.msgpack.Encoder().encode
+
+def _dump_section(section: Any) -> dict[str, Any]:
+    dumped: dict[str, Any] = section.model_dump(mode="json")
+    return dumped
+
+
+def _load_section(kind: Any, fields: dict[str, Any]) -> Any:
+    values: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            values[name] = _load_section(kind, value)
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+_encode = msgspec.msgpack.Encoder(enc_hook=_dump_section).encode
 
 
 def pack(message: ToWorker | ToControl) -> bytes:
@@ -94,7 +90,7 @@ class Unpacker:
     """Cuts a byte stream into messages of one direction's type."""
 
     def __init__(self, kind: Any) -> None:
-        self._decode = msgspec.msgpack.Decoder(kind).decode
+        self._decode = msgspec.msgpack.Decoder(kind, dec_hook=_load_section).decode
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[Any]:

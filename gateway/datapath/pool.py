@@ -84,10 +84,9 @@ class PoolRuntime:
     """See the module. ``apply`` brings in what the control side published."""
 
     def __init__(self, context: WorkerContext, pool: Pool) -> None:
-        config = context.config
         self.context = context
         self.pool = pool
-        self.counters = PoolCounters(*context.shared.pool_rows(config.index, pool.slot))
+        self.counters = PoolCounters(*context.shared.pool_rows(context.index, pool.slot))
         self.estimator = self._new_estimator()
         self.targets: dict[str, Target] = {}
         self.ready: list[ReplicaView] = []
@@ -96,11 +95,11 @@ class PoolRuntime:
         self._releasing = False
 
     def _new_estimator(self) -> TokenEstimator:
-        config = self.context.config
+        router = self.context.router
         return TokenEstimator(
-            bytes_per_token=config.default_bytes_per_token,
-            output_tokens=config.default_output_tokens,
-            learning_rate=config.learning_rate,
+            bytes_per_token=router.default_bytes_per_token,
+            output_tokens=router.default_output_tokens,
+            learning_rate=router.learning_rate,
         )
 
     def configure(self) -> None:
@@ -146,12 +145,12 @@ class PoolRuntime:
         return renewed
 
     def _new_view(self, replica: Replica) -> ReplicaView:
-        config = self.context.config
+        router = self.context.router
         return ReplicaView(
             replica,
-            initial_window=config.release_initial,
-            max_inflight_requests=config.max_inflight_requests,
-            max_inflight_tokens=config.max_inflight_tokens,
+            initial_window=self.context.gateway.holding.release_initial,
+            max_inflight_requests=router.max_inflight_requests,
+            max_inflight_tokens=router.max_inflight_tokens,
         )
 
     def _renew_ready(self) -> None:
@@ -164,7 +163,7 @@ class PoolRuntime:
 
     def failing(self, target: Target, *, suspect: bool) -> None:
         """A replica failed a request. Suspect: give it nothing for a moment."""
-        target.view.failed(self.context.config.release_initial)
+        target.view.failed(self.context.gateway.holding.release_initial)
         if suspect:
             pause_s = min(_SUSPECT_S * 2**target.failures, _SUSPECT_MAX_S)
             if pause_s < _SUSPECT_MAX_S:
@@ -201,7 +200,7 @@ class PoolRuntime:
         return _UNKNOWN_WAKE_S if self.pool.wake_eta_s is None else max(1.0, self.pool.wake_eta_s)
 
     def _hold(self, request: PooledRequest) -> None:
-        context, config = self.context, self.context.config
+        context, holding = self.context, self.context.gateway.holding
         if context.is_orphaned:
             raise self._cannot_be_woken()
         shared, slot = context.shared, self.pool.slot
@@ -209,7 +208,7 @@ class PoolRuntime:
         held = shared.pool_total(slot, metrics.QUEUED_REQUESTS)
         held_bytes = shared.pool_total(slot, metrics.QUEUED_BYTES)
         size = request.head.content_length or request.body_bytes
-        if held >= config.hold_max_requests or held_bytes + size > config.hold_max_bytes:
+        if held >= holding.max_requests or held_bytes + size > holding.max_bytes:
             raise ApiError(
                 429,
                 Reason.HOLD_QUEUE_FULL,
@@ -294,19 +293,19 @@ class PoolRuntime:
         if not self.queue:
             return
         self.release()
-        config = self.context.config
-        while self.queue and self._waited_s(self.queue[0], now) >= config.hold_deadline_s:
+        holding = self.context.gateway.holding
+        while self.queue and self._waited_s(self.queue[0], now) >= holding.deadline_s:
             self.queue[0].reject(
                 ApiError(
                     503,
                     Reason.HOLD_DEADLINE,
                     f"The model '{self.queue[0].model}' did not become ready within "
-                    f"{config.hold_deadline_s:g} s.",
+                    f"{holding.deadline_s:g} s.",
                     retry_after_s=self.retry_after_s(),
                 )
             )
-        if config.hold_keepalive_s > 0:
-            due = now - config.hold_keepalive_s
+        if holding.keepalive_s > 0:
+            due = now - holding.keepalive_s
             for request in self.queue:
                 if request.stream and request.comment_s <= due and not request.head.http10:
                     request.comment(self._progress(request, now), now)
@@ -341,7 +340,7 @@ class PoolRuntime:
             request.reject(unknown_model(request.model))
         for target in self.targets.values():
             target.upstream.close()
-        self.context.shared.clear_pool(self.context.config.index, self.pool.slot)
+        self.context.shared.clear_pool(self.context.index, self.pool.slot)
 
     def __repr__(self) -> str:
         return (
@@ -397,14 +396,14 @@ class PoolDirectory:
             self.pools[pool.name].apply(pool)
         for runtime in self.pools.values():
             runtime.counters.flush()  # a reader of the version reads what was counted until now
-        self._context.shared.set_applied(self._context.config.index, fleet.version)
+        self._context.shared.set_applied(self._context.index, fleet.version)
 
     def _clear_free_slots(self, fleet: Fleet) -> None:
         """Zero the counters of pools that were removed after the worker before this one ended."""
         taken = {pool.slot for pool in fleet.pools}
         for slot in range(self._context.shared.max_pools):
             if slot not in taken:
-                self._context.shared.clear_pool(self._context.config.index, slot)
+                self._context.shared.clear_pool(self._context.index, slot)
 
     def configure(self) -> None:
         """The worker's settings have changed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import ssl
 import sys
+from pathlib import Path
 
 
 class Certificate:
@@ -13,7 +14,7 @@ class Certificate:
     Raises ``OSError`` or ``ssl.SSLError`` where they cannot be loaded at the start.
     """
 
-    def __init__(self, certificate: str, key: str | None) -> None:
+    def __init__(self, certificate: Path | str, key: Path | str | None) -> None:
         self._certificate = certificate
         self._key = key
         self._stamp = self._read_stamp()

@@ -250,7 +250,7 @@ class Upstream:
         self.host = parts.hostname or "127.0.0.1"
         self.port = parts.port or (443 if self.tls else 80)
         self.request_start = b"POST " + parts.path.rstrip("/").encode()
-        self.max_head_bytes = context.config.max_head_bytes
+        self.max_head_bytes = context.gateway.max_head_bytes
         lines = b"\r\nhost: " + parts.netloc.rpartition("@")[2].encode()
         for name, value in headers:
             lines += b"\r\n" + name.encode() + b": " + value.encode()
@@ -289,7 +289,7 @@ class Upstream:
         if self.tls and self._context is None:
             self._context = ssl.create_default_context()
         try:
-            async with asyncio.timeout(self.context.config.upstream_connect_timeout_s):
+            async with asyncio.timeout(self.context.gateway.upstream_connect_timeout_s):
                 _, connection = await self.context.loop.create_connection(
                     lambda: UpstreamConnection(self),
                     self.host,
@@ -306,7 +306,7 @@ class Upstream:
         """A connection is free again: keep it, or close it where enough are kept."""
         if connection.transport.is_closing():
             return
-        if self._closed or len(self.idle) >= self.context.config.upstream_max_idle_connections:
+        if self._closed or len(self.idle) >= self.context.gateway.upstream_max_idle_connections:
             connection.abort()
             return
         connection.idle_since_s = self.context.now()
@@ -329,7 +329,7 @@ class Upstream:
 
     def sweep(self, now: float) -> None:
         """Close connections idle longer than the engines themselves keep them."""
-        limit = now - self.context.config.upstream_keepalive_s
+        limit = now - self.context.gateway.upstream_keepalive_s
         kept = []
         for connection in self.idle:
             if connection.idle_since_s < limit:

@@ -66,21 +66,21 @@ class Worker:
 
     async def listen(self, listener: socket.socket) -> None:
         """Take connections from now on."""
-        config = self.context.config
-        if config.tls_certificate is not None:
-            self._tls = Certificate(config.tls_certificate, config.tls_key)
+        gateway = self.context.gateway
+        if gateway.tls_certificate is not None:
+            self._tls = Certificate(gateway.tls_certificate, gateway.tls_key)
         self._server = await self.context.loop.create_server(
             lambda: ClientConnection(self.clients),
             sock=listener,
             ssl=self._tls.context if self._tls else None,
             backlog=_BACKLOG,
-            ssl_handshake_timeout=config.head_timeout_s if self._tls else None,
+            ssl_handshake_timeout=gateway.head_timeout_s if self._tls else None,
         )
 
     async def reload_tls(self) -> None:
         """Take a new certificate for new connections when its files change."""
         while self._tls is not None:
-            await asyncio.sleep(self.context.config.tls_reload_s)
+            await asyncio.sleep(self.context.gateway.tls_reload_s)
             self._tls.renew()
 
     async def tick(self) -> None:
@@ -114,7 +114,7 @@ class Worker:
         self.context.draining = True
         if self._server is not None:
             self._server.close()
-        await self.clients.drain(self.context.config.drain_s)
+        await self.clients.drain(self.context.gateway.drain_s)
         self.context.publish_counters()
         for pool in self.pools.pools.values():
             pool.counters.flush()

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from gateway.datapath.settings import GatewaySettings
 from gateway.settings import fields
 from gateway.settings.schema import (
     CONFLICTS,
-    GatewaySettings,
     find_gateway_conflicts,
     find_name_conflicts,
 )

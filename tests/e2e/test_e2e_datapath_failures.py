@@ -311,7 +311,7 @@ def test_a_replica_behind_tls_is_asked_if_its_certificate_is_trusted(
     context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
     body = b"y" * 1_000_000
     with ScriptedReplica(answers(body), tls=context) as replica:
-        with gateway(hold_deadline_s=3.0) as strange:
+        with gateway(deadline_s=3.0) as strange:
             strange.publish(replica)
             answer = strange.ask(SMALL)
             assert (answer.status, answer.reason) == (503, "hold_deadline")
@@ -402,7 +402,7 @@ def test_a_held_stream_gets_comments_and_then_the_answer(kind: str) -> None:
         while asked.request() is not None:
             asked.send(answer)
 
-    with ScriptedReplica(script) as replica, gateway(hold_keepalive_s=0.1) as served:
+    with ScriptedReplica(script) as replica, gateway(keepalive_s=0.1) as served:
         with holding(served, STREAMED) as client:
             client.until(b": tidegate: waiting for m")
             client.until(b"\r\n")
@@ -427,7 +427,7 @@ def test_a_held_stream_whose_replica_fails_keeps_waiting_and_is_answered(served:
         while asked.request() is not None:
             asked.send(STREAM + chunks(EVENT) + b"0\r\n\r\n")
 
-    with ScriptedReplica(script) as replica, gateway(hold_keepalive_s=0.1) as quick:
+    with ScriptedReplica(script) as replica, gateway(keepalive_s=0.1) as quick:
         with holding(quick, STREAMED) as client:
             client.until(b": tidegate: waiting for m")
             quick.publish(replica)
@@ -437,7 +437,7 @@ def test_a_held_stream_whose_replica_fails_keeps_waiting_and_is_answered(served:
 
 
 def test_a_held_request_past_its_deadline_is_503_with_the_measured_wake_time() -> None:
-    with gateway(hold_deadline_s=0.4) as served:
+    with gateway(deadline_s=0.4) as served:
         served.publish(wake_eta_s=41.2)
         answer = served.ask(SMALL)
     assert (answer.status, answer.reason) == (503, "hold_deadline")
@@ -446,7 +446,7 @@ def test_a_held_request_past_its_deadline_is_503_with_the_measured_wake_time() -
 
 @pytest.mark.parametrize("limit", ["requests", "bytes"])
 def test_what_the_hold_queue_cannot_take_is_429(limit: str) -> None:
-    limits = {"requests": {"hold_max_requests": 2}, "bytes": {"hold_max_bytes": 2 * len(SMALL)}}
+    limits = {"requests": {"max_requests": 2}, "bytes": {"max_bytes": 2 * len(SMALL)}}
     with ScriptedReplica(answers()) as replica, gateway(**limits[limit]) as served:
         clients = [served.connect() for _ in range(2)]
         for client in clients:

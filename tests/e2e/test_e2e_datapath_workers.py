@@ -126,7 +126,7 @@ def test_a_worker_that_dies_while_it_holds_leaves_no_queue_behind() -> None:
 
 
 def test_the_bounds_of_holding_are_over_all_workers() -> None:
-    with gateway(workers=2, hold_max_requests=2) as served:
+    with gateway(workers=2, max_requests=2) as served:
         first, second = one_of_each(served, 2)
         for number, client in enumerate((first, second)):
             client.send(SMALL)

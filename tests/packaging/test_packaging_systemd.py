@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from autoscaler.settings import AutoscalerSettings
-from gateway.settings.schema import GatewaySettings
+from gateway.datapath.settings import GatewaySettings
 from modelcache.fetch.download import JOIN_S
 from modelcache.pagecache.holder import END_S
 from modelcache.peers.server import MOST_WAIT_S

@@ -30,7 +30,9 @@ from gateway.compose.workers import Workers, open_listeners
 from gateway.datapath import metrics
 from gateway.datapath.messages import WorkerConfig
 from gateway.datapath.protocol.errors import Reason
+from gateway.datapath.settings import GatewaySettings, HoldingSettings
 from gateway.datapath.shared import Shared
+from router.settings import RouterSettings
 from router.types import Fleet, Pool, Replica, ReplicaState
 
 WAIT_S = 30.0
@@ -40,37 +42,35 @@ WAIT_S = 30.0
 # A test of a limit makes that one short.
 DEFAULTS = WorkerConfig(
     index=0,
-    max_connections=1000,
-    max_head_bytes=32768,
-    max_headers=100,
-    max_body_bytes=1 << 26,
-    max_buffered_bytes=1 << 28,
-    peek_bytes=65536,
-    head_timeout_s=60.0,
-    body_timeout_s=60.0,
-    idle_timeout_s=60.0,
-    request_timeout_s=100.0,
-    upstream_connect_timeout_s=40.0,
-    upstream_idle_timeout_s=60.0,
-    upstream_max_idle_connections=64,
-    upstream_keepalive_s=60.0,
-    max_retries=2,
-    drain_s=10.0,
-    tls_certificate=None,
-    tls_key=None,
-    tls_reload_s=0.1,
-    cors_allow_origins=(),
-    hold_max_requests=1024,
-    hold_max_bytes=1 << 27,
-    hold_deadline_s=60.0,
-    hold_keepalive_s=0.0,
-    release_initial=8,
-    default_bytes_per_token=4.0,
-    default_output_tokens=256,
-    learning_rate=0.05,
-    max_inflight_requests=256,
-    max_inflight_tokens=None,
+    gateway=GatewaySettings(
+        max_connections=1000,
+        head_timeout_s=60.0,
+        body_timeout_s=60.0,
+        idle_timeout_s=60.0,
+        request_timeout_s=100.0,
+        upstream_connect_timeout_s=40.0,
+        upstream_idle_timeout_s=60.0,
+        upstream_keepalive_s=60.0,
+        drain_s=10.0,
+        tls_reload_s=0.1,
+        holding=HoldingSettings(deadline_s=60.0, keepalive_s=0.0),
+    ),
+    router=RouterSettings(),
 )
+
+
+def configure(**changes: Any) -> WorkerConfig:
+    """``DEFAULTS`` with other values of settings, by their names in whichever section."""
+
+    def change(section: Any) -> Any:
+        known = {name: changes.pop(name) for name in type(section).model_fields if name in changes}
+        return section.model_copy(update=known)
+
+    gateway = change(DEFAULTS.gateway)
+    gateway = gateway.model_copy(update={"holding": change(gateway.holding)})
+    config = WorkerConfig(index=0, gateway=gateway, router=change(DEFAULTS.router))
+    assert not changes, changes
+    return config
 
 
 def eventually(what: Callable[[], Any], *, within_s: float = WAIT_S) -> Any:
@@ -422,7 +422,7 @@ class Gateway:
     """Worker processes on a free port, with the test as their control side."""
 
     def __init__(self, *, workers: int = 1, **changes: Any) -> None:
-        self.config = msgspec.structs.replace(DEFAULTS, **changes)
+        self.config = configure(**changes)
         self.shared = Shared.create(workers=workers, max_replicas=512, max_pools=4)
         self.wake_signals: list[str] = []
         self.failures: list[str] = []

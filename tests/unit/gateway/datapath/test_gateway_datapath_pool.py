@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from datapath_rig import DEFAULTS
+from datapath_rig import DEFAULTS, configure
 
 from gateway.datapath import metrics
 from gateway.datapath.client import ClientConnection
@@ -41,7 +41,7 @@ def loop() -> Iterator[Loop]:
 def make(loop: Loop, **changes: Any) -> tuple[Worker, list[Any]]:
     sent: list[Any] = []
     shared = Shared.create(workers=1, max_replicas=8, max_pools=4)
-    return Worker(loop, msgspec.structs.replace(DEFAULTS, **changes), shared, sent.append), sent
+    return Worker(loop, configure(**changes), shared, sent.append), sent
 
 
 def replica(slot: int = 0, **changes: Any) -> Replica:
@@ -222,12 +222,7 @@ def test_other_settings_apply_to_what_is_there(loop: Loop) -> None:
     upstream = runtime.targets["r0"].upstream
     runtime.targets["r0"].view.answered()
     worker.configure(
-        msgspec.structs.replace(
-            worker.context.config,
-            max_inflight_requests=9,
-            default_output_tokens=20,
-            release_initial=8,
-        )
+        configure(max_inflight_requests=9, default_output_tokens=20, release_initial=8)
     )
     assert [view.max_inflight_requests for view in runtime.ready] == [9, 2]
     assert runtime.ready[0].window == 4  # it goes on from there

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
 
 import msgspec
 import pytest
-from datapath_rig import DEFAULTS
+from datapath_rig import configure
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
@@ -238,7 +239,7 @@ FLEET = Fleet(
 
 @given(st.lists(st.integers(1, 50), max_size=60))
 def test_messages_arrive_whole_however_the_channel_cuts_them(cuts: list[int]) -> None:
-    down = [DEFAULTS, FleetUpdate(fleet=FLEET), Drain(), FleetUpdate(fleet=Fleet(version=8))]
+    down = [FleetUpdate(fleet=FLEET), Drain(), FleetUpdate(fleet=Fleet(version=8))]
     up = [Listening(pid=5), WakeSignal(pool="m"), FailureReport(replica="r")]
     for sent, kind in ((down, ToWorker), (up, ToControl)):
         wire = b"".join(pack(message) for message in sent)
@@ -248,6 +249,18 @@ def test_messages_arrive_whole_however_the_channel_cuts_them(cuts: list[int]) ->
             wire = wire[size:]
         got += unpacker.feed(wire)
         assert got == sent
+
+
+def test_a_worker_reads_the_settings_as_they_were_set() -> None:
+    sent = configure(
+        tls_key=Path("/k"), cors_allow_origins=("a", "b"), deadline_s=7.5, learning_rate=0.5
+    )
+    (got,) = Unpacker(ToWorker).feed(pack(sent))
+    assert (got.index, got.gateway.tls_key, got.gateway.tls_certificate) == (0, "/k", None)
+    assert got.gateway.cors_allow_origins == ("a", "b")
+    assert got.gateway.holding.deadline_s == 7.5
+    assert got.router.learning_rate == 0.5
+    assert vars(got.router) == dict(sent.router)
 
 
 def test_a_message_that_is_too_long_or_not_ours_is_refused() -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from gateway.datapath.settings import GatewaySettings, HoldingSettings
 from gateway.settings import fields
 from gateway.settings.schema import (
-    GatewaySettings,
-    HoldingSettings,
     Settings,
     find_conflicts,
     find_warnings,
