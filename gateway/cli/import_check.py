@@ -42,7 +42,7 @@ def assert_ours(
             )
         if found == root / package and not (found / f"{leaf}.py").is_file():
             raise NotOursError(
-                f"{found} is not Tidegate's package {package!r}, or not whole ({leaf}.py is not "
+                f"{found} is not Tidegate's package {package!r}, or incomplete ({leaf}.py is not "
                 "there): another package of that name was installed over it; install Tidegate "
                 "again, in an environment of its own"
             )

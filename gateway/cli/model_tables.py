@@ -84,7 +84,7 @@ def _state(entry: ModelEntry) -> str | tuple[str, str]:
         return ", ".join(parts) or NONE
     if entry.leases and entry.url.startswith(PREPARED):
         return "being made", BUSY
-    return ", ".join(["not whole", *parts]), BUSY
+    return ", ".join(["incomplete", *parts]), BUSY
 
 
 def done(answer: schema.ModelAnswer) -> str:

@@ -73,8 +73,8 @@ POOL_METRICS: Final[tuple[Metric, ...]] = (
     Metric("retries_total", "Attempts repeated on another connection or replica."),
     Metric("held_total", "Requests that had to wait in the gateway for a replica."),
     Metric("prompt_tokens_total", "Prompt tokens, as the engines' usage reported them."),
-    Metric("output_tokens_total", "Output tokens by usage, else counted stream events."),
-    Metric("stream_chunks_total", "Blocks of streamed answers passed on."),
+    Metric("output_tokens_total", "Output tokens from usage, or else counted stream events."),
+    Metric("stream_chunks_total", "Blocks of streamed answers relayed."),
     Metric("request_bytes_total", "Request body bytes passed to engines."),
     Metric("response_bytes_total", "Response bytes passed to clients."),
 )
@@ -119,40 +119,40 @@ WORKER_METRICS: Final[tuple[Metric, ...]] = _WORKER_PLAIN + tuple(
 # Of the control side, by what they tell. The labels are those that vary; the values are its own.
 BUILD: Final = Metric("build", "The Tidegate that answers.", gauge=True)
 REPLICAS: Final = Metric("replicas", "Replicas by state.", gauge=True)
-DESIRED_REPLICAS: Final = Metric("desired_replicas", "Replicas the pool shall have.", gauge=True)
+DESIRED_REPLICAS: Final = Metric("desired_replicas", "Desired replicas.", gauge=True)
 WAKE_ETA: Final = Metric(
     "wake_eta_seconds",
     "Measured time from a start to ready; absent until one was measured.",
     gauge=True,
 )
-TIER: Final = Metric("tier", "1 for the tier of warmth that the pool is in.", gauge=True)
+TIER: Final = Metric("tier", "1 for the tier that the pool is in.", gauge=True)
 TIER_WAKE: Final = Metric(
     "tier_wake_seconds",
     "Median measured time from a start or wake out of this tier to ready, on this node.",
     gauge=True,
 )
 STARTING_REPLICAS: Final = Metric(
-    "starting_replicas", "Replicas on their way to ready, by the step they are at.", gauge=True
+    "starting_replicas", "Starting replicas, by their step.", gauge=True
 )
 PREPARED_BYTES: Final = Metric(
-    "prepared_bytes", "Bytes of models brought in so far for replicas on their way.", gauge=True
+    "prepared_bytes", "Bytes of models fetched so far for starting replicas.", gauge=True
 )
 PREPARE_BYTES: Final = Metric(
-    "prepare_bytes", "Bytes to be brought in for replicas on their way, as known.", gauge=True
+    "prepare_bytes", "Bytes of models to fetch for starting replicas, as far as known.", gauge=True
 )
 FORK_SERVER: Final = Metric(
     "fork_server", "1 for the state that the fork server is in; absent without one.", gauge=True
 )
 FORK_SERVER_BYTES: Final = Metric(
-    "fork_server_bytes", "Memory of the fork server, of what it shares only its part.", gauge=True
+    "fork_server_bytes", "Proportional set size of the fork server.", gauge=True
 )
 FORKS: Final = Metric("forks_total", "Engines forked.")
 FORK_SERVER_CRASHES: Final = Metric(
-    "fork_server_crashes_total", "Times that the fork server ended or could not be brought up."
+    "fork_server_crashes_total", "Times that the fork server ended or failed to start."
 )
 STANDBY_BYTES: Final = Metric(
     "standby_bytes",
-    "Memory of an engine that stands by, of what it shares only its part.",
+    "Proportional set size of the standby engine.",
     gauge=True,
 )
 START_FAILURES: Final = Metric("start_failures", "Failed starts in a row.", gauge=True)
@@ -165,26 +165,24 @@ CONTROL_ERRORS: Final = Metric(
 CACHE_METRICS: Final[dict[str, Metric]] = {
     "store_bytes": Metric(
         "cache_read_bytes_total",
-        "Bytes of models read, by where from.",
+        "Bytes of models read, by origin.",
         (("origin", "store"),),
     ),
     "peer_bytes": Metric("cache_read_bytes_total", "", (("origin", "peers"),)),
     "wasted_bytes": Metric(
-        "cache_wasted_bytes_total", "Bytes read and thrown away: broken off, wrong, or twice."
+        "cache_wasted_bytes_total", "Bytes read and discarded: interrupted, wrong, or read twice."
     ),
-    "sent_bytes": Metric("cache_sent_bytes_total", "Bytes of models given to peers."),
+    "sent_bytes": Metric("cache_sent_bytes_total", "Bytes of models sent to peers."),
     "retries": Metric("cache_retries_total", "Reads of a store that were repeated."),
     "peer_failures": Metric("cache_peer_failures_total", "Reads from peers that failed."),
 }
 
 CACHE_LOOK_FAILURES: Final = Metric(
-    "cache_look_failures_total", "Times that it could not be told what the model cache takes."
+    "cache_look_failures_total", "Failed readings of the model cache's disk use."
 )
-CACHE_BYTES: Final = Metric(
-    "cache_bytes", "Bytes that the model cache takes on this disk, by what for.", gauge=True
-)
+CACHE_BYTES: Final = Metric("cache_bytes", "Disk use of the model cache, by kind.", gauge=True)
 CACHE_QUOTA: Final = Metric(
-    "cache_quota_bytes", "Most bytes that it may take; absent without a quota.", gauge=True
+    "cache_quota_bytes", "Quota of the model cache; absent without one.", gauge=True
 )
 
 # Where each histogram starts inside a pool's block: its bucket counts, then the overflow bucket.

@@ -62,12 +62,12 @@ def _cache(
     text += f" of {size(quota)} allowed" if quota is not None else ""
     text += f"; {size(free)} of the disk free, {size(reserve)} of that left alone"
     parts = sum(not entry.complete for entry in models)
-    text += f"; {parts} not whole (`tidegate model preload` goes on with them)" if parts else ""
+    text += f"; {parts} incomplete (`tidegate model preload` resumes them)" if parts else ""
     if free is not None and free <= reserve:
         advice = "make room, set modelcache.dir to another disk, or lower modelcache.reserve_bytes"
-        return warn(name, f"{text}: there is room for no model", advice)
+        return warn(name, f"{text}: no space for a model", advice)
     if quota is not None and free is not None and quota > free + taken - reserve:
-        return warn(name, f"{text}: the disk is smaller than the quota", "lower it, or make room")
+        return warn(name, f"{text}: the disk is smaller than the quota", "lower it, or free space")
     return ok(name, text)
 
 
@@ -91,7 +91,9 @@ def _sources(settings: Settings, probes: CacheProbes) -> Check:
     if wanted & set(lacking):
         pools = ", ".join(sorted(wanted & set(lacking)))
         return fail(
-            name, f"pools have models at {pools}://, and what reads them lacks: {what}", advice
+            name,
+            f"pools have models at {pools}://, and the library that reads them is missing: {what}",
+            advice,
         )
     return ok(name, f"https:// and file://; not installed, and asked for by no pool: {what}")
 
@@ -100,12 +102,12 @@ def _pages(settings: Settings, probes: CacheProbes, directory: Path) -> Iterator
     name = "page cache"
     how = probes.page_ways(directory)
     if how:
-        yield ok(name, f"what is in it can be told, by {how}")
+        yield ok(name, f"residency is measured by {how}")
     else:
         yield warn(
             name,
-            "what is in it cannot be told: neither cachestat nor mincore answers",
-            "nothing is kept from working; the paged tier is shown as unknown",
+            "residency is unknown: neither cachestat nor mincore answers",
+            "everything works; the paged tier is shown as unknown",
         )
     cache = settings.modelcache
     if not cache.page_lock:

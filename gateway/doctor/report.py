@@ -171,7 +171,7 @@ def _disk(settings: Settings, probes: Probes) -> Check:
     logs = kept.log_bytes * kept.log_files * kept.log_replicas * max(1, len(settings.pools))
     text = f"{_gib(free)} free at {settings.state_dir}; logs take {_gib(logs)} at most"
     if free < min(MIN_DISK_BYTES, logs):
-        return warn("disk", text, "make room, or lower autoscaler.log_bytes and log_replicas")
+        return warn("disk", text, "free space, or lower autoscaler.log_bytes and log_replicas")
     return ok("disk", text)
 
 
@@ -180,7 +180,7 @@ def _gpus(processes: Sequence[PoolSettings], gpus: Sequence[GpuCapacity] | None)
         return warn(
             "gpu",
             "there is an NVIDIA driver, and it does not answer",
-            "run nvidia-smi and see what it says; engines on GPUs will not start",
+            "run nvidia-smi and read its error; engines on GPUs will not start",
         )
     if not gpus:
         return ok("gpu", "no NVIDIA GPU: engines run on the CPU")
@@ -191,7 +191,7 @@ def _gpus(processes: Sequence[PoolSettings], gpus: Sequence[GpuCapacity] | None)
         return warn(
             "gpu",
             f"{text}; no pool has gpus_per_replica, so every engine sees all of them",
-            "set gpus_per_replica = 1 in each pool that shall have a GPU of its own",
+            "set gpus_per_replica = 1 in each pool that needs a GPU of its own",
         )
     return ok("gpu", text)
 

@@ -169,7 +169,7 @@ def _say(detail: ErrorDetails, parts: tuple[str, ...]) -> tuple[str, str | None]
     """What is wrong, and the value where it is about that."""
     kind = detail["type"]
     if kind == "extra_forbidden":
-        return f"is no setting{fields.suggest(parts)}", None
+        return f"is an unknown setting{fields.suggest(parts)}", None
     node = fields.find(parts)
     allowed = fields.describe(node) if node is not None else "something else"
     if kind == "missing":

@@ -375,12 +375,14 @@ def _why_unknown(draft: _Draft, parts: Parts) -> str:
     for end in range(1, len(parts)):
         above = fields.find(parts[:end])
         if above is None:
-            return f"is no setting{fields.suggest(parts[:end])}"
+            return f"is an unknown setting{fields.suggest(parts[:end])}"
         if above.kind == "value":
-            return f"is no setting: {fields.dotted(parts[:end])} is a single value"
+            return f"is an unknown setting: {fields.dotted(parts[:end])} is a single value"
         if above.kind == "list" and not fields.is_index(parts[end]):
             given = draft.tree.get("pools", []) if parts[:end] == ("pools",) else []
             names = [str(one["name"]) for one in given if isinstance(one, dict) and "name" in one]
             known = f"; the pools are {', '.join(names)}" if names else ""
-            return f"is no setting: {fields.dotted(parts[:end])} takes an index from 0{known}"
-    return f"is no setting{fields.suggest(parts)}"
+            return (
+                f"is an unknown setting: {fields.dotted(parts[:end])} takes an index from 0{known}"
+            )
+    return f"is an unknown setting{fields.suggest(parts)}"

@@ -440,7 +440,8 @@ def test_config_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert err.splitlines() == [
         "tidegate: gateway.workers = -1: it must be an integer from 0 to 256 "
         "(--set gateway.workers=-1)",
-        "tidegate: gateway.prot is no setting; did you mean gateway.port? (other.toml, line 3)",
+        "tidegate: gateway.prot is an unknown setting; did you mean gateway.port? "
+        "(other.toml, line 3)",
     ]
     assert main.main(["config", "check", "-c", "other.toml", "--json"]) == 2
     report = json.loads(capsys.readouterr().out)

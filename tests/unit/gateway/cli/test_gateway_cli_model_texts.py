@@ -102,7 +102,7 @@ def test_what_was_made_of_a_model_stands_below_it() -> None:
         f"└ {name}hf://org/gone)",
     )  # fmt: skip
     assert all(row.startswith(begin) for row, begin in zip(rows, begins, strict=True)), text
-    assert "not whole" in rows[0]
+    assert "incomplete" in rows[0]
     assert "being made" in rows[3]
     assert "in use by m-1" in rows[4]
 

@@ -129,14 +129,14 @@ CASES: list[tuple[str, Answers, dict[str, Any], str, Status, str]] = [
         "cache cannot be read", Answers(models="its store lock is held"), {}, "model cache",
         Status.WARN, "store lock",
     ),
-    ("disk full", Answers(free=GB), {}, "model cache", Status.WARN, "room for no model"),
+    ("disk full", Answers(free=GB), {}, "model cache", Status.WARN, "no space for a model"),
     (
         "quota beyond the disk", Answers(), {"quota_bytes": 900 * GB}, "model cache", Status.WARN,
         "smaller than the quota",
     ),
     ("free unknown", Answers(free=None), {}, "model cache", Status.OK, "? of the disk free"),
     (
-        "not whole", Answers(models=listing(HALF)), {}, "model cache", Status.OK, "1 not whole",
+        "incomplete", Answers(models=listing(HALF)), {}, "model cache", Status.OK, "1 incomplete",
     ),
     (
         "not made yet", Answers(models=None), {}, "model cache", Status.OK,
@@ -146,7 +146,7 @@ CASES: list[tuple[str, Answers, dict[str, Any], str, Status, str]] = [
         "extra missing, not asked for", Answers(missing=("ossfs",)), {}, "model sources",
         Status.OK, "oss:// (ossfs)",
     ),
-    ("pages unknown", Answers(ways=""), {}, "page cache", Status.WARN, "cannot be told"),
+    ("pages unknown", Answers(ways=""), {}, "page cache", Status.WARN, "residency is unknown"),
     (
         "locking too little", Answers(lock=8 << 20), {"page_lock": True}, "page cache",
         Status.WARN, "8.4 MB may be locked",

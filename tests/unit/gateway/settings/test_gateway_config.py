@@ -257,17 +257,18 @@ def test_a_variable_that_is_named_or_kubernetes_own_is_not_warned_about() -> Non
         (
             "spelling",
             "[gateway]\nadmin_prt = 1",
-            "gateway.admin_prt is no setting; did you mean gateway.admin_port? (FILE, line 2)",
+            "gateway.admin_prt is an unknown setting; did you mean gateway.admin_port? "
+            "(FILE, line 2)",
         ),
         (
             "elsewhere",
             "port = 1",
-            "port is no setting; did you mean gateway.port? (FILE, line 1)",
+            "port is an unknown setting; did you mean gateway.port? (FILE, line 1)",
         ),
         (
             "section",
             "[gatway]\nport = 1",
-            "gatway is no setting; did you mean gateway? (FILE, line 1)",
+            "gatway is an unknown setting; did you mean gateway? (FILE, line 1)",
         ),
         (
             "section as value",
@@ -336,14 +337,20 @@ def test_a_wrong_file(tmp_path: Path, name: str, text: str, expected: str) -> No
         ("x\ny=3", "--set x\\ny=3: is not of the form section.field=value"),
         ("gateway.port=x", 'gateway.port = "x": it must be an integer from 0 to 65535 (--set'),
         ("gateway.port=1.5", "gateway.port = 1.5: it must be an integer from 0 to 65535 (--set"),
-        ("gateway.port.x=1", "gateway.port.x is no setting: gateway.port is a single value (--set"),
-        ("gateway.prot=1", "gateway.prot is no setting; did you mean gateway.port? (--set"),
-        ("pools.chat.name=a", "pools.chat.name is no setting: pools takes an index from 0 (--set"),
+        (
+            "gateway.port.x=1",
+            "gateway.port.x is an unknown setting: gateway.port is a single value (--set",
+        ),
+        ("gateway.prot=1", "gateway.prot is an unknown setting; did you mean gateway.port? (--set"),
+        (
+            "pools.chat.name=a",
+            "pools.chat.name is an unknown setting: pools takes an index from 0 (--set",
+        ),
         ("pools.7.name=a", "pools.7.name is past the end: the next index is 0 (--set"),
         ("gateway.holding={", "gateway.holding cannot be read as TOML or JSON; it must be a table"),
         ("gateway=3", "gateway = 3: it must be a table (--set"),
-        ('pools."²".name=a', 'pools."²".name is no setting: pools takes an index from 0'),
-        ("pools.00.name=a", "pools.00.name is no setting: pools takes an index from 0"),
+        ('pools."²".name=a', 'pools."²".name is an unknown setting: pools takes an index from 0'),
+        ("pools.00.name=a", "pools.00.name is an unknown setting: pools takes an index from 0"),
         ("gateway.host=\udcff", "gateway.host is not UTF-8 text (--set"),
         ("pools=" + "[" * 5000, "pools cannot be read as TOML or JSON"),
         ("pools=" + "[" * 700 + "]" * 700, ""),
