@@ -13,19 +13,22 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from modelcache.fetch.fetch import Fetch
-from modelcache.fetch.repair import list_again, plan_salvage
-from modelcache.fetch.request import Transfer, Want, narrow
+from modelcache.fetch.fetch import (
+    Fetch,
+    Transfer,
+    Want,
+    list_again,
+    narrow,
+    plan_salvage,
+)
 from modelcache.ports import CachedModel, IsCancelled, Listing, OnProgress, Source
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.capacity import Usage
 from modelcache.store.files import open_lock, try_lock
-from modelcache.store.inventory import list_entries, read_fetching
 from modelcache.store.leases import Lease
-from modelcache.store.local_files import Nearby
-from modelcache.store.lookup import Finder
-from modelcache.store.store import Store
-from modelcache.store.verify import Damage, check_files, check_manifest
+from modelcache.store.lookup import Finder, list_entries, read_fetching
+from modelcache.store.snapshots import Nearby
+from modelcache.store.store import Damage, Store, check_files, check_manifest
 from modelcache.types import (
     PIECE_BYTES,
     PREPARED,

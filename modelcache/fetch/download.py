@@ -9,20 +9,134 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import deque
+import time
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from urllib.parse import urlsplit
 
-from modelcache.bandwidth.budget import Asked
+from modelcache.bandwidth.budget import Asked, Budget, Slots
 from modelcache.bandwidth.throughput import Pace, Reading, compare
 from modelcache.fetch.plan import Board, File, Seen, mask_of
-from modelcache.fetch.transfer_state import TransferState
+from modelcache.peers.group import Follower, PeerGroup
 from modelcache.peers.piece_inventory import Holding, Shelf, State
-from modelcache.peers.types import Follower
 from modelcache.ports import Source
+from modelcache.settings import ModelCacheSettings
 from modelcache.store.digest import count_pieces
 from modelcache.store.partial_files import Partial
 from modelcache.types import CacheError, Cancelled, Damaged, Priority, Progress, RemoteFile
+
+MOST_REMEMBERED = 1_024
+"""Files of which is remembered who gave which piece."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """What has been read since the process began."""
+
+    store_bytes: int = 0
+    peer_bytes: int = 0
+    wasted_bytes: int = 0
+    """Read and thrown away: broken off, wrong, or twice."""
+    retries: int = 0
+    peer_failures: int = 0
+
+
+@dataclass(slots=True)
+class Suspicion:
+    """Who gave which piece of a file, with which BLAKE3."""
+
+    given: dict[int, tuple[str, bytes]] = field(default_factory=dict)
+    doubted: bool = False
+
+
+class TransferState:
+    """Shared by the downloads of a process. Thread-safe."""
+
+    def __init__(
+        self,
+        settings: ModelCacheSettings,
+        *,
+        budget: Budget | None = None,
+        peers: PeerGroup | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings = settings
+        self.budget = budget if budget is not None else Budget(settings)
+        self.peers = peers
+        self.clock = clock
+        self.memory = Slots(settings.memory_bytes)
+        self._slots: dict[str, Slots] = {}
+        self._suspicions: OrderedDict[str, Suspicion] = OrderedDict()
+        self._totals = Totals()
+        self._lock = threading.Lock()
+
+    def totals(self) -> Totals:
+        """What has been read so far."""
+        return self._totals
+
+    def count(
+        self,
+        *,
+        store_bytes: int = 0,
+        peer_bytes: int = 0,
+        wasted_bytes: int = 0,
+        retries: int = 0,
+        peer_failures: int = 0,
+    ) -> None:
+        """Add to the totals."""
+        with self._lock:
+            total = self._totals
+            self._totals = replace(
+                total,
+                store_bytes=total.store_bytes + store_bytes,
+                peer_bytes=total.peer_bytes + peer_bytes,
+                wasted_bytes=total.wasted_bytes + wasted_bytes,
+                retries=total.retries + retries,
+                peer_failures=total.peer_failures + peer_failures,
+            )
+
+    def slots_of(self, url: str) -> Slots:
+        """The connections to the store that ``url`` lies in, shared by all its models."""
+        parts = urlsplit(url)
+        # A hub's models all lie in one store; elsewhere the host or bucket is one.
+        store = parts.scheme if parts.scheme == "hf" else f"{parts.scheme}://{parts.netloc}"
+        with self._lock:
+            return self._slots.setdefault(store, Slots(self.settings.connections))
+
+    def note_given(self, key: str, index: int, node: str, digest: bytes) -> None:
+        """A piece was taken from a peer."""
+        with self._lock:
+            found = self._suspicions.setdefault(key, Suspicion())
+            self._suspicions.move_to_end(key)
+            found.given[index] = (node, digest)
+            if len(self._suspicions) > MOST_REMEMBERED:
+                self._suspicions.popitem(last=False)
+
+    def doubt(self, key: str) -> None:
+        """The file was whole, and wrong: take it from the store alone, and see who lied."""
+        with self._lock:
+            self._suspicions.setdefault(key, Suspicion()).doubted = True
+
+    def doubted(self, key: str) -> bool:
+        """Whether the file must come from the store alone."""
+        with self._lock:
+            found = self._suspicions.get(key)
+            return found is not None and found.doubted
+
+    def compare(self, key: str, index: int, digest: bytes) -> None:
+        """The store's own bytes of a piece: whoever gave others is left alone from now on."""
+        with self._lock:
+            found = self._suspicions.get(key)
+            node, given = ("", digest) if found is None else found.given.get(index, ("", digest))
+        if given != digest and self.peers is not None:
+            self.peers.ban(node, f"piece {index} of {key} is not what the store has")
+
+    def believe(self, key: str) -> None:
+        """The file is whole and right: who gave what need not be remembered."""
+        with self._lock:
+            self._suspicions.pop(key, None)
+
 
 TICK_S = 0.1
 """Seconds between two looks at whether it is still wanted, and at who owns what."""

@@ -12,32 +12,130 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Protocol
 
-from modelcache.fetch.request import Salvage, Transfer, Want
-from modelcache.ports import Source
+from modelcache.ports import Listing, OnProgress, Source
 from modelcache.store.digest import RECORD, PieceDigests, count_pieces
 from modelcache.store.files import copy_range, link, link_or_clone, remove, remove_empty
 from modelcache.store.layout import file_key
-from modelcache.store.manifest import Fetching, check_listing
 from modelcache.store.partial_files import TREE, Partial
-from modelcache.store.revisions import FETCHING
-from modelcache.store.store import Store
-from modelcache.store.verify import compare_file, hash_file
+from modelcache.store.records import FETCHING, Fetching, check_listing
+from modelcache.store.store import Damage, Store, compare_file, hash_file
 from modelcache.types import (
+    CacheError,
     Cancelled,
     Damaged,
     FileEntry,
+    Made,
     Manifest,
+    ModelRef,
     NoSpace,
     NotFound,
+    Priority,
     Progress,
     RemoteFile,
 )
 
 LOG = logging.getLogger("tidegate.modelcache")
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+"""Weights that can run code when they are read; nobody needs them beside safetensors."""
+
+FOREIGN = (
+    *("*.onnx", "*.onnx_data*", "*.h5", "*.msgpack", "*.ot", "*.tflite", "*.mlmodel"),
+    *("*.mlpackage/*", "*openvino_model.*"),
+)
+"""The same weights for runtimes that are none of our engines; hubs often have several of them, and
+together more bytes than what is opened."""
+
+
+class Transfer(Protocol):
+    """Whoever brings pieces (``modelcache.fetch.transfer.Transfer``)."""
+
+    def run(
+        self,
+        source: Source,
+        files: Sequence[tuple[RemoteFile, Partial]],
+        *,
+        priority: Priority = ...,
+        on_progress: OnProgress | None = ...,
+        cancelled: Callable[[], bool] | None = ...,
+    ) -> None:
+        """Commit every missing piece of ``files``. Its progress is of all their bytes, those that
+        were there before included. Raises ``Damaged`` where ``Partial.on_whole`` did."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Salvage:
+    """A blob of which some pieces are damaged; the others need not be fetched again."""
+
+    digest: str
+    bad_pieces: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Want:
+    """What is to be made whole, and how. ``find_local`` gives a file on this machine that may have
+    a remote file's content; it is hashed, and checked against what the store publishes.
+    ``created_at_s``: when it was made whole first, where it is mended. ``given``: its local files
+    are given away to the cache, which takes their names and never copies their bytes. ``made``:
+    what it was made of."""
+
+    ref: ModelRef
+    listing: Listing
+    priority: Priority = Priority.PRELOAD
+    find_local: Callable[[RemoteFile], Path | None] = lambda file: None
+    salvage: Mapping[str, Salvage] = field(default_factory=dict)
+    created_at_s: float | None = None
+    given: bool = False
+    made: Made | None = None
+    on_progress: OnProgress = lambda progress: None
+    cancelled: Callable[[], bool] = lambda: False
+
+
+def select_files(
+    files: Sequence[RemoteFile], include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[RemoteFile, ...]:
+    """The files wanted of a listing, by shell patterns over their paths.
+
+    Without ``include``: all, but of a model that has safetensors no pickles, nor what other
+    runtimes read.
+    """
+
+    def matches(file: RemoteFile, patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(file.path, pattern) for pattern in patterns)
+
+    if include:
+        chosen = [file for file in files if matches(file, include)]
+    else:
+        safe = any(file.path.endswith(".safetensors") for file in files)
+        needless = (*PICKLES, *FOREIGN) if safe else ()
+        chosen = [file for file in files if not matches(file, needless)]
+    return tuple(file for file in chosen if not matches(file, exclude))
+
+
+def narrow(
+    listing: Listing,
+    url: str,
+    earlier: Manifest | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> Listing:
+    """The files wanted of a model at ``url``, with those that were wanted ``earlier``: asking for
+    fewer loses none. Raises ``NotFound`` where patterns leave nothing."""
+    chosen = select_files(listing.files, include, exclude)
+    if listing.files and not chosen:
+        patterns = ", ".join([*include, *(f"!{one}" for one in exclude)])
+        raise NotFound(f"{url}: none of its {len(listing.files)} files is wanted by {patterns}")
+    paths = {file.path for file in chosen}
+    paths |= {entry.path for entry in (earlier.files if earlier is not None else ())}
+    return replace(listing, files=tuple(file for file in listing.files if file.path in paths))
+
 
 LINKED = "linked"
 RECORD_BYTES = 4_096
@@ -369,3 +467,43 @@ class Fetch:
     def _check_cancelled(self) -> None:
         if self.want.cancelled():
             raise Cancelled(f"{self.want.ref.url} is not wanted any more")
+
+
+def plan_salvage(manifest: Manifest, found: Sequence[Damage]) -> dict[str, Salvage]:
+    """By path: the blobs that are damaged, and the pieces of them that are."""
+    pieces: dict[str, set[int]] = {damage.digest: set() for damage in found if damage.digest}
+    for damage in found:
+        if damage.piece is not None:
+            pieces[damage.digest].add(damage.piece)
+    return {
+        file.path: Salvage(digest=file.digest, bad_pieces=frozenset(pieces[file.digest]))
+        for file in manifest.files
+        if file.digest in pieces
+    }
+
+
+def list_again(
+    open_source: Callable[[ModelRef], Source], ref: ModelRef, manifest: Manifest
+) -> tuple[ModelRef, Listing]:
+    """The files of a manifest as their store lists them now, and how to ask for them.
+
+    Some stores can be asked for that revision, others only for what they have now. Raises
+    ``CacheError`` where it is history.
+    """
+    seen = ""
+    for revision in (manifest.revision, None):
+        asked = replace(ref, revision=revision)
+        try:
+            with closing(open_source(asked)) as source:
+                listing = source.list()
+        except NotFound:
+            continue
+        if listing.revision == manifest.revision:
+            wanted = {file.path for file in manifest.files}
+            files = tuple(file for file in listing.files if file.path in wanted)
+            return asked, replace(listing, files=files)
+        seen = listing.revision
+    raise CacheError(
+        f"{manifest.url}: its store has {f'revision {seen}' if seen else 'nothing'} now, so "
+        f"{manifest.revision} cannot be mended; evict it and preload it anew"
+    )

@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from modelcache.bandwidth.budget import Asked, Budget
-from modelcache.fetch.download import Download
+from modelcache.fetch.download import Download, Totals, TransferState
 from modelcache.fetch.readers import PeerReader, StoreReader
-from modelcache.fetch.transfer_state import Totals, TransferState
 from modelcache.peers.group import PeerGroup
 from modelcache.ports import Source
 from modelcache.settings import ModelCacheSettings

@@ -17,8 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modelcache.pagecache.residency import residency
-from modelcache.pagecache.spans import merge
+from modelcache.pagecache.residency import merge, residency
 from modelcache.types import CacheError, FileRange, NoSpace
 
 RESTART_S = 1.0

@@ -7,19 +7,181 @@ Out, after each round: ``{"rounds", "pressed", "cpu_s", "keys"}`` (``Keeping.rep
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import select
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from modelcache.pagecache import memory
-from modelcache.pagecache.holding import Keeping
-from modelcache.types import FileRange
+from modelcache.pagecache import linux_pages, memory
+from modelcache.pagecache.residency import Opened, Span, merge, pull
+from modelcache.types import CacheError, FileRange
+
+Identity = tuple[int, int, int]
+"""Device, inode and size: a file that differs in one is another file."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Held:
+    """One range of a file, mapped. ``locked_bytes`` from its beginning are locked."""
+
+    span: Span
+    start: int
+    identity: Identity
+    mapping: linux_pages.Mapping
+    locked_bytes: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Kept:
+    """The files of one key: as asked for, as mapped, and what is wrong."""
+
+    files: tuple[FileRange, ...]
+    held: list[Held] = field(default_factory=list)
+    mapped: bool = False
+    problem: str = ""
+
+
+class Keeping:
+    """What is to be kept. One thread owns it.
+
+    ``available`` says how much memory there is (``None``: unknown). Below ``reserve_bytes``
+    nothing is brought back or marked: whoever is short of memory comes first.
+    """
+
+    def __init__(
+        self, *, lock: bool, available: Callable[[], int | None], reserve_bytes: int
+    ) -> None:
+        self.rounds = 0
+        self.pressed = False
+        self._lock = lock
+        self._available = available
+        self._reserve_bytes = reserve_bytes
+        self._kept: dict[str, Kept] = {}
+
+    def want(self, wanted: Mapping[str, Sequence[FileRange]]) -> None:
+        """Keep exactly this from now on."""
+        for key, kept in list(self._kept.items()):
+            if tuple(wanted.get(key, ())) != kept.files:
+                self._unmap(kept)
+                del self._kept[key]
+        for key, files in wanted.items():
+            if files:
+                self._kept.setdefault(key, Kept(files=tuple(files)))
+
+    def round(self) -> Iterator[None]:
+        """Bring back, mark or lock everything once; yields after each few milliseconds' work."""
+        self.pressed = False
+        for kept in list(self._kept.values()):
+            kept.problem = ""
+            try:
+                self._map(kept)
+                for held in kept.held:
+                    yield from self._hold(kept, held)
+            except CacheError as error:
+                kept.problem = str(error)
+                self._unmap(kept)
+            if self.pressed:
+                return
+        self.rounds += 1
+
+    def report(self) -> dict[str, dict[str, int | str]]:
+        """By key: bytes mapped, bytes locked, and what is wrong (or nothing)."""
+        return {
+            key: {
+                "mapped_bytes": sum(held.mapping.length for held in kept.held),
+                "locked_bytes": sum(held.locked_bytes for held in kept.held),
+                "problem": kept.problem,
+            }
+            for key, kept in self._kept.items()
+        }
+
+    def close(self) -> None:
+        """Let everything go. Idempotent."""
+        self.want({})
+
+    def _map(self, kept: Kept) -> None:
+        """Map what is not, and map again what has become another file."""
+        if any(_identity(held.span.path) != held.identity for held in kept.held):
+            self._unmap(kept)
+        if kept.mapped:
+            return
+        for span in merge(kept.files):
+            with Opened(span.path) as file:
+                found = os.fstat(file.fd)
+                identity = (found.st_dev, found.st_ino, found.st_size)
+                for start, end in span.ranges:
+                    at = start - start % linux_pages.PAGE_BYTES
+                    try:
+                        mapping = linux_pages.Mapping(file.fd, at, end - at)
+                    except OSError as error:
+                        raise CacheError(f"cannot map {span.path}: {error.strerror}") from error
+                    kept.held.append(Held(span=span, start=at, identity=identity, mapping=mapping))
+        kept.mapped = True
+
+    def _hold(self, kept: Kept, held: Held) -> Iterator[None]:
+        for at, size in linux_pages.windows(0, held.mapping.length):
+            free = self._available()
+            if free is not None and free < self._reserve_bytes:
+                self.pressed = True
+                return
+            if self._lock and not kept.problem:
+                self._lock_window(kept, held, at, size)
+            if held.locked_bytes < at + size:
+                self._mark(held, at, size)
+            yield
+
+    def _lock_window(self, kept: Kept, held: Held, at: int, size: int) -> None:
+        if held.locked_bytes != at:
+            return
+        try:
+            held.mapping.lock(at, size)
+        except OSError as error:
+            if error.errno not in (errno.ENOMEM, errno.EPERM, errno.EAGAIN):
+                raise CacheError(f"cannot lock {held.span.path}: {error.strerror}") from error
+            kept.problem = (
+                f"not all of it locked, the rest touched: {error.strerror} (RLIMIT_MEMLOCK, or "
+                "`ulimit -l`, says how much this user may lock)"
+            )
+            return
+        held.locked_bytes = at + size
+
+    def _mark(self, held: Held, at: int, size: int) -> None:
+        try:
+            if held.mapping.populate(at, size):
+                return
+            with Opened(held.span.path) as file, open("/dev/null", "wb") as nowhere:
+                done = 0
+                while done < size:
+                    moved = pull(nowhere.fileno(), file.fd, held.start + at + done, size - done)
+                    if not moved:
+                        return
+                    done += moved
+        except OSError as error:
+            short = _identity(held.span.path) != held.identity
+            why = "it was cut short or replaced" if short else error.strerror
+            raise CacheError(f"cannot keep {held.span.path}: {why}") from error
+
+    def _unmap(self, kept: Kept) -> None:
+        for held in kept.held:
+            held.mapping.close()
+        kept.held.clear()
+        kept.mapped = False
+
+
+def _identity(path: str) -> Identity | None:
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        return found.st_dev, found.st_ino, found.st_size
+    return None
+
 
 RESERVE_FRACTION = 0.05
 """Of the memory: less than this available, and nothing is kept by force."""

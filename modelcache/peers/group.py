@@ -10,21 +10,165 @@ from __future__ import annotations
 import logging
 import random
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from modelcache.bandwidth.budget import Asked
 from modelcache.peers.client import Client, PeerBusy, PeerGone, PeerLacks, PeerLied, PeerSlow
-from modelcache.peers.discovery import LookUp, PeerNames, look_up
-from modelcache.peers.piece_inventory import Shelf
+from modelcache.peers.piece_inventory import Shelf, State
 from modelcache.peers.server import PeerServer, Verb
-from modelcache.peers.types import Follower, Peer, PeerStatus
 from modelcache.peers.wire import Keyring
 from modelcache.settings import ModelCacheSettings
 from modelcache.types import Cancelled
 
 log = logging.getLogger("tidegate.modelcache.peers")
+
+
+@dataclass(slots=True)
+class Peer:
+    """One other node."""
+
+    client: Client
+    failures: int = 0
+    slow: int = 0
+    paused_until_s: float = 0.0
+    """Not asked at all until then."""
+    slow_until_s: float = 0.0
+    """Not asked for pieces until then."""
+    banned: str | None = None
+    """Why it is left alone, if it is."""
+    given_bytes: int = 0
+    name: str | None = None
+    """The name whose address it is, for one that was looked up."""
+    gone: bool = False
+    """That name is not its any more."""
+
+    @property
+    def node(self) -> str | None:
+        """Its name, while it is known."""
+        return self.client.node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerStatus:
+    """A peer as status shows it."""
+
+    url: str
+    node: str | None
+    reached: bool
+    banned: str | None
+    given_bytes: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Follower:
+    """What a download wants to know of peers."""
+
+    keys: Callable[[], Sequence[str]]
+    """The files that are still missing."""
+    on_states: Callable[[str, Mapping[str, State]], None]
+    on_lost: Callable[[str], None]
+    stopped: Asked
+    asked: set[str] = field(default_factory=set)
+    """URLs of peers that have answered, or failed to, at least once."""
+
+
+LOOK_S = 10.0
+"""Seconds between two looks."""
+
+SOON_S = 2.0
+"""Seconds between two looks at the least: each stranger that asks us something brings one."""
+
+MOST_ADDRESSES = 1_024
+"""Addresses of one name that are used."""
+
+LookUp = Callable[[str, int], Sequence[str]]
+"""The addresses of a host name, for connections to a port. ``OSError`` where there is no answer."""
+
+
+def look_up(host: str, port: int) -> list[str]:
+    """As the system does it, each address once."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return sorted({str(entry[4][0]) for entry in found})
+
+
+class PeerNames:
+    """Tells ``on_found`` the URLs that each name stands for: name, URLs. Thread-safe."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        on_found: Callable[[str, Sequence[str]], None],
+        look_up: LookUp = look_up,
+    ) -> None:
+        self._names = tuple(dict.fromkeys(name.rstrip("/") for name in names))
+        self._on_found = on_found
+        self._look_up = look_up
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._asked = self._closed = False
+        self._problems: dict[str, str] = {}
+        self.looked = False
+        """Whether each name was looked up once, with or without an answer."""
+
+    def look(self) -> None:
+        """Look soon; returns at once. The first call begins with it."""
+        with self._changed:
+            self._asked = True
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, name="peer names", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Look no more. One look may still be under way; nothing comes of it."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._asked = False
+            for name in self._names:
+                self._look(name)
+            with self._changed:
+                self.looked = True
+                self._changed.wait_for(lambda: self._closed, SOON_S)
+                self._changed.wait_for(lambda: self._closed or self._asked, LOOK_S - SOON_S)
+                if self._closed:
+                    return
+
+    def _look(self, name: str) -> None:
+        parts = urlsplit(name)
+        port = parts.port or 80
+        try:
+            found = self._look_up(parts.hostname or "", port)[:MOST_ADDRESSES]
+        except (OSError, UnicodeError) as error:
+            # No answer is not an empty one: who was known stays.
+            self._note(name, str(error) or type(error).__name__)
+            return
+        self._note(name, "")
+        urls = [f"http://{f'[{one}]' if ':' in one else one}:{port}" for one in found]
+        with self._changed:
+            if self._closed:
+                return
+        self._on_found(name, urls)
+
+    def _note(self, name: str, problem: str) -> None:
+        """Into the log, once for each change."""
+        if self._problems.get(name, "") == problem:
+            return
+        self._problems[name] = problem
+        if problem:
+            log.warning("peers %s cannot be looked up: %s", name, problem)
+        else:
+            log.info("peers %s are found again", name)
+
 
 POLL_WAIT_S = 2.0
 """Seconds that a peer may keep a question about its files open."""

@@ -1,6 +1,6 @@
-"""Steps that make of a model what its pool serves, run once and kept.
+"""Other formats of a model, made ahead of its use by steps in the engine's environment.
 
-``run`` executes steps one after another, ``step_process`` one of them (under ``child_guard``),
-``results`` keeps what they made, ``size`` predicts it. ``child`` has the built-in steps, with
-``gguf``, ``sharding`` and ``tensor_file``; ``default_model`` makes the model of ``make run``.
+``run`` runs the steps and keeps their results in the cache, with room made by ``size``.
+``step_process`` is one step's process, ``child`` the built-in steps in it. ``default_model`` makes
+the model that works offline.
 """

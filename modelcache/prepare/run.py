@@ -31,10 +31,9 @@ from modelcache.settings import PreparationStep, StepKind
 from modelcache.store.files import open_lock, remove_empty, remove_tree, try_lock
 from modelcache.store.layout import RESULT, result_url
 from modelcache.store.leases import Lease
-from modelcache.store.manifest import Job
 from modelcache.store.pending_results import OUTPUT as OUTPUT_FOLDER
 from modelcache.store.pending_results import has_name, note_job, read_job, read_work
-from modelcache.store.revisions import PIN, name_result, read_directory, read_use
+from modelcache.store.records import PIN, Job, name_result, read_directory, read_use
 from modelcache.types import Cancelled, FileEntry, Made, NoSpace, NotFound, Progress
 
 STEP_FORMAT = 2

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from modelcache.types import CacheError, Cancelled, NoSpace, Progress
 
@@ -58,7 +61,7 @@ def run_step(
     """Run it to its end. Raises ``StepFailed`` with its last lines, ``NoSpace`` where those say
     that a disk is full and its output's is, ``Cancelled``."""
     run.log.parent.mkdir(parents=True, exist_ok=True)
-    guard = [sys.executable, "-I", "-m", "modelcache.prepare.child_guard", str(GRACE_S)]
+    guard = [sys.executable, "-I", "-m", "modelcache.prepare.step_process", str(GRACE_S)]
     with run.log.open("ab") as log:
         log.write(f"\n$ {' '.join(run.argv)}\n".encode())
         log.flush()
@@ -158,3 +161,53 @@ def bytes_under(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 total += os.stat(os.path.join(parent, name), follow_symlinks=False).st_size
     return total
+
+
+_PR_SET_PDEATHSIG = 1
+NOT_STARTED = 127
+
+
+class _End(BaseException):
+    """We were told to end."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command to its end, or to ours."""
+    parent = os.getppid()
+    grace_s, argv = float(arguments[0]), list(arguments[1:])
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _End
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    process = None
+    try:
+        if os.getppid() != parent:
+            return 128 + signal.SIGTERM  # It died before it could be noticed.
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, process_group=0)
+        code = process.wait()
+    except OSError as error:
+        sys.stderr.write(f"cannot start {argv[0]}: {error.strerror}\n")
+        return NOT_STARTED
+    except _End:
+        code = -signal.SIGTERM
+    if process is not None:
+        # What the command left running in its group ends with it.
+        _end_group(process, grace_s)
+    return code if code >= 0 else 128 - code
+
+
+def _end_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace_s)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from modelcache.ports import ANNOUNCE_BYTES, Listing, OnBytes
-from modelcache.sources import answers, obstores, wire
-from modelcache.sources.listings import make_listing
+from modelcache.sources import answers, wire
+from modelcache.sources.listings import make_listing, obstore_client, obstore_errors, obstore_retry
 from modelcache.sources.reader import home_of
 from modelcache.types import Cancelled, ModelRef, RemoteFile, SourceError
 
@@ -37,11 +37,11 @@ class GsSource:
     def _make_store(self, environ: Mapping[str, str], timeout_s: float) -> GCSStore:
         from obstore.store import GCSStore
 
-        with obstores.failing(self.ref.url, HINT, ()):
+        with obstore_errors(self.ref.url, HINT, ()):
             return GCSStore(
                 self._bucket,
-                client_options=obstores.client_options(timeout_s),
-                retry_config=obstores.retry_config(),
+                client_options=obstore_client(timeout_s),
+                retry_config=obstore_retry(),
                 **find_access(environ),
             )
 
@@ -49,7 +49,7 @@ class GsSource:
         """See ``Source.list``."""
         import obstore
 
-        with obstores.failing(self.ref.url, HINT, ()):
+        with obstore_errors(self.ref.url, HINT, ()):
             prefix = self._prefix or None
             found = [meta for page in obstore.list(self._store, prefix=prefix) for meta in page]
             below = f"{self._prefix}/" if self._prefix else ""
@@ -84,7 +84,7 @@ class GsSource:
             return
         if cancelled():
             raise Cancelled("not wanted any more")
-        with obstores.failing(shown, HINT, ()):
+        with obstore_errors(shown, HINT, ()):
             got = obstore.get(self._store, key, options={"range": (start, end)})
             if got.range != (start, end) or got.meta["size"] != file.size_bytes:
                 raise SourceError(f"{shown}: the store sent another range than was asked for")

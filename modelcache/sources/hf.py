@@ -12,8 +12,7 @@ from modelcache.ports import Listing
 from modelcache.refs import redact
 from modelcache.sources import answers
 from modelcache.sources.listings import make_listing
-from modelcache.sources.ranged import RangedSource
-from modelcache.sources.reader import Reader, Request, home_of
+from modelcache.sources.reader import RangedSource, Reader, Request, home_of
 from modelcache.types import ModelRef, NotFound, RemoteFile, SourceError
 
 ENDPOINT = "https://huggingface.co"

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import json
 import netrc
 import os
 from collections.abc import Mapping, Sequence
-from urllib.parse import quote, unquote, urlsplit
+from html.parser import HTMLParser
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from modelcache.ports import Listing
-from modelcache.sources import answers, indexes
+from modelcache.sources import answers
 from modelcache.sources.listings import ask_each, make_listing
-from modelcache.sources.ranged import RangedSource
-from modelcache.sources.reader import Reader, Request, home_of
+from modelcache.sources.reader import RangedSource, Reader, Request, home_of
 from modelcache.types import ModelRef, NotFound, RemoteFile, SourceError
 
 MOST_DEPTH = 5
@@ -83,7 +84,7 @@ class HttpSource(RangedSource):
                     raise
                 links = None  # 403 again: it lists nothing, and may have the usual files
             else:
-                links = indexes.read_index(folder, head.headers.get("content-type", ""), page)
+                links = read_index(folder, head.headers.get("content-type", ""), page)
             for link in links or ():
                 if link.endswith("/"):
                     folders.append((link, depth + 1))
@@ -100,15 +101,15 @@ class HttpSource(RangedSource):
 
     def _usual(self, url: str) -> Sequence[RemoteFile]:
         """Files by their usual names, and the shards that an index of weights names."""
-        files = self._stat_there(url, indexes.USUAL_FILES)
-        if any(file.path == indexes.SHARDS_FILE for file in files):
-            _, page = self.reader.page(self._request(url + indexes.SHARDS_FILE))
-            shards = [url + quote(name) for name in indexes.read_shards(page)]
+        files = self._stat_there(url, USUAL_FILES)
+        if any(file.path == SHARDS_FILE for file in files):
+            _, page = self.reader.page(self._request(url + SHARDS_FILE))
+            shards = [url + quote(name) for name in read_shards(page)]
             files = [*files, *self._stat_all(url, shards)]
         if not any(file.path.endswith(".safetensors") for file in files):
             raise NotFound(
                 f"{url}: the server lists no files there, and there is no model.safetensors "
-                f"and no {indexes.SHARDS_FILE}"
+                f"and no {SHARDS_FILE}"
             )
         return files
 
@@ -123,10 +124,10 @@ class HttpSource(RangedSource):
 
     def _with_checksums(self, url: str, files: Sequence[RemoteFile]) -> Sequence[RemoteFile]:
         """The files, with SHA-256s where a file of checksums lies beside them."""
-        there = {file.path for file in files} & set(indexes.CHECKSUM_FILES)
+        there = {file.path for file in files} & set(CHECKSUM_FILES)
         known: dict[str, str] = {}
         for name in sorted(there):
-            known.update(indexes.read_checksums(self.reader.page(self._request(url + name))[1]))
+            known.update(read_checksums(self.reader.page(self._request(url + name))[1]))
         return [
             dataclasses.replace(file, digests={"sha256": known[file.path]})
             if file.path in known
@@ -156,3 +157,103 @@ def netrc_headers(ref: ModelRef, environ: Mapping[str, str]) -> dict[str, str]:
         return {}
     pair = f"{found[0]}:{found[2]}".encode()
     return {"Authorization": f"Basic {base64.b64encode(pair).decode()}"}
+
+
+CHECKSUM_FILES = ("SHA256SUMS", "sha256sum.txt", "checksums.sha256")
+
+USUAL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "params.json",
+    "tekken.json",
+    "SHA256SUMS",
+)
+"""What a model may consist of, asked for by name where a directory is not listed."""
+
+SHARDS_FILE = "model.safetensors.index.json"
+
+
+class _Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "a":
+            self.found += [value for name, value in attrs if name == "href" and value]
+
+
+def read_index(url: str, content_type: str, page: bytes) -> list[str] | None:
+    """URLs directly below the directory ``url`` (which ends with ``/``); those of directories end
+    with ``/`` too. ``None`` where the page is no listing."""
+    text = page.decode("utf-8", "replace")
+    if "json" in content_type:
+        names = _read_json(text)
+    elif "html" in content_type:
+        names = _read_html(text)
+    else:
+        return None
+    if names is None:
+        return None
+    found = (urljoin(url, name) for name in names)
+    return list(dict.fromkeys(link for link in found if _is_child(url, link)))
+
+
+def _read_json(text: str) -> list[str] | None:
+    try:
+        entries = json.loads(text)
+        return [
+            "./" + quote(entry["name"]) + ("/" if entry["type"] == "directory" else "")
+            for entry in entries
+        ]
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _read_html(text: str) -> list[str]:
+    links = _Links()
+    links.feed(text)
+    return [link.partition("#")[0] for link in links.found]
+
+
+def _is_child(url: str, link: str) -> bool:
+    """Directly below ``url`` on the same server: no parent, no sorted view, no other site."""
+    base, child = urlsplit(url), urlsplit(link)
+    if (base.scheme, base.netloc) != (child.scheme, child.netloc) or child.query:
+        return False
+    if not child.path.startswith(base.path):
+        return False
+    name = child.path.removeprefix(base.path).removesuffix("/")
+    return bool(name) and "/" not in name and unquote(name) not in (".", "..")
+
+
+def read_shards(page: bytes) -> list[str]:
+    """Names of the files that a checkpoint's index refers to; none where it is no index."""
+    try:
+        return sorted({str(name) for name in json.loads(page)["weight_map"].values()})
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []
+
+
+def read_checksums(page: bytes) -> Mapping[str, str]:
+    """``sha256sum``'s format: path to SHA-256. Lines that are something else are passed over."""
+    found = {}
+    for line in page.decode("utf-8", "replace").splitlines():
+        digest, _, path = line.strip().partition(" ")
+        digest, path = digest.lower(), path.strip().removeprefix("*").removeprefix("./")
+        if len(digest) == 64 and not set(digest) - set("0123456789abcdef") and path:
+            found[path] = digest
+    return found

@@ -3,14 +3,21 @@ twice, and a revision that names exactly these bytes."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
 
 from modelcache.ports import Listing
-from modelcache.refs import check_file_path
+from modelcache.refs import check_file_path, redact
+from modelcache.sources.wire import CONNECT_S
 from modelcache.types import ModelRef, NotFound, RemoteFile, SourceError
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig
+
 
 MOST_FILES = 100_000
 ASKED_AT_ONCE = 16
@@ -72,3 +79,41 @@ def ask_each(ask: Callable[[T], R], items: Sequence[T]) -> list[R]:
         return [ask(item) for item in items]
     with ThreadPoolExecutor(min(ASKED_AT_ONCE, len(items)), "listing") as threads:
         return list(threads.map(ask, items))
+
+
+def obstore_client(timeout_s: float) -> ClientConfig:
+    """Settings of obstore's HTTP client. Limited is a read without a byte, not a whole download."""
+    return {
+        "allow_http": True,
+        "connect_timeout": timedelta(seconds=min(CONNECT_S, timeout_s)),
+        "read_timeout": timedelta(seconds=timeout_s),
+        "timeout": timedelta(days=1),
+    }
+
+
+def obstore_retry() -> RetryConfig:
+    """Little retrying of its own: who transfers knows better what is worth waiting for."""
+    return {"max_retries": 1, "retry_timeout": timedelta(seconds=10)}
+
+
+@contextlib.contextmanager
+def obstore_errors(what: str, hint: str, secrets: Sequence[str]) -> Iterator[None]:
+    """Make obstore's errors ``SourceError``s that name ``what`` and show no secret."""
+    from obstore import exceptions
+
+    try:
+        yield
+    except (exceptions.NotFoundError, FileNotFoundError):
+        raise NotFound(f"{what}: the store has no such bucket or file") from None
+    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError):
+        raise SourceError(f"{what}: the store refuses access; credentials: {hint}") from None
+    except exceptions.PreconditionError:
+        raise SourceError(f"{what}: it has changed since it was listed") from None
+    except (exceptions.BaseError, ValueError) as error:
+        text = redact(_reason(str(error)), secrets)
+        raise SourceError(f"{what}: {text}", retryable=True) from None
+
+
+def _reason(text: str) -> str:
+    """The first lines of an error without its debug dump."""
+    return " ".join(text.partition("\n\nDebug source")[0].split())[:300]

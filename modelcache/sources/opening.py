@@ -49,8 +49,7 @@ def _open_remote(ref: ModelRef, settings: ModelCacheSettings, environ: Mapping[s
         return GsSource(ref, environ, timeout_s=timeout_s)
     reader = _make_reader(ref, settings, environ)
     if ref.scheme == "s3":
-        from modelcache.sources.s3 import S3Source
-        from modelcache.sources.s3_access import find_access
+        from modelcache.sources.s3 import S3Source, find_access
 
         return S3Source(ref, reader, find_access(environ), timeout_s=timeout_s)
     if ref.scheme == "oss":

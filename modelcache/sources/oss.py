@@ -6,21 +6,28 @@ bytes, and a checksum in Python makes it slow. Every range is checked here all t
 
 from __future__ import annotations
 
+import configparser
 import contextlib
-from collections.abc import Iterator, Mapping
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from modelcache.ports import Listing
 from modelcache.refs import redact
 from modelcache.sources import answers
 from modelcache.sources.listings import ask_each, make_listing
-from modelcache.sources.oss_access import HINT, Keys, find_access
-from modelcache.sources.ranged import RangedSource
-from modelcache.sources.reader import Reader, Request
+from modelcache.sources.reader import RangedSource, Reader, Request, home_of
 from modelcache.types import ModelRef, NotFound, RemoteFile, SourceError
 
 if TYPE_CHECKING:
     import oss2
+
 
 SIGNED_FOR_S = 3_600
 
@@ -55,7 +62,7 @@ class OssSource(RangedSource):
             )
         return self.probed(make_listing(self.ref, files))
 
-    def _find(self, keys: Keys) -> Mapping[str, Any]:
+    def _find(self, keys: OssKeys) -> Mapping[str, Any]:
         """Every object below the prefix, by ``bucket/key``."""
         import ossfs
 
@@ -70,7 +77,7 @@ class OssSource(RangedSource):
         found = system.find(f"{self._bucket}/{self._prefix}", detail=True)
         return {name: info for name, info in found.items() if not name.endswith("/")}
 
-    def _open_bucket(self, keys: Keys) -> oss2.Bucket:
+    def _open_bucket(self, keys: OssKeys) -> oss2.Bucket:
         import oss2
 
         if not keys.key:
@@ -111,7 +118,7 @@ def _file_of(bucket: oss2.Bucket, key: str, path: str) -> RemoteFile:
 
 
 @contextlib.contextmanager
-def failing(what: str, keys: Keys) -> Iterator[None]:
+def failing(what: str, keys: OssKeys) -> Iterator[None]:
     """Make oss2's and ossfs's errors ``SourceError``s that name ``what`` and show no secret."""
     import oss2
 
@@ -139,3 +146,130 @@ def _code(error: Exception) -> str:
     cause = error.__cause__ if not hasattr(error, "code") else error
     code = getattr(cause, "code", "")
     return f" ({code})" if isinstance(code, str) and code.isalnum() else ""
+
+
+HINT = "OSS_ACCESS_KEY_ID and OSS_ACCESS_KEY_SECRET (and OSS_SESSION_TOKEN), or ~/.ossutilconfig"
+METADATA = "http://100.100.100.200/latest/meta-data/ram/security-credentials/"
+RENEW_BEFORE_S = 300.0
+
+_NAMES = (
+    ("OSS_ACCESS_KEY_ID", "OSS_ACCESS_KEY_SECRET", "OSS_SESSION_TOKEN"),
+    (
+        "ALIBABA_CLOUD_ACCESS_KEY_ID",
+        "ALIBABA_CLOUD_ACCESS_KEY_SECRET",
+        "ALIBABA_CLOUD_SECURITY_TOKEN",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OssKeys:
+    """What signs a request. Without a ``key`` requests are unsigned."""
+
+    key: str = ""
+    secret: str = field(default="", repr=False)
+    token: str = field(default="", repr=False)
+    good_until_s: float | None = None
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What must not be shown."""
+        return tuple(text for text in (self.key, self.secret, self.token) if text)
+
+
+@dataclass(slots=True, kw_only=True)
+class OssAccess:
+    """How one bucket is reached. ``keys()`` renews credentials that run out."""
+
+    endpoint: str
+    fetch: Callable[[], OssKeys]
+    clock: Callable[[], float] = time.time
+    _keys: OssKeys | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def keys(self) -> OssKeys:
+        """Credentials that are good for a while yet. Raises ``SourceError``."""
+        with self._lock:
+            kept = self._keys
+            if kept is None or (
+                kept.good_until_s is not None and kept.good_until_s - self.clock() < RENEW_BEFORE_S
+            ):
+                kept = self._keys = self.fetch()
+            return kept
+
+
+def find_access(
+    bucket_host: str, environ: Mapping[str, str], reader: Reader
+) -> tuple[str, OssAccess]:
+    """The bucket's name, and how it is reached.
+
+    ``bucket_host`` is the first part of the URL: a bucket, or a bucket with its endpoint
+    (``models.oss-cn-hangzhou.aliyuncs.com``). Raises ``SourceError`` where no endpoint is known.
+    """
+    file = _read_file(environ)
+    bucket, _, host = bucket_host.partition(".")
+    endpoint = host if host else environ.get("OSS_ENDPOINT") or file.get("endpoint") or ""
+    region = environ.get("OSS_REGION")
+    if not endpoint and region:
+        endpoint = f"oss-{region.removeprefix('oss-')}.aliyuncs.com"
+    if not endpoint:
+        raise SourceError(
+            f"oss://{bucket}: which endpoint? Set OSS_ENDPOINT (https://oss-cn-hangzhou.aliyuncs.com)"
+            ", or OSS_REGION, or write oss://bucket.oss-cn-hangzhou.aliyuncs.com/prefix"
+        )
+    if "://" not in endpoint:
+        endpoint = f"https://{endpoint}"
+    if not urlsplit(endpoint).hostname:
+        raise SourceError("OSS_ENDPOINT is no address")
+    return bucket, OssAccess(endpoint=endpoint, fetch=_fetcher(environ, file, reader))
+
+
+def _fetcher(
+    environ: Mapping[str, str], file: Mapping[str, str], reader: Reader
+) -> Callable[[], OssKeys]:
+    for key, secret, token in _NAMES:
+        if environ.get(key) and environ.get(secret):
+            keys = OssKeys(key=environ[key], secret=environ[secret], token=environ.get(token, ""))
+            return lambda: keys
+    if file.get("accesskeyid") and file.get("accesskeysecret"):
+        given = OssKeys(
+            key=file["accesskeyid"],
+            secret=file["accesskeysecret"],
+            token=file.get("ststoken", ""),
+        )
+        return lambda: given
+    url = environ.get("ALIBABA_CLOUD_CREDENTIALS_URI")
+    role = environ.get("ALIBABA_CLOUD_ECS_METADATA")
+    if not url and role:
+        url = METADATA + role
+    if url:
+        return lambda: _ask(url, reader)
+    return OssKeys
+
+
+def _ask(url: str, reader: Reader) -> OssKeys:
+    """Credentials for a while from a URL, in the form that the metadata server has."""
+    request = Request(url=url, shown="the credentials of this instance or container")
+    _, page = reader.page(request)
+    try:
+        found = json.loads(page)
+        return OssKeys(
+            key=str(found["AccessKeyId"]),
+            secret=str(found["AccessKeySecret"]),
+            token=str(found["SecurityToken"]),
+            good_until_s=datetime.fromisoformat(found["Expiration"]).timestamp(),
+        )
+    except (ValueError, TypeError, KeyError):
+        raise SourceError(f"{request.shown} are not in the form that is expected") from None
+
+
+def _read_file(environ: Mapping[str, str]) -> dict[str, str]:
+    """The settings of ``ossutil``; none where it has no file."""
+    path = environ.get("OSSUTIL_CONFIG_FILE") or os.path.join(home_of(environ), ".ossutilconfig")
+    parser = configparser.RawConfigParser()
+    try:
+        parser.read(path, encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError):
+        # The parser's own message quotes the line, which may hold a key.
+        raise SourceError(f"{path} is not as ossutil writes it") from None
+    return dict(parser.items("Credentials")) if parser.has_section("Credentials") else {}

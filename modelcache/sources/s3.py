@@ -3,22 +3,31 @@ URLs."""
 
 from __future__ import annotations
 
+import configparser
+import os
 import re
-from collections.abc import Mapping
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from modelcache.ports import Listing
-from modelcache.sources import answers, obstores
-from modelcache.sources.listings import ask_each, make_listing
-from modelcache.sources.ranged import RangedSource
-from modelcache.sources.reader import Reader, Request
-from modelcache.sources.s3_access import HINT, Access
-from modelcache.types import ModelRef, RemoteFile
+from modelcache.sources import answers
+from modelcache.sources.listings import (
+    ask_each,
+    make_listing,
+    obstore_client,
+    obstore_errors,
+    obstore_retry,
+)
+from modelcache.sources.reader import RangedSource, Reader, Request, home_of
+from modelcache.types import ModelRef, RemoteFile, SourceError
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
+
 
 SIGNED_FOR = timedelta(hours=1)
 DEFAULT_REGION = "us-east-1"
@@ -29,7 +38,9 @@ _MD5 = re.compile(r"^[0-9a-f]{32}$")
 class S3Source(RangedSource):
     """One model below a prefix of a bucket (or one object)."""
 
-    def __init__(self, ref: ModelRef, reader: Reader, access: Access, *, timeout_s: float) -> None:
+    def __init__(
+        self, ref: ModelRef, reader: Reader, access: S3Access, *, timeout_s: float
+    ) -> None:
         super().__init__(ref, reader)
         self._bucket, _, self._prefix = ref.location.partition("/")
         self._access = access
@@ -48,11 +59,11 @@ class S3Source(RangedSource):
             config["skip_signature"] = True
         if access.provider is not None:
             config["credential_provider"] = access.provider
-        with obstores.failing(self.ref.url, HINT, access.secrets):
+        with obstore_errors(self.ref.url, HINT, access.secrets):
             return S3Store(
                 self._bucket,
-                client_options=obstores.client_options(timeout_s),
-                retry_config=obstores.retry_config(),
+                client_options=obstore_client(timeout_s),
+                retry_config=obstore_retry(),
                 **config,
             )
 
@@ -68,14 +79,14 @@ class S3Source(RangedSource):
         """See ``Source.list``."""
         import obstore
 
-        with obstores.failing(self.ref.url, HINT, self._access.secrets):
+        with obstore_errors(self.ref.url, HINT, self._access.secrets):
             prefix = self._prefix or None
             found = [meta for page in obstore.list(self._store, prefix=prefix) for meta in page]
         below = f"{self._prefix}/" if self._prefix else ""
         metas = [m for m in found if m["path"].startswith(below) and not m["path"].endswith("/")]
         self._single = not metas and bool(self._prefix)
         if self._single:
-            with obstores.failing(self.ref.url, HINT, self._access.secrets):
+            with obstore_errors(self.ref.url, HINT, self._access.secrets):
                 metas = [obstore.head(self._store, self._prefix)]
             below = self._prefix.rpartition("/")[0]
             below += "/" if below else ""
@@ -114,6 +125,127 @@ class S3Source(RangedSource):
             return Request(url=url, shown=shown, hint=HINT)
         import obstore
 
-        with obstores.failing(shown, HINT, self._access.secrets):
+        with obstore_errors(shown, HINT, self._access.secrets):
             url = obstore.sign(self._store, method, key, SIGNED_FOR)
         return Request(url=url, shown=shown, hint=HINT)
+
+
+HINT = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile in ~/.aws, or the instance's role"
+INSTANCE = ("169.254.169.254", 80)
+INSTANCE_WAIT_S = 1.0
+
+_GIVEN_ELSEWHERE = (
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
+"""Where one of these is set, obstore fetches and renews credentials by itself."""
+
+_NEEDS_BOTO = ("sso_session", "sso_start_url", "role_arn", "credential_process", "login_session")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class S3Access:
+    """How one bucket is reached. ``secrets`` is what must not be shown."""
+
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    provider: Any = field(default=None, repr=False)
+    """Gives obstore credentials that run out, where it cannot fetch them itself."""
+    anonymous: bool = False
+    endpoint: str | None = None
+    region: str | None = None
+    secrets: tuple[str, ...] = field(default=(), repr=False)
+
+
+def find_access(
+    environ: Mapping[str, str], *, on_instance: Callable[[], bool] | None = None
+) -> S3Access:
+    """Look in the usual places. Raises ``SourceError`` where a profile is named and not there, or
+    needs boto3 and that is not installed."""
+    profile = _read_profile(environ)
+    endpoint = (
+        environ.get("AWS_ENDPOINT_URL_S3")
+        or environ.get("AWS_ENDPOINT_URL")
+        or environ.get("AWS_ENDPOINT")
+        or profile.get("endpoint_url")
+    )
+    region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or profile.get("region")
+    place: dict[str, Any] = {"endpoint": endpoint or None, "region": region or None}
+    key, secret = environ.get("AWS_ACCESS_KEY_ID"), environ.get("AWS_SECRET_ACCESS_KEY")
+    if key and secret:
+        return S3Access(**place, **_static(key, secret, environ.get("AWS_SESSION_TOKEN")))
+    if profile.get("aws_access_key_id") and profile.get("aws_secret_access_key"):
+        return S3Access(
+            **place,
+            **_static(
+                profile["aws_access_key_id"],
+                profile["aws_secret_access_key"],
+                profile.get("aws_session_token"),
+            ),
+        )
+    if any(profile.get(name) for name in _NEEDS_BOTO):
+        return S3Access(**place, provider=_boto_provider(environ.get("AWS_PROFILE")))
+    if any(environ.get(name) for name in _GIVEN_ELSEWHERE):
+        return S3Access(**place)
+    if (on_instance or (lambda: _is_on_instance(environ)))():
+        return S3Access(**place)
+    return S3Access(**place, anonymous=True)
+
+
+def _static(key: str, secret: str, token: str | None) -> dict[str, Any]:
+    config = {"access_key_id": key, "secret_access_key": secret}
+    if token:
+        config["session_token"] = token
+    return {"config": config, "secrets": (key, secret, *([token] if token else []))}
+
+
+def _read_profile(environ: Mapping[str, str]) -> dict[str, str]:
+    """The profile's settings and keys; none where there are no such files."""
+    folder = os.path.join(home_of(environ), ".aws")
+    files = (
+        environ.get("AWS_CONFIG_FILE") or os.path.join(folder, "config"),
+        environ.get("AWS_SHARED_CREDENTIALS_FILE") or os.path.join(folder, "credentials"),
+    )
+    name = environ.get("AWS_PROFILE") or environ.get("AWS_DEFAULT_PROFILE") or "default"
+    found: dict[str, str] = {}
+    for path in files:
+        parser = configparser.RawConfigParser()
+        try:
+            parser.read(path, encoding="utf-8")
+        except (configparser.Error, UnicodeDecodeError):
+            # The parser's own message quotes the line, which may hold a key.
+            raise SourceError(f"{path} is not as the AWS tools write it") from None
+        for section in (name, f"profile {name}"):
+            if parser.has_section(section):
+                found.update(parser.items(section))
+    if not found and environ.get("AWS_PROFILE"):
+        raise SourceError(f"AWS_PROFILE names {name!r}, and {' and '.join(files)} have no such one")
+    return found
+
+
+def _boto_provider(profile: str | None) -> Any:
+    try:
+        import boto3
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError:
+        raise SourceError(
+            "the AWS profile gets its credentials by single sign-on, a role or a command; that "
+            "takes boto3: pip install boto3"
+        ) from None
+    try:
+        return Boto3CredentialProvider(boto3.Session(profile_name=profile))
+    except Exception as error:  # noqa: BLE001 - botocore's errors have no common base of their own
+        raise SourceError(
+            f"the AWS profile gives no credentials ({type(error).__name__})"
+        ) from None
+
+
+def _is_on_instance(environ: Mapping[str, str]) -> bool:
+    """Whether an instance's metadata answers; a second at most where there is none."""
+    if environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
+        return False
+    try:
+        socket.create_connection(INSTANCE, timeout=INSTANCE_WAIT_S).close()
+    except OSError:
+        return False
+    return True

@@ -9,20 +9,20 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import stat
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modelcache.store import leases
-from modelcache.store.disk_usage import count_kinds, count_names, find_made
 from modelcache.store.eviction import Candidate, choose
 from modelcache.store.files import directories, remove, remove_empty, remove_tree
-from modelcache.store.hub_layout import hub_place, sweep_hub
 from modelcache.store.layout import REFS, Layout
 from modelcache.store.partial_files import is_open
 from modelcache.store.pending_results import Work, read_works, remove_work, sweep_works
-from modelcache.store.revisions import (
+from modelcache.store.records import (
     FETCHING,
     MANIFEST,
     PIN,
@@ -33,7 +33,7 @@ from modelcache.store.revisions import (
     read_known,
     scan,
 )
-from modelcache.store.snapshots import remove_view, view_of
+from modelcache.store.snapshots import hub_place, remove_view, sweep_hub, view_of
 from modelcache.types import PREPARED, InUse, NoSpace
 
 LOG = logging.getLogger("tidegate.modelcache")
@@ -373,3 +373,56 @@ def _files(directory: Path) -> list[Path]:
         return [path for path in sorted(directory.iterdir()) if path.is_file()]
     except FileNotFoundError:
         return []
+
+
+OTHERS = frozenset({"bundles"})
+"""What lies in the cache's directory too, and cannot be evicted to make room for models: what
+engines have compiled, which has a limit of its own."""
+
+
+def walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Every file and symbolic link below ``root``, with the name at the top it is under; not what
+    others keep there (``OTHERS``)."""
+    for directory, folders, names in os.walk(root):
+        if directory == str(root):
+            folders[:] = [name for name in folders if name not in OTHERS]
+        top = Path(directory).relative_to(root).parts[:1]
+        for name in names:
+            try:
+                info = os.lstat(os.path.join(directory, name))
+            except FileNotFoundError:
+                continue
+            if stat.S_ISREG(info.st_mode) or stat.S_ISLNK(info.st_mode):
+                yield (top[0] if top else ""), info
+
+
+def count_names(root: Path) -> dict[tuple[int, int], int]:
+    """How many names each file has below ``root``."""
+    names: dict[tuple[int, int], int] = {}
+    for _, info in walk(root):
+        file = (info.st_dev, info.st_ino)
+        names[file] = names.get(file, 0) + 1
+    return names
+
+
+def count_kinds(root: Path) -> dict[tuple[int, int], tuple[str, int]]:
+    """Each file below ``root`` once: the folder at the top that it counts for (``blobs``,
+    ``partial``, ``prepared``; empty for records), and its size."""
+    kinds: dict[tuple[int, int], tuple[str, int]] = {}
+    for top, info in walk(root):
+        kind = top if top in ("blobs", "partial", PREPARED) else ""
+        file = (info.st_dev, info.st_ino)
+        # A blob has names in views too, and is one wherever it was met first.
+        kinds[file] = max(kinds.get(file, ("", 0)), (kind, info.st_size))
+    return kinds
+
+
+def find_made(layout: Layout, records: Sequence[Record]) -> Iterator[tuple[int, int]]:
+    """The blobs, with their pieces' digests, that only results of preparation steps have."""
+    fetched = {digest for one in records if one.result_key is None for digest in one.blobs}
+    made = {digest for one in records if one.result_key is not None for digest in one.blobs}
+    for digest in made - fetched:
+        for path in (layout.blob(digest), layout.pieces(digest)):
+            with suppress(FileNotFoundError):
+                info = os.stat(path)
+                yield info.st_dev, info.st_ino

@@ -22,8 +22,7 @@ from modelcache.store.files import (
     write_whole,
 )
 from modelcache.store.layout import Layout, result_url
-from modelcache.store.manifest import Job, read_record, seal
-from modelcache.store.revisions import name_result
+from modelcache.store.records import Job, name_result, read_record, seal
 from modelcache.types import PREPARED, Damaged, Made
 
 LOG = logging.getLogger("tidegate.modelcache")

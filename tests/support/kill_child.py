@@ -37,7 +37,7 @@ from modelcache.prepare.run import Results
 from modelcache.settings import ModelCacheSettings
 from modelcache.sources.opening import open_source
 from modelcache.store.files import open_lock, try_lock
-from modelcache.store.manifest import Job
+from modelcache.store.records import Job
 from modelcache.types import FileRange, Made
 
 PIECE_BYTES = 65_536

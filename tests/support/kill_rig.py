@@ -23,7 +23,7 @@ from object_server import Handler, IndexedServer, serving
 
 from modelcache.cache import ModelCache
 from modelcache.ports import CachedModel
-from modelcache.store.verify import Damage
+from modelcache.store.store import Damage
 from modelcache.types import Manifest
 
 SLICE_BYTES = 8_192

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelcache.fetch.transfer import Transfer
-from modelcache.peers.discovery import LookUp, look_up
-from modelcache.peers.group import PeerGroup
+from modelcache.peers.group import LookUp, PeerGroup, look_up
 from modelcache.peers.piece_inventory import Shelf
 from modelcache.ports import ANNOUNCE_BYTES, Listing
 from modelcache.settings import ModelCacheSettings

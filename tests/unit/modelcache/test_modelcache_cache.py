@@ -8,7 +8,7 @@ import pytest
 from folder_store import PIECE, FolderSource, Rig, bytes_of, count_bytes, read_tree
 
 from modelcache.cache import ModelCache
-from modelcache.store.inventory import read_fetching
+from modelcache.store.lookup import read_fetching
 from modelcache.types import (
     CacheError,
     Cancelled,
@@ -342,7 +342,7 @@ def test_a_store_that_fails_on_the_way_costs_what_was_not_there_yet(
 
 def test_a_model_at_its_own_pace_is_measured(rig: Rig, cache: ModelCache, url: str) -> None:
     model = cache.preload(url)
-    from modelcache.store.revisions import read_use
+    from modelcache.store.records import read_use
 
     use = read_use(cache.store.layout.revision(url, model.revision))
     assert use.reload_s_per_gb is not None

@@ -15,7 +15,7 @@ from folder_store import PIECE, Rig, bytes_of, count_bytes, read_tree
 
 from modelcache.cache import ModelCache
 from modelcache.ports import CachedModel
-from modelcache.store.inventory import read_fetching
+from modelcache.store.lookup import read_fetching
 from modelcache.types import Cancelled, NoSpace, Progress, SourceError
 
 FILES = {"model.safetensors": bytes_of(6 * PIECE + 1, 1), "config.json": b"{}"}

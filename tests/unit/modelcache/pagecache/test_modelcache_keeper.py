@@ -17,7 +17,7 @@ import pytest
 
 from modelcache.pagecache import linux_pages, memory
 from modelcache.pagecache.holder import KeptFiles, PageKeeper
-from modelcache.pagecache.holding import Keeping
+from modelcache.pagecache.holder_process import Keeping
 from modelcache.pagecache.residency import drop, residency
 from modelcache.types import CacheError, FileRange, NoSpace
 
@@ -227,7 +227,7 @@ def test_refuses_files_that_are_not_there(disk: Path, keeper: PageKeeper) -> Non
 LOCKING = """
 import json, os, resource, sys
 from modelcache.pagecache import linux_pages as kernel
-from modelcache.pagecache.holding import Keeping
+from modelcache.pagecache.holder_process import Keeping
 from modelcache.types import FileRange
 kernel._libc()
 limit = int(sys.argv[2])

@@ -12,9 +12,8 @@ import pytest
 from pydantic import ValidationError
 from swarm_rig import TOKEN, MemorySource, Node, make_content, make_node
 
-from modelcache.peers import discovery
-from modelcache.peers.discovery import PeerNames, look_up
-from modelcache.peers.group import PeerGroup, make_peers
+from modelcache.peers import group as peer_group
+from modelcache.peers.group import PeerGroup, PeerNames, look_up, make_peers
 from modelcache.peers.piece_inventory import Shelf
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.layout import Layout
@@ -42,8 +41,8 @@ class NameServer:
 @pytest.fixture(autouse=True)
 def _often_and_patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names are looked up often, and whoever answers is waited for however busy this machine is."""
-    monkeypatch.setattr(discovery, "LOOK_S", 0.1)
-    monkeypatch.setattr(discovery, "SOON_S", 0.02)
+    monkeypatch.setattr(peer_group, "LOOK_S", 0.1)
+    monkeypatch.setattr(peer_group, "SOON_S", 0.02)
     monkeypatch.setattr("modelcache.fetch.download.CENSUS_S", WAIT_S)
     monkeypatch.setattr("modelcache.peers.client.ANSWER_S", WAIT_S)
 
@@ -156,7 +155,7 @@ def test_a_name_without_an_answer_is_no_hindrance(nodes: Callable[..., Node]) ->
 def test_a_node_that_is_heard_of_is_looked_for_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(discovery, "LOOK_S", 3_600.0)
+    monkeypatch.setattr(peer_group, "LOOK_S", 3_600.0)
     server = NameServer("10.0.0.1")
     group = group_of(server, tmp_path)
     try:

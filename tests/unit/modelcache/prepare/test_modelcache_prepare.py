@@ -416,7 +416,7 @@ def test_the_guard_ends_the_command_with_its_parent(tmp_path: Path) -> None:
         "import os, pathlib, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
         "pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(300)"
     )
-    guard = [PYTHON, "-I", "-m", "modelcache.prepare.child_guard", "0.2"]
+    guard = [PYTHON, "-I", "-m", "modelcache.prepare.step_process", "0.2"]
     holder = subprocess.Popen(
         [PYTHON, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", *guard,
          PYTHON, "-c", stubborn, str(tmp_path / "pid")],

@@ -17,8 +17,8 @@ from modelcache.prepare.run import Asked, Preparation, Prepared, Results, input_
 from modelcache.prepare.step_process import StepFailed
 from modelcache.settings import PreparationStep
 from modelcache.store.layout import result_url
-from modelcache.store.manifest import Job
 from modelcache.store.pending_results import OUTPUT, read_works
+from modelcache.store.records import Job
 from modelcache.types import CacheError, InUse, Made, ModelEntry, NoSpace, NotFound, Progress
 
 SIZE = 16 * PIECE

@@ -22,8 +22,8 @@ from modelcache.prepare.step_process import NEARLY_FULL_BYTES, StepFailed
 from modelcache.settings import PreparationStep
 from modelcache.store.files import open_lock, try_lock
 from modelcache.store.layout import result_url
-from modelcache.store.manifest import Job
 from modelcache.store.pending_results import read_works
+from modelcache.store.records import Job
 from modelcache.store.store import Store
 from modelcache.types import Made, NoSpace, Progress
 

@@ -14,8 +14,9 @@ from store_servers import GcsServer, HubServer, OssServer
 from modelcache.ports import Listing
 from modelcache.refs import parse_ref
 from modelcache.settings import ModelCacheSettings
-from modelcache.sources import gs, hf, http, opening, oss_access, s3_access
+from modelcache.sources import gs, hf, http, opening, s3
 from modelcache.sources.opening import ExtraMissing, open_source, rate_of
+from modelcache.sources.oss import find_access as find_oss_access
 from modelcache.sources.reader import is_direct, make_reader
 from modelcache.types import NotFound, SourceError
 
@@ -30,7 +31,7 @@ def not_here() -> bool:
 
 
 def test_s3_keys_of_the_environment(tmp_path: Path) -> None:
-    access = s3_access.find_access(
+    access = s3.find_access(
         {
             "HOME": str(tmp_path),
             "AWS_ACCESS_KEY_ID": KEY,
@@ -65,13 +66,13 @@ def test_s3_keys_of_a_profile(tmp_path: Path) -> None:
         keys.format("default", "AKIADEFAULT", "d") + keys.format("ml", KEY, SECRET),
         "[profile ml]\nregion = eu-north-1\nendpoint_url = http://store\n",
     )
-    default = s3_access.find_access(environ, on_instance=not_here)
+    default = s3.find_access(environ, on_instance=not_here)
     assert (default.config["access_key_id"], default.region) == ("AKIADEFAULT", None)
-    ml = s3_access.find_access({**environ, "AWS_PROFILE": "ml"}, on_instance=not_here)
+    ml = s3.find_access({**environ, "AWS_PROFILE": "ml"}, on_instance=not_here)
     assert ml.config == {"access_key_id": KEY, "secret_access_key": SECRET}
     assert (ml.region, ml.endpoint) == ("eu-north-1", "http://store")
     with pytest.raises(SourceError, match="'nobody'"):
-        s3_access.find_access({**environ, "AWS_PROFILE": "nobody"}, on_instance=not_here)
+        s3.find_access({**environ, "AWS_PROFILE": "nobody"}, on_instance=not_here)
 
 
 def test_s3_a_profile_with_a_command_goes_through_boto3(
@@ -84,23 +85,23 @@ def test_s3_a_profile_with_a_command_goes_through_boto3(
     )
     for name, value in {**environ, "AWS_PROFILE": "ml"}.items():
         monkeypatch.setenv(name, value)
-    access = s3_access.find_access({**environ, "AWS_PROFILE": "ml"}, on_instance=not_here)
+    access = s3.find_access({**environ, "AWS_PROFILE": "ml"}, on_instance=not_here)
     assert access.provider()["access_key_id"] == KEY
 
 
 def test_s3_what_a_container_or_an_instance_is_given_is_left_to_obstore(tmp_path: Path) -> None:
     home = {"HOME": str(tmp_path)}
     for name in ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_FULL_URI"):
-        assert not s3_access.find_access({**home, name: "x"}, on_instance=not_here).anonymous
-    assert not s3_access.find_access(home, on_instance=lambda: True).anonymous
-    assert s3_access.find_access(home, on_instance=not_here).anonymous
-    assert s3_access.find_access({**home, "AWS_EC2_METADATA_DISABLED": "true"}).anonymous
+        assert not s3.find_access({**home, name: "x"}, on_instance=not_here).anonymous
+    assert not s3.find_access(home, on_instance=lambda: True).anonymous
+    assert s3.find_access(home, on_instance=not_here).anonymous
+    assert s3.find_access({**home, "AWS_EC2_METADATA_DISABLED": "true"}).anonymous
 
 
 def test_s3_a_damaged_file_is_named_and_not_quoted(tmp_path: Path) -> None:
     environ = write_aws(tmp_path, f"aws_secret_access_key = {SECRET}\n")
     with pytest.raises(SourceError, match="credentials") as raised:
-        s3_access.find_access(environ, on_instance=not_here)
+        s3.find_access(environ, on_instance=not_here)
     assert SECRET not in str(raised.value)
 
 
@@ -175,7 +176,7 @@ def test_oss_credentials_from_a_url_are_renewed_in_time(tmp_path: Path) -> None:
             "ALIBABA_CLOUD_CREDENTIALS_URI": f"{server.url}/role",
         }
         reader = make_reader(environ, timeout_s=30, connections=2, rate_bytes_s=None)
-        bucket, access = oss_access.find_access("models", environ, reader)
+        bucket, access = find_oss_access("models", environ, reader)
         assert (bucket, access.endpoint) == ("models", "https://oss-cn-hangzhou.aliyuncs.com")
         access.clock = lambda: now_s + asked_for[-1]
         for after_s, number, wanted in ((0, 1, 1), (100, 2, 1), (3_400, 3, 3), (3_500, 4, 3)):
@@ -231,7 +232,7 @@ def test_oss_without_an_endpoint_says_what_to_set(tmp_path: Path) -> None:
         ("m", {"OSS_ENDPOINT": "http://internal"}, "http://internal"),
         ("m", {"OSS_REGION": "oss-cn-x"}, "https://oss-cn-x.aliyuncs.com"),
     ):
-        bucket, access = oss_access.find_access(host, {"HOME": "/none", **environ}, reader)
+        bucket, access = find_oss_access(host, {"HOME": "/none", **environ}, reader)
         assert (bucket, access.endpoint) == ("m", endpoint)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelcache.refs import parse_ref
-from modelcache.sources import answers, indexes, wire
+from modelcache.sources import answers, http, wire
 from modelcache.sources.file import FileSource
 from modelcache.sources.listings import digest_of, make_listing
 from modelcache.types import NotFound, RemoteFile, SourceError
@@ -118,13 +118,13 @@ def test_a_revision_changes_with_everything_that_is_listed() -> None:
 def test_checksums_and_shards_are_read_leniently() -> None:
     digest = "A1" * 32
     text = f"{digest}  model.safetensors\n{digest} *./sub/x y\nshort  z\n\n{'g' * 64}  q\n"
-    assert indexes.read_checksums(text.encode()) == {
+    assert http.read_checksums(text.encode()) == {
         "model.safetensors": digest.lower(),
         "sub/x y": digest.lower(),
     }
-    assert indexes.read_shards(b'{"weight_map": {"a": "2", "b": "1", "c": "2"}}') == ["1", "2"]
+    assert http.read_shards(b'{"weight_map": {"a": "2", "b": "1", "c": "2"}}') == ["1", "2"]
     for page in (b"", b"[]", b"{}", b'{"weight_map": 3}', b"\xff"):
-        assert indexes.read_shards(page) == []
+        assert http.read_shards(page) == []
 
 
 def test_links_are_followed_and_folders_that_are_links_are_not(tmp_path: Path) -> None:

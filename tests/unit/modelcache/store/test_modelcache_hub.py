@@ -13,8 +13,8 @@ import pytest
 from folder_store import PIECE, Rig, bytes_of, count_bytes, flip_bit, read_tree
 
 from modelcache.refs import parse_ref
-from modelcache.store.hub_layout import find_file, find_snapshot, hub_dirs, hub_place
 from modelcache.store.layout import Layout
+from modelcache.store.snapshots import find_file, find_snapshot, hub_dirs, hub_place
 from modelcache.types import ModelRef, NoSpace, NotFound, RemoteFile, SourceError
 
 URL = "hf://org/name"

@@ -9,17 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelcache.fetch.request import select_files
+from modelcache.fetch.fetch import select_files
 from modelcache.store.layout import Layout, file_key, model_key, safe_name
-from modelcache.store.manifest import (
+from modelcache.store.records import (
+    MANIFEST,
+    SPARE,
     Fetching,
     Use,
     check_listing,
+    read_known,
+    read_manifest,
     read_record,
+    read_use,
     seal,
     unseal,
 )
-from modelcache.store.revisions import MANIFEST, SPARE, read_known, read_manifest, read_use
 from modelcache.types import CacheError, Damaged, FileEntry, Manifest, RemoteFile
 
 URL = "s3://models/qwen"

@@ -30,7 +30,7 @@ from modelcache.store.partial_files import (
     is_open,
     read_progress,
 )
-from modelcache.store.verify import hash_file
+from modelcache.store.store import hash_file
 from modelcache.types import CacheError, Damaged, InUse
 
 KEY = "k" * 40

@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelcache.cache import ModelCache
-from modelcache.fetch.repair import plan_salvage
-from modelcache.fetch.request import Salvage
+from modelcache.fetch.fetch import Salvage, plan_salvage
 from modelcache.ports import CachedModel
-from modelcache.store.verify import Damage
+from modelcache.store.store import Damage
 from modelcache.types import CacheError, Cancelled, FileEntry, Manifest, Progress, SourceError
 
 WEIGHTS = bytes_of(5 * PIECE + 77, 1)

@@ -13,8 +13,7 @@ from folder_store import PIECE, Rig, bytes_of, count_bytes, expect, make_room, r
 
 from modelcache.cache import ModelCache
 from modelcache.store import files, leases
-from modelcache.store.capacity import disk_free_bytes
-from modelcache.store.disk_usage import OTHERS
+from modelcache.store.capacity import OTHERS, disk_free_bytes
 from modelcache.types import Cancelled, InUse, NoSpace, Progress
 
 SIZE = 16 * PIECE

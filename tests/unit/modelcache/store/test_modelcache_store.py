@@ -11,11 +11,10 @@ import pytest
 from folder_store import PIECE, OneByOne, Rig, bytes_of, count_bytes, flip_bit, read_tree
 
 from modelcache.cache import ModelCache
-from modelcache.fetch.fetch import Fetch
-from modelcache.fetch.request import Want
+from modelcache.fetch.fetch import Fetch, Want
 from modelcache.ports import CachedModel, Listing
 from modelcache.store import files
-from modelcache.store.revisions import scan
+from modelcache.store.records import scan
 from modelcache.types import Cancelled, Damaged, Manifest, ModelRef, RemoteFile
 
 SAME = bytes_of(3 * PIECE + 7, 1)
