@@ -26,8 +26,31 @@ from modelcache.store.digest import count_pieces
 from modelcache.store.partial_files import Partial
 from modelcache.types import CacheError, Cancelled, Damaged, Priority, Progress, RemoteFile
 
+JOIN_S = 5.0
 MOST_REMEMBERED = 1_024
 """Files of which is remembered who gave which piece."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferTimeouts:
+    """How long, in seconds of the download's clock, what a download waits for may take."""
+
+    census_s: float = 0.5
+    """Until every peer has said what it has, before the store is read."""
+    join_s: float = JOIN_S
+    """Until a thread notices the end. One that does not (a store's library that hangs) is left
+    behind: it has a descriptor of its own, and commits nothing any more."""
+    peer_piece_s: float = 4.0
+    """What a piece from a peer is taken to need before one of its size has come."""
+    slow_s: float = 3.0
+    """From so long on, if it is ``SLOW_FACTOR`` times the usual, a peer's piece is read from the
+    store too, unless the peer will have given the rest sooner."""
+    lost_s: float = 5.0
+    """From so long on, if it is ``LOST_FACTOR`` times the usual, it is not waited for at all."""
+    most_s: float = 60.0
+    """The longest wait for a peer's piece, where pieces do come sooner than that."""
+    straggler_s: float = 10.0
+    """What a connection to the store has at the least, however fast the others are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +83,10 @@ class TransferState:
         budget: Budget | None = None,
         peers: PeerGroup | None = None,
         clock: Callable[[], float] = time.monotonic,
+        timeouts: TransferTimeouts = TransferTimeouts(),
     ) -> None:
         self.settings = settings
+        self.timeouts = timeouts
         self.budget = budget if budget is not None else Budget(settings)
         self.peers = peers
         self.clock = clock
@@ -143,13 +168,6 @@ TICK_S = 0.1
 
 TELL_S = 0.25
 RATE_S = 5.0
-CENSUS_S = 0.5
-"""Seconds that a beginning waits at most to hear from every peer."""
-
-JOIN_S = 5.0
-"""Seconds a thread may take to notice the end. One that does not (a store's library that hangs)
-is left behind: it has a descriptor of its own, and commits nothing any more."""
-
 GENTLE_S = 1.0
 GENTLE_CONNECTIONS = 4
 """As long as others may be about to begin too, a node does not take more of a store than this: what
@@ -270,7 +288,7 @@ class Download:
             stopped=lambda: self.over,
         )
         self._threads += self.peers.follow(follower)
-        until_s = self.clock() + CENSUS_S
+        until_s = self.clock() + self.shared.timeouts.census_s
         with self.watcher:
             while self.clock() < until_s and not self.peers.settled(follower):
                 self._check()
@@ -389,7 +407,7 @@ class Download:
                 condition.notify_all()
         if self.peers is not None:
             self.peers.wake()
-        until_s = self.clock() + JOIN_S
+        until_s = self.clock() + self.shared.timeouts.join_s
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(max(0.0, until_s - self.clock()))

@@ -24,19 +24,8 @@ WRITES = 2
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.2, 10.0
 MOST_ASKED_PAUSE_S = 60.0
 
-UNKNOWN_S = 4.0
-"""What a piece from a peer is taken to need before one of its size has come."""
-
-SLOW_FACTOR, SLOW_S = 4.0, 3.0
-"""From so many times what is usual for its size, and so many seconds, a peer's piece is read from
-the store too, unless the peer will have given the rest sooner."""
-
-LOST_FACTOR, LOST_S, MOST_S = 8.0, 5.0, 60.0
-"""From so many times the usual it is not waited for at all. ``MOST_S`` is the most where pieces do
-come sooner than that."""
-
-STRAGGLER_S = 10.0
-"""Seconds a connection to the store has at the least, however fast the others are."""
+SLOW_FACTOR, LOST_FACTOR = 4.0, 8.0
+"""How many times the usual for its size: see ``TransferTimeouts``."""
 
 MOST_CUTS = 2
 """Times that a piece's connection is cut for being slow. Failures are counted apart."""
@@ -102,10 +91,13 @@ class StoreReader:
 
     def _slow(self, now_s: float) -> list[tuple[File, int]]:
         """Pieces that a peer takes too long over, and the store would have sooner."""
-        own, slow = self.download, []
+        own, slow, timeouts = self.download, [], self.shared.timeouts
         for one in own.asking:
             usual_s = own.peer_pace.expected_s(one.size_bytes)
-            limit_s = max(SLOW_S, SLOW_FACTOR * (UNKNOWN_S if usual_s is None else usual_s))
+            limit_s = max(
+                timeouts.slow_s,
+                SLOW_FACTOR * (timeouts.peer_piece_s if usual_s is None else usual_s),
+            )
             if one.lost(now_s, own.store_pace.expected_s(one.size_bytes) or 0.0, limit_s):
                 slow.append((one.job.file, one.index))
         return slow
@@ -129,7 +121,7 @@ class StoreReader:
             if fresh_s is None and len(own.reading) == 1 and not cuts:
                 fresh_s, factor = own.store_pace.slowest_s(one.size_bytes), LOST_FACTOR
             if fresh_s is not None:
-                limit_s = max(STRAGGLER_S, factor * fresh_s)
+                limit_s = max(self.shared.timeouts.straggler_s, factor * fresh_s)
                 one.given_up = one.lost(now_s, SLOW_FACTOR * fresh_s, limit_s)
 
     def _read(self, attempt: Attempt) -> None:
@@ -343,10 +335,11 @@ class PeerReader:
         """Seconds to wait for a peer's piece at the most."""
         with self.download.lock:
             usual_s = self.download.peer_pace.expected_s(size_bytes)
+        timeouts = self.shared.timeouts
         if usual_s is None:
-            usual_s = UNKNOWN_S
-        most_s = max(MOST_S, SLOW_FACTOR * usual_s)
-        return min(most_s, max(LOST_S, LOST_FACTOR * usual_s))
+            usual_s = timeouts.peer_piece_s
+        most_s = max(timeouts.most_s, SLOW_FACTOR * usual_s)
+        return min(most_s, max(timeouts.lost_s, LOST_FACTOR * usual_s))
 
     def _still_wanted(self, attempt: Attempt) -> bool:
         """Whether no other reader has it, or is writing it: then it may be written here, and no

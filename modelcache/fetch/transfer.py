@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from modelcache.bandwidth.budget import Asked, Budget
-from modelcache.fetch.download import Download, Totals, TransferState
+from modelcache.fetch.download import Download, Totals, TransferState, TransferTimeouts
 from modelcache.fetch.readers import PeerReader, StoreReader
 from modelcache.peers.group import PeerGroup
 from modelcache.ports import Source
@@ -30,8 +30,11 @@ class Transfer:
         budget: Budget | None = None,
         peers: PeerGroup | None = None,
         clock: Callable[[], float] = time.monotonic,
+        timeouts: TransferTimeouts = TransferTimeouts(),  # noqa: B008 - it is frozen
     ) -> None:
-        self.state = TransferState(settings, budget=budget, peers=peers, clock=clock)
+        self.state = TransferState(
+            settings, budget=budget, peers=peers, clock=clock, timeouts=timeouts
+        )
         self._running: dict[str, int] = {}
         self._lock = threading.Lock()
 

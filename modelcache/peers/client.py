@@ -60,6 +60,7 @@ class Call:
 
     until_s: float
     cancelled: Callable[[], bool]
+    answer_s: float
 
     def check(self) -> float:
         """Seconds to wait at most before the next look. Raises when it is over."""
@@ -79,6 +80,7 @@ class Client:
     keyring: wire.Keyring = field(repr=False)
     sender: str
     clock: Callable[[], float] = time.time
+    answer_s: float = ANSWER_S
     node: str | None = None
     """Its name, once it was asked; a new one whenever it starts anew."""
     _idle: list[socket.socket] = field(default_factory=list)
@@ -86,7 +88,7 @@ class Client:
 
     def hello(self, cancelled: Callable[[], bool]) -> str:
         """Its name, asked anew. Raises ``PeerGone`` or ``PeerLied``."""
-        answer = self._json("GET", wire.HELLO, b"", "", ANSWER_S, cancelled)
+        answer = self._json("GET", wire.HELLO, b"", "", self.answer_s, cancelled)
         node = answer.get("node")
         if not isinstance(node, str) or not wire.NAME.fullmatch(node):
             raise PeerLied(f"{self.url}: it says no name")
@@ -99,7 +101,9 @@ class Client:
         """What it has of these files, as soon as that differs from ``since`` or after ``wait_s``;
         and what to give as ``since`` next time."""
         body = json.dumps({"keys": list(keys), "since": since, "wait_s": wait_s}).encode()
-        answer = self._json("POST", wire.STATE, body, self._name(), wait_s + ANSWER_S, cancelled)
+        answer = self._json(
+            "POST", wire.STATE, body, self._name(), wait_s + self.answer_s, cancelled
+        )
         try:
             files = {
                 str(key): State(
@@ -135,7 +139,7 @@ class Client:
         Raises ``PeerGone``, ``PeerBusy``, ``PeerLacks``, ``PeerSlow``, ``PeerLied`` or
         ``Cancelled``; then what ``into`` holds is of no use.
         """
-        call = Call(time.monotonic() + timeout_s, cancelled)
+        call = Call(time.monotonic() + timeout_s, cancelled, self.answer_s)
         target = f"{wire.PIECE}?key={key}&index={index}"
         try:
             with self._asking("GET", target, b"", self._name(), call) as (head, digest, line):
@@ -163,7 +167,7 @@ class Client:
         self, method: str, target: str, body: bytes, to: str, timeout_s: float,
         cancelled: Callable[[], bool],
     ) -> Mapping[str, Any]:  # fmt: skip
-        call = Call(time.monotonic() + timeout_s, cancelled)
+        call = Call(time.monotonic() + timeout_s, cancelled, self.answer_s)
         try:
             with self._asking(method, target, body, to, call) as (head, digest, line):
                 if head.length > wire.MOST_BODY_BYTES:
@@ -279,7 +283,7 @@ class Line:
 
     def ask(self, data: bytes) -> wire.Head:
         """Send a request and read the head of its answer."""
-        self.connection.settimeout(ANSWER_S)
+        self.connection.settimeout(self.call.answer_s)
         self.connection.sendall(data)
         while b"\r\n\r\n" not in self._ahead:
             if len(self._ahead) > wire.MOST_HEAD_BYTES:

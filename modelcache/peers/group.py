@@ -18,7 +18,15 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from modelcache.bandwidth.budget import Asked
-from modelcache.peers.client import Client, PeerBusy, PeerGone, PeerLacks, PeerLied, PeerSlow
+from modelcache.peers.client import (
+    ANSWER_S,
+    Client,
+    PeerBusy,
+    PeerGone,
+    PeerLacks,
+    PeerLied,
+    PeerSlow,
+)
 from modelcache.peers.piece_inventory import Shelf, State
 from modelcache.peers.server import PeerServer, Verb
 from modelcache.peers.wire import Keyring
@@ -104,7 +112,11 @@ class PeerNames:
         names: Sequence[str],
         on_found: Callable[[str, Sequence[str]], None],
         look_up: LookUp = look_up,
+        look_s: float = LOOK_S,
+        soon_s: float = SOON_S,
     ) -> None:
+        self._look_s = look_s
+        self._soon_s = soon_s
         self._names = tuple(dict.fromkeys(name.rstrip("/") for name in names))
         self._on_found = on_found
         self._look_up = look_up
@@ -138,8 +150,9 @@ class PeerNames:
                 self._look(name)
             with self._changed:
                 self.looked = True
-                self._changed.wait_for(lambda: self._closed, SOON_S)
-                self._changed.wait_for(lambda: self._closed or self._asked, LOOK_S - SOON_S)
+                self._changed.wait_for(lambda: self._closed, self._soon_s)
+                more_s = self._look_s - self._soon_s
+                self._changed.wait_for(lambda: self._closed or self._asked, more_s)
                 if self._closed:
                     return
 
@@ -200,6 +213,9 @@ class PeerGroup:
         look_up: LookUp = look_up,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        answer_s: float = ANSWER_S,
+        look_s: float = LOOK_S,
+        soon_s: float = SOON_S,
     ) -> None:
         self.me: str | None = None
         """This node's name, once it serves."""
@@ -208,9 +224,10 @@ class PeerGroup:
         self._keyring = Keyring(token)
         self._clock = clock
         self._wall = wall
+        self._answer_s = answer_s
         # Replaced and never changed, so that it can be read at any time.
         self._peers = [Peer(self.client(url)) for url in dict.fromkeys(urls)]
-        self._names = PeerNames(names, self._found, look_up) if names else None
+        self._names = PeerNames(names, self._found, look_up, look_s, soon_s) if names else None
         self._server: PeerServer | None = None
         self._liars: dict[str, str] = {}
         self._heard: dict[str, None] = {}
@@ -248,7 +265,7 @@ class PeerGroup:
 
     def client(self, url: str) -> Client:
         """For asking a node that is no peer, such as another site's. The caller closes it."""
-        return Client(url.rstrip("/"), self._keyring, self._name, self._wall)
+        return Client(url.rstrip("/"), self._keyring, self._name, self._wall, self._answer_s)
 
     def status(self) -> list[PeerStatus]:
         """Every peer but ourselves."""

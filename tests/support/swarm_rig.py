@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modelcache.fetch.download import TransferTimeouts
 from modelcache.fetch.transfer import Transfer
 from modelcache.peers.group import LookUp, PeerGroup, look_up
 from modelcache.peers.piece_inventory import Shelf
@@ -20,6 +21,9 @@ from modelcache.settings import ModelCacheSettings
 from modelcache.store.layout import Layout, file_key
 from modelcache.store.partial_files import Partial
 from modelcache.types import PIECE_BYTES, Cancelled, ModelRef, RemoteFile, SourceError
+
+PATIENT = TransferTimeouts(census_s=30.0)
+"""Whoever answers is waited for, however busy this machine is."""
 
 TOKEN = "the secret of a small cluster"
 URL = "http://store.example/model"
@@ -172,16 +176,24 @@ def key_of(file: RemoteFile) -> str:
 
 def make_node(
     root: Path, *, peers: tuple[str, ...] = (), serve: bool = True, token: str = TOKEN,
-    names: tuple[str, ...] = (), look_up: LookUp = look_up, **settings: object,
+    names: tuple[str, ...] = (), look_up: LookUp = look_up,
+    clock: Callable[[], float] = time.monotonic, timeouts: TransferTimeouts = PATIENT,
+    **settings: object,
 ) -> Node:  # fmt: skip
     """A node whose peers are given now; :func:`introduce` gives them later."""
     chosen = ModelCacheSettings(peers=peers, **settings)  # type: ignore[arg-type]
     layout = Layout(root)
-    group = PeerGroup(peers, token, shelf=Shelf(layout), names=names, look_up=look_up)
+    # Names are looked up often.
+    group = PeerGroup(
+        peers, token, shelf=Shelf(layout), names=names, look_up=look_up,
+        answer_s=30.0, look_s=0.1, soon_s=0.02,
+    )  # fmt: skip
     port = group.serve("127.0.0.1", 0) if serve else 0
-    return Node(layout, Transfer(chosen, peers=group), group, port)
+    transfer = Transfer(chosen, peers=group, clock=clock, timeouts=timeouts)
+    return Node(layout, transfer, group, port)
 
 
-def make_alone(root: Path, **settings: object) -> Node:
+def make_alone(root: Path, clock: Callable[[], float] = time.monotonic, **settings: object) -> Node:
     """A node without peers."""
-    return Node(Layout(root), Transfer(ModelCacheSettings(**settings)))  # type: ignore[arg-type]
+    chosen = ModelCacheSettings(**settings)  # type: ignore[arg-type]
+    return Node(Layout(root), Transfer(chosen, clock=clock))

@@ -12,7 +12,6 @@ import pytest
 from pydantic import ValidationError
 from swarm_rig import TOKEN, MemorySource, Node, make_content, make_node
 
-from modelcache.peers import group as peer_group
 from modelcache.peers.group import PeerGroup, PeerNames, look_up, make_peers
 from modelcache.peers.piece_inventory import Shelf
 from modelcache.settings import ModelCacheSettings
@@ -36,15 +35,6 @@ class NameServer:
         if self.problem is not None:
             raise self.problem
         return list(self.addresses)
-
-
-@pytest.fixture(autouse=True)
-def _often_and_patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names are looked up often, and whoever answers is waited for however busy this machine is."""
-    monkeypatch.setattr(peer_group, "LOOK_S", 0.1)
-    monkeypatch.setattr(peer_group, "SOON_S", 0.02)
-    monkeypatch.setattr("modelcache.fetch.download.CENSUS_S", WAIT_S)
-    monkeypatch.setattr("modelcache.peers.client.ANSWER_S", WAIT_S)
 
 
 @pytest.fixture
@@ -90,10 +80,11 @@ def urls(group: PeerGroup) -> list[str]:
     return [one.url for one in group.status()]
 
 
-def group_of(server: NameServer, tmp_path: Path, *peers: str) -> PeerGroup:
+def group_of(server: NameServer, tmp_path: Path, *peers: str, look_s: float = 0.1) -> PeerGroup:
     return PeerGroup(
-        peers, TOKEN, shelf=Shelf(Layout(tmp_path)), names=(f"http://{NAME}:8002/",), look_up=server
-    )
+        peers, TOKEN, shelf=Shelf(Layout(tmp_path)), names=(f"http://{NAME}:8002/",),
+        look_up=server, look_s=look_s, soon_s=0.02,
+    )  # fmt: skip
 
 
 # -- finding -------------------------------------------------------------------------------------
@@ -152,12 +143,9 @@ def test_a_name_without_an_answer_is_no_hindrance(nodes: Callable[..., Node]) ->
     assert set(source.reads.values()) == {1}
 
 
-def test_a_node_that_is_heard_of_is_looked_for_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(peer_group, "LOOK_S", 3_600.0)
+def test_a_node_that_is_heard_of_is_looked_for_at_once(tmp_path: Path) -> None:
     server = NameServer("10.0.0.1")
-    group = group_of(server, tmp_path)
+    group = group_of(server, tmp_path, look_s=3_600.0)
     try:
         group.serve("127.0.0.1", 0)
         wait("the first look", lambda: urls(group) == ["http://10.0.0.1:8002"])

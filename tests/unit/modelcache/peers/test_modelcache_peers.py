@@ -11,11 +11,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import blake3
 import pytest
-from swarm_rig import TOKEN, MemorySource, Node, key_of, make_content, make_node
+from swarm_rig import PATIENT, TOKEN, MemorySource, Node, key_of, make_content, make_node
 
 from modelcache.peers import wire as wire
 from modelcache.peers.client import Client, PeerGone, PeerLacks, PeerLied
@@ -30,14 +31,6 @@ MIB = 1 << 20
 
 def never() -> bool:
     return False
-
-
-@pytest.fixture(autouse=True)
-def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever answers is waited for, however busy this machine is: what these tests say of peers
-    holds once they are heard."""
-    monkeypatch.setattr("modelcache.fetch.download.CENSUS_S", 30.0)
-    monkeypatch.setattr("modelcache.peers.client.ANSWER_S", 30.0)
 
 
 @pytest.fixture
@@ -286,17 +279,17 @@ LIES = ("flipped", "short", "unsigned", "garbage")
 
 @pytest.mark.parametrize("way", [*LIES, "cut", "lacks", "silent", "trickle"])
 def test_whatever_a_peer_does_the_model_is_right_and_comes(
-    way: str, tmp_path: Path, nodes: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+    way: str, tmp_path: Path, nodes: Callable[..., Node]
 ) -> None:
+    timeouts = PATIENT
     if way in ("silent", "trickle"):
         # Short only where it is what ends the waiting: all others answer, on a busy machine late.
-        monkeypatch.setattr("modelcache.fetch.readers.LOST_S", 0.5)
-        monkeypatch.setattr("modelcache.fetch.readers.LOST_FACTOR", 0.1)
+        timeouts = replace(PATIENT, lost_s=0.5, peer_piece_s=0.06)
     data = make_content(4 * PIECE_BYTES)
     bad = BadPeer(4, data, way)
     try:
         source = MemorySource({"w": data})
-        node = nodes(tmp_path, peers=(bad.url,))
+        node = nodes(tmp_path, peers=(bad.url,), timeouts=timeouts)
         node.fetch(source)
         assert node.read(source, "w") == data
         assert node.transfer.totals().peer_bytes == 0
