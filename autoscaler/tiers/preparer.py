@@ -206,7 +206,7 @@ class NodePreparer:
         self._prewarm, self._transform, self._unpack = prewarm, transform, unpack
         self._prewarm_behind = prewarm_behind or prewarm
         self._leases = Leases()
-        self._models: dict[str, PoolModel] = {}
+        self._models: dict[tuple[str, str], PoolModel] = {}
         self._holds: dict[str, ReplicaHold] = {}
         self._flags: set[threading.Event] = set()
         self._threads = threads or ThreadPoolExecutor(THREADS, thread_name_prefix="tidegate-models")
@@ -214,10 +214,11 @@ class NodePreparer:
     # -- what there is ---------------------------------------------------------------------
 
     def _model(self, pool: PoolSettings) -> PoolModel:
-        model = self._models.get(pool.name)
+        # A pool may get another model while replicas with the earlier one are still there.
+        name = pool.model or ""
+        model = self._models.get((pool.name, name))
         if model is None:
-            name = pool.model or ""
-            model = self._models[pool.name] = PoolModel(
+            model = self._models[pool.name, name] = PoolModel(
                 pool=pool,
                 slug=make_slug(pool.name, {one.slug for one in self._models.values()}),
                 ref=parse_ref(name) if "://" in name else None,
@@ -455,7 +456,7 @@ class NodePreparer:
 
     async def forget(self, pool: PoolSettings) -> None:
         """See ``Preparer``."""
-        model = self._models.pop(pool.name, None)
+        model = self._models.pop((pool.name, pool.model or ""), None)
         if model is None:
             return
         self._drop_pages(model)

@@ -16,9 +16,15 @@ from hypothesis import strategies as st
 from virtual_time import now, run_virtual
 
 from autoscaler.backends.base import BackendError
-from autoscaler.policy.plan import SUPPLY
 from autoscaler.settings import AutoscalerSettings
 from router.types import Replica, ReplicaState
+
+SUPPLY = {
+    ReplicaState.STARTING,
+    ReplicaState.WAKING,
+    ReplicaState.READY,
+    ReplicaState.UNHEALTHY,
+}
 
 MAX_REPLICAS = 4
 LONGEST_S = 15.0
@@ -93,9 +99,6 @@ class Story:
         """Those that were stopped before the end, although they were loading."""
         self.others: list[asyncio.Task[Any]] = []
 
-    def pool(self) -> Any:
-        return self.world.loop._pools["m"]
-
     async def tell(self, steps: Sequence[tuple[Any, ...]]) -> None:
         for name, *values in steps:
             await self.happen(name, *values)
@@ -159,11 +162,11 @@ class Story:
         return [view for view in self.world.views if view.state is not ReplicaState.SLEEPING]
 
     def check(self) -> None:
-        pool = self.pool()
-        supply = sum(record.state in SUPPLY for record in pool.replicas.values())
+        report = self.world.loop.status()
+        (pool,) = report.pools
+        supply = sum(one.state in SUPPLY for one in pool.replicas)
         assert supply <= MAX_REPLICAS, "more replicas than may be"
         assert len(pool.replicas) <= 4 * MAX_REPLICAS + SETTINGS.failed_kept
-        report = self.world.loop.status()
         for where in report.errors:
             assert where.split()[0] in {"observe", "publish", "start", "stop", "probe", "sleep",
                                         "wake"}, report.last_error  # fmt: skip

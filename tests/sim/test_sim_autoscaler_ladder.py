@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from virtual_time import now, run_virtual
 
 from autoscaler.backends.base import BackendError
-from autoscaler.policy.lifecycle import State
 from autoscaler.settings import AutoscalerSettings, PoolSettings
 from autoscaler.tiers.wake_times import WakeTimes
 from autoscaler.types import PoolReport, ScaleReason
 from modelcache.types import NoSpace, Tier
+from router.types import ReplicaState
 
 QUICK = AutoscalerSettings(
     idle_to_zero_s=10.0,
@@ -403,11 +403,14 @@ class Watched(FakePreparer):
     def check(self, what: str) -> None:
         assert self.world is not None
         world = self.world
-        states = {one.state for one in world.loop._pools["m"].replicas.values()}
-        busy = states - {State.FAILED, State.STOPPED}
+        pool = look(world)
+        states = {one.state for one in pool.replicas}
+        busy = states - {ReplicaState.FAILED, ReplicaState.STOPPED}
         waiting = world.held.get("m", 0) + sum(world.inflight.values())
-        # One that came in this very moment is seen by the next tick, and calls it off.
-        if busy or (waiting and world.loop._pools["m"].decision.reason is not ScaleReason.AT_ZERO):  # type: ignore[union-attr]
+        # A request of this very moment is seen by the next tick, which cancels the move.
+        decision = pool.last_decision
+        assert decision is not None
+        if busy or (waiting and decision.reason is not ScaleReason.AT_ZERO):
             self.wrong.append(f"{what}: {states}, {waiting} wait")
 
 

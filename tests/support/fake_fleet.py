@@ -187,6 +187,8 @@ class World:
     seen: Mapping[str, Pool] = field(default_factory=dict)
     """The pools as they were last published."""
     blind: bool = False
+    silent: bool = False
+    """The data path reports nothing, not even unknown demand."""
     observe_error: Exception | None = None
     publish_error: Exception | None = None
 
@@ -217,6 +219,8 @@ class World:
     def observe(self) -> Observation:
         if self.observe_error is not None:
             raise self.observe_error
+        if self.silent:
+            return Observation()
         if self.blind:
             return Observation(
                 pools={name: PoolDemand(observed_at_s=now()) for name in self.names()}

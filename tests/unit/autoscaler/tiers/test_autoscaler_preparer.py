@@ -179,6 +179,25 @@ def test_down_the_tiers_and_what_each_lets_go_of(tmp_path: Path) -> None:
     run(node, story)
 
 
+def test_a_pool_that_is_forgotten_holds_nothing_and_may_come_back_with_another_model(
+    tmp_path: Path,
+) -> None:
+    remote, local = pool(), pool(str(tmp_path))
+    node = Node(tmp_path)
+    node.cache.here = True
+
+    async def story() -> None:
+        await node.preparer.move_to(remote, Tier.FORKED)
+        assert node.preparer.tiers(local) == {Tier.ON_DISK, Tier.FORKED}
+        await node.preparer.forget(remote)
+        assert (node.cache.leases, node.page_holder.kept, node.standbys.there) == ([], {}, {})
+        assert node.preparer.tier(remote) is Tier.REMOTE
+        await node.preparer.forget(remote)
+        await node.preparer.forget(remote)
+
+    run(node, story)
+
+
 def test_at_zero_pages_are_read_behind_others_and_for_a_replica_at_once(tmp_path: Path) -> None:
     behind: list[Sequence[FileRange]] = []
     remote = pool()
