@@ -75,6 +75,13 @@ def check_argument(text: str) -> str:
     return text
 
 
+def raise_first(conflicts: Iterator[str]) -> None:
+    """Raise what contradicts itself, all of it in one validation error; nothing if nothing."""
+    text = "; ".join(conflicts)
+    if text:
+        raise PydanticCustomError("conflict", "{text}", {"text": text})
+
+
 Name = Annotated[
     str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\s\x00-\x1f\x7f]+$")
 ]
@@ -257,6 +264,73 @@ class TierSettings(BaseModel):
         }
 
 
+class ProcessPoolSettings(BaseModel):
+    """What a replica of a ``process`` pool is given of this machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    gpus: tuple[Annotated[int, Field(ge=0, le=1_023)], ...] = Field(default=(), max_length=1_024)
+    """Indices of the GPUs this pool may use, as ``nvidia-smi`` numbers them. Empty: every GPU of
+    the machine, if ``gpus_per_replica`` asks for any."""
+
+    gpus_per_replica: int = Field(default=0, ge=0, le=1_024)
+    """GPUs one replica is given (``CUDA_VISIBLE_DEVICES``). 0 gives none, and sets nothing."""
+
+    gpu_memory_bytes: int | None = Field(default=None, ge=1)
+    """Memory one replica takes of each of its GPUs, so that replicas can share one. Unset: a GPU
+    given to a replica is given to no other."""
+
+    cpus_per_replica: int | None = Field(default=None, ge=1, le=4_096)
+    """CPU cores one replica is pinned to, its own while there are enough. Unset: not pinned."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ProcessPoolSettings:
+        raise_first(self._conflicts())
+        return self
+
+    def _conflicts(self) -> Iterator[str]:
+        if len(set(self.gpus)) != len(self.gpus):
+            yield "gpus repeat an index"
+        if self.gpus and not self.gpus_per_replica:
+            yield "gpus is set, but gpus_per_replica is 0"
+        if self.gpus and self.gpus_per_replica > len(self.gpus):
+            yield f"gpus_per_replica ({self.gpus_per_replica}) > the {len(self.gpus)} gpus given"
+        if self.gpu_memory_bytes is not None and not self.gpus_per_replica:
+            yield "gpu_memory_bytes is set, but gpus_per_replica is 0"
+
+
+class StaticPoolSettings(BaseModel):
+    """Where the servers of a ``static`` pool are, and how they are asked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    urls: tuple[Url, ...] = Field(default=(), max_length=1_000)
+    """Base URLs of the servers, one replica each; at least one is required. A trailing ``/v1`` is
+    taken off."""
+
+    headers: Annotated[dict[str, str], AfterValidator(check_headers)] = Field(default_factory=dict)
+    """Headers added to every request to the servers."""
+
+    api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    """Environment variable with the key sent to the servers as ``Authorization: Bearer``; keys do
+    not belong in files."""
+
+    health_path: str = Field(default="/health", pattern=r"^/[\x21-\x7e]*$")
+    """Path that answers 200 when a server is well. A server that answers 404 is asked for
+    ``/v1/models`` instead."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StaticPoolSettings:
+        raise_first(self._conflicts())
+        return self
+
+    def _conflicts(self) -> Iterator[str]:
+        if len(set(self.urls)) != len(self.urls):
+            yield "urls repeat a server"
+        if self.api_key_env and any(name.lower() == "authorization" for name in self.headers):
+            yield "api_key_env and headers both set Authorization"
+
+
 class PoolSettings(BaseModel):
     """One model that is served, and the replicas that serve it."""
 
@@ -270,7 +344,7 @@ class PoolSettings(BaseModel):
 
     backend: Literal["process", "static"] = "process"
     """``process``: engines are child processes of Tidegate. ``static``: externally
-    managed servers at ``urls``: health-checked and routed to, never started or stopped."""
+    managed servers at ``static.urls``: health-checked and routed to, never started or stopped."""
 
     engine: EngineName | None = None
     """Which engine a ``process`` pool starts; required there. ``simulated`` answers instantly and
@@ -321,34 +395,11 @@ class PoolSettings(BaseModel):
     env: Annotated[dict[str, str], AfterValidator(check_env)] = Field(default_factory=dict)
     """Further environment variables of the engine."""
 
-    gpus: tuple[Annotated[int, Field(ge=0, le=1_023)], ...] = Field(default=(), max_length=1_024)
-    """Indices of the GPUs this pool may use, as ``nvidia-smi`` numbers them. Empty: every GPU of
-    the machine, if ``gpus_per_replica`` asks for any."""
+    process: ProcessPoolSettings = ProcessPoolSettings()
+    """What a replica of a ``process`` pool is given of this machine."""
 
-    gpus_per_replica: int = Field(default=0, ge=0, le=1_024)
-    """GPUs one replica is given (``CUDA_VISIBLE_DEVICES``). 0 gives none, and sets nothing."""
-
-    gpu_memory_bytes: int | None = Field(default=None, ge=1)
-    """Memory one replica takes of each of its GPUs, so that replicas can share one. Unset: a GPU
-    given to a replica is given to no other."""
-
-    cpus_per_replica: int | None = Field(default=None, ge=1, le=4_096)
-    """CPU cores one replica is pinned to, its own while there are enough. Unset: not pinned."""
-
-    urls: tuple[Url, ...] = Field(default=(), max_length=1_000)
-    """Base URLs of a ``static`` pool's servers, one replica each; required there. A trailing
-    ``/v1`` is taken off."""
-
-    headers: Annotated[dict[str, str], AfterValidator(check_headers)] = Field(default_factory=dict)
-    """Headers added to every request to a ``static`` pool's servers."""
-
-    api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    """Environment variable with the key sent to a ``static`` pool's servers as
-    ``Authorization: Bearer``; keys do not belong in files."""
-
-    health_path: str = Field(default="/health", pattern=r"^/[\x21-\x7e]*$")
-    """Path that answers 200 when a server is well. A server that answers 404 is asked for
-    ``/v1/models`` instead."""
+    static: StaticPoolSettings = StaticPoolSettings()
+    """Where the servers of a ``static`` pool are, and how they are asked."""
 
     tiers: TierSettings = TierSettings()
     """How warm a ``process`` pool stays while it is at zero."""
@@ -364,8 +415,6 @@ class PoolSettings(BaseModel):
         names = (self.name, *self.aliases)
         if len(set(names)) != len(names):
             yield "aliases repeat a name"
-        if len(set(self.gpus)) != len(self.gpus):
-            yield "gpus repeat an index"
         yield from (
             self._process_conflicts() if self.backend == "process" else (self._static_conflicts())
         )
@@ -384,29 +433,18 @@ class PoolSettings(BaseModel):
                 parse_ref(self.model)
             except ValueError as error:
                 yield f"model cannot be fetched: {error}"
-        for field in ("urls", "headers", "api_key_env"):
-            if getattr(self, field):
-                yield f'{field} is only for backend = "static"'
-        if self.gpus and not self.gpus_per_replica:
-            yield "gpus is set, but gpus_per_replica is 0"
-        if self.gpus and self.gpus_per_replica > len(self.gpus):
-            yield f"gpus_per_replica ({self.gpus_per_replica}) > the {len(self.gpus)} gpus given"
-        if self.gpu_memory_bytes is not None and not self.gpus_per_replica:
-            yield "gpu_memory_bytes is set, but gpus_per_replica is 0"
+        if self.static != StaticPoolSettings():
+            yield 'static is only for backend = "static"'
 
     def _static_conflicts(self) -> Iterator[str]:
-        if not self.urls:
-            yield "urls is missing: a static pool needs at least one"
-        if len(set(self.urls)) != len(self.urls):
-            yield "urls repeat a server"
-        unused = ("engine", "engine_args", "env", "gpus", "gpus_per_replica", "gpu_memory_bytes")
-        for field in (*unused, "cpus_per_replica", "min_replicas"):
+        if not self.static.urls:
+            yield "static.urls is missing: a static pool needs at least one"
+        for field in ("engine", "engine_args", "env", "min_replicas"):
             if getattr(self, field):
                 yield f'{field} is only for backend = "process"'
-        if self.tiers != TierSettings():
-            yield 'tiers is only for backend = "process"'
-        if self.api_key_env and any(name.lower() == "authorization" for name in self.headers):
-            yield "api_key_env and headers both set Authorization"
+        for name, unset in (("process", ProcessPoolSettings()), ("tiers", TierSettings())):
+            if getattr(self, name) != unset:
+                yield f'{name} is only for backend = "process"'
 
 
 def make_slug(name: str, taken: Collection[str]) -> str:
@@ -417,13 +455,6 @@ def make_slug(name: str, taken: Collection[str]) -> str:
         number += 1
         unique = f"{slug}.{number}"
     return unique
-
-
-def raise_first(conflicts: Iterator[str]) -> None:
-    """Raise what contradicts itself, all of it in one validation error; nothing if nothing."""
-    text = "; ".join(conflicts)
-    if text:
-        raise PydanticCustomError("conflict", "{text}", {"text": text})
 
 
 def make_policy(pool: PoolSettings, settings: AutoscalerSettings) -> PoolPolicy:

@@ -195,9 +195,10 @@ _POOL = """
 [[pools]]
 name = "{model}"
 backend = "static"
-urls = [{urls}]
 # The replicas here take anything; 2,000 streams over four of them need 500 each.
 max_inflight_requests = 1024
+[pools.static]
+urls = [{urls}]
 """
 
 

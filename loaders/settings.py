@@ -30,7 +30,7 @@ class LoaderSettings(BaseModel):
     cpu_bind: Literal["auto", "nobind"] = "auto"
     """How vLLM's CPU build places its threads where the pool pins no cores. ``auto`` is vLLM's own
     choice, one thread on each physical core but one; two replicas then choose the same cores, so
-    give such a pool ``cpus_per_replica`` or use ``nobind``. No effect on GPUs."""
+    give such a pool ``process.cpus_per_replica`` or use ``nobind``. No effect on GPUs."""
 
     cpu_enforce_eager: bool = True
     """Whether vLLM's CPU build runs without compiling the model. Compiling takes minutes of every

@@ -44,8 +44,8 @@ class StaticBackend:
             raise BackendError(f"{spec.id} has no URL; a static replica needs one")
         if spec.id in self._servers:
             raise BackendError(f"{spec.id} is watched already")
-        headers = dict(spec.pool.headers)
-        variable = spec.pool.api_key_env
+        headers = dict(spec.pool.static.headers)
+        variable = spec.pool.static.api_key_env
         if variable is not None:
             key = self._environ.get(variable, "").strip()
             if not key:
@@ -59,7 +59,8 @@ class StaticBackend:
         if server is None:
             return Probe(alive=False, ready=False, detail="it is not watched")
         pool, engine = server.spec.pool, engine_of(server.spec.pool.engine)
-        health = await engine.health(self._client, server.url, server.headers, pool.health_path)
+        path = pool.static.health_path
+        health = await engine.health(self._client, server.url, server.headers, path)
         if health.ready is False:
             server.model = None
         elif health.ready and server.model is None:

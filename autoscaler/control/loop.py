@@ -306,7 +306,7 @@ class ControlLoop:
         status = pool.make_status()
         fixed = partial(Decision, pool=pool.pool.name, at_s=now_s, supply=status.supply)
         if not pool.backend.owns_replicas and not pool.removed:
-            number = len(pool.pool.urls)
+            number = len(pool.pool.static.urls)
             text = f"{number} externally managed server{'' if number == 1 else 's'}"
             return fixed(desired=number, reason=ScaleReason.STATIC, detail=text)
         if self._closing:

@@ -143,7 +143,7 @@ class PoolRecord:
     def is_outdated(self, record: ReplicaRecord) -> bool:
         """Whether a replica is not what would be started for the pool now."""
         return record.digest != self.digest or (
-            record.spec.url is not None and record.spec.url not in self.pool.urls
+            record.spec.url is not None and record.spec.url not in self.pool.static.urls
         )
 
     def is_finished(self, now_s: float) -> bool:
@@ -157,7 +157,7 @@ class PoolRecord:
             for one in self.replicas.values()
             if not self.is_outdated(one) and one.state not in {State.STOPPING, *ENDED_STATES}
         }
-        return [url for url in self.pool.urls if url not in there]
+        return [url for url in self.pool.static.urls if url not in there]
 
     def forget_demand(self) -> None:
         """Begin anew: only demand from now on counts."""

@@ -135,7 +135,7 @@ def up(
 
     - `tidegate up --model Qwen/Qwen3-0.6B` — fetched by the first request
 
-    - `tidegate up --model ~/models/Qwen3-8B -s pools.0.gpus_per_replica=1`
+    - `tidegate up --model ~/models/Qwen3-8B -s pools.0.process.gpus_per_replica=1`
 
     - `tidegate up -c prod.toml --port 9000 --workers 4`
     """

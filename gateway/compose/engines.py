@@ -52,12 +52,13 @@ def gpu_memory_fraction(
 ) -> float | None:
     """The share of a GPU's memory that a replica may take, where its pool names bytes; ``None``
     leaves it to the engine. Of GPUs of several sizes the smallest counts."""
-    if pool.gpu_memory_bytes is None:
+    wanted_bytes = pool.process.gpu_memory_bytes
+    if wanted_bytes is None:
         return None
     sizes = [one.memory_bytes for one in (gpus or list_gpus)() or () if one.memory_bytes]
     if not sizes:
         return None
-    return min(1.0, pool.gpu_memory_bytes / min(sizes))
+    return min(1.0, wanted_bytes / min(sizes))
 
 
 def fork_plan(
@@ -122,7 +123,7 @@ def _gpu_kinds() -> tuple[tuple[str, str], ...] | None:
 def plain_command(pool: PoolSettings, loaders: LoaderSettings) -> EngineCommand:
     """A pool's command as it is before anything is assigned: for what is the same for all its
     replicas. Raises ``ValueError`` as ``engine_command`` does."""
-    gpus = tuple(range(pool.gpus_per_replica))
+    gpus = tuple(range(pool.process.gpus_per_replica))
     spec = ReplicaSpec(id=pool.name, pool=pool)
     return engine_command(spec, Placement(host="127.0.0.1", port=0, gpus=gpus), loaders)
 
@@ -130,15 +131,15 @@ def plain_command(pool: PoolSettings, loaders: LoaderSettings) -> EngineCommand:
 def start_digest(pool: PoolSettings, loaders: LoaderSettings) -> str:
     """A digest of all that a pool's replicas are started with, whatever they are assigned. Raises
     ``ValueError`` as ``engine_command`` does."""
-    seen: list[object] = [pool.backend, pool.name, pool.health_path]
+    seen: list[object] = [pool.backend, pool.name]
     if pool.backend == "static":
         seen += [pool.model, pool.max_model_len_tokens]
-        seen += [pool.api_key_env, sorted(pool.headers.items())]
+        seen.append(pool.static.model_dump(mode="json", exclude={"urls"}))
     else:
-        gpus = tuple(range(pool.gpus_per_replica))
+        gpus = tuple(range(pool.process.gpus_per_replica))
         spec = ReplicaSpec(id=pool.name, pool=pool)
         placement = Placement(host="127.0.0.1", port=0, gpus=gpus)
         command = engine_command(spec, placement, loaders, gpus=lambda: None)
         seen += [list(command.argv), sorted(command.env.items()), sorted(pool.env.items())]
-        seen += [pool.engine, pool.gpus, pool.gpu_memory_bytes, pool.cpus_per_replica]
+        seen += [pool.engine, pool.process.model_dump(mode="json")]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()

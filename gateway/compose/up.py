@@ -86,7 +86,7 @@ class _Tidegate:
         for listener in self.listeners:
             self.stack.callback(listener.close)
         slots = _SPARE_REPLICA_SLOTS + sum(
-            2 * max(pool.max_replicas, len(pool.urls)) for pool in settings.pools
+            2 * max(pool.max_replicas, len(pool.static.urls)) for pool in settings.pools
         )
         self.shared = Shared.create(
             workers=count, max_replicas=slots, max_pools=max(1, len(settings.pools))

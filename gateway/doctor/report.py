@@ -119,7 +119,7 @@ def _cores(settings: Settings, probes: Probes, processes: Sequence[PoolSettings]
             text,
             "gateway and engine share one core: answers come slowly, also under little load",
         )
-    pinned = sum(pool.max_replicas * (pool.cpus_per_replica or 0) for pool in processes)
+    pinned = sum(pool.max_replicas * (pool.process.cpus_per_replica or 0) for pool in processes)
     if pinned > cores:
         return warn(
             "cpu",
@@ -187,11 +187,11 @@ def _gpus(processes: Sequence[PoolSettings], gpus: Sequence[GpuCapacity] | None)
     names = ", ".join(f"{gpu.index}: {gpu.name} {_gib(gpu.memory_bytes)}" for gpu in gpus)
     text = f"{names} (driver {gpus[0].driver})"
     wanting = [pool for pool in processes if engine_of(pool.engine).capabilities.loads_weights]
-    if wanting and not any(pool.gpus_per_replica for pool in wanting):
+    if wanting and not any(pool.process.gpus_per_replica for pool in wanting):
         return warn(
             "gpu",
             f"{text}; no pool has gpus_per_replica, so every engine sees all of them",
-            "set gpus_per_replica = 1 in each pool that needs a GPU of its own",
+            "set process.gpus_per_replica = 1 in each pool that needs a GPU of its own",
         )
     return ok("gpu", text)
 
@@ -278,35 +278,36 @@ def _pool(
     else:
         state = "every byte verified" if model.verified else "not verified, it has no manifest"
         yield ok(name, f"{used}; {given}, {_gib(model.weights_bytes)} of weights, {state}")
-    if device == "CPU" and pool.max_replicas > 1 and not pool.cpus_per_replica:
+    if device == "CPU" and pool.max_replicas > 1 and not pool.process.cpus_per_replica:
         binding = settings.loaders.cpu_bind
         if binding == "auto":
             yield warn(
                 name,
                 "several replicas on the CPU, none pinned: each would choose the same cores",
-                'set cpus_per_replica, or loaders.cpu_bind = "nobind"',
+                'set process.cpus_per_replica, or loaders.cpu_bind = "nobind"',
             )
 
 
 def _pool_gpus(
     name: str, pool: PoolSettings, gpus: Sequence[GpuCapacity] | None
 ) -> Iterator[Check]:
-    if not pool.gpus_per_replica:
+    wanted = pool.process
+    if not wanted.gpus_per_replica:
         return
     there = {gpu.index for gpu in gpus or ()}
-    missing = [index for index in pool.gpus if index not in there]
-    usable = len(set(pool.gpus) & there) if pool.gpus else len(there)
+    missing = [index for index in wanted.gpus if index not in there]
+    usable = len(set(wanted.gpus) & there) if wanted.gpus else len(there)
     if missing:
         which = ", ".join(map(str, missing))
-        yield fail(name, f"gpus names {which}, which is not there", "correct pools.gpus")
-    elif usable < pool.gpus_per_replica:
+        yield fail(name, f"gpus names {which}, which is not there", "correct process.gpus")
+    elif usable < wanted.gpus_per_replica:
         yield fail(
             name,
-            f"a replica needs {count(pool.gpus_per_replica, 'GPU')} and {usable} can be used",
+            f"a replica needs {count(wanted.gpus_per_replica, 'GPU')} and {usable} can be used",
             "lower gpus_per_replica (0 for the CPU)",
         )
-    elif pool.gpu_memory_bytes is None and usable < pool.gpus_per_replica * pool.max_replicas:
-        fit = usable // pool.gpus_per_replica
+    elif wanted.gpu_memory_bytes is None and usable < wanted.gpus_per_replica * pool.max_replicas:
+        fit = usable // wanted.gpus_per_replica
         yield warn(
             name,
             f"max_replicas is {pool.max_replicas} and the GPUs are enough for {fit}",
@@ -316,15 +317,15 @@ def _pool_gpus(
 
 def _static_pool(name: str, pool: PoolSettings, probes: Probes) -> Iterator[Check]:
     closed = []
-    for url in pool.urls:
+    for url in pool.static.urls:
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         problem = probes.can_connect(parts.hostname or "", port)
         if problem is not None:
             closed.append(f"{url} ({problem})")
-    text = f"{count(len(pool.urls), 'server')} of somebody else's"
+    text = f"{count(len(pool.static.urls), 'externally managed server')}"
     if not closed:
-        all_do = "it accepts" if len(pool.urls) == 1 else "all of them accept"
+        all_do = "it accepts" if len(pool.static.urls) == 1 else "all of them accept"
         yield ok(name, f"{text}, {all_do} connections")
     else:
         found = f"{text}; no connection to {', '.join(closed[:3])}"

@@ -94,7 +94,11 @@ def _engine_flags(loaded: LoadedSettings, engine: str) -> list[Flag]:
             continue
         values: dict[str, Any] = {"engine": engine, "engine_args": []}
         if not engine_of(engine).capabilities.loads_weights:  # it computes nothing: no GPU
-            values |= {"gpus": [], "gpus_per_replica": 0, "gpu_memory_bytes": None}
+            values |= {
+                "process.gpus": [],
+                "process.gpus_per_replica": 0,
+                "process.gpu_memory_bytes": None,
+            }
         flags += [
             Flag(f"pools.{index}.{name}", value, "--engine") for name, value in values.items()
         ]

@@ -35,9 +35,9 @@ SAMPLES: Mapping[str, Any] = {
     "pools.*.idle_to_zero_s": 900,
     "pools.*.scale_down_delay_s": 120,
     "pools.*.start_timeout_s": 1_800,
-    "pools.*.gpu_memory_bytes": 25_769_803_776,
-    "pools.*.cpus_per_replica": 4,
-    "pools.*.api_key_env": "MY_ENGINE_API_KEY",
+    "pools.*.process.gpu_memory_bytes": 25_769_803_776,
+    "pools.*.process.cpus_per_replica": 4,
+    "pools.*.static.api_key_env": "MY_ENGINE_API_KEY",
 }
 """What an unset field could be set to; a field that is not listed shows its bounds' lower end."""
 
@@ -56,7 +56,7 @@ what you change, delete the rest, and ask `tidegate config check`.
 """
 
 STATIC_HEAD = """\
-A second pool, of engines that somebody else runs: any OpenAI-compatible server. Take the
+A second pool, of externally managed servers: any OpenAI-compatible one. Take the
 `#:` off its lines to use it; the fields that are not here are the same as above.
 """
 
@@ -100,14 +100,18 @@ def example() -> str:
     lines += _section(sample, pool_node, (POOLS, "*"))
     lines += [*_comment(STATIC_HEAD), f"#: [[{POOLS}]]"]
     lines += [f"#: {name} = {show(value)}" for name, value in STATIC_SAMPLE.items()]
+    lines += [f"#: [{POOLS}.static]"]
+    lines += [f"#: {name} = {show(value)}" for name, value in SERVERS_SAMPLE.items()]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
 STATIC_SAMPLE: Mapping[str, Any] = {
     "name": "elsewhere",
     "backend": "static",
-    "urls": ["http://10.0.0.5:8000", "http://10.0.0.6:8000"],
     "model": "meta-llama/Llama-3.1-8B-Instruct",
+}
+SERVERS_SAMPLE: Mapping[str, Any] = {
+    "urls": ["http://10.0.0.5:8000", "http://10.0.0.6:8000"],
     "api_key_env": "ELSEWHERE_API_KEY",
     "headers": {"x-team": "search"},
 }

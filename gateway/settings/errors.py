@@ -159,8 +159,8 @@ def _contradictions(
         given = [word for word in mentioned if origin((*parts, word)) != DEFAULT]
         source = origin((*parts, given[0])) if given else blame(parts)
         first, _, rest = message.partition(" ")
-        if first in names:
-            yield Problem(fields.dotted((*parts, first)), rest, source)
+        if fields.find((*parts, *first.split("."))) is not None:
+            yield Problem(fields.dotted((*parts, *first.split("."))), rest, source)
         else:
             yield Problem(fields.dotted(parts), message, source)
 

@@ -117,7 +117,7 @@ def _load(
     for flag in flags:
         draft.merge(tuple(flag.field.split(".")), flag.value, flag.flag)
     loaded = draft.finish(path)
-    named = [pool.api_key_env for pool in loaded.settings.pools if pool.api_key_env is not None]
+    named = [key for pool in loaded.settings.pools if (key := pool.static.api_key_env) is not None]
     named.append(loaded.settings.modelcache.peer_token_env)
     return replace(loaded, warnings=(*loaded.warnings, *find_misnamed(environ, named)))
 

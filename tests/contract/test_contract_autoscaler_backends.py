@@ -18,7 +18,7 @@ from process_fixtures import SETTINGS, ask, tiny_backend, tiny_pool, wait_for_pr
 
 from autoscaler.backends.base import Backend, BackendError, NoRoom, ReplicaSpec
 from autoscaler.backends.static import StaticBackend
-from autoscaler.settings import PoolSettings
+from autoscaler.settings import PoolSettings, StaticPoolSettings
 
 FOLDER = str(Path(tiny_engine.__file__).parent)
 
@@ -156,6 +156,11 @@ class TestProcessBackend(BackendContract):
         return ReplicaSpec(id=replica_id, pool=tiny_pool())
 
 
+def static_pool(url: str) -> PoolSettings:
+    static = StaticPoolSettings(urls=(url,))
+    return PoolSettings(name="tiny", backend="static", static=static)
+
+
 class TestStaticBackend(BackendContract):
     url = ""
 
@@ -182,7 +187,7 @@ class TestStaticBackend(BackendContract):
         return StaticBackend(settings=SETTINGS)
 
     def spec(self, replica_id: str) -> ReplicaSpec:
-        pool = PoolSettings(name="tiny", backend="static", urls=(self.url,))
+        pool = static_pool(self.url)
         return ReplicaSpec(id=replica_id, pool=pool, url=self.url)
 
     def test_stop_leaves_the_server_alone(self, tmp_path: Path) -> None:
@@ -198,7 +203,7 @@ class TestStaticBackend(BackendContract):
     def test_a_server_that_is_down_is_not_ready(self, tmp_path: Path) -> None:
         async def story() -> None:
             async with self.backend(tmp_path) as backend:
-                pool = PoolSettings(name="tiny", backend="static", urls=("http://127.0.0.1:1",))
+                pool = static_pool("http://127.0.0.1:1")
                 spec = ReplicaSpec(id="r-1", pool=pool, url="http://127.0.0.1:1")
                 await backend.start(spec)
                 probe = await wait_for_probe(backend, "r-1", lambda one: one.ready is False)

@@ -40,8 +40,10 @@ def running(
     pool = {
         "name": "ours",
         "backend": "static",
-        "urls": [servers[0].url, servers[1].url + "/v1"],
-        "api_key_env": KEY_VARIABLE,
+        "static": {
+            "urls": [servers[0].url, servers[1].url + "/v1"],
+            "api_key_env": KEY_VARIABLE,
+        },
     }
     place, environ = tmp_path_factory.mktemp("static"), {KEY_VARIABLE: KEY}
     with up(place, pools=[pool], environ=environ, **SETTINGS) as tidegate:
@@ -159,8 +161,7 @@ def test_missing_key_is_said_and_requests_get_503(tmp_path: Path) -> None:
         pool = {
             "name": "ours",
             "backend": "static",
-            "urls": [server.url],
-            "api_key_env": KEY_VARIABLE,
+            "static": {"urls": [server.url], "api_key_env": KEY_VARIABLE},
         }
         gateway = {"holding": {"deadline_s": 0.5}}
         with up(tmp_path, pools=[pool], gateway=gateway) as tidegate:

@@ -201,7 +201,9 @@ def test_drain_by_an_operator_stops_one_replica() -> None:
 
 def static_pool(**fields: object) -> PoolSettings:
     urls = ("http://127.0.0.1:1", "http://127.0.0.1:2")
-    return PoolSettings.model_validate({"name": "s", "backend": "static", "urls": urls, **fields})
+    return PoolSettings.model_validate(
+        {"name": "s", "backend": "static", "static": {"urls": urls}, **fields}
+    )
 
 
 def test_static_servers_are_watched_never_stopped_and_keep_their_number() -> None:

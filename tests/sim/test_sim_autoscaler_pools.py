@@ -28,7 +28,11 @@ OTHER = ("--seed", "2")
 
 def static_pool(*urls: str, **fields: Any) -> PoolSettings:
     return PoolSettings.model_validate(
-        {"name": "s", "backend": "static", "urls": [f"http://127.0.0.1:{one}" for one in urls]}
+        {
+            "name": "s",
+            "backend": "static",
+            "static": {"urls": [f"http://127.0.0.1:{one}" for one in urls]},
+        }
         | fields
     )
 

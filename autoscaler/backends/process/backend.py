@@ -124,7 +124,7 @@ class ProcessBackend:
         self, spec: ReplicaSpec, shelf: dict[str, ReplicaProcess], key: str, *, parked: bool = False
     ) -> None:
         inventory = None
-        if spec.pool.gpus_per_replica:
+        if spec.pool.process.gpus_per_replica:
             inventory = await asyncio.to_thread(self._list_gpus)
         running = list(self._children.values())
         gpus, cpus = place(spec, running, inventory=inventory, cpus=self._cpus)

@@ -24,24 +24,24 @@ def place(
 
     ``inventory`` is ``None`` where the GPUs are not known.
     """
-    pool = spec.pool
+    wanted = spec.pool.process
     gpus = assign_gpus(
-        count=pool.gpus_per_replica,
-        memory_bytes=pool.gpu_memory_bytes,
-        allowed=pool.gpus,
+        count=wanted.gpus_per_replica,
+        memory_bytes=wanted.gpu_memory_bytes,
+        allowed=wanted.gpus,
         inventory=inventory,
         uses=[
-            GpuUse(index=index, memory_bytes=child.spec.pool.gpu_memory_bytes)
+            GpuUse(index=index, memory_bytes=child.spec.pool.process.gpu_memory_bytes)
             for child in children
             for index in child.placement.gpus
         ],
     )
     if gpus is None:
-        which = f"of {list(pool.gpus)} " if pool.gpus else ""
+        which = f"of {list(wanted.gpus)} " if wanted.gpus else ""
         known = "" if inventory is not None else " (which GPUs there are is not known)"
-        raise NoRoom(f"{pool.gpus_per_replica} GPU {which}needed, not so many are free{known}")
+        raise NoRoom(f"{wanted.gpus_per_replica} GPU {which}needed, not so many are free{known}")
     cores = assign_cpus(
-        count=pool.cpus_per_replica,
+        count=wanted.cpus_per_replica,
         available=cpus,
         taken=[core for child in children for core in child.placement.cpus],
     )

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from autoscaler.settings import AutoscalerSettings, PoolSettings, make_policy, make_slug
 
 PROCESS: dict[str, Any] = {"name": "m", "engine": "vllm", "model": "/models/m"}
-STATIC: dict[str, Any] = {"name": "m", "backend": "static", "urls": ("http://10.0.0.1:8000",)}
+URLS = {"urls": ("http://10.0.0.1:8000",)}
+STATIC: dict[str, Any] = {"name": "m", "backend": "static", "static": URLS}
 
 
 @pytest.mark.parametrize("kind", [AutoscalerSettings, PoolSettings])
@@ -34,11 +35,11 @@ def test_every_field_is_explained(kind: type[AutoscalerSettings | PoolSettings])
         ({**PROCESS, "engine": "llama"}, "'vllm' or 'simulated'"),
         ({**PROCESS, "min_replicas": 2}, "min_replicas (2) > max_replicas (1)"),
         ({**PROCESS, "max_replicas": 0}, "greater than or equal to 1"),
-        ({**PROCESS, "urls": ("http://h:1",)}, 'urls is only for backend = "static"'),
-        ({**PROCESS, "gpus": (0,)}, "gpus_per_replica is 0"),
-        ({**PROCESS, "gpus": (0,), "gpus_per_replica": 2}, "(2) > the 1 gpus given"),
-        ({**PROCESS, "gpus": (0, 0), "gpus_per_replica": 1}, "gpus repeat an index"),
-        ({**PROCESS, "gpu_memory_bytes": 1}, "gpus_per_replica is 0"),
+        ({**PROCESS, "static": URLS}, 'static is only for backend = "static"'),
+        ({**PROCESS, "process": {"gpus": (0,)}}, "gpus_per_replica is 0"),
+        ({**PROCESS, "process": {"gpus": (0,), "gpus_per_replica": 2}}, "(2) > the 1 gpus given"),
+        ({**PROCESS, "process": {"gpus": (0, 0), "gpus_per_replica": 1}}, "gpus repeat an index"),
+        ({**PROCESS, "process": {"gpu_memory_bytes": 1}}, "gpus_per_replica is 0"),
         ({**PROCESS, "engine_args": ("a\0b",)}, "NUL"),
         ({**PROCESS, "env": {"A=B": "1"}}, "not the name of an environment variable"),
         ({**PROCESS, "env": {"A": "\0"}}, "NUL"),
@@ -46,19 +47,22 @@ def test_every_field_is_explained(kind: type[AutoscalerSettings | PoolSettings])
         ({"name": "m", "backend": "static"}, "urls is missing"),
         ({**STATIC, "engine": "vllm"}, 'engine is only for backend = "process"'),
         ({**STATIC, "min_replicas": 1}, 'min_replicas is only for backend = "process"'),
-        ({**STATIC, "urls": ("http://h:1", "http://h:1/v1/")}, "urls repeat a server"),
-        ({**STATIC, "urls": ("10.0.0.1:8000",)}, "must be http://"),
-        ({**STATIC, "urls": ("ftp://h",)}, "must be http://"),
-        ({**STATIC, "urls": ("http://u:p@h",)}, "must not carry a password"),
-        ({**STATIC, "urls": ("http://h/x?y=1",)}, "query"),
-        ({**STATIC, "urls": ("http://h/prefix",)}, "must not have a path"),
-        ({**STATIC, "urls": ("http://h:99999",)}, "port"),
-        ({**STATIC, "headers": {"Host": "x"}}, "set by Tidegate itself"),
-        ({**STATIC, "headers": {"X": "a\r\nY: b"}}, "cannot carry"),
-        ({**STATIC, "headers": {"X Y": "a"}}, "not the name of a header"),
-        ({**STATIC, "api_key_env": "1A"}, "pattern"),
-        ({**STATIC, "api_key_env": "K", "headers": {"authorization": "x"}}, "both set"),
-        ({**PROCESS, "health_path": "health"}, "pattern"),
+        ({**STATIC, "static": {"urls": ("http://h:1", "http://h:1/v1/")}}, "urls repeat a server"),
+        ({**STATIC, "static": {"urls": ("10.0.0.1:8000",)}}, "must be http://"),
+        ({**STATIC, "static": {"urls": ("ftp://h",)}}, "must be http://"),
+        ({**STATIC, "static": {"urls": ("http://u:p@h",)}}, "must not carry a password"),
+        ({**STATIC, "static": {"urls": ("http://h/x?y=1",)}}, "query"),
+        ({**STATIC, "static": {"urls": ("http://h/prefix",)}}, "must not have a path"),
+        ({**STATIC, "static": {"urls": ("http://h:99999",)}}, "port"),
+        ({**STATIC, "static": {**URLS, "headers": {"Host": "x"}}}, "set by Tidegate itself"),
+        ({**STATIC, "static": {**URLS, "headers": {"X": "a\r\nY: b"}}}, "cannot carry"),
+        ({**STATIC, "static": {**URLS, "headers": {"X Y": "a"}}}, "not the name of a header"),
+        ({**STATIC, "static": {**URLS, "api_key_env": "1A"}}, "pattern"),
+        (
+            {**STATIC, "static": {**URLS, "api_key_env": "K", "headers": {"authorization": "x"}}},
+            "both set",
+        ),
+        ({**STATIC, "static": {**URLS, "health_path": "health"}}, "pattern"),
     ],
 )
 def test_pool_that_cannot_be(fields: dict[str, Any], said: str) -> None:
@@ -78,7 +82,9 @@ def test_pool_that_cannot_be(fields: dict[str, Any], said: str) -> None:
     ],
 )
 def test_urls_as_people_write_them(url: str, kept: str) -> None:
-    assert PoolSettings.model_validate({**STATIC, "urls": (url,)}).urls == (kept,)
+    assert PoolSettings.model_validate({**STATIC, "static": {"urls": (url,)}}).static.urls == (
+        kept,
+    )
 
 
 @pytest.mark.parametrize(

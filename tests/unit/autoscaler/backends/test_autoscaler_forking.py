@@ -130,7 +130,7 @@ def is_forked(pid: int) -> bool:
 def test_a_forked_engine_is_like_one_that_was_started(tmp_path: Path) -> None:
     async def story(backend: ProcessBackend) -> None:
         core = min(os.sched_getaffinity(0))
-        await backend.start(replica("r-1", cpus_per_replica=1, env={"OWN": "1"}))
+        await backend.start(replica("r-1", process={"cpus_per_replica": 1}, env={"OWN": "1"}))
         probe = await wait_ready(backend, "r-1")
         pid = await pid_of(backend, "r-1")
         assert is_forked(pid)

@@ -279,7 +279,7 @@ def test_what_an_engine_is_given(tmp_path: Path) -> None:
             list_gpus=lambda: [GpuCapacity(index=index, memory_bytes=100) for index in range(4)],
             environ={**os.environ, "TIDEGATE__SECRET": "x", "KEPT": "yes"},
         )
-        pool = {"gpus_per_replica": 2, "gpus": (1, 2, 3), "cpus_per_replica": 1}
+        pool = {"process": {"gpus_per_replica": 2, "gpus": (1, 2, 3), "cpus_per_replica": 1}}
         await backend.start(spec(env={"OWN": "1", "TINY": "mine"}, **pool))
         probe = await wait_ready(backend, "r-1")
         assert (probe.gpus, probe.cpus) == ((1, 2), (core,))

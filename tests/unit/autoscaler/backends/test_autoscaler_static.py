@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import httpx
 import pytest
@@ -22,8 +22,10 @@ def static(handler: Handler, **environ: str) -> StaticBackend:
     return StaticBackend(settings=AutoscalerSettings(), environ=environ, client=client)
 
 
-def make_pool(**fields: object) -> PoolSettings:
-    return PoolSettings.model_validate({"name": "m", "backend": "static", "urls": (URL,), **fields})
+def make_pool(static: Mapping[str, object] | None = None, **fields: object) -> PoolSettings:
+    return PoolSettings.model_validate(
+        {"name": "m", "backend": "static", "static": {"urls": (URL,), **(static or {})}, **fields}
+    )
 
 
 def test_static_sends_its_headers_and_key_and_publishes_them() -> None:
@@ -35,7 +37,7 @@ def test_static_sends_its_headers_and_key_and_publishes_them() -> None:
 
     async def story() -> None:
         backend = static(answer, KEY=" secret ")
-        pool = make_pool(api_key_env="KEY", headers={"X-Team": "blue"})
+        pool = make_pool({"api_key_env": "KEY", "headers": {"X-Team": "blue"}})
         await backend.start(ReplicaSpec(id="r", pool=pool, url=URL))
         probe = await backend.probe("r")
         assert (probe.served_model, probe.max_model_len_tokens) == ("org/real", 9)
@@ -51,7 +53,7 @@ def test_static_sends_its_headers_and_key_and_publishes_them() -> None:
 
 def test_static_without_its_key_says_so() -> None:
     backend = static(lambda request: httpx.Response(200))
-    spec = ReplicaSpec(id="r", pool=make_pool(api_key_env="KEY"), url=URL)
+    spec = ReplicaSpec(id="r", pool=make_pool({"api_key_env": "KEY"}), url=URL)
     with pytest.raises(BackendError, match="KEY"):
         asyncio.run(backend.start(spec))
 

@@ -247,7 +247,7 @@ POOLS = tuple(
             {"name": "toy", "model": "toy", "engine": "simulated"},
             {"name": "toyed", "model": "org/real", "engine": "simulated"},
             {"name": "known", "model": "a-name-of-its-own", "engine": "vllm"},
-            {"name": "away", "backend": "static", "urls": ("http://h:1",)},
+            {"name": "away", "backend": "static", "static": {"urls": ("http://h:1",)}},
         ],
     )
 )  # fmt: skip

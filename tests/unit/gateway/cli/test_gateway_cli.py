@@ -18,7 +18,7 @@ from admin_rig import NOW_S, ServedAdmin, ServedApp, gateway_status, past_decisi
 from datapath_rig import make_certificate
 
 import gateway.compose
-from autoscaler.settings import PoolSettings
+from autoscaler.settings import PoolSettings, ProcessPoolSettings
 from autoscaler.types import TierReport
 from gateway.admin import schema
 from gateway.cli import client, main, tables, verbs
@@ -340,14 +340,14 @@ def test_up_with_the_built_in_pool(started: list[LoadedSettings]) -> None:
 def test_up_turns_configured_pools_to_simulated(started: list[LoadedSettings]) -> None:
     Path("tidegate.toml").write_text(
         '[[pools]]\nname = "big"\nengine = "vllm"\nmodel = "/no/such"\nengine_args = ["--x"]\n'
-        "gpus = [0, 1]\ngpus_per_replica = 2\nmax_replicas = 3\n"
-        '[[pools]]\nname = "far"\nbackend = "static"\nurls = ["http://h:1"]\n',
+        "max_replicas = 3\n[pools.process]\ngpus = [0, 1]\ngpus_per_replica = 2\n"
+        '[[pools]]\nname = "far"\nbackend = "static"\n[pools.static]\nurls = ["http://h:1"]\n',
         encoding="utf-8",
     )
     assert main.main(["up"]) == 2
     assert main.main(["up", "--engine", "simulated"]) == 0
     big, far = started[0].settings.pools
-    assert (big.engine, big.engine_args, big.gpus, big.gpus_per_replica) == ("simulated", (), (), 0)
+    assert (big.engine, big.engine_args, big.process) == ("simulated", (), ProcessPoolSettings())
     assert (big.max_replicas, started[0].origins["pools.0.engine"]) == (3, "--engine")
     assert (far.backend, far.engine) == ("static", None)
 

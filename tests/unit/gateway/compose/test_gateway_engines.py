@@ -40,4 +40,4 @@ def test_bytes_of_a_gpu_become_the_share_that_vllm_is_told(
     wanted: int | None, gpus: Sequence[GpuCapacity] | None, fraction: float | None
 ) -> None:
     given = {} if wanted is None else {"gpus_per_replica": 1, "gpu_memory_bytes": wanted}
-    assert gpu_memory_fraction(pool(**given), lambda: gpus) == fraction
+    assert gpu_memory_fraction(pool(process=given), lambda: gpus) == fraction

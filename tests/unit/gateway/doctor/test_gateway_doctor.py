@@ -120,7 +120,7 @@ POOL: dict[str, Any] = {"name": "p", "engine": "vllm", "model": "./weights"}
 STATIC: dict[str, Any] = {
     "name": "s",
     "backend": "static",
-    "urls": ["http://10.0.0.1:9000", "https://models.example.org"],
+    "static": {"urls": ["http://10.0.0.1:9000", "https://models.example.org"]},
 }
 SIMULATED: dict[str, Any] = {"name": "sim", "engine": "simulated", "model": "sim"}
 
@@ -150,7 +150,7 @@ def test_a_good_machine_has_nothing_to_complain_of() -> None:
 
 
 on_gpu: dict[str, Any] = {"gpu_list": GPUS, "installed": CUDA, "device": ("cuda", "")}
-one_gpu = {**POOL, "gpus_per_replica": 1}
+one_gpu = {**POOL, "process": {"gpus_per_replica": 1}}
 
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, Status, str]] = [
     # id, pool, answers, check, status, part of finding or advice
@@ -163,7 +163,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, Status, str]] = [
     ("quota above cores", POOL, {"core_count": (4, 16.0)}, "cpu", Status.OK, "4 usable"),
     (
         "pins more than there is",
-        {**POOL, "cpus_per_replica": 4, "max_replicas": 3},
+        {**POOL, "process": {"cpus_per_replica": 4}, "max_replicas": 3},
         {}, "cpu", Status.WARN, "pin 12",
     ),
     ("little memory", POOL, {"memory": (4 * GIB, GIB)}, "memory", Status.WARN, "cpu_kv_cache_gib"),
@@ -209,12 +209,13 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, Status, str]] = [
     ),
     ("two on the same cores", {**POOL, "max_replicas": 2}, {}, "pool p", Status.WARN, "nobind"),
     (
-        "two pinned", {**POOL, "max_replicas": 2, "cpus_per_replica": 2}, {},
+        "two pinned", {**POOL, "max_replicas": 2, "process": {"cpus_per_replica": 2}}, {},
         "pool p", Status.OK, "0 to 2 replicas",
     ),
     ("gpus wanted, none", one_gpu, {}, "pool p", Status.FAIL, "needs 1 GPU and 0"),
     (
-        "gpu that is not there", {**one_gpu, "gpus": (1, 5)}, on_gpu,
+        "gpu that is not there", {**POOL, "process": {"gpus_per_replica": 1, "gpus": (1, 5)}},
+        on_gpu,
         "pool p", Status.FAIL, "gpus names 5",
     ),
     (
@@ -222,7 +223,9 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, Status, str]] = [
         "pool p", Status.WARN, "enough for 2",
     ),
     (
-        "gpus shared", {**one_gpu, "max_replicas": 3, "gpu_memory_bytes": GIB}, on_gpu,
+        "gpus shared",
+        {**POOL, "max_replicas": 3, "process": {"gpus_per_replica": 1, "gpu_memory_bytes": GIB}},
+        on_gpu,
         "pool p", Status.OK, "0 to 3",
     ),
     ("static down", STATIC, {"closed_ports": (9000,)}, "pool s", Status.WARN, "10.0.0.1:9000"),
@@ -256,12 +259,12 @@ def test_without_a_vllm_pool_no_engine_is_asked_for() -> None:
 
 
 def test_one_is_no_plural() -> None:
-    one = {**STATIC, "urls": ["http://10.0.0.1:9000"]}
+    one = {**STATIC, "static": {"urls": ["http://10.0.0.1:9000"]}}
     assert look(make_settings(one), WELL)["pool s"].finding == (
-        "1 server of somebody else's, it accepts connections"
+        "1 externally managed server, it accepts connections"
     )
     assert look(make_settings(STATIC), WELL)["pool s"].finding == (
-        "2 servers of somebody else's, all of them accept connections"
+        "2 externally managed servers, all of them accept connections"
     )
     assert "0 to 1 replica on CPU" in look(make_settings(POOL), WELL)["pool p"].finding
 

@@ -113,12 +113,12 @@ def test_a_pool_from_the_environment_alone() -> None:
         "TIDEGATE__POOLS__0__ENGINE": "simulated",
         "TIDEGATE__POOLS__1__NAME": "second",
         "TIDEGATE__POOLS__1__BACKEND": "static",
-        "TIDEGATE__POOLS__1__URLS": "http://a:1,http://b:2",
+        "TIDEGATE__POOLS__1__STATIC__URLS": "http://a:1,http://b:2",
         "TIDEGATE__POOLS__0__ENV__HF_Home": "/x",
     }
     first, second = load(None, environ).settings.pools
     assert first.env == {"HF_Home": "/x"}
-    assert second.urls == ("http://a:1", "http://b:2")
+    assert second.static.urls == ("http://a:1", "http://b:2")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,8 @@ def test_a_variable_that_is_named_or_kubernetes_own_is_not_warned_about() -> Non
     }
     sets = [
         "modelcache.peer_token_env=TIDEGATE_PEER_PORT",
-        'pools=[{name="a", backend="static", urls=["http://h"], api_key_env="TIDEGATE_LOG_LEVEL"}]',
+        'pools=[{name="a", backend="static", static={urls=["http://h"]}}]',
+        "pools.0.static.api_key_env=TIDEGATE_LOG_LEVEL",
     ]
     assert load(None, environ, sets).warnings == ()
 
@@ -282,9 +283,41 @@ def test_a_variable_that_is_named_or_kubernetes_own_is_not_warned_about() -> Non
         ),
         (
             "own words of a validator",
-            '[[pools]]\nname = "a"\nbackend = "static"\nurls = [\n  "ftp://x"]',
-            'pools.0.urls.0 = "ftp://x": must be http://host:port or https://host:port '
-            "(FILE, line 4)",
+            '[[pools]]\nname = "a"\nbackend = "static"\n[pools.static]\nurls = [\n  "ftp://x"]',
+            'pools.0.static.urls.0 = "ftp://x": must be http://host:port or https://host:port '
+            "(FILE, line 5)",
+        ),
+        (
+            "a field of a backend outside of its table",
+            POOL + "gpus_per_replica = 1",
+            "pools.0.gpus_per_replica is an unknown setting; did you mean "
+            "pools.N.process.gpus_per_replica? (FILE, line 5)",
+        ),
+        (
+            "another field of a backend outside of its table",
+            '[[pools]]\nname = "a"\nbackend = "static"\nurls = ["http://h:1"]\n'
+            '[pools.static]\nurls = ["http://h:1"]',
+            "pools.0.urls is an unknown setting; did you mean pools.N.static.urls? (FILE, line 4)",
+        ),
+        (
+            "a table of another backend",
+            POOL + '[pools.static]\nurls = ["http://h:1"]',
+            'pools.0.static is only for backend = "static" (FILE, line 5)',
+        ),
+        (
+            "a table that lacks what its backend needs",
+            '[[pools]]\nname = "a"\nbackend = "static"',
+            "pools.0.static.urls is missing: a static pool needs at least one",
+        ),
+        (
+            "within the table of a backend",
+            POOL + "[pools.process]\ngpus = [0]",
+            "pools.0.process.gpus is set, but gpus_per_replica is 0 (FILE, line 6)",
+        ),
+        (
+            "an argument that is Tidegate's own",
+            POOL + 'engine_args = ["--port", "1"]',
+            "pools.0.engine_args holds --port, which Tidegate sets itself (FILE, line 5)",
         ),
         (
             "between fields of a pool",
@@ -427,7 +460,7 @@ def test_a_file_that_is_none(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_secret_is_not_repeated(tmp_path: Path) -> None:
-    text = '[[pools]]\nname = "a"\nbackend = "static"\nurls = ["http://h:1"]\n'
+    text = '[[pools]]\nname = "a"\nbackend = "static"\n[pools.static]\nurls = ["http://h:1"]\n'
     lines = problems(tmp_path, text + "headers = { Authorization = 42 }")
     assert "42" not in lines[0]
     ok = load(write(tmp_path, text + 'headers = { Authorization = "Bearer s3cret" }'), {})
@@ -582,7 +615,7 @@ def test_what_the_example_leaves_unset_can_be_set_as_it_says(tmp_path: Path) -> 
         lines.append(line.replace("gpus_per_replica = 0", "gpus_per_replica = 1"))
     loaded = load(write(tmp_path, "\n".join(lines)), {})
     assert loaded.settings.gateway.tls_key == Path("/etc/tidegate/tls.key")
-    assert loaded.settings.pools[0].gpu_memory_bytes is not None
+    assert loaded.settings.pools[0].process.gpu_memory_bytes is not None
     assert len(unset) > 8
 
 

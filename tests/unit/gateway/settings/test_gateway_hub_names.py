@@ -65,7 +65,12 @@ def test_pools_that_are_left_alone() -> None:
     for variable in ("HF_TOKEN", "HF_ENDPOINT", "VLLM_USE_MODELSCOPE", "HUGGING_FACE_HUB_TOKEN"):
         assert model_of(settings(name, pool={"env": {variable: "1"}})) == name
     assert model_of(settings(name, pool={"env": {"VLLM_X": "1"}})) == f"hf://{name}"
-    static = {"name": "p", "backend": "static", "urls": ["http://127.0.0.1:1"], "model": name}
+    static = {
+        "name": "p",
+        "backend": "static",
+        "model": name,
+        "static": {"urls": ["http://127.0.0.1:1"]},
+    }
     assert model_of(Settings.model_validate({"pools": [static]})) == name
 
 
