@@ -1,32 +1,49 @@
 """How long wakes took: measured seconds per model, node and tier, kept over restarts.
 
-One small JSON file, replaced as a whole. What cannot be read in it is as good as not measured.
+One small JSON file, replaced as a whole. Where it cannot be read, wake times are measured anew.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
-import os
 import statistics
-import tempfile
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
+from pydantic import BaseModel, ConfigDict, Field
+
+from modelcache.store.files import write_whole
 from modelcache.types import TIERS, Tier
 
 LOG = logging.getLogger("tidegate.autoscaler")
 
-VERSION = 1
-MOST_S = 1e9
 MODELS = 1_000
 """Pairs of model and node that are remembered, the last used of them."""
 
-Key = tuple[str, str]
+Seconds = Annotated[float, Field(ge=0.0, le=1e9)]
+
+
+class MeasuredWakes(BaseModel):
+    """The wakes of one model on one node out of one tier, in seconds, oldest first."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str
+    node: str
+    tier: Tier
+    seconds: list[Seconds]
+
+
+class WakeTimesFile(BaseModel):
+    """What is kept on disk."""
+
+    model_config = ConfigDict(strict=True)
+
+    version: Literal[1] = 1
+    wakes: list[MeasuredWakes]
 
 
 class WakeTimes:
@@ -37,7 +54,7 @@ class WakeTimes:
         self._node = node
         self._path = path
         self._samples = samples
-        self._times: dict[Key, dict[Tier, deque[float]]] = {}
+        self._times: dict[tuple[str, str], dict[Tier, deque[float]]] = {}
         self._saving = asyncio.Lock()
 
     @property
@@ -71,81 +88,42 @@ class WakeTimes:
         return None
 
     def load(self) -> None:
-        """Take in what is on disk, as far as it can be read."""
+        """Take in what is on disk, if it can be read."""
         if self._path is None:
             return
         try:
-            found = json.loads(self._path.read_text(encoding="utf-8"))
-            entries = list(read_entries(found))
+            found = WakeTimesFile.model_validate_json(self._path.read_bytes())
         except FileNotFoundError:
             return
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             LOG.warning("%s is not read (%s); wake times are measured anew", self._path, error)
             return
-        for key, tier, times_s in entries:
-            self._put(key, tier, times_s)
+        for one in found.wakes:
+            self._put((one.model, one.node), one.tier, one.seconds)
 
     async def save(self) -> None:
         """Replace the file, in a thread. Raises ``OSError``."""
         if self._path is None:
             return
         async with self._saving:  # or an older text could replace a newer one
-            text = json.dumps({"version": VERSION, "wakes": self._entries()}, indent=1) + "\n"
-            await asyncio.to_thread(replace_file, self._path, text)
+            text = WakeTimesFile(wakes=self._measured()).model_dump_json(indent=1) + "\n"
+            await asyncio.to_thread(write_whole, self._path, text.encode(), tmp=self._path.parent)
 
-    def _put(self, key: Key, tier: Tier, times_s: Iterable[float]) -> None:
+    def _put(self, key: tuple[str, str], tier: Tier, times_s: Iterable[float]) -> None:
         tiers = self._times.pop(key, {})
         self._times[key] = tiers
         tiers.setdefault(tier, deque(maxlen=self._samples)).extend(times_s)
         while len(self._times) > MODELS:
             del self._times[next(iter(self._times))]
 
-    def _entries(self) -> list[dict[str, Any]]:
+    def _measured(self) -> list[MeasuredWakes]:
         return [
-            {
-                "model": model,
-                "node": node,
-                "tier": tier.value,
-                "seconds": [round(one, 3) for one in times_s],
-            }
+            MeasuredWakes(
+                model=model,
+                node=node,
+                tier=tier,
+                seconds=[round(one, 3) for one in times_s],
+            )
             for (model, node), tiers in self._times.items()
             for tier, times_s in tiers.items()
         ]
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file, durably, as a whole or not at all. Raises ``OSError``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
-
-
-def read_entries(found: object) -> Iterable[tuple[Key, Tier, list[float]]]:
-    """The entries of a file's content that make sense. Raises ``ValueError`` for another kind of
-    file."""
-    if not isinstance(found, dict) or found.get("version") != VERSION:
-        raise ValueError(f"it is not a file of wake times of version {VERSION}")
-    wakes = found.get("wakes")
-    for entry in wakes if isinstance(wakes, list) else []:
-        if not isinstance(entry, dict):
-            continue
-        model, node, tier = entry.get("model"), entry.get("node"), entry.get("tier")
-        times_s = entry.get("seconds")
-        if not (isinstance(model, str) and isinstance(node, str) and isinstance(times_s, list)):
-            continue
-        if tier in TIERS:
-            yield (model, node), Tier(tier), [float(one) for one in times_s if is_time(one)]
-
-
-def is_time(value: object) -> bool:
-    """Whether a value can be a number of seconds that something took."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST_S
