@@ -6,6 +6,9 @@ import json
 import os
 import shutil
 import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +20,10 @@ from gateway.cli.tables import Screen
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from gateway.admin.models import Models
+    from gateway.doctor.checks import Check
     from gateway.settings.load import LoadedSettings
+    from gateway.settings.schema import Settings
 
 Config = Annotated[
     Path | None,
@@ -50,6 +56,39 @@ Admin = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 PoolName = Annotated[str, typer.Argument(metavar="POOL", help="A pool's name.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effects:
+    """What verbs do beyond reading settings and asking an admin listener; what is heavy is imported
+    when it is called. A verb finds it in ``Context.obj``."""
+
+    now_s: Callable[[], float] = time.time
+    sleep: Callable[[float], None] = time.sleep
+
+    def up(self, loaded: LoadedSettings) -> int:
+        """Run a Tidegate until it is stopped; returns the exit code."""
+        from gateway.compose import up
+
+        return up.run(loaded)
+
+    def agent(self, loaded: LoadedSettings) -> int:
+        """Run a cache agent until it is stopped; returns the exit code."""
+        from gateway.compose import agent
+
+        return agent.run(loaded)
+
+    def open_models(self, settings: Settings) -> Models:
+        """The verbs over this node's cache."""
+        from gateway.compose.cache import open_models
+
+        return open_models(settings, os.environ)
+
+    def doctor(self, settings: Settings, measure: bool) -> Sequence[Check]:
+        """What this machine has and what is missing."""
+        from gateway.doctor.report import run_doctor
+
+        return run_doctor(settings, measure=measure)
 
 
 def load(config: Path | None, sets: list[str] | None) -> LoadedSettings:

@@ -64,7 +64,10 @@ def reach(base: str) -> Iterator[httpx.Client]:
     # The environment's proxies are for elsewhere: this is our own machine or network.
     timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
     try:
-        with httpx.Client(base_url=base, timeout=timeout, trust_env=False) as client:
+        # Without TLS there is no need to load certificates, which takes longer than the request.
+        with httpx.Client(
+            base_url=base, timeout=timeout, trust_env=False, verify=base.startswith("https:")
+        ) as client:
             yield client
     except httpx.ConnectError:
         raise Unreachable(
@@ -195,7 +198,7 @@ class LocalVerbs:
 
     def run(self, verb: str, asked: ModelRequest, on_progress: OnProgress) -> ModelAnswer:
         """Do it. Ctrl-C cancels it in good order first."""
-        left = threading.Event()
+        left, ended = threading.Event(), threading.Event()
         ends: list[ModelAnswer | BaseException] = []
 
         def work() -> None:
@@ -205,15 +208,16 @@ class LocalVerbs:
                 )
             except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
                 ends.append(error)
+            ended.set()
 
         thread = threading.Thread(target=work, name=f"model {verb}", daemon=True)
-        thread.start()
         try:
-            while thread.is_alive():
-                thread.join(0.2)
+            thread.start()
+            # Not by `join`: interrupted, it takes the thread for ended (CPython 3.11).
+            ended.wait()
         except KeyboardInterrupt:
             left.set()
-            thread.join(CANCEL_TIMEOUT_S)
+            ended.wait(CANCEL_TIMEOUT_S)
             raise
         (end,) = ends
         if isinstance(end, ValueError):
@@ -225,7 +229,9 @@ class LocalVerbs:
         return end
 
 
-def model_verbs(admin: str | None, settings: Settings) -> ModelVerbs:
+def model_verbs(
+    admin: str | None, settings: Settings, open_models: Callable[[Settings], Models]
+) -> ModelVerbs:
     """Those of the listener that is named, of what runs with this state directory, or else of this
     process."""
     if admin is not None:
@@ -235,12 +241,12 @@ def model_verbs(admin: str | None, settings: Settings) -> ModelVerbs:
     running = find_running(settings.state_dir)
     if running is not None:
         return RemoteVerbs(running.admin_url)
-    from gateway.compose.cache import cache_dir, open_models
+    from gateway.compose.cache import cache_dir
 
     _check_directory(
         cache_dir(settings), "state_dir" if settings.modelcache.dir is None else "modelcache.dir"
     )
-    return LocalVerbs(open_models(settings, os.environ))
+    return LocalVerbs(open_models(settings))
 
 
 def _check_directory(path: Path, field: str) -> None:

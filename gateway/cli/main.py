@@ -12,13 +12,17 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gateway.cli.base import Effects
 
 FAULT = 70
 INTERRUPTED = 130
 DEBUG_VARIABLE = "TIDEGATE_DEBUG"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, effects: Effects | None = None) -> int:
     """Run the command line and return its exit code; no exception and no traceback leaves it."""
     given = None if arguments is None else list(arguments)
 
@@ -26,9 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from gateway.cli.import_check import assert_ours
 
         assert_ours()
+        from gateway.cli.base import Effects
         from gateway.cli.verbs import make_command
 
-        result = make_command().main(args=given, prog_name="tidegate", standalone_mode=False)
+        result = make_command().main(
+            args=given, prog_name="tidegate", standalone_mode=False, obj=effects or Effects()
+        )
         return result if isinstance(result, int) else 0
 
     return guard(run)

@@ -6,17 +6,18 @@ in use and keeps pages; where none does, the verbs work on the cache's directory
 
 from __future__ import annotations
 
-import time
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gateway.cli import model_tables
-from gateway.cli.base import Admin, AsJson, Config, Sets, as_text, load, screen
+from gateway.cli.base import Admin, AsJson, Config, PoolName, Sets, as_text, load, screen
 from gateway.cli.client import model_verbs, name_model
 from gateway.cli.progress import ProgressBar
-from gateway.terminal import out
+from gateway.terminal import out, size
+from modelcache.types import CacheError
 
 model_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -42,6 +43,7 @@ Revision = Annotated[
 
 
 def _do(
+    context: typer.Context,
     verb: str,
     model: str,
     revision: str | None,
@@ -53,7 +55,7 @@ def _do(
     from gateway.admin.operations import VERBS
 
     admin, config, sets = where
-    verbs = model_verbs(admin, load(config, sets).settings)
+    verbs = model_verbs(admin, load(config, sets).settings, context.obj.open_models)
     given = {name: value for name, value in options.items() if value is not None}
     name = name_model(model, lambda: verbs.listing().pools)
     request = VERBS[verb].request
@@ -67,7 +69,11 @@ def _do(
 
 @model_app.command("ls")
 def model_ls(
-    as_json: AsJson = False, admin: Admin = None, config: Config = None, sets: Sets = None
+    context: typer.Context,
+    as_json: AsJson = False,
+    admin: Admin = None,
+    config: Config = None,
+    sets: Sets = None,
 ) -> int:
     """Show the models in this node's cache, and what they take.
 
@@ -77,14 +83,15 @@ def model_ls(
 
     **Examples:** `tidegate model ls`, `tidegate model ls --json | jq '.models[].url'`
     """
-    found = model_verbs(admin, load(config, sets).settings).listing()
-    text = model_tables.listing(found, screen(), time.time())
+    found = model_verbs(admin, load(config, sets).settings, context.obj.open_models).listing()
+    text = model_tables.listing(found, screen(), context.obj.now_s())
     out(as_text(found) if as_json else text)
     return 0
 
 
 @model_app.command("preload")
 def model_preload(
+    context: typer.Context,
     model: ModelName,
     revision: Revision = None,
     expected_in_s: Annotated[
@@ -109,14 +116,15 @@ def model_preload(
     **Examples:** `tidegate model preload Qwen/Qwen3-8B`,
     `tidegate model preload oss://models/qwen3-8b --json`
     """
-    expected = None if expected_in_s is None else time.time() + expected_in_s
+    expected = None if expected_in_s is None else context.obj.now_s() + expected_in_s
     where = (admin, config, sets)
-    _do("preload", model, revision, as_json, where, expected_use_at_s=expected)
+    _do(context, "preload", model, revision, as_json, where, expected_use_at_s=expected)
     return 0
 
 
 @model_app.command("prewarm")
 def model_prewarm(
+    context: typer.Context,
     model: ModelName,
     revision: Revision = None,
     rank: Annotated[
@@ -141,12 +149,13 @@ def model_prewarm(
     if (rank is None) != (world_size is None):
         raise typer.BadParameter("--rank and --world-size belong together")
     where = (admin, config, sets)
-    _do("prewarm", model, revision, as_json, where, rank=rank, world_size=world_size)
+    _do(context, "prewarm", model, revision, as_json, where, rank=rank, world_size=world_size)
     return 0
 
 
 @model_app.command("pin")
 def model_pin(
+    context: typer.Context,
     model: ModelName,
     revision: Revision = None,
     as_json: AsJson = False,
@@ -158,12 +167,13 @@ def model_pin(
 
     **Example:** `tidegate model pin hf://Qwen/Qwen3-8B`
     """
-    _do("pin", model, revision, as_json, (admin, config, sets))
+    _do(context, "pin", model, revision, as_json, (admin, config, sets))
     return 0
 
 
 @model_app.command("unpin")
 def model_unpin(
+    context: typer.Context,
     model: ModelName,
     revision: Revision = None,
     as_json: AsJson = False,
@@ -175,12 +185,13 @@ def model_unpin(
 
     **Example:** `tidegate model unpin hf://Qwen/Qwen3-8B`
     """
-    _do("unpin", model, revision, as_json, (admin, config, sets))
+    _do(context, "unpin", model, revision, as_json, (admin, config, sets))
     return 0
 
 
 @model_app.command("evict")
 def model_evict(
+    context: typer.Context,
     model: ModelName,
     revision: Revision = None,
     force: Annotated[
@@ -213,12 +224,13 @@ def model_evict(
         raise typer.BadParameter("--all and --revision do not go together")
     where = (admin, config, sets)
     options = {"force": force, "prepared": prepared, "all": everything}
-    _do("evict", model, revision, as_json, where, **options)
+    _do(context, "evict", model, revision, as_json, where, **options)
     return 0
 
 
 @model_app.command("verify")
 def model_verify(
+    context: typer.Context,
     model: ModelName,
     revision: Revision = None,
     repair: Annotated[
@@ -236,12 +248,13 @@ def model_verify(
     **Examples:** `tidegate model verify Qwen/Qwen3-8B`,
     `tidegate model verify Qwen/Qwen3-8B --repair --json`
     """
-    answer = _do("verify", model, revision, as_json, (admin, config, sets), repair=repair)
+    answer = _do(context, "verify", model, revision, as_json, (admin, config, sets), repair=repair)
     return 1 if answer.damage and not answer.repaired else 0
 
 
 @model_app.command("replicate")
 def model_replicate(
+    context: typer.Context,
     model: ModelName,
     revision: Revision = None,
     to: Annotated[
@@ -262,5 +275,52 @@ def model_replicate(
     **Examples:** `tidegate model replicate oss://models/qwen3-8b`,
     `tidegate model replicate oss://models/qwen3-8b --to eu --to us`
     """
-    answer = _do("replicate", model, revision, as_json, (admin, config, sets), sites=to)
+    answer = _do(context, "replicate", model, revision, as_json, (admin, config, sets), sites=to)
     return 1 if any(one.error or not one.done for one in answer.sites.values()) else 0
+
+
+@model_app.command("bundle")
+def model_bundle(
+    pool: PoolName,
+    into: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Folder to write the file to.")
+    ] = Path("tidegate-bundles"),
+    as_json: AsJson = False,
+    config: Config = None,
+    sets: Sets = None,
+) -> int:
+    """Pack what a pool's engines have compiled and measured here into one file.
+
+    Put the folder beside the model's weights in its store: nodes of the same kind (engine,
+    libraries, GPU, driver, settings) that fetch the model then start without compiling.
+
+    **Examples:** `tidegate model bundle qwen3-8b`,
+    `tidegate model bundle qwen3-8b --out ~/models/Qwen3-8B/tidegate-bundles`
+    """
+    from gateway.compose.engines import make_compile_cache, plain_command
+    from gateway.compose.tiers import locate
+    from loaders.engines.base import engine_of
+    from loaders.engines.vllm.compile_cache import BadBundle
+
+    settings = load(config, sets).settings
+    given = next((one for one in settings.pools if pool in (one.name, *one.aliases)), None)
+    if given is None:
+        names = ", ".join(one.name for one in settings.pools)
+        raise typer.BadParameter(f"there is no pool {pool!r} (known: {names})")
+    compiled = make_compile_cache(settings)
+    keeps = engine_of(given.engine).capabilities.compile_cache
+    if compiled is None or not keeps:
+        raise typer.BadParameter(
+            f"{given.name}: its engine compiles nothing, or loaders.keep_compiled is off"
+        )
+    with ProgressBar(given.model or given.name) as bar:
+        here = locate(given, settings, os.environ, bar.show)
+    placed = given.model_copy(update={"model": here})
+    try:
+        command = plain_command(placed, settings.loaders)
+        file = compiled.ship(command, here, into, given.env)
+    except (BadBundle, OSError, ValueError) as error:
+        raise CacheError(str(error)) from None
+    told = {"pool": given.name, "file": str(file), "size_bytes": file.stat().st_size}
+    out(as_text(told) if as_json else f"{file}  ({size(file.stat().st_size)})\n")
+    return 0

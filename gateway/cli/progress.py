@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -21,12 +22,13 @@ class ProgressBar:
     ``show`` may be called as often as one likes, from any thread.
     """
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._what = what
+        self._clock = clock
         self._live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._bar: Any = None
         self._task: Any = None
-        self._said_s = time.monotonic()
+        self._said_s = clock()
 
     def __enter__(self) -> ProgressBar:
         if self._live:
@@ -68,8 +70,8 @@ class ProgressBar:
                 total=progress.bytes_total,
                 figures=figures(progress),
             )
-        elif time.monotonic() - self._said_s >= PLAIN_S:
-            self._said_s = time.monotonic()
+        elif self._clock() - self._said_s >= PLAIN_S:
+            self._said_s = self._clock()
             complain(" ".join(f"{self._what}: {progress.phase} {figures(progress)}".split()))
 
 

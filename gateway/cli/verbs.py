@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from dataclasses import asdict
+from functools import cache
 from typing import Annotated, Any
 
 import typer
 
 from gateway.cli import client, tables
-from gateway.cli.agent import agent
 from gateway.cli.base import (
     Admin,
     AsJson,
@@ -23,7 +22,6 @@ from gateway.cli.base import (
     load,
     screen,
 )
-from gateway.cli.bundle import bundle
 from gateway.cli.config import config_app
 from gateway.cli.model import model_app
 from gateway.terminal import complain, out
@@ -42,10 +40,9 @@ app = typer.Typer(
 )
 app.add_typer(config_app, name="config", help="Check and show the settings.")
 app.add_typer(model_app, name="model", help="The models in this node's cache.")
-app.command()(agent)
-model_app.command("bundle")(bundle)
 
 
+@cache  # typer reads every signature for it
 def make_command() -> Any:
     """The whole command line, whose help names no type behind what takes no value."""
     command = typer.main.get_command(app)
@@ -94,6 +91,7 @@ def tidegate(
 
 @app.command()
 def up(
+    context: typer.Context,
     config: Config = None,
     sets: Sets = None,
     engine: Annotated[
@@ -153,13 +151,56 @@ def up(
     defaults.check_installed(loaded)
     for warning in loaded.warnings:
         complain(f"warning: {warning.as_warning()}")
-    from gateway.compose import up
+    code: int = context.obj.up(loaded)
+    return code
 
-    return up.run(loaded)
+
+@app.command()
+def agent(
+    context: typer.Context,
+    config: Config = None,
+    sets: Sets = None,
+    admin_port: Annotated[
+        int | None, typer.Option(help="Port of the admin listener.", min=0, max=65_535)
+    ] = None,
+    peer_port: Annotated[
+        int | None,
+        typer.Option(help="Port at which peers are served; 0 for any free one.", min=0, max=65_535),
+    ] = None,
+) -> int:
+    """Run this node's model cache without gateway, autoscaler or engines, until Ctrl-C.
+
+    It gives pieces of models to its peers, fetches what other sites order with `tidegate model
+    replicate`, and answers the other `tidegate model` verbs. Meant for nodes that hold models for
+    others: a DaemonSet, another site. Needs the cluster's secret in `TIDEGATE_PEER_TOKEN`.
+
+    **Examples**
+
+    - `TIDEGATE_PEER_TOKEN=... tidegate agent --peer-port 8002 -s modelcache.peer_host=10.0.0.7`
+
+    - `tidegate agent -c node.toml`
+    """
+    from gateway.settings import defaults
+    from gateway.settings.load import Flag
+
+    flags = [
+        Flag(field, value, flag)
+        for field, value, flag in (
+            ("gateway.admin_port", admin_port, "--admin-port"),
+            ("modelcache.peer_port", peer_port, "--peer-port"),
+        )
+        if value is not None
+    ]
+    loaded = defaults.load_for_agent(config, os.environ, sets or (), flags)
+    for warning in loaded.warnings:
+        complain(f"warning: {warning.as_warning()}")
+    code: int = context.obj.agent(loaded)
+    return code
 
 
 @app.command()
 def status(
+    context: typer.Context,
     as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again and again.")] = False,
     interval: Annotated[
@@ -194,19 +235,19 @@ def status(
             else:
                 out(f"{clear}Not reachable: {error}\n")
         else:
-            out(clear + _status_text(report, base, as_json))
+            out(clear + _status_text(report, base, as_json, context.obj.now_s()))
         if not watch:
             return 0
-        time.sleep(interval)
+        context.obj.sleep(interval)
 
 
-def _status_text(report: Any, base: str, as_json: bool) -> str:
+def _status_text(report: Any, base: str, as_json: bool, now_s: float) -> str:
     """A gateway's status or an agent's, as it is printed."""
     if as_json:
         return as_text(report)
     if report.kind == "agent":
         return tables.agent_status(report, base)
-    return tables.status(report, screen(), time.time())
+    return tables.status(report, screen(), now_s)
 
 
 @app.command()
@@ -245,6 +286,7 @@ def scale(
 
 @app.command()
 def explain(
+    context: typer.Context,
     pool: PoolName,
     as_json: AsJson = False,
     limit: Annotated[int, typer.Option(help="Newest decisions to show.", min=1, max=10_000)] = 20,
@@ -262,12 +304,13 @@ def explain(
     from gateway.admin.operations import EXPLAIN
 
     answer = client.ask(address(admin, config, sets), EXPLAIN, query={"limit": limit}, pool=pool)
-    out(as_text(answer) if as_json else tables.explain(answer, screen(), time.time()))
+    out(as_text(answer) if as_json else tables.explain(answer, screen(), context.obj.now_s()))
     return 0
 
 
 @app.command()
 def doctor(
+    context: typer.Context,
     as_json: AsJson = False,
     measure: Annotated[
         bool,
@@ -288,12 +331,10 @@ def doctor(
     **Examples:** `tidegate doctor`, `tidegate doctor --no-measure`,
     `tidegate doctor -c prod.toml --json`
     """
-    from gateway.doctor.report import run_doctor
-
     loaded = load(config, sets)
     if sys.stderr.isatty() and not as_json:
         complain("looking at this machine; what it asks of an engine takes up to a minute")
-    checks = run_doctor(loaded.settings, measure=measure)
+    checks = context.obj.doctor(loaded.settings, measure)
     if as_json:
         out(as_text({"checks": [asdict(check) for check in checks]}))
     else:

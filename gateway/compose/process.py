@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from gateway.settings.errors import Problem
@@ -35,8 +36,18 @@ def set_up_logging(level: str) -> None:
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
 
 
+def _write_a_record(directory: Path) -> None:
+    with tempfile.TemporaryFile(dir=directory) as file:
+        file.write(bytes(_RECORD_BYTES))
+
+
 def check_writable(
-    loaded: LoadedSettings, field: str, directory: Path, *, may_be_full: bool = False
+    loaded: LoadedSettings,
+    field: str,
+    directory: Path,
+    *,
+    may_be_full: bool = False,
+    write: Callable[[Path], None] = _write_a_record,
 ) -> None:
     """Raise ``ConfigError`` where nothing can be written in the directory that ``field`` names; it
     is made where it is not there.
@@ -46,8 +57,7 @@ def check_writable(
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as file:
-            file.write(bytes(_RECORD_BYTES))
+        write(directory)
     except OSError as error:
         is_file = isinstance(error, FileExistsError)
         why = "it is no directory" if is_file else error.strerror or str(error)

@@ -7,9 +7,9 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,17 +17,18 @@ import typer
 from admin_rig import NOW_S, ServedAdmin, ServedApp, gateway_status, past_decision, pool, replica
 from datapath_rig import make_certificate
 
-import gateway.compose
 from autoscaler.settings import PoolSettings, ProcessPoolSettings
 from autoscaler.types import TierReport
 from gateway.admin import schema
 from gateway.cli import client, main, tables, verbs
+from gateway.cli.base import Effects
 from gateway.cli.tables import Screen
 from gateway.compose import run_record
 from gateway.compose.up import banner
 from gateway.doctor.checks import Check, Status, fail
 from gateway.settings import defaults
 from gateway.settings.load import ConfigError, LoadedSettings
+from gateway.settings.schema import Settings
 from gateway.terminal import duration
 from modelcache.types import Tier
 
@@ -83,28 +84,43 @@ def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in [name for name in os.environ if name.startswith("TIDEGATE")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(verbs, "time", SimpleNamespace(time=lambda: NOW_S))
     return tmp_path
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recorded(Effects):
+    """Effects that are only written down; the time is that of the scripted answers."""
+
+    now_s: Callable[[], float] = lambda: NOW_S
+    started: list[LoadedSettings] = field(default_factory=list)
+    raised: BaseException | None = None
+    code: int = 0
+    checks: tuple[Check, ...] = ()
+
+    def up(self, loaded: LoadedSettings) -> int:
+        self.started.append(loaded)
+        if self.raised is not None:
+            raise self.raised
+        return self.code
+
+    def doctor(self, settings: Settings, measure: bool) -> Sequence[Check]:
+        return self.checks if measure else ()
+
+
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[LoadedSettings]:
-    """What ``up`` was to run, in place of running it."""
-    runs: list[LoadedSettings] = []
+def effects() -> Recorded:
+    return Recorded()
 
-    def run(loaded: LoadedSettings) -> int:
-        runs.append(loaded)
-        return 0
 
-    monkeypatch.setattr(gateway.compose, "up", SimpleNamespace(run=run), raising=False)
-    return runs
+def tidegate(*words: str, effects: Effects | None = None) -> int:
+    return main.main(words, effects or Recorded())
 
 
 # ── Reading verbs ─────────────────────────────────────────────────────────────────────────────────
 
 
 def test_status(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["status", "--admin", served.url]) == 0
+    assert tidegate("status", "--admin", served.url) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert "\x1b" not in out
@@ -122,13 +138,13 @@ def test_status(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_status_as_json(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["status", "--json", "--admin", served.url.removeprefix("http://")]) == 0
+    assert tidegate("status", "--json", "--admin", served.url.removeprefix("http://")) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown == json.loads(STATUS.model_dump_json())
 
 
 def test_status_again_and_again_until_interrupted(
-    served: Served, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    served: Served, capsys: pytest.CaptureFixture[str]
 ) -> None:
     naps = []
 
@@ -137,17 +153,14 @@ def test_status_again_and_again_until_interrupted(
         if len(naps) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(verbs, "time", SimpleNamespace(time=lambda: NOW_S, sleep=nap))
-    assert main.main(["status", "--watch", "--interval", "0.5", "--admin", served.url]) == 130
+    words = ("status", "--watch", "--interval", "0.5", "--admin", served.url)
+    assert tidegate(*words, effects=Recorded(sleep=nap)) == 130
     assert naps == [0.5] * 3
     assert capsys.readouterr().out.count("DESIRED") == 3
 
 
 def test_a_watch_goes_on_while_nobody_answers(
-    served: Served,
-    somewhere_else: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    served: Served, somewhere_else: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Not there yet, then there, then started again elsewhere."""
     looks = []
@@ -163,11 +176,10 @@ def test_a_watch_goes_on_while_nobody_answers(
             raise KeyboardInterrupt
         leave()
 
-    monkeypatch.setattr(verbs, "time", SimpleNamespace(time=lambda: NOW_S, sleep=nap))
     for words in ([], ["--json"]):
         looks.clear()
         leave()
-        assert main.main(["status", "--watch", *words]) == 130
+        assert tidegate("status", "--watch", *words, effects=Recorded(sleep=nap)) == 130
         away, there, gone = looks
         for look, url in ((away, urls[0]), (gone, urls[2])):
             said = look.err if words else look.out
@@ -175,7 +187,7 @@ def test_a_watch_goes_on_while_nobody_answers(
             assert "READY" not in look.out
         assert "chat" in there.out
         assert there.err == ""
-    assert main.main(["status"]) == 2
+    assert tidegate("status") == 2
 
 
 def test_the_admin_listener_is_found_by_record_then_settings(
@@ -183,14 +195,14 @@ def test_the_admin_listener_is_found_by_record_then_settings(
 ) -> None:
     one = run_record.Running(pid=os.getpid(), url="http://x", admin_url=served.url)
     run_record.leave_record(somewhere_else / ".tidegate", one)
-    assert main.main(["status"]) == 0
+    assert tidegate("status") == 0
     run_record.remove_record(somewhere_else / ".tidegate", os.getpid() + 1)
-    assert main.main(["status"]) == 0
+    assert tidegate("status") == 0
     run_record.remove_record(somewhere_else / ".tidegate", os.getpid())
     port = served.url.rpartition(":")[2]
     Path("tidegate.toml").write_text(f"[gateway]\nadmin_port = {port}\n", encoding="utf-8")
-    assert main.main(["status"]) == 0
-    assert main.main(["status", "--set", "gateway.admin_port=1"]) == 2
+    assert tidegate("status") == 0
+    assert tidegate("status", "--set", "gateway.admin_port=1") == 2
     assert "http://127.0.0.1:1:" in capsys.readouterr().err
 
 
@@ -219,13 +231,13 @@ def test_scale(
     expected: int | None,
     says: str,
 ) -> None:
-    assert main.main(["scale", "org/m 1", count, "--admin", served.url]) == 0
+    assert tidegate("scale", "org/m 1", count, "--admin", served.url) == 0
     assert served.control.scaled[-1] == ("org/m 1", expected)
     assert says in capsys.readouterr().out
 
 
 def test_explain(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["explain", "chat", "--admin", served.url]) == 0
+    assert tidegate("explain", "chat", "--admin", served.url) == 0
     out = capsys.readouterr().out
     for text in (
         "chat: 1 desired, 1 ready",
@@ -236,7 +248,7 @@ def test_explain(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
         "1 min 30 s ago",
     ):
         assert text in out
-    assert main.main(["explain", "chat", "--limit", "1", "--json", "--admin", served.url]) == 0
+    assert tidegate("explain", "chat", "--limit", "1", "--json", "--admin", served.url) == 0
     assert len(json.loads(capsys.readouterr().out)["decisions"]) == 1
 
 
@@ -244,7 +256,7 @@ def test_explain(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_pool_is_one_line_and_1(
     served: Served, capsys: pytest.CaptureFixture[str], verb: list[str]
 ) -> None:
-    assert main.main([*verb, "--admin", served.url]) == 1
+    assert tidegate(*verb, "--admin", served.url) == 1
     assert capsys.readouterr().err == "tidegate: There is no pool 'none'.\n"
 
 
@@ -261,7 +273,7 @@ def test_an_unknown_pool_is_one_line_and_1(
 def test_no_answer_is_one_line_and_2(
     capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
-    assert main.main([*arguments, "--admin", "http://127.0.0.1:1"]) == 2
+    assert tidegate(*arguments, "--admin", "http://127.0.0.1:1") == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("tidegate: nothing answers at http://127.0.0.1:1")
@@ -278,7 +290,7 @@ def test_another_server_there_is_one_line_and_2(capsys: pytest.CaptureFixture[st
             await send({"type": "http.response.body", "body": b"<html>"})
 
     with ServedApp(Other()) as served:
-        assert main.main(["status", "--admin", served.url]) == 2
+        assert tidegate("status", "--admin", served.url) == 2
     assert "is no Tidegate admin listener" in capsys.readouterr().err
 
 
@@ -306,49 +318,52 @@ def test_addresses(address: str, expected: str | None) -> None:
 # ── up ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_up_simulated_needs_nothing(started: list[LoadedSettings]) -> None:
-    assert main.main(["up", "--engine", "simulated", "--port", "0", "--admin-port", "0"]) == 0
-    (loaded,) = started
+def test_up_simulated_needs_nothing(effects: Recorded) -> None:
+    assert (
+        tidegate("up", "--engine", "simulated", "--port", "0", "--admin-port", "0", effects=effects)
+        == 0
+    )
+    (loaded,) = effects.started
     (pool,) = loaded.settings.pools
     assert (pool.name, pool.engine, pool.min_replicas) == ("simulated", "simulated", 0)
     assert (loaded.settings.gateway.port, loaded.origins["gateway.port"]) == (0, "--port")
 
 
 def test_up_without_engine_says_how_to_get_one(
-    started: list[LoadedSettings], capsys: pytest.CaptureFixture[str]
+    effects: Recorded, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(["up"]) == 2
+    assert tidegate("up", effects=effects) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("tidegate: loaders.engine_python")
     assert "--engine simulated" in lines[0]
     assert "`make run`" in lines[1]
-    assert started == []
+    assert effects.started == []
 
 
-def test_up_with_the_built_in_pool(started: list[LoadedSettings]) -> None:
+def test_up_with_the_built_in_pool(effects: Recorded) -> None:
     Path(".venv-engine/bin").mkdir(parents=True)
     Path(".venv-engine/bin/python").touch()
     defaults.DEFAULT_MODEL_DIRECTORY.mkdir(parents=True)
-    assert main.main(["up", "--workers", "2"]) == 0
-    (pool,) = started[0].settings.pools
+    assert tidegate("up", "--workers", "2", effects=effects) == 0
+    (pool,) = effects.started[0].settings.pools
     assert (pool.name, pool.engine) == ("smollm2", "vllm")
     assert Path(pool.model or "") == defaults.DEFAULT_MODEL_DIRECTORY.absolute()
-    assert started[0].settings.gateway.workers == 2
+    assert effects.started[0].settings.gateway.workers == 2
 
 
-def test_up_turns_configured_pools_to_simulated(started: list[LoadedSettings]) -> None:
+def test_up_turns_configured_pools_to_simulated(effects: Recorded) -> None:
     Path("tidegate.toml").write_text(
         '[[pools]]\nname = "big"\nengine = "vllm"\nmodel = "/no/such"\nengine_args = ["--x"]\n'
         "max_replicas = 3\n[pools.process]\ngpus = [0, 1]\ngpus_per_replica = 2\n"
         '[[pools]]\nname = "far"\nbackend = "static"\n[pools.static]\nurls = ["http://h:1"]\n',
         encoding="utf-8",
     )
-    assert main.main(["up"]) == 2
-    assert main.main(["up", "--engine", "simulated"]) == 0
-    big, far = started[0].settings.pools
+    assert tidegate("up", effects=effects) == 2
+    assert tidegate("up", "--engine", "simulated", effects=effects) == 0
+    big, far = effects.started[0].settings.pools
     assert (big.engine, big.engine_args, big.process) == ("simulated", (), ProcessPoolSettings())
-    assert (big.max_replicas, started[0].origins["pools.0.engine"]) == (3, "--engine")
+    assert (big.max_replicas, effects.started[0].origins["pools.0.engine"]) == (3, "--engine")
     assert (far.backend, far.engine) == ("static", None)
 
 
@@ -363,25 +378,23 @@ def test_up_turns_configured_pools_to_simulated(started: list[LoadedSettings]) -
     ],
 )
 def test_up_with_one_model(
-    started: list[LoadedSettings], model: str, name: str, aliases: tuple[str, ...], meant: str
+    effects: Recorded, model: str, name: str, aliases: tuple[str, ...], meant: str
 ) -> None:
     Path("here/model dir").mkdir(parents=True)
     python = Path("python")
     python.touch()
     sets = ["--set", "loaders.engine_python=python", "--set", "gateway.drain_s=1"]
-    assert main.main(["up", "--model", model, *sets]) == 0
-    (pool,) = started[0].settings.pools
+    assert tidegate("up", "--model", model, *sets, effects=effects) == 0
+    (pool,) = effects.started[0].settings.pools
     assert (pool.name, pool.aliases, pool.engine) == (name, aliases, "vllm")
     assert pool.model == meant.format(here=Path.cwd())
-    assert main.main(["up", "--model", model, "--engine", "simulated"]) == 0
-    assert started[1].settings.pools[0].engine == "simulated"
+    assert tidegate("up", "--model", model, "--engine", "simulated", effects=effects) == 0
+    assert effects.started[1].settings.pools[0].engine == "simulated"
 
 
-def test_up_passes_the_exit_code_and_warnings_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(gateway.compose, "up", SimpleNamespace(run=lambda _: 7), raising=False)
-    assert main.main(["up", "--engine", "simulated", "--set", "gateway.admin_host=0.0.0.0"]) == 7
+def test_up_passes_the_exit_code_and_warnings_on(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("up", "--engine", "simulated", "--set", "gateway.admin_host=0.0.0.0")
+    assert tidegate(*words, effects=Recorded(code=7)) == 7
     assert "tidegate: warning: gateway.admin_host" in capsys.readouterr().err
 
 
@@ -401,17 +414,14 @@ def test_nothing_is_ever_a_traceback(
     code: int,
     says: str,
 ) -> None:
-    def run(_: LoadedSettings) -> int:
-        raise raised
-
-    monkeypatch.setattr(gateway.compose, "up", SimpleNamespace(run=run), raising=False)
-    assert main.main(["up", "--engine", "simulated"]) == code
+    effects = Recorded(raised=raised)
+    assert tidegate("up", "--engine", "simulated", effects=effects) == code
     err = capsys.readouterr().err
     assert "Traceback" not in err
     assert says in err
     assert err.count("\n") == (1 if says else 0)
     monkeypatch.setenv("TIDEGATE_DEBUG", "1")
-    main.main(["up", "--engine", "simulated"])
+    tidegate("up", "--engine", "simulated", effects=effects)
     assert ("Traceback" in capsys.readouterr().err) is (code == 70)
 
 
@@ -421,7 +431,7 @@ def test_a_state_dir_that_cannot_be_written_to_is_one_line(
 ) -> None:
     (somewhere_else / "a file").touch()
     words = ["--port", "0", "--admin-port", "0", "-s", f"state_dir={place}"]
-    assert main.main(["up", "--engine", "simulated", *words]) == 2
+    assert tidegate("up", "--engine", "simulated", *words, effects=Effects()) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"tidegate: state_dir = {place}: cannot be written to: ")
     assert err.count("\n") == 1
@@ -431,10 +441,10 @@ def test_a_state_dir_that_cannot_be_written_to_is_one_line(
 
 
 def test_config_check(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["config", "check"]) == 0
+    assert tidegate("config", "check") == 0
     assert "The settings are good" in capsys.readouterr().out
     Path("other.toml").write_text("[gateway]\nport = 1\nprot = 2\n", encoding="utf-8")
-    assert main.main(["config", "check", "-c", "other.toml", "-s", "gateway.workers=-1"]) == 2
+    assert tidegate("config", "check", "-c", "other.toml", "-s", "gateway.workers=-1") == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
@@ -443,11 +453,11 @@ def test_config_check(capsys: pytest.CaptureFixture[str]) -> None:
         "tidegate: gateway.prot is an unknown setting; did you mean gateway.port? "
         "(other.toml, line 3)",
     ]
-    assert main.main(["config", "check", "-c", "other.toml", "--json"]) == 2
+    assert tidegate("config", "check", "-c", "other.toml", "--json") == 2
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is False
     assert report["problems"][0]["field"] == "gateway.prot"
-    assert main.main(["config", "check", "-s", "gateway.workers=-1", "--json"]) == 2
+    assert tidegate("config", "check", "-s", "gateway.workers=-1", "--json") == 2
     assert json.loads(capsys.readouterr().out)["problems"] == [
         {
             "field": "gateway.workers",
@@ -456,20 +466,18 @@ def test_config_check(capsys: pytest.CaptureFixture[str]) -> None:
             "value": "-1",
         }
     ]
-    assert main.main(["config", "check", "-c", "nowhere.toml"]) == 2
+    assert tidegate("config", "check", "-c", "nowhere.toml") == 2
 
 
 def test_config_show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     Path("tidegate.toml").write_text("[gateway]\nport = 9000\n", encoding="utf-8")
     monkeypatch.setenv("TIDEGATE__GATEWAY__DRAIN_S", "5")
-    assert main.main(["config", "show"]) == 0
+    assert tidegate("config", "show") == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert lines["gateway.port"].split(maxsplit=2)[1:] == ["9000", "tidegate.toml, line 2"]
     assert lines["gateway.drain_s"].endswith("environment TIDEGATE__GATEWAY__DRAIN_S")
     assert lines["gateway.tls_key"].split(maxsplit=2)[1:] == ["(unset)", "default"]
-    assert (
-        main.main(["config", "show", "--changed", "--json", "-s", "router.learning_rate=0.5"]) == 0
-    )
+    assert tidegate("config", "show", "--changed", "--json", "-s", "router.learning_rate=0.5") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["router.learning_rate"] == {
         "value": 0.5,
@@ -480,25 +488,25 @@ def test_config_show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
 
 def test_the_printed_example_is_a_good_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["config", "example"]) == 0
+    assert tidegate("config", "example") == 0
     Path("tidegate.toml").write_text(capsys.readouterr().out, encoding="utf-8")
     sets = ["--set", "loaders.engine_python=python", "--set", "pools.0.model=."]
     Path("python").touch()
-    assert main.main(["config", "check", *sets]) == 0
+    assert tidegate("config", "check", *sets) == 0
     # The engine and the model that it names are `make run`'s to bring.
-    assert main.main(["config", "check"]) == 2
+    assert tidegate("config", "check") == 2
     fields = [line.split()[1] for line in capsys.readouterr().err.splitlines()]
     assert fields == ["loaders.engine_python", "pools.0.model"]
 
 
 def test_config_check_finds_what_up_would_refuse_all_at_once(
-    capsys: pytest.CaptureFixture[str], started: list[LoadedSettings]
+    capsys: pytest.CaptureFixture[str], effects: Recorded
 ) -> None:
     text = '[[pools]]\nname = "{0}"\nengine = "vllm"\nmodel = "./{0}"\n'
     tls = '[gateway]\ntls_certificate = "no.crt"\ntls_key = "no.key"\n'
     Path("tidegate.toml").write_text(tls + text.format("a") + text.format("b"), encoding="utf-8")
     for verb in (["config", "check"], ["up"]):
-        assert main.main(verb) == 2
+        assert tidegate(*verb, effects=effects) == 2
         out, err = capsys.readouterr()
         assert out == ""
         assert [line.split()[1] for line in err.splitlines()] == [
@@ -509,24 +517,24 @@ def test_config_check_finds_what_up_would_refuse_all_at_once(
             "pools.1.model",
         ]
         assert "= no.key: cannot be read: No such file or directory (tidegate.toml, " in err
-    assert started == []
-    assert main.main(["config", "check", "--json"]) == 2
+    assert effects.started == []
+    assert tidegate("config", "check", "--json", effects=effects) == 2
     report = json.loads(capsys.readouterr().out)
     assert (report["ok"], len(report["problems"])) == (False, 5)
     Path("no.crt").write_text("no certificate")
     Path("no.key").write_text("no key")
     words = ["--engine", "simulated"]
-    assert main.main(["up", *words]) == 2
+    assert tidegate("up", *words, effects=effects) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("tidegate: gateway.tls_certificate = no.crt: is no ")
     make_certificate(Path(), "localhost")
     words += ["-s", "gateway.tls_certificate=cert.pem", "-s", "gateway.tls_key=key.pem"]
-    assert main.main(["up", *words]) == 0
-    assert len(started) == 1
+    assert tidegate("up", *words, effects=effects) == 0
+    assert len(effects.started) == 1
 
 
 def test_a_warning_has_its_field_before_a_colon(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["config", "check", "-s", "pools=[]"]) == 0
+    assert tidegate("config", "check", "-s", "pools=[]") == 0
     assert capsys.readouterr().err == (
         "tidegate: warning: pools: no pool is configured, so every request will be answered 404 "
         "(--set pools=[])\n"
@@ -534,22 +542,18 @@ def test_a_warning_has_its_field_before_a_colon(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(("worst", "code"), [("ok", 0), ("warn", 0), ("fail", 1)])
-def test_doctor(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], worst: str, code: int
-) -> None:
-    checks = [
+def test_doctor(capsys: pytest.CaptureFixture[str], worst: str, code: int) -> None:
+    checks = (
         Check(name="python", status=Status.OK, finding="3.11"),
         Check(name="disk", status=Status(worst), finding="little", advice="make room"),
-    ]
-    monkeypatch.setattr(
-        "gateway.doctor.report.run_doctor", lambda settings, measure: checks if measure else []
     )
-    assert main.main(["doctor"]) == code
+    effects = Recorded(checks=checks)
+    assert tidegate("doctor", effects=effects) == code
     out = capsys.readouterr().out
     assert "disk: make room" in out
-    assert main.main(["doctor", "--json"]) == code
+    assert tidegate("doctor", "--json", effects=effects) == code
     assert [one["status"] for one in json.loads(capsys.readouterr().out)["checks"]] == ["ok", worst]
-    assert main.main(["doctor", "--json", "--no-measure"]) == 0
+    assert tidegate("doctor", "--json", "--no-measure", effects=effects) == 0
 
 
 # ── Usage ─────────────────────────────────────────────────────────────────────────────────────────
@@ -574,7 +578,7 @@ def test_doctor(
 def test_wrong_usage_is_one_line_and_2(
     capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
 ) -> None:
-    assert main.main(arguments) == 2
+    assert tidegate(*arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert says in err
@@ -584,10 +588,10 @@ def test_wrong_usage_is_one_line_and_2(
 
 @pytest.mark.parametrize("verb", ["up", "agent", "status", "scale", "explain", "doctor", "config"])
 def test_help_teaches(capsys: pytest.CaptureFixture[str], verb: str) -> None:
-    assert main.main(["--help"]) == 0
+    assert tidegate("--help") == 0
     overview = capsys.readouterr().out
     assert verb in overview
-    assert main.main([verb, "--help"]) == 0
+    assert tidegate(verb, "--help") == 0
     text = capsys.readouterr().out
     assert "tidegate" in text
     if verb != "config":
@@ -596,7 +600,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], verb: str) -> None:
 
 @pytest.mark.parametrize("words", [[], ["status"], ["doctor"], ["model"], ["model", "evict"]])
 def test_a_flag_has_no_type_behind_it(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
-    assert main.main([*words, "--help"]) == 0
+    assert tidegate(*words, "--help") == 0
     text = capsys.readouterr().out
     assert "--help" in text
     assert " -h " in text
@@ -604,7 +608,7 @@ def test_a_flag_has_no_type_behind_it(capsys: pytest.CaptureFixture[str], words:
 
 
 def test_no_arguments_is_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main([]) == 2
+    assert tidegate() == 2
     assert "Commands" in capsys.readouterr().out
 
 

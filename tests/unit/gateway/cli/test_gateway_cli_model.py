@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +17,11 @@ from admin_rig import NOW_S, ServedAdmin
 from fake_cache import REVISION, FakeCache, fake_models
 
 from autoscaler.settings import PoolSettings
-from gateway.cli import client, main, model
+from gateway.admin.models import Models
+from gateway.cli import main
+from gateway.cli.base import Effects
 from gateway.compose import run_record
+from gateway.settings.schema import Settings
 from modelcache.types import Cancelled, NoSpace
 
 URL = "hf://org/name"
@@ -30,44 +33,60 @@ def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in [name for name in os.environ if name.startswith("TIDEGATE")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(model, "time", SimpleNamespace(time=lambda: NOW_S))
     return tmp_path
 
 
+@dataclass(frozen=True, kw_only=True)
+class OverFake(Effects):
+    """Effects over a cache in memory."""
+
+    cache: FakeCache
+    now_s: Callable[[], float] = lambda: NOW_S
+
+    def open_models(self, settings: Settings) -> Models:
+        return replace(fake_models(self.cache, {"eu": "", "us": "no answer"}), pools=settings.pools)
+
+
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCache:
+def cache(tmp_path: Path) -> FakeCache:
     """The cache of this node, which both ways lead to."""
-    cache = FakeCache(tmp_path / "cache")
-    models = fake_models(cache, {"eu": "", "us": "no answer"})
-    monkeypatch.setattr(
-        "gateway.compose.cache.open_models",
-        lambda settings, environ: replace(models, pools=settings.pools),
-    )
-    return cache
+    return FakeCache(tmp_path / "cache")
+
+
+@pytest.fixture
+def here(cache: FakeCache) -> Callable[..., int]:
+    """The command line where no Tidegate runs: this process works on the cache."""
+    return lambda *words: main.main(["model", *words], OverFake(cache=cache))
 
 
 @pytest.fixture(params=["here", "the one that runs", "an agent", "named"])
 def tidegate(
-    request: pytest.FixtureRequest, cache: FakeCache, tmp_path: Path
+    request: pytest.FixtureRequest,
+    cache: FakeCache,
+    here: Callable[..., int],
+    tmp_path: Path,
 ) -> Iterator[Callable[..., int]]:
-    """The command line, with whoever does the work: all must do and say the same."""
+    """The command line, for each process that may do the work: all do and say the same."""
     if request.param == "here":
-        yield lambda *words: main.main(["model", *words])
+        yield here
         return
     models = fake_models(cache, {"eu": "", "us": "no answer"})
     with ServedAdmin(models=models) as served:
         if request.param == "named":
-            yield lambda *words: main.main(["model", *words, "--admin", served.url])
+            yield lambda *words: here(*words, "--admin", served.url)
             return
         name = run_record.AGENT_NAME if request.param == "an agent" else run_record.RECORD_NAME
         record = run_record.Running(pid=os.getpid(), url="", admin_url=served.url)
         run_record.leave_record(tmp_path / ".tidegate", record, name)
-        yield lambda *words: main.main(["model", *words])
+        yield here
 
 
 @pytest.fixture(params=["here", "named"])
 def chatting(
-    request: pytest.FixtureRequest, cache: FakeCache, tmp_path: Path
+    request: pytest.FixtureRequest,
+    cache: FakeCache,
+    here: Callable[..., int],
+    tmp_path: Path,
 ) -> Iterator[Callable[..., int]]:
     """The command line, and a pool: of these settings, or of the Tidegate that is asked only."""
     if request.param == "here":
@@ -75,7 +94,7 @@ def chatting(
             '[[pools]]\nname = "chat"\naliases = ["org/other"]\nengine = "vllm"\n'
             'model = "hf://org/small"\n'
         )
-        yield lambda *words: main.main(["model", *words])
+        yield here
         return
     given = {
         "name": "chat", "aliases": ("org/other",), "engine": "vllm", "model": "hf://org/small",
@@ -83,7 +102,7 @@ def chatting(
     pool = PoolSettings.model_validate(given)
     models = replace(fake_models(cache, {"eu": ""}), pools=(pool,))
     with ServedAdmin(models=models) as served:
-        yield lambda *words: main.main(["model", *words, "--admin", served.url])
+        yield lambda *words: here(*words, "--admin", served.url)
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> Any:
@@ -204,11 +223,15 @@ def test_what_a_system_refuses_is_a_line(
 @pytest.mark.parametrize("words", [("ls",), ("preload", URL), ("evict", URL), ("pin", URL)])
 @pytest.mark.parametrize("field", ["state_dir", "modelcache.dir"])
 def test_a_file_where_the_cache_would_be_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], field: str
+    here: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    field: str,
 ) -> None:
     file = tmp_path / "file"
     file.write_text("x")
-    assert main.main(["model", *words, "-s", f"{field}={file}"]) == 2
+    assert here(*words, "-s", f"{field}={file}") == 2
     assert f"{field}: {file} is not a directory" in capsys.readouterr().err
 
 
@@ -221,9 +244,11 @@ def test_an_error_is_one_line(
     assert (out, err) == ("", "tidegate: 3 GB are wanted and 1 GB is free\n")
 
 
-def test_texts(cache: FakeCache, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts(
+    here: Callable[..., int], cache: FakeCache, capsys: pytest.CaptureFixture[str]
+) -> None:
     def said(*words: str) -> str:
-        assert main.main(["model", *words]) == 0
+        assert here(*words) == 0
         return capsys.readouterr().out
 
     assert "No model is in it; `tidegate model preload MODEL` brings one." in said("ls")
@@ -267,6 +292,7 @@ def test_texts(cache: FakeCache, capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_what_a_model_may_be_called(
+    here: Callable[..., int],
     cache: FakeCache,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -280,7 +306,7 @@ def test_what_a_model_may_be_called(
         'model = "hf://org/small"\n'
         '[[pools]]\nname = "toy"\nengine = "simulated"\nmodel = "toy"\n'
     )
-    code = main.main(["model", "preload", name])
+    code = here("preload", name)
     err = capsys.readouterr().err
     if says is None:
         assert code == 0, err
@@ -294,42 +320,33 @@ def test_what_a_model_may_be_called(
 
 
 def test_nobody_at_the_address_is_exit_code_2(
-    cache: FakeCache, capsys: pytest.CaptureFixture[str]
+    here: Callable[..., int], cache: FakeCache, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for verb in ("preload", "pin"):
-        assert main.main(["model", verb, URL, "--admin", "http://127.0.0.1:1"]) == 2
+        assert here(verb, URL, "--admin", "http://127.0.0.1:1") == 2
         assert "nothing answers at http://127.0.0.1:1" in capsys.readouterr().err
-    assert main.main(["model", "ls", "--admin", "::"]) == 2
+    assert here("ls", "--admin", "::") == 2
     assert cache.calls == []
 
 
-def test_ctrl_c_calls_it_off_and_waits_for_that(
-    cache: FakeCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_cancels_it_and_waits_for_that(here: Callable[..., int], cache: FakeCache) -> None:
     cache.go.clear()
-    began = cache.begun
 
-    class Interrupted(threading.Thread):
-        """A thread whose first join is interrupted once the work has begun."""
+    def interrupt() -> None:
+        if cache.begun.wait(30):
+            os.kill(os.getpid(), signal.SIGINT)
 
-        asked = False
-
-        def join(self, timeout: float | None = None) -> None:
-            if self.name == "model preload" and not Interrupted.asked:
-                assert began.wait(30)
-                Interrupted.asked = True
-                raise KeyboardInterrupt
-            super().join(timeout)
-
-    monkeypatch.setattr(client.threading, "Thread", Interrupted)
-    assert main.main(["model", "preload", URL]) == 130
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert here("preload", URL) == 130
+    thread.join()
     assert cache.left.is_set()
     assert cache.models == {}
 
 
 def test_a_cancelled_one_is_no_traceback(
-    cache: FakeCache, capsys: pytest.CaptureFixture[str]
+    here: Callable[..., int], cache: FakeCache, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache.errors[URL] = Cancelled("called off")
-    assert main.main(["model", "preload", URL]) == 1
+    assert here("preload", URL) == 1
     assert capsys.readouterr().err == "tidegate: called off\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,12 +123,10 @@ def test_progress_in_figures(progress: Progress, text: str) -> None:
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     now = [0.0]
-    clock = SimpleNamespace(monotonic=lambda: now[0])
-    monkeypatch.setattr("gateway.cli.progress.time", clock)
-    with ProgressBar("preload m") as bar:
+    with ProgressBar("preload m", clock=lambda: now[0]) as bar:
         for second in range(25):
             now[0] = float(second)
             bar.show(Progress(phase="fetching", bytes_done=second * 10**6, bytes_total=10**9))

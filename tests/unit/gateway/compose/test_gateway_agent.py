@@ -155,18 +155,17 @@ def test_what_it_lacks_is_one_line(
 
 
 def test_a_full_disk_does_not_keep_it_from_serving_what_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(**_: object) -> None:
+    def full(directory: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("tempfile.TemporaryFile", full)
     loaded = load(None, {})
-    check_writable(loaded, "modelcache.dir", tmp_path, may_be_full=True)
+    check_writable(loaded, "modelcache.dir", tmp_path, may_be_full=True, write=full)
     assert f"modelcache.dir = {tmp_path}: No space left" in caplog.text
     # A gateway writes down which engines are its own: it does not start.
     with pytest.raises(ConfigError, match="No space left on device"):
-        check_writable(loaded, "state_dir", tmp_path)
+        check_writable(loaded, "state_dir", tmp_path, write=full)
 
 
 @pytest.mark.parametrize("field", ["state_dir", "modelcache.dir"])
