@@ -10,9 +10,9 @@ Run it with ``python -m loaders.engines.simulated --model NAME --port 9000``; ``
 the rest. ``loaders.engines.simulated.scheduler`` can be used alone: a pure model of one engine, in
 virtual time.
 
-``server`` is the process (``arguments``, ``settings``), ``http1`` its port and ``exchange`` one
-request. ``application`` answers, by ``api`` (text) and ``operations`` (the rest), and has a
-``generation`` for each answer under way. ``core`` runs the ``scheduler`` in time, over KV
-``blocks``; ``tokens``, ``faults`` and ``metrics`` are its tokenizer, its scripted failures and what
-it counts. ``engine`` implements the protocol of ``loaders.engines.base``.
+``__main__`` is the process, ``arguments`` its settings, ``http1`` its port. ``application``
+answers, text by way of ``api``, and has a ``generation`` for each answer under way. ``core`` runs
+the ``scheduler`` in time, over KV ``blocks``; ``tokens``, ``faults`` and ``metrics`` are its
+tokenizer, its scripted failures and what it counts. ``engine`` implements the protocol of
+``loaders.engines.base``.
 """

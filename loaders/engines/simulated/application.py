@@ -13,17 +13,23 @@ from typing import Any
 import msgspec
 
 from loaders.engines.base import START_PHASES
-from loaders.engines.simulated.api import chat, completions, messages, pooling, responses
+from loaders.engines.simulated.api import (
+    chat,
+    completions,
+    messages,
+    pooling,
+    responses,
+)
 from loaders.engines.simulated.api.answers import Speaker
+from loaders.engines.simulated.api.bodies import RequestError, bad
 from loaders.engines.simulated.api.context import Context, Prepare
-from loaders.engines.simulated.api.errors import ApiError, bad
+from loaders.engines.simulated.arguments import EngineSettings
 from loaders.engines.simulated.core import EngineCore
-from loaders.engines.simulated.exchange import Exchange
-from loaders.engines.simulated.faults import Fault, FaultPlan
+from loaders.engines.simulated.faults import KINDS, TRIGGERS, Fault, FaultPlan
 from loaders.engines.simulated.generation import Generation
+from loaders.engines.simulated.http1 import HttpExchange
 from loaders.engines.simulated.metrics import Metrics
 from loaders.engines.simulated.scheduler import QueueFullError, Scheduler
-from loaders.engines.simulated.settings import Settings
 
 logger = logging.getLogger("loaders.engines.simulated")
 _encode = msgspec.json.encode
@@ -43,16 +49,11 @@ _TEXT: dict[str, Prepare] = {
 }
 
 
-Operations = Mapping[str, tuple[tuple[str, ...], Callable[["Application", Exchange], None]]]
-"""Endpoints that are not for text: by path, the methods allowed and what answers."""
-
-
 class Application:
     """The engine's state over its life. Made inside a running event loop."""
 
-    def __init__(self, settings: Settings, operations: Operations) -> None:
+    def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
-        self._operations = operations
         self.engine = EngineCore(
             Scheduler(settings.model), Metrics(), virtual_time=settings.virtual_time
         )
@@ -110,25 +111,25 @@ class Application:
             return None
         return "close" if fault.kind == "accept_close" else "reset"
 
-    def handle(self, exchange: Exchange) -> None:
-        """Answer one request, now or when the engine is done with it."""
+    def handle(self, exchange: HttpExchange) -> None:
+        """GeneratedText one request, now or when the engine is done with it."""
         try:
             self._route(exchange)
-        except ApiError as error:
+        except RequestError as error:
             anthropic = exchange.path.startswith("/v1/messages")
             body = error.anthropic() if anthropic else error.openai()
             exchange.respond(error.status, _encode(body))
         except Exception:
             logger.exception("%s %s failed", exchange.method, exchange.path)
-            exchange.respond(500, _encode(ApiError(500, "Internal server error").openai()))
+            exchange.respond(500, _encode(RequestError(500, "Internal server error").openai()))
 
-    def _route(self, exchange: Exchange) -> None:
+    def _route(self, exchange: HttpExchange) -> None:
         path = exchange.path
         if self.settings.request_id_headers:
             named = exchange.headers.get(b"x-request-id") or os.urandom(16).hex().encode()
             exchange.extra = b"x-request-id: %s\r\n" % named
         if self.phase is not None:
-            raise ApiError(503, f"The engine is starting: {self.phase} (simulated).")
+            raise RequestError(503, f"The engine is starting: {self.phase} (simulated).")
         if self._keys and path.startswith("/v1"):
             given = exchange.headers.get(b"authorization")
             if given not in self._keys and exchange.method != "OPTIONS":
@@ -144,7 +145,7 @@ class Application:
             else:
                 self._generate_or_fail(exchange, prepare)
             return
-        methods, endpoint = self._operations.get(path, ((), None))
+        methods, endpoint = ROUTES.get(path, ((), None))
         if endpoint is None:
             exchange.respond(404, b'{"detail":"Not Found"}')
         elif exchange.method not in methods:
@@ -152,7 +153,7 @@ class Application:
         else:
             endpoint(self, exchange)
 
-    def _generate(self, exchange: Exchange, prepare: Prepare, cut: Fault | None) -> None:
+    def _generate(self, exchange: HttpExchange, prepare: Prepare, cut: Fault | None) -> None:
         named = exchange.headers.get(b"x-request-id")
         request_id = named.decode("latin-1") if named else os.urandom(16).hex()
         context = replace(self.context, request_id=request_id, created_s=int(time.time()))
@@ -173,15 +174,15 @@ class Application:
             self.live.discard(generation)
             self.engine.metrics.refused += 1
             message = f"The engine is busy: {error}. Please try again later or elsewhere."
-            raise ApiError(503, message) from error
+            raise RequestError(503, message) from error
 
     def _ended(self, generation: Generation) -> None:
         self.live.discard(generation)
         if not self.live:
             self._idle.set()
 
-    def body(self, exchange: Exchange) -> dict[str, Any]:
-        """The request's body as an object. Raises ``ApiError``."""
+    def body(self, exchange: HttpExchange) -> dict[str, Any]:
+        """The request's body as an object. Raises ``RequestError``."""
         try:
             body = _decode(exchange.body)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -192,7 +193,7 @@ class Application:
 
     # Faults
 
-    def _generate_or_fail(self, exchange: Exchange, prepare: Prepare) -> None:
+    def _generate_or_fail(self, exchange: HttpExchange, prepare: Prepare) -> None:
         now = self.wall_s()
         fault = self.faults.hit("request", now)
         self._apply_standing()  # holds for this request where those before were enough
@@ -200,7 +201,7 @@ class Application:
         if fault is None or fault.kind == "cut":
             self._generate(exchange, prepare, fault)
         elif fault.kind == "error500":
-            raise ApiError(fault.status, "This error was asked for (simulated).")
+            raise RequestError(fault.status, "This error was asked for (simulated).")
         elif fault.kind == "reset":
             exchange.cut(reset=True)
         elif fault.scope == "process" or fault.kind == "crash":
@@ -235,7 +236,7 @@ class Application:
 
     # Sleep
 
-    def run(self, exchange: Exchange, work: Coroutine[Any, Any, None], answer: bytes) -> None:
+    def run(self, exchange: HttpExchange, work: Coroutine[Any, Any, None], answer: bytes) -> None:
         """Do ``work``, then answer 200 with ``answer``."""
 
         async def answered() -> None:
@@ -275,6 +276,129 @@ class Application:
             logger.info("awake (simulated)")
 
 
-def _refuse_method(exchange: Exchange, methods: tuple[str, ...]) -> None:
+def _refuse_method(exchange: HttpExchange, methods: tuple[str, ...]) -> None:
     exchange.extra += b"allow: %s\r\n" % ", ".join(methods).encode()
     exchange.respond(405, b'{"detail":"Method Not Allowed"}')
+
+
+VERSION = "0.32.0+tidegate.simulated"
+"""What ``/version`` says: the vLLM whose API this follows, and that it is not it."""
+
+_SLEEP_MODES = ("abort", "wait", "keep")
+
+_json = msgspec.json.encode
+
+
+def health(app: Application, exchange: HttpExchange) -> None:
+    """200 with nothing, or 503 where a fault says so."""
+    if app.faults and app.faults.standing("unhealthy", app.wall_s()):
+        raise RequestError(503, "Unhealthy, because a fault says so (simulated).")
+    exchange.respond(200)
+
+
+def version(app: Application, exchange: HttpExchange) -> None:
+    """The version, and that it is a simulation."""
+    exchange.respond(200, _json({"version": VERSION, "simulated": True}))
+
+
+def load(app: Application, exchange: HttpExchange) -> None:
+    """How many requests are under way."""
+    exchange.respond(200, _json({"server_load": len(app.live)}))
+
+
+def metrics(app: Application, exchange: HttpExchange) -> None:
+    """Prometheus text."""
+    body = app.engine.metrics.render(
+        app.engine.scheduler,
+        model_name=app.settings.served_models[0],
+        sleep_level=app.sleep_level,
+    )
+    exchange.respond(200, body, b"text/plain; version=0.0.4; charset=utf-8")
+
+
+def models(app: Application, exchange: HttpExchange) -> None:
+    """What is served, in OpenAI's shape with vLLM's additions."""
+    data: list[dict[str, Any]] = [
+        {
+            "id": name,
+            "object": "model",
+            "created": app.started_s,
+            "owned_by": "vllm",
+            "root": app.settings.model_path,
+            "parent": None,
+            "max_model_len": app.settings.model.max_model_len_tokens,
+            "permission": [],
+        }
+        for name in app.settings.served_models
+    ]
+    exchange.respond(200, _json({"object": "list", "data": data}))
+
+
+def sleep(app: Application, exchange: HttpExchange) -> None:
+    """Go to sleep at ``level`` 1 or 2. ``mode`` is what becomes of running requests."""
+    given = exchange.parameters()
+    level, mode = given.get("level", "1"), given.get("mode", "abort")
+    if level not in ("1", "2"):
+        raise bad(f"level must be 1 or 2, got {level!r}.", "level")
+    if mode not in _SLEEP_MODES:
+        raise bad(f"mode must be one of {', '.join(_SLEEP_MODES)}, got {mode!r}.", "mode")
+    answer = {"status": "sleeping", "level": int(level)}
+    app.run(exchange, app.fall_asleep(int(level), mode), _json(answer))
+
+
+def wake_up(app: Application, exchange: HttpExchange) -> None:
+    """Wake up, whole: vLLM's ``tags`` are accepted and not told apart."""
+    app.run(exchange, app.wake(), _json({"status": "awake", "tags": None}))
+
+
+def is_sleeping(app: Application, exchange: HttpExchange) -> None:
+    """Whether it sleeps."""
+    exchange.respond(200, _json({"is_sleeping": app.sleep_level > 0}))
+
+
+def reset_prefix_cache(app: Application, exchange: HttpExchange) -> None:
+    """Forget every unused cached block."""
+    app.engine.scheduler.blocks.forget()
+    exchange.respond(200)
+
+
+def faults(app: Application, exchange: HttpExchange) -> None:
+    """GET: what is set. POST ``{"faults": ["KIND:…"]}``: set these in place of all others."""
+    if exchange.method == "POST":
+        texts = app.body(exchange).get("faults")
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise bad("faults must be a list of strings.", "faults")
+        try:
+            app.arm(texts)
+        except ValueError as error:
+            raise bad(f"{error}.", "faults") from error
+    answer = {"faults": app.faults.describe(), "kinds": KINDS, "triggers": TRIGGERS}
+    exchange.respond(200, _json(answer))
+
+
+def _from_body(
+    answer: Callable[[dict[str, Any], Context], dict[str, Any]],
+) -> Callable[[Application, HttpExchange], None]:
+    def endpoint(app: Application, exchange: HttpExchange) -> None:
+        exchange.respond(200, _json(answer(app.body(exchange), app.context)))
+
+    return endpoint
+
+
+ROUTES: Mapping[str, tuple[tuple[str, ...], Callable[[Application, HttpExchange], None]]] = {
+    "/health": (("GET", "HEAD"), health),
+    "/ping": (("GET", "POST"), health),
+    "/version": (("GET",), version),
+    "/load": (("GET",), load),
+    "/metrics": (("GET",), metrics),
+    "/v1/models": (("GET",), models),
+    "/sleep": (("POST",), sleep),
+    "/wake_up": (("POST",), wake_up),
+    "/is_sleeping": (("GET",), is_sleeping),
+    "/reset_prefix_cache": (("POST",), reset_prefix_cache),
+    "/tokenize": (("POST",), _from_body(pooling.tokenize)),
+    "/detokenize": (("POST",), _from_body(pooling.detokenize)),
+    "/v1/messages/count_tokens": (("POST",), _from_body(messages.count_tokens)),
+    "/simulated/faults": (("GET", "POST"), faults),
+}
+"""Each path's methods and what answers it."""

@@ -1,15 +1,57 @@
-"""The command line of the simulated engine: what can be set, and help that explains it."""
+"""The settings of the simulated engine, its command line, and the help that explains them."""
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from loaders.engines.base import START_PHASES
-from loaders.engines.simulated.exchange import HttpLimits
-from loaders.engines.simulated.faults import KINDS, TRIGGERS
+from loaders.engines.simulated.faults import KINDS, TRIGGERS, parse
+from loaders.engines.simulated.http1 import HttpLimits
 from loaders.engines.simulated.scheduler import EngineModel
-from loaders.engines.simulated.settings import Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """One simulated engine. ``startup_s`` has a duration for each of ``START_PHASES``."""
+
+    served_models: tuple[str, ...]
+    model_path: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    model: EngineModel = field(default_factory=EngineModel)
+    limits: HttpLimits = field(default_factory=HttpLimits)
+    startup_s: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    late_port: bool = False
+    sleep_s: tuple[float, float] = (0.5, 0.5)
+    wake_s: tuple[float, float] = (0.5, 2.0)
+    output_tokens: int = 128
+    output_spread_fraction: float = 0.5
+    embedding_size: int = 64
+    seed: int = 0
+    virtual_time: bool = False
+    drain_s: float = 30.0
+    api_keys: tuple[str, ...] = ()
+    request_id_headers: bool = False
+    faults: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.served_models or not all(self.served_models):
+            raise ValueError("a model name is needed")
+        if not 0 <= self.port <= 65_535:
+            raise ValueError(f"port must be 0..65535, is {self.port}")
+        durations = (*self.startup_s, *self.sleep_s, *self.wake_s, self.drain_s)
+        if not all(d >= 0 and math.isfinite(d) for d in durations):
+            raise ValueError(f"durations must be finite and at least 0: {durations}")
+        if self.output_tokens < 1 or not 0 <= self.output_spread_fraction <= 1:
+            raise ValueError("output-tokens must be at least 1, its spread a fraction 0..1")
+        if not 1 <= self.embedding_size <= 16_384:
+            raise ValueError(f"embedding-size must be 1..16384, is {self.embedding_size}")
+        for text in self.faults:
+            parse(text)
+
 
 _ABOUT = """\
 A simulated inference engine: vLLM's HTTP API and metric names, a model of its scheduler, and no
@@ -229,7 +271,7 @@ def _add_life(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def settings_from(argv: Sequence[str]) -> Settings:
+def settings_from(argv: Sequence[str]) -> EngineSettings:
     """The settings that ``argv`` asks for; exits with 2 and a sentence where it is wrong."""
     parser = _parser()
     given = parser.parse_args(argv)
@@ -239,7 +281,7 @@ def settings_from(argv: Sequence[str]) -> Settings:
         parser.error(str(error))
 
 
-def _settings(given: argparse.Namespace) -> Settings:
+def _settings(given: argparse.Namespace) -> EngineSettings:
     blocks = given.kv_blocks
     if blocks is None:
         least = -(-given.max_model_len // max(1, given.block_size))
@@ -248,7 +290,7 @@ def _settings(given: argparse.Namespace) -> Settings:
     for phase, share in zip(START_PHASES, _STARTUP_SHARES, strict=True):
         own = getattr(given, f"{phase}_s")
         phases.append(given.startup_s * share if own is None else own)
-    return Settings(
+    return EngineSettings(
         served_models=tuple(given.served_model_name or [given.model]),
         model_path=given.model,
         host=given.host,

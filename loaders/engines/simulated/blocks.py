@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 
-class Holding:
+class BlockTable:
     """The blocks of one sequence: ``hashes`` it shares, in order, and ``anonymous`` of its own."""
 
     __slots__ = ("anonymous", "hashes")
@@ -69,7 +69,7 @@ class BlockPool:
             count += 1
         return count
 
-    def take(self, holding: Holding, hashes: Sequence[int], fresh: int) -> bool:
+    def take(self, holding: BlockTable, hashes: Sequence[int], fresh: int) -> bool:
         """Give ``holding`` the cached blocks ``hashes`` and ``fresh`` new ones, or nothing at all.
 
         Every one of ``hashes`` must be cached (see ``match``). False where there is no room.
@@ -91,7 +91,7 @@ class BlockPool:
         self._anonymous += fresh
         return True
 
-    def publish(self, holding: Holding, value: int) -> None:
+    def publish(self, holding: BlockTable, value: int) -> None:
         """One anonymous block of ``holding`` is full and computed: cache it under its hash.
 
         Where another sequence computed the same block meanwhile, this one stays a private copy,
@@ -105,7 +105,7 @@ class BlockPool:
         holding.hashes.append(value)
         self._shared[value] = 1
 
-    def release(self, holding: Holding) -> None:
+    def release(self, holding: BlockTable) -> None:
         """Take back all blocks of ``holding``; its cached ones stay, last block evicted first."""
         self._anonymous -= holding.anonymous
         holding.anonymous = 0

@@ -7,19 +7,19 @@ from collections.abc import Callable
 from typing import Protocol
 
 from loaders.engines.simulated.metrics import Metrics
-from loaders.engines.simulated.scheduler import Progress, Scheduler, Sequence
+from loaders.engines.simulated.scheduler import Scheduler, Sequence, StepOutput
 
 _STEPS_PER_TURN = 64
 """Steps before the event loop gets its turn: with infinite rates there would be no end."""
 
 
-class Job(Protocol):
-    """Who owns sequences: told once per turn that some of them got on."""
+class SequenceOwner(Protocol):
+    """The request that owns sequences; it learns once per turn that some of them got on."""
 
     dirty: bool
 
     def progressed(self) -> None:
-        """Some of the job's sequences produced tokens or finished."""
+        """Some of its sequences produced tokens or finished."""
 
     def finish_reason(self, sequence: Sequence) -> str:
         """What metrics count the end of ``sequence`` as."""
@@ -109,22 +109,22 @@ class EngineCore:
         if scheduler.next_at is not None:
             self._look_at(None if scheduler.next_at <= self.now else scheduler.next_at)
 
-    def _hand_out(self, progress: Progress) -> None:
+    def _hand_out(self, progress: StepOutput) -> None:
         metrics = self.metrics
         metrics.record(progress)
         for sequence in progress.first:
             metrics.record_first_token(sequence)
         dirty: list[Callable[[], None]] = []
         for sequence in progress.produced:
-            job: Job = sequence.owner
-            if not job.dirty:
-                job.dirty = True
-                dirty.append(job.progressed)
+            owner: SequenceOwner = sequence.owner
+            if not owner.dirty:
+                owner.dirty = True
+                dirty.append(owner.progressed)
         for sequence in progress.finished:
-            job = sequence.owner
-            metrics.record_finished(sequence, job.finish_reason(sequence))
-            if not job.dirty:
-                job.dirty = True
-                dirty.append(job.progressed)
+            owner = sequence.owner
+            metrics.record_finished(sequence, owner.finish_reason(sequence))
+            if not owner.dirty:
+                owner.dirty = True
+                dirty.append(owner.progressed)
         for tell in dirty:
             tell()

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
-from loaders.engines.simulated.api.answers import Answer
+from loaders.engines.simulated.api.answers import GeneratedText
 from loaders.engines.simulated.core import EngineCore
-from loaders.engines.simulated.exchange import Exchange
+from loaders.engines.simulated.http1 import HttpExchange
 from loaders.engines.simulated.scheduler import Sequence, SequenceState
 from loaders.engines.simulated.tokens import block_hashes, padded, token_count
 
@@ -41,8 +41,8 @@ class Generation:
     def __init__(
         self,
         engine: EngineCore,
-        exchange: Exchange,
-        answers: list[tuple[bytes, Answer]],
+        exchange: HttpExchange,
+        answers: list[tuple[bytes, GeneratedText]],
         *,
         stream: bool,
         cut_after_chunks: int | None = None,

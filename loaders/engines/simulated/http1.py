@@ -1,7 +1,10 @@
-"""HTTP/1.1 for the simulated engine: its port and its connections.
+"""HTTP/1.1 for the simulated engine: its port, its connections, one request and its answer each.
 
-A keep-alive connection is closed after a few idle seconds, 5 as vLLM's server does: clients that
-reuse connections must live with that, so the simulation has it too.
+Answers are framed as uvicorn frames them: a whole one is one ``write`` with a content-length, a
+stream is chunked, one chunk per event. A keep-alive connection is closed after a few idle seconds,
+5 as by vLLM's server: clients that reuse connections must live with that, so the simulation has it
+too. The data path's own parser is not used: it belongs to the gateway, which engines know nothing
+of, and is stricter than the server that is simulated here.
 """
 
 from __future__ import annotations
@@ -11,24 +14,167 @@ import contextlib
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from email.utils import formatdate
+from http import HTTPStatus
 from typing import Any
+from urllib.parse import parse_qs
 
 import httptools
 
-from loaders.engines.simulated.exchange import REASONS, Exchange, HttpLimits
+REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
+"""The phrase of each status."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpLimits:
+    """What a client may send and for how long it may take."""
+
+    max_head_bytes: int = 65_536
+    max_body_bytes: int = 64 * 1024 * 1024
+    max_connections: int = 10_000
+    keepalive_s: float = 5.0
+    request_timeout_s: float = 60.0
+    backlog: int = 2048
+
+
+class HttpExchange:
+    """One request and its answer. The handler calls ``respond``, or ``stream`` … ``end``.
+
+    ``on_gone`` is called when the client left before the answer was whole; ``on_drained`` when a
+    slow reader has taken what was written, so that ``writable`` is true again. ``extra`` are more
+    head fields of the answer, as bytes.
+    """
+
+    __slots__ = (
+        "_chunked",
+        "_connection",
+        "body",
+        "done",
+        "extra",
+        "headers",
+        "keepalive",
+        "method",
+        "on_drained",
+        "on_gone",
+        "path",
+        "query",
+        "streaming",
+    )
+
+    def __init__(
+        self,
+        connection: HttpConnection,
+        *,
+        method: str,
+        path: str,
+        query: str,
+        headers: dict[bytes, bytes],
+        body: bytes,
+        keepalive: bool,
+        chunked: bool,
+    ) -> None:
+        self._connection = connection
+        self._chunked = chunked
+        self.method = method
+        self.path = path
+        self.query = query
+        self.headers = headers
+        self.body = body
+        self.keepalive = keepalive
+        self.streaming = False
+        self.done = False
+        self.extra = b""
+        self.on_gone: Callable[[], None] | None = None
+        self.on_drained: Callable[[], None] | None = None
+
+    @property
+    def writable(self) -> bool:
+        """Whether the client keeps up with what is written."""
+        return self._connection.writable
+
+    def parameters(self) -> Mapping[str, str]:
+        """The last value of each query parameter."""
+        return {name: values[-1] for name, values in parse_qs(self.query).items()}
+
+    def respond(
+        self,
+        status: int,
+        body: bytes = b"",
+        content_type: bytes = b"application/json",
+    ) -> None:
+        """The whole answer at once. Nothing where it is answered or the client is gone."""
+        if self.done:
+            return
+        head = self._head(status)
+        head += b"content-length: %d\r\n" % len(body)
+        if body:
+            head += b"content-type: %s\r\n" % content_type
+        self._connection.write(head + b"\r\n" + (b"" if self.method == "HEAD" else body))
+        self._finish()
+
+    def stream(self) -> None:
+        """Begin a stream of server-sent events."""
+        if self.done:
+            return
+        self.streaming = True
+        head = self._head(200) + b"content-type: text/event-stream; charset=utf-8\r\n"
+        if self._chunked:
+            head += b"transfer-encoding: chunked\r\n"
+        else:
+            self.keepalive = False
+        self._connection.write(head + b"\r\n")
+
+    def send(self, events: list[bytes]) -> None:
+        """Write ``events``, each a chunk of its own."""
+        if self.done or not events:
+            return
+        if self._chunked:
+            data = b"".join([b"%x\r\n%s\r\n" % (len(event), event) for event in events])
+        else:
+            data = b"".join(events)
+        self._connection.write(data)
+
+    def end(self) -> None:
+        """The stream is whole."""
+        if self.done:
+            return
+        if self._chunked:
+            self._connection.write(b"0\r\n\r\n")
+        self._finish()
+
+    def cut(self, *, reset: bool) -> None:
+        """Break the connection off, as a dying engine does: with a FIN, or with a RST."""
+        self.done = True
+        self.on_gone = self.on_drained = None
+        self._connection.cut(reset=reset)
+
+    def _head(self, status: int) -> bytes:
+        phrase = REASONS.get(status, b"")
+        head = b"HTTP/1.1 %d %s\r\n%s" % (status, phrase, self._connection.fixed_headers)
+        head += self.extra
+        if not self.keepalive or self._connection.closing:
+            self.keepalive = False
+            head += b"connection: close\r\n"
+        return head
+
+    def _finish(self) -> None:
+        self.done = True
+        self.on_gone = self.on_drained = None
+        self._connection.finished(self)
+
 
 _MAX_PIPELINED = 16
 _SWEEP_S = 0.25
 
 
-class Http:
+class HttpServer:
     """What all connections of one server share."""
 
     def __init__(
         self,
-        handle: Callable[[Exchange], None],
+        handle: Callable[[HttpExchange], None],
         limits: HttpLimits,
         *,
         fixed_headers: tuple[tuple[bytes, bytes], ...] = (),
@@ -41,7 +187,7 @@ class Http:
         """Asked of every new connection: ``"close"`` or ``"reset"`` to end it at once."""
         self.draining = False
         self.head = self._labels
-        self.connections: set[Connection] = set()
+        self.connections: set[HttpConnection] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self._server: asyncio.Server | None = None
         self._all_gone = asyncio.Event()
@@ -50,11 +196,11 @@ class Http:
         """Accept connections on a bound socket."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            lambda: Connection(self, loop), sock=sock, backlog=self.limits.backlog
+            lambda: HttpConnection(self, loop), sock=sock, backlog=self.limits.backlog
         )
         self._sweep()
 
-    def gone(self, connection: Connection) -> None:
+    def gone(self, connection: HttpConnection) -> None:
         """A connection is closed."""
         self.connections.discard(connection)
         if not self.connections:
@@ -90,18 +236,18 @@ class Http:
         return clean
 
 
-class Connection(asyncio.Protocol):
+class HttpConnection(asyncio.Protocol):
     """One client connection: bytes in, exchanges out, one at a time and in order."""
 
-    def __init__(self, http: Http, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, http: HttpServer, loop: asyncio.AbstractEventLoop) -> None:
         self.http = http
         self.writable = True
         self.deadline_s: float | None = None
         self._loop = loop
         self._transport: Any = None
         self._parser: Any = httptools.HttpRequestParser(self)
-        self._current: Exchange | None = None
-        self._pending: deque[Exchange] = deque()
+        self._current: HttpExchange | None = None
+        self._pending: deque[HttpExchange] = deque()
         self._refused = 0
         self._reason = ""
         self._upgraded = False
@@ -222,7 +368,7 @@ class Connection(asyncio.Protocol):
         if self._refused:
             return
         path, _, query = self._target.partition(b"?")
-        exchange = Exchange(
+        exchange = HttpExchange(
             self,
             method=self._parser.get_method().decode("latin-1"),
             path=path.decode("latin-1"),
@@ -248,7 +394,7 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.write(data)
 
-    def finished(self, exchange: Exchange) -> None:
+    def finished(self, exchange: HttpExchange) -> None:
         """The current answer is whole: the next request, or wait for one, or hang up."""
         self._current = None
         if self._transport is None:
@@ -293,7 +439,7 @@ class Connection(asyncio.Protocol):
         if self._current is None and self._pending:
             self._begin(self._pending.popleft())
 
-    def _begin(self, exchange: Exchange) -> None:
+    def _begin(self, exchange: HttpExchange) -> None:
         self._current = exchange
         self.http.handle(exchange)
 

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 
-from loaders.engines.simulated.scheduler import Progress, Scheduler, Sequence
+from loaders.engines.simulated.scheduler import Scheduler, Sequence, StepOutput
 
 _TTFT_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
@@ -81,7 +81,7 @@ class Metrics:
         self.generation_lengths = Histogram(_TOKENS)
         self.iteration_tokens = Histogram(tuple(float(1 << n) for n in (0, *range(3, 15))))
 
-    def record(self, progress: Progress) -> None:
+    def record(self, progress: StepOutput) -> None:
         """Count the tokens of ``progress``. Its finished sequences: ``record_finished``."""
         self.generation_tokens += len(progress.produced)
         observe = self.itl_s.observe

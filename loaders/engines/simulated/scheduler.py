@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from loaders.engines.simulated.blocks import BlockPool, Holding
+from loaders.engines.simulated.blocks import BlockPool, BlockTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,12 +105,12 @@ class Sequence:
     first_token_s: float | None = None
     last_token_s: float | None = None
     finished_s: float | None = None
-    holding: Holding = field(default_factory=Holding, repr=False)
+    holding: BlockTable = field(default_factory=BlockTable, repr=False)
     published: int = field(default=0, repr=False)
 
 
 @dataclass(slots=True, kw_only=True)
-class Progress:
+class StepOutput:
     """What ended between two calls of ``advance``, in order.
 
     ``produced`` has a sequence once for every token, ``first`` once for its first (or when a
@@ -186,12 +186,12 @@ class Scheduler:
         sequence.finished_s = now
         return True
 
-    def advance(self, now: float, max_steps: int | None = None) -> Progress:
+    def advance(self, now: float, max_steps: int | None = None) -> StepOutput:
         """End every step that is due by ``now``, at most ``max_steps``, and begin what follows.
 
         Where the limit cuts it short, ``next_at`` is not after ``now``: call again.
         """
-        progress = Progress()
+        progress = StepOutput()
         while True:
             if self._ends_s is None:
                 self._begin_step(now)
@@ -286,7 +286,7 @@ class Scheduler:
             duration += (1 + model.batch_slowdown * (decoding - 1)) / model.decode_tokens_per_s
         return duration
 
-    def _end_step(self, now: float, progress: Progress) -> None:
+    def _end_step(self, now: float, progress: StepOutput) -> None:
         progress.steps += 1
         size = self.model.block_size_tokens
         done = False

@@ -54,7 +54,7 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class GeneratedText:
     """One whole answer, known before its first token is generated.
 
     ``text`` is ASCII; token ``k`` (from 0) shows ``text[4k:4k+4]``, which is empty where a stop
@@ -78,7 +78,7 @@ class Speaker:
         self._spread = spread_fraction
         self._seed = seed
 
-    def answer(self, prompt: bytes, sampling: Sampling, *, choice: int = 0) -> Answer:
+    def answer(self, prompt: bytes, sampling: Sampling, *, choice: int = 0) -> GeneratedText:
         """The answer to ``prompt``; ``choice`` numbers several answers to the same one."""
         mixed = zlib.crc32(b"%d,%d,%d" % (self._seed, sampling.seed, choice), zlib.crc32(prompt))
         share = (mixed >> 8) / (1 << 24) * 2 - 1
@@ -100,16 +100,16 @@ class Speaker:
         return ring[begin:end]
 
 
-def _cut_at_stop(text: bytes, tokens: int, reason: str, sampling: Sampling) -> Answer:
+def _cut_at_stop(text: bytes, tokens: int, reason: str, sampling: Sampling) -> GeneratedText:
     first, found = len(text), None
     for stop in sampling.stop:
         at = text.find(stop.encode("utf-8", "replace"), max(0, sampling.min_tokens - 1) * 4)
         if stop and 0 <= at < first:
             first, found = at, stop
     if found is None:
-        return Answer(text=text, tokens=tokens, finish_reason=reason)
+        return GeneratedText(text=text, tokens=tokens, finish_reason=reason)
     end = first + len(found)
-    return Answer(
+    return GeneratedText(
         text=text[: end if sampling.include_stop else first],
         tokens=token_count(text[:end]),
         finish_reason="stop",
@@ -117,14 +117,14 @@ def _cut_at_stop(text: bytes, tokens: int, reason: str, sampling: Sampling) -> A
     )
 
 
-def structured(value: Any, sampling: Sampling, *, tool: str | None = None) -> Answer:
+def structured(value: Any, sampling: Sampling, *, tool: str | None = None) -> GeneratedText:
     """An answer that is the JSON of ``value``: a tool call's arguments, or structured output."""
     text = json.dumps(value, separators=(", ", ": ")).encode("ascii")
     tokens = max(1, token_count(text))
     if tokens > sampling.max_tokens:
         text, tokens = text[: sampling.max_tokens * BYTES_PER_TOKEN], sampling.max_tokens
-        return Answer(text=text, tokens=tokens, finish_reason="length", tool=tool)
-    return Answer(
+        return GeneratedText(text=text, tokens=tokens, finish_reason="length", tool=tool)
+    return GeneratedText(
         text=text, tokens=tokens, finish_reason="tool_calls" if tool else "stop", tool=tool
     )
 

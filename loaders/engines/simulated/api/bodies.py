@@ -1,13 +1,63 @@
-"""What requests for text have in common: reading their bodies, strictly, as vLLM does. Pure."""
+"""Reading the bodies of requests for text, strictly, as vLLM does, and its errors. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loaders.engines.simulated.api.answers import Sampling
-from loaders.engines.simulated.api.errors import ApiError, bad
 from loaders.engines.simulated.tokens import token_count
+
+_TYPES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    404: "NotFoundError",
+    500: "InternalServerError",
+    501: "NotImplementedError",
+    503: "ServiceUnavailableError",
+}
+
+
+class RequestError(Exception):
+    """A request that is answered with an error; ``param`` is the field at fault, if any."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+
+    @property
+    def type(self) -> str:
+        """vLLM's name for this kind of error."""
+        return _TYPES.get(self.status, "BadRequestError")
+
+    def openai(self) -> dict[str, Any]:
+        """The body on OpenAI's paths."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.status,
+            }
+        }
+
+    def anthropic(self) -> dict[str, Any]:
+        """The body on Anthropic's paths."""
+        return {"type": "error", "error": {"type": self.type, "message": self.message}}
+
+
+def bad(message: str, param: str | None = None) -> RequestError:
+    """A 400."""
+    return RequestError(400, message, param=param)
+
+
+def unknown_model(name: object, served: Sequence[str]) -> RequestError:
+    """The 404 for a model that is not among those served."""
+    message = f"The model `{name}` does not exist. Valid aliases: {', '.join(served)}."
+    return RequestError(404, message, param="model")
+
 
 MAX_CHOICES = 128
 """Answers to one request, over all its prompts."""
@@ -134,7 +184,7 @@ def sampling(
     )
 
 
-def too_long(max_model_len_tokens: int, prompt_tokens: int, output_tokens: int) -> ApiError:
+def too_long(max_model_len_tokens: int, prompt_tokens: int, output_tokens: int) -> RequestError:
     """The 400 for a request that does not fit the context."""
     if prompt_tokens > max_model_len_tokens:
         return bad(

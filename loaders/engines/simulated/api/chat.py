@@ -9,10 +9,21 @@ from typing import Any
 
 import msgspec
 
-from loaders.engines.simulated.api.answers import Answer, instance_of, structured
-from loaders.engines.simulated.api.bodies import choices, flag, include_usage, sampling, text_of
-from loaders.engines.simulated.api.context import SYSTEM_FINGERPRINT, Context, Prepared, usage
-from loaders.engines.simulated.api.errors import bad
+from loaders.engines.simulated.api.answers import GeneratedText, instance_of, structured
+from loaders.engines.simulated.api.bodies import (
+    bad,
+    choices,
+    flag,
+    include_usage,
+    sampling,
+    text_of,
+)
+from loaders.engines.simulated.api.context import (
+    SYSTEM_FINGERPRINT,
+    Context,
+    PreparedRequest,
+    usage,
+)
 from loaders.engines.simulated.generation import Generation
 from loaders.engines.simulated.tokens import render_chat
 
@@ -42,8 +53,8 @@ def prompt_of(body: Mapping[str, Any]) -> bytes:
     return render_chat(turns, tools=json.dumps(tools).encode() if tools else b"")
 
 
-def prepare(body: dict[str, Any], context: Context) -> Prepared:
-    """Read a chat request. Raises ``ApiError``."""
+def prepare(body: dict[str, Any], context: Context) -> PreparedRequest:
+    """Read a chat request. Raises ``RequestError``."""
     model = context.model(body)
     prompt = prompt_of(body)
     limits = sampling(
@@ -53,7 +64,7 @@ def prepare(body: dict[str, Any], context: Context) -> Prepared:
         max_names=("max_completion_tokens", "max_tokens"),
     )
     tool = _tool_to_call(body)
-    fixed: Answer | None = None
+    fixed: GeneratedText | None = None
     if tool is not None:
         name, schema = tool
         fixed = structured(instance_of(schema) or {}, limits, tool=name)
@@ -64,7 +75,7 @@ def prepare(body: dict[str, Any], context: Context) -> Prepared:
         (prompt, fixed or context.speaker.answer(prompt, limits, choice=n)) for n in range(count)
     ]
     with_usage = include_usage(body)
-    return Prepared(
+    return PreparedRequest(
         answers=answers,
         wording=lambda generation: Chat(generation, context, model, with_usage=with_usage),
         stream=flag(body, "stream"),

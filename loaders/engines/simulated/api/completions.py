@@ -6,9 +6,13 @@ from typing import Any
 
 import msgspec
 
-from loaders.engines.simulated.api.bodies import choices, flag, include_usage, sampling
-from loaders.engines.simulated.api.context import SYSTEM_FINGERPRINT, Context, Prepared, usage
-from loaders.engines.simulated.api.errors import bad
+from loaders.engines.simulated.api.bodies import bad, choices, flag, include_usage, sampling
+from loaders.engines.simulated.api.context import (
+    SYSTEM_FINGERPRINT,
+    Context,
+    PreparedRequest,
+    usage,
+)
 from loaders.engines.simulated.generation import Generation
 from loaders.engines.simulated.tokens import decode
 
@@ -46,8 +50,8 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def prepare(body: dict[str, Any], context: Context) -> Prepared:
-    """Read a completion request. Raises ``ApiError``."""
+def prepare(body: dict[str, Any], context: Context) -> PreparedRequest:
+    """Read a completion request. Raises ``RequestError``."""
     model = context.model(body)
     prompts = prompts_of(body.get("prompt"))
     count = choices(body, len(prompts))
@@ -64,7 +68,7 @@ def prepare(body: dict[str, Any], context: Context) -> Prepared:
         ]
     with_usage = include_usage(body)
     echo = flag(body, "echo")
-    return Prepared(
+    return PreparedRequest(
         answers=answers,
         wording=lambda generation: Completion(
             generation,

@@ -6,9 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from loaders.engines.simulated.api.answers import Answer, Speaker
-from loaders.engines.simulated.api.errors import unknown_model
+import msgspec
+
+from loaders.engines.simulated.api.answers import GeneratedText, Speaker
+from loaders.engines.simulated.api.bodies import unknown_model
 from loaders.engines.simulated.generation import Format, Generation
+
+_encode = msgspec.json.Encoder().encode
+
+
+def named_event(fields: dict[str, Any]) -> bytes:
+    """One event, named by its ``type``."""
+    return b"event: %s\ndata: %s\n\n" % (str(fields["type"]).encode(), _encode(fields))
+
 
 SYSTEM_FINGERPRINT = "simulated"
 """The ``system_fingerprint`` of every answer: a client can see what it talks to."""
@@ -36,18 +46,18 @@ class Context:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
+class PreparedRequest:
     """A request that was read: prompts with their answers, and who words them."""
 
-    answers: list[tuple[bytes, Answer]]
+    answers: list[tuple[bytes, GeneratedText]]
     wording: Callable[[Generation], Format]
     stream: bool = False
 
 
 class Prepare(Protocol):
-    """Reads the body of one API's request. Raises ``ApiError``."""
+    """Reads the body of one API's request. Raises ``RequestError``."""
 
-    def __call__(self, body: dict[str, Any], context: Context) -> Prepared:
+    def __call__(self, body: dict[str, Any], context: Context) -> PreparedRequest:
         """The request, ready to be submitted."""
 
 

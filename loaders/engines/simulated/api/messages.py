@@ -10,10 +10,8 @@ from typing import Any
 import msgspec
 
 from loaders.engines.simulated.api import chat
-from loaders.engines.simulated.api.bodies import flag, text_of
-from loaders.engines.simulated.api.context import Context, Prepared
-from loaders.engines.simulated.api.errors import bad
-from loaders.engines.simulated.api.events import named_event
+from loaders.engines.simulated.api.bodies import bad, flag, text_of
+from loaders.engines.simulated.api.context import Context, PreparedRequest, named_event
 from loaders.engines.simulated.generation import Generation
 from loaders.engines.simulated.tokens import token_count
 
@@ -52,13 +50,13 @@ def as_chat(body: Mapping[str, Any]) -> dict[str, Any]:
     return converted
 
 
-def prepare(body: dict[str, Any], context: Context) -> Prepared:
-    """Read a message request. Raises ``ApiError``."""
+def prepare(body: dict[str, Any], context: Context) -> PreparedRequest:
+    """Read a message request. Raises ``RequestError``."""
     if body.get("max_tokens") is None:
         raise bad("max_tokens is required.", "max_tokens")
     model = context.model(body)
     prepared = chat.prepare(as_chat(body), context)
-    return Prepared(
+    return PreparedRequest(
         answers=prepared.answers,
         wording=lambda generation: Message(generation, context, model),
         stream=flag(body, "stream"),
@@ -66,7 +64,7 @@ def prepare(body: dict[str, Any], context: Context) -> Prepared:
 
 
 def count_tokens(body: dict[str, Any], context: Context) -> dict[str, Any]:
-    """The answer to ``/v1/messages/count_tokens``. Raises ``ApiError``."""
+    """The answer to ``/v1/messages/count_tokens``. Raises ``RequestError``."""
     context.model(body)
     count = token_count(chat.prompt_of(as_chat(body)))
     return {"input_tokens": count, "context_management": {"original_input_tokens": count}}

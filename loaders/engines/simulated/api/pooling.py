@@ -1,8 +1,8 @@
-"""Requests answered from the prompt alone: embeddings, rerank, score.
+"""Requests answered from the prompt alone: embeddings, rerank, score, and the tokens of a text.
 
-They pass through the engine as prompts without an answer. The vectors are noise from the text's
-hash, of length 1; the scores are the share of words that two texts have in common, with a little
-noise against ties.
+The first three pass through the engine as prompts without an answer. The vectors are noise from the
+text's hash, of length 1; the scores are the share of words that two texts have in common, with a
+little noise against ties.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 
 import msgspec
 
-from loaders.engines.simulated.api.answers import Answer
-from loaders.engines.simulated.api.bodies import MAX_CHOICES, integer, text_of, too_long
+from loaders.engines.simulated.api import chat
+from loaders.engines.simulated.api.answers import GeneratedText
+from loaders.engines.simulated.api.bodies import MAX_CHOICES, bad, flag, integer, text_of, too_long
 from loaders.engines.simulated.api.completions import prompts_of
-from loaders.engines.simulated.api.context import Context, Prepared
-from loaders.engines.simulated.api.errors import bad
+from loaders.engines.simulated.api.context import Context, PreparedRequest
 from loaders.engines.simulated.generation import Generation
-from loaders.engines.simulated.tokens import render_chat, token_count
+from loaders.engines.simulated.tokens import decode, encode, render_chat, token_count
 
-_NOTHING = Answer(text=b"", tokens=0, finish_reason="stop")
+_NOTHING = GeneratedText(text=b"", tokens=0, finish_reason="stop")
 _MAX_INPUTS = 2048
 
 
@@ -56,7 +56,7 @@ def _prepared(
     prompts: list[bytes],
     context: Context,
     build: Callable[[dict[str, int]], dict[str, Any]],
-) -> Prepared:
+) -> PreparedRequest:
     if len(prompts) > _MAX_INPUTS:
         raise bad(f"At most {_MAX_INPUTS} inputs to a request, not {len(prompts)}.", "input")
     for prompt in prompts:
@@ -68,7 +68,7 @@ def _prepared(
         counts = {"prompt_tokens": count, "total_tokens": count}
         return Pooled(lambda: build(counts))
 
-    return Prepared(answers=[(prompt, _NOTHING) for prompt in prompts], wording=wording)
+    return PreparedRequest(answers=[(prompt, _NOTHING) for prompt in prompts], wording=wording)
 
 
 def vector(text: bytes, size: int) -> list[float]:
@@ -79,8 +79,8 @@ def vector(text: bytes, size: int) -> list[float]:
     return [round(v / length, 7) for v in values]
 
 
-def embeddings(body: dict[str, Any], context: Context) -> Prepared:
-    """Read a request to ``/v1/embeddings``. Raises ``ApiError``."""
+def embeddings(body: dict[str, Any], context: Context) -> PreparedRequest:
+    """Read a request to ``/v1/embeddings``. Raises ``RequestError``."""
     model = context.model(body)
     if body.get("messages") is not None:
         turns = body["messages"]
@@ -133,8 +133,8 @@ def _texts(value: Any, name: str) -> list[str]:
     return texts
 
 
-def rerank(body: dict[str, Any], context: Context) -> Prepared:
-    """Read a request to ``/v1/rerank``. Raises ``ApiError``."""
+def rerank(body: dict[str, Any], context: Context) -> PreparedRequest:
+    """Read a request to ``/v1/rerank``. Raises ``RequestError``."""
     model = context.model(body)
     query = _texts(body.get("query"), "query")[0]
     documents = _texts(body.get("documents"), "documents")
@@ -161,8 +161,8 @@ def rerank(body: dict[str, Any], context: Context) -> Prepared:
     return _prepared(prompts, context, build)
 
 
-def score(body: dict[str, Any], context: Context) -> Prepared:
-    """Read a request to ``/v1/score``: one text with one or many, or pairs. Raises ``ApiError``."""
+def score(body: dict[str, Any], context: Context) -> PreparedRequest:
+    """Read a request to ``/v1/score``: one text with one or many, or pairs."""
     model = context.model(body)
     first = "queries" if "queries" in body else "text_1"
     second = next((n for n in ("documents", "items") if n in body), "text_2")
@@ -190,3 +190,34 @@ def score(body: dict[str, Any], context: Context) -> Prepared:
         }
 
     return _prepared(prompts, context, build)
+
+
+def tokenize(body: dict[str, Any], context: Context) -> dict[str, Any]:
+    """The tokens of a prompt or of a conversation. Raises ``RequestError``."""
+    context.model(body)
+    if "messages" in body:
+        text = chat.prompt_of(body)
+    elif isinstance(body.get("prompt"), str):
+        text = body["prompt"].encode("utf-8", "surrogatepass")
+    else:
+        raise bad("Either prompt (a string) or messages is needed.", "prompt")
+    ids = encode(text)
+    pieces = [decode([token]).decode("utf-8", "replace") for token in ids]
+    return {
+        "count": len(ids),
+        "max_model_len": context.max_model_len_tokens,
+        "tokens": ids,
+        "token_strs": pieces if flag(body, "return_token_strs") else None,
+    }
+
+
+def detokenize(body: dict[str, Any], context: Context) -> dict[str, Any]:
+    """The text of token ids. Raises ``RequestError``."""
+    context.model(body)
+    ids = body.get("tokens")
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise bad("tokens must be a list of integers.", "tokens")
+    try:
+        return {"prompt": decode(ids).replace(b"\0", b"").decode("utf-8", "replace")}
+    except ValueError as error:
+        raise bad(f"{error}.", "tokens") from error

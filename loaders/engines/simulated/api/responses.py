@@ -8,21 +8,19 @@ from typing import Any
 import msgspec
 
 from loaders.engines.simulated.api import chat
-from loaders.engines.simulated.api.answers import Answer
-from loaders.engines.simulated.api.bodies import flag
-from loaders.engines.simulated.api.context import Context, Prepared
-from loaders.engines.simulated.api.errors import ApiError, bad
-from loaders.engines.simulated.api.events import named_event
+from loaders.engines.simulated.api.answers import GeneratedText
+from loaders.engines.simulated.api.bodies import RequestError, bad, flag
+from loaders.engines.simulated.api.context import Context, PreparedRequest, named_event
 from loaders.engines.simulated.generation import Generation
 
 _WHOLE = ("stop", "tool_calls")
 
 
-def prepare(body: dict[str, Any], context: Context) -> Prepared:
-    """Read a request for a response. Raises ``ApiError``."""
+def prepare(body: dict[str, Any], context: Context) -> PreparedRequest:
+    """Read a request for a response. Raises ``RequestError``."""
     model = context.model(body)
     if body.get("previous_response_id") is not None:
-        raise ApiError(
+        raise RequestError(
             404,
             f"Response with id {body['previous_response_id']!r} not found: the simulated engine "
             "stores none.",
@@ -31,7 +29,7 @@ def prepare(body: dict[str, Any], context: Context) -> Prepared:
     if flag(body, "background"):
         raise bad("The simulated engine does not run responses in the background.", "background")
     prepared = chat.prepare(_as_chat(body), context)
-    return Prepared(
+    return PreparedRequest(
         answers=prepared.answers,
         wording=lambda generation: Response(generation, context, model, body),
         stream=flag(body, "stream"),
@@ -99,7 +97,7 @@ class Response:
         self._number = -1
 
     @property
-    def _answer(self) -> Answer:
+    def _answer(self) -> GeneratedText:
         return self._generation.answers[0]
 
     def _event(self, kind: str, **fields: Any) -> bytes:

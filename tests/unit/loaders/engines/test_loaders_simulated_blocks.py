@@ -2,7 +2,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from loaders.engines.simulated.blocks import BlockPool, Holding
+from loaders.engines.simulated.blocks import BlockPool, BlockTable
 
 CAPACITY = 12
 
@@ -13,7 +13,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(CAPACITY)
-        self.held: list[tuple[Holding, list[int], int]] = []
+        self.held: list[tuple[BlockTable, list[int], int]] = []
 
     @rule(start=st.integers(0, 2), length=st.integers(1, 6))
     def come(self, start: int, length: int) -> None:
@@ -21,7 +21,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
         hits = self.pool.match(hashes, length)
         assert hits <= length
         available = self.pool.available
-        holding = Holding()
+        holding = BlockTable()
         took = self.pool.take(holding, hashes[:hits], length - hits)
         if took:
             assert len(holding) == length
@@ -69,8 +69,8 @@ BlockPoolMachine.TestCase.settings = settings(
 TestBlockPool = BlockPoolMachine.TestCase
 
 
-def _filled(pool: BlockPool, hashes: list[int]) -> Holding:
-    holding = Holding()
+def _filled(pool: BlockPool, hashes: list[int]) -> BlockTable:
+    holding = BlockTable()
     assert pool.take(holding, (), len(hashes))
     for value in hashes:
         pool.publish(holding, value)
@@ -82,7 +82,7 @@ def test_released_blocks_are_found_again_until_they_are_evicted() -> None:
     pool.release(_filled(pool, [1, 2]))
     assert pool.match([1, 2, 3], 3) == 2
     assert pool.cached_idle == 2
-    hog = Holding()
+    hog = BlockTable()
     assert pool.take(hog, (), 3)
     assert pool.match([1, 2, 3], 3) == 1  # of one sequence, the last block goes first
 
@@ -91,10 +91,10 @@ def test_the_least_recently_used_prefix_is_evicted_first() -> None:
     pool = BlockPool(4)
     pool.release(_filled(pool, [1, 2]))
     pool.release(_filled(pool, [5, 6]))
-    again = Holding()
+    again = BlockTable()
     assert pool.take(again, [1, 2], 0)
     pool.release(again)
-    hog = Holding()
+    hog = BlockTable()
     assert pool.take(hog, (), 2)
     assert (pool.match([1, 2], 2), pool.match([5, 6], 2)) == (2, 0)
 
@@ -102,7 +102,7 @@ def test_the_least_recently_used_prefix_is_evicted_first() -> None:
 def test_shared_blocks_are_counted_once_and_kept_while_anyone_uses_them() -> None:
     pool = BlockPool(4)
     first = _filled(pool, [1, 2])
-    second = Holding()
+    second = BlockTable()
     assert pool.take(second, [1, 2], 1)
     assert pool.used == 3
     pool.release(first)

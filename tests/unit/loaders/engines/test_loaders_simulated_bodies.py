@@ -14,11 +14,10 @@ from loaders.engines.simulated.api import (
     messages,
     pooling,
     responses,
-    tokenizing,
 )
 from loaders.engines.simulated.api.answers import Speaker
+from loaders.engines.simulated.api.bodies import RequestError
 from loaders.engines.simulated.api.context import Context, Prepare
-from loaders.engines.simulated.api.errors import ApiError
 from loaders.engines.simulated.tokens import token_count
 
 CONTEXT = Context(
@@ -105,7 +104,7 @@ def test_a_body_is_read_or_refused(name: str, data: st.DataObject) -> None:
     keys = st.sampled_from(FIELDS[name].split())
     fields = data.draw(st.dictionaries(keys, VALUES, min_size=1, max_size=4))
     body = json.loads(json.dumps({**LIKELY, **fields}))
-    with contextlib.suppress(ApiError):
+    with contextlib.suppress(RequestError):
         prepared = PREPARES[name](body, CONTEXT)
         assert prepared.answers
         for prompt, answer in prepared.answers:
@@ -117,8 +116,8 @@ def test_a_body_is_read_or_refused(name: str, data: st.DataObject) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.sampled_from(KEYS.split()), VALUES, max_size=5))
 def test_so_is_one_to_be_counted(fields: dict[str, Any]) -> None:
-    for count in (tokenizing.tokenize, tokenizing.detokenize, messages.count_tokens):
-        with contextlib.suppress(ApiError):
+    for count in (pooling.tokenize, pooling.detokenize, messages.count_tokens):
+        with contextlib.suppress(RequestError):
             json.dumps(count({**fields}, CONTEXT))
 
 

@@ -7,24 +7,25 @@ from collections.abc import Awaitable, Callable
 import pytest
 import uvloop
 
-from loaders.engines.simulated.exchange import Exchange, HttpLimits
-from loaders.engines.simulated.http1 import Http
+from loaders.engines.simulated.http1 import HttpExchange, HttpLimits, HttpServer
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 def talk(
     conversation: Talk,
-    handle: Callable[[Exchange], None],
+    handle: Callable[[HttpExchange], None],
     limits: HttpLimits | None = None,
     refuse: Callable[[], str | None] = lambda: None,
-) -> Http:
+) -> HttpServer:
     """Hold ``conversation`` with a server; the server afterwards, its connections gone."""
 
-    async def main() -> Http:
+    async def main() -> HttpServer:
         sock = socket.create_server(("127.0.0.1", 0))
         sock.setblocking(False)
-        http = Http(handle, limits or HttpLimits(), fixed_headers=((b"x-a", b"b"),), refuse=refuse)
+        http = HttpServer(
+            handle, limits or HttpLimits(), fixed_headers=((b"x-a", b"b"),), refuse=refuse
+        )
         await http.listen(sock)
         reader, writer = await asyncio.open_connection(*sock.getsockname())
         try:
@@ -38,7 +39,7 @@ def talk(
     return uvloop.run(main())
 
 
-def echo(exchange: Exchange) -> None:
+def echo(exchange: HttpExchange) -> None:
     exchange.respond(200, exchange.method.encode() + b" " + exchange.path.encode() + exchange.body)
 
 
@@ -83,7 +84,7 @@ def test_a_body_may_come_in_pieces_or_chunks() -> None:
 
 
 def test_pipelined_requests_are_answered_in_order_one_at_a_time() -> None:
-    waiting: asyncio.Queue[Exchange] = asyncio.Queue()
+    waiting: asyncio.Queue[HttpExchange] = asyncio.Queue()
 
     async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"".join(b"GET /%d HTTP/1.1\r\nhost: x\r\n\r\n" % n for n in range(3)))
@@ -97,7 +98,7 @@ def test_pipelined_requests_are_answered_in_order_one_at_a_time() -> None:
 
 
 def test_a_stream_has_one_chunk_per_event() -> None:
-    def handle(exchange: Exchange) -> None:
+    def handle(exchange: HttpExchange) -> None:
         exchange.stream()
         exchange.send([b"data: 1\n\n", b"data: 22\n\n"])
         exchange.end()
@@ -114,7 +115,7 @@ def test_a_stream_has_one_chunk_per_event() -> None:
 
 
 def test_http_1_0_gets_no_chunks_and_is_closed() -> None:
-    def handle(exchange: Exchange) -> None:
+    def handle(exchange: HttpExchange) -> None:
         exchange.stream()
         exchange.send([b"data: 1\n\n"])
         exchange.end()
@@ -186,7 +187,7 @@ def test_what_is_too_much_or_not_http_is_refused_and_closed(wire: bytes, status:
 
 
 def test_a_refusal_comes_after_the_answers_under_way() -> None:
-    waiting: asyncio.Queue[Exchange] = asyncio.Queue()
+    waiting: asyncio.Queue[HttpExchange] = asyncio.Queue()
 
     async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"GET /a HTTP/1.1\r\nhost: x\r\n\r\nnonsense\r\n\r\n")
@@ -198,7 +199,7 @@ def test_a_refusal_comes_after_the_answers_under_way() -> None:
 
 
 def test_an_idle_connection_is_closed_and_a_busy_one_is_not() -> None:
-    waiting: asyncio.Queue[Exchange] = asyncio.Queue()
+    waiting: asyncio.Queue[HttpExchange] = asyncio.Queue()
 
     async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"GET /a HTTP/1.1\r\nhost: x\r\n\r\n")
@@ -215,7 +216,7 @@ def test_the_handler_learns_that_the_client_left() -> None:
 
     asked = asyncio.Event()
 
-    def handle(exchange: Exchange) -> None:
+    def handle(exchange: HttpExchange) -> None:
         exchange.on_gone = lambda: gone.put_nowait(exchange.path)
         asked.set()
 
@@ -232,7 +233,7 @@ def test_the_handler_learns_that_the_client_left() -> None:
 def test_a_slow_reader_is_noticed_and_told_of_when_it_caught_up() -> None:
     states: list[bool] = []
 
-    def handle(exchange: Exchange) -> None:
+    def handle(exchange: HttpExchange) -> None:
         exchange.stream()
         while exchange.writable:
             exchange.send([b"x" * 65536])
@@ -274,12 +275,12 @@ def test_connections_past_the_limit_are_closed() -> None:
 
 
 def test_draining_finishes_what_runs_and_closes_what_idles() -> None:
-    waiting: asyncio.Queue[Exchange] = asyncio.Queue()
+    waiting: asyncio.Queue[HttpExchange] = asyncio.Queue()
 
     async def main() -> None:
         sock = socket.create_server(("127.0.0.1", 0))
         sock.setblocking(False)
-        http = Http(waiting.put_nowait, HttpLimits())
+        http = HttpServer(waiting.put_nowait, HttpLimits())
         await http.listen(sock)
         address = sock.getsockname()
         idle, idle_writer = await asyncio.open_connection(*address)
@@ -302,12 +303,12 @@ def test_draining_finishes_what_runs_and_closes_what_idles() -> None:
 
 
 def test_draining_closes_after_a_stream_that_had_begun_before() -> None:
-    waiting: asyncio.Queue[Exchange] = asyncio.Queue()
+    waiting: asyncio.Queue[HttpExchange] = asyncio.Queue()
 
     async def main() -> None:
         sock = socket.create_server(("127.0.0.1", 0))
         sock.setblocking(False)
-        http = Http(waiting.put_nowait, HttpLimits(keepalive_s=60))
+        http = HttpServer(waiting.put_nowait, HttpLimits(keepalive_s=60))
         await http.listen(sock)
         reader, writer = await asyncio.open_connection(*sock.getsockname())
         writer.write(b"GET /a HTTP/1.1\r\nhost: x\r\n\r\n")
@@ -325,12 +326,12 @@ def test_draining_closes_after_a_stream_that_had_begun_before() -> None:
 
 
 def test_draining_ends_at_its_limit() -> None:
-    waiting: asyncio.Queue[Exchange] = asyncio.Queue()
+    waiting: asyncio.Queue[HttpExchange] = asyncio.Queue()
 
     async def main() -> None:
         sock = socket.create_server(("127.0.0.1", 0))
         sock.setblocking(False)
-        http = Http(waiting.put_nowait, HttpLimits())
+        http = HttpServer(waiting.put_nowait, HttpLimits())
         await http.listen(sock)
         reader, writer = await asyncio.open_connection(*sock.getsockname())
         writer.write(b"GET /a HTTP/1.1\r\nhost: x\r\n\r\n")
