@@ -1,5 +1,5 @@
 """``tidegate doctor``: what this machine has, what is missing, and what to do about it.
 
-``checks`` is one finding, ``report`` and ``model_checks`` decide about values, and ``machine`` and
-``model_machine`` obtain those values.
+``checks`` is one finding, ``report`` and ``model_checks`` decide what the answers of ``machine``
+mean for the settings.
 """

@@ -1,11 +1,15 @@
-"""What this machine is asked for ``tidegate doctor``: each answer is a value, or ``None`` where it
-cannot be told. Nothing is changed and nothing stays running.
-"""
+"""What ``tidegate doctor`` asks this machine, about models too: the cache, the page cache, how
+engines can be started, which load format is quickest.
 
-# ruff: noqa: D102  (the methods of Machine are described in Probes)
+Nothing is changed and nothing stays running. Measuring copies at most one file into a temporary
+directory for a moment.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
+import json
 import os
 import platform
 import resource
@@ -14,17 +18,20 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from autoscaler.backends.process.gpus import list_gpus
 from autoscaler.policy.placement import GpuCapacity
+from gateway.admin.schema import CacheListing
 from gateway.compose.run_record import AGENT_NAME, Running, read_record
 from gateway.datapath import compiled
+from gateway.settings.schema import Settings
 from loaders.engines.vllm.command import EngineInstall, find_install
 from modelcache.prepare.default_model import MANIFEST, find_damage
+from modelcache.types import CacheError
 
 IMPORT_TIMEOUT_S = 180.0
 CONNECT_TIMEOUT_S = 2.0
@@ -33,6 +40,18 @@ ASK_DEVICE = (
     "print('device', p.device_type or 'none')"
 )
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt")
+EXTRAS: Mapping[str, tuple[str, ...]] = {
+    "hf": ("huggingface_hub",),
+    "s3": ("obstore",),
+    "gs": ("obstore",),
+    "oss": ("ossfs",),
+}
+"""What a scheme needs installed; the schemes that are not here need nothing."""
+PREPARE_TIMEOUT_S = 120.0
+"""Importing vLLM on a busy machine takes a minute."""
+MEASURE_S = 60.0
+"""Most seconds for all load formats; on a machine that does nothing else five are enough."""
+PROBE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,85 +63,49 @@ class Model:
     verified: bool = False
 
 
-class Probes(Protocol):
-    """What ``diagnose`` asks. Tests answer with values; ``Machine`` asks the machine."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormatSpeed:
+    """A load format's figures here, in bytes a second; ``problem`` is why it has none."""
 
-    def python(self) -> tuple[int, int, int]:
-        """Version of the Python that runs this."""
+    format: str
+    warm_bytes_s: float | None = None
+    cold_bytes_s: float | None = None
+    problem: str = ""
 
-    def system(self) -> tuple[str, str, str]:
-        """System, its release, and the processor architecture."""
 
-    def cores(self) -> tuple[int, float | None]:
-        """CPU cores this process may use, and a container's quota of them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForkAbility:
+    """Whether engines can be forked here: after ``seconds`` of importing, in ``memory_bytes``; or
+    why not."""
 
-    def has_avx2(self) -> bool | None:
-        """Whether an x86 processor has AVX2; ``None`` on other processors."""
-
-    def memory_bytes(self) -> tuple[int, int]:
-        """Memory in all (a container's limit counts) and what is available."""
-
-    def disk_free_bytes(self, path: Path) -> int | None:
-        """Free space on the disk that would hold ``path``."""
-
-    def gpus(self) -> Sequence[GpuCapacity] | None:
-        """NVIDIA GPUs; empty where there is no driver, ``None`` where it does not answer."""
-
-    def install(self, python: Path) -> EngineInstall | None:
-        """The vLLM beside an interpreter."""
-
-    def engine_device(self, python: Path) -> tuple[str | None, str]:
-        """The device vLLM chooses when it is imported, or ``None`` and why it cannot be."""
-
-    def model(self, path: Path) -> Model | None:
-        """The checkpoint at a path; ``None`` where no directory is."""
-
-    def can_listen(self, host: str, port: int) -> str | None:
-        """Why nothing could listen there now; ``None`` when it could."""
-
-    def can_connect(self, host: str, port: int) -> str | None:
-        """Why no connection comes about; ``None`` when one does."""
-
-    def open_files(self) -> tuple[int, int]:
-        """Open files allowed to a process: now, and the most it may ask for."""
-
-    def can_write(self, path: Path) -> str | None:
-        """Why no file can be made in a directory (or its nearest parent); ``None`` when it can."""
-
-    def can_read(self, path: Path) -> str | None:
-        """Why a file cannot be read; ``None`` when it can."""
-
-    def shares_ports(self) -> bool:
-        """Whether two sockets can listen on one port (``SO_REUSEPORT``)."""
-
-    def is_compiled(self) -> bool:
-        """Whether workers would run the compiled data path."""
-
-    def owner(self, state_dir: Path) -> int | None:
-        """Process id of the Tidegate that runs with this state directory."""
-
-    def agent(self, state_dir: Path) -> int | None:
-        """Process id of the cache agent that runs with this state directory."""
+    problem: str = ""
+    seconds: float = 0.0
+    memory_bytes: int | None = None
 
 
 class Machine:
-    """The machine itself, asked."""
+    """Asks this machine. Each answer is a value, ``None`` where it cannot be told."""
 
     def python(self) -> tuple[int, int, int]:
+        """Version of the Python that runs this."""
         return sys.version_info[:3]
 
     def system(self) -> tuple[str, str, str]:
+        """System, its release, and the processor architecture."""
         return platform.system(), platform.release(), platform.machine()
 
     def cores(self) -> tuple[int, float | None]:
+        """CPU cores this process may use, and a container's quota of them."""
         return len(os.sched_getaffinity(0)), _cgroup_cores()
 
     def has_avx2(self) -> bool | None:
+        """Whether an x86 processor has AVX2; ``None`` on other processors."""
         if platform.machine() != "x86_64":
             return None
         return " avx2" in Path("/proc/cpuinfo").read_text()
 
     def memory_bytes(self) -> tuple[int, int]:
+        """Memory in all (a container's limit counts) and what is available."""
         lines = Path("/proc/meminfo").read_text().splitlines()
         kib = {line.partition(":")[0]: int(line.split()[1]) for line in lines}
         total, available = kib["MemTotal"] << 10, kib["MemAvailable"] << 10
@@ -132,18 +115,22 @@ class Machine:
         return limit, min(limit, available)
 
     def disk_free_bytes(self, path: Path) -> int | None:
+        """Free space on the disk that would hold ``path``."""
         try:
             return shutil.disk_usage(_nearest(path)).free
         except OSError:
             return None
 
     def gpus(self) -> Sequence[GpuCapacity] | None:
+        """NVIDIA GPUs; empty where there is no driver, ``None`` where it does not answer."""
         return list_gpus()
 
     def install(self, python: Path) -> EngineInstall | None:
+        """The vLLM beside an interpreter."""
         return find_install(python)
 
     def engine_device(self, python: Path) -> tuple[str | None, str]:
+        """The device vLLM chooses when it is imported, or ``None`` and why it cannot be."""
         env = {**os.environ, "PYTHONPATH": "", "PYTHONHOME": "", "VLLM_LOGGING_LEVEL": "ERROR"}
         try:
             asked = subprocess.run(
@@ -165,6 +152,7 @@ class Machine:
         return None, said[-1] if said else f"exit code {asked.returncode}"
 
     def model(self, path: Path) -> Model | None:
+        """The checkpoint at a path; ``None`` where no directory is."""
         if not path.is_dir():
             return None
         weights = sum(f.stat().st_size for pattern in WEIGHTS for f in path.glob(pattern))
@@ -177,6 +165,7 @@ class Machine:
         return Model(weights_bytes=weights, damage=damage)
 
     def can_listen(self, host: str, port: int) -> str | None:
+        """Why nothing could listen there now; ``None`` when it could."""
         try:
             family, kind, protocol, _, address = _resolve(host, port)
             with socket.socket(family, kind, protocol) as listener:
@@ -188,6 +177,7 @@ class Machine:
         return None
 
     def can_connect(self, host: str, port: int) -> str | None:
+        """Why no connection comes about; ``None`` when one does."""
         try:
             socket.create_connection((host, port), CONNECT_TIMEOUT_S).close()
         except OSError as error:
@@ -195,6 +185,7 @@ class Machine:
         return None
 
     def open_files(self) -> tuple[int, int]:
+        """Open files allowed to a process: now, and the most it may ask for."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         most = sys.maxsize
         return (
@@ -203,6 +194,7 @@ class Machine:
         )
 
     def can_write(self, path: Path) -> str | None:
+        """Why no file can be made in a directory (or its nearest parent); ``None`` when it can."""
         try:
             with tempfile.TemporaryFile(dir=_nearest(path)):
                 return None
@@ -210,6 +202,7 @@ class Machine:
             return error.strerror or str(error)
 
     def can_read(self, path: Path) -> str | None:
+        """Why a file cannot be read; ``None`` when it can."""
         try:
             with path.open("rb"):
                 return None
@@ -217,6 +210,7 @@ class Machine:
             return error.strerror or str(error)
 
     def shares_ports(self) -> bool:
+        """Whether two sockets can listen on one port (``SO_REUSEPORT``)."""
         try:
             with socket.socket() as first, socket.socket() as second:
                 for listener in (first, second):
@@ -228,13 +222,82 @@ class Machine:
         return True
 
     def is_compiled(self) -> bool:
+        """Whether workers would run the compiled data path."""
         return compiled.is_available()
 
     def owner(self, state_dir: Path) -> int | None:
+        """Process id of the Tidegate that runs with this state directory."""
         return _pid_in(read_record(state_dir))
 
     def agent(self, state_dir: Path) -> int | None:
+        """Process id of the cache agent that runs with this state directory."""
         return _pid_in(read_record(state_dir, AGENT_NAME))
+
+    def listing(self, settings: Settings) -> CacheListing | str | None:
+        """What the cache has, or why it cannot be told; ``None`` before it is made."""
+        from gateway.compose.cache import cache_dir, open_models
+
+        try:
+            models = open_models(settings, os.environ)
+            if not cache_dir(settings).is_dir():
+                return None
+            return models.listing()
+        except (CacheError, OSError) as error:
+            return str(error)
+
+    def is_installed(self, package: str) -> bool:
+        """Whether a Python package is there."""
+        return importlib.util.find_spec(package) is not None
+
+    def page_ways(self, path: Path) -> str:
+        """How cached pages can be counted on the disk that holds ``path``; empty: not at all."""
+        from modelcache.pagecache import residency
+        from modelcache.types import FileRange
+
+        try:
+            with tempfile.NamedTemporaryFile(dir=_nearest(path)) as file:
+                file.write(bytes(PROBE_BYTES))
+                file.flush()
+                return residency.residency([FileRange(path=file.name)]).how
+        except (OSError, CacheError):
+            return ""
+
+    def lock_limit_bytes(self) -> int | None:
+        """Most bytes of memory this user may lock; ``None`` for no limit."""
+        soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        return None if soft == resource.RLIM_INFINITY or os.geteuid() == 0 else soft
+
+    def fork_ability(self, python: Path, device: str) -> ForkAbility:
+        """Whether vLLM can be imported once and engines be forked from that."""
+        try:
+            return asyncio.run(_ask_fork_server(python, device))
+        except OSError as error:
+            return ForkAbility(problem=error.strerror or str(error))
+
+    def speeds(self, python: Path, weights: Sequence[Path]) -> list[FormatSpeed] | str:
+        """How quickly each load format reads weights, or why that cannot be told."""
+        with ExitStack() as stack:
+            argv = [str(python), "-m", "loaders.weights.formats", *map(str, weights)]
+            try:
+                work_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="tidegate-"))
+                argv += ["--work-dir", work_dir]
+            except OSError:
+                pass  # without a place to copy to there are no cold figures
+            try:
+                done = subprocess.run(
+                    [*argv, "--within-s", f"{MEASURE_S:g}"],
+                    capture_output=True,
+                    text=True,
+                    timeout=PREPARE_TIMEOUT_S + MEASURE_S,
+                    cwd=_root(),
+                    env=_engine_environment(),
+                    check=False,
+                )
+            except OSError as error:
+                return error.strerror or str(error)
+            except subprocess.TimeoutExpired:
+                return f"it took more than {PREPARE_TIMEOUT_S + MEASURE_S:g} s"
+        return parse_speeds(done.stdout) or _last_line(done.stderr) or "it said nothing"
 
 
 def _pid_in(running: Running | None) -> int | None:
@@ -271,3 +334,73 @@ def _cgroup_memory_bytes() -> int | None:
         return int(Path("/sys/fs/cgroup/memory.max").read_text())
     except (OSError, ValueError):
         return None
+
+
+def parse_speeds(text: str) -> list[FormatSpeed]:
+    """The figures among what ``loaders.weights.formats`` printed."""
+    found = []
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+            found.append(FormatSpeed(**entry))
+        except (ValueError, TypeError):
+            continue  # a library that prints
+    return found
+
+
+async def _ask_fork_server(python: Path, device: str) -> ForkAbility:
+    """Start a fork server, wait until it has imported everything, end it."""
+    from loaders.engines.vllm.forkserver.client import ForkServer, ServerLost, server_argv
+
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = await asyncio.create_subprocess_exec(
+            *server_argv(str(python), str(_root()), theirs.fileno()),
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=_engine_environment(),
+        )
+    server = ForkServer(ours)
+    try:
+        async with asyncio.timeout(PREPARE_TIMEOUT_S):
+            ready = await server.hello(device=device, models=())
+        return ForkAbility(seconds=ready.seconds, memory_bytes=_pss_bytes(process.pid))
+    except TimeoutError:
+        return ForkAbility(problem=f"it was not ready in {PREPARE_TIMEOUT_S:g} s")
+    except ServerLost as error:
+        return ForkAbility(problem=str(error))
+    finally:
+        server.close()
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+def _pss_bytes(pid: int) -> int | None:
+    """A process's share of the memory it uses."""
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) << 10
+    except (OSError, ValueError):
+        return None
+    return None
+
+
+def _engine_environment() -> dict[str, str]:
+    """Ours, without what leads another Python astray, and with vLLM quiet."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    kept.pop("VIRTUAL_ENV", None)
+    return {**kept, "VLLM_LOGGING_LEVEL": "ERROR"}
+
+
+def _root() -> Path:
+    """Where our own packages lie."""
+    return Path(__file__).resolve().parents[2]
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else ""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gateway.admin.schema import CacheListing
 from gateway.doctor.checks import Check, fail, ok, warn
-from gateway.doctor.model_machine import EXTRAS, CacheProbes, FormatSpeed
+from gateway.doctor.machine import EXTRAS, FormatSpeed, Machine
 from gateway.settings.schema import Settings
 from gateway.terminal import count, size
 from loaders.engines.base import engine_of
@@ -21,30 +21,30 @@ CLOSE = 0.9
 
 
 def diagnose_cache(
-    settings: Settings, probes: CacheProbes, *, device: str | None, measure: bool = True
+    settings: Settings, machine: Machine, *, device: str | None, measure: bool = True
 ) -> Iterator[Check]:
-    """What the answers of ``probes`` mean for these settings.
+    """What the answers of ``machine`` mean for these settings.
 
     ``device`` is what vLLM computes on, ``None`` where there is no vLLM that can be asked.
     Without ``measure`` nothing is started and nothing timed.
     """
     directory = settings.modelcache.dir or settings.state_dir / "cache"
-    listing = probes.listing(settings)
-    yield _cache(settings, probes, directory, listing)
-    yield _sources(settings, probes)
-    yield from _pages(settings, probes, directory)
+    listing = machine.listing(settings)
+    yield _cache(settings, machine, directory, listing)
+    yield _sources(settings, machine)
+    yield from _pages(settings, machine, directory)
     if device is None or not measure:
         return
     python = settings.loaders.engine_python.expanduser()
-    yield _forking(probes, python, device)
-    yield _formats(probes, python, find_weights(settings))
+    yield _forking(machine, python, device)
+    yield _formats(machine, python, find_weights(settings))
 
 
 def _cache(
-    settings: Settings, probes: CacheProbes, directory: Path, listing: CacheListing | str | None
+    settings: Settings, machine: Machine, directory: Path, listing: CacheListing | str | None
 ) -> Check:
     name = "model cache"
-    problem = probes.can_write(directory)
+    problem = machine.can_write(directory)
     if problem is not None:
         return fail(name, f"{directory}: {problem}", "set modelcache.dir to a directory of yours")
     if isinstance(listing, str):
@@ -56,7 +56,7 @@ def _cache(
     models = () if listing is None else listing.models
     taken = 0 if listing is None else listing.usage.bytes_used
     quota, reserve = settings.modelcache.quota_bytes, settings.modelcache.reserve_bytes
-    free = probes.disk_free_bytes(directory)
+    free = machine.disk_free_bytes(directory)
     text = f"{directory}: {count(len(models), 'model revision')}"
     text += f", {size(taken)}"
     text += f" of {size(quota)} allowed" if quota is not None else ""
@@ -71,11 +71,11 @@ def _cache(
     return ok(name, text)
 
 
-def _sources(settings: Settings, probes: CacheProbes) -> Check:
+def _sources(settings: Settings, machine: Machine) -> Check:
     name = "model sources"
     lacking: dict[str, list[str]] = {}
     for scheme, packages in EXTRAS.items():
-        gone = [package for package in packages if not probes.is_installed(package)]
+        gone = [package for package in packages if not machine.is_installed(package)]
         if gone:
             lacking[scheme] = gone
     if not lacking:
@@ -98,9 +98,9 @@ def _sources(settings: Settings, probes: CacheProbes) -> Check:
     return ok(name, f"https:// and file://; not installed, and asked for by no pool: {what}")
 
 
-def _pages(settings: Settings, probes: CacheProbes, directory: Path) -> Iterator[Check]:
+def _pages(settings: Settings, machine: Machine, directory: Path) -> Iterator[Check]:
     name = "page cache"
-    how = probes.page_ways(directory)
+    how = machine.page_ways(directory)
     if how:
         yield ok(name, f"residency is measured by {how}")
     else:
@@ -112,7 +112,7 @@ def _pages(settings: Settings, probes: CacheProbes, directory: Path) -> Iterator
     cache = settings.modelcache
     if not cache.page_lock:
         return
-    limit, budget = probes.lock_limit_bytes(), cache.page_budget_bytes
+    limit, budget = machine.lock_limit_bytes(), cache.page_budget_bytes
     if limit is not None and (budget is None or limit < budget):
         wanted = "half of the memory" if budget is None else size(budget)
         yield warn(
@@ -122,9 +122,9 @@ def _pages(settings: Settings, probes: CacheProbes, directory: Path) -> Iterator
         )
 
 
-def _forking(probes: CacheProbes, python: Path, device: str) -> Check:
+def _forking(machine: Machine, python: Path, device: str) -> Check:
     name = "fork server"
-    found = probes.fork_ability(python, device)
+    found = machine.fork_ability(python, device)
     if found.problem:
         return warn(
             name,
@@ -135,11 +135,11 @@ def _forking(probes: CacheProbes, python: Path, device: str) -> Check:
     return ok(name, f"engines can be forked from vLLM once imported: {found.seconds:.1f} s{taken}")
 
 
-def _formats(probes: CacheProbes, python: Path, weights: Sequence[Path]) -> Check:
+def _formats(machine: Machine, python: Path, weights: Sequence[Path]) -> Check:
     name = "load format"
     if not weights:
         return ok(name, "not measured: no model with safetensors is here yet")
-    speeds = probes.speeds(python, weights)
+    speeds = machine.speeds(python, weights)
     if isinstance(speeds, str):
         return warn(name, f"not measured: {speeds}", "`make engine` mends the engine's environment")
     tried = [one for one in speeds if one.warm_bytes_s is not None]

@@ -1,6 +1,6 @@
 """``tidegate doctor``: what this machine has and lacks, what would be used, what to do about it.
 
-``diagnose`` reads settings and asks an injected ``Probes``; it decides only what an answer means.
+``diagnose`` reads settings and asks a ``Machine``; it decides only what an answer means.
 Every check says what was found, also when it is well, and every one that is not says what to do.
 """
 
@@ -13,9 +13,8 @@ from urllib.parse import urlsplit
 from autoscaler.policy.placement import GpuCapacity
 from autoscaler.settings import PoolSettings
 from gateway.doctor.checks import Check, Status, fail, ok, warn
-from gateway.doctor.machine import Machine, Probes
+from gateway.doctor.machine import Machine
 from gateway.doctor.model_checks import diagnose_cache
-from gateway.doctor.model_machine import CacheMachine
 from gateway.settings.schema import Settings
 from gateway.terminal import count
 from loaders.engines.base import engine_of
@@ -40,65 +39,65 @@ def run_doctor(settings: Settings, *, measure: bool = True) -> list[Check]:
     if engine is not None and engine.status is not Status.FAIL:
         install = machine.install(_path(settings.loaders.engine_python))
         device = install.device if install is not None else None
-    return [*checks, *diagnose_cache(settings, CacheMachine(), device=device, measure=measure)]
+    return [*checks, *diagnose_cache(settings, machine, device=device, measure=measure)]
 
 
-def diagnose(settings: Settings, probes: Probes) -> list[Check]:
-    """What the answers of ``probes`` mean for these settings, in the order of a start."""
-    agent = probes.agent(settings.state_dir)
-    if agent is not None and probes.owner(settings.state_dir) is None:
-        return _diagnose_agent(settings, probes, agent)
+def diagnose(settings: Settings, machine: Machine) -> list[Check]:
+    """What the answers of ``machine`` mean for these settings, in the order of a start."""
+    agent = machine.agent(settings.state_dir)
+    if agent is not None and machine.owner(settings.state_dir) is None:
+        return _diagnose_agent(settings, machine, agent)
     processes = [pool for pool in settings.pools if pool.backend == "process"]
     installed = [pool for pool in processes if engine_of(pool.engine).program(settings.loaders)]
-    gpus = probes.gpus()
-    install = probes.install(_path(settings.loaders.engine_python)) if installed else None
+    gpus = machine.gpus()
+    install = machine.install(_path(settings.loaders.engine_python)) if installed else None
     checks = [
-        _python(probes),
-        _system(probes),
-        _cores(settings, probes, processes),
-        _memory(settings, probes, installed, install),
-        _disk(settings, probes),
+        _python(machine),
+        _system(machine),
+        _cores(settings, machine, processes),
+        _memory(settings, machine, installed, install),
+        _disk(settings, machine),
         _gpus(processes, gpus),
-        _data_path(probes),
+        _data_path(machine),
     ]
     if installed:
-        checks += _engine(settings, probes, install, gpus)
+        checks += _engine(settings, machine, install, gpus)
     for pool in settings.pools:
-        checks += _pool(pool, settings, probes, gpus, install)
-    checks += _listeners(settings, probes)
-    checks += [_open_files(settings, probes), _state(settings, probes)]
-    checks += _tls(settings, probes)
+        checks += _pool(pool, settings, machine, gpus, install)
+    checks += _listeners(settings, machine)
+    checks += [_open_files(settings, machine), _state(settings, machine)]
+    checks += _tls(settings, machine)
     return checks
 
 
-def _diagnose_agent(settings: Settings, probes: Probes, pid: int) -> list[Check]:
+def _diagnose_agent(settings: Settings, machine: Machine, pid: int) -> list[Check]:
     """Of a node where a cache agent runs and no gateway; its pools are of no account."""
     holder = f"the cache agent that runs here (pid {pid})"
     text = f"a cache agent runs here (pid {pid}): engine, pools and API port are not looked at"
     gateway = settings.gateway
     return [
-        _python(probes),
-        _system(probes),
+        _python(machine),
+        _system(machine),
         ok("agent", text),
-        _port("admin port", gateway.admin_host, gateway.admin_port, probes, holder),
-        _state(settings, probes),
+        _port("admin port", gateway.admin_host, gateway.admin_port, machine, holder),
+        _state(settings, machine),
     ]
 
 
-def _python(probes: Probes) -> Check:
-    version = probes.python()
+def _python(machine: Machine) -> Check:
+    version = machine.python()
     text = ".".join(map(str, version))
     if OLDEST <= version[:2] <= NEWEST:
         return ok("python", text)
     return fail("python", text, "use Python 3.11, 3.12 or 3.13")
 
 
-def _system(probes: Probes) -> Check:
-    system, release, machine = probes.system()
-    text = f"{system} {release} on {machine}"
+def _system(machine: Machine) -> Check:
+    system, release, processor = machine.system()
+    text = f"{system} {release} on {processor}"
     if system != "Linux":
         return fail("system", text, "Tidegate runs on Linux")
-    if not probes.shares_ports():
+    if not machine.shares_ports():
         return fail(
             "system",
             f"{text}; two sockets cannot share a port",
@@ -107,8 +106,8 @@ def _system(probes: Probes) -> Check:
     return ok("system", text)
 
 
-def _cores(settings: Settings, probes: Probes, processes: Sequence[PoolSettings]) -> Check:
-    cores, quota = probes.cores()
+def _cores(settings: Settings, machine: Machine, processes: Sequence[PoolSettings]) -> Check:
+    cores, quota = machine.cores()
     text = f"{cores} usable"
     if quota is not None and quota < cores:
         text += f", {quota:g} of them paid for by this container's quota"
@@ -137,17 +136,17 @@ def _cores(settings: Settings, probes: Probes, processes: Sequence[PoolSettings]
 
 def _memory(
     settings: Settings,
-    probes: Probes,
+    machine: Machine,
     installed: Sequence[PoolSettings],
     install: EngineInstall | None,
 ) -> Check:
-    total, available = probes.memory_bytes()
+    total, available = machine.memory_bytes()
     text = f"{_gib(total)}, {_gib(available)} available"
     if install is None or install.device != "cpu":
         return ok("memory", text)
     needed = 0
     for pool in installed:
-        model = probes.model(_path(Path(pool.model or "")))
+        model = machine.model(_path(Path(pool.model or "")))
         weights = model.weights_bytes if model else 0
         cache = settings.loaders.cpu_kv_cache_gib * GIB
         needed += pool.max_replicas * (weights + cache + ENGINE_MEMORY_BYTES)
@@ -158,13 +157,13 @@ def _memory(
             text,
             "lower max_replicas or loaders.cpu_kv_cache_gib, or take a smaller model",
         )
-    if needed > available and probes.owner(settings.state_dir) is None:
+    if needed > available and machine.owner(settings.state_dir) is None:
         return warn("memory", text, "end something that takes memory, or expect it to be killed")
     return ok("memory", text)
 
 
-def _disk(settings: Settings, probes: Probes) -> Check:
-    free = probes.disk_free_bytes(settings.state_dir)
+def _disk(settings: Settings, machine: Machine) -> Check:
+    free = machine.disk_free_bytes(settings.state_dir)
     if free is None:
         return warn("disk", "free space is not known", f"look at {settings.state_dir}")
     kept = settings.autoscaler
@@ -196,8 +195,8 @@ def _gpus(processes: Sequence[PoolSettings], gpus: Sequence[GpuCapacity] | None)
     return ok("gpu", text)
 
 
-def _data_path(probes: Probes) -> Check:
-    if probes.is_compiled():
+def _data_path(machine: Machine) -> Check:
+    if machine.is_compiled():
         return ok("data path", "compiled")
     return warn(
         "data path",
@@ -208,7 +207,7 @@ def _data_path(probes: Probes) -> Check:
 
 def _engine(
     settings: Settings,
-    probes: Probes,
+    machine: Machine,
     install: EngineInstall | None,
     gpus: Sequence[GpuCapacity] | None,
 ) -> Iterator[Check]:
@@ -222,14 +221,14 @@ def _engine(
         )
         return
     text = f"{install.distribution} {install.version} beside {python}"
-    if install.device == "cpu" and probes.has_avx2() is False:
+    if install.device == "cpu" and machine.has_avx2() is False:
         yield fail(
             "engine",
             f"{text} needs a processor with AVX2, and this one has none",
             "use `--engine simulated`, or a static pool of engines that run elsewhere",
         )
         return
-    device, problem = probes.engine_device(python)
+    device, problem = machine.engine_device(python)
     if device is None:
         yield fail("engine", f"{text} cannot be imported: {problem}", "`make clean-engine engine`")
     elif install.device == "cuda" and device != "cuda":
@@ -251,13 +250,13 @@ def _engine(
 def _pool(
     pool: PoolSettings,
     settings: Settings,
-    probes: Probes,
+    machine: Machine,
     gpus: Sequence[GpuCapacity] | None,
     install: EngineInstall | None,
 ) -> Iterator[Check]:
     name = f"pool {pool.name}"
     if pool.backend == "static":
-        yield from _static_pool(name, pool, probes)
+        yield from _static_pool(name, pool, machine)
         return
     engine = engine_of(pool.engine)
     if not engine.capabilities.loads_weights:
@@ -267,7 +266,7 @@ def _pool(
     device = "CPU" if install is not None and install.device == "cpu" else "GPU"
     used = f"{pool.min_replicas} to {count(pool.max_replicas, 'replica')} on {device}"
     given = pool.model or ""
-    model = probes.model(_path(Path(given)))
+    model = machine.model(_path(Path(given)))
     if model is None and given.startswith((".", "/", "~")):
         yield fail(name, f"there is no directory {given}", "`make engine` makes the default model")
     elif model is None:
@@ -315,12 +314,12 @@ def _pool_gpus(
         )
 
 
-def _static_pool(name: str, pool: PoolSettings, probes: Probes) -> Iterator[Check]:
+def _static_pool(name: str, pool: PoolSettings, machine: Machine) -> Iterator[Check]:
     closed = []
     for url in pool.static.urls:
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
-        problem = probes.can_connect(parts.hostname or "", port)
+        problem = machine.can_connect(parts.hostname or "", port)
         if problem is not None:
             closed.append(f"{url} ({problem})")
     text = f"{count(len(pool.static.urls), 'externally managed server')}"
@@ -332,19 +331,19 @@ def _static_pool(name: str, pool: PoolSettings, probes: Probes) -> Iterator[Chec
         yield warn(name, found, "start them or correct urls; requests go to the others meanwhile")
 
 
-def _listeners(settings: Settings, probes: Probes) -> Iterator[Check]:
-    owner = probes.owner(settings.state_dir)
+def _listeners(settings: Settings, machine: Machine) -> Iterator[Check]:
+    owner = machine.owner(settings.state_dir)
     holder = None if owner is None else f"the Tidegate that runs here (pid {owner})"
     gateway = settings.gateway
-    yield _port("port", gateway.host, gateway.port, probes, holder)
-    yield _port("admin port", gateway.admin_host, gateway.admin_port, probes, holder)
+    yield _port("port", gateway.host, gateway.port, machine, holder)
+    yield _port("admin port", gateway.admin_host, gateway.admin_port, machine, holder)
 
 
-def _port(name: str, host: str, port: int, probes: Probes, holder: str | None) -> Check:
+def _port(name: str, host: str, port: int, machine: Machine, holder: str | None) -> Check:
     """A listener's port; ``holder`` is who may well have it already."""
     if port == 0:
         return ok(name, "chosen by the system at start")
-    problem = probes.can_listen(host, port)
+    problem = machine.can_listen(host, port)
     if problem is None:
         return ok(name, f"{host}:{port} is free")
     if holder is not None:
@@ -353,8 +352,8 @@ def _port(name: str, host: str, port: int, probes: Probes, holder: str | None) -
     return fail(name, f"{host}:{port}: {problem}", f"free it, or choose another with {flag}")
 
 
-def _open_files(settings: Settings, probes: Probes) -> Check:
-    soft, hard = probes.open_files()
+def _open_files(settings: Settings, machine: Machine) -> Check:
+    soft, hard = machine.open_files()
     connections = settings.gateway.max_connections
     needed = 2 * connections + FILES_BESIDE_CONNECTIONS
     text = f"{soft} may be open, {needed} are wanted for {connections} connections"
@@ -366,8 +365,8 @@ def _open_files(settings: Settings, probes: Probes) -> Check:
     return warn("open files", text, f"{how}, or lower gateway.max_connections")
 
 
-def _state(settings: Settings, probes: Probes) -> Check:
-    problem = probes.can_write(settings.state_dir)
+def _state(settings: Settings, machine: Machine) -> Check:
+    problem = machine.can_write(settings.state_dir)
     if problem is None:
         return ok("state", f"{settings.state_dir} can be written")
     return fail(
@@ -375,11 +374,11 @@ def _state(settings: Settings, probes: Probes) -> Check:
     )
 
 
-def _tls(settings: Settings, probes: Probes) -> Iterator[Check]:
+def _tls(settings: Settings, machine: Machine) -> Iterator[Check]:
     for path in (settings.gateway.tls_certificate, settings.gateway.tls_key):
         if path is None:
             continue
-        problem = probes.can_read(path)
+        problem = machine.can_read(path)
         if problem is None:
             yield ok("tls", f"{path} can be read")
         else:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tidegate_process import MARK, marked
 
-from gateway.doctor.model_machine import CacheMachine
+from gateway.doctor.machine import Machine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
@@ -57,7 +57,7 @@ def test_it_says_what_forking_and_reading_take_here(
 
 
 def test_formats_that_are_not_installed_are_said_so(engine_python: Path, model_dir: Path) -> None:
-    speeds = CacheMachine().speeds(engine_python, sorted(model_dir.glob("*.safetensors")))
+    speeds = Machine().speeds(engine_python, sorted(model_dir.glob("*.safetensors")))
     assert not isinstance(speeds, str), speeds
     by_name = {one.format: one for one in speeds}
     for name in ("tidegate", "safetensors"):

@@ -13,8 +13,8 @@ import pytest
 
 from gateway.admin.schema import CacheListing, CacheTraffic, CacheUsage
 from gateway.doctor.checks import Check, Status
+from gateway.doctor.machine import ForkAbility, FormatSpeed, Machine, parse_speeds
 from gateway.doctor.model_checks import diagnose_cache, find_weights
-from gateway.doctor.model_machine import CacheMachine, ForkAbility, FormatSpeed, parse_speeds
 from gateway.settings.schema import Settings
 from modelcache.types import ModelEntry, Tier
 
@@ -249,14 +249,14 @@ def test_a_secret_of_the_cluster_that_is_missing_is_to_be_set(
             "modelcache": {"peer_port": 0, "peer_token_env": "MY_SECRET"},
         }
     )
-    check = next(iter(diagnose_cache(given, CacheMachine(), device=None, measure=False)))
+    check = next(iter(diagnose_cache(given, Machine(), device=None, measure=False)))
     assert (check.name, check.status) == ("model cache", Status.WARN)
     assert "MY_SECRET" in check.finding
     assert (check.advice or "").startswith("set the environment variable MY_SECRET")
 
 
 def test_this_machine_answers(tmp_path: Path) -> None:
-    machine = CacheMachine()
+    machine = Machine()
     given = Settings.model_validate({"state_dir": str(tmp_path / "not" / "there")})
     assert machine.listing(given) is None
     assert machine.can_write(tmp_path) is None
@@ -269,13 +269,13 @@ def test_this_machine_answers(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_is_not_there_is_said(tmp_path: Path) -> None:
-    machine, python = CacheMachine(), tmp_path / "python"
+    machine, python = Machine(), tmp_path / "python"
     assert machine.fork_ability(python, "cpu").problem == "No such file or directory"
     assert machine.speeds(python, [tmp_path / "x"]) == "No such file or directory"
 
 
 def test_an_engine_without_vllm_is_said(tmp_path: Path) -> None:
-    machine, python = CacheMachine(), Path(sys.executable)
+    machine, python = Machine(), Path(sys.executable)
     assert "vllm" in machine.fork_ability(python, "cpu").problem
     assert "vllm" in str(machine.speeds(python, [tmp_path / "x"]))
 
