@@ -76,7 +76,7 @@ def error_of(problem: Exception) -> schema.AdminError | None:
 class Models:
     """The verbs over one cache. Safe to use from several threads, as the cache is.
 
-    What is prewarmed is kept in the page cache by ``keeper``, until it is evicted or unpinned.
+    What is prewarmed is kept in the page cache by ``page_holder``, until it is evicted or unpinned.
     """
 
     cache: ModelCache
@@ -86,7 +86,7 @@ class Models:
     ]
     """Has other sites preload a model: URL, revision, site names; returns an outcome by site."""
     sites: tuple[str, ...] = ()
-    keeper: PageKeeper | None = None
+    page_holder: PageKeeper | None = None
     traffic: Callable[[], Mapping[str, Any]] = dict
     """What this process has read from stores and from peers, and given to them."""
     transform: Transform | None = None
@@ -249,17 +249,17 @@ class Models:
 
     def _keep_pages(self, url: str, files: Sequence[FileRange]) -> str:
         """Have the pages kept; why they are not, empty where they are."""
-        if self.keeper is None:
+        if self.page_holder is None:
             return "no Tidegate or agent runs here that would keep them"
         try:
-            self.keeper.keep(_HELD + url, files)
+            self.page_holder.keep(_HELD + url, files)
         except CacheError as error:
             return str(error)
         return ""
 
     def _drop_pages(self, url: str) -> None:
-        if self.keeper is not None:
-            self.keeper.drop(_HELD + url)
+        if self.page_holder is not None:
+            self.page_holder.drop(_HELD + url)
 
     def _verify(
         self,

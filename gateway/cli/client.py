@@ -121,9 +121,7 @@ def _refusal(text: str | bytes, otherwise: str) -> Exception:
 
 
 def _no_answer(base: str) -> str:
-    return (
-        f"{base} is no Tidegate admin listener of this version: its answer does not have the shape"
-    )
+    return f"{base} is no Tidegate admin listener of this version: its answer has another shape"
 
 
 # ── tidegate model ────────────────────────────────────────────────────────────────────────────────

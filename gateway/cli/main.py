@@ -1,7 +1,8 @@
 """The ``tidegate`` command: runs a verb, and makes a line and an exit code of what ends it.
 
-Exit codes: 0 done; 1 Tidegate (or ``doctor``) says no; 2 wrong usage, wrong settings, or nobody to
-ask; 70 a fault of Tidegate's own; 130 interrupted. Errors are one line each, on standard error.
+Exit codes: 0 done; 1 refused, or ``doctor`` found a failure; 2 wrong usage, wrong settings, or no
+Tidegate to ask; 70 a fault of Tidegate's own; 130 interrupted. Errors are one line each, on
+standard error.
 
 Nothing is imported at the top that takes time: Ctrl-C must be no traceback from the first moment.
 """

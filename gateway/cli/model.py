@@ -26,8 +26,8 @@ ModelName = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A URL (hf://, s3://, gs://, oss://, https://, file://), org/name of a hub, a "
-        "directory, the name of a pool of whoever is asked, or prepared://KEY for what steps have "
-        "made.",
+        "directory, the name of a pool that is served, or prepared://KEY for a result of "
+        "preparation steps.",
     ),
 ]
 Revision = Annotated[
@@ -243,7 +243,7 @@ def model_verify(
 ) -> int:
     """Read every byte of a model again and compare it with its digests.
 
-    Exit code 1 when something is damaged and was not mended.
+    Exit code 1 when something is damaged and was not repaired.
 
     **Examples:** `tidegate model verify Qwen/Qwen3-8B`,
     `tidegate model verify Qwen/Qwen3-8B --repair --json`

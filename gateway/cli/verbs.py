@@ -322,7 +322,7 @@ def doctor(
     config: Config = None,
     sets: Sets = None,
 ) -> int:
-    """Look at this machine and these settings: what is there, what lacks, what to do about it.
+    """Look at this machine and these settings: what is there, what is missing, what to do about it.
 
     Changes nothing, and nothing it starts stays. Measuring takes up to a minute, and for a moment
     the room of one file of weights in the temporary directory. Exit code 1 when something would

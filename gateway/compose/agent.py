@@ -27,7 +27,7 @@ from gateway.admin.openapi import METRICS_TYPE
 from gateway.admin.schema import AdminError
 from gateway.admin.server import listen, make_url, serve_admin, url
 from gateway.admin.usage_poller import UsageLook
-from gateway.compose.cache import NodeCache, make_keeper, make_models, open_cache
+from gateway.compose.cache import NodeCache, make_models, make_page_holder, open_cache
 from gateway.compose.process import check_writable, set_up_logging, take_signals
 from gateway.compose.run_record import (
     AGENT_NAME,
@@ -65,8 +65,8 @@ def run(loaded: LoadedSettings) -> int:
 async def _run(settings: Settings, node: NodeCache) -> int:
     stop, hurry = asyncio.Event(), asyncio.Event()
     take_signals(stop, hurry)
-    keeper = make_keeper(settings)
-    models = make_models(node, settings, os.environ, keeper)
+    page_holder = make_page_holder(settings)
+    models = make_models(node, settings, os.environ, page_holder)
     given = settings.gateway
     listener = listen(given.admin_host, given.admin_port)
     state_dir, admin_url = Path(settings.state_dir), url(listener)
@@ -98,8 +98,8 @@ async def _run(settings: Settings, node: NodeCache) -> int:
     finally:
         listener.close()
         remove_record(state_dir, os.getpid(), AGENT_NAME)
-        if keeper is not None:
-            await asyncio.to_thread(keeper.close)
+        if page_holder is not None:
+            await asyncio.to_thread(page_holder.close)
         await asyncio.to_thread(node.close)
     return 0
 

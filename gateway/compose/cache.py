@@ -1,4 +1,4 @@
-"""Puts this node's model cache together from the settings, for whoever works with it."""
+"""Puts this node's model cache together from the settings."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def open_cache(settings: Settings, environ: Mapping[str, str]) -> NodeCache:
     return NodeCache(cache=cache, transfer=transfer, peers=peers)
 
 
-def make_keeper(settings: Settings) -> PageKeeper | None:
-    """Who keeps pages in this process; ``None`` where the settings want none kept. Nothing is
-    started before something is to be kept."""
+def make_page_holder(settings: Settings) -> PageKeeper | None:
+    """What keeps pages cached for this process; ``None`` where the settings say so. It starts
+    nothing before there are pages to keep."""
     from modelcache.pagecache import memory
     from modelcache.pagecache.holder import PageKeeper
 
@@ -83,9 +83,9 @@ def make_models(
     node: NodeCache,
     settings: Settings,
     environ: Mapping[str, str],
-    keeper: PageKeeper | None = None,
+    page_holder: PageKeeper | None = None,
 ) -> Models:
-    """The verbs over a node's cache; what is prewarmed is kept by ``keeper``."""
+    """The verbs over a node's cache; what is prewarmed is kept by ``page_holder``."""
     from gateway.compose.preparation import make_transform
     from modelcache.peers.replicate import make_replicator
     from modelcache.serving import describe
@@ -95,7 +95,7 @@ def make_models(
         prewarm=prewarm_behind,
         replicate=make_replicator(settings.modelcache, environ),
         sites=tuple(settings.modelcache.sites),
-        keeper=keeper,
+        page_holder=page_holder,
         traffic=lambda: describe(node.peers, node.transfer),
         transform=make_transform(settings, node.cache, environ)
         if settings.modelcache.steps
@@ -112,7 +112,7 @@ def open_models(settings: Settings, environ: Mapping[str, str]) -> Models:
 def prewarm_behind(
     files: Sequence[FileRange], on_progress: OnProgress, cancelled: IsCancelled
 ) -> Any:
-    """Read files into the page cache, behind whoever else reads from the same disk."""
+    """Read files into the page cache, behind other readers of the same disk."""
     from modelcache.pagecache import residency
     from modelcache.pagecache.io_pressure import ForegroundReads
 

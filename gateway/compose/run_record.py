@@ -102,7 +102,7 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True  # it is there, and somebody else's
+        return True  # it is there, another user's
     except OverflowError:
         return False
     return True

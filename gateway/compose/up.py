@@ -29,7 +29,7 @@ from autoscaler.settings import PoolSettings
 from gateway.admin.app import create_app
 from gateway.admin.control import LiveControl
 from gateway.admin.server import listen, make_url, serve_admin, url
-from gateway.compose.cache import make_keeper, make_models, open_cache
+from gateway.compose.cache import make_models, make_page_holder, open_cache
 from gateway.compose.engines import (
     describe_forks,
     engine_command,
@@ -99,8 +99,8 @@ class _Tidegate:
         serving = start_serving(settings.modelcache, self.node.peers, self.node.cache)
         if serving is not None:
             self.stack.callback(serving.close)
-        keeper = make_keeper(settings)
-        self.models = make_models(self.node, settings, os.environ, keeper)
+        page_holder = make_page_holder(settings)
+        self.models = make_models(self.node, settings, os.environ, page_holder)
         self.compiled = make_compile_cache(settings)
         process = self._process_backend()
         self.loop = ControlLoop(
@@ -110,7 +110,7 @@ class _Tidegate:
             digest=lambda pool: start_digest(pool, settings.loaders),
             observe=self.book.observe,
             publish=self._publish,
-            preparer=make_preparer(settings, process, self.node, keeper, self.compiled),
+            preparer=make_preparer(settings, process, self.node, page_holder, self.compiled),
             wake_times=make_wake_times(settings),
         )
         self.workers = Workers(
@@ -269,7 +269,7 @@ async def _first(stopping: asyncio.Task[bool], *tasks: asyncio.Task[None]) -> No
 async def _stop(
     tidegate: _Tidegate, looping: asyncio.Task[None] | None, hurry: asyncio.Event
 ) -> None:
-    """Drain the workers, then end the engines; at once when somebody is in a hurry."""
+    """Drain the workers, then end the engines; at once when ``hurry`` is set."""
     hurried = asyncio.create_task(hurry.wait())
     draining = asyncio.create_task(tidegate.workers.drain())
     await asyncio.wait({hurried, draining}, return_when=asyncio.FIRST_COMPLETED)
@@ -277,7 +277,7 @@ async def _stop(
         draining.cancel()
         await asyncio.gather(draining, return_exceptions=True)
         tidegate.workers.kill()
-    # Nobody sends requests any more, so there is nothing left for the engines to finish.
+    # No worker sends requests any more, so there is nothing left for the engines to finish.
     await tidegate.loop.close(drain_s=_FORCED_DRAIN_S)
     if looping is not None:
         await asyncio.gather(looping, return_exceptions=True)

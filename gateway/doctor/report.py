@@ -1,4 +1,4 @@
-"""``tidegate doctor``: what this machine has and lacks, what would be used, what to do about it.
+"""``tidegate doctor``: what this machine has, what is missing, what to do about it.
 
 ``diagnose`` reads settings and asks a ``Machine``; it decides only what an answer means.
 Every check says what was found, also when it is well, and every one that is not says what to do.

@@ -106,7 +106,7 @@ def _engine_flags(loaded: LoadedSettings, engine: str) -> list[Flag]:
 
 
 def built_in_pool(engine: str | None) -> dict[str, Any]:
-    """The pool of a Tidegate that was told of none."""
+    """The pool of a Tidegate without configured pools."""
     if engine is not None and not engine_of(engine).capabilities.loads_weights:
         return {"name": engine, "engine": engine, "model": engine}
     return {
@@ -126,7 +126,7 @@ def model_pool(model: str, engine: str) -> dict[str, Any]:
         model = os.path.abspath(here)
     known_as = _known_as(model)
     name = "-".join(Path(known_as).name.split()) or known_as
-    # A name on a hub is what its users will write; a path is nobody's name for it.
+    # A name on a hub is what its users will write; no client writes a path.
     is_name = not known_as.startswith((".", "/", "~")) and not any(map(str.isspace, known_as))
     aliases = [known_as] if is_name and "://" not in known_as and known_as != name else []
     return {"name": name, "aliases": aliases, "engine": engine, "model": model}
@@ -152,7 +152,7 @@ def find_missing(loaded: LoadedSettings, *, given_only: bool = False) -> list[Pr
     """What the settings name and is not there, or not what it should be.
 
     A pool without its engine or model would look well at zero, and fail its first request a minute
-    later. With ``given_only`` the built-in pool, which nobody asked for, is left out.
+    later. With ``given_only`` the built-in pool is left out.
     """
     found = list(_find_tls(loaded))
     settings = loaded.settings
@@ -202,7 +202,7 @@ def _find_tls(loaded: LoadedSettings) -> Iterator[Problem]:
     if gateway.tls_certificate is None or gateway.tls_key is None or not whole:
         return
     try:
-        # With an empty password: nobody could be asked for one where a worker loads them.
+        # With an empty password: a worker cannot ask for one.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(gateway.tls_certificate, gateway.tls_key, password="")
     except (OSError, ValueError) as error:

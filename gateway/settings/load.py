@@ -289,7 +289,9 @@ def _read_file(draft: _Draft, path: Path) -> None:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
-            raise ValueError(f"is larger than {MAX_FILE_BYTES} bytes, so it is no settings file")
+            raise ValueError(
+                f"is larger than {MAX_FILE_BYTES} bytes, so it is an unknown settings file"
+            )
         text = data.decode("utf-8")
         tree = tomllib.loads(text)
     except OSError as error:

@@ -29,7 +29,7 @@ def run(models: Models, verb: str, body: dict[str, Any]) -> Any:
     return models.run(verb, request.model_validate(body))
 
 
-class FakeKeeper:
+class FakeHolder:
     """Keeps what it is given, unless it is full."""
 
     def __init__(self, full: bool = False) -> None:
@@ -75,7 +75,7 @@ def test_prewarm_pages_what_engines_open(tmp_path: Path) -> None:
     made.mkdir()
     (made / "model.safetensors").write_bytes(b"made")
     paged: list[FileRange] = []
-    keeper = FakeKeeper()
+    holder = FakeHolder()
 
     def page(files: list[FileRange], *_: object) -> FakePages:
         paged.extend(files)
@@ -87,15 +87,15 @@ def test_prewarm_pages_what_engines_open(tmp_path: Path) -> None:
         fake_models(FakeCache(tmp_path)),
         transform=lambda *_: nullcontext(at(made)),
         prewarm=page,
-        keeper=keeper,
+        page_holder=holder,
     )
     told = run(models, "prewarm", {"model": URL})
     assert [Path(one.path) for one in paged] == [made / "model.safetensors"]
     assert told.prepared == str(made)
     assert told.path != told.prepared
-    assert keeper.kept == {f"asked for: {URL}": 1}
+    assert holder.kept == {f"asked for: {URL}": 1}
     run(models, "evict", {"model": URL, "prepared": True})
-    assert keeper.kept == {}  # or its bytes would not be free
+    assert holder.kept == {}  # or its bytes would not be free
 
 
 def test_a_model_without_steps_is_what_was_fetched(tmp_path: Path) -> None:
@@ -107,16 +107,16 @@ def test_a_model_without_steps_is_what_was_fetched(tmp_path: Path) -> None:
 
 
 def test_prewarmed_pages_are_kept_until_the_model_is_let_go(tmp_path: Path) -> None:
-    keeper = FakeKeeper()
-    models = replace(fake_models(FakeCache(tmp_path)), keeper=keeper)
+    holder = FakeHolder()
+    models = replace(fake_models(FakeCache(tmp_path)), page_holder=holder)
     assert run(models, "prewarm", {"model": URL}).not_kept == ""
-    assert list(keeper.kept.values()) == [1]
+    assert list(holder.kept.values()) == [1]
     run(models, "evict", {"model": URL})
-    assert keeper.kept == {}
+    assert holder.kept == {}
 
 
 def test_why_pages_are_not_kept_is_told(tmp_path: Path) -> None:
-    full = replace(fake_models(FakeCache(tmp_path)), keeper=FakeKeeper(full=True))
+    full = replace(fake_models(FakeCache(tmp_path)), page_holder=FakeHolder(full=True))
     assert "page_budget_bytes" in run(full, "prewarm", {"model": URL}).not_kept
     alone = fake_models(FakeCache(tmp_path))
     assert "runs here" in run(alone, "prewarm", {"model": URL}).not_kept
