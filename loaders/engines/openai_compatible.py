@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 
@@ -17,11 +19,16 @@ from loaders.engines.base import (
     LoadMetrics,
     Placement,
     ServedModel,
+    later_phase,
 )
 from loaders.engines.client import NO_SUCH_CALL, EngineClient, EngineUnsupported, describe
 from loaders.settings import LoaderSettings
 
 MODELS_PATH = "/v1/models"
+
+MAX_SIGN_CHARACTERS = 300
+"""Length of a log message that shows a phase; vLLM's dumps of its configuration, which have all the
+words in them, are longer."""
 
 
 class OpenAICompatibleEngine:
@@ -32,6 +39,8 @@ class OpenAICompatibleEngine:
     notice = ""
     capabilities = Capabilities()
     load_metrics = LoadMetrics()
+    phase_signs: ClassVar[Sequence[tuple[str, re.Pattern[str]]]] = ()
+    """What is found in log messages, by the start phase it shows to have begun."""
 
     def check(self, args: Sequence[str]) -> Iterator[str]:
         """See ``Engine``."""
@@ -56,6 +65,11 @@ class OpenAICompatibleEngine:
 
     def start_phase(self, messages: Iterable[str], known: str) -> str:
         """See ``Engine``."""
+        for message in messages:
+            if len(message) <= MAX_SIGN_CHARACTERS:
+                for phase, sign in self.phase_signs:
+                    if sign.search(message):
+                        known = later_phase(known, phase)
         return known
 
     async def health(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from loaders.engines.base import (
@@ -14,7 +14,6 @@ from loaders.engines.base import (
     EngineCommand,
     EngineOptions,
     Placement,
-    later_phase,
 )
 from loaders.engines.client import EngineClient
 from loaders.engines.openai_compatible import OpenAICompatibleEngine
@@ -23,7 +22,6 @@ from loaders.engines.vllm.engine import LOAD_METRICS
 from loaders.settings import LoaderSettings
 
 ROOT = str(Path(__file__).resolve().parents[3])
-PHASE_SIGN = re.compile(rf"start-up: ({'|'.join(START_PHASES)}) ")
 
 
 class SimulatedEngine(OpenAICompatibleEngine):
@@ -33,6 +31,7 @@ class SimulatedEngine(OpenAICompatibleEngine):
     notice = "a simulation: made-up text"
     capabilities = Capabilities(sleep_levels=frozenset({1, 2}))
     load_metrics = LOAD_METRICS
+    phase_signs = tuple((phase, re.compile(f"start-up: {phase} ")) for phase in START_PHASES)
 
     def check(self, args: Sequence[str]) -> Iterator[str]:
         """See ``Engine``."""
@@ -58,14 +57,6 @@ class SimulatedEngine(OpenAICompatibleEngine):
             ),
             env={"PYTHONSAFEPATH": "1", "PYTHONPATH": path},
         )
-
-    def start_phase(self, messages: Iterable[str], known: str) -> str:
-        """See ``Engine``."""
-        phase = known
-        for message in messages:
-            if found := PHASE_SIGN.search(message):
-                phase = later_phase(phase, found[1])
-        return phase
 
     async def sleep(self, client: EngineClient, url: str, level: int, *, timeout_s: float) -> None:
         """See ``Engine``."""

@@ -324,7 +324,7 @@ def unpack(source: Path, root: Path, *, max_bytes: int) -> int:
         try:
             partial.rename(root)
         except OSError:
-            if not root.exists():  # else somebody was quicker, which is as good
+            if not root.exists():  # else another start was quicker, which is as good
                 raise
     except tarfile.TarError as error:
         raise BadBundle(f"{source} is no whole bundle: {error}") from error

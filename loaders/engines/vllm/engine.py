@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from loaders.engines.base import (
@@ -12,7 +12,6 @@ from loaders.engines.base import (
     EngineOptions,
     LoadMetrics,
     Placement,
-    later_phase,
 )
 from loaders.engines.client import EngineClient
 from loaders.engines.openai_compatible import OpenAICompatibleEngine
@@ -37,10 +36,6 @@ PHASE_SIGNS = (
         r"Loading weights took|Available routes|^Route:", re.IGNORECASE)),
 )  # fmt: skip
 """Log messages, by the start phase they show to have begun."""
-
-MAX_SIGN_CHARACTERS = 300
-"""Length of a message that shows a phase; vLLM's dumps of its configuration, which have all the
-words in them, are longer."""
 
 WAKE_AND_RELOAD: tuple[tuple[str, Mapping[str, object] | None], ...] = (
     ("/wake_up?tags=weights", None),
@@ -83,6 +78,7 @@ class VllmEngine(OpenAICompatibleEngine):
         prefill_decode=True,
     )
     load_metrics = LOAD_METRICS
+    phase_signs = PHASE_SIGNS
 
     def check(self, args: Sequence[str]) -> Iterator[str]:
         """See ``Engine``."""
@@ -109,16 +105,6 @@ class VllmEngine(OpenAICompatibleEngine):
     ) -> EngineCommand:
         """See ``Engine``."""
         return vllm_command(options, placement, settings)
-
-    def start_phase(self, messages: Iterable[str], known: str) -> str:
-        """See ``Engine``."""
-        phase = known
-        for message in messages:
-            if len(message) <= MAX_SIGN_CHARACTERS:
-                for word, sign in PHASE_SIGNS:
-                    if sign.search(message):
-                        phase = later_phase(phase, word)
-        return phase
 
     async def sleep(self, client: EngineClient, url: str, level: int, *, timeout_s: float) -> None:
         """See ``Engine``. Needs ``--enable-sleep-mode``."""
