@@ -175,6 +175,11 @@ class AutoscalerSettings(BaseModel):
     terminate_s: float = Field(default=10.0, ge=0.1, le=600.0)
     """Seconds between SIGTERM and SIGKILL of an engine's whole process group."""
 
+    keep_engines_s: float = Field(default=60.0, ge=0.0, le=86_400.0)
+    """Seconds an engine goes on after its control process has died. A ``tidegate up`` with the same
+    ``state_dir`` that comes in time takes over the engines that are healthy and that it would start
+    in the same way; else they end. 0: engines end with their control process."""
+
     call_timeout_s: float = Field(default=60.0, ge=0.1, le=3_600.0)
     """Seconds one call to a backend may take (start, sleep, wake) before it counts as failed. A
     wake from host memory takes about 3 s for 64 GiB."""

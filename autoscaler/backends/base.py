@@ -7,7 +7,7 @@ sleep) is asked of ``loaders.engines``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -37,11 +37,13 @@ class StateInUse(BackendError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSpec:
-    """One replica to be started. ``url`` is set where the engine runs already (``static``)."""
+    """One replica to be started. ``url`` is set where the engine runs already (``static``).
+    ``digest`` is that of what the pool's replicas are started with."""
 
     id: str
     pool: PoolSettings
     url: str | None = None
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +68,11 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Leftover:
-    """A replica of an earlier Tidegate whose processes were found and ended."""
+class AdoptedReplica:
+    """A living, healthy replica of an earlier control process, which is ours now."""
 
-    replica_id: str
-    pids: tuple[int, ...]
+    spec: ReplicaSpec
+    probe: Probe
 
 
 @runtime_checkable
@@ -102,15 +104,18 @@ class Backend(Protocol):
         """
         ...
 
-    async def adopt(self) -> list[Leftover]:
-        """Before the first start: end what an earlier Tidegate left, and say what that was.
+    async def adopt(self, wanted: Sequence[ReplicaSpec]) -> list[AdoptedReplica]:
+        """Before the first start: take over the replicas of an earlier control process, and begin
+        to end those that are not healthy, or not what would be started now. ``wanted`` has one
+        replica of each pool, as it would be started; its id does not matter.
 
-        Raises ``StateInUse`` when that Tidegate is alive.
+        Raises ``StateInUse`` when that control process is alive.
         """
         ...
 
-    async def close(self) -> None:
-        """End everything it started and give back what it holds. It is not used afterwards."""
+    async def close(self, *, keep: bool = False) -> None:
+        """End everything it started and give back what it holds; with ``keep`` replicas go on, for
+        a later control process to adopt. It is not used afterwards."""
         ...
 
 

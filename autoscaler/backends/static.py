@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autoscaler.backends.base import BackendError, Leftover, Probe, ReplicaSpec
+from autoscaler.backends.base import AdoptedReplica, BackendError, Probe, ReplicaSpec
 from autoscaler.settings import AutoscalerSettings
 from loaders.engines.base import ServedModel, choose_model, engine_of
 from loaders.engines.client import EngineClient
@@ -83,11 +83,11 @@ class StaticBackend:
         """Stop watching a server. The server itself is left alone."""
         self._servers.pop(replica_id, None)
 
-    async def adopt(self) -> list[Leftover]:
-        """Nothing: it never left anything."""
+    async def adopt(self, wanted: Sequence[ReplicaSpec]) -> list[AdoptedReplica]:
+        """Nothing: its servers are found by their addresses."""
         return []
 
-    async def close(self) -> None:
+    async def close(self, *, keep: bool = False) -> None:
         """Stop watching all servers."""
         self._servers.clear()
         await self._client.close()

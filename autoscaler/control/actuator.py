@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from autoscaler.backends.base import BackendError, NoRoom, Probe, Unsupported
+from autoscaler.backends.base import AdoptedReplica, BackendError, NoRoom, Probe, Unsupported
 from autoscaler.control.replicas import PoolRecord, ReplicaRecord
 from autoscaler.policy.lifecycle import PROBED_STATES, Action, Event, Refused, State, step
 from autoscaler.settings import AutoscalerSettings
@@ -184,6 +184,30 @@ class Actuator:
         else:
             record.preparation, record.prepared = None, prepared
             self.apply(pool, record, Event.PREPARED)
+
+    async def is_asleep(self, found: AdoptedReplica) -> bool:
+        """Whether a replica that runs already sleeps."""
+        engine = engine_of(found.spec.pool.engine)
+        return await engine.is_sleeping(self._engine_client, found.probe.url or "") is True
+
+    def adopt(self, pool: PoolRecord, record: ReplicaRecord) -> None:
+        """Watch a replica that runs already, and hold its model for it."""
+        LOG.info("%s: taken over, %s", record.id, record.state)
+        self.spawn(self._watch(pool, record), f"{record.id}-watch")
+        self.spawn(self._hold_model(pool, record), f"{record.id}-model")
+        self._on_change()
+
+    async def _hold_model(self, pool: PoolRecord, record: ReplicaRecord) -> None:
+        """Prepare the model of a replica that runs already: it is leased again. If a start would
+        take another revision now, the replica is replaced."""
+        runs_from = (record.prepared or record.spec).pool.model
+        prepared = await pool.preparer.prepare(record.spec, lambda progress: None)
+        if record.ended:
+            await self._release(pool, record)
+        elif prepared.pool.model != runs_from:
+            LOG.info("%s: its model is at %s now; it is replaced", record.id, prepared.pool.model)
+            record.digest = ""
+            self._on_change()
 
     async def _release(self, pool: PoolRecord, record: ReplicaRecord) -> None:
         record.prepared = record.progress = None

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from autoscaler.backends.base import Backend, Leftover, Unsupported
+from autoscaler.backends.base import Backend, ReplicaSpec, Unsupported
 from autoscaler.control.actuator import Actuator, ErrorCounts
 from autoscaler.control.decision_log import DecisionHistory
 from autoscaler.control.replicas import ASLEEP, PoolRecord, publish_pool, report_pool
@@ -189,17 +189,23 @@ class ControlLoop:
 
     # -- running ---------------------------------------------------------------------------
 
-    async def open(self) -> list[Leftover]:
-        """End what an earlier Tidegate left, and publish the pools. Raises ``StateInUse`` when it
-        is alive; without this having succeeded nothing is started."""
-        leftovers: list[Leftover] = []
-        if not self._opened:
-            for backend in self._backends.values():
-                leftovers += await backend.adopt()
-            self._opened = True
-            self._register_static()
-            self._publish_changes()
-        return leftovers
+    async def open(self) -> None:
+        """Take over what an earlier control process left, and publish the pools. Raises
+        ``StateInUse`` when that is alive; without this having succeeded nothing is started."""
+        if self._opened:
+            return
+        for backend in self._backends.values():
+            pools = [one for one in self._pools.values() if one.backend is backend]
+            wanted = [ReplicaSpec(id=one.slug, pool=one.pool, digest=one.digest) for one in pools]
+            found = await backend.adopt(wanted)
+            asleep = await asyncio.gather(*map(self._actuator.is_asleep, found))
+            for replica, sleeps in zip(found, asleep, strict=True):
+                pool = self._pools[replica.spec.pool.name]
+                record = pool.adopt_replica(replica, self._clock(), asleep=sleeps)
+                self._actuator.adopt(pool, record)
+        self._opened = True
+        self._register_static()
+        self._publish_changes()
 
     async def run(self) -> None:
         """Tick until ``close``. Raises ``RuntimeError`` when it runs already: there is one

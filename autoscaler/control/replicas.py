@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from autoscaler.backends.base import Backend, BackendError, Probe, ReplicaSpec
+from autoscaler.backends.base import AdoptedReplica, Backend, BackendError, Probe, ReplicaSpec
 from autoscaler.control import start_steps
-from autoscaler.policy.decide import DecideState
+from autoscaler.policy.decide import DecideState, remember_recommendation
 from autoscaler.policy.lifecycle import ENDED_STATES, PUBLIC, State
 from autoscaler.policy.plan import LOADING, SERVING, ReplicaStatus
 from autoscaler.settings import AutoscalerSettings, PoolSettings, first, make_policy
@@ -171,7 +172,7 @@ class PoolRecord:
         not_before_s = now_s if self.retry_at_s is None else max(now_s, self.retry_at_s)
         record = ReplicaRecord(
             id=name,
-            spec=ReplicaSpec(id=name, pool=self.pool, url=url),
+            spec=ReplicaSpec(id=name, pool=self.pool, url=url, digest=self.digest),
             backend=self.backend,
             preparer=self.preparer,
             digest=self.digest,
@@ -179,6 +180,32 @@ class PoolRecord:
             not_before_s=not_before_s,
         )
         self.replicas[name] = record
+        return record
+
+    def adopt_replica(self, found: AdoptedReplica, now_s: float, *, asleep: bool) -> ReplicaRecord:
+        """A replica that an earlier control process started, as it is, under the id it has."""
+        number = re.search(r"\d+$", found.spec.id)
+        self._numbers = max(self._numbers, 0 if number is None else int(number[0]))
+        record = ReplicaRecord(
+            id=found.spec.id,
+            spec=replace(found.spec, pool=self.pool),
+            backend=self.backend,
+            preparer=self.preparer,
+            digest=self.digest,
+            since_s=now_s,
+            not_before_s=now_s,
+            state=State.SLEEPING if asleep else State.READY,
+            sleep_level=2,  # how deep it sleeps is not known, and waking from 2 serves for both
+            probe=found.probe,
+            ready_at_s=None if asleep else now_s,
+            launched=True,
+            prepared=found.spec,
+        )
+        self.replicas[record.id] = record
+        # Until the scale-down delay has passed, what the earlier one found necessary counts.
+        count = self.count(State.READY)
+        self.ready_at_s = now_s if count else None
+        self.decide_state = remember_recommendation(self.policy, self.decide_state, count, now_s)
         return record
 
     def count(self, *states: State) -> int:

@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from autoscaler.backends.base import ReplicaSpec
 from autoscaler.backends.process.backend import ProcessBackend
-from autoscaler.backends.process.fork_server import ForkPlan
+from autoscaler.backends.process.fork_server import ForkPlan, identity
 from autoscaler.backends.process.gpus import list_gpus
 from autoscaler.backends.process.replica import make_env
 from autoscaler.policy.placement import GpuCapacity
@@ -141,5 +142,6 @@ def start_digest(pool: PoolSettings, loaders: LoaderSettings) -> str:
         placement = Placement(host="127.0.0.1", port=0, gpus=gpus)
         command = engine_command(spec, placement, loaders, gpus=lambda: None)
         seen += [list(command.argv), sorted(command.env.items()), sorted(pool.env.items())]
-        seen += [pool.engine, pool.process.model_dump(mode="json")]
+        packages = identity(Path(command.argv[0]))
+        seen += [pool.engine, packages, pool.process.model_dump(mode="json")]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()

@@ -208,10 +208,7 @@ async def _run(settings: Settings) -> int:
 async def _live(tidegate: _Tidegate) -> int:
     stop, hurry = asyncio.Event(), asyncio.Event()
     take_signals(stop, hurry)
-    for leftover in await tidegate.loop.open():
-        if leftover.pids:  # most often the kernel has ended them all already
-            pids = ", ".join(map(str, leftover.pids))
-            log.warning("ended what an earlier run left: %s (pids %s)", leftover.replica_id, pids)
+    await tidegate.loop.open()
     state_dir = Path(tidegate.settings.state_dir)
     admin_stop = asyncio.Event()
     app = create_app(

@@ -175,6 +175,11 @@ class Engine(Protocol):
         """
         ...
 
+    async def is_sleeping(self, client: EngineClient, url: str) -> bool | None:
+        """Whether a server sleeps; ``None`` where it does not say. Never raises for one that is
+        gone."""
+        ...
+
     async def wake(self, client: EngineClient, url: str, level: int, *, timeout_s: float) -> None:
         """Wake a server that sleeps at ``level``; returns when it can answer, with its own weights.
 

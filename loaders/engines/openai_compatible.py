@@ -95,6 +95,10 @@ class OpenAICompatibleEngine:
         """See ``Engine``."""
         raise EngineUnsupported(f"engine {self.name} cannot be put to sleep")
 
+    async def is_sleeping(self, client: EngineClient, url: str) -> bool | None:
+        """See ``Engine``. It does not say."""
+        return None
+
     async def wake(self, client: EngineClient, url: str, level: int, *, timeout_s: float) -> None:
         """See ``Engine``."""
         raise EngineUnsupported(f"engine {self.name} cannot be woken")

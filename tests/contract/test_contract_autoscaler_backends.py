@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,15 @@ FOLDER = str(Path(tiny_engine.__file__).parent)
 class BackendContract(ABC):
     """Inherited by the tests of each backend, which say how to make one."""
 
+    can_adopt = True
+
     @abstractmethod
     def make(self, folder: Path) -> Backend:
         """The backend, with its state in this folder."""
+
+    def make_next(self, folder: Path, before: Backend) -> Backend:
+        """The backend of the next control process."""
+        return self.make(folder)
 
     @abstractmethod
     def spec(self, replica_id: str) -> ReplicaSpec:
@@ -38,7 +45,7 @@ class BackendContract(ABC):
     async def backend(self, folder: Path) -> AsyncIterator[Backend]:
         backend = self.make(folder)
         try:
-            await backend.adopt()
+            await backend.adopt(())
             yield backend
         finally:
             await backend.close()
@@ -49,7 +56,7 @@ class BackendContract(ABC):
     def test_first_adoption_finds_nothing(self, tmp_path: Path) -> None:
         async def story() -> None:
             async with self.backend(tmp_path) as backend:
-                assert await backend.adopt() == []
+                assert await backend.adopt(()) == []
 
         asyncio.run(story())
 
@@ -119,6 +126,33 @@ class BackendContract(ABC):
 
         asyncio.run(story())
 
+    @pytest.mark.parametrize("wanted", [True, False])
+    def test_what_is_kept_is_adopted_if_it_is_still_wanted(
+        self, tmp_path: Path, wanted: bool
+    ) -> None:
+        async def story() -> None:
+            spec = replace(self.spec("r-1"), digest="d")
+            first = self.make(tmp_path)
+            await first.adopt([spec])
+            await first.start(spec)
+            before = await wait_ready(first, "r-1")
+            await first.close(keep=True)
+            second = self.make_next(tmp_path, first)
+            adopted = await second.adopt([replace(spec, id="tiny")] if wanted else [])
+            assert [one.spec.id for one in adopted] == (
+                ["r-1"] if wanted and self.can_adopt else []
+            )
+            for one in adopted:
+                assert (one.probe.url, one.probe.pid) == (before.url, before.pid)
+                assert one.probe.served_model == "tiny"
+                with pytest.raises(BackendError):
+                    await second.start(spec)
+                await second.stop("r-1", grace_s=5.0)
+            assert (await second.probe("r-1")).alive is False
+            await second.close()
+
+        asyncio.run(story())
+
     def test_close_ends_all_and_may_be_repeated(self, tmp_path: Path) -> None:
         async def story() -> None:
             async with self.backend(tmp_path) as backend:
@@ -134,6 +168,10 @@ class BackendContract(ABC):
 class TestFakeBackend(BackendContract):
     def make(self, folder: Path) -> Backend:
         return FakeBackend(clock=time.monotonic, start_s=0.1)
+
+    def make_next(self, folder: Path, before: Backend) -> Backend:
+        assert isinstance(before, FakeBackend)
+        return FakeBackend(clock=time.monotonic, start_s=0.1, engines=before.engines)
 
     def spec(self, replica_id: str) -> ReplicaSpec:
         return ReplicaSpec(id=replica_id, pool=tiny_pool())
@@ -162,6 +200,7 @@ def static_pool(url: str) -> PoolSettings:
 
 
 class TestStaticBackend(BackendContract):
+    can_adopt = False
     url = ""
 
     @pytest.fixture(autouse=True)

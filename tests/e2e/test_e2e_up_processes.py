@@ -92,37 +92,6 @@ def test_second_sigterm_cuts_and_stops_at_once(tmp_path: Path) -> None:
         assert tidegate.survivors() == {}
 
 
-@pytest.mark.parametrize("stubborn", [False, True])
-def test_kill_9_leaves_no_orphan(tmp_path: Path, stubborn: bool) -> None:
-    """The kernel tells the engines, the workers see their channel close. An engine that heeds no
-    SIGTERM is ended by the next Tidegate of the same directory."""
-    pools = [simulated("one", max_replicas=2)]
-    settings = {"autoscaler": {"terminate_s": 1}}
-    with up(tmp_path, pools=pools, **settings) as first:
-        first.admin("/pools/one/scale", {"replicas": 2})
-        first.wait_ready("one", 2)
-        replicas = first.pool("one")["replicas"]
-        engines = {replica["pid"] for replica in replicas}
-        assert engines <= set(first.survivors())
-        if stubborn:
-            hang(replicas[0]["url"])
-        first.process.kill()
-        first.process.wait()
-        if stubborn:
-            first_left = wait_for_one_left(first)
-            assert first_left in engines
-        else:
-            wait_gone(first)
-            assert_port_is_free(first.url)
-        # Its record and its registry are still there, as after a power cut.
-        assert (tmp_path / "state" / "running.json").exists()
-        with up(tmp_path, pools=pools, **settings) as second:
-            second.expected_log.append("ended what an earlier run left")
-            wait_gone(first)
-            assert ("ended what an earlier run left" in second.log()) is stubborn
-            text_of(ask_now(second, chat("one")))
-
-
 def test_kill_9_tells_held_clients_at_once_and_finishes_streams(tmp_path: Path) -> None:
     """No process is left that could wake an engine, so waiting would be in vain."""
     pools = [simulated("busy", *SLOW), simulated("asleep", "--startup-s", 600)]
@@ -142,7 +111,7 @@ def test_kill_9_tells_held_clients_at_once_and_finishes_streams(tmp_path: Path) 
         assert int(told.headers["retry-after"]) >= 1
         assert rest[-1] == "data: [DONE]"
 
-    with up(tmp_path, pools=pools) as tidegate:
+    with up(tmp_path, pools=pools, autoscaler={"keep_engines_s": 1}) as tidegate:
         run(tidegate, story)
         tidegate.process.wait()
         wait_gone(tidegate)
@@ -161,25 +130,6 @@ def test_sigterm_gives_held_requests_no_longer_than_the_drain(tmp_path: Path) ->
         assert told.status_code == 503
         assert told.headers["x-tidegate-reason"] == "draining"
         assert tidegate.process.wait(60) == 0
-
-
-def hang(engine_url: str) -> None:
-    """Make an engine's whole process hang, so that it does not see SIGTERM."""
-    faults = {"faults": ["hang"]}
-    httpx.post(engine_url + "/simulated/faults", json=faults, timeout=60, trust_env=False)
-    with pytest.raises(httpx.TimeoutException):
-        httpx.post(engine_url + CHAT, json=chat("one"), timeout=0.5, trust_env=False)
-
-
-def wait_for_one_left(tidegate: Tidegate) -> int:
-    """Until one process of this run is left, and stays."""
-    deadline_s = time.monotonic() + 60
-    while len(tidegate.survivors()) > 1:
-        assert time.monotonic() < deadline_s, tidegate.survivors()
-        time.sleep(0.05)
-    time.sleep(0.5)
-    (pid,) = tidegate.survivors()
-    return pid
 
 
 def test_trap_4_second_tidegate_of_a_state_directory_is_refused(tmp_path: Path) -> None:

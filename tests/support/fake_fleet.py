@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import httpx
 from virtual_time import now
 
 from autoscaler.backends.base import (
+    AdoptedReplica,
     Backend,
     BackendError,
-    Leftover,
     NoRoom,
     Probe,
     ReplicaSpec,
@@ -119,6 +119,8 @@ class FakeBackend:
     async def answer(self, request: httpx.Request) -> httpx.Response:
         """What the engines answer to the calls that put them to sleep and wake them."""
         _, replica_id, path = request.url.path.split("/", 2)
+        if path == "is_sleeping":
+            return httpx.Response(200, json={"is_sleeping": self.engines[replica_id].asleep})
         call = {"sleep": "sleep", "wake_up": "wake"}[path]
         self.calls.append((call, replica_id))
         if not self.can_sleep:
@@ -133,14 +135,20 @@ class FakeBackend:
         engine.asleep = call == "sleep"
         return httpx.Response(200)
 
-    async def adopt(self) -> list[Leftover]:
+    async def adopt(self, wanted: Sequence[ReplicaSpec]) -> list[AdoptedReplica]:
         if self.adopt_error is not None:
             raise self.adopt_error
-        return []
+        for replica_id, engine in list(self.engines.items()):
+            if not engine.alive or engine.spec.pool not in [one.pool for one in wanted]:
+                await self.stop(replica_id, grace_s=0.0)
+        return [
+            AdoptedReplica(spec=engine.spec, probe=await self.probe(replica_id))
+            for replica_id, engine in self.engines.items()
+        ]
 
-    async def close(self) -> None:
+    async def close(self, *, keep: bool = False) -> None:
         self.closed = True
-        for replica_id in list(self.engines):
+        for replica_id in () if keep else list(self.engines):
             await self.stop(replica_id, grace_s=0.0)
 
 

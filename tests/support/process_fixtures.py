@@ -47,6 +47,14 @@ def tiny_backend(state_dir: Path, **fields: Any) -> ProcessBackend:
     return ProcessBackend(state_dir=state_dir, **options)
 
 
+def record_of(state_dir: Path, replica_id: str) -> Path:
+    """The file that has a replica's processes on record."""
+    for path in (state_dir / "replicas").glob("*.json"):
+        if json.loads(path.read_text())["replica_id"] == replica_id:
+            return path
+    raise FileNotFoundError(f"there is no record of {replica_id} in {state_dir}")
+
+
 async def wait_for_probe(
     backend: Backend, replica_id: str, wanted: Callable[[Probe], bool]
 ) -> Probe:

@@ -42,6 +42,8 @@ def main() -> int:
 
 
 def serve(options: argparse.Namespace) -> None:
+    asleep = False
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path == "/health":
@@ -52,12 +54,20 @@ def serve(options: argparse.Namespace) -> None:
                 self.answer(200, {"object": "list", "data": [model]})
             elif self.path == "/facts":
                 facts = {"cpus": sorted(os.sched_getaffinity(0)), "env": dict(os.environ)}
-                self.answer(200, {**facts, "pid": os.getpid()})
+                self.answer(200, {**facts, "asleep": asleep, "pid": os.getpid()})
             elif self.path == "/shout":
                 print("y" * 5_000, flush=True)
                 self.answer(200)
             else:
                 self.answer(404)
+
+        def do_POST(self) -> None:
+            nonlocal asleep
+            if self.path not in {"/sleep?level=1", "/wake_up"}:
+                self.answer(404)
+                return
+            asleep = self.path != "/wake_up"
+            self.answer(200)
 
         def answer(self, status: int, body: object = None) -> None:
             data = json.dumps(body).encode()

@@ -1,8 +1,9 @@
 """Engines as child processes of Tidegate, on this machine.
 
-Each runs in a session of its own, behind a gate (``launch``) that opens when it is on record. What
-is on record is ended by whoever owns the state directory next, so no engine outlives Tidegate's
-care: not after a crash, not after ``kill -9``.
+Each runs below a guard (``guard``), in a session of its own, and only once it is on record. After
+a crash or ``kill -9`` of the control process the next one takes over the engines on record, and
+ends those it has no use for; when none comes, each guard ends its engine. So no engine is ever
+without an owner for longer than ``keep_engines_s``.
 """
 
 from __future__ import annotations
@@ -13,43 +14,49 @@ import logging
 import os
 import re
 import secrets
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from autoscaler.backends.base import (
+    AdoptedReplica,
     BackendError,
-    Leftover,
     MakeCommand,
     Probe,
     ReplicaSpec,
     StillRunning,
     Unsupported,
 )
+from autoscaler.backends.process.adoption import adopted_spec, why_not
 from autoscaler.backends.process.family import (
     Family,
     ProcessRecord,
     ProcessRegistry,
     Sleep,
-    end_leftovers,
+    trust,
 )
 from autoscaler.backends.process.fork_server import RECORD_ID as FORK_SERVER
 from autoscaler.backends.process.fork_server import ForkPlan, Forks, ForkServerStatus
+from autoscaler.backends.process.guard import MARK
 from autoscaler.backends.process.logs import ReplicaLog, prune
 from autoscaler.backends.process.placement import HOST, free_port, place
 from autoscaler.backends.process.procs import (
     ProcessStat,
     boot_id,
+    carries,
     list_stats,
     read_stat,
     reap_orphans,
 )
 from autoscaler.backends.process.replica import (
-    MARK,
+    AdoptedProcess,
     Process,
     ReplicaProcess,
     Standby,
     describe_end,
+    describe_engine,
     describe_standby,
+    find_engine,
     make_env,
     make_probe,
     spawn_plainly,
@@ -96,7 +103,11 @@ class ProcessBackend:
         self._environ = os.environ if environ is None else environ
         self._sleep = sleep
         self._logs = state_dir.absolute() / "logs"
-        self._registry = ProcessRegistry(state_dir.absolute() / "replicas")
+        self._registry = ProcessRegistry(
+            state_dir.absolute() / "replicas",
+            keep_s=settings.keep_engines_s,
+            grace_s=settings.terminate_s,
+        )
         self._client = EngineClient(timeout_s=settings.health_timeout_s)
         self._children: dict[str, ReplicaProcess] = {}
         self._standbys: dict[str, ReplicaProcess] = {}
@@ -104,8 +115,9 @@ class ProcessBackend:
         self._forks: Forks | None = None
         if fork_plan is not None:
             log = self._make_log(self._logs / f"{FORK_SERVER}.log")
-            self._forks = Forks(fork_plan, registry=self._registry, log=log, mark=MARK)
+            self._forks = Forks(fork_plan, registry=self._registry, log=log)
         self._keeper: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
 
     async def start(self, spec: ReplicaSpec) -> None:
         """Launch a replica's process, or wake the pool's standby. Raises ``NoRoom`` without a free
@@ -123,6 +135,8 @@ class ProcessBackend:
     async def _start(
         self, spec: ReplicaSpec, shelf: dict[str, ReplicaProcess], key: str, *, parked: bool = False
     ) -> None:
+        if self._ending is not None:
+            await asyncio.shield(self._ending)  # what an earlier run left may hold GPUs and ports
         inventory = None
         if spec.pool.process.gpus_per_replica:
             inventory = await asyncio.to_thread(self._list_gpus)
@@ -156,6 +170,9 @@ class ProcessBackend:
             if isinstance(error, OSError | ValueError):
                 raise BackendError(f"{spec.id} was not started: {error}") from error
             raise
+        self._start_keeper()
+
+    def _start_keeper(self) -> None:
         if self._keeper is None:
             self._keeper = asyncio.create_task(self._keep(), name="process-backend-keeper")
 
@@ -219,8 +236,9 @@ class ProcessBackend:
             if process.poll() is not None or not self._fits(child, spec):
                 return False
             log = self._make_log(child.log.path.with_name(f"{spec.id}.log"))
+            engine = describe_engine(spec, child.placement, log)
             try:
-                await to_the_end(asyncio.to_thread(family.rename, spec.id))
+                await to_the_end(asyncio.to_thread(family.rename, spec.id, engine))
                 child.log.path.rename(log.path)
                 process.go()
             except OSError as error:
@@ -242,7 +260,11 @@ class ProcessBackend:
         if stat is None or process.stdin is None:
             raise BackendError(f"{spec.id} ended while it was being launched")
         record = ProcessRecord(
-            replica_id=spec.id, boot_id=boot_id(), leader=stat.id, mark=f"{MARK}={child.mark}"
+            replica_id=spec.id,
+            boot_id=boot_id(),
+            leader=stat.id,
+            mark=child.mark,
+            engine=describe_engine(spec, child.placement, child.log),
         )
         await to_the_end(asyncio.to_thread(self._registry.write, record))
         child.family = Family(record, self._registry)
@@ -250,6 +272,7 @@ class ProcessBackend:
             process.stdin.write(b"!")
         process.stdin.close()
         if isinstance(process, ForkedProcess):
+            child.pid = process.engine
             asyncio.get_running_loop().add_reader(process.marks, self._hear, child, process.marks)
 
     async def _begin(
@@ -272,7 +295,7 @@ class ProcessBackend:
                 os.close(output)
         elif parked:
             raise Unsupported("no engine can be kept forked without a fork server")
-        return spawn_plainly(child, env)
+        return spawn_plainly(child, env, self._registry.directory)
 
     def _hear(self, child: ReplicaProcess, marks: int) -> None:
         """A forked engine has told something; that it serves is worth a look at once."""
@@ -293,6 +316,8 @@ class ProcessBackend:
             return make_probe(child, alive=False, ready=False, detail=detail)
         pool, engine = child.spec.pool, engine_of(child.spec.pool.engine)
         health = await engine.health(self._client, child.url, {}, DEFAULT_HEALTH_PATH)
+        if child.pid is None:
+            child.pid = await asyncio.to_thread(find_engine, child.process.pid)
         if health.ready and child.model is None:
             models = await engine.list_models(self._client, child.url, {})
             child.model = choose_model(models, pool.name, pool.model)
@@ -316,7 +341,7 @@ class ProcessBackend:
             seen: set[int] = set()
             if child.family is None:
                 process.kill()
-                await asyncio.to_thread(self._registry.remove, child.spec.id)
+                await asyncio.to_thread(self._registry.remove, child.mark)
             else:
                 end = child.family.end(grace_s=grace_s, sleep=self._sleep, reap=process.poll)
                 seen = await end
@@ -325,19 +350,83 @@ class ProcessBackend:
                 reap_orphans({process.pid}, seen, await asyncio.to_thread(list_stats))
             if isinstance(process, ForkedProcess):
                 asyncio.get_running_loop().remove_reader(process.marks)
+            if not isinstance(process, subprocess.Popen):
                 process.close()
         child.ended = True
         for shelf in (self._children, self._standbys):
             for key in [key for key, one in shelf.items() if one is child]:
                 del shelf[key]
 
-    async def adopt(self) -> list[Leftover]:
-        """Own the state directory, and end the processes its last owner left running."""
-        grace_s = self._settings.terminate_s
-        ended = await end_leftovers(self._registry, grace_s=grace_s, sleep=self._sleep)
+    async def adopt(self, wanted: Sequence[ReplicaSpec]) -> list[AdoptedReplica]:
+        """Own the state directory, take over what is on record and still wanted, end the rest."""
+        await self._registry.claim_patiently(self._sleep)
+        records = await asyncio.to_thread(self._registry.read)
+        found = await asyncio.gather(*(self._take_over(record, wanted) for record in records))
+        rest = [record for record, one in zip(records, found, strict=True) if one is None]
+        if rest:
+            self._ending = asyncio.create_task(self._end_rest(rest), name="leftovers")
+        if self._children:
+            self._start_keeper()
         if self._forks is not None:
             self._forks.start()
-        return ended
+        return [one for one in found if one is not None]
+
+    async def _take_over(
+        self, record: ProcessRecord, wanted: Sequence[ReplicaSpec]
+    ) -> AdoptedReplica | None:
+        """Make an engine on record ours; ``None`` if it has to be ended."""
+        engine = record.engine
+        like = next((one for one in wanted if engine and one.pool.name == engine.pool), None)
+        reason = why_not(
+            record,
+            like,
+            keep_s=self._settings.keep_engines_s,
+            boot_id=boot_id(),
+            is_ours=await asyncio.to_thread(carries, record.leader, record.variable),
+        )
+        if engine is None or like is None or reason:
+            LOG.info("%s is not taken over: %s", record.replica_id, reason)
+            return None
+        spec = adopted_spec(record, like)
+        try:
+            child = ReplicaProcess(
+                spec=spec,
+                placement=engine.placement,
+                mark=record.mark,
+                log=self._make_log(Path(engine.log)),
+                command=await asyncio.to_thread(self._command, spec, engine.placement),
+                process=AdoptedProcess(record.leader),
+                family=Family(trust(record), self._registry),
+            )
+        except (OSError, ValueError) as error:
+            LOG.info("%s is not taken over: %s", record.replica_id, error)
+            return None
+        self._children[spec.id] = child
+        probe = await self.probe(spec.id)
+        if not probe.ready:
+            del self._children[spec.id]
+            LOG.info("%s is not taken over: %s", spec.id, probe.detail or "it is not healthy")
+            return None
+        LOG.info("%s is taken over, with its engine (pid %s)", spec.id, probe.pid)
+        return AdoptedReplica(spec=spec, probe=probe)
+
+    async def _end_rest(self, records: Sequence[ProcessRecord]) -> None:
+        """End what is on record and was not taken over. A record that cannot be cleared stays, and
+        its processes are tried again by the next start."""
+
+        async def end(record: ProcessRecord) -> None:
+            family = Family(await asyncio.to_thread(trust, record), self._registry)
+            grace_s = 0.0 if record.ending else self._settings.terminate_s
+            try:
+                pids = await family.end(grace_s=grace_s, sleep=self._sleep, reap=lambda: None)
+            except (StillRunning, OSError) as error:
+                LOG.error("%s, of an earlier run, cannot be ended: %s", record.replica_id, error)
+                return
+            if pids:
+                text = ", ".join(map(str, sorted(pids)))
+                LOG.warning("ended what an earlier run left: %s (pids %s)", record.replica_id, text)
+
+        await asyncio.gather(*(end(record) for record in records))
 
     async def _keep(self) -> None:
         """Rotate logs, and keep the record of each replica's processes up to date."""
@@ -363,21 +452,26 @@ class ProcessBackend:
             child.family.refresh(stats)
         child.log.rotate()
 
-    async def close(self) -> None:
-        """End all replicas, at once, within ``terminate_s`` and a little."""
+    async def close(self, *, keep: bool = False) -> None:
+        """End all replicas, at once, within ``terminate_s`` and a little; or keep them."""
         if self._keeper is not None:
             self._keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
             self._keeper = None
+        if self._ending is not None:
+            await self._ending
         grace_s = self._settings.terminate_s
-        ids = list(self._children)
-        pools = list(self._standbys)
+        ids = [] if keep else list(self._children)
         results = await asyncio.gather(
             *(self.stop(one, grace_s=grace_s) for one in ids),
-            *(self.end_standby(pool) for pool in pools),
+            *(self.end_standby(pool) for pool in list(self._standbys)),
             return_exceptions=True,
         )
+        for child in self._children.values():
+            if isinstance(child.process, ForkedProcess):
+                asyncio.get_running_loop().remove_reader(child.process.marks)
+        self._children.clear()
         if self._forks is not None:
             await self._forks.close()
         await self._client.close()

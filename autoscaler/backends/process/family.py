@@ -1,6 +1,6 @@
 """The processes of one replica: kept on record on disk, found again, and ended together.
 
-The record is what the next Tidegate of the same state directory knows them by.
+The record is what the next control process of the same state directory knows them by.
 """
 
 from __future__ import annotations
@@ -8,67 +8,116 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
+import logging
 import os
 import re
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from autoscaler.backends.base import Leftover, StateInUse, StillRunning
+from autoscaler.backends.base import StateInUse, StillRunning
+from autoscaler.backends.process import guard
 from autoscaler.backends.process.procs import (
     ProcessId,
     ProcessStat,
-    boot_id,
+    carries,
     end_all,
     find_family,
     find_marked,
     list_stats,
 )
+from loaders.engines.base import Placement
+
+LOG = logging.getLogger("tidegate.autoscaler")
 
 Sleep = Callable[[float], Awaitable[None]]
+MARK = re.compile(r"[0-9a-f]{32}")
 RECORD_ID = re.compile(r"[A-Za-z0-9._-]{1,200}")
-VERSION = 1
-CLAIM_TRIES = 20
-CLAIM_PAUSE_S = 0.25
-"""A killed Tidegate's workers may hold its lock for a moment longer than it lives: 5 s in all."""
+VERSION = 2
+RECORD_BYTES = 1 << 20
+NOBODY = ProcessId(0, -1)
+CLAIM_TRIES = 50
+CLAIM_PAUSE_S = 0.1
+"""A process that is just being started may hold the lock of a killed control process for a moment
+longer than that lives, and a guard looks at it: 5 s in all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartedEngine:
+    """What an engine was started as: what a later control process needs to take it over.
+
+    ``model`` is where the pool's model is on this disk; ``digest`` is ``ReplicaSpec.digest``.
+    """
+
+    pool: str
+    model: str | None
+    placement: Placement
+    digest: str
+    log: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessRecord:
-    """The processes of one replica. ``mark`` is in the environment of all of them."""
+    """The processes of one replica. ``mark`` is in the environment of all of them, as the value of
+    ``TIDEGATE_REPLICA_MARK``; ``leader`` is the guard. ``engine`` is ``None`` for what cannot be
+    taken over; ``ending`` says that the guard is ending it."""
 
     replica_id: str
     boot_id: str
     leader: ProcessId
     mark: str
     members: frozenset[ProcessId] = frozenset()
+    engine: StartedEngine | None = None
+    ending: bool = False
+
+    @property
+    def variable(self) -> str:
+        """The mark as it stands in an environment."""
+        return f"{guard.MARK}={self.mark}"
 
 
 class ProcessRegistry:
-    """One file per replica, replaced as a whole, in a directory only one Tidegate may own."""
+    """One file per replica, replaced as a whole, in a directory only one control process may own.
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    While it owns the directory it holds a lock, which is how the guards of its engines know that it
+    lives; ``keep_s`` and ``grace_s`` are their terms for the time after it.
+    """
+
+    def __init__(self, directory: Path, *, keep_s: float = 0.0, grace_s: float = 0.0) -> None:
+        self.directory = directory
+        self._terms = f"{keep_s:g} {grace_s:g}".ljust(guard.TERMS_BYTES).encode()
         self._lock: int | None = None
 
     def claim(self) -> None:
         """Become the owner of the directory. Raises ``StateInUse`` while another process is."""
         if self._lock is not None:
             return
-        self._directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(self.directory / guard.LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.pwrite(lock, self._terms, 0)
         except BlockingIOError:
             os.close(lock)
             raise StateInUse(
-                f"{self._directory} belongs to another Tidegate that is running; "
+                f"{self.directory} belongs to another Tidegate that is running; "
                 "give this one its own state_dir"
             ) from None
         except BaseException:
             os.close(lock)
             raise
         self._lock = lock
+
+    async def claim_patiently(self, sleep: Sleep) -> None:
+        """``claim``, tried again for some seconds."""
+        for _ in range(CLAIM_TRIES):
+            try:
+                self.claim()
+                return
+            except StateInUse:
+                await sleep(CLAIM_PAUSE_S)
+        self.claim()
 
     def release(self) -> None:
         """Give the directory up; nothing to do for one that is not ours."""
@@ -78,53 +127,117 @@ class ProcessRegistry:
 
     def write(self, record: ProcessRecord) -> None:
         """Put a record on disk, in place of the replica's earlier one; whole, or not at all."""
-        path = self._path(record.replica_id)
-        text = json.dumps(
-            {
-                "version": VERSION,
-                "replica_id": record.replica_id,
-                "boot_id": record.boot_id,
-                "leader": [record.leader.pid, record.leader.start_ticks],
-                "mark": record.mark,
-                "members": [[one.pid, one.start_ticks] for one in sorted(record.members)],
-            }
-        )
-        # Not synced to disk: a record is of use only until the next boot.
+        if not RECORD_ID.fullmatch(record.replica_id):
+            raise ValueError(f"{record.replica_id!r} cannot be the id of a replica")
+        path = self._path(record.mark)
         draft = path.with_suffix(".new")
-        draft.write_text(text)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        # Not synced to disk: a record is of use only until the next boot.
+        with open(os.open(draft, flags, 0o600), "w", encoding="utf-8") as file:
+            file.write(render_record(record))
         draft.replace(path)
 
-    def remove(self, replica_id: str) -> None:
+    def has(self, mark: str) -> bool:
+        """Whether there is a record of this mark."""
+        return self._path(mark).exists()
+
+    def remove(self, mark: str) -> None:
         """Forget a replica's processes."""
-        self._path(replica_id).unlink(missing_ok=True)
+        path = self._path(mark)
+        path.unlink(missing_ok=True)
+        path.with_suffix(ENDING).unlink(missing_ok=True)
 
     def read(self) -> list[ProcessRecord]:
-        """All records. A file that is none (cut short by a full disk) is renamed ``*.unread``."""
+        """All records. One that cannot be read (a full disk, another version) is only a mark; a
+        file that is no record of ours is renamed ``*.unread``."""
         records = []
-        for path in sorted(self._directory.glob("*.json")):
+        for path in sorted([*self.directory.glob("*.json"), *self.directory.glob(f"*{ENDING}")]):
             try:
-                records.append(parse_record(path.read_text()))
-            except (ValueError, KeyError, TypeError):
+                text = read_own(path)
+            except FileNotFoundError:  # its guard has removed it
+                continue
+            except (OSError, ValueError) as error:
+                text, mark = "", ""
+                LOG.warning("%s is not used: %s", path, error)
+            else:
+                mark = path.stem
+            if not MARK.fullmatch(mark):
                 path.replace(path.with_suffix(".unread"))
+                continue
+            try:
+                record = parse_record(text, mark)
+            except (ValueError, KeyError, TypeError) as error:
+                LOG.warning("%s cannot be read (%s): its processes are ended", path, error)
+                record = ProcessRecord(
+                    replica_id=f"unknown-{mark[:8]}", boot_id="", leader=NOBODY, mark=mark
+                )
+            records.append(replace(record, ending=path.suffix == ENDING))
         return records
 
-    def _path(self, replica_id: str) -> Path:
-        if not RECORD_ID.fullmatch(replica_id):
-            raise ValueError(f"{replica_id!r} cannot be the id of a replica")
-        return self._directory / f"{replica_id}.json"
+    def _path(self, mark: str) -> Path:
+        if not MARK.fullmatch(mark):
+            raise ValueError(f"{mark!r} cannot be the mark of a replica")
+        return self.directory / f"{mark}.json"
 
 
-def parse_record(text: str) -> ProcessRecord:
+ENDING = ".ending"
+
+
+def read_own(path: Path) -> str:
+    """The text of a file that only our user may have written. Raises ``OSError``, and
+    ``ValueError`` for any other file."""
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), encoding="utf-8") as file:
+        stat = os.fstat(file.fileno())
+        if stat.st_uid != os.geteuid() or stat.st_mode & 0o022:
+            raise ValueError("others than our user may have written it")
+        return file.read(RECORD_BYTES)
+
+
+def render_record(record: ProcessRecord) -> str:
+    """A record as its file's text."""
+    fields: dict[str, Any] = {
+        "version": VERSION,
+        "replica_id": record.replica_id,
+        "boot_id": record.boot_id,
+        "leader": [record.leader.pid, record.leader.start_ticks],
+        "members": [[one.pid, one.start_ticks] for one in sorted(record.members)],
+        "engine": None if record.engine is None else asdict(record.engine),
+    }
+    return json.dumps(fields)
+
+
+def parse_record(text: str, mark: str) -> ProcessRecord:
     """A record from its file's text. Raises ``ValueError``, ``KeyError`` or ``TypeError``."""
     fields = json.loads(text)
     if fields["version"] != VERSION:
-        raise ValueError(f"a record of version {fields['version']} cannot be read")
+        raise ValueError(f"it is of version {fields['version']}")
+    replica_id, engine = str(fields["replica_id"]), fields["engine"]
+    if not RECORD_ID.fullmatch(replica_id):
+        raise ValueError(f"{replica_id!r} cannot be the id of a replica")
     return ProcessRecord(
-        replica_id=str(fields["replica_id"]),
+        replica_id=replica_id,
         boot_id=str(fields["boot_id"]),
         leader=ProcessId(*map(int, fields["leader"])),
-        mark=str(fields["mark"]),
+        mark=mark,
         members=frozenset(ProcessId(*map(int, pair)) for pair in fields["members"]),
+        engine=None if engine is None else parse_engine(engine),
+    )
+
+
+def parse_engine(fields: dict[str, Any]) -> StartedEngine:
+    """The engine of a record. Raises as ``parse_record`` does."""
+    placement = fields["placement"]
+    return StartedEngine(
+        pool=str(fields["pool"]),
+        model=None if fields["model"] is None else str(fields["model"]),
+        placement=Placement(
+            host=str(placement["host"]),
+            port=int(placement["port"]),
+            gpus=tuple(map(int, placement["gpus"])),
+            cpus=tuple(map(int, placement["cpus"])),
+        ),
+        digest=str(fields["digest"]),
+        log=str(fields["log"]),
     )
 
 
@@ -138,16 +251,14 @@ class Family:
     def refresh(self, stats: Iterable[ProcessStat]) -> None:
         """Put on record who belongs to the replica now. Raises ``OSError`` if it cannot."""
         members = frozenset(self._find(list(stats)))
-        if members != self._record.members:
+        if members != self._record.members or not self._registry.has(self._record.mark):
             self._record = replace(self._record, members=members)
             self._registry.write(self._record)
 
-    def rename(self, replica_id: str) -> None:
-        """Keep the record under another name. Raises ``OSError`` if it cannot."""
-        before = self._record.replica_id
-        self._record = replace(self._record, replica_id=replica_id)
+    def rename(self, replica_id: str, engine: StartedEngine) -> None:
+        """Keep the record for another replica. Raises ``OSError`` if it cannot."""
+        self._record = replace(self._record, replica_id=replica_id, engine=engine)
         self._registry.write(self._record)
-        self._registry.remove(before)
 
     def pids(self) -> list[int]:
         """The processes that were seen at the last ``refresh``, the leader at least."""
@@ -170,7 +281,7 @@ class Family:
 
         def look_closely() -> set[ProcessId]:
             # A process may have left the session and lost its parent; the mark is still on it.
-            found.update(find_marked(self._record.mark, list_stats(), os.getpid()))
+            found.update(find_marked(self._record.variable, list_stats(), os.getpid()))
             return look()
 
         left = await asyncio.to_thread(look_closely)
@@ -181,7 +292,7 @@ class Family:
         if left:
             pids = sorted(process.pid for process in left)
             raise StillRunning(f"{self._record.replica_id}: processes {pids} survive SIGKILL")
-        await asyncio.to_thread(self._registry.remove, self._record.replica_id)
+        await asyncio.to_thread(self._registry.remove, self._record.mark)
         return seen
 
     def _find(self, stats: list[ProcessStat], more: Iterable[ProcessId] = ()) -> set[ProcessId]:
@@ -189,36 +300,11 @@ class Family:
         return find_family(self._record.leader, known, stats, os.getpid())
 
 
-async def end_leftovers(
-    registry: ProcessRegistry, *, grace_s: float, sleep: Sleep
-) -> list[Leftover]:
-    """Own the registry, and end every process on it that runs still.
-
-    Raises ``StateInUse`` when its owner is alive. A record that cannot be cleared stays, and its
-    processes are tried again by the next start.
-    """
-    for attempt in range(CLAIM_TRIES + 1):
-        try:
-            registry.claim()
-            break
-        except StateInUse:
-            if attempt == CLAIM_TRIES:
-                raise
-            await sleep(CLAIM_PAUSE_S)
-    here = boot_id()
-    leftovers = []
-    endings = []
-    for record in await asyncio.to_thread(registry.read):
-        if record.boot_id != here:
-            await asyncio.to_thread(registry.remove, record.replica_id)
-            leftovers.append(Leftover(replica_id=record.replica_id, pids=()))
-        else:
-            endings.append(_end_leftover(record, registry, grace_s, sleep))
-    return leftovers + list(await asyncio.gather(*endings))
-
-
-async def _end_leftover(
-    record: ProcessRecord, registry: ProcessRegistry, grace_s: float, sleep: Sleep
-) -> Leftover:
-    pids = await Family(record, registry).end(grace_s=grace_s, sleep=sleep, reap=lambda: None)
-    return Leftover(replica_id=record.replica_id, pids=tuple(sorted(pids)))
+def trust(record: ProcessRecord) -> ProcessRecord:
+    """A record from disk, without the processes that do not carry its mark: whatever a file says,
+    no process is touched that was not started with it, or by one that was."""
+    members = frozenset(one for one in record.members if carries(one, record.variable))
+    leader = record.leader
+    if not carries(leader, record.variable):
+        leader = ProcessId(leader.pid, NOBODY.start_ticks)
+    return replace(record, leader=leader, members=members)

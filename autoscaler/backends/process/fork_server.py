@@ -15,18 +15,23 @@ import secrets
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from autoscaler.backends.base import StillRunning
-from autoscaler.backends.process import start_gate
 from autoscaler.backends.process.family import Family, ProcessRecord, ProcessRegistry, Sleep
+from autoscaler.backends.process.guard import MARK
 from autoscaler.backends.process.logs import ReplicaLog
-from autoscaler.backends.process.procs import boot_id, read_pss_bytes, read_stat
-from autoscaler.backends.process.replica import to_the_end
+from autoscaler.backends.process.procs import (
+    boot_id,
+    list_stats,
+    read_pss_bytes,
+    read_stat,
+    reap_orphans,
+)
+from autoscaler.backends.process.replica import guard_argv, to_the_end
 from loaders.engines.base import EngineCommand
 from loaders.engines.vllm.forkserver.client import (
     ForkedProcess,
@@ -38,6 +43,7 @@ from loaders.engines.vllm.forkserver.client import (
     adopt_orphans,
     server_argv,
 )
+from loaders.engines.vllm.forkserver.wire import ENGINE
 
 LOG = logging.getLogger("tidegate.autoscaler")
 
@@ -93,12 +99,10 @@ class Forks:
         *,
         registry: ProcessRegistry,
         log: ReplicaLog,
-        mark: str,
         sleep: Sleep = asyncio.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``mark`` is the name of the variable by which processes of an engine are found."""
-        self._plan, self._registry, self._mark = plan, registry, mark
+        self._plan, self._registry = plan, registry
         self._sleep, self._clock = sleep, clock
         self.log = log
         self._state, self._reason = "off", "it has not been started"
@@ -152,7 +156,10 @@ class Forks:
         if await asyncio.to_thread(identity, self._plan.python) != self._identity:
             self._lose("the engine's packages have changed")
             raise ServerLost("the engine's packages have changed")
-        request = Request(args=args, env=env, cpus=cpus, mark=(self._mark, mark), parked=parked)
+        guard = guard_argv("watch", ENGINE, str(self._registry.directory))
+        request = Request(
+            args=args, env=env, cpus=cpus, mark=(MARK, mark), guard=guard, parked=parked
+        )
         try:
             process = await self._server.fork(request, log, timeout_s=self._plan.timeout_s)
         except ServerLost as error:
@@ -226,8 +233,8 @@ class Forks:
     def _launch(self, channel: socket.socket) -> None:
         """Start it behind a gate, put it on record, open the gate."""
         value = secrets.token_hex(16)
-        env = {**self._plan.env, self._mark: value, "SPT_NOENV": "1"}
-        gate = [sys.executable, "-I", "-S", start_gate.__file__, str(os.getpid()), "-"]
+        env = {**self._plan.env, MARK: value, "SPT_NOENV": "1"}
+        gate = guard_argv("tie", str(os.getpid()), "-")
         argv = server_argv(str(self._plan.python.absolute()), ROOT, channel.fileno())
         output = self.log.open()
         try:
@@ -247,9 +254,7 @@ class Forks:
         stat = read_stat(process.pid)
         if stat is None or process.stdin is None:
             raise OSError("it ended while it was being launched")
-        record = ProcessRecord(
-            replica_id=RECORD_ID, boot_id=boot_id(), leader=stat.id, mark=f"{self._mark}={value}"
-        )
+        record = ProcessRecord(replica_id=RECORD_ID, boot_id=boot_id(), leader=stat.id, mark=value)
         self._registry.write(record)
         self._family = Family(record, self._registry)
         with contextlib.suppress(BrokenPipeError):
@@ -282,8 +287,8 @@ class Forks:
         if server is not None:
             server.hang_up()
         await self._end(process, family)
-        for pid in () if server is None else server.close():
-            await asyncio.to_thread(_end_child, pid)
+        for guard, engine in () if server is None else server.close():
+            await asyncio.to_thread(_end_late, guard, engine)
 
     async def _end(self, process: subprocess.Popen[bytes] | None, family: Family | None) -> None:
         if process is None:
@@ -294,7 +299,8 @@ class Forks:
             process.kill()
         else:
             with contextlib.suppress(StillRunning, OSError):
-                await family.end(grace_s=1.0, sleep=asyncio.sleep, reap=process.poll)
+                ended = await family.end(grace_s=1.0, sleep=asyncio.sleep, reap=process.poll)
+                reap_orphans({process.pid}, ended, await asyncio.to_thread(list_stats))
         await asyncio.to_thread(process.wait)
 
     async def close(self) -> None:
@@ -309,13 +315,15 @@ class Forks:
         self._settle("off", "Tidegate is closing")
 
 
-def _end_child(pid: int) -> None:
-    """End an engine that was forked when nobody waited for it any more, and learn its end. It is
-    ours since it was forked, and its number is its own until then."""
-    with contextlib.suppress(ChildProcessError, ProcessLookupError):
-        if os.waitpid(pid, os.WNOHANG) == (0, 0):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+def _end_late(guard: int, engine: int) -> None:
+    """End an engine that was forked for a start that had been called off, and learn its end. Its
+    guard is our child, so that its number is its own until then; should that have been killed, the
+    engine is."""
+    for child in (guard, engine):
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):
+            if os.waitpid(child, os.WNOHANG) == (0, 0):
+                os.kill(engine, signal.SIGKILL)
+                os.waitpid(child, 0)
 
 
 def identity(python: Path) -> str:

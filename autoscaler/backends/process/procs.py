@@ -89,12 +89,16 @@ def reap_orphans(
                 os.waitpid(pid, os.WNOHANG)
 
 
-def carries(pid: int, mark: str) -> bool:
-    """Whether a process was started with ``mark`` in its environment."""
+def carries(process: ProcessId, mark: str) -> bool:
+    """Whether this process is our user's, and was started with ``mark`` in its environment."""
     try:
-        return mark.encode() in (PROC / str(pid) / "environ").read_bytes().split(b"\0")
+        with (PROC / str(process.pid) / "environ").open("rb") as file:
+            ours = os.fstat(file.fileno()).st_uid == os.geteuid()
+            marked = ours and mark.encode() in file.read().split(b"\0")
     except OSError:
         return False
+    stat = read_stat(process.pid) if marked else None
+    return stat is not None and stat.id == process
 
 
 def find_family(
@@ -123,7 +127,7 @@ def find_marked(mark: str, stats: Iterable[ProcessStat], own_pid: int) -> set[Pr
     return {
         stat.id
         for stat in stats
-        if not stat.gone and stat.id.pid != own_pid and carries(stat.id.pid, mark)
+        if not stat.gone and stat.id.pid != own_pid and carries(stat.id, mark)
     }
 
 

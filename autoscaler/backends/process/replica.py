@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from autoscaler.backends.base import Probe, ReplicaSpec
-from autoscaler.backends.process import start_gate
-from autoscaler.backends.process.family import Family
+from autoscaler.backends.process import guard
+from autoscaler.backends.process.family import Family, StartedEngine
 from autoscaler.backends.process.logs import ReplicaLog, message_of
-from autoscaler.backends.process.procs import read_pss_bytes
+from autoscaler.backends.process.procs import ProcessId, list_stats, read_pss_bytes, read_stat
 from loaders.engines.base import (
     START_PHASES,
     EngineCommand,
@@ -28,17 +31,66 @@ from loaders.engines.base import (
 from loaders.engines.vllm.forkserver.client import ForkedProcess
 from loaders.engines.vllm.forkserver.marks import PARKED, SERVING, read_marks
 
-MARK = "TIDEGATE_REPLICA_MARK"
 PHASE_CHARACTERS = 160
 PHASE_LINES = 200
 
-Process = subprocess.Popen[bytes] | ForkedProcess
+WAIT_POLL_S = 0.05
+UNKNOWN_STATUS = 256
+"""In place of an exit status, of a process that was not our child: that it ended is all we know."""
+
+
+class AdoptedProcess:
+    """The guard of an engine that an earlier control process started; as much of
+    ``subprocess.Popen`` as a process backend uses. It is not our child: that it has ended is seen,
+    how is not."""
+
+    stdin = None
+
+    def __init__(self, guard: ProcessId) -> None:
+        """Raises ``OSError`` when this process is gone."""
+        self.pid = guard.pid
+        self._handle = os.pidfd_open(guard.pid)
+        stat = read_stat(guard.pid)
+        if stat is None or stat.id != guard or stat.gone:
+            self.close()
+            raise ProcessLookupError(f"process {guard.pid} is gone")
+
+    def poll(self) -> int | None:
+        """``UNKNOWN_STATUS`` once it has ended; ``None`` while it runs."""
+        if self._handle < 0:
+            return UNKNOWN_STATUS
+        look = select.poll()
+        look.register(self._handle, select.POLLIN)  # readable once the process has ended
+        return UNKNOWN_STATUS if look.poll(0) else None
+
+    def wait(self) -> int:
+        """Wait for its end, in a thread; returns the exit status."""
+        while self.poll() is None:
+            time.sleep(WAIT_POLL_S)
+        return UNKNOWN_STATUS
+
+    def kill(self) -> None:
+        """SIGKILL, unless it has ended."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Give back what is held for it."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+
+Process = subprocess.Popen[bytes] | ForkedProcess | AdoptedProcess
+"""The guard of an engine; it ends as the engine did."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class ReplicaProcess:
     """One replica's process, and everything held for it until it is gone.
 
+    ``process`` is the guard and ``pid`` the engine below it, once that is known.
     ``told`` is what a forked engine has told (monotonic seconds, what), ``plainly`` why it was not
     forked where it might have been.
     """
@@ -49,6 +101,7 @@ class ReplicaProcess:
     log: ReplicaLog
     command: EngineCommand
     process: Process | None = None
+    pid: int | None = None
     family: Family | None = None
     model: ServedModel | None = None
     ended: bool = False
@@ -93,15 +146,20 @@ class ReplicaProcess:
         return f"{text} (started plainly: {self.plainly})" if self.plainly else text
 
 
-def spawn_plainly(child: ReplicaProcess, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start the gate that becomes the engine when it is let. Raises ``OSError``."""
+def guard_argv(*arguments: str) -> list[str]:
+    """The command line of a guard."""
+    return [sys.executable, "-I", "-S", guard.__file__, *arguments]
+
+
+def spawn_plainly(child: ReplicaProcess, env: Mapping[str, str], directory: Path) -> Process:
+    """Start the guard that starts the engine when it is told to; ``directory`` has its record.
+    Raises ``OSError``."""
     # Not through asyncio: a cancelled start could lose the process between its birth and us.
     cores = ",".join(map(str, child.placement.cpus)) or "-"
-    gate = [sys.executable, "-I", "-S", start_gate.__file__, str(os.getpid()), cores]
     output = child.log.open()
     try:
         return subprocess.Popen(
-            [*gate, *child.command.argv],
+            [*guard_argv("start", str(os.getpid()), str(directory), cores), *child.command.argv],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
@@ -111,6 +169,13 @@ def spawn_plainly(child: ReplicaProcess, env: Mapping[str, str]) -> subprocess.P
         )
     finally:
         os.close(output)
+
+
+def find_engine(guard_pid: int) -> int | None:
+    """The engine of a guard: the first child it had. ``None`` before that, and when it is gone."""
+    children = [one.id for one in list_stats() if one.parent == guard_pid and not one.gone]
+    first = min(children, key=lambda one: (one.start_ticks, one.pid), default=None)
+    return None if first is None else first.pid
 
 
 def make_env(
@@ -142,7 +207,7 @@ def make_probe(
         url=child.url,
         served_model=None if model is None else model.name,
         max_model_len_tokens=length or pool.max_model_len_tokens,
-        pid=None if child.process is None else child.process.pid,
+        pid=child.pid,
         gpus=child.placement.gpus,
         cpus=child.placement.cpus,
     )
@@ -150,7 +215,7 @@ def make_probe(
 
 def describe_end(child: ReplicaProcess, status: int, *, lines: int) -> str:
     """How a process ended, with the last lines it wrote."""
-    how = f"exited with status {status}"
+    how = "has ended" if status == UNKNOWN_STATUS else f"exited with status {status}"
     if status < 0:
         with contextlib.suppress(ValueError):
             how = f"was ended by {signal.Signals(-status).name}"
@@ -187,7 +252,19 @@ def describe_standby(child: ReplicaProcess) -> Standby | None:
     child.listen()
     return Standby(
         pool=child.spec.pool.name,
-        pid=child.process.pid,
+        pid=child.pid or child.process.pid,
         parked=child.is_parked,
         pss_bytes=sum(read_pss_bytes(pid) or 0 for pid in child.family.pids()),
+    )
+
+
+def describe_engine(spec: ReplicaSpec, placement: Placement, log: ReplicaLog) -> StartedEngine:
+    """What is put on record of an engine, for a later control process."""
+    pool = spec.pool
+    return StartedEngine(
+        pool=pool.name,
+        model=pool.model,
+        placement=placement,
+        digest=spec.digest,
+        log=str(log.path),
     )

@@ -62,6 +62,10 @@ class SimulatedEngine(OpenAICompatibleEngine):
         """See ``Engine``."""
         await client.post(f"{url}/sleep?level={level}", timeout_s=timeout_s)
 
+    async def is_sleeping(self, client: EngineClient, url: str) -> bool | None:
+        """See ``Engine``."""
+        return await client.ask_if_sleeping(url)
+
     async def wake(self, client: EngineClient, url: str, level: int, *, timeout_s: float) -> None:
         """See ``Engine``. There are no weights to be read again."""
         await client.post(f"{url}/wake_up", timeout_s=timeout_s)

@@ -110,6 +110,10 @@ class VllmEngine(OpenAICompatibleEngine):
         """See ``Engine``. Needs ``--enable-sleep-mode``."""
         await client.post(f"{url}/sleep?level={level}", timeout_s=timeout_s)
 
+    async def is_sleeping(self, client: EngineClient, url: str) -> bool | None:
+        """See ``Engine``."""
+        return await client.ask_if_sleeping(url)
+
     async def wake(self, client: EngineClient, url: str, level: int, *, timeout_s: float) -> None:
         """See ``Engine``."""
         for path, body in WAKE_AND_RELOAD if level == 2 else (("/wake_up", None),):

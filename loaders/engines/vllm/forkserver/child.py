@@ -7,35 +7,30 @@ import ctypes
 import os
 import signal
 import sys
-import threading
-import time
 import traceback
 from dataclasses import dataclass
 from typing import Any
 
 from loaders.engines.vllm.forkserver.marks import IMPORTING, Marks, restamp
-from loaders.engines.vllm.forkserver.patches import make_hold, quicken, say
+from loaders.engines.vllm.forkserver.patches import make_hold, quicken
+from loaders.engines.vllm.forkserver.wire import ENGINE
 
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 NOT_STARTED = 125
-LOOK_S = 1.0
-GRACE_S = 15.0
-"""Between Tidegate's end and that of an engine that has not ended by itself."""
-
-PARENT_S = 2.0
-"""Longest wait for the kernel to give the orphan to Tidegate, which takes microseconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What is to be started. ``fds`` are the log, the gate, the marks and, parked, the go."""
+    """What is to be started. ``fds`` are the log, the gate, the marks and, parked, the go.
+    ``guard`` is the command of the engine's guard, in which ``ENGINE`` stands for its pid."""
 
     args: tuple[str, ...]
     env: dict[str, str]
     cwd: str
     cpus: tuple[int, ...]
     mark: tuple[str, str]
-    parent: int
+    guard: tuple[str, ...]
     device: str
     fds: tuple[int, ...]
 
@@ -51,43 +46,57 @@ class Order:
             cwd=str(message["cwd"]),
             cpus=tuple(map(int, message["cpus"])),
             mark=(str(name), str(value)),
-            parent=int(message["parent"]),
+            guard=tuple(map(str, message["guard"])),
             device=device,
             fds=tuple(fds),
         )
 
 
-def fork_orphan(order: Order) -> int | None:
-    """Fork an engine that belongs to Tidegate and not to us: its parent, a process in between, ends
-    at once, and Tidegate takes in orphans. So the engine outlives the fork server, dies with
-    Tidegate, and Tidegate itself learns how it ended. Returns its pid; ``None`` in the engine.
+def fork_orphan(order: Order) -> tuple[int, int] | None:
+    """Fork an engine and its guard. Returns the pids of both, the guard's first; ``None`` in the
+    engine.
+
+    The guard is the engine's parent, and belongs to Tidegate and not to us: its own parent, a
+    process in between, ends at once, and Tidegate takes in orphans. So the engine outlives the
+    fork server, and Tidegate learns by the guard how it ended.
     """
-    reading, writing = os.pipe()
+    reading, writing = os.pipe2(os.O_CLOEXEC)
     middle = os.fork()
     if middle:
         os.close(writing)
-        told = os.read(reading, 32)
+        told = os.read(reading, 64).split()
         os.close(reading)
         os.waitpid(middle, 0)
-        if not told:
+        if len(told) != 2:
             raise OSError("the process in between could not fork")
-        return int(told)
+        return int(told[0]), int(told[1])
     try:
         os.close(reading)
+        if os.fork():
+            os._exit(0)
+        os.setsid()
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
+        guard = os.getpid()
         engine = os.fork()
         if engine == 0:
             os.close(writing)
+            prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != guard:
+                os._exit(NOT_STARTED)
             return None
-        os.write(writing, str(engine).encode())
+        os.write(writing, f"{guard} {engine}".encode())
+        # A small process instead of one more copy of this one; its file descriptors close with it.
+        argv = [str(engine) if part == ENGINE else part for part in order.guard]
+        name, value = order.mark
+        os.execve(argv[0], argv, {"PATH": os.environ.get("PATH", os.defpath), name: value})
     except BaseException:  # noqa: BLE001 -- whatever it is, this process has no other use
         os._exit(1)
-    os._exit(0)
 
 
 def become_engine(order: Order) -> int:
     """In the forked process: wait for the gate, then be vLLM's server. Returns an exit status."""
     log, gate, told, *go = order.fds
-    os.setsid()
+    os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -96,12 +105,8 @@ def become_engine(order: Order) -> int:
         os.dup2(source, target)
     os.close(nothing)
     os.close(log)
-    if not _is_child_of(order.parent):
-        say("the engine was not taken in by Tidegate")
-        return NOT_STARTED
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     restamp(*order.mark)
-    if os.getppid() != order.parent or os.read(gate, 1) != b"!":
+    if os.read(gate, 1) != b"!":
         return NOT_STARTED
     os.close(gate)
     os.environ.clear()
@@ -109,9 +114,6 @@ def become_engine(order: Order) -> int:
     os.chdir(order.cwd)
     if order.cpus:
         os.sched_setaffinity(0, order.cpus)
-    threading.Thread(
-        target=end_with, args=(order.parent,), name="tidegate-leash", daemon=True
-    ).start()
     marks = Marks(told)
     marks(IMPORTING)
     hold = make_hold(marks, go[0]) if go else None
@@ -123,25 +125,9 @@ def become_engine(order: Order) -> int:
         return 1
 
 
-def end_with(parent: int) -> None:
-    """End this engine, its processes included, some time after Tidegate has gone.
-
-    The kernel has sent SIGTERM by then. One that is just starting may not end by that: its main
-    thread does, and then waits for others that wait for an engine core.
-    """
-    while os.getppid() == parent:
-        time.sleep(LOOK_S)
-    time.sleep(GRACE_S)
-    os.killpg(0, signal.SIGKILL)
-
-
-def _is_child_of(parent: int) -> bool:
-    deadline_s = time.monotonic() + PARENT_S
-    while os.getppid() != parent:
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.001)
-    return True
+def prctl(option: int, value: int) -> None:
+    """Set an attribute of this process."""
+    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
 def _serve(args: tuple[str, ...]) -> int:

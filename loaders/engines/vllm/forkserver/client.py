@@ -1,7 +1,8 @@
 """The control process's side of the fork server: asks for engines, and watches those it got.
 
-An engine that was forked is a child of ours like any other, because we take in orphans (``adopt``)
-and the fork server orphans it: we learn its exit status, and it dies with us.
+An engine is forked together with its guard, its parent. The guard is a child of ours like that of
+any other engine, because we take in orphans (``adopt_orphans``) and the fork server orphans it: so
+we learn how the engine ended.
 """
 
 from __future__ import annotations
@@ -54,12 +55,14 @@ class Ready:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """An engine to fork. ``mark`` is the variable, with its value, that tells its processes from
-    others; ``parked`` has it wait, before its weights, until it is told to go."""
+    others, ``guard`` the command of its guard, in which ``{engine}`` stands for the engine's pid;
+    ``parked`` has it wait, before its weights, until it is told to go."""
 
     args: Sequence[str]
     env: Mapping[str, str]
     cpus: Sequence[int]
     mark: tuple[str, str]
+    guard: Sequence[str]
     parked: bool = False
 
 
@@ -78,14 +81,15 @@ def server_argv(python: str, root: str, channel: int) -> list[str]:
 
 
 class ForkedProcess:
-    """A forked engine; as much of ``subprocess.Popen`` as a process backend uses.
+    """The guard of a forked engine; as much of ``subprocess.Popen`` as a process backend uses.
 
-    ``gate`` opens it, ``marks`` tells what it is at (see ``marks.read_marks``), ``go`` wakes a
-    parked one.
+    ``engine`` is the engine's own pid, ``gate`` opens it, ``marks`` tells what it is at (see
+    ``marks.read_marks``), ``go`` wakes a parked one.
     """
 
-    def __init__(self, pid: int, *, gate: int, marks: int, go: int | None) -> None:
+    def __init__(self, pid: int, *, engine: int, gate: int, marks: int, go: int | None) -> None:
         self.pid = pid
+        self.engine = engine
         self.returncode: int | None = None
         self.stdin = os.fdopen(gate, "wb", buffering=0)
         self.marks = marks
@@ -112,10 +116,10 @@ class ForkedProcess:
         return status
 
     def kill(self) -> None:
-        """SIGKILL, unless it has ended."""
+        """SIGKILL to the engine, unless it has ended; the guard ends with it."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+                os.kill(self.engine, signal.SIGKILL)
 
     def go(self) -> None:
         """Let a parked engine load its weights. Raises ``OSError`` when it is gone."""
@@ -194,7 +198,7 @@ class ForkServer:
                 "cwd": os.getcwd(),
                 "cpus": list(request.cpus),
                 "mark": list(request.mark),
-                "parent": os.getpid(),
+                "guard": list(request.guard),
             }
             asked = asyncio.ensure_future(self._ask(message, [log, *theirs]))
             try:
@@ -211,7 +215,8 @@ class ForkServer:
                 if isinstance(error, asyncio.CancelledError):
                     await _let_go(asked, timeout_s)
                 raise
-            return ForkedProcess(int(answer["pid"]), gate=gate_out, marks=marks_in, go=go)
+            pid, engine = int(answer["pid"]), int(answer["engine"])
+            return ForkedProcess(pid, engine=engine, gate=gate_out, marks=marks_in, go=go)
 
     async def _ask(self, message: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
         async with self._lock:
@@ -261,9 +266,9 @@ class ForkServer:
         with contextlib.suppress(OSError):
             self._channel.shutdown(socket.SHUT_WR)
 
-    def close(self) -> list[int]:
-        """End the channel; the processes of engines that it forked for nobody any more, when it
-        has ended: its answers that came late."""
+    def close(self) -> list[tuple[int, int]]:
+        """End the channel. Returns guards and engines that it forked for a start that was called
+        off by then: its answers that came late."""
         late = []
         with contextlib.suppress(BlockingIOError, wire.Closed, ValueError, OSError):
             while True:
@@ -271,7 +276,7 @@ class ForkServer:
                 for fd in fds:
                     os.close(fd)
                 if answer.get("kind") == "forked":
-                    late.append(int(answer["pid"]))
+                    late.append((int(answer["pid"]), int(answer["engine"])))
         self._channel.close()
         return late
 

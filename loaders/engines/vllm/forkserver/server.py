@@ -33,6 +33,7 @@ REFUSED_FLAGS = frozenset({"--numa-bind", "--headless", "--grpc"})
 def main(arguments: list[str]) -> int:
     """Import, tell, serve. In an engine that was forked it returns when that engine ends."""
     channel = socket.socket(fileno=int(arguments[0]))
+    channel.set_inheritable(False)
     began_s = time.monotonic()
     given = dict(os.environ)
     try:
@@ -86,12 +87,12 @@ def serve(channel: socket.socket, device: str, given: dict[str, str], looked_at:
                 continue
             message["env"] = with_added(message["env"], added)
             order = Order.read(message, fds, device)
-            pid = fork_orphan(order)
-            if pid is None:
+            pids = fork_orphan(order)
+            if pids is None:
                 fds = []
                 channel.close()
                 return become_engine(order)
-            wire.send(channel, {"kind": "forked", "pid": pid})
+            wire.send(channel, {"kind": "forked", "pid": pids[0], "engine": pids[1]})
         except (OSError, KeyError, TypeError, ValueError) as error:
             wire.send(channel, {"kind": "refused", "reason": f"{type(error).__name__}: {error}"})
         finally:

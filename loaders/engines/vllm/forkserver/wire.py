@@ -15,6 +15,8 @@ from typing import Any
 
 MAX_BYTES = 1 << 20
 MAX_FDS = 8
+ENGINE = "{engine}"
+"""In the command of a guard: the pid of its engine."""
 
 
 class Closed(Exception):

@@ -7,50 +7,74 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from process_fixtures import (
     is_alive,
     tiny_backend,
+    tiny_pool,
 )
 
-from autoscaler.backends.process import procs, start_gate
-from autoscaler.backends.process.family import Family, ProcessRecord, ProcessRegistry
+from autoscaler.backends.base import ReplicaSpec
+from autoscaler.backends.process import guard, procs
+from autoscaler.backends.process.family import Family, ProcessRecord, ProcessRegistry, StartedEngine
 from autoscaler.backends.process.procs import ProcessId
+from loaders.engines.base import Placement
+
+STARTED = StartedEngine(
+    pool="tiny",
+    model="/models/b",
+    placement=Placement(host="127.0.0.1", port=1, gpus=(1, 2), cpus=(3,)),
+    digest="d",
+    log="/logs/r-1.log",
+)
 
 
-def start_stranger() -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+def record(mark: str, **fields: Any) -> ProcessRecord:
+    known: dict[str, Any] = {"replica_id": "r-1", "boot_id": "b", "leader": ProcessId(7, 70)}
+    return ProcessRecord(mark=mark, **{**known, **fields})
 
 
-def test_a_process_that_only_has_the_same_pid_is_left_alone(tmp_path: Path) -> None:
+def start_stranger(**env: str) -> subprocess.Popen[bytes]:
+    argv = [sys.executable, "-c", "import time; time.sleep(600)"]
+    return subprocess.Popen(argv, env={**os.environ, **env})
+
+
+MARKS = [letter * 32 for letter in "abcdef"]
+
+
+def test_a_record_does_not_make_a_process_ours(tmp_path: Path) -> None:
+    """Not its pid, nor its start time, nor another variable of its environment: whoever planted
+    the record, only what carries the mark is ended or taken over."""
+
     async def story() -> None:
-        stranger = start_stranger()
+        stranger = start_stranger(SECRET=MARKS[4])
         try:
             stat = procs.read_stat(stranger.pid)
             assert stat is not None
             registry = ProcessRegistry(tmp_path / "replicas")
             registry.claim()
             other_life = ProcessId(stranger.pid, stat.id.start_ticks - 1)
-            for number, (boot, identity) in enumerate(
-                [(procs.boot_id(), other_life), ("another-boot", stat.id)]
-            ):
+            for number, identity in enumerate([other_life, stat.id]):
                 registry.write(
                     ProcessRecord(
                         replica_id=f"r-{number}",
-                        boot_id=boot,
+                        boot_id=procs.boot_id(),
                         leader=identity,
-                        mark="X=1",
+                        mark=MARKS[number + 3],
                         members=frozenset({identity}),
+                        engine=STARTED,
                     )
                 )
             registry.release()
             backend = tiny_backend(tmp_path)
-            leftovers = await backend.adopt()
-            assert [one.pids for one in leftovers] == [(), ()]
-            assert is_alive(stranger.pid)
+            assert await backend.adopt([ReplicaSpec(id="any", pool=tiny_pool(), digest="d")]) == []
             await backend.close()
+            assert registry.read() == []
+            assert is_alive(stranger.pid)
         finally:
             stranger.kill()
             stranger.wait()
@@ -58,26 +82,83 @@ def test_a_process_that_only_has_the_same_pid_is_left_alone(tmp_path: Path) -> N
     asyncio.run(story())
 
 
-@pytest.mark.parametrize("word", [b"", b"?"])
-def test_the_gate_ends_without_the_word(word: bytes) -> None:
-    gate = [sys.executable, "-I", "-S", start_gate.__file__, str(os.getpid()), "-", "touch", "/x/y"]
-    done = subprocess.run(gate, input=word, capture_output=True, check=False)
-    assert (done.returncode, done.stderr) == (start_gate.NOT_STARTED, b"")
+def gate(way: str, parent: int, directory: Path, *program: str) -> list[str]:
+    argv = [sys.executable, "-I", "-S", guard.__file__, way, str(parent)]
+    return [*argv, *([str(directory)] if way == "start" else []), "-", *program]
 
 
-def test_the_gate_ends_when_it_is_an_orphan_already() -> None:
-    gate = [sys.executable, "-I", "-S", start_gate.__file__, "1", "-", "true"]
-    done = subprocess.run(gate, input=b"!", capture_output=True, check=False)
-    assert done.returncode == start_gate.NOT_STARTED
+@pytest.mark.parametrize("way", ["start", "tie"])
+def test_the_gate_ends_without_the_word_and_for_an_orphan(tmp_path: Path, way: str) -> None:
+    for word, parent in ((b"", os.getpid()), (b"?", os.getpid()), (b"!", 1)):
+        argv = gate(way, parent, tmp_path, "touch", str(tmp_path / "started"))
+        done = subprocess.run(argv, input=word, capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (guard.NOT_STARTED, b"")
+    assert not (tmp_path / "started").exists()
 
 
-def test_unreadable_record_is_put_aside(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "status"), [("exit 3", 3), ("exit 0", 0), ("kill -9 $$", -9), ("kill -11 $$", -11)]
+)
+def test_a_guard_ends_as_its_engine_did(tmp_path: Path, script: str, status: int) -> None:
+    registry = ProcessRegistry(tmp_path / "replicas")
+    registry.claim()
+    registry.write(record(MARKS[0]))
+    argv = gate("start", os.getpid(), registry.directory, "/bin/sh", "-c", script)
+    env = {"PATH": os.environ["PATH"], guard.MARK: MARKS[0]}
+    done = subprocess.run(argv, input=b"!", env=env, check=False)
+    assert done.returncode == status
+    assert registry.has(MARKS[0])  # removed by the owner, when it has seen to the rest
+    registry.release()
+
+
+def test_the_last_owner_says_how_long_an_engine_is_kept(tmp_path: Path) -> None:
+    directory = tmp_path / "replicas"
+    first = ProcessRegistry(directory, keep_s=600.0, grace_s=5.0)
+    first.claim()
+    first.write(record(MARKS[0]))
+    argv = gate("start", os.getpid(), directory, "sleep", "600")
+    env = {"PATH": os.environ["PATH"], guard.MARK: MARKS[0]}
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, env=env)
+    assert process.stdin is not None
+    process.stdin.write(b"!")
+    process.stdin.close()
+    first.release()
+    time.sleep(1.0)
+    assert process.poll() is None
+    second = ProcessRegistry(directory, keep_s=0.0, grace_s=5.0)
+    second.claim()
+    second.release()
+    assert process.wait(60) == -signal.SIGTERM
+    assert [path.name for path in directory.iterdir()] == [guard.LOCK]
+
+
+def test_a_record_that_cannot_be_read_is_still_a_mark(tmp_path: Path) -> None:
     registry = ProcessRegistry(tmp_path)
     registry.claim()
-    (tmp_path / "r-1.json").write_text('{"version": 1, "lea')
-    (tmp_path / "r-2.json").write_text('{"version": 2}')
+    for mark, text in zip(MARKS, ['{"version": 2, "lea', '{"version": 1}', "[]"], strict=False):
+        (tmp_path / f"{mark}.json").write_text(text)
+    (tmp_path / f"{MARKS[2]}.json").rename(tmp_path / f"{MARKS[2]}.ending")
+    found = registry.read()
+    assert [(one.mark, one.engine, one.ending) for one in found] == [
+        (MARKS[0], None, False), (MARKS[1], None, False), (MARKS[2], None, True),
+    ]  # fmt: skip
+    for one in found:
+        registry.remove(one.mark)
     assert registry.read() == []
-    assert sorted(path.name for path in tmp_path.glob("*.unread")) == ["r-1.unread", "r-2.unread"]
+    registry.release()
+
+
+def test_what_is_no_record_of_ours_is_put_aside(tmp_path: Path) -> None:
+    registry = ProcessRegistry(tmp_path)
+    registry.claim()
+    registry.write(record(MARKS[0]))
+    registry.write(record(MARKS[1]))
+    (tmp_path / f"{MARKS[1]}.json").chmod(0o666)
+    (tmp_path / f"{MARKS[2]}.json").symlink_to(tmp_path / f"{MARKS[0]}.json")
+    (tmp_path / "r-1.json").write_text("{}")
+    assert [one.mark for one in registry.read()] == [MARKS[0]]
+    aside = sorted(path.stem for path in tmp_path.glob("*.unread"))
+    assert aside == [MARKS[1], MARKS[2], "r-1"]
     registry.release()
 
 
@@ -85,22 +166,21 @@ def test_unreadable_record_is_put_aside(tmp_path: Path) -> None:
 def test_replica_ids_cannot_leave_the_directory(tmp_path: Path, name: str) -> None:
     registry = ProcessRegistry(tmp_path)
     with pytest.raises(ValueError, match="cannot be the id"):
-        registry.remove(name)
+        registry.write(record(MARKS[0], replica_id=name))
+    with pytest.raises(ValueError, match="cannot be the mark"):
+        registry.write(record(name))
 
 
 def test_record_survives_its_file(tmp_path: Path) -> None:
     registry = ProcessRegistry(tmp_path)
     registry.claim()
-    record = ProcessRecord(
-        replica_id="r-1",
-        boot_id="b",
-        leader=ProcessId(7, 70),
-        mark="M=1",
-        members=frozenset({ProcessId(8, 80), ProcessId(9, 90)}),
-    )
-    registry.write(record)
-    assert registry.read() == [record]
-    registry.remove("r-1")
+    members = frozenset({ProcessId(8, 80), ProcessId(9, 90)})
+    kept = record(MARKS[0], members=members, engine=STARTED)
+    registry.write(kept)
+    assert registry.read() == [kept]
+    (path,) = tmp_path.glob("*.json")
+    assert path.stat().st_mode & 0o777 == 0o600
+    registry.remove(MARKS[0])
     assert registry.read() == []
     registry.release()
 
@@ -151,11 +231,9 @@ def test_end_of_a_family_that_is_gone_is_quick(tmp_path: Path) -> None:
     async def story() -> None:
         registry = ProcessRegistry(tmp_path)
         registry.claim()
-        record = ProcessRecord(
-            replica_id="r-1", boot_id="b", leader=ProcessId(2**22 + 1, 1), mark="M=1"
-        )
-        registry.write(record)
-        family = Family(record, registry)
+        gone = record(MARKS[0], leader=ProcessId(2**22 + 1, 1))
+        registry.write(gone)
+        family = Family(gone, registry)
         assert await family.end(grace_s=60.0, sleep=asyncio.sleep, reap=lambda: None) == set()
         assert registry.read() == []
         registry.release()

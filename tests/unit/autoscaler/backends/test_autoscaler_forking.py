@@ -14,7 +14,7 @@ from typing import Any
 
 import fake_vllm
 import pytest
-from process_fixtures import ask, is_alive, tiny_backend, wait_for_probe, wait_ready
+from process_fixtures import ask, is_alive, record_of, tiny_backend, wait_for_probe, wait_ready
 
 from autoscaler.backends.base import BackendError, ReplicaSpec, Unsupported
 from autoscaler.backends.process import fork_server
@@ -34,7 +34,8 @@ def pool(*engine_args: str, **fields: Any) -> PoolSettings:
 
 
 def replica(replica_id: str, *engine_args: str, **fields: Any) -> ReplicaSpec:
-    return ReplicaSpec(id=replica_id, pool=pool(*engine_args, **fields))
+    made = pool(*engine_args, **fields)
+    return ReplicaSpec(id=replica_id, pool=made, digest=made.model_dump_json())
 
 
 def command(spec: ReplicaSpec, placement: Placement) -> EngineCommand:
@@ -74,7 +75,7 @@ def run(
         backend = tiny_backend(
             directory / "state", command=command, environ=environ, fork_plan=plan
         )
-        await backend.adopt()
+        await backend.adopt(())
         try:
             await story(backend)
         finally:
@@ -134,14 +135,17 @@ def test_a_forked_engine_is_like_one_that_was_started(tmp_path: Path) -> None:
         probe = await wait_ready(backend, "r-1")
         pid = await pid_of(backend, "r-1")
         assert is_forked(pid)
-        (stat,) = (one for one in list_stats() if one.id.pid == pid)
-        assert (stat.parent, stat.session) == (os.getpid(), pid)
+        stats = {one.id.pid: one for one in list_stats()}
+        guard = stats[stats[pid].parent]
+        assert (guard.parent, guard.session) == (os.getpid(), guard.id.pid)
+        assert stats[pid].session == guard.id.pid
         facts = ask(f"{probe.url}/facts")
         assert facts["cpus"] == [core]
         assert facts["env"].items() >= {"OWN": "1", "TINY": "yes"}.items()
-        record = json.loads((tmp_path / "state/replicas/r-1.json").read_text())
-        assert carries(pid, record["mark"])
-        assert record["leader"][0] == pid
+        path = record_of(tmp_path / "state", "r-1")
+        for process in (guard.id, stats[pid].id):
+            assert carries(process, f"TIDEGATE_REPLICA_MARK={path.stem}")
+        assert json.loads(path.read_text())["leader"][0] == guard.id.pid
         server = backend.fork_server()
         assert server is not None
         assert (server.state, server.forked) == ("ready", 1)
@@ -343,8 +347,9 @@ def test_a_standby_becomes_the_next_replica(tmp_path: Path) -> None:
         assert await pid_of(backend, "r-1") == standby.pid
         assert backend.standbys() == ()
         assert "loading weights" in (log / "r-1.log").read_text()
-        assert [one.stem for one in (tmp_path / "state/replicas").glob("r-*.json")] == ["r-1"]
-        assert not (tmp_path / "state/replicas/s-1.json").exists()
+        assert record_of(tmp_path / "state", "r-1").exists()
+        with pytest.raises(FileNotFoundError):
+            record_of(tmp_path / "state", "s-1")
         await backend.stop("r-1", grace_s=5.0)
         assert not is_alive(standby.pid)
 
@@ -399,5 +404,26 @@ def test_a_start_that_is_called_off_leaves_nothing(tmp_path: Path) -> None:
         assert is_forked(await pid_of(backend, "r-2"))
         with pytest.raises(BackendError, match="already"):
             await backend.start(replica("r-2"))
+
+    run(tmp_path, story)
+
+
+def test_a_forked_engine_outlives_tidegate_and_its_fork_server(tmp_path: Path) -> None:
+    async def story(backend: ProcessBackend) -> None:
+        await backend.start(replica("r-1", "--family"))
+        pid = await pid_of(backend, "r-1")
+        family = {one.id.pid for one in list_stats() if one.parent == pid}
+        guard = next(one.parent for one in list_stats() if one.id.pid == pid)
+        await backend.close(keep=True)
+        other = tiny_backend(
+            tmp_path / "state", command=command, environ={"PATH": os.environ["PATH"]}
+        )
+        (adopted,) = await other.adopt([replica("any", "--family")])
+        assert adopted.probe.pid == pid
+        assert all(map(is_alive, family))
+        await other.close()
+        assert not any(map(is_alive, {pid, *family}))
+        # Here only it is the child of the one that adopted its engine.
+        await asyncio.to_thread(os.waitpid, guard, 0)
 
     run(tmp_path, story)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from process_fixtures import (
     ask,
     children_of,
     is_alive,
+    record_of,
     tiny_backend,
     tiny_pool,
     wait_for_probe,
@@ -30,9 +32,10 @@ from autoscaler.backends.base import (
     StateInUse,
     StillRunning,
 )
-from autoscaler.backends.process import procs, start_gate
+from autoscaler.backends.process import guard, procs
 from autoscaler.backends.process.family import ProcessRecord, ProcessRegistry
 from autoscaler.policy.placement import GpuCapacity
+from autoscaler.settings import AutoscalerSettings
 from loaders.engines.base import EngineCommand
 
 FOLDERS = [str(Path(__file__).parents[3] / "support"), str(Path(__file__).parents[4])]
@@ -41,19 +44,20 @@ OWNER = f"""
 import asyncio, json, sys
 sys.path[:0] = {FOLDERS!r}
 from pathlib import Path
-from process_fixtures import tiny_backend, tiny_pool, wait_ready
+from process_fixtures import SETTINGS, record_of, tiny_backend, tiny_pool, wait_ready
 from autoscaler.backends.base import ReplicaSpec
 
 async def main():
-    backend = tiny_backend(Path(sys.argv[1]))
-    await backend.adopt()
+    settings = SETTINGS.model_copy(update={{"keep_engines_s": float(sys.argv.pop(2))}})
+    backend = tiny_backend(Path(sys.argv[1]), settings=settings)
+    await backend.adopt(())
     for number, extra in enumerate(sys.argv[2:]):
         pool = tiny_pool(*extra.split())
-        await backend.start(ReplicaSpec(id=f"r-{{number}}", pool=pool))
+        await backend.start(ReplicaSpec(id=f"r-{{number}}", pool=pool, digest=extra or "none"))
         print((await wait_ready(backend, f"r-{{number}}")).pid, flush=True)
     for number, extra in enumerate(sys.argv[2:]):  # The keeper records who joins the family.
-        record = Path(sys.argv[1]) / "replicas" / f"r-{{number}}.json"
-        while len(json.loads(record.read_text())["members"]) < (3 if "--family" in extra else 1):
+        record = record_of(Path(sys.argv[1]), f"r-{{number}}")
+        while len(json.loads(record.read_text())["members"]) < (4 if "--family" in extra else 2):
             await asyncio.sleep(0.05)
     print("kept", flush=True)
     await asyncio.sleep(600)
@@ -63,7 +67,8 @@ asyncio.run(main())
 
 
 def spec(*engine_args: str, replica_id: str = "r-1", **fields: object) -> ReplicaSpec:
-    return ReplicaSpec(id=replica_id, pool=tiny_pool(*engine_args, **fields))
+    pool = tiny_pool(*engine_args, **fields)
+    return ReplicaSpec(id=replica_id, pool=pool, digest=" ".join(engine_args) or "none")
 
 
 async def wait_gone(pids: list[int]) -> None:
@@ -74,10 +79,14 @@ async def wait_gone(pids: list[int]) -> None:
     raise AssertionError(f"still there: {[pid for pid in pids if is_alive(pid)]}")
 
 
-def start_owner(folder: Path, *replicas: str) -> tuple[subprocess.Popen[str], list[int]]:
+def start_owner(
+    folder: Path, *replicas: str, keep_s: float = 60.0
+) -> tuple[subprocess.Popen[str], list[int]]:
     """Another process that owns a backend and its engines; returns it and the engines' pids."""
     owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(folder), *replicas], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", OWNER, str(folder), str(keep_s), *replicas],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert owner.stdout is not None
     lines = [owner.stdout.readline().strip() for _ in range(len(replicas) + 1)]
@@ -85,37 +94,145 @@ def start_owner(folder: Path, *replicas: str) -> tuple[subprocess.Popen[str], li
     return owner, [int(line) for line in lines[:-1]]
 
 
-def test_nothing_is_left_after_kill_9_of_tidegate(tmp_path: Path) -> None:
+async def kill_owner(owner: subprocess.Popen[str]) -> None:
+    owner.kill()
+    await asyncio.to_thread(owner.wait)
+    assert owner.stdout is not None
+    owner.stdout.close()
+
+
+def test_living_engines_of_a_killed_tidegate_are_taken_over(tmp_path: Path) -> None:
+    """Those that would be started in the same way; the rest is ended, children included."""
+
     async def story() -> None:
         owner, pids = start_owner(tmp_path, "", "--family", "--stubborn --family")
         family = [child for pid in pids for child in children_of(pid)]
         assert len(family) == 4
-        owner.send_signal(signal.SIGKILL)
-        owner.wait()
-        assert owner.stdout is not None
-        owner.stdout.close()
-        assert is_alive(pids[2])
+        await kill_owner(owner)
+        assert all(is_alive(pid) for pid in (*pids, *family))
         backend = tiny_backend(tmp_path)
-        leftovers = await backend.adopt()
-        assert not any(is_alive(pid) for pid in (*pids, *family))
-        assert {one.replica_id for one in leftovers} == {"r-0", "r-1", "r-2"}
-        assert pids[2] in next(one.pids for one in leftovers if one.replica_id == "r-2")
+        (adopted,) = await backend.adopt([spec("--family")])
+        assert adopted.spec == spec("--family", replica_id="r-1")
+        assert adopted.probe.pid == pids[1]
+        assert ask(f"{adopted.probe.url}/facts")["pid"] == pids[1]
+        with pytest.raises(BackendError, match="already"):
+            await backend.start(spec("--family"))
+        await backend.start(spec(replica_id="r-2"))  # waits until the rest has ended
+        kept = {pids[1], *children_of(pids[1])}
+        assert not any(is_alive(pid) for pid in {*pids, *family} - kept)
+        assert all(is_alive(pid) for pid in kept)
+        assert (await wait_ready(backend, "r-2")).url != adopted.probe.url
+        os.kill(pids[1], signal.SIGKILL)
+        probe = await wait_for_probe(backend, "r-1", lambda one: one.alive is False)
+        assert "the engine has ended" in probe.detail
+        await backend.stop("r-1", grace_s=1.0)
+        await backend.close()
+        assert not any(is_alive(pid) for pid in kept)
         assert list((tmp_path / "replicas").glob("*.json")) == []
-        await backend.start(spec(replica_id="r-2"))
-        await wait_ready(backend, "r-2")
+
+    asyncio.run(story())
+
+
+def test_an_engine_may_be_taken_over_again_and_again(tmp_path: Path) -> None:
+    async def story() -> None:
+        backend = tiny_backend(tmp_path)
+        await backend.start(spec())
+        pid = (await wait_ready(backend, "r-1")).pid
+        assert pid is not None
+        for _ in range(3):
+            await backend.close(keep=True)
+            backend = tiny_backend(tmp_path)
+            (adopted,) = await backend.adopt([spec()])
+            assert adopted.probe.pid == pid
+        await backend.stop("r-1", grace_s=5.0)
+        assert not is_alive(pid)
         await backend.close()
 
     asyncio.run(story())
 
 
-def test_an_engine_is_told_to_end_when_tidegate_dies(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep_s", [0.0, 1.0])
+def test_engines_end_by_themselves_when_no_control_process_comes(
+    tmp_path: Path, keep_s: float
+) -> None:
+    """Those that ignore SIGTERM too, with all that they have started."""
+
+    async def story() -> None:
+        began_s = time.monotonic()
+        owner, pids = start_owner(tmp_path, "", "--stubborn --family", keep_s=keep_s)
+        family = [*pids, *children_of(pids[1])]
+        assert len(family) == 4
+        await kill_owner(owner)
+        await wait_gone(family)
+        assert time.monotonic() - began_s >= keep_s
+        for _ in range(400):
+            if not record_files(tmp_path):
+                break
+            await asyncio.sleep(0.05)
+        assert record_files(tmp_path) == []
+
+    asyncio.run(story())
+
+
+def record_files(folder: Path) -> list[str]:
+    return [path.name for path in (folder / "replicas").iterdir() if path.name != "lock"]
+
+
+def test_an_engine_ends_when_its_guard_is_killed(tmp_path: Path) -> None:
+    """Whoever kills everything at once kills the guards too: the kernel tells the engines."""
+
     async def story() -> None:
         owner, pids = start_owner(tmp_path, "")
-        owner.send_signal(signal.SIGKILL)
-        owner.wait()
-        assert owner.stdout is not None
-        owner.stdout.close()
-        await wait_gone(pids)  # Nobody adopts: the kernel's signal alone.
+        stat = procs.read_stat(pids[0])
+        assert stat is not None
+        os.kill(stat.parent, signal.SIGKILL)
+        await wait_gone(pids)
+        await kill_owner(owner)
+
+    asyncio.run(story())
+
+
+def test_an_engine_whose_record_was_removed_ends(tmp_path: Path) -> None:
+    """The next control process could not know of it. A living one writes its record again."""
+
+    async def story() -> None:
+        backend = tiny_backend(tmp_path, settings=brief(keep_engines_s=0.0))
+        await backend.start(spec())
+        pid = (await wait_ready(backend, "r-1")).pid
+        assert pid is not None
+        record = record_of(tmp_path, "r-1")
+        await backend.close(keep=True)
+        record.unlink(missing_ok=True)
+        await wait_gone([pid])
+
+    asyncio.run(story())
+
+
+def brief(**fields: float) -> AutoscalerSettings:
+    return SETTINGS.model_copy(update=fields)
+
+
+@pytest.mark.parametrize("why", ["keep_engines_s", "hangs", "pool", "digest"])
+def test_what_is_not_taken_over_is_ended(tmp_path: Path, why: str) -> None:
+    async def story() -> None:
+        first = tiny_backend(tmp_path)
+        await first.start(spec("--stubborn"))
+        pid = (await wait_ready(first, "r-1")).pid
+        assert pid is not None
+        await first.close(keep=True)
+        settings = brief(terminate_s=0.5, health_timeout_s=2.0)
+        wanted = [] if why == "pool" else [spec("--stubborn", replica_id="any")]
+        if why == "hangs":
+            os.kill(pid, signal.SIGSTOP)
+        elif why == "keep_engines_s":
+            settings = brief(terminate_s=0.5, keep_engines_s=0.0)
+        elif why == "digest":
+            wanted = [replace(wanted[0], digest="other")]
+        second = tiny_backend(tmp_path, settings=settings)
+        assert await second.adopt(wanted) == []
+        await second.close()
+        assert not is_alive(pid)
+        assert list((tmp_path / "replicas").glob("*.json")) == []
 
     asyncio.run(story())
 
@@ -132,7 +249,7 @@ def test_engines_of_a_tidegate_that_lives_are_not_touched(
         owner, pids = start_owner(tmp_path, "")
         try:
             with pytest.raises(StateInUse, match="state_dir"):
-                await tiny_backend(tmp_path).adopt()
+                await tiny_backend(tmp_path).adopt(())
             with pytest.raises(StateInUse):
                 await tiny_backend(tmp_path).start(spec())
             assert is_alive(pids[0])
@@ -141,7 +258,10 @@ def test_engines_of_a_tidegate_that_lives_are_not_touched(
             owner.wait()
             assert owner.stdout is not None
             owner.stdout.close()
-        await tiny_backend(tmp_path).adopt()
+        backend = tiny_backend(tmp_path)
+        await backend.adopt(())
+        await backend.close()
+        assert not is_alive(pids[0])
 
     asyncio.run(story())
 
@@ -156,7 +276,7 @@ def test_the_gate_stays_shut_until_the_process_is_on_record(
                 if command.read_text():
                     break
                 time.sleep(0.01)
-            assert start_gate.__file__ in command.read_text()
+            assert guard.__file__ in command.read_text()
             raise OSError("no space left on the device")
 
         monkeypatch.setattr(ProcessRegistry, "write", full)
@@ -261,10 +381,10 @@ def test_survivor_of_sigkill_is_reported_and_stays_on_record(
             patch.setattr(procs, "send_signal", lambda process, number: None)
             with pytest.raises(StillRunning, match="survive SIGKILL"):
                 await backend.stop("r-1", grace_s=0.0)
-        assert (tmp_path / "replicas" / "r-1.json").exists()
+        record = record_of(tmp_path, "r-1")
         assert (await backend.probe("r-1")).ready is True
         await backend.stop("r-1", grace_s=0.0)
-        assert not (tmp_path / "replicas" / "r-1.json").exists()
+        assert not record.exists()
         await backend.close()
 
     asyncio.run(story())
@@ -362,13 +482,14 @@ def test_the_registry_keeps_up_with_the_family(
         await backend.start(spec("--family"))
         pid = (await wait_ready(backend, "r-1")).pid
         assert pid is not None
-        record = tmp_path / "replicas" / "r-1.json"
+        record = record_of(tmp_path, "r-1")
         for _ in range(400):
-            members = {pair[0] for pair in json.loads(record.read_text())["members"]}
-            if members == {pid, *children_of(pid)}:
+            stored = json.loads(record.read_text())
+            members = {pair[0] for pair in stored["members"]}
+            if members == {stored["leader"][0], pid, *children_of(pid)}:
                 break
             await asyncio.sleep(0.05)
-        assert members == {pid, *children_of(pid)}
+        assert members == {stored["leader"][0], pid, *children_of(pid)}
         await backend.close()
 
     asyncio.run(story())
@@ -378,7 +499,7 @@ def test_cancelled_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     async def story() -> None:
         before = set(children_of(os.getpid()))
         backend = tiny_backend(tmp_path)
-        await backend.adopt()
+        await backend.adopt(())
         for pause in (0, 1, 2, 3, 5, 8):
             start = asyncio.create_task(backend.start(spec()))
             for _ in range(pause):

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -162,47 +161,3 @@ def test_weights_come_from_our_reader_unless_it_cannot() -> None:
     assert read_files([], reads) == "there are no tensors"
     with pytest.raises(ValueError, match="cut short"):
         read_files(["a"], damaged)
-
-
-LEFT_BEHIND = """
-import os, signal, sys, threading, time
-from loaders.engines.vllm.forkserver import child
-child.LOOK_S, child.GRACE_S = 0.05, 0.2
-parent = os.getpid()
-if os.fork() == 0:
-    os.setsid()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    core = os.fork()
-    if core:
-        threading.Thread(target=child.end_with, args=(parent,), daemon=True).start()
-        print(os.getpid(), core, flush=True)
-    time.sleep(300)
-time.sleep(300)
-"""
-
-
-def test_an_engine_that_hangs_does_not_outlive_tidegate() -> None:
-    """Nor does what it has started."""
-    tidegate = subprocess.Popen(
-        [sys.executable, "-c", LEFT_BEHIND],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[4],
-    )
-    assert tidegate.stdout is not None
-    pids = [int(word) for word in tidegate.stdout.readline().split()]
-    assert len(pids) == 2
-    tidegate.kill()
-    tidegate.wait()
-    deadline_s = time.monotonic() + 30.0
-    while any(is_alive(pid) for pid in pids):
-        assert time.monotonic() < deadline_s, pids
-        time.sleep(0.05)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether it runs; one that has ended and is not waited for does not."""
-    try:
-        return ") Z" not in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
