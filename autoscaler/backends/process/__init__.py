@@ -1,7 +1,8 @@
-"""Engines as child processes of Tidegate.
+"""Engines as processes on this machine.
 
 ``backend`` implements the protocol; ``replica`` is one replica's process as the backend holds it,
 ``family`` all processes of a replica and their record on disk, ``procs`` reads ``/proc``.
-``start_gate`` holds an engine until it is recorded, ``fork_server`` forks engines, ``gpus`` lists
-this machine's GPUs, ``placement`` finds GPUs, cores and a port, ``logs`` keeps an engine's log.
+``guard`` is the parent of an engine, ``adoption`` says which engines of an earlier control process
+are taken over, ``fork_server`` forks engines. ``placement`` finds GPUs, cores and a port, ``gpus``
+lists the GPUs, ``logs`` are the engines' logs.
 """
