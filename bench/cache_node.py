@@ -18,7 +18,7 @@ from typing import Any
 
 from modelcache.fetch.transfer import Transfer
 from modelcache.peers.group import PeerGroup, make_peers
-from modelcache.peers.piece_inventory import Shelf
+from modelcache.peers.piece_inventory import PieceInventory
 from modelcache.refs import parse_ref
 from modelcache.serving import describe, start_serving
 from modelcache.settings import ModelCacheSettings
@@ -79,7 +79,7 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = ModelCacheSettings.model_validate_json(arguments.settings)
     layout = Layout(arguments.dir)
-    peers = make_peers(settings, os.environ, Shelf(layout))
+    peers = make_peers(settings, os.environ, PieceInventory(layout))
     transfer = Transfer(settings, peers=peers)
     serving = start_serving(settings, peers, None)  # type: ignore[arg-type]
     print("ready", flush=True)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelcache.pagecache import linux_pages, residency
-from modelcache.pagecache.holder import PageKeeper
+from modelcache.pagecache.holder import PageHolder
 from modelcache.pagecache.io_pressure import ForegroundReads
 from modelcache.types import FileRange, Residency
 
@@ -313,8 +313,8 @@ def _measure_decay(files: Files, options: Options, results: Results) -> None:
     """The first file is left alone, the second touched, the third locked, all at once."""
     groups = {"left alone": files[:1], "kept, touched": files[1:2], "kept, locked": files[2:3]}
     size = results.size_bytes
-    touching = PageKeeper(budget_bytes=size, touch_s=10.0)
-    locking = PageKeeper(budget_bytes=size, touch_s=10.0, lock=True)
+    touching = PageHolder(budget_bytes=size, touch_s=10.0)
+    locking = PageHolder(budget_bytes=size, touch_s=10.0, lock=True)
     with contextlib.closing(touching), contextlib.closing(locking):
         prewarm(files)
         touching.keep("files", groups["kept, touched"])

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from modelcache.fetch.fetch import (
     Fetch,
-    Transfer,
-    Want,
+    FetchRequest,
+    PieceTransfer,
     list_again,
     narrow,
     plan_salvage,
@@ -26,8 +26,8 @@ from modelcache.settings import ModelCacheSettings
 from modelcache.store.capacity import Usage
 from modelcache.store.files import open_lock, try_lock
 from modelcache.store.leases import Lease
-from modelcache.store.lookup import Finder, list_entries, read_fetching
-from modelcache.store.snapshots import Nearby
+from modelcache.store.lookup import Lookup, list_entries, read_fetching
+from modelcache.store.snapshots import LocalFiles
 from modelcache.store.store import Damage, Store, check_files, check_manifest
 from modelcache.types import (
     PIECE_BYTES,
@@ -61,7 +61,7 @@ class ModelCache:
         *,
         dir: Path,
         open_source: Callable[[ModelRef], Source],
-        transfer: Transfer,
+        transfer: PieceTransfer,
         clock: Callable[[], float] = time.time,
         environ: Mapping[str, str] | None = None,
         piece_bytes: int = PIECE_BYTES,
@@ -76,11 +76,13 @@ class ModelCache:
             free_bytes=free_bytes,
             clock=clock,
         )
-        self._finder = Finder(self.store)
+        self._lookup = Lookup(self.store)
         self._open_source = open_source
         self._transfer = transfer
         self._clock = clock
-        self._nearby = Nearby(given=settings.hub_dirs, own=self.store.layout.hub, environ=environ)
+        self._local_files = LocalFiles(
+            given=settings.hub_dirs, own=self.store.layout.hub, environ=environ
+        )
 
     @property
     def dir(self) -> Path:
@@ -104,24 +106,24 @@ class ModelCache:
         """Bring a model to the disk, unless it is there; blocks as long as that takes.
 
         A name that moves (``main``, or no revision) is looked up at the store; where that cannot
-        be asked, what is here is used, and ``note`` says so. Whoever wants the same model at the
-        same time, in any process, waits for the one that fetches it. ``include`` and ``exclude``
-        are shell patterns over paths; without, those of the settings apply.
+        be asked, what is here is used, and ``note`` says so. Callers that want the same model
+        at the same time, in any process, wait for the one that fetches it. ``include`` and
+        ``exclude`` are shell patterns over paths; without, those of the settings apply.
 
         Raises ``ValueError`` for a URL that is none; ``NoSpace`` before anything is fetched;
         ``NotFound``, ``SourceError``, ``Damaged``, ``Cancelled``.
         """
-        ref = self._finder.ref(url, revision)
-        here = self._finder.in_place(ref)
+        ref = self._lookup.ref(url, revision)
+        here = self._lookup.in_place(ref)
         if here is not None:
             return here
         if ref.scheme == PREPARED:
-            return self._expecting(self._finder.made(ref), expected_use_at_s)
+            return self._expecting(self._lookup.made(ref), expected_use_at_s)
         if not include and not exclude:
             include, exclude = self.settings.files_for(ref.url)
         if ref.revision is not None and not include:
             # An exact revision never changes: no need to ask for it.
-            exact = self._finder.open(self._finder.read(ref.url, ref.revision))
+            exact = self._lookup.open(self._lookup.read(ref.url, ref.revision))
             if exact is not None:
                 return self._expecting(exact, expected_use_at_s)
         tell = on_progress or (lambda progress: None)
@@ -134,11 +136,11 @@ class ModelCache:
                 raise
             except SourceError as error:
                 return self._expecting(self._offline(ref, error, tell, stopped), expected_use_at_s)
-            want = Want(
+            want = FetchRequest(
                 ref=ref,
                 listing=self._select(ref, listing, include, exclude),
                 priority=priority,
-                find_local=lambda file: self._nearby.find(ref, file),
+                find_local=lambda file: self._local_files.find(ref, file),
                 on_progress=tell,
                 cancelled=stopped,
             )
@@ -150,17 +152,17 @@ class ModelCache:
         Without a revision: what the newest was when it was last asked for. The beginning of one
         that is here will do; raises ``Ambiguous`` where several begin so.
         """
-        ref = self._finder.ref(url, revision)
-        return self._finder.in_place(ref) or self._finder.open(self._finder.resolve(ref))
+        ref = self._lookup.ref(url, revision)
+        return self._lookup.in_place(ref) or self._lookup.open(self._lookup.resolve(ref))
 
     def name(self, url: str, revision: str | None = None) -> tuple[str, str | None]:
         """The canonical URL and the exact revision that are meant, by what is on this disk; no
         revision where it is not known which: nothing is here, or nothing whole."""
-        return self._finder.name(url, revision)
+        return self._lookup.name(url, revision)
 
     def revisions(self, url: str) -> list[str]:
         """The revisions of a model that are here, whole or not, the newest last."""
-        return self._finder.revisions(url)
+        return self._lookup.revisions(url)
 
     def publish(
         self,
@@ -182,7 +184,7 @@ class ModelCache:
             for path in sorted(directory.rglob("*"))
             if path.is_file()
         )
-        want = Want(
+        want = FetchRequest(
             ref=ModelRef(url=url, scheme=url.partition(":")[0], location=url),
             listing=Listing(revision=revision, files=files),
             find_local=lambda file: directory / file.path,
@@ -194,7 +196,7 @@ class ModelCache:
         return self._make(want, None)
 
     def lease(self, model: CachedModel, holder: str) -> Lease:
-        """A hold on a model as long as somebody uses it: until it is released, or this process is
+        """A hold on a model as long as it is used: until it is released, or this process is
         gone. Raises ``NotFound`` where the model was evicted meanwhile."""
         if model.manifest is None:
             return Lease(holder, lambda: None)
@@ -210,7 +212,7 @@ class ModelCache:
         """Keep a model whatever happens, and what steps have made of it to be used. Raises
         ``NotFound``."""
         with self.store.lock():
-            wanted = self._finder.to_pin(url, revision)
+            wanted = self._lookup.to_pin(url, revision)
             for record in wanted:
                 self.store.set_pin(record.url, record.revision, pinned=True)
 
@@ -218,7 +220,7 @@ class ModelCache:
         """Let a model be evicted again, all its revisions unless one is named, and what was made
         of it."""
         with self.store.lock():
-            for record in self._finder.records(url, revision)[0]:
+            for record in self._lookup.records(url, revision)[0]:
                 self.store.set_pin(record.url, record.revision, pinned=False)
 
     def evict(
@@ -232,13 +234,13 @@ class ModelCache:
         gone; ``NotFound`` where nothing is here.
         """
         with self.store.lock():
-            records, works = self._finder.records(url, revision, prepared=prepared)
-            return self.store.room.evict(records, works, force=force)
+            records, works = self._lookup.records(url, revision, prepared=prepared)
+            return self.store.capacity.evict(records, works, force=force)
 
     def sweep(self) -> None:
-        """Remove what killed processes have left behind and nobody can use."""
+        """Remove what killed processes have left behind and cannot be used."""
         with self.store.lock():
-            self.store.room.sweep()
+            self.store.capacity.sweep()
 
     # What there is
 
@@ -248,7 +250,7 @@ class ModelCache:
 
     def usage(self) -> Usage:
         """What the cache takes, and what it may take."""
-        return self.store.room.usage()
+        return self.store.capacity.usage()
 
     def verify(
         self,
@@ -263,7 +265,7 @@ class ModelCache:
 
         ``repair`` fetches the damaged pieces again, and raises as ``preload`` does.
         """
-        manifest = self._finder.wanted(url, revision)
+        manifest = self._lookup.wanted(url, revision)
         tell, stopped = on_progress or (lambda progress: None), cancelled or (lambda: False)
         done = 0
 
@@ -282,7 +284,7 @@ class ModelCache:
 
     # How
 
-    def _make(self, want: Want, source: Source | None) -> CachedModel:
+    def _make(self, want: FetchRequest, source: Source | None) -> CachedModel:
         """The revision, fetched unless it is whole; one process at a time fetches a model."""
         manifest = self._have(want)
         if manifest is None:
@@ -291,20 +293,20 @@ class ModelCache:
                 if manifest is None:
                     fetch = Fetch(self.store, self._transfer, source, want, clock=self._clock)
                     manifest = fetch.run()
-        model = self._finder.open(manifest)
+        model = self._lookup.open(manifest)
         if model is None:
             raise NotFound(f"{want.ref.url} was evicted as soon as it was there")
         return model
 
-    def _have(self, want: Want) -> Manifest | None:
+    def _have(self, want: FetchRequest) -> Manifest | None:
         """The manifest, if the revision is whole and has every file wanted."""
-        manifest = self._finder.read(want.ref.url, want.listing.revision)
+        manifest = self._lookup.read(want.ref.url, want.listing.revision)
         if manifest is None or want.salvage or not self.store.is_whole(manifest):
             return None
         if not {file.path for file in want.listing.files} <= {file.path for file in manifest.files}:
             return None
         with self.store.lock():
-            if self._finder.read(want.ref.url, want.listing.revision) is None:
+            if self._lookup.read(want.ref.url, want.listing.revision) is None:
                 return None  # evicted just now
             if not self.store.is_whole(manifest):
                 return None
@@ -313,8 +315,8 @@ class ModelCache:
         return manifest
 
     @contextmanager
-    def _alone(self, want: Want) -> Iterator[None]:
-        """Be the one that fetches this model, after whoever does."""
+    def _alone(self, want: FetchRequest) -> Iterator[None]:
+        """Be the one that fetches this model, after any other process that does."""
         with open_lock(self.store.layout.fetch_lock(want.ref.url)) as fd:
             while not try_lock(fd):
                 if want.cancelled():
@@ -329,15 +331,15 @@ class ModelCache:
         self, ref: ModelRef, error: SourceError, tell: OnProgress, stopped: IsCancelled
     ) -> CachedModel:
         """What is here of a model whose store cannot be asked. Raises ``error`` if nothing is."""
-        model = self._finder.open(self._finder.resolve(ref))
+        model = self._lookup.open(self._lookup.resolve(ref))
         if model is None:
-            snapshot = self._nearby.snapshot(ref)
+            snapshot = self._local_files.snapshot(ref)
             if snapshot is None:
                 raise error
-            want = Want(
+            want = FetchRequest(
                 ref=ref,
                 listing=self._select(ref, snapshot, *self.settings.files_for(ref.url)),
-                find_local=lambda file: self._nearby.find(ref, file),
+                find_local=lambda file: self._local_files.find(ref, file),
                 on_progress=tell,
                 cancelled=stopped,
             )
@@ -358,9 +360,9 @@ class ModelCache:
             with self.store.lock():
                 self.store.complete(manifest, manifest.revision)
             return
-        ref, listing = list_again(self._open_source, self._finder.ref(manifest.url, None), manifest)
+        ref, listing = list_again(self._open_source, self._lookup.ref(manifest.url, None), manifest)
         with closing(self._open_source(ref)) as source:
-            want = Want(
+            want = FetchRequest(
                 ref=ref,
                 listing=listing,
                 salvage=salvage,
@@ -374,7 +376,7 @@ class ModelCache:
         self, ref: ModelRef, listing: Listing, include: Sequence[str], exclude: Sequence[str]
     ) -> Listing:
         """The files wanted, with those that were wanted earlier: asking for fewer loses none."""
-        earlier = self._finder.read(ref.url, listing.revision)
+        earlier = self._lookup.read(ref.url, listing.revision)
         return narrow(listing, ref.url, earlier, include, exclude)
 
     def _expecting(self, model: CachedModel, at_s: float | None) -> CachedModel:

@@ -15,7 +15,7 @@ from typing import Any
 
 from modelcache.fetch.transfer import Transfer
 from modelcache.peers.group import PeerGroup
-from modelcache.peers.replicate import Cache, Orders
+from modelcache.peers.replicate import Cache, ReplicationJobs
 from modelcache.settings import ModelCacheSettings
 from modelcache.types import CacheError
 
@@ -27,7 +27,7 @@ class Serving:
     """A node that gives. Made by :func:`start_serving`."""
 
     peers: PeerGroup
-    orders: Orders
+    orders: ReplicationJobs
     host: str
     port: int
 
@@ -45,7 +45,7 @@ def start_serving(
     """
     if peers is None or settings.peer_port is None:
         return None
-    orders = Orders(cache)
+    orders = ReplicationJobs(cache)
     host = settings.peer_host.strip("[]")
     try:
         port = peers.serve(host, settings.peer_port, orders.verbs())

@@ -32,7 +32,7 @@ from modelcache.types import CacheError, FileRange, ModelRef, Priority, Progress
 
 if TYPE_CHECKING:
     from modelcache.cache import ModelCache
-    from modelcache.pagecache.holder import PageKeeper
+    from modelcache.pagecache.holder import PageHolder
 
 LOG = logging.getLogger("tidegate.autoscaler")
 
@@ -194,7 +194,7 @@ class NodePreparer:
         self,
         *,
         cache: ModelCache | None = None,
-        page_holder: PageKeeper | None = None,
+        page_holder: PageHolder | None = None,
         standbys: Standbys | None = None,
         prewarm: Prewarm | None = None,
         prewarm_behind: Prewarm | None = None,

@@ -37,7 +37,7 @@ from modelcache.types import (
 
 if TYPE_CHECKING:
     from modelcache.cache import ModelCache
-    from modelcache.pagecache.holder import PageKeeper
+    from modelcache.pagecache.holder import PageHolder
 
 _HELD = "asked for: "
 """Before the keys of pages that an operator had prewarmed, apart from those of pools."""
@@ -86,7 +86,7 @@ class Models:
     ]
     """Has other sites preload a model: URL, revision, site names; returns an outcome by site."""
     sites: tuple[str, ...] = ()
-    page_holder: PageKeeper | None = None
+    page_holder: PageHolder | None = None
     traffic: Callable[[], Mapping[str, Any]] = dict
     """What this process has read from stores and from peers, and given to them."""
     transform: Transform | None = None

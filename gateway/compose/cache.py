@@ -15,7 +15,7 @@ from modelcache.types import CacheError, FileRange, ModelRef
 if TYPE_CHECKING:
     from modelcache.cache import ModelCache
     from modelcache.fetch.transfer import Transfer
-    from modelcache.pagecache.holder import PageKeeper
+    from modelcache.pagecache.holder import PageHolder
     from modelcache.peers.group import PeerGroup
     from modelcache.ports import Source
 
@@ -47,14 +47,14 @@ def open_cache(settings: Settings, environ: Mapping[str, str]) -> NodeCache:
     from modelcache.cache import ModelCache
     from modelcache.fetch.transfer import Transfer
     from modelcache.peers.group import make_peers
-    from modelcache.peers.piece_inventory import Shelf
+    from modelcache.peers.piece_inventory import PieceInventory
     from modelcache.sources.opening import open_source
     from modelcache.store.layout import Layout
 
     given = settings.modelcache
     directory = cache_dir(settings)
     try:
-        peers = make_peers(given, environ, Shelf(Layout(directory)))
+        peers = make_peers(given, environ, PieceInventory(Layout(directory)))
     except ValueError as error:
         raise CacheError(str(error)) from None
     transfer = Transfer(given, peers=peers)
@@ -66,24 +66,24 @@ def open_cache(settings: Settings, environ: Mapping[str, str]) -> NodeCache:
     return NodeCache(cache=cache, transfer=transfer, peers=peers)
 
 
-def make_page_holder(settings: Settings) -> PageKeeper | None:
+def make_page_holder(settings: Settings) -> PageHolder | None:
     """What keeps pages cached for this process; ``None`` where the settings say so. It starts
     nothing before there are pages to keep."""
     from modelcache.pagecache import memory
-    from modelcache.pagecache.holder import PageKeeper
+    from modelcache.pagecache.holder import PageHolder
 
     given = settings.modelcache
     budget_bytes = memory.page_budget_bytes(given.page_budget_bytes)
     if not budget_bytes:
         return None
-    return PageKeeper(budget_bytes=budget_bytes, touch_s=given.page_touch_s, lock=given.page_lock)
+    return PageHolder(budget_bytes=budget_bytes, touch_s=given.page_touch_s, lock=given.page_lock)
 
 
 def make_models(
     node: NodeCache,
     settings: Settings,
     environ: Mapping[str, str],
-    page_holder: PageKeeper | None = None,
+    page_holder: PageHolder | None = None,
 ) -> Models:
     """The verbs over a node's cache; what is prewarmed is kept by ``page_holder``."""
     from gateway.compose.preparation import make_transform

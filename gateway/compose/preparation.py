@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from gateway.settings.schema import Settings
 from modelcache.cache import ModelCache
 from modelcache.ports import CachedModel, IsCancelled, OnProgress, Transform
-from modelcache.prepare.run import Held, Preparation, input_digest
+from modelcache.prepare.run import LeasedModel, Preparation, input_digest
 from modelcache.settings import PreparationStep
 from modelcache.types import FileEntry
 
@@ -27,7 +27,7 @@ def make_transform(settings: Settings, cache: ModelCache, environ: Mapping[str, 
         holder: str,
         on_progress: OnProgress,
         cancelled: IsCancelled,
-    ) -> Held:
+    ) -> LeasedModel:
         """The last step's result, leased; made with its source leased, unless it is there."""
         digest = input_digest(list_entries(source))
         held = preparation.results.hold(preparation.keys(digest, steps)[-1], holder, final=True)

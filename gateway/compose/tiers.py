@@ -25,7 +25,7 @@ from modelcache.types import FileRange, NotFound
 
 if TYPE_CHECKING:
     from gateway.compose.cache import NodeCache
-    from modelcache.pagecache.holder import PageKeeper
+    from modelcache.pagecache.holder import PageHolder
 
 WAKE_TIMES = "wake_times.json"
 
@@ -34,7 +34,7 @@ def make_preparer(
     settings: Settings,
     backend: ProcessBackend,
     node: NodeCache,
-    page_holder: PageKeeper | None,
+    page_holder: PageHolder | None,
     compiled: CompileCache | None,
 ) -> NodePreparer:
     """The preparer of this node. Nothing is read, held or started yet."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from loaders.weights.plan import ALIGN_BYTES, Batch, Portion
-from loaders.weights.staging_buffers import Pool, Stretch, Ticket
+from loaders.weights.staging_buffers import BufferPool, Stretch, Ticket
 from modelcache.safetensors_index import BadFile
 
 Tensor = Any
@@ -42,7 +42,7 @@ class Arena:
     tickets: list[Ticket] = field(default_factory=list)
 
 
-class Target(Protocol):
+class TensorTarget(Protocol):
     """What a load writes to. ``staged``: through the ring by ``copy``, else to ``Arena.view``."""
 
     staged: bool
@@ -65,7 +65,7 @@ class Target(Protocol):
 
 def make_target(
     device: Any, *, usual_bytes: int, spare_bytes: int, workers: int, staged: bool = False
-) -> Target:
+) -> TensorTarget:
     """The target for a torch device. On the CPU memory comes in stretches of ``usual_bytes``, of
     which ``spare_bytes`` may be kept to be used again; ``staged`` sends bytes through the ring
     there too."""
@@ -73,7 +73,7 @@ def make_target(
 
     place = torch.device(device)
     if place.type == "cpu":
-        return CpuTarget(Pool(usual_bytes, spare_bytes), staged=staged)
+        return CpuTarget(BufferPool(usual_bytes, spare_bytes), staged=staged)
     if place.type == "cuda":
         return CudaTarget(place, streams=min(workers, STREAMS))
     raise ValueError(f"device: {place} is neither cpu nor cuda")
@@ -119,7 +119,7 @@ def make_tensor(arena: Arena, portion: Portion) -> Tensor:
 class CpuTarget:
     """Tensors in host memory."""
 
-    def __init__(self, pool: Pool, *, staged: bool = False) -> None:
+    def __init__(self, pool: BufferPool, *, staged: bool = False) -> None:
         self.staged = staged
         self._pool = pool
 

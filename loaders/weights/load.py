@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loaders.weights.checksums import FileSums, find_sums
-from loaders.weights.device import Target, Tensor, make_target, make_tensor, torch_dtype
+from loaders.weights.device import Tensor, TensorTarget, make_target, make_tensor, torch_dtype
 from loaders.weights.files import (
     Found,
     ModelPath,
@@ -21,22 +21,22 @@ from loaders.weights.files import (
     opened,
     read_index,
 )
-from loaders.weights.pipeline import Pump, usable_cores
+from loaders.weights.pipeline import Pipeline, usable_cores
 from loaders.weights.plan import (
     ALIGN_BYTES,
     BATCH_BYTES,
     READ_BYTES,
     CutDim,
     FileWant,
-    Plan,
+    ReadPlan,
     cut,
     make_plan,
     plan_check,
     usual_cut,
 )
-from loaders.weights.readers import CountCached, How, Reader
+from loaders.weights.readers import CountCached, How, WeightReader
 from loaders.weights.report import Report, Tally
-from loaders.weights.staging_buffers import Ring
+from loaders.weights.staging_buffers import StagingBuffers
 from modelcache.pagecache.linux_pages import count_by_cachestat
 from modelcache.safetensors_index import BadFile, TensorEntry
 
@@ -181,12 +181,12 @@ class _Ranks:
 class _ring:
     """A ring for the time of a load, where one is needed."""
 
-    def __init__(self, plan: Plan, options: Options, target: Target | None) -> None:
-        self.ring: Ring | None = None
+    def __init__(self, plan: ReadPlan, options: Options, target: TensorTarget | None) -> None:
+        self.ring: StagingBuffers | None = None
         if target is None or target.staged:
             most = max(1, options.memory_bytes // READ_BYTES)
             slots = min(options.threads * SLOTS_A_THREAD, most, max(1, len(plan.reads)))
-            self.ring = Ring(slots, READ_BYTES, target.lock_memory if target else None)
+            self.ring = StagingBuffers(slots, READ_BYTES, target.lock_memory if target else None)
 
     def __enter__(self) -> _ring:
         return self
@@ -268,7 +268,7 @@ def _plan(
     chosen: Sequence[tuple[TensorEntry, ...]],
     ranks: _Ranks,
     batch_bytes: int,
-) -> Plan:
+) -> ReadPlan:
     wants = []
     for file, entries in zip(files, chosen, strict=True):
         portions = []
@@ -286,20 +286,20 @@ def _plan(
 
 
 def _pump(
-    plan: Plan,
+    plan: ReadPlan,
     files: Sequence[OpenFile],
     options: Options,
-    target: Target | None,
-    ring: Ring | None,
+    target: TensorTarget | None,
+    ring: StagingBuffers | None,
     ahead_bytes: int | None,
-) -> Pump:
+) -> Pipeline:
     copiers = min(len(usable_cores()), options.threads)
-    reader = Reader(
+    reader = WeightReader(
         how=options.how,
         count_cached=options.count_cached,
         turns=threading.Semaphore(copiers),
     )
-    return Pump(
+    return Pipeline(
         plan=plan,
         files=files,
         reader=reader,
@@ -312,7 +312,12 @@ def _pump(
 
 
 def _report(
-    began_s: float, files: int, tensors: int, plan: Plan, pump: Pump, ring: Ring | None
+    began_s: float,
+    files: int,
+    tensors: int,
+    plan: ReadPlan,
+    pump: Pipeline,
+    ring: StagingBuffers | None,
 ) -> Report:
     total = Tally.sum(pump.tallies)
     return Report(

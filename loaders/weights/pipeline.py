@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from loaders.weights.device import Arena, Target
+from loaders.weights.device import Arena, TensorTarget
 from loaders.weights.files import OpenFile
-from loaders.weights.plan import ALIGN_BYTES, Batch, Plan, Read, Segment
-from loaders.weights.readers import Place, Reader
+from loaders.weights.plan import ALIGN_BYTES, Batch, Read, ReadPlan, Segment
+from loaders.weights.readers import ReadBuffer, WeightReader
 from loaders.weights.report import Tally
-from loaders.weights.staging_buffers import Ring, Stretch
+from loaders.weights.staging_buffers import StagingBuffers, Stretch
 
 STAND_BACK_S = 0.005
 """How often a thread that is for the disk looks whether there is something for it again."""
@@ -36,7 +36,7 @@ class _Progress:
     stopped: bool = False
 
 
-class Pump:
+class Pipeline:
     """Carries out one plan. ``target`` is ``None`` where bytes are only read and checked;
     ``ahead_bytes`` bounds the batches that are under way or done and not yet taken (``None``: no
     bound). Reads go through ``ring`` if there is one.
@@ -49,11 +49,11 @@ class Pump:
     def __init__(
         self,
         *,
-        plan: Plan,
+        plan: ReadPlan,
         files: Sequence[OpenFile],
-        reader: Reader,
-        target: Target | None,
-        ring: Ring | None,
+        reader: WeightReader,
+        target: TensorTarget | None,
+        ring: StagingBuffers | None,
         threads: int,
         copiers: int,
         ahead_bytes: int | None,
@@ -203,23 +203,25 @@ class Pump:
         for segment in read.segments:
             view = arenas[segment.batch].view if segment.batch is not None else None
             if segment.batch is not None and view is not None:
-                places.append(Place(view, arenas[segment.batch].start))
+                places.append(ReadBuffer(view, arenas[segment.batch].start))
                 continue
             if not scratch:
                 scratch.append(
                     Stretch(max(r.end - r.start for r in self._plan.reads) + ALIGN_BYTES)
                 )
-            places.append(Place(scratch[0].view, segment.start - segment.start % ALIGN_BYTES))
+            places.append(ReadBuffer(scratch[0].view, segment.start - segment.start % ALIGN_BYTES))
         self._reader.fill(self._files[read.file], read, places, tally)
 
-    def _through_ring(self, ring: Ring, read: Read, arenas: dict[int, Arena], worker: int) -> None:
+    def _through_ring(
+        self, ring: StagingBuffers, read: Read, arenas: dict[int, Arena], worker: int
+    ) -> None:
         """Into a slot, and from there to wherever its segments belong."""
         tally = self.tallies[worker]
         began_s = time.perf_counter()
         slot = ring.take()
         tally.waited_s += time.perf_counter() - began_s
         try:
-            place = Place(slot.view, read.start - read.start % ALIGN_BYTES)
+            place = ReadBuffer(slot.view, read.start - read.start % ALIGN_BYTES)
             whole = Segment(batch=None, start=read.start, end=read.end)
             at_once = Read(file=read.file, piece=read.piece, segments=(whole,))
             self._reader.fill(self._files[read.file], at_once, (place,), tally)
@@ -247,7 +249,7 @@ def usable_cores() -> set[int]:
     return cores
 
 
-def _count_reads(plan: Plan) -> list[int]:
+def _count_reads(plan: ReadPlan) -> list[int]:
     counts = [0] * len(plan.batches)
     for read in plan.reads:
         for number in {s.batch for s in read.segments if s.batch is not None}:

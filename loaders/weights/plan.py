@@ -96,7 +96,7 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class ReadPlan:
     """Everything to read. Batches are in the order in which they are wanted, and so are reads."""
 
     batches: tuple[Batch, ...]
@@ -177,7 +177,7 @@ def make_plan(
     batch_bytes: int = BATCH_BYTES,
     read_bytes: int = READ_BYTES,
     gap_bytes: int = GAP_BYTES,
-) -> Plan:
+) -> ReadPlan:
     """The batches and reads that bring what is wanted of ``files``, numbered as they come."""
     batches: list[Batch] = []
     reads: list[Read] = []
@@ -190,10 +190,10 @@ def make_plan(
             if batch.size_bytes
         ]
         reads += _on_grid(number, spans, file, read_bytes)
-    return Plan(batches=tuple(batches), reads=tuple(reads))
+    return ReadPlan(batches=tuple(batches), reads=tuple(reads))
 
 
-def plan_check(files: Sequence[FileWant], *, read_bytes: int = READ_BYTES) -> Plan:
+def plan_check(files: Sequence[FileWant], *, read_bytes: int = READ_BYTES) -> ReadPlan:
     """Reads of every byte of ``files``, for nothing but their checksums (or their speed)."""
     reads: list[Read] = []
     for number, file in enumerate(files):
@@ -202,7 +202,7 @@ def plan_check(files: Sequence[FileWant], *, read_bytes: int = READ_BYTES) -> Pl
             piece = start // read_bytes if file.verified else None
             segment = Segment(batch=None, start=start, end=end)
             reads.append(Read(file=number, piece=piece, segments=(segment,)))
-    return Plan(batches=(), reads=tuple(reads))
+    return ReadPlan(batches=(), reads=tuple(reads))
 
 
 def _group(

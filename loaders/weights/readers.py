@@ -38,7 +38,7 @@ CountCached = Callable[[int, int, int], int | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ReadBuffer:
     """Memory for a part of a file: ``view[0]`` is for byte ``start``, a multiple of
     ``ALIGN_BYTES``, and the view reaches to the next such multiple behind the part."""
 
@@ -47,7 +47,7 @@ class Place:
 
 
 @dataclass(slots=True, kw_only=True)
-class Reader:
+class WeightReader:
     """Reads for all threads. ``turns`` is how many may copy from the page cache at once: that is
     work for a core, and more than there are cores only get in each other's way."""
 
@@ -56,7 +56,7 @@ class Reader:
     turns: threading.Semaphore
     _page_bytes: int = field(default_factory=lambda: os.sysconf("SC_PAGE_SIZE"))
 
-    def fill(self, file: OpenFile, read: Read, places: Sequence[Place], tally: Tally) -> None:
+    def fill(self, file: OpenFile, read: Read, places: Sequence[ReadBuffer], tally: Tally) -> None:
         """Read what ``read`` says, a place for each of its segments, and check its piece.
 
         Raises ``BadFile`` where the bytes are not there or not what they were.
@@ -94,7 +94,7 @@ class Reader:
         self,
         fd: int,
         read: Read,
-        places: Sequence[Place],
+        places: Sequence[ReadBuffer],
         hasher: xxhash.xxh3_64 | None,
         tally: Tally,
     ) -> bool:
@@ -120,7 +120,7 @@ class Reader:
         return True
 
 
-def _read_aligned(fd: int, begin: int, end: int, place: Place) -> None:
+def _read_aligned(fd: int, begin: int, end: int, place: ReadBuffer) -> None:
     """Read from ``begin``, which is aligned, at least to ``end``, in whole blocks."""
     until = -(-end // ALIGN_BYTES) * ALIGN_BYTES
     at = begin
@@ -132,7 +132,7 @@ def _read_aligned(fd: int, begin: int, end: int, place: Place) -> None:
 
 
 def _fill_cached(
-    fd: int, start: int, end: int, place: Place, hasher: xxhash.xxh3_64 | None, tally: Tally
+    fd: int, start: int, end: int, place: ReadBuffer, hasher: xxhash.xxh3_64 | None, tally: Tally
 ) -> None:
     at = start
     began_s = time.perf_counter()

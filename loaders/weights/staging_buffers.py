@@ -1,9 +1,9 @@
 """Host memory that is used again: fresh memory costs more than what is read into it.
 
-A ``Stretch`` is memory at a page boundary. The ``Ring`` has a fixed number of slots for bytes on
-their way to a device. The ``Pool`` gives out stretches that become tensors' own memory, and takes
-each back when the last tensor in it is gone: a consumer that copies what it gets and moves on runs
-in the same memory all the way, and one that keeps tensors simply keeps them.
+A ``Stretch`` is memory at a page boundary. ``StagingBuffers`` are a fixed number of slots for bytes
+on their way to a device. The ``BufferPool`` gives out stretches that become tensors' own memory,
+and takes each back when the last tensor in it is gone: a consumer that copies what it gets and
+moves on runs in the same memory all the way, and one that keeps tensors simply keeps them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Stretch:
         return ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
 
 
-class Pool:
+class BufferPool:
     """Stretches to be tensors' memory, of ``usual_bytes`` or what is asked if that is more. At
     most ``spare_bytes`` of given-back ones are kept, and the largest in any case."""
 
@@ -109,7 +109,7 @@ class Slot:
     ticket: Ticket | None = None
 
 
-class Ring:
+class StagingBuffers:
     """``slots`` slots of ``slot_bytes`` each in one stretch of memory.
 
     ``lock_memory`` may pin the stretch for a device; what it returns undoes that. ``pinned`` says

@@ -18,17 +18,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from modelcache.bandwidth.fair_queue import CLASS_WEIGHTS, Claim, FairShare, make_cap
-from modelcache.ports import ANNOUNCE_BYTES
+from modelcache.bandwidth.fair_queue import CLASS_WEIGHTS, Claim, FairQueue, make_cap
+from modelcache.ports import ANNOUNCE_BYTES, IsCancelled
 from modelcache.settings import ModelCacheSettings
 from modelcache.types import Cancelled, Priority
 
 NODE = "node"
 POLL_S = 0.1
 """Seconds within which a waiting thread notices that it was cancelled."""
-
-Asked = Callable[[], bool]
-"""Whether the caller has cancelled."""
 
 
 class Budget:
@@ -44,27 +41,27 @@ class Budget:
             rates[NODE] = settings.bandwidth_bytes_s
         self._capped_node = NODE in rates
         caps = tuple(make_cap(name, rate, ANNOUNCE_BYTES) for name, rate in rates.items())
-        self._shares = FairShare(caps, clock())
+        self._shares = FairQueue(caps, clock())
         self._lock = threading.Lock()
         self._turns: dict[int, threading.Event] = {}
 
-    def lane(self, url: str, model: str, priority: Priority) -> Lane:
+    def share(self, url: str, model: str, priority: Priority) -> BandwidthShare:
         """What reading ``url`` for ``model`` counts against."""
         prefix = next((p for p in self._prefixes if covers(p, url)), None)
         names = ((NODE,) if self._capped_node else ()) + ((prefix,) if prefix else ())
-        return Lane(budget=self, model=model, priority=priority, caps=names)
+        return BandwidthShare(budget=self, model=model, priority=priority, caps=names)
 
     def forget(self, model: str) -> None:
         """A model has been fetched: keep nothing about it."""
         with self._lock:
             self._shares.forget(model)
 
-    def take(self, lane: Lane, size_bytes: int, cancelled: Asked) -> None:
+    def take(self, share: BandwidthShare, size_bytes: int, cancelled: IsCancelled) -> None:
         """Wait until ``size_bytes`` (at most ``ANNOUNCE_BYTES``) may be read. ``Cancelled`` if it
         is called off first."""
         turn = threading.Event()
         with self._lock:
-            claim = self._shares.ask(lane.model, lane.priority, lane.caps, size_bytes)
+            claim = self._shares.ask(share.model, share.priority, share.caps, size_bytes)
             self._turns[claim.ticket] = turn
             wait_s = self._grant(claim)
         while wait_s is not None:
@@ -75,10 +72,10 @@ class Budget:
                     raise Cancelled("fetching was called off")
                 wait_s = self._grant(claim)
 
-    def give_back(self, lane: Lane, size_bytes: int) -> None:
+    def give_back(self, share: BandwidthShare, size_bytes: int) -> None:
         """Return what was taken and not read."""
         with self._lock:
-            self._shares.give_back(lane.caps, size_bytes)
+            self._shares.give_back(share.caps, size_bytes)
 
     def _withdraw(self, claim: Claim) -> None:
         self._shares.withdraw(claim)
@@ -108,27 +105,27 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lane:
-    """One model's way to one store under the caps."""
+class BandwidthShare:
+    """What one model's reads from one store count against."""
 
     budget: Budget
     model: str
     priority: Priority
     caps: tuple[str, ...]
 
-    def meter(self, size_bytes: int, cancelled: Asked) -> Meter:
+    def meter(self, size_bytes: int, cancelled: IsCancelled) -> Meter:
         """For one range of ``size_bytes``."""
-        return Meter(lane=self, left_bytes=size_bytes, cancelled=cancelled)
+        return Meter(share=self, left_bytes=size_bytes, cancelled=cancelled)
 
 
 @dataclass(slots=True, kw_only=True)
 class Meter:
     """Pays for one range as it is read. Used by one thread."""
 
-    lane: Lane
+    share: BandwidthShare
     left_bytes: int
     """Not paid for yet."""
-    cancelled: Asked
+    cancelled: IsCancelled
     paid_bytes: int = 0
     """Paid for and not read yet."""
 
@@ -137,8 +134,8 @@ class Meter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.paid_bytes and self.lane.caps:
-            self.lane.budget.give_back(self.lane, self.paid_bytes)
+        if self.paid_bytes and self.share.caps:
+            self.share.budget.give_back(self.share, self.paid_bytes)
         self.paid_bytes = 0
 
     def count(self, size_bytes: int) -> None:
@@ -151,8 +148,8 @@ class Meter:
         wanted = min(ANNOUNCE_BYTES - self.paid_bytes, self.left_bytes)
         if wanted <= 0:
             return
-        if self.lane.caps:
-            self.lane.budget.take(self.lane, wanted, self.cancelled)
+        if self.share.caps:
+            self.share.budget.take(self.share, wanted, self.cancelled)
         self.left_bytes -= wanted
         self.paid_bytes += wanted
 
@@ -195,7 +192,7 @@ class Slots:
         """What is not lent."""
         return self._free
 
-    def take(self, model: str, priority: Priority, amount: int, cancelled: Asked) -> None:
+    def take(self, model: str, priority: Priority, amount: int, cancelled: IsCancelled) -> None:
         """Wait for ``amount``; ``Cancelled`` if it is called off first."""
         amount = min(amount, self.limit)
         with self._lock:

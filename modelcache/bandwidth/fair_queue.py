@@ -94,7 +94,7 @@ class _Queue:
         self.finished[flow] = start + cost
 
 
-class FairShare:
+class FairQueue:
     """The claims that wait, and what each cap has left. One owner; not thread-safe."""
 
     def __init__(self, caps: tuple[Cap, ...], now_s: float) -> None:

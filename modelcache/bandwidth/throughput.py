@@ -25,7 +25,7 @@ BEHIND_FACTOR = 4.0
 
 
 @dataclass(slots=True)
-class Pace:
+class Throughput:
     """How long the last pieces took, by their size to the next power of two."""
 
     last: dict[int, deque[float]] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Pace:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Reading:
+class PieceRead:
     """One reading under way."""
 
     size_bytes: int
@@ -115,7 +115,7 @@ class Reading:
         return now_s - self.began_s > limit_s and self.left_s(now_s) > most_left_s
 
 
-def compare(readings: Iterable[Reading], now_s: float) -> None:
+def compare(readings: Iterable[PieceRead], now_s: float) -> None:
     """Note which of them are behind the others now."""
     under_way = [
         one

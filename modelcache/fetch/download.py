@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
-from modelcache.bandwidth.budget import Asked, Budget, Slots
-from modelcache.bandwidth.throughput import Pace, Reading, compare
-from modelcache.fetch.plan import Board, File, Seen, mask_of
+from modelcache.bandwidth.budget import Budget, Slots
+from modelcache.bandwidth.throughput import PieceRead, Throughput, compare
+from modelcache.fetch.plan import Board, PlannedFile, Seen, mask_of
 from modelcache.peers.group import Follower, PeerGroup
-from modelcache.peers.piece_inventory import Holding, Shelf, State
-from modelcache.ports import Source
+from modelcache.peers.piece_inventory import FetchingFile, PieceInventory, PieceState
+from modelcache.ports import IsCancelled, Source
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.digest import count_pieces
 from modelcache.store.partial_files import Partial
@@ -150,7 +150,7 @@ class TransferState:
             return found is not None and found.doubted
 
     def compare(self, key: str, index: int, digest: bytes) -> None:
-        """The store's own bytes of a piece: whoever gave others is left alone from now on."""
+        """The store's own bytes of a piece: a peer that gave others is left alone from now on."""
         with self._lock:
             found = self._suspicions.get(key)
             node, given = ("", digest) if found is None else found.given.get(index, ("", digest))
@@ -175,20 +175,20 @@ two read at the same time is read twice."""
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class DownloadJob:
     """One file of a download."""
 
     remote: RemoteFile
     partial: Partial
-    file: File
-    holding: Holding
+    file: PlannedFile
+    fetching_file: FetchingFile
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Attempt(Reading):
+class Attempt(PieceRead):
     """One reading of one piece."""
 
-    job: Job
+    job: DownloadJob
     index: int
 
 
@@ -203,14 +203,14 @@ class Download:
         *,
         priority: Priority,
         on_progress: Callable[[Progress], None],
-        cancelled: Asked,
+        cancelled: IsCancelled,
     ) -> None:
         self.shared = shared
         self.source = source
         self.model = source.ref.url
         self.priority = priority
         self.settings = shared.settings
-        self.lane = shared.budget.lane(self.model, self.model, priority)
+        self.share = shared.budget.share(self.model, self.model, priority)
         self.slots = shared.slots_of(self.model)
         self.peers = shared.peers
         self.clock = shared.clock
@@ -220,8 +220,8 @@ class Download:
         self.peer_work = threading.Condition(self.lock)
         self.reading: set[Attempt] = set()
         self.asking: set[Attempt] = set()
-        self.store_pace = Pace()
-        self.peer_pace = Pace()
+        self.store_throughput = Throughput()
+        self.peer_throughput = Throughput()
         self.store_limit = self.settings.connections
         self.problem: BaseException | None = None
         self.over = False
@@ -232,7 +232,7 @@ class Download:
         self._given_bytes = 0
         self._threads: list[threading.Thread] = []
         self._samples: deque[tuple[float, int]] = deque()
-        self._shelf = self.peers.shelf if self.peers is not None else Shelf()
+        self._inventory = self.peers.inventory if self.peers is not None else PieceInventory()
         self._total_bytes = sum(partial.size_bytes for _, partial in files)
         self._done_bytes = self._told_bytes = sum(partial.bytes_done for _, partial in files)
         self.jobs = [self._job(remote, partial) for remote, partial in files if partial.missing()]
@@ -244,11 +244,11 @@ class Download:
         sizes = [min(job.partial.piece_bytes, job.partial.size_bytes) for job in self.jobs]
         self._piece_bytes = max(sizes, default=0)
 
-    def _job(self, remote: RemoteFile, partial: Partial) -> Job:
+    def _job(self, remote: RemoteFile, partial: Partial) -> DownloadJob:
         missing = mask_of(partial.missing())
         count = count_pieces(partial.size_bytes, partial.piece_bytes)
-        file = File(key=partial.key, count=count, missing=missing)
-        return Job(remote, partial, file, self._shelf.open(partial))
+        file = PlannedFile(key=partial.key, count=count, missing=missing)
+        return DownloadJob(remote, partial, file, self._inventory.open(partial))
 
     def run(self, from_store: Callable[[], None], from_peers: Callable[[], None]) -> None:
         """Fetch all of it, or raise why not. On return no thread of it commits anything.
@@ -266,11 +266,11 @@ class Download:
             if self.shared.doubted(job.partial.key):
                 self.shared.believe(job.partial.key)
 
-    def job_of(self, file: File) -> Job:
+    def job_of(self, file: PlannedFile) -> DownloadJob:
         """The job of a file on the board."""
         return self._job_of[id(file)]
 
-    def attempt(self, file: File, index: int) -> Attempt:
+    def attempt(self, file: PlannedFile, index: int) -> Attempt:
         """A reading of a piece, about to begin."""
         job = self.job_of(file)
         start, end = job.partial.span(index)
@@ -300,7 +300,7 @@ class Download:
             keys = [job.partial.key for job in self.jobs if job.file.missing]
         return [key for key in keys if not self.shared.doubted(key)]
 
-    def _on_states(self, node: str, states: Mapping[str, State]) -> None:
+    def _on_states(self, node: str, states: Mapping[str, PieceState]) -> None:
         counts = {job.file.key: job.file.count for job in self.jobs}
         seen = {
             key: Seen(
@@ -363,7 +363,7 @@ class Download:
         compare(self.reading, now_s)
         for one in self.asking:
             one.note(now_s)
-        usual_s = self.store_pace.expected_s(self._piece_bytes)
+        usual_s = self.store_throughput.expected_s(self._piece_bytes)
         oldest_s = max((now_s - one.began_s for one in self.reading), default=None)
         if usual_s is not None or oldest_s is not None:
             board.piece_s = max(usual_s or 0.0, oldest_s or 0.0)
@@ -415,7 +415,7 @@ class Download:
             while self._committing:
                 self.watcher.wait(TICK_S)
         for job in self.jobs:
-            job.holding.close()
+            job.fetching_file.close()
 
     # -- what readers call ---------------------------------------------------------------------
 
@@ -440,7 +440,7 @@ class Download:
                 if self.over or (self.board.left == 0 and self._committing == 0):
                     self.watcher.notify_all()
 
-    def commit(self, job: Job, index: int) -> bytes:
+    def commit(self, job: DownloadJob, index: int) -> bytes:
         """Count a piece as good, by what the file has now; its BLAKE3. Within :meth:`commits`."""
         try:
             return job.partial.commit(index)
@@ -459,7 +459,7 @@ class Download:
             self.asking.discard(attempt)
             self._done_bytes += size_bytes
             self._given_bytes += size_bytes if given else 0
-            pace = self.peer_pace if given else self.store_pace
+            pace = self.peer_throughput if given else self.store_throughput
             pace.learn(size_bytes, self.clock() - attempt.began_s)
         if given:
             self.shared.count(peer_bytes=size_bytes)

@@ -43,7 +43,7 @@ from modelcache.types import (
 LOG = logging.getLogger("tidegate.modelcache")
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-"""Weights that can run code when they are read; nobody needs them beside safetensors."""
+"""Weights that can run code when they are read; not needed beside safetensors."""
 
 FOREIGN = (
     *("*.onnx", "*.onnx_data*", "*.h5", "*.msgpack", "*.ot", "*.tflite", "*.mlmodel"),
@@ -53,8 +53,8 @@ FOREIGN = (
 together more bytes than what is opened."""
 
 
-class Transfer(Protocol):
-    """Whoever brings pieces (``modelcache.fetch.transfer.Transfer``)."""
+class PieceTransfer(Protocol):
+    """What brings pieces (``modelcache.fetch.transfer.Transfer``)."""
 
     def run(
         self,
@@ -79,7 +79,7 @@ class Salvage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Want:
+class FetchRequest:
     """What is to be made whole, and how. ``find_local`` gives a file on this machine that may have
     a remote file's content; it is hashed, and checked against what the store publishes.
     ``created_at_s``: when it was made whole first, where it is mended. ``given``: its local files
@@ -145,7 +145,7 @@ ATTEMPTS = 2
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class File:
+class FetchedFile:
     """One file on its way: ``digest`` once it is a blob, ``local`` while it may be taken over."""
 
     remote: RemoteFile
@@ -164,14 +164,14 @@ class File:
 
 
 class Fetch:
-    """One revision being made whole. Used once, by whoever holds the model's fetch lock."""
+    """One revision being made whole. Used once, by the one that holds the model's fetch lock."""
 
     def __init__(
         self,
         store: Store,
-        transfer: Transfer,
+        transfer: PieceTransfer,
         source: Source | None,
-        want: Want,
+        want: FetchRequest,
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -184,7 +184,7 @@ class Fetch:
         self._clock = clock
         url, revision = want.ref.url, want.listing.revision
         self.files = [
-            File(
+            FetchedFile(
                 remote=file,
                 key=file_key(url, file, revision),
                 salvage=want.salvage.get(file.path),
@@ -225,7 +225,7 @@ class Fetch:
             if file.digest is None:
                 file.local = self.want.find_local(file.remote)
 
-    def _recover(self, file: File) -> str | None:
+    def _recover(self, file: FetchedFile) -> str | None:
         for digest in self.store.known(file.key, file.remote):
             blob = self.layout.blob(digest)
             if not blob.is_file():
@@ -262,7 +262,7 @@ class Fetch:
                 if fresh:
                     remove(path)
                     remove_empty(path.parent)
-                    self.store.room.sweep()
+                    self.store.capacity.sweep()
                 raise
 
     def _link(self) -> None:
@@ -294,7 +294,7 @@ class Fetch:
         pieces = sum(count_pieces(f.remote.size_bytes, self.store.piece_bytes) for f in missing)
         need = unreserved + pieces * RECORD.size + RECORD_BYTES * len(missing)
         name = f"{self.want.ref.url}@{self.want.listing.revision}"
-        self.store.room.make_room(
+        self.store.capacity.make_room(
             # What is linked counts already: its name lies in the cache.
             need,
             need if fetched else 0,
@@ -311,7 +311,7 @@ class Fetch:
                 f"{self.want.ref.url}: the disk of {self.layout.root} has no room for {need} bytes"
             ) from error
 
-    def _take_over(self, file: File) -> None:
+    def _take_over(self, file: FetchedFile) -> None:
         """Hash a file that is on this machine and make it ours, unless it is not what it should
         be: then it is fetched like any other."""
         if not file.linked:
@@ -332,7 +332,7 @@ class Fetch:
                 sha256 = file.remote.digests.get("sha256")
                 file.digest = self.store.take_over(linked, file.key, sha256, found)
 
-    def _copy(self, file: File) -> None:
+    def _copy(self, file: FetchedFile) -> None:
         """Take over a file of another file system."""
         assert file.local is not None
         try:
@@ -358,7 +358,7 @@ class Fetch:
                 if attempt == ATTEMPTS:
                     raise
 
-    def _download_once(self, missing: Sequence[File], *, salvage: bool) -> None:
+    def _download_once(self, missing: Sequence[FetchedFile], *, salvage: bool) -> None:
         with ExitStack() as stack:
             opened = []
             for file in missing:
@@ -385,8 +385,8 @@ class Fetch:
             )
             self._fetched_bytes += total - there
 
-    def _open(self, file: File) -> Partial:
-        """The file's partial; whoever commits its last piece makes it a blob."""
+    def _open(self, file: FetchedFile) -> Partial:
+        """The file's partial; the thread that commits its last piece makes it a blob."""
         return Partial.open(
             self.layout,
             file.key,
@@ -395,7 +395,7 @@ class Fetch:
             on_whole=lambda partial: self._finish(file, partial),
         )
 
-    def _finish(self, file: File, partial: Partial) -> None:
+    def _finish(self, file: FetchedFile, partial: Partial) -> None:
         try:
             file.digest = partial.finish(file.expected, replace=file.salvage is not None)
         except Damaged as error:

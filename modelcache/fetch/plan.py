@@ -69,7 +69,7 @@ class Seen:
 
 
 @dataclass(slots=True)
-class File:
+class PlannedFile:
     """One file that is being fetched: which pieces are missing, and who reads which."""
 
     key: str
@@ -108,7 +108,7 @@ class Board:
     """
 
     me: str | None
-    files: list[File]
+    files: list[PlannedFile]
     away: frozenset[str] = frozenset()
     """Peers that are paused or banned."""
     expects_others: bool = False
@@ -143,7 +143,7 @@ class Board:
         for file in self.files:
             file.peers.pop(node, None)
 
-    def refuse(self, file: File, index: int, node: str) -> None:
+    def refuse(self, file: PlannedFile, index: int, node: str) -> None:
         """A peer did not give a piece it said it had."""
         seen = file.peers.get(node)
         if seen is not None:
@@ -169,20 +169,20 @@ class Board:
                 file.owners, file.shares = owners, _share(file, owners)
         return most
 
-    def _watch(self, file: File, node: str, seen: Seen, now_s: float) -> None:
+    def _watch(self, file: PlannedFile, node: str, seen: Seen, now_s: float) -> None:
         """Note whether a node has not moved for too long although it has something to read."""
         if now_s - seen.moved_at_s <= self.stall_s():
             file.stalled.discard(node)
         elif (file.shares.get(node, 0) | seen.fetching) & file.missing & ~seen.has:
             file.stalled.add(node)
 
-    def _owned(self, file: File) -> int:
+    def _owned(self, file: PlannedFile) -> int:
         """What this node is to read: its share, or all where it is alone."""
         if not file.owners or file.owners == (self.me,):
             return file.missing
         return file.shares.get(self.me, 0) if self.me is not None else 0
 
-    def next_store(self, now_s: float) -> tuple[File, int] | None:
+    def next_store(self, now_s: float) -> tuple[PlannedFile, int] | None:
         """A piece to read from the store now, marked as being read; ``None`` if there is none."""
         for file in self.files:
             if not file.missing:
@@ -194,7 +194,7 @@ class Board:
                     return self._store(file, index)
         return self._take_over(now_s)
 
-    def _from_own_place(self, file: File, mask: int) -> Iterator[int]:
+    def _from_own_place(self, file: PlannedFile, mask: int) -> Iterator[int]:
         """A set's pieces in the order they are read. Every node begins elsewhere: nodes that do not
         know of each other yet then seldom read the same."""
         if self.me is None or (not file.peers and not self.expects_others):
@@ -205,7 +205,7 @@ class Board:
         yield from bits(mask & ~below)
         yield from bits(below)
 
-    def _take_over(self, now_s: float) -> tuple[File, int] | None:
+    def _take_over(self, now_s: float) -> tuple[PlannedFile, int] | None:
         """A piece of another node that no node has begun, once our own are all under way."""
         if any(file.open & self._owned(file) & ~file.available(self.away) for file in self.files):
             self.idle_since_s = None
@@ -226,12 +226,12 @@ class Board:
                     return self._store(file, index)
         return None
 
-    def _orphan(self, file: File, index: int) -> bool:
+    def _orphan(self, file: PlannedFile, index: int) -> bool:
         """Whether no node that reads from the store is going to give us this piece: there is none,
         or one has it and we could not get it."""
         return not file.owners or any(s.failed >> index & 1 for s in file.peers.values())
 
-    def _begun(self, file: File) -> int:
+    def _begun(self, file: PlannedFile) -> int:
         """Pieces that a peer which is alive reads from the store."""
         mask = 0
         for node, seen in file.peers.items():
@@ -239,16 +239,16 @@ class Board:
                 mask |= seen.fetching
         return mask
 
-    def _due(self, file: File, index: int, now_s: float) -> bool:
+    def _due(self, file: PlannedFile, index: int, now_s: float) -> bool:
         return self.delays_s.get((id(file), index), now_s) <= now_s
 
-    def _store(self, file: File, index: int) -> tuple[File, int]:
+    def _store(self, file: PlannedFile, index: int) -> tuple[PlannedFile, int]:
         file.storing |= 1 << index
         return file, index
 
     def next_peer(
         self, busy: Mapping[str, int], most_each: int, tie: Mapping[str, float]
-    ) -> tuple[File, int, str] | None:
+    ) -> tuple[PlannedFile, int, str] | None:
         """A piece to read from a peer now, and from which, marked as being read.
 
         ``busy`` is how many each peer is reading for us, ``tie`` decides between equals.
@@ -265,7 +265,7 @@ class Board:
                     return file, index, node
         return None
 
-    def hedge(self, slow: Iterable[tuple[File, int]]) -> tuple[File, int] | None:
+    def hedge(self, slow: Iterable[tuple[PlannedFile, int]]) -> tuple[PlannedFile, int] | None:
         """One of these pieces, which a peer takes too long over, to be read from the store too."""
         for file, index in slow:
             bit = 1 << index
@@ -274,7 +274,7 @@ class Board:
                 return file, index
         return None
 
-    def done(self, file: File, index: int) -> None:
+    def done(self, file: PlannedFile, index: int) -> None:
         """A piece is there."""
         bit = 1 << index
         file.missing &= ~bit
@@ -282,12 +282,12 @@ class Board:
         file.asking &= ~bit
         self.delays_s.pop((id(file), index), None)
 
-    def drop_store(self, file: File, index: int, until_s: float) -> None:
+    def drop_store(self, file: PlannedFile, index: int, until_s: float) -> None:
         """Reading a piece from the store failed; it is left alone until then."""
         file.storing &= ~(1 << index)
         self.delays_s[id(file), index] = until_s
 
-    def drop_peer(self, file: File, index: int) -> None:
+    def drop_peer(self, file: PlannedFile, index: int) -> None:
         """Reading a piece from a peer ended without it."""
         file.asking &= ~(1 << index)
 
@@ -304,7 +304,7 @@ class Board:
             assert (file.storing | file.asking) & ~file.missing == 0
 
 
-def _share(file: File, owners: tuple[str, ...]) -> dict[str, int]:
+def _share(file: PlannedFile, owners: tuple[str, ...]) -> dict[str, int]:
     shares = dict.fromkeys(owners, 0)
     if len(owners) > 1:
         for index in bits(file.missing):

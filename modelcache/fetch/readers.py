@@ -7,10 +7,10 @@ import os
 import random
 from collections.abc import Callable, Iterator
 
-from modelcache.fetch.download import Attempt, Download, Job
-from modelcache.fetch.plan import File
+from modelcache.fetch.download import Attempt, Download, DownloadJob
+from modelcache.fetch.plan import PlannedFile
 from modelcache.peers.client import PeerBusy
-from modelcache.peers.piece_inventory import Holding
+from modelcache.peers.piece_inventory import FetchingFile
 from modelcache.ports import ANNOUNCE_BYTES
 from modelcache.types import PIECE_BYTES, CacheError, Cancelled, Damaged, SourceError
 
@@ -89,16 +89,16 @@ class StoreReader:
             own.reading.add(attempt)
             return attempt
 
-    def _slow(self, now_s: float) -> list[tuple[File, int]]:
+    def _slow(self, now_s: float) -> list[tuple[PlannedFile, int]]:
         """Pieces that a peer takes too long over, and the store would have sooner."""
         own, slow, timeouts = self.download, [], self.shared.timeouts
         for one in own.asking:
-            usual_s = own.peer_pace.expected_s(one.size_bytes)
+            usual_s = own.peer_throughput.expected_s(one.size_bytes)
             limit_s = max(
                 timeouts.slow_s,
                 SLOW_FACTOR * (timeouts.peer_piece_s if usual_s is None else usual_s),
             )
-            if one.lost(now_s, own.store_pace.expected_s(one.size_bytes) or 0.0, limit_s):
+            if one.lost(now_s, own.store_throughput.expected_s(one.size_bytes) or 0.0, limit_s):
                 slow.append((one.job.file, one.index))
         return slow
 
@@ -111,7 +111,7 @@ class StoreReader:
         once only: it may be the line that has become slow.
         """
         own = self.download
-        if own.lane.caps:
+        if own.share.caps:
             return
         for one in own.reading:
             cuts = self.cuts.get((one.job.partial.key, one.index), 0)
@@ -119,7 +119,7 @@ class StoreReader:
                 continue
             fresh_s, factor = one.fresh_s(), SLOW_FACTOR
             if fresh_s is None and len(own.reading) == 1 and not cuts:
-                fresh_s, factor = own.store_pace.slowest_s(one.size_bytes), LOST_FACTOR
+                fresh_s, factor = own.store_throughput.slowest_s(one.size_bytes), LOST_FACTOR
             if fresh_s is not None:
                 limit_s = max(self.shared.timeouts.straggler_s, factor * fresh_s)
                 one.given_up = one.lost(now_s, SLOW_FACTOR * fresh_s, limit_s)
@@ -128,14 +128,14 @@ class StoreReader:
         own, job, index = self.download, attempt.job, attempt.index
         start, end = job.partial.span(index)
         good = False
-        job.holding.begin(index)
+        job.fetching_file.begin(index)
         try:
             self._fetch(attempt, start, end)
             with own.commits():
                 digest = own.commit(job, index)
                 if self.shared.doubted(job.partial.key):
                     self.shared.compare(job.partial.key, index, digest)
-                job.holding.end(index, good=True)
+                job.fetching_file.end(index, good=True)
                 good = True
                 self.tries.pop((job.partial.key, index), None)
                 self.cuts.pop((job.partial.key, index), None)
@@ -152,7 +152,7 @@ class StoreReader:
             own.fail(error if isinstance(error, CacheError) else _disk(job, error))
         finally:
             if not good:
-                job.holding.end(index, good=False)
+                job.fetching_file.end(index, good=False)
                 self.shared.count(wasted_bytes=attempt.moved_bytes)
             with own.lock:
                 own.reading.discard(attempt)
@@ -165,9 +165,9 @@ class StoreReader:
 
         with self._memory(stopped):
             attempt.begin(own.clock())
-            fd = attempt.job.holding.duplicate()
+            fd = attempt.job.fetching_file.duplicate()
             try:
-                with own.lane.meter(end - start, stopped) as meter:
+                with own.share.meter(end - start, stopped) as meter:
 
                     def arrived(count: int) -> None:
                         attempt.moved_bytes += count
@@ -326,7 +326,7 @@ class PeerReader:
                 if attempt.moved_bytes * 2 > len(into):
                     # It came, if too slowly: next time it is known how long one takes.
                     took_s = own.clock() - attempt.began_s
-                    own.peer_pace.learn(len(into), took_s * len(into) / attempt.moved_bytes)
+                    own.peer_throughput.learn(len(into), took_s * len(into) / attempt.moved_bytes)
                 own.board.refuse(job.file, index, node)
                 own.board.away = own.peers.away()
         return digest
@@ -334,7 +334,7 @@ class PeerReader:
     def _limit_s(self, size_bytes: int) -> float:
         """Seconds to wait for a peer's piece at the most."""
         with self.download.lock:
-            usual_s = self.download.peer_pace.expected_s(size_bytes)
+            usual_s = self.download.peer_throughput.expected_s(size_bytes)
         timeouts = self.shared.timeouts
         if usual_s is None:
             usual_s = timeouts.peer_piece_s
@@ -357,7 +357,7 @@ class PeerReader:
         with own.commits():
             self.shared.note_given(job.partial.key, index, node, digest)
             for _ in range(WRITES):
-                write_all(job.holding, into, start)
+                write_all(job.fetching_file, into, start)
                 if own.commit(job, index) == digest:
                     break
             else:
@@ -366,11 +366,11 @@ class PeerReader:
         return True
 
 
-def _disk(job: Job, error: OSError) -> CacheError:
+def _disk(job: DownloadJob, error: OSError) -> CacheError:
     return CacheError(f"{job.remote.path} cannot be written: {error.strerror or error}")
 
 
-def write_all(holding: Holding, data: memoryview, start: int) -> None:
+def write_all(holding: FetchingFile, data: memoryview, start: int) -> None:
     """Write bytes into a file that is being fetched."""
     fd = holding.duplicate()
     try:

@@ -10,11 +10,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from modelcache.bandwidth.budget import Asked, Budget
+from modelcache.bandwidth.budget import Budget
 from modelcache.fetch.download import Download, Totals, TransferState, TransferTimeouts
 from modelcache.fetch.readers import PeerReader, StoreReader
 from modelcache.peers.group import PeerGroup
-from modelcache.ports import Source
+from modelcache.ports import IsCancelled, Source
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.partial_files import Partial
 from modelcache.types import Priority, Progress, RemoteFile
@@ -45,7 +45,7 @@ class Transfer:
         *,
         priority: Priority = Priority.PRELOAD,
         on_progress: Callable[[Progress], None] | None = None,
-        cancelled: Asked | None = None,
+        cancelled: IsCancelled | None = None,
     ) -> None:
         """Fetch every missing piece of ``files``; blocks until all are committed.
 

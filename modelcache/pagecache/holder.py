@@ -1,8 +1,8 @@
 """Keeps models in the page cache, within a budget of memory.
 
-Clean pages that nobody uses are reclaimed even with memory to spare: measured, half was gone after
-two minutes. Mapped and touched they stay. A process of its own does that: mapped weights count as
-its memory, so a shortage ends it, not the gateway; here it is started again, and told again.
+Clean pages that are not in use are reclaimed even with memory to spare: measured, half was gone
+after two minutes. Mapped and touched they stay. A process of its own does that: mapped weights
+count as its memory, so a shortage ends it, not the gateway; here it is started again.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from modelcache.types import CacheError, FileRange, NoSpace
 
 RESTART_S = 1.0
 RESTART_MOST_S = 60.0
-"""Pauses before a keeper process that ended is started again double up to this."""
+"""Pauses before a holder process that ended is started again double up to this."""
 
 STEADY_ROUNDS = 3
-"""Rounds after which a keeper process counts as sound, and the next pause is short again."""
+"""Rounds after which a holder process counts as sound, and the next pause is short again."""
 
 END_S = 5.0
 READ_BYTES = 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeptFiles:
+class HeldFiles:
     """What is kept under one key. ``bytes_cached`` is ``None`` where it cannot be told;
     ``problem`` says what is wrong, and is empty if nothing is."""
 
@@ -44,8 +44,8 @@ class KeptFiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeeperStatus:
-    """The keeper at this moment.
+class PageHolderStatus:
+    """The page holder at this moment.
 
     ``pressed``: memory is so short that nothing is kept by force. ``restarts``: how often its
     process ended unasked. ``rounds`` and ``cpu_s`` (processor seconds) are the present process's.
@@ -53,7 +53,7 @@ class KeeperStatus:
 
     budget_bytes: int
     bytes_kept: int
-    kept: tuple[KeptFiles, ...]
+    kept: tuple[HeldFiles, ...]
     pressed: bool
     rounds: int
     cpu_s: float
@@ -62,14 +62,14 @@ class KeeperStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class FilesToHold:
     """Files to keep, and their bytes when they were asked for."""
 
     files: tuple[FileRange, ...]
     size_bytes: int
 
 
-class PageKeeper:
+class PageHolder:
     """Keeps what it is given until it is dropped. Thread-safe; nothing here waits for a disk.
 
     ``budget_bytes`` bounds the sum over all keys, and what exceeds it is refused: who must go is
@@ -84,7 +84,7 @@ class PageKeeper:
             str(touch_s), str(int(lock)),
         )  # fmt: skip
         self._changed = threading.Condition()
-        self._wanted: dict[str, Wanted] = {}
+        self._wanted: dict[str, FilesToHold] = {}
         self._told: dict[str, Any] = {}
         self._restarts = 0
         self._pid: int | None = None
@@ -101,18 +101,18 @@ class PageKeeper:
         size = sum(span.size_bytes for span in merge(files))
         with self._changed:
             if self._closed:
-                raise CacheError("the page keeper is closed")
+                raise CacheError("the page holder is closed")
             others = sum(one.size_bytes for name, one in self._wanted.items() if name != key)
             if others + size > self._budget_bytes:
                 raise NoSpace(
                     f"keeping {size:,} bytes of {key} in the page cache exceeds "
                     f"modelcache.page_budget_bytes: {others:,} of {self._budget_bytes:,} are taken"
                 )
-            self._wanted[key] = Wanted(files=tuple(files), size_bytes=size)
+            self._wanted[key] = FilesToHold(files=tuple(files), size_bytes=size)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="page-keeper", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="page-holder", daemon=True)
                 self._thread.start()
-        self._poke()
+        self._wake_up()
 
     def drop(self, key: str) -> bool:
         """Keep the files of ``key`` no longer; whether there were any.
@@ -122,16 +122,16 @@ class PageKeeper:
         with self._changed:
             found = self._wanted.pop(key, None) is not None
         if found:
-            self._poke()
+            self._wake_up()
         return found
 
-    def status(self) -> KeeperStatus:
+    def status(self) -> PageHolderStatus:
         """What is kept, and how much of it is cached now; some 0.2 ms per gigabyte."""
         with self._changed:
             wanted, told = dict(self._wanted), self._told
             restarts, pid = self._restarts, self._pid
         kept = tuple(_look(key, one, told.get("keys", {})) for key, one in wanted.items())
-        return KeeperStatus(
+        return PageHolderStatus(
             budget_bytes=self._budget_bytes,
             bytes_kept=sum(one.size_bytes for one in wanted.values()),
             kept=kept,
@@ -147,7 +147,7 @@ class PageKeeper:
         with self._changed:
             self._closed = True
             thread, self._thread = self._thread, None
-        self._poke()
+        self._wake_up()
         if thread is not None:
             thread.join()
         with self._changed:
@@ -155,7 +155,7 @@ class PageKeeper:
                 os.close(self._wake)
                 self._wake = -1
 
-    def _poke(self) -> None:
+    def _wake_up(self) -> None:
         with self._changed:
             self._changed.notify_all()
             if self._wake >= 0:
@@ -209,7 +209,7 @@ class PageKeeper:
 
     def _talk(self, to_child: int, from_child: int) -> int:
         """Tell the process what changes, note what it tells, until either side ends it."""
-        sent: Mapping[str, Wanted] | None = None
+        sent: Mapping[str, FilesToHold] | None = None
         outgoing = received = b""
         rounds = 0
         while True:
@@ -240,7 +240,7 @@ class PageKeeper:
                         self._told = told
 
 
-def _line(wanted: Mapping[str, Wanted]) -> bytes:
+def _line(wanted: Mapping[str, FilesToHold]) -> bytes:
     files = {
         key: [(file.path, file.start, file.end) for file in one.files]
         for key, one in wanted.items()
@@ -248,7 +248,7 @@ def _line(wanted: Mapping[str, Wanted]) -> bytes:
     return json.dumps({"files": files}).encode() + b"\n"
 
 
-def _look(key: str, wanted: Wanted, told: Mapping[str, Mapping[str, Any]]) -> KeptFiles:
+def _look(key: str, wanted: FilesToHold, told: Mapping[str, Mapping[str, Any]]) -> HeldFiles:
     said = told.get(key, {})
     problem = str(said.get("problem", ""))
     try:
@@ -256,7 +256,7 @@ def _look(key: str, wanted: Wanted, told: Mapping[str, Mapping[str, Any]]) -> Ke
         total, cached = found.bytes_total, found.bytes_cached
     except CacheError as error:
         total, cached, problem = wanted.size_bytes, None, str(error)
-    return KeptFiles(
+    return HeldFiles(
         key=key,
         bytes_total=total,
         bytes_cached=cached,

@@ -1,8 +1,8 @@
-"""The page keeper's process: told on standard input what to keep, tells on standard output how it
-goes, and ends with whoever started it.
+"""The page holder's process: reads from standard input what to hold, reports on standard output,
+and ends with its parent.
 
 Each line is a JSON object. In: ``{"files": {key: [[path, start, end], ...]}}``, always everything.
-Out, after each round: ``{"rounds", "pressed", "cpu_s", "keys"}`` (``Keeping.report``).
+Out, after each round: ``{"rounds", "pressed", "cpu_s", "keys"}`` (``HeldPages.report``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelcache.pagecache import linux_pages, memory
-from modelcache.pagecache.residency import Opened, Span, merge, pull
+from modelcache.pagecache.residency import FileSpan, Opened, merge, pull
 from modelcache.types import CacheError, FileRange
 
 Identity = tuple[int, int, int]
@@ -29,10 +29,10 @@ Identity = tuple[int, int, int]
 
 
 @dataclass(slots=True, kw_only=True)
-class Held:
+class MappedRange:
     """One range of a file, mapped. ``locked_bytes`` from its beginning are locked."""
 
-    span: Span
+    span: FileSpan
     start: int
     identity: Identity
     mapping: linux_pages.Mapping
@@ -40,20 +40,20 @@ class Held:
 
 
 @dataclass(slots=True, kw_only=True)
-class Kept:
+class MappedFiles:
     """The files of one key: as asked for, as mapped, and what is wrong."""
 
     files: tuple[FileRange, ...]
-    held: list[Held] = field(default_factory=list)
+    held: list[MappedRange] = field(default_factory=list)
     mapped: bool = False
     problem: str = ""
 
 
-class Keeping:
+class HeldPages:
     """What is to be kept. One thread owns it.
 
     ``available`` says how much memory there is (``None``: unknown). Below ``reserve_bytes``
-    nothing is brought back or marked: whoever is short of memory comes first.
+    nothing is brought back or marked: other users of memory come first.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Keeping:
         self._lock = lock
         self._available = available
         self._reserve_bytes = reserve_bytes
-        self._kept: dict[str, Kept] = {}
+        self._kept: dict[str, MappedFiles] = {}
 
     def want(self, wanted: Mapping[str, Sequence[FileRange]]) -> None:
         """Keep exactly this from now on."""
@@ -74,7 +74,7 @@ class Keeping:
                 del self._kept[key]
         for key, files in wanted.items():
             if files:
-                self._kept.setdefault(key, Kept(files=tuple(files)))
+                self._kept.setdefault(key, MappedFiles(files=tuple(files)))
 
     def round(self) -> Iterator[None]:
         """Bring back, mark or lock everything once; yields after each few milliseconds' work."""
@@ -107,7 +107,7 @@ class Keeping:
         """Let everything go. Idempotent."""
         self.want({})
 
-    def _map(self, kept: Kept) -> None:
+    def _map(self, kept: MappedFiles) -> None:
         """Map what is not, and map again what has become another file."""
         if any(_identity(held.span.path) != held.identity for held in kept.held):
             self._unmap(kept)
@@ -123,10 +123,12 @@ class Keeping:
                         mapping = linux_pages.Mapping(file.fd, at, end - at)
                     except OSError as error:
                         raise CacheError(f"cannot map {span.path}: {error.strerror}") from error
-                    kept.held.append(Held(span=span, start=at, identity=identity, mapping=mapping))
+                    kept.held.append(
+                        MappedRange(span=span, start=at, identity=identity, mapping=mapping)
+                    )
         kept.mapped = True
 
-    def _hold(self, kept: Kept, held: Held) -> Iterator[None]:
+    def _hold(self, kept: MappedFiles, held: MappedRange) -> Iterator[None]:
         for at, size in linux_pages.windows(0, held.mapping.length):
             free = self._available()
             if free is not None and free < self._reserve_bytes:
@@ -138,7 +140,7 @@ class Keeping:
                 self._mark(held, at, size)
             yield
 
-    def _lock_window(self, kept: Kept, held: Held, at: int, size: int) -> None:
+    def _lock_window(self, kept: MappedFiles, held: MappedRange, at: int, size: int) -> None:
         if held.locked_bytes != at:
             return
         try:
@@ -153,7 +155,7 @@ class Keeping:
             return
         held.locked_bytes = at + size
 
-    def _mark(self, held: Held, at: int, size: int) -> None:
+    def _mark(self, held: MappedRange, at: int, size: int) -> None:
         try:
             if held.mapping.populate(at, size):
                 return
@@ -169,7 +171,7 @@ class Keeping:
             why = "it was cut short or replaced" if short else error.strerror
             raise CacheError(f"cannot keep {held.span.path}: {why}") from error
 
-    def _unmap(self, kept: Kept) -> None:
+    def _unmap(self, kept: MappedFiles) -> None:
         for held in kept.held:
             held.mapping.close()
         kept.held.clear()
@@ -196,7 +198,7 @@ def main(arguments: Sequence[str]) -> int:
     # Under a shortage of memory this is the process to end: it costs a slower start, no answer.
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-    keeping = Keeping(
+    keeping = HeldPages(
         lock=lock,
         available=memory.available_bytes,
         reserve_bytes=int((memory.total_bytes() or 0) * RESERVE_FRACTION),
@@ -207,7 +209,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _serve(keeping: Keeping, touch_s: float) -> None:
+def _serve(keeping: HeldPages, touch_s: float) -> None:
     received = b""
     steps = None
     next_s = time.monotonic()
@@ -239,7 +241,7 @@ def parse(line: bytes) -> dict[str, list[FileRange]]:
     }
 
 
-def _tell(keeping: Keeping) -> None:
+def _tell(keeping: HeldPages) -> None:
     told = {
         "rounds": keeping.rounds,
         "pressed": keeping.pressed,

@@ -21,7 +21,7 @@ from modelcache.types import PIECE_BYTES, CacheError, Cancelled, FileRange, Prog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
+class FileSpan:
     """Merged, sorted, non-empty ranges of one file that exist; ``bytes_missing`` lie past its
     end."""
 
@@ -51,7 +51,7 @@ class Opened:
         os.close(self.fd)
 
 
-def merge(files: Sequence[FileRange]) -> list[Span]:
+def merge(files: Sequence[FileRange]) -> list[FileSpan]:
     """One span per file, in the order of first mention. Raises ``CacheError`` for a file that is
     not there, ``ValueError`` for a range that begins before the file or after its own end."""
     wanted: dict[tuple[int, int], tuple[str, int, list[tuple[int, int]]]] = {}
@@ -71,7 +71,7 @@ def merge(files: Sequence[FileRange]) -> list[Span]:
         beyond = max(0, end - max(size, file.start))
         missing[key] = max(missing.get(key, 0), beyond)
     return [
-        Span(path=path, ranges=tuple(_merged(ranges)), bytes_missing=missing[key])
+        FileSpan(path=path, ranges=tuple(_merged(ranges)), bytes_missing=missing[key])
         for key, (path, _, ranges) in wanted.items()
     ]
 
@@ -92,12 +92,12 @@ with single pages: short runs cost twice the time of the processor, then and whe
 counted or mapped."""
 
 STREAMS = 2
-"""Threads that read when nobody else must be considered. One nearly fills a local disk; a remote
-one, where each read waits, wants a second."""
+"""Threads that read when no other reader must be considered. One nearly fills a local disk; a
+remote one, where each read waits, wants a second."""
 
 YIELD_STEP_S = 0.02
 YIELD_MOST_S = 1.0
-"""Longest pause before a chunk for somebody else's sake: even then some 8 MiB/s go on."""
+"""Longest pause before a chunk for other readers' sake: even then some 8 MiB/s go on."""
 
 RATE_WINDOW_S = 3.0
 FALLBACK_BYTES = 1024 * 1024
@@ -149,7 +149,7 @@ def residency(
 def drop(files: Sequence[FileRange]) -> Residency:
     """Let the kernel forget ``files``, and say what is left of them in the page cache.
 
-    What is not yet on disk is written first. Pages that somebody has mapped stay, and so do the
+    What is not yet on disk is written first. Pages that are mapped stay, and so do the
     ones at an edge of a range that the kernel handles together with some beyond it (up to 2 MiB).
     """
     for span in merge(files):
@@ -221,7 +221,7 @@ def prewarm(
     )
 
 
-def _plan(spans: Sequence[Span]) -> tuple[deque[tuple[str, int, int]], int]:
+def _plan(spans: Sequence[FileSpan]) -> tuple[deque[tuple[str, int, int]], int]:
     """What is to be read as runs of ``(path, start, end)``, and the bytes that need not be."""
     runs: deque[tuple[str, int, int]] = deque()
     skipped = 0
@@ -245,7 +245,7 @@ class _Work:
 
     def __init__(
         self,
-        spans: Sequence[Span],
+        spans: Sequence[FileSpan],
         runs: deque[tuple[str, int, int]],
         skipped: int,
         cancelled: Callable[[], bool],

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import blake3
 
 from modelcache.peers import wire as wire
-from modelcache.peers.piece_inventory import State
+from modelcache.peers.piece_inventory import PieceState
 from modelcache.types import CacheError, Cancelled
 
 CONNECT_S = 2.0
@@ -30,7 +30,7 @@ SLICE_S = 0.1
 MOST_IDLE = 16
 
 
-class PeerGone(CacheError):
+class PeerUnavailable(CacheError):
     """It could not be asked, or its answer broke off."""
 
 
@@ -38,11 +38,11 @@ class PeerBusy(CacheError):
     """It has no room for another piece just now."""
 
 
-class PeerLacks(CacheError):
+class PieceNotFound(CacheError):
     """It does not have that piece (any more)."""
 
 
-class PeerRefuses(CacheError):
+class PeerRefused(CacheError):
     """It understood, and will not; the message says why."""
 
 
@@ -50,7 +50,7 @@ class PeerSlow(CacheError):
     """It takes longer than its fellows."""
 
 
-class PeerLied(CacheError):
+class PeerIntegrityError(CacheError):
     """Its answer is not what it claims to be."""
 
 
@@ -73,7 +73,7 @@ class Call:
 
 
 @dataclass(slots=True)
-class Client:
+class PeerClient:
     """Another node's server, at ``url``. Safe for several threads at once."""
 
     url: str
@@ -87,17 +87,17 @@ class Client:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def hello(self, cancelled: Callable[[], bool]) -> str:
-        """Its name, asked anew. Raises ``PeerGone`` or ``PeerLied``."""
+        """Its name, asked anew. Raises ``PeerUnavailable`` or ``PeerIntegrityError``."""
         answer = self._json("GET", wire.HELLO, b"", "", self.answer_s, cancelled)
         node = answer.get("node")
         if not isinstance(node, str) or not wire.NAME.fullmatch(node):
-            raise PeerLied(f"{self.url}: it says no name")
+            raise PeerIntegrityError(f"{self.url}: it says no name")
         self.node = node
         return node
 
     def states(
         self, keys: Sequence[str], since: int, wait_s: float, cancelled: Callable[[], bool]
-    ) -> tuple[int, dict[str, State]]:
+    ) -> tuple[int, dict[str, PieceState]]:
         """What it has of these files, as soon as that differs from ``since`` or after ``wait_s``;
         and what to give as ``since`` next time."""
         body = json.dumps({"keys": list(keys), "since": since, "wait_s": wait_s}).encode()
@@ -106,7 +106,7 @@ class Client:
         )
         try:
             files = {
-                str(key): State(
+                str(key): PieceState(
                     has=int(one["has"], 16),
                     fetching=int(one["fetching"], 16),
                     active=one["active"] is True,
@@ -115,12 +115,13 @@ class Client:
             }
             return int(answer["sequence"]), files
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PeerLied(f"{self.url}: an answer of another shape") from error
+            raise PeerIntegrityError(f"{self.url}: an answer of another shape") from error
 
     def tell(
         self, target: str, body: Mapping[str, Any], timeout_s: float, cancelled: Callable[[], bool]
     ) -> Mapping[str, Any]:
-        """Ask something else of it. Raises ``PeerRefuses``, ``PeerGone`` or ``PeerLied``."""
+        """Ask something else of it. Raises ``PeerRefused``, ``PeerUnavailable`` or
+        ``PeerIntegrityError``."""
         data = json.dumps(body).encode()
         return self._json("POST", target, data, self._name(), timeout_s, cancelled)
 
@@ -136,8 +137,8 @@ class Client:
     ) -> bytes:
         """Fill ``into`` with a piece whose BLAKE3, which is returned, was checked.
 
-        Raises ``PeerGone``, ``PeerBusy``, ``PeerLacks``, ``PeerSlow``, ``PeerLied`` or
-        ``Cancelled``; then what ``into`` holds is of no use.
+        Raises ``PeerUnavailable``, ``PeerBusy``, ``PieceNotFound``, ``PeerSlow``,
+        ``PeerIntegrityError`` or ``Cancelled``; then what ``into`` holds is of no use.
         """
         call = Call(time.monotonic() + timeout_s, cancelled, self.answer_s)
         target = f"{wire.PIECE}?key={key}&index={index}"
@@ -145,9 +146,11 @@ class Client:
             with self._asking("GET", target, b"", self._name(), call) as (head, digest, line):
                 if head.status != 200:
                     line.skip(head.length)
-                    raise PeerBusy(self.url) if head.status == 503 else PeerLacks(self.url)
+                    raise PeerBusy(self.url) if head.status == 503 else PieceNotFound(self.url)
                 if head.length != len(into):
-                    raise PeerLied(f"{self.url}: {head.length} bytes instead of {len(into)}")
+                    raise PeerIntegrityError(
+                        f"{self.url}: {head.length} bytes instead of {len(into)}"
+                    )
                 line.fill(into, on_bytes)
         except TimeoutError as error:
             raise PeerSlow(f"{self.url}: more than {timeout_s:.1f} s for a piece") from error
@@ -155,12 +158,12 @@ class Client:
             raise _failed(self.url, error) from error
         found: bytes = blake3.blake3(into).digest()
         if found.hex() != digest:
-            raise PeerLied(f"{self.url}: piece {index} is not what it says it is")
+            raise PeerIntegrityError(f"{self.url}: piece {index} is not what it says it is")
         return found
 
     def _name(self) -> str:
         if self.node is None:
-            raise PeerGone(f"{self.url}: it was never reached")
+            raise PeerUnavailable(f"{self.url}: it was never reached")
         return self.node
 
     def _json(
@@ -171,26 +174,26 @@ class Client:
         try:
             with self._asking(method, target, body, to, call) as (head, digest, line):
                 if head.length > wire.MOST_BODY_BYTES:
-                    raise PeerLied(f"{self.url}: an endless answer")
+                    raise PeerIntegrityError(f"{self.url}: an endless answer")
                 data = bytearray(head.length)
                 line.fill(memoryview(data), lambda n: None)
         except (OSError, wire.BadMessage) as error:
             raise _failed(self.url, error) from error
         if blake3.blake3(data).hexdigest() != digest:
-            raise PeerLied(f"{self.url}: an answer that is not what it says it is")
+            raise PeerIntegrityError(f"{self.url}: an answer that is not what it says it is")
         if head.status == 421:
             self.node = None
-            raise PeerGone(f"{self.url}: it has been started anew")
+            raise PeerUnavailable(f"{self.url}: it has been started anew")
         try:
             answer = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise PeerLied(f"{self.url}: an answer of another shape") from error
+            raise PeerIntegrityError(f"{self.url}: an answer of another shape") from error
         if not isinstance(answer, dict):
-            raise PeerLied(f"{self.url}: an answer of another shape")
+            raise PeerIntegrityError(f"{self.url}: an answer of another shape")
         if head.status == 200:
             return answer
         told = str(answer.get("error", head.status))[:500]
-        raise (PeerRefuses if head.status == 400 else PeerGone)(f"{self.url}: {told}")
+        raise (PeerRefused if head.status == 400 else PeerUnavailable)(f"{self.url}: {told}")
 
     @contextlib.contextmanager
     def _asking(self, method: str, target: str, body: bytes, to: str, call: Call) -> Any:
@@ -212,7 +215,7 @@ class Client:
                 nonce, data = self._prepare(method, target, body, to)
                 answer = line.ask(data)
             if answer.status == 401:
-                raise PeerLied(f"{self.url}: it does not accept our token, or our clock")
+                raise PeerIntegrityError(f"{self.url}: it does not accept our token, or our clock")
             digest = self.keyring.check_answer(answer, nonce)
             line.left = answer.length
             yield answer, digest, line
@@ -229,7 +232,7 @@ class Client:
 
     def _prepare(self, method: str, target: str, body: bytes, to: str) -> tuple[str, bytes]:
         """A request's bytes, and the number in it that was never used before."""
-        request = wire.Request(
+        request = wire.PeerRequest(
             method=method, target=target, sender=self.sender, to=to,
             at_ms=int(self.clock() * 1000), nonce=secrets.token_hex(16), body=body,
         )  # fmt: skip
@@ -281,7 +284,7 @@ class Line:
         self.left = 0
         self._ahead = b""
 
-    def ask(self, data: bytes) -> wire.Head:
+    def ask(self, data: bytes) -> wire.PeerHead:
         """Send a request and read the head of its answer."""
         self.connection.settimeout(self.call.answer_s)
         self.connection.sendall(data)
@@ -327,5 +330,5 @@ class Line:
 
 def _failed(url: str, error: Exception) -> CacheError:
     if isinstance(error, wire.BadMessage):
-        return PeerLied(f"{url}: {error}")
-    return PeerGone(f"{url}: {error or type(error).__name__}")
+        return PeerIntegrityError(f"{url}: {error}")
+    return PeerUnavailable(f"{url}: {error or type(error).__name__}")

@@ -17,19 +17,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from modelcache.bandwidth.budget import Asked
 from modelcache.peers.client import (
     ANSWER_S,
-    Client,
     PeerBusy,
-    PeerGone,
-    PeerLacks,
-    PeerLied,
+    PeerClient,
+    PeerIntegrityError,
     PeerSlow,
+    PeerUnavailable,
+    PieceNotFound,
 )
-from modelcache.peers.piece_inventory import Shelf, State
+from modelcache.peers.piece_inventory import PieceInventory, PieceState
 from modelcache.peers.server import PeerServer, Verb
 from modelcache.peers.wire import Keyring
+from modelcache.ports import IsCancelled
 from modelcache.settings import ModelCacheSettings
 from modelcache.types import Cancelled
 
@@ -40,7 +40,7 @@ log = logging.getLogger("tidegate.modelcache.peers")
 class Peer:
     """One other node."""
 
-    client: Client
+    client: PeerClient
     failures: int = 0
     slow: int = 0
     paused_until_s: float = 0.0
@@ -78,9 +78,9 @@ class Follower:
 
     keys: Callable[[], Sequence[str]]
     """The files that are still missing."""
-    on_states: Callable[[str, Mapping[str, State]], None]
+    on_states: Callable[[str, Mapping[str, PieceState]], None]
     on_lost: Callable[[str], None]
-    stopped: Asked
+    stopped: IsCancelled
     asked: set[str] = field(default_factory=set)
     """URLs of peers that have answered, or failed to, at least once."""
 
@@ -208,7 +208,7 @@ class PeerGroup:
         urls: Sequence[str],
         token: str,
         *,
-        shelf: Shelf,
+        inventory: PieceInventory,
         names: Sequence[str] = (),
         look_up: LookUp = look_up,
         clock: Callable[[], float] = time.monotonic,
@@ -219,7 +219,7 @@ class PeerGroup:
     ) -> None:
         self.me: str | None = None
         """This node's name, once it serves."""
-        self.shelf = shelf
+        self.inventory = inventory
         self._name = secrets.token_hex(16)
         self._keyring = Keyring(token)
         self._clock = clock
@@ -234,10 +234,10 @@ class PeerGroup:
         self._changed = threading.Condition()
 
     def serve(self, host: str, port: int, verbs: Mapping[str, Verb] | None = None) -> int:
-        """Give peers what the shelf has, and do what ``verbs`` says; the port. Raises ``OSError``
-        where it cannot listen."""
+        """Give peers what this node has, and do what ``verbs`` says; the port. Raises
+        ``OSError`` where it cannot listen."""
         server = PeerServer(
-            self.shelf,
+            self.inventory,
             self._keyring,
             node=self._name,
             on_heard=self.heard,
@@ -263,9 +263,9 @@ class PeerGroup:
         """Bytes of pieces given to peers."""
         return self._server.sent_bytes if self._server is not None else 0
 
-    def client(self, url: str) -> Client:
+    def client(self, url: str) -> PeerClient:
         """For asking a node that is no peer, such as another site's. The caller closes it."""
-        return Client(url.rstrip("/"), self._keyring, self._name, self._wall, self._answer_s)
+        return PeerClient(url.rstrip("/"), self._keyring, self._name, self._wall, self._answer_s)
 
     def status(self) -> list[PeerStatus]:
         """Every peer but ourselves."""
@@ -284,7 +284,7 @@ class PeerGroup:
 
     def heard(self, node: str) -> None:
         """A node has asked us something. If it is one that we wait to reach, now is the time: it,
-        or whoever is not reached and may have begun anew under this name. Once for each name, for
+        or one that is not reached and may have begun anew under this name. Once for each name, for
         there may be strangers that are no peers of ours and ask again and again."""
         with self._changed:
             waited_for = [peer for peer in self._peers if peer.node == node and peer.failures]
@@ -431,7 +431,7 @@ class PeerGroup:
                     follower.on_states(node, states)
             except Cancelled:
                 return
-            except (PeerGone, PeerLied) as error:
+            except (PeerUnavailable, PeerIntegrityError) as error:
                 since = 0
                 self._failed(peer, error)
                 if known is not None:
@@ -472,7 +472,7 @@ class PeerGroup:
             pause_s = min(most_s, first_s * 2 ** min(peer.failures - 1, 16))
             until_s = self._clock() + pause_s * random.uniform(0.5, 1.0)
             peer.paused_until_s = max(peer.paused_until_s, until_s)
-            if isinstance(error, PeerLied):
+            if isinstance(error, PeerIntegrityError):
                 self._ban(peer, str(error))
         log.info("peer %s cannot be asked: %s", peer.client.url, error)
 
@@ -484,7 +484,7 @@ class PeerGroup:
         into: memoryview,
         *,
         timeout_s: float,
-        cancelled: Asked,
+        cancelled: IsCancelled,
         on_bytes: Callable[[int], None],
     ) -> bytes | None:
         """A piece from a peer into memory, checked: its BLAKE3. ``None`` where it did not come,
@@ -501,13 +501,13 @@ class PeerGroup:
         except PeerBusy:
             self._slow(peer, 0.25)
             raise
-        except PeerLacks:
+        except PieceNotFound:
             return None
         except PeerSlow as error:
             log.info("%s", error)
             self._slow(peer, 5.0)
             return None
-        except (PeerGone, PeerLied) as error:
+        except (PeerUnavailable, PeerIntegrityError) as error:
             self._failed(peer, error)
             return None
         with self._changed:
@@ -523,7 +523,7 @@ class PeerGroup:
 
 
 def make_peers(
-    settings: ModelCacheSettings, environ: Mapping[str, str], shelf: Shelf
+    settings: ModelCacheSettings, environ: Mapping[str, str], inventory: PieceInventory
 ) -> PeerGroup | None:
     """The peers that settings name, or ``None`` where there are none and none are served.
 
@@ -537,4 +537,4 @@ def make_peers(
             f"modelcache.peers, peer_names and peer_port need the environment variable "
             f"{settings.peer_token_env}: the secret that all nodes of the cluster share"
         )
-    return PeerGroup(settings.peers, token, shelf=shelf, names=settings.peer_names)
+    return PeerGroup(settings.peers, token, inventory=inventory, names=settings.peer_names)

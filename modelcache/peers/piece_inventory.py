@@ -25,7 +25,7 @@ MOST_OPEN = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class State:
+class PieceState:
     """What a node has of one file. ``has`` and ``fetching`` are sets of pieces as bits."""
 
     has: int
@@ -35,7 +35,7 @@ class State:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slice:
+class PieceSlice:
     """Where a piece lies, and what it must be. ``fd`` is open as long as its context."""
 
     fd: int
@@ -44,11 +44,11 @@ class Slice:
     digest: bytes
 
 
-class Holding:
+class FetchingFile:
     """A file that is being fetched here, as peers see it."""
 
-    def __init__(self, shelf: Shelf, partial: Partial) -> None:
-        self.shelf = shelf
+    def __init__(self, inventory: PieceInventory, partial: Partial) -> None:
+        self.inventory = inventory
         self.partial = partial
         self.has = 0
         self.fetching = 0
@@ -58,22 +58,22 @@ class Holding:
 
     def begin(self, index: int) -> None:
         """A piece is being read from the store."""
-        self.shelf.change(self, fetching=self.fetching | 1 << index)
+        self.inventory.change(self, fetching=self.fetching | 1 << index)
 
     def end(self, index: int, *, good: bool) -> None:
         """It has been read, and is good or not."""
         bit = 1 << index
         has = self.has | bit if good else self.has
-        self.shelf.change(self, fetching=self.fetching & ~bit, has=has)
+        self.inventory.change(self, fetching=self.fetching & ~bit, has=has)
 
     def duplicate(self) -> int:
         """A descriptor of its file that the caller closes. Raises ``Cancelled`` once it is closed:
         a late writer must not write into what its number then stands for."""
-        return self.shelf.duplicate(self)
+        return self.inventory.duplicate(self)
 
     def close(self) -> None:
         """It is not being fetched any more."""
-        self.shelf.remove(self)
+        self.inventory.remove(self)
 
 
 @dataclass(slots=True)
@@ -86,33 +86,33 @@ class _Whole:
         self.all_pieces = (1 << len(self.digests.pieces)) - 1
 
 
-class Shelf:
+class PieceInventory:
     """Everything that peers may ask of this node. Thread-safe."""
 
     def __init__(self, layout: Layout | None = None) -> None:
         self._layout = layout
         self._changed = threading.Condition()
-        self._active: dict[str, Holding] = {}
+        self._active: dict[str, FetchingFile] = {}
         self._sequence = 1
         self._moved: OrderedDict[str, int] = OrderedDict()
         self._whole: OrderedDict[str, _Whole] = OrderedDict()
 
-    def open(self, partial: Partial) -> Holding:
+    def open(self, partial: Partial) -> FetchingFile:
         """Show a file that is about to be fetched."""
-        holding = Holding(self, partial)
+        holding = FetchingFile(self, partial)
         with self._changed:
             self._active[partial.key] = holding
             self._note(partial.key)
         return holding
 
-    def change(self, holding: Holding, *, fetching: int, has: int | None = None) -> None:
+    def change(self, holding: FetchingFile, *, fetching: int, has: int | None = None) -> None:
         """A piece was begun, or ended."""
         with self._changed:
             holding.fetching = fetching
             holding.has = holding.has if has is None else has
             self._note(holding.partial.key)
 
-    def remove(self, holding: Holding) -> None:
+    def remove(self, holding: FetchingFile) -> None:
         """Show a file no more, other than as a blob if it became one."""
         with self._changed:
             if self._active.get(holding.partial.key) is holding:
@@ -122,8 +122,8 @@ class Shelf:
         if fd >= 0:
             os.close(fd)
 
-    def duplicate(self, holding: Holding) -> int:
-        """See ``Holding.duplicate``."""
+    def duplicate(self, holding: FetchingFile) -> int:
+        """See ``FetchingFile.duplicate``."""
         with self._changed:
             if holding.fd < 0:
                 raise Cancelled("not wanted any more")
@@ -152,21 +152,21 @@ class Shelf:
         with self._changed:
             self._changed.notify_all()
 
-    def states(self, keys: Sequence[str]) -> dict[str, State]:
+    def states(self, keys: Sequence[str]) -> dict[str, PieceState]:
         """What there is of these files; those of which there is nothing are left out."""
         with self._changed:
             found = {
-                key: State(has=one.has, fetching=one.fetching, active=True)
+                key: PieceState(has=one.has, fetching=one.fetching, active=True)
                 for key in keys
                 if (one := self._active.get(key)) is not None and one.partial.fd >= 0
             }
         for key in keys:
             if key not in found and (whole := self._find_whole(key)) is not None:
-                found[key] = State(has=whole.all_pieces, fetching=0, active=False)
+                found[key] = PieceState(has=whole.all_pieces, fetching=0, active=False)
         return found
 
     @contextlib.contextmanager
-    def piece(self, key: str, index: int) -> Iterator[Slice | None]:
+    def piece(self, key: str, index: int) -> Iterator[PieceSlice | None]:
         """A piece that may be given to a peer; ``None`` where there is none."""
         found = self._active_piece(key, index) or self._whole_piece(key, index)
         try:
@@ -175,7 +175,7 @@ class Shelf:
             if found is not None:
                 os.close(found.fd)
 
-    def _active_piece(self, key: str, index: int) -> Slice | None:
+    def _active_piece(self, key: str, index: int) -> PieceSlice | None:
         with self._changed:
             one = self._active.get(key)
             if one is None or not one.has >> index & 1:
@@ -184,9 +184,11 @@ class Shelf:
             if digests is None:
                 return None
             start, end = one.partial.span(index)
-            return Slice(fd=os.dup(one.fd), start=start, size_bytes=end - start, digest=digests[0])
+            return PieceSlice(
+                fd=os.dup(one.fd), start=start, size_bytes=end - start, digest=digests[0]
+            )
 
-    def _whole_piece(self, key: str, index: int) -> Slice | None:
+    def _whole_piece(self, key: str, index: int) -> PieceSlice | None:
         whole = self._find_whole(key)
         if whole is None or not whole.all_pieces >> index & 1:
             return None
@@ -196,7 +198,7 @@ class Shelf:
         except OSError:
             return None
         digest = whole.digests.pieces[index][0]
-        return Slice(fd=fd, start=start, size_bytes=end - start, digest=digest)
+        return PieceSlice(fd=fd, start=start, size_bytes=end - start, digest=digest)
 
     def _find_whole(self, key: str) -> _Whole | None:
         if self._layout is None:

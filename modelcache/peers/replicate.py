@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from modelcache.bandwidth.budget import Asked
-from modelcache.peers.client import Client, PeerGone, PeerLied, PeerRefuses
+from modelcache.peers.client import PeerClient, PeerIntegrityError, PeerRefused, PeerUnavailable
 from modelcache.peers.server import Verb
 from modelcache.peers.wire import Keyring
+from modelcache.ports import CachedModel, IsCancelled
 from modelcache.refs import PATH, parse_ref
 from modelcache.settings import ModelCacheSettings
-from modelcache.types import PREPARED, CacheError, Cancelled, Manifest, Priority, Progress
+from modelcache.types import PREPARED, CacheError, Cancelled, Priority, Progress
 
 BEGIN = "/v1/replicate"
 LOOK = "/v1/replicate/progress"
@@ -37,20 +37,6 @@ GIVE_UP_S = 60.0
 RETRY_S = 1.0
 
 
-class Cached(Protocol):
-    """A model that is on the disk."""
-
-    @property
-    def revision(self) -> str:
-        """Exactly which."""
-        ...
-
-    @property
-    def manifest(self) -> Manifest | None:
-        """What it consists of."""
-        ...
-
-
 class Cache(Protocol):
     """As much of ``ModelCache`` as is needed here."""
 
@@ -61,8 +47,8 @@ class Cache(Protocol):
         revision: str | None = None,
         priority: Priority = Priority.PRELOAD,
         on_progress: Callable[[Progress], None] | None = None,
-        cancelled: Asked | None = None,
-    ) -> Cached:
+        cancelled: IsCancelled | None = None,
+    ) -> CachedModel:
         """Fetch it, unless it is here. Raises ``CacheError``."""
         ...
 
@@ -71,7 +57,7 @@ class Cache(Protocol):
 
 
 @dataclass(slots=True)
-class Order:
+class ReplicationJob:
     """A model that another site has asked for."""
 
     url: str
@@ -82,12 +68,12 @@ class Order:
     told: dict[str, Any] = field(default_factory=dict)
 
 
-class Orders:
+class ReplicationJobs:
     """What other sites have asked for. Thread-safe."""
 
     def __init__(self, cache: Cache, *, most_running: int = MOST_RUNNING) -> None:
         self._cache = cache
-        self._orders: OrderedDict[str, Order] = OrderedDict()
+        self._orders: OrderedDict[str, ReplicationJob] = OrderedDict()
         self._changed = threading.Condition()
         self._turns = threading.BoundedSemaphore(most_running)
         self._closing = False
@@ -106,7 +92,7 @@ class Orders:
                     return {"order": name}
             self._drop_old()
             name = secrets.token_hex(8)
-            order = self._orders[name] = Order(url, revision)
+            order = self._orders[name] = ReplicationJob(url, revision)
         threading.Thread(target=self._run, args=(order,), name="replicate", daemon=True).start()
         return {"order": name}
 
@@ -133,7 +119,7 @@ class Orders:
                 raise ValueError(f"{MOST_REMEMBERED} models have been asked for already")
             del self._orders[ended[0]]
 
-    def _run(self, order: Order) -> None:
+    def _run(self, order: ReplicationJob) -> None:
         def note(progress: Progress) -> None:
             order.progress = progress
 
@@ -153,7 +139,7 @@ class Orders:
                 raise
         self._end(order, state, told)
 
-    def _end(self, order: Order, state: str, told: dict[str, Any]) -> None:
+    def _end(self, order: ReplicationJob, state: str, told: dict[str, Any]) -> None:
         with self._changed:
             order.state, order.told = state, told
             self._changed.notify_all()
@@ -190,7 +176,7 @@ class _Asked:
     """One site while it is being asked."""
 
     site: str
-    client: Client
+    client: PeerClient
     progress: Progress = field(default_factory=lambda: Progress(phase="waiting"))
     outcome: Outcome | None = None
     trouble: str = ""
@@ -201,10 +187,10 @@ class _Asked:
 def replicate(
     url: str,
     revision: str | None,
-    sites: Mapping[str, Client],
+    sites: Mapping[str, PeerClient],
     *,
     on_progress: Callable[[Progress], None],
-    cancelled: Asked,
+    cancelled: IsCancelled,
     give_up_s: float = GIVE_UP_S,
 ) -> dict[str, Outcome]:
     """Have every site fetch a model, all at once; blocks until the last has it or has failed.
@@ -240,7 +226,7 @@ def replicate(
 def make_replicator(
     settings: ModelCacheSettings, environ: Mapping[str, str]
 ) -> Callable[
-    [str, str | None, Sequence[str], Callable[[Progress], None], Asked], Mapping[str, Outcome]
+    [str, str | None, Sequence[str], Callable[[Progress], None], IsCancelled], Mapping[str, Outcome]
 ]:
     """:func:`replicate` to sites of the settings, by name.
 
@@ -253,7 +239,7 @@ def make_replicator(
         revision: str | None,
         names: Sequence[str],
         on_progress: Callable[[Progress], None],
-        cancelled: Asked,
+        cancelled: IsCancelled,
     ) -> Mapping[str, Outcome]:
         token = environ.get(settings.peer_token_env, "")
         if not token:
@@ -264,7 +250,7 @@ def make_replicator(
         if unknown:
             raise ValueError(f"sites: {unknown[0]!r} is not in modelcache.sites")
         keyring, sender = Keyring(token), secrets.token_hex(16)
-        clients = {name: Client(settings.sites[name], keyring, sender) for name in names}
+        clients = {name: PeerClient(settings.sites[name], keyring, sender) for name in names}
         return replicate(url, revision, clients, on_progress=on_progress, cancelled=cancelled)
 
     return run
@@ -293,7 +279,7 @@ def _state(one: _Asked) -> str:
 
 
 def _ask_site(
-    one: _Asked, url: str, revision: str | None, cancelled: Asked, give_up_s: float
+    one: _Asked, url: str, revision: str | None, cancelled: IsCancelled, give_up_s: float
 ) -> None:
     order: str | None = None
     while one.outcome is None and not cancelled():
@@ -305,24 +291,26 @@ def _ask_site(
             one.outcome = _take_in(one, answer)
         except Cancelled:
             return
-        except PeerRefuses as error:
+        except PeerRefused as error:
             one.outcome = Outcome(site=one.site, done=False, error=str(error))
-        except (PeerGone, PeerLied) as error:
+        except (PeerUnavailable, PeerIntegrityError) as error:
             # It may have been started anew and know nothing of the order: it is asked for again.
             order, one.trouble = None, str(error)
             one.client.node = None
-            if time.monotonic() - one.heard_at_s > give_up_s or isinstance(error, PeerLied):
+            if time.monotonic() - one.heard_at_s > give_up_s or isinstance(
+                error, PeerIntegrityError
+            ):
                 one.outcome = Outcome(site=one.site, done=False, error=str(error))
             else:
                 time.sleep(min(RETRY_S, give_up_s))
 
 
-def _begin(one: _Asked, url: str, revision: str | None, cancelled: Asked) -> str:
+def _begin(one: _Asked, url: str, revision: str | None, cancelled: IsCancelled) -> str:
     one.client.hello(cancelled)
     body = {"model": url, "revision": revision}
     order = one.client.tell(BEGIN, body, ANSWER_S, cancelled).get("order")
     if not isinstance(order, str):
-        raise PeerLied(f"{one.client.url}: an answer of another shape")
+        raise PeerIntegrityError(f"{one.client.url}: an answer of another shape")
     return order
 
 
@@ -331,7 +319,7 @@ def _take_in(one: _Asked, answer: Mapping[str, Any]) -> Outcome | None:
         one.progress = Progress(**answer["progress"])
         state = answer["state"]
     except (KeyError, TypeError) as error:
-        raise PeerLied(f"{one.client.url}: an answer of another shape") from error
+        raise PeerIntegrityError(f"{one.client.url}: an answer of another shape") from error
     if state == "running":
         return None
     return Outcome(

@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 import blake3
 
 from modelcache.peers import wire as wire
-from modelcache.peers.piece_inventory import Shelf, check_key
+from modelcache.peers.piece_inventory import PieceInventory, check_key
 
 log = logging.getLogger("tidegate.modelcache.peers")
 
@@ -51,7 +51,7 @@ class PeerServer:
 
     def __init__(
         self,
-        shelf: Shelf,
+        inventory: PieceInventory,
         keyring: wire.Keyring,
         *,
         node: str,
@@ -63,7 +63,7 @@ class PeerServer:
     ) -> None:
         self.node = node
         self.sent_bytes = 0
-        self._shelf = shelf
+        self._inventory = inventory
         self._keyring = keyring
         self._on_heard = on_heard
         self._verbs = dict(verbs or {})
@@ -92,7 +92,7 @@ class PeerServer:
             self._closing = True
             listener, self._listener = self._listener, None
             connections = dict(self._connections)
-        self._shelf.wake()
+        self._inventory.wake()
         if listener is not None:
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
@@ -162,7 +162,7 @@ class PeerServer:
             return self._do(connection, request, self._verbs[target.path])
         return self._say(connection, request, 404, {"error": "no such thing"})
 
-    def _do(self, connection: socket.socket, request: wire.Request, verb: Verb) -> bool:
+    def _do(self, connection: socket.socket, request: wire.PeerRequest, verb: Verb) -> bool:
         try:
             asked = json.loads(request.body)
             if not isinstance(asked, dict):
@@ -174,11 +174,11 @@ class PeerServer:
             return self._say(connection, request, 404, {"error": "there is none of that name"})
         return self._say(connection, request, 200, answer)
 
-    def _admit(self, request: wire.Request, now_ms: int) -> bool:
+    def _admit(self, request: wire.PeerRequest, now_ms: int) -> bool:
         with self._lock:
             return self._nonces.admit(request.nonce, request.at_ms, now_ms)
 
-    def _state(self, connection: socket.socket, request: wire.Request) -> bool:
+    def _state(self, connection: socket.socket, request: wire.PeerRequest) -> bool:
         try:
             asked = json.loads(request.body)
             keys, since = list(asked["keys"]), int(asked["since"])
@@ -187,14 +187,14 @@ class PeerServer:
             return self._say(connection, request, 400, {"error": "not a question about files"})
         if len(keys) > MOST_KEYS or not all(isinstance(k, str) and check_key(k) for k in keys):
             return self._say(connection, request, 400, {"error": "not keys of files"})
-        sequence = self._shelf.wait(keys, since, wait_s, lambda: self._closing)
+        sequence = self._inventory.wait(keys, since, wait_s, lambda: self._closing)
         files = {
             key: {"has": f"{s.has:x}", "fetching": f"{s.fetching:x}", "active": s.active}
-            for key, s in self._shelf.states(keys).items()
+            for key, s in self._inventory.states(keys).items()
         }
         return self._say(connection, request, 200, {"sequence": sequence, "files": files})
 
-    def _piece(self, connection: socket.socket, request: wire.Request, query: str) -> bool:
+    def _piece(self, connection: socket.socket, request: wire.PeerRequest, query: str) -> bool:
         given = parse_qs(query)
         key, text = given.get("key", [""])[0], given.get("index", [""])[0]
         if not (check_key(key) and text.isascii() and text.isdigit() and len(text) < 8):
@@ -202,7 +202,7 @@ class PeerServer:
         if not self._sending.acquire(blocking=False):
             return self._say(connection, request, 503, {"error": "busy"})
         try:
-            with self._shelf.piece(key, int(text)) as found:
+            with self._inventory.piece(key, int(text)) as found:
                 if found is None:
                     return self._say(connection, request, 404, {"error": "not here"})
                 head = self._head(request, 200, found.size_bytes, found.digest.hex())
@@ -216,14 +216,14 @@ class PeerServer:
         return True
 
     def _say(
-        self, connection: socket.socket, request: wire.Request, status: int, answer: Any
+        self, connection: socket.socket, request: wire.PeerRequest, status: int, answer: Any
     ) -> bool:
         body = json.dumps(answer).encode()
         head = self._head(request, status, len(body), blake3.blake3(body).hexdigest())
         send_all(connection, head + body, IDLE_S)
         return True
 
-    def _head(self, request: wire.Request, status: int, length: int, digest: str) -> bytes:
+    def _head(self, request: wire.PeerRequest, status: int, length: int, digest: str) -> bytes:
         headers = self._keyring.answer_headers(request.nonce, status, length, digest)
         return wire.format_head(f"HTTP/1.1 {status} {REASONS[status]}", headers)
 
@@ -233,7 +233,7 @@ def _plain(status: int) -> bytes:
     return wire.format_head(f"HTTP/1.1 {status} {REASONS[status]}", headers)
 
 
-def read_request(connection: socket.socket) -> tuple[wire.Head, bytes] | None:
+def read_request(connection: socket.socket) -> tuple[wire.PeerHead, bytes] | None:
     """The next request's head and body; ``None`` at the end of the connection."""
     data = b""
     connection.settimeout(IDLE_S)

@@ -37,7 +37,7 @@ class BadMessage(CacheError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
+class PeerHead:
     """A request's or an answer's first line, and its headers with lower-case names."""
 
     first: str
@@ -60,7 +60,7 @@ class Head:
         return int(self.second)
 
 
-def parse_head(data: bytes) -> Head:
+def parse_head(data: bytes) -> PeerHead:
     """Parse a head without its empty line. Raises ``BadMessage``."""
     lines = data.decode("latin-1").split("\r\n")
     parts = lines[0].split(" ")
@@ -75,7 +75,7 @@ def parse_head(data: bytes) -> Head:
         headers[key] = value.strip()
     if "transfer-encoding" in headers:
         raise BadMessage("a body in chunks")
-    return Head(first=parts[0], second=parts[1], headers=headers)
+    return PeerHead(first=parts[0], second=parts[1], headers=headers)
 
 
 def format_head(first_line: str, headers: Mapping[str, str]) -> bytes:
@@ -85,7 +85,7 @@ def format_head(first_line: str, headers: Mapping[str, str]) -> bytes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class PeerRequest:
     """Who asks whom for what. ``to`` is empty where the asker does not know the name yet."""
 
     method: str
@@ -112,12 +112,12 @@ class Keyring:
         text = NEWLINE.join(str(part) for part in parts).encode()
         return hmac.new(self._key, text, hashlib.sha256).hexdigest()
 
-    def _of_request(self, request: Request) -> str:
+    def _of_request(self, request: PeerRequest) -> str:
         body = hashlib.sha256(request.body).hexdigest()
         return self._sign("ask", request.method, request.target, request.sender, request.to,
                           request.at_ms, request.nonce, body)  # fmt: skip
 
-    def request_headers(self, request: Request, host: str) -> dict[str, str]:
+    def request_headers(self, request: PeerRequest, host: str) -> dict[str, str]:
         """The headers of a request, signature and all."""
         return {
             "host": host,
@@ -129,13 +129,13 @@ class Keyring:
             "x-tidegate-signature": self._of_request(request),
         }
 
-    def read_request(self, head: Head, body: bytes) -> Request | None:
+    def read_request(self, head: PeerHead, body: bytes) -> PeerRequest | None:
         """The request that a head and body are; ``None`` where the signature is not ours."""
         given = head.headers
         at_ms, nonce = given.get("x-tidegate-at", ""), given.get("x-tidegate-nonce", "")
         if not (at_ms.isascii() and at_ms.isdigit() and len(at_ms) < 18 and NAME.fullmatch(nonce)):
             return None
-        request = Request(
+        request = PeerRequest(
             method=head.first,
             target=head.second,
             sender=given.get("x-tidegate-from", ""),
@@ -156,7 +156,7 @@ class Keyring:
             "x-tidegate-signature": self._sign("answer", nonce, status, length, digest),
         }
 
-    def check_answer(self, head: Head, nonce: str) -> str:
+    def check_answer(self, head: PeerHead, nonce: str) -> str:
         """The digest that the body of an answer must have. Raises ``BadMessage`` unless it was
         made by a node with the secret, for the request with ``nonce``."""
         digest = head.headers.get("x-tidegate-digest", "")

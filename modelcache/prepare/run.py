@@ -32,8 +32,8 @@ from modelcache.store.files import open_lock, remove_empty, remove_tree, try_loc
 from modelcache.store.layout import RESULT, result_url
 from modelcache.store.leases import Lease
 from modelcache.store.pending_results import OUTPUT as OUTPUT_FOLDER
-from modelcache.store.pending_results import has_name, note_job, read_job, read_work
-from modelcache.store.records import PIN, Job, name_result, read_directory, read_use
+from modelcache.store.pending_results import has_name, note_job, read_job, read_pending
+from modelcache.store.records import PIN, StepJob, name_result, read_directory, read_use
 from modelcache.types import Cancelled, FileEntry, Made, NoSpace, NotFound, Progress
 
 STEP_FORMAT = 2
@@ -54,7 +54,7 @@ the engine's interpreter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
+class LeasedModel:
     """A model that stays as long as this is held: until ``lease.release``, or the process ends."""
 
     model: CachedModel
@@ -62,7 +62,7 @@ class Held:
 
 
 class Results:
-    """The results in one cache, for whoever makes them and whoever uses them."""
+    """The results of steps in one cache."""
 
     def __init__(self, cache: ModelCache) -> None:
         self._cache = cache
@@ -74,7 +74,7 @@ class Results:
         model = self._cache.find(result_url(key))
         return None if model is None else model.path
 
-    def hold(self, key: str, holder: str, *, final: bool) -> Held | None:
+    def hold(self, key: str, holder: str, *, final: bool) -> LeasedModel | None:
         """This result, leased; ``None`` if it is not here. ``final``: it is wanted for itself, not
         only as a step on the way."""
         model = self._cache.find(result_url(key))
@@ -90,26 +90,26 @@ class Results:
         except BaseException:
             lease.release()
             raise
-        return Held(model=model, lease=lease)
+        return LeasedModel(model=model, lease=lease)
 
     def _note_final(self, model: CachedModel) -> None:
         if not read_use(self._layout.revision(model.url, model.revision)).final:
             with self._store.lock():
                 self._store.advise(model.url, model.revision, final=True)
 
-    # Making one. Whoever calls these holds the result's lock.
+    # Making one. The caller of these holds the result's lock.
 
-    def begin(self, key: str, job: Job) -> Path:
+    def begin(self, key: str, job: StepJob) -> Path:
         """Have room for a result, and where it is to be written. Raises ``NoSpace``."""
         with self._store.lock():
             work = self._layout.work(key)
             if not job.resumes:
                 remove_tree(work)
             fresh = not work.exists()
-            missing = max(job.promised_bytes - read_work(self._layout, key).bytes_taken, 1)
+            missing = max(job.promised_bytes - read_pending(self._layout, key).bytes_taken, 1)
             what = name_result(key, job.made)
             try:
-                self._store.room.make_room(missing, missing, what=what, making=key)
+                self._store.capacity.make_room(missing, missing, what=what, making=key)
             except NoSpace:
                 if fresh:
                     remove_empty(work)
@@ -128,16 +128,16 @@ class Results:
             return
         with self._store.lock():
             what = name_result(key, job.made)
-            self._store.room.make_room(1, 1, what=what, making=key, grown_bytes=size_bytes)
+            self._store.capacity.make_room(1, 1, what=what, making=key, grown_bytes=size_bytes)
 
     @property
     def reserve_bytes(self) -> int:
         """What the cache leaves free of its disk."""
-        return self._store.room.reserve_bytes
+        return self._store.capacity.reserve_bytes
 
     def free_bytes(self) -> int:
         """What the cache's disk has left."""
-        return self._store.room.free_bytes()
+        return self._store.capacity.free_bytes()
 
     def is_whole(self, key: str) -> bool:
         """Whether the step has done its work, and the cache has only to take it over."""
@@ -146,8 +146,8 @@ class Results:
             return False
         return find_refused(output) is None
 
-    def note_whole(self, key: str, job: Job, took_s: float) -> None:
-        """The step has done its work: whoever is interrupted from now on need not repeat it."""
+    def note_whole(self, key: str, job: StepJob, took_s: float) -> None:
+        """The step has done its work, and need not be repeated if this process is killed."""
         output = self._layout.work(key) / OUTPUT_FOLDER
         for path in (*sorted(output.rglob("*")), output):
             _sync(path)
@@ -164,7 +164,7 @@ class Results:
         final: bool,
         on_progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
-    ) -> Held:
+    ) -> LeasedModel:
         """Take a whole result into the cache, leased before anybody could evict it."""
         url, layout = result_url(key), self._layout
         job = read_job(layout, key)
@@ -188,7 +188,7 @@ class Results:
         except BaseException:
             lease.release()
             raise
-        return Held(model=model, lease=lease)
+        return LeasedModel(model=model, lease=lease)
 
     def _cost_s(self, key: str) -> float:
         """Seconds to make a result of its model, as far as they were measured."""
@@ -205,7 +205,7 @@ class Results:
     def sweep(self) -> None:
         """Remove what no step can go on with, and what was left long ago."""
         with self._store.lock():
-            self._store.room.sweep()
+            self._store.capacity.sweep()
 
 
 def find_refused(output: Path) -> str | None:
@@ -282,7 +282,7 @@ def _digest(value: object) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
+class PreparedModel:
     """A prepared model: where it is, the key of its last step, and how each went.
 
     ``held`` keeps its last result from being evicted until it is released; ``None`` where there
@@ -292,11 +292,11 @@ class Prepared:
     path: Path
     key: str
     runs: tuple[StepRun, ...]
-    held: Held | None
+    held: LeasedModel | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class PrepareRequest:
     """Who asked for a result: what they are told, and whether they still want it."""
 
     holder: str
@@ -329,18 +329,18 @@ class Preparation:
         holder: str = "preparing",
         on_progress: Callable[[Progress], None] = lambda progress: None,
         cancelled: Callable[[], bool] = lambda: False,
-    ) -> Prepared:
+    ) -> PreparedModel:
         """The model in ``source``, whose ``input_digest`` is ``digest``, after all steps; leased
         for ``holder``. ``model`` and ``revision`` say which it is.
 
         Blocks as long as it takes; ``source`` must stay meanwhile. Raises ``StepFailed``,
         ``NoSpace``, or ``Cancelled`` soon after ``cancelled()`` turns true.
         """
-        asked = Asked(holder=holder, on_progress=on_progress, cancelled=cancelled)
+        asked = PrepareRequest(holder=holder, on_progress=on_progress, cancelled=cancelled)
         keys = self.keys(digest, steps)
         runs: list[StepRun] = []
         path = source
-        held: Held | None = None
+        held: LeasedModel | None = None
         for number, (step, key) in enumerate(zip(steps, keys, strict=True)):
             made = Made(
                 model=model,
@@ -358,7 +358,7 @@ class Preparation:
             runs.append(run)
             path = held.model.path
         key = runs[-1].key if runs else digest
-        return Prepared(path=path, key=key, runs=tuple(runs), held=held)
+        return PreparedModel(path=path, key=key, runs=tuple(runs), held=held)
 
     def find(self, digest: str, steps: Sequence[PreparationStep]) -> Path | None:
         """Where the model is after all steps, if that was made already."""
@@ -371,10 +371,10 @@ class Preparation:
         key: str,
         source: Path,
         made: Made,
-        asked: Asked,
+        asked: PrepareRequest,
         *,
         final: bool,
-    ) -> tuple[Held, StepRun]:
+    ) -> tuple[LeasedModel, StepRun]:
         """One step's result, made unless it is there."""
         began_s = time.monotonic()
         log = None
@@ -416,12 +416,12 @@ class Preparation:
         made: Made,
         log: Path,
         lock: int,
-        asked: Asked,
+        asked: PrepareRequest,
     ) -> None:
         """Run a step, with room made for its result before it begins where its size is known."""
         began_s = time.monotonic()
         promised = expect_bytes(step, source) or 0
-        job = Job(made=made, resumes=step.resumes, promised_bytes=promised)
+        job = StepJob(made=made, resumes=step.resumes, promised_bytes=promised)
         output = self.results.begin(key, job)
         run = Run(
             name=step.kind,
@@ -485,7 +485,7 @@ class Preparation:
         return env | step.env
 
     @contextlib.contextmanager
-    def _alone(self, key: str, asked: Asked) -> Iterator[int]:
+    def _alone(self, key: str, asked: PrepareRequest) -> Iterator[int]:
         """One maker of a result at a time. The lock goes when both its process and the step that
         it started are gone."""
         path = self.cache.store.layout.step_lock(key)
@@ -496,7 +496,7 @@ class Preparation:
                     if asked.cancelled():
                         raise Cancelled("preparing was called off")
                     time.sleep(WAIT_S)
-                # One that was swept while we waited locks nobody out.
+                # One that was swept while we waited excludes no other process.
                 if has_name(lock, path):
                     yield lock
                     return

@@ -22,7 +22,7 @@ _CONTENT_RANGE = re.compile(r"^bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
+class StoreResponse:
     """Status and headers of an answer; header names are in lower case, repeated ones joined."""
 
     status: int
@@ -42,7 +42,7 @@ class Head:
         return bool(self.headers.get("transfer-encoding"))
 
 
-def parse_head(data: bytes) -> Head:
+def parse_head(data: bytes) -> StoreResponse:
     """Read an answer's head, without the empty line that ends it. Raises ``SourceError``."""
     lines = data.split(b"\r\n")
     found = _STATUS.match(lines[0])
@@ -57,7 +57,7 @@ def parse_head(data: bytes) -> Head:
         headers[key] = f"{headers[key]}, {text}" if key in headers else text
     connection = headers.get("connection", "").lower()
     persistent = "close" not in connection and (found[1] == b"1" or "keep-alive" in connection)
-    return Head(status=int(found[2]), headers=headers, persistent=persistent)
+    return StoreResponse(status=int(found[2]), headers=headers, persistent=persistent)
 
 
 def check_status(status: int, headers: Mapping[str, str], what: str, hint: str = "") -> None:
@@ -103,7 +103,9 @@ def _date_s(text: str) -> float | None:
         return None
 
 
-def check_range(head: Head, file: RemoteFile, start: int, end: int, what: str) -> int | None:
+def check_range(
+    head: StoreResponse, file: RemoteFile, start: int, end: int, what: str
+) -> int | None:
     """Make sure that the body is exactly bytes ``[start, end)`` of ``file``.
 
     Returns its length, ``None`` where it comes in chunks (and has to be counted). Raises
@@ -138,7 +140,9 @@ def check_range(head: Head, file: RemoteFile, start: int, end: int, what: str) -
     return length
 
 
-def _check_content_range(head: Head, file: RemoteFile, start: int, end: int, what: str) -> None:
+def _check_content_range(
+    head: StoreResponse, file: RemoteFile, start: int, end: int, what: str
+) -> None:
     text = head.headers.get("content-range", "")
     found = _CONTENT_RANGE.match(text)
     if found is None:
@@ -156,7 +160,7 @@ def _check_content_range(head: Head, file: RemoteFile, start: int, end: int, wha
         )
 
 
-def _check_version(head: Head, file: RemoteFile, what: str) -> None:
+def _check_version(head: StoreResponse, file: RemoteFile, what: str) -> None:
     """The answer must be of the version that was listed, where both say which that is."""
     kind, colon, wanted = file.version.partition(":")
     if not colon:
@@ -183,7 +187,7 @@ def version_of(headers: Mapping[str, str]) -> str:
     return f"date:{modified}" if modified else ""
 
 
-def next_url(url: str, head: Head, what: str) -> str:
+def next_url(url: str, head: StoreResponse, what: str) -> str:
     """Where a redirect leads. Raises ``SourceError`` where it may not be followed."""
     target = urljoin(url, head.headers.get("location", ""))
     before, after = urlsplit(url), urlsplit(target)

@@ -1,6 +1,6 @@
 """Models in Google Cloud Storage, listed and read by obstore.
 
-Not by signed URLs as S3: signing takes a service account's own key, which whoever runs on Google's
+Not by signed URLs as S3: signing takes a service account's own key, which a process on Google's
 machines does not have.
 """
 

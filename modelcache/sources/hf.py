@@ -12,7 +12,7 @@ from modelcache.ports import Listing
 from modelcache.refs import redact
 from modelcache.sources import answers
 from modelcache.sources.listings import make_listing
-from modelcache.sources.reader import RangedSource, Reader, Request, home_of
+from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, home_of
 from modelcache.types import ModelRef, NotFound, RemoteFile, SourceError
 
 ENDPOINT = "https://huggingface.co"
@@ -24,7 +24,7 @@ class HfSource(RangedSource):
     """One revision of a model of the hub, or one folder of it."""
 
     def __init__(
-        self, ref: ModelRef, reader: Reader, environ: Mapping[str, str], *, timeout_s: float
+        self, ref: ModelRef, reader: HttpReader, environ: Mapping[str, str], *, timeout_s: float
     ) -> None:
         super().__init__(ref, reader)
         parts = ref.location.split("/")
@@ -95,12 +95,12 @@ class HfSource(RangedSource):
     def _secrets(self) -> tuple[str, ...]:
         return (self._token,) if self._token else ()
 
-    def request_of(self, file: RemoteFile) -> Request:
+    def request_of(self, file: RemoteFile) -> HttpRequest:
         """See ``RangedSource.request_of``."""
         path = f"{self._folder}/{file.path}" if self._folder else file.path
         # A revision that is read without having been listed here is what was asked for.
         revision = quote(self._commit or self.ref.revision or "main", safe="")
-        return Request(
+        return HttpRequest(
             url=f"{self._endpoint}/{self._repo}/resolve/{revision}/{quote(path)}",
             shown=f"hf://{self._repo}/{path}",
             hint=HINT,

@@ -15,7 +15,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 from modelcache.ports import Listing
 from modelcache.sources import answers
 from modelcache.sources.listings import ask_each, make_listing
-from modelcache.sources.reader import RangedSource, Reader, Request, home_of
+from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, home_of
 from modelcache.types import ModelRef, NotFound, RemoteFile, SourceError
 
 MOST_DEPTH = 5
@@ -26,7 +26,7 @@ HINT = "~/.netrc (or the file that NETRC names)"
 class HttpSource(RangedSource):
     """One model on a web server."""
 
-    def __init__(self, ref: ModelRef, reader: Reader, environ: Mapping[str, str]) -> None:
+    def __init__(self, ref: ModelRef, reader: HttpReader, environ: Mapping[str, str]) -> None:
         super().__init__(ref, reader)
         self._headers = netrc_headers(ref, environ)
         self._single = False
@@ -45,14 +45,14 @@ class HttpSource(RangedSource):
         files = self._stat_all(url, found) if found else self._usual(url)
         return self.probed(make_listing(self.ref, self._with_checksums(url, files)))
 
-    def request_of(self, file: RemoteFile) -> Request:
+    def request_of(self, file: RemoteFile) -> HttpRequest:
         """See ``RangedSource.request_of``."""
         if self._single or self.ref.url.rpartition("/")[2] == quote(file.path):
             return self._request(self.ref.url)
         return self._request(f"{self.ref.url.rstrip('/')}/{quote(file.path)}")
 
-    def _request(self, url: str) -> Request:
-        return Request(url=url, shown=url, hint=HINT, headers=self._headers)
+    def _request(self, url: str) -> HttpRequest:
+        return HttpRequest(url=url, shown=url, hint=HINT, headers=self._headers)
 
     def _stat_single(self, url: str) -> RemoteFile | None:
         """The file that ``url`` is, or ``None`` where it looks like a directory."""
@@ -136,7 +136,7 @@ class HttpSource(RangedSource):
         ]
 
 
-def _file_of(head: answers.Head, path: str, url: str) -> RemoteFile:
+def _file_of(head: answers.StoreResponse, path: str, url: str) -> RemoteFile:
     if head.length is None or head.headers.get("content-encoding"):
         raise SourceError(f"{url}: the server does not say how long it is")
     return RemoteFile(path=path, size_bytes=head.length, version=answers.version_of(head.headers))

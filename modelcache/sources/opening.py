@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from modelcache.ports import Source
 from modelcache.refs import PATH
 from modelcache.settings import ModelCacheSettings
-from modelcache.sources.reader import Reader, make_reader
+from modelcache.sources.reader import HttpReader, make_reader
 from modelcache.types import CacheError, ModelRef
 
 _CLIENTS = {"gs": "obstore", "s3": "obstore", "oss": "ossfs", "hf": "huggingface_hub"}
@@ -65,7 +65,9 @@ def _open_remote(ref: ModelRef, settings: ModelCacheSettings, environ: Mapping[s
     return HttpSource(ref, reader, environ)
 
 
-def _make_reader(ref: ModelRef, settings: ModelCacheSettings, environ: Mapping[str, str]) -> Reader:
+def _make_reader(
+    ref: ModelRef, settings: ModelCacheSettings, environ: Mapping[str, str]
+) -> HttpReader:
     return make_reader(
         environ,
         timeout_s=settings.timeout_s,

@@ -22,7 +22,7 @@ from modelcache.ports import Listing
 from modelcache.refs import redact
 from modelcache.sources import answers
 from modelcache.sources.listings import ask_each, make_listing
-from modelcache.sources.reader import RangedSource, Reader, Request, home_of
+from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, home_of
 from modelcache.types import ModelRef, NotFound, RemoteFile, SourceError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class OssSource(RangedSource):
     """One model below a prefix of a bucket (or one object)."""
 
     def __init__(
-        self, ref: ModelRef, reader: Reader, environ: Mapping[str, str], *, timeout_s: float
+        self, ref: ModelRef, reader: HttpReader, environ: Mapping[str, str], *, timeout_s: float
     ) -> None:
         super().__init__(ref, reader)
         host, _, self._prefix = ref.location.partition("/")
@@ -90,7 +90,7 @@ class OssSource(RangedSource):
             auth, self._access.endpoint, self._bucket, connect_timeout=self._timeout_s
         )
 
-    def request_of(self, file: RemoteFile) -> Request:
+    def request_of(self, file: RemoteFile) -> HttpRequest:
         """See ``RangedSource.request_of``."""
         below = self._prefix.rpartition("/")[0] if self._single else self._prefix
         key = f"{below}/{file.path}" if below else file.path
@@ -99,7 +99,7 @@ class OssSource(RangedSource):
         with failing(shown, keys):
             bucket = self._open_bucket(keys)
             url = bucket.sign_url("GET", key, SIGNED_FOR_S, slash_safe=True)
-        return Request(url=url, shown=shown, hint=HINT)
+        return HttpRequest(url=url, shown=shown, hint=HINT)
 
 
 def _file_of(bucket: oss2.Bucket, key: str, path: str) -> RemoteFile:
@@ -199,7 +199,7 @@ class OssAccess:
 
 
 def find_access(
-    bucket_host: str, environ: Mapping[str, str], reader: Reader
+    bucket_host: str, environ: Mapping[str, str], reader: HttpReader
 ) -> tuple[str, OssAccess]:
     """The bucket's name, and how it is reached.
 
@@ -225,7 +225,7 @@ def find_access(
 
 
 def _fetcher(
-    environ: Mapping[str, str], file: Mapping[str, str], reader: Reader
+    environ: Mapping[str, str], file: Mapping[str, str], reader: HttpReader
 ) -> Callable[[], OssKeys]:
     for key, secret, token in _NAMES:
         if environ.get(key) and environ.get(secret):
@@ -247,9 +247,9 @@ def _fetcher(
     return OssKeys
 
 
-def _ask(url: str, reader: Reader) -> OssKeys:
+def _ask(url: str, reader: HttpReader) -> OssKeys:
     """Credentials for a while from a URL, in the form that the metadata server has."""
-    request = Request(url=url, shown="the credentials of this instance or container")
+    request = HttpRequest(url=url, shown="the credentials of this instance or container")
     _, page = reader.page(request)
     try:
         found = json.loads(page)

@@ -39,7 +39,7 @@ AHEAD_S = 0.03
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class HttpRequest:
     """A URL to be read, with the credentials its own server is to get. ``shown`` is what it is
     called in errors, ``hint`` where its credentials would go."""
 
@@ -50,12 +50,12 @@ class Request:
 
 
 @dataclass(slots=True, kw_only=True)
-class Reader:
+class HttpReader:
     """Reads from HTTP servers; safe for many threads at once. Made by :func:`make_reader`."""
 
     environ: Mapping[str, str]
     timeout_s: float
-    connections: wire.Connections
+    connections: wire.HttpConnections
     _clients: dict[str, httpx.Client] = field(default_factory=dict)
     _targets: dict[str, tuple[str, float]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -64,7 +64,7 @@ class Reader:
 
     def fetch(
         self,
-        request: Request,
+        request: HttpRequest,
         file: RemoteFile,
         start: int,
         end: int,
@@ -81,7 +81,7 @@ class Reader:
             return
         if cancelled():
             raise Cancelled("not wanted any more")
-        want = wire.Want(file=file, start=start, end=end, fd=fd, what=request.shown,
+        want = wire.RangeRead(file=file, start=start, end=end, fd=fd, what=request.shown,
                          hint=request.hint, on_bytes=on_bytes, cancelled=cancelled)  # fmt: skip
         with failing(request.shown):
             known = self._target_of(request.url)
@@ -94,7 +94,7 @@ class Reader:
                     self._forget(request.url)  # a signed target may have run out: ask anew
             self._follow(request, request.url, want)
 
-    def _follow(self, request: Request, url: str, want: wire.Want) -> None:
+    def _follow(self, request: HttpRequest, url: str, want: wire.RangeRead) -> None:
         asked = url
         for _ in range(MOST_REDIRECTS + 1):
             trusted = answers.same_origin(request.url, url)
@@ -107,7 +107,7 @@ class Reader:
             url = target
         raise SourceError(f"{want.what}: the store redirects more than {MOST_REDIRECTS} times")
 
-    def _read(self, url: str, headers: Mapping[str, str], want: wire.Want) -> str | None:
+    def _read(self, url: str, headers: Mapping[str, str], want: wire.RangeRead) -> str | None:
         """One request; where it redirects to, or ``None`` when the range is written."""
         if self._proxy_of(url):
             return self._read_by_httpx(url, headers, want)
@@ -137,19 +137,21 @@ class Reader:
         return self._read_by_httpx(url, headers, want)
 
     def _ask(
-        self, connection: wire.Connection, request: bytes, want: wire.Want
-    ) -> tuple[answers.Head, bytes]:
+        self, connection: wire.HttpConnection, request: bytes, want: wire.RangeRead
+    ) -> tuple[answers.StoreResponse, bytes]:
         try:
             return connection.ask(request, want.cancelled)
         except BaseException:
             connection.close()
             raise
 
-    def _read_by_httpx(self, url: str, headers: Mapping[str, str], want: wire.Want) -> str | None:
+    def _read_by_httpx(
+        self, url: str, headers: Mapping[str, str], want: wire.RangeRead
+    ) -> str | None:
         with self.client(url).stream(
             "GET", url, headers=dict(headers), follow_redirects=False
         ) as answer:
-            head = answers.Head(
+            head = answers.StoreResponse(
                 status=answer.status_code, headers=dict(answer.headers), persistent=True
             )
             if head.status in answers.REDIRECTS:
@@ -173,32 +175,32 @@ class Reader:
 
     # -- pages and heads -------------------------------------------------------------------------
 
-    def head(self, request: Request) -> answers.Head:
+    def head(self, request: HttpRequest) -> answers.StoreResponse:
         """Headers of a file. Raises what its status means."""
         with failing(request.shown):
             answer = self.client(request.url).head(request.url, headers=_plain(request))
-            found = answers.Head(
+            found = answers.StoreResponse(
                 status=answer.status_code, headers=dict(answer.headers), persistent=True
             )
             answers.check_status(found.status, found.headers, request.shown, request.hint)
             return found
 
-    def raw_head(self, request: Request) -> answers.Head:
+    def raw_head(self, request: HttpRequest) -> answers.StoreResponse:
         """Headers whatever the status, redirects not followed."""
         with failing(request.shown):
             answer = self.client(request.url).head(
                 request.url, headers=_plain(request), follow_redirects=False
             )
-        return answers.Head(
+        return answers.StoreResponse(
             status=answer.status_code, headers=dict(answer.headers), persistent=True
         )
 
-    def page(self, request: Request) -> tuple[answers.Head, bytes]:
+    def page(self, request: HttpRequest) -> tuple[answers.StoreResponse, bytes]:
         """A whole small answer, such as a listing. Raises what its status means."""
         with failing(request.shown):
             client = self.client(request.url)
             with client.stream("GET", request.url, headers=_plain(request)) as answer:
-                head = answers.Head(
+                head = answers.StoreResponse(
                     status=answer.status_code, headers=dict(answer.headers), persistent=True
                 )
                 answers.check_status(head.status, head.headers, request.shown, request.hint)
@@ -264,17 +266,17 @@ class Reader:
 
 def make_reader(
     environ: Mapping[str, str], *, timeout_s: float, connections: int, rate_bytes_s: int | None
-) -> Reader:
+) -> HttpReader:
     """A reader for ``connections`` ranges at once. Where the store's bandwidth is limited to
     ``rate_bytes_s``, sockets take in little ahead of the reader: a few hundredths of a second of
     it in all, which is enough for a store that is as far away."""
     ahead = None
     if rate_bytes_s is not None:
         ahead = max(65_536, int(AHEAD_S * rate_bytes_s) // connections)
-    return Reader(
+    return HttpReader(
         environ=environ,
         timeout_s=timeout_s,
-        connections=wire.Connections(
+        connections=wire.HttpConnections(
             timeout_s=timeout_s,
             most_idle=connections,
             context=lambda: tls_context(environ),
@@ -329,7 +331,7 @@ def failing(what: str) -> Iterator[None]:
         raise SourceError(f"{what}: {redact(str(error))}") from None
 
 
-def _headers(want: wire.Want) -> dict[str, str]:
+def _headers(want: wire.RangeRead) -> dict[str, str]:
     return {
         "User-Agent": AGENT,
         "Accept": "*/*",
@@ -338,7 +340,7 @@ def _headers(want: wire.Want) -> dict[str, str]:
     }
 
 
-def _plain(request: Request) -> dict[str, str]:
+def _plain(request: HttpRequest) -> dict[str, str]:
     return {"Accept-Encoding": "identity", **request.headers}
 
 
@@ -353,7 +355,7 @@ PROBE_BYTES = 8
 class RangedSource(ABC):
     """A source whose files are URLs. What differs is how they are listed and signed."""
 
-    def __init__(self, ref: ModelRef, reader: Reader) -> None:
+    def __init__(self, ref: ModelRef, reader: HttpReader) -> None:
         self.ref = ref
         self.reader = reader
 
@@ -362,7 +364,7 @@ class RangedSource(ABC):
         """What the model consists of; see ``Source.list``."""
 
     @abstractmethod
-    def request_of(self, file: RemoteFile) -> Request:
+    def request_of(self, file: RemoteFile) -> HttpRequest:
         """The URL of a file, good for a read that begins now."""
 
     def fetch(

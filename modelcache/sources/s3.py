@@ -22,7 +22,7 @@ from modelcache.sources.listings import (
     obstore_errors,
     obstore_retry,
 )
-from modelcache.sources.reader import RangedSource, Reader, Request, home_of
+from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, home_of
 from modelcache.types import ModelRef, RemoteFile, SourceError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class S3Source(RangedSource):
     """One model below a prefix of a bucket (or one object)."""
 
     def __init__(
-        self, ref: ModelRef, reader: Reader, access: S3Access, *, timeout_s: float
+        self, ref: ModelRef, reader: HttpReader, access: S3Access, *, timeout_s: float
     ) -> None:
         super().__init__(ref, reader)
         self._bucket, _, self._prefix = ref.location.partition("/")
@@ -72,7 +72,7 @@ class S3Source(RangedSource):
         if self._access.endpoint:
             return DEFAULT_REGION
         url = f"https://s3.amazonaws.com/{self._bucket}"
-        head = self.reader.raw_head(Request(url=url, shown=self.ref.url))
+        head = self.reader.raw_head(HttpRequest(url=url, shown=self.ref.url))
         return head.headers.get("x-amz-bucket-region") or DEFAULT_REGION
 
     def list(self) -> Listing:
@@ -110,24 +110,24 @@ class S3Source(RangedSource):
             digests=digests,
         )
 
-    def request_of(self, file: RemoteFile) -> Request:
+    def request_of(self, file: RemoteFile) -> HttpRequest:
         """See ``RangedSource.request_of``."""
         below = self._prefix
         if self._single:
             below = self._prefix.rpartition("/")[0]
         return self._request("GET", f"{below}/{file.path}" if below else file.path)
 
-    def _request(self, method: Any, key: str) -> Request:
+    def _request(self, method: Any, key: str) -> HttpRequest:
         shown = f"s3://{self._bucket}/{key}"
         if self._access.anonymous:
             endpoint = self._access.endpoint or f"https://s3.{self._region}.amazonaws.com"
             url = f"{endpoint.rstrip('/')}/{self._bucket}/{quote(key)}"
-            return Request(url=url, shown=shown, hint=HINT)
+            return HttpRequest(url=url, shown=shown, hint=HINT)
         import obstore
 
         with obstore_errors(shown, HINT, self._access.secrets):
             url = obstore.sign(self._store, method, key, SIGNED_FOR)
-        return Request(url=url, shown=shown, hint=HINT)
+        return HttpRequest(url=url, shown=shown, hint=HINT)
 
 
 HINT = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile in ~/.aws, or the instance's role"

@@ -43,7 +43,7 @@ class Stale(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Want:
+class RangeRead:
     """One range to be read, and who wants to hear of it."""
 
     file: RemoteFile
@@ -58,7 +58,7 @@ class Want:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Connection:
+class HttpConnection:
     """One connection to one server. Used by one thread at a time."""
 
     origin: tuple[str, str, int]
@@ -70,7 +70,9 @@ class Connection:
     _buffer: memoryview | None = None
     _low_bytes: int = 1
 
-    def ask(self, request: bytes, cancelled: Callable[[], bool]) -> tuple[answers.Head, bytes]:
+    def ask(
+        self, request: bytes, cancelled: Callable[[], bool]
+    ) -> tuple[answers.StoreResponse, bytes]:
         """Send ``request``; the answer's head, and what came of its body with it."""
         try:
             self._send(request)
@@ -116,7 +118,7 @@ class Connection:
         if time.monotonic() > deadline_s:
             raise TimeoutError(f"no byte for {self.timeout_s:.0f} s")
 
-    def receive(self, want: Want, first: bytes) -> None:
+    def receive(self, want: RangeRead, first: bytes) -> None:
         """Write the body into the file: ``first``, then the rest from the socket."""
         if len(first) > want.end - want.start:
             raise SourceError(f"{want.what}: the store sent more than it said", retryable=True)
@@ -129,7 +131,7 @@ class Connection:
         else:
             self._receive_plain(want, at)
 
-    def _receive_plain(self, want: Want, at: int) -> None:
+    def _receive_plain(self, want: RangeRead, at: int) -> None:
         if self._pipe is None:
             self._pipe = os.pipe()
             with contextlib.suppress(OSError):  # more than an unprivileged user may have: 64 KiB do
@@ -172,7 +174,7 @@ class Connection:
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low)
             self._low_bytes = low
 
-    def _receive_tls(self, sock: ssl.SSLSocket, want: Want, at: int) -> None:
+    def _receive_tls(self, sock: ssl.SSLSocket, want: RangeRead, at: int) -> None:
         if self._buffer is None:
             self._buffer = memoryview(bytearray(ANNOUNCE_BYTES))
         sock.settimeout(SLICE_S)
@@ -228,7 +230,7 @@ def write_at(fd: int, data: memoryview, at: int) -> None:
 
 
 @dataclass(slots=True, kw_only=True)
-class Connections:
+class HttpConnections:
     """Kept connections to any number of servers; safe for many threads."""
 
     timeout_s: float
@@ -238,21 +240,21 @@ class Connections:
     receive_bytes: int | None = None
     """Size of each socket's receive buffer, where bandwidth is limited: what the kernel takes in
     ahead of the reader is not counted by the reader."""
-    _idle: list[Connection] = field(default_factory=list)
+    _idle: list[HttpConnection] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _context: ssl.SSLContext | None = None
     _closed: bool = False
 
-    def take(self, url: str, *, fresh: bool = False) -> Connection:
+    def take(self, url: str, *, fresh: bool = False) -> HttpConnection:
         """A connection to the server of ``url``; a kept one unless ``fresh``."""
         origin = origin_of(url)
         if not fresh:
             kept = self._take_idle(origin)
             if kept is not None:
                 return kept
-        return Connection(origin=origin, sock=self._connect(origin), timeout_s=self.timeout_s)
+        return HttpConnection(origin=origin, sock=self._connect(origin), timeout_s=self.timeout_s)
 
-    def _take_idle(self, origin: tuple[str, str, int]) -> Connection | None:
+    def _take_idle(self, origin: tuple[str, str, int]) -> HttpConnection | None:
         now_s, old, found = time.monotonic(), [], None
         with self._lock:
             for at in range(len(self._idle) - 1, -1, -1):
@@ -264,7 +266,7 @@ class Connections:
             connection.close()
         return found
 
-    def give_back(self, connection: Connection) -> None:
+    def give_back(self, connection: HttpConnection) -> None:
         """Keep a connection whose answer was read to the end."""
         connection.used = True
         connection.idle_since_s = time.monotonic()

@@ -17,11 +17,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modelcache.store import leases
-from modelcache.store.eviction import Candidate, choose
+from modelcache.store.eviction import EvictionCandidate, choose
 from modelcache.store.files import directories, remove, remove_empty, remove_tree
 from modelcache.store.layout import REFS, Layout
 from modelcache.store.partial_files import is_open
-from modelcache.store.pending_results import Work, read_works, remove_work, sweep_works
+from modelcache.store.pending_results import (
+    PendingResult,
+    read_pending_results,
+    remove_pending,
+    sweep_pending,
+)
 from modelcache.store.records import (
     FETCHING,
     MANIFEST,
@@ -33,7 +38,7 @@ from modelcache.store.records import (
     read_known,
     scan,
 )
-from modelcache.store.snapshots import hub_place, remove_view, sweep_hub, view_of
+from modelcache.store.snapshots import hub_place, remove_snapshot, snapshot_path, sweep_hub
 from modelcache.types import PREPARED, InUse, NoSpace
 
 LOG = logging.getLogger("tidegate.modelcache")
@@ -62,7 +67,7 @@ class Usage:
     reserve_bytes: int
 
 
-class Room:
+class Capacity:
     """The room of one cache. What changes anything is called with the store locked."""
 
     def __init__(
@@ -126,7 +131,7 @@ class Room:
             return 0
         before = self._used()
         self.sweep()
-        records, works = read_all(self.layout), read_works(self.layout)
+        records, works = read_all(self.layout), read_pending_results(self.layout)
         short_quota, short_disk = self._short(quota_need, disk_need, making)
         now_s = self._clock()
         by_quota = choose(self._candidates(records, works, keep), short_quota, now_s)
@@ -148,7 +153,7 @@ class Room:
         return before - self._used()
 
     def evict(
-        self, records: Sequence[Record], works: Sequence[Work] = (), *, force: bool = False
+        self, records: Sequence[Record], works: Sequence[PendingResult] = (), *, force: bool = False
     ) -> int:
         """Remove revisions, whole or not, and results on their way; the bytes freed.
 
@@ -163,11 +168,11 @@ class Room:
         self._remove(records, works)
         return before - self._used()
 
-    def _remove(self, records: Sequence[Record], works: Sequence[Work] = ()) -> None:
+    def _remove(self, records: Sequence[Record], works: Sequence[PendingResult] = ()) -> None:
         """Remove revisions and whatever only they had, and results on their way."""
         for work in works:
             LOG.info("evicted: %s", work.name)
-            remove_work(self.layout, work.key)
+            remove_pending(self.layout, work.key)
         for record in records:
             LOG.info("evicted: %s", record.name)
             directory = self.layout.revision(record.url, record.revision)
@@ -192,7 +197,7 @@ class Room:
             else:
                 records.append(record)
         records = self._sweep_unmade(records)
-        sweep_works(layout, {one.result_key or "" for one in records}, self._clock())
+        sweep_pending(layout, {one.result_key or "" for one in records}, self._clock())
         self._sweep_views(records)
         self._sweep_blobs({digest for record in records for digest in record.blobs})
         self._sweep_partials({key for record in records for key in record.partials})
@@ -204,7 +209,7 @@ class Room:
                 remove(path)
 
     def _sweep_unmade(self, records: Sequence[Record]) -> list[Record]:
-        """Whoever was killed while a step's result became a revision has left it whole where the
+        """A process that was killed while a step's result became a revision left it whole where the
         step wrote it: what the cache has of it is only other names. What remains of ``records``."""
         left = []
         for record in records:
@@ -217,11 +222,11 @@ class Room:
     def _sweep_views(self, records: Sequence[Record]) -> None:
         layout = self.layout
         whole = [record.manifest for record in records if record.manifest is not None]
-        views = {view_of(layout, manifest) for manifest in whole}
+        views = {snapshot_path(layout, manifest) for manifest in whole}
         for view in _grandchildren(layout.root / "views"):
             held = leases.holders(layout.root / "leases" / view.parent.name / view.name)
             if view not in views and not held:
-                remove_view(view)
+                remove_snapshot(view)
         shown = {hub_place(layout, manifest.url, manifest.revision) for manifest in whole}
         sweep_hub(layout, {place[0] for place in shown if place is not None})
 
@@ -241,7 +246,7 @@ class Room:
                 remove_tree(directory)
 
     def _sweep_fetching(self, records: Sequence[Record]) -> None:
-        """Whoever was killed after the manifest had its name has left what led up to it."""
+        """A process that was killed after the manifest had its name left what led up to it."""
         for record in records:
             if record.manifest is None or record.fetching is None or record.busy:
                 continue
@@ -262,7 +267,7 @@ class Room:
 
     def _promised(self, making: str = "") -> int:
         """What steps under way will still take, those of ``making`` left out."""
-        works = read_works(self.layout)
+        works = read_pending_results(self.layout)
         return sum(work.bytes_to_come for work in works if work.key != making)
 
     def _short(self, quota_need: int, disk_need: int, making: str = "") -> tuple[int, int]:
@@ -278,11 +283,11 @@ class Room:
     def _candidates(
         self,
         records: Sequence[Record],
-        works: Sequence[Work],
+        works: Sequence[PendingResult],
         keep: str,
         *,
         on_disk: bool = False,
-    ) -> list[Candidate]:
+    ) -> list[EvictionCandidate]:
         """The revisions and the results on their way as eviction sees them; ``on_disk``: with what
         the disk would get back."""
         names = count_names(self.layout.root) if on_disk else {}
@@ -293,7 +298,7 @@ class Room:
         def kept(record: Record) -> str:
             if record.key == keep:
                 return "being fetched"
-            # Whoever fetches one revision of a model is the only one that fetches any of it.
+            # One process at a time fetches revisions of a model.
             return (replace(record, busy=False) if record.url == own else record).kept
 
         def size(path: Path, size_bytes: int) -> int:
@@ -305,13 +310,13 @@ class Room:
             return 0 if shared else size_bytes
 
         def expected_use(record: Record) -> float | None:
-            """A result is used when its model is, whoever said when that will be."""
+            """A result is used when its model is."""
             if record.use.expected_use_at_s is not None or record.made is None:
                 return record.use.expected_use_at_s
             return expected.get(f"{record.made.model}@{record.made.revision}")
 
         found = [
-            Candidate(
+            EvictionCandidate(
                 key=record.key,
                 parts={
                     digest: size(self.layout.blob(digest), size_bytes)
@@ -328,7 +333,7 @@ class Room:
             for record in records
         ]
         return found + [
-            Candidate(
+            EvictionCandidate(
                 key=work.url,
                 parts={work.url: work.bytes_alone},
                 kept=work.kept,

@@ -21,7 +21,7 @@ LEAST_DISTANCE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class EvictionCandidate:
     """One revision (or one that was never finished) as eviction sees it.
 
     ``parts`` are the bytes that would go with it, by name of blob or partial file; a part that
@@ -51,7 +51,7 @@ class Choice:
     """Why what stays has to, by key."""
 
 
-def choose(candidates: Sequence[Candidate], bytes_needed: int, now_s: float) -> Choice:
+def choose(candidates: Sequence[EvictionCandidate], bytes_needed: int, now_s: float) -> Choice:
     """The least valuable candidates that together free ``bytes_needed``, none of them in vain."""
     kept = {candidate.key: candidate.kept for candidate in candidates if candidate.kept}
     if bytes_needed <= 0:
@@ -84,12 +84,12 @@ class Going:
     """Candidates chosen to go, and the bytes that go with them: parts that no other candidate
     has."""
 
-    def __init__(self, candidates: Iterable[Candidate]) -> None:
-        self.chosen: dict[str, Candidate] = {}
+    def __init__(self, candidates: Iterable[EvictionCandidate]) -> None:
+        self.chosen: dict[str, EvictionCandidate] = {}
         self.bytes_freed = 0
         self._holders = Counter(part for candidate in candidates for part in candidate.parts)
 
-    def add(self, candidate: Candidate) -> None:
+    def add(self, candidate: EvictionCandidate) -> None:
         """Let one more go."""
         self.chosen[candidate.key] = candidate
         for part, size_bytes in candidate.parts.items():
@@ -97,7 +97,7 @@ class Going:
             if self._holders[part] == 0:
                 self.bytes_freed += size_bytes
 
-    def drop(self, candidate: Candidate) -> None:
+    def drop(self, candidate: EvictionCandidate) -> None:
         """Let one stay after all."""
         del self.chosen[candidate.key]
         for part, size_bytes in candidate.parts.items():
@@ -106,13 +106,13 @@ class Going:
             self._holders[part] += 1
 
 
-def worth(candidate: Candidate, now_s: float) -> float:
+def worth(candidate: EvictionCandidate, now_s: float) -> float:
     """Seconds of loading, for a GB of it, over the seconds until its next use."""
     cost = candidate.reload_s_per_gb
     return (RELOAD_S_PER_GB if cost is None else cost) / distance_s(candidate, now_s)
 
 
-def distance_s(candidate: Candidate, now_s: float) -> float:
+def distance_s(candidate: EvictionCandidate, now_s: float) -> float:
     """How far away the next use is taken to be."""
     if candidate.expected_use_at_s is not None:
         return max(abs(candidate.expected_use_at_s - now_s), LEAST_DISTANCE_S)

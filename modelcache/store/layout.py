@@ -118,7 +118,7 @@ class Layout:
         """The record of the revision that ``name`` (``None``: the newest) last stood for."""
         return self.model(url) / REFS / ("@newest" if name is None else safe_name(name))
 
-    def view(self, url: str, revision: str) -> Path:
+    def snapshot(self, url: str, revision: str) -> Path:
         """The revision as a directory that engines open."""
         return self.root / "views" / model_key(url) / safe_name(revision)
 

@@ -12,7 +12,7 @@ from modelcache.refs import PATH, parse_ref
 from modelcache.store.files import directories, is_locked
 from modelcache.store.layout import RESULT, file_key, result_key, result_url
 from modelcache.store.partial_files import read_progress
-from modelcache.store.pending_results import Work, read_works
+from modelcache.store.pending_results import PendingResult, read_pending_results
 from modelcache.store.records import Fetching, Record, read_all, read_manifest
 from modelcache.store.store import Store
 from modelcache.types import (
@@ -43,7 +43,7 @@ class Ambiguous(NotFound, ValueError):
     """What was given for a revision may be one of several."""
 
 
-class Finder:
+class Lookup:
     """Looks models up in one store, by what people call them."""
 
     def __init__(self, store: Store) -> None:
@@ -101,7 +101,7 @@ class Finder:
         if manifest is None or not self.store.is_whole(manifest):
             return None
         try:
-            path = self.store.open_view(manifest)
+            path = self.store.open_snapshot(manifest)
         except FileNotFoundError:
             return None  # evicted just now
         return CachedModel(
@@ -195,7 +195,7 @@ class Finder:
 
     def records(
         self, url: str, revision: str | None, *, prepared: bool = False
-    ) -> tuple[list[Record], list[Work]]:
+    ) -> tuple[list[Record], list[PendingResult]]:
         """A model's revisions, or the one that is named, with what was made of them; and what is
         being made, or was left half made. ``prepared``: without the model itself.
 
@@ -218,7 +218,7 @@ class Finder:
 
         layout = self.store.layout
         records = [one for one in read_all(layout) if is_meant(one.url, one.revision, one.made)]
-        works = [one for one in read_works(layout) if is_meant(one.url, RESULT, one.made)]
+        works = [one for one in read_pending_results(layout) if is_meant(one.url, RESULT, one.made)]
         if not (records or works) and ref.scheme == PATH:
             raise NotFound(f"{url} is used where it lies; the cache has nothing of it")
         if not (records or works) and prepared:
@@ -248,7 +248,7 @@ def list_entries(store: Store) -> list[ModelEntry]:
     """Every revision that is on the disk or on its way, fetched or made."""
     records = read_all(store.layout)
     holders = Counter(part for record in records for part in (record.blobs | record.partials))
-    works = read_works(store.layout)
+    works = read_pending_results(store.layout)
     # A result is shown once: where it is written until it is whole, and only then as a revision.
     on_its_way = {work.url for work in works}
     shown = [one for one in records if one.manifest is not None or one.url not in on_its_way]
@@ -279,7 +279,7 @@ def _entry(store: Store, record: Record, holders: Counter[str]) -> ModelEntry:
     )
 
 
-def _entry_of_work(work: Work) -> ModelEntry:
+def _entry_of_work(work: PendingResult) -> ModelEntry:
     return ModelEntry(
         url=work.url,
         revision=RESULT,

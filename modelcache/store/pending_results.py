@@ -1,7 +1,7 @@
 """Results of preparation steps on their way, read from the disk: being made, or left by a kill.
 
 What a step writes lies in a folder named by its result's key, beside a note of what it is
-(``Job``). Whether it is being made is a question to its lock, which the step itself holds too.
+(``StepJob``). Whether it is being made is a question to its lock, which the step itself holds too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from modelcache.store.files import (
     write_whole,
 )
 from modelcache.store.layout import Layout, result_url
-from modelcache.store.records import Job, name_result, read_record, seal
+from modelcache.store.records import StepJob, name_result, read_record, seal
 from modelcache.types import PREPARED, Damaged, Made
 
 LOG = logging.getLogger("tidegate.modelcache")
@@ -36,7 +36,7 @@ LEFTOVER_S = 7 * 86_400.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class PendingResult:
     """One result on its way.
 
     ``job`` is ``None`` where nothing says what it is. ``bytes_taken`` is what its files take,
@@ -44,7 +44,7 @@ class Work:
     """
 
     key: str
-    job: Job | None
+    job: StepJob | None
     bytes_taken: int
     bytes_alone: int
     busy: bool
@@ -77,12 +77,14 @@ class Work:
         return max(promised - self.bytes_taken, 0)
 
 
-def read_works(layout: Layout) -> list[Work]:
+def read_pending_results(layout: Layout) -> list[PendingResult]:
     """Every result that is on its way, or was."""
-    return [read_work(layout, path.name) for path in directories(layout.root / PREPARED / "work")]
+    return [
+        read_pending(layout, path.name) for path in directories(layout.root / PREPARED / "work")
+    ]
 
 
-def read_work(layout: Layout, key: str) -> Work:
+def read_pending(layout: Layout, key: str) -> PendingResult:
     """The result ``key`` on its way; of nothing if it is not."""
     taken: dict[tuple[int, int], int] = {}
     alone = 0
@@ -99,7 +101,7 @@ def read_work(layout: Layout, key: str) -> Work:
             alone += info.st_size if info.st_nlink == 1 else 0
     with suppress(FileNotFoundError):
         used_at_s = os.stat(folder).st_mtime
-    return Work(
+    return PendingResult(
         key=key,
         job=read_job(layout, key),
         bytes_taken=sum(taken.values()),
@@ -109,33 +111,33 @@ def read_work(layout: Layout, key: str) -> Work:
     )
 
 
-def read_job(layout: Layout, key: str) -> Job | None:
+def read_job(layout: Layout, key: str) -> StepJob | None:
     """What the result ``key`` on its way is; ``None`` where nothing says so."""
     try:
-        return read_record(layout.work(key) / JOB, Job)
+        return read_record(layout.work(key) / JOB, StepJob)
     except Damaged:
         return None
 
 
-def note_job(layout: Layout, key: str, job: Job) -> None:
+def note_job(layout: Layout, key: str, job: StepJob) -> None:
     """Write down what a result on its way is. Call it with the store locked."""
     write_whole(layout.work(key) / JOB, seal(job), tmp=layout.tmp)
 
 
-def remove_work(layout: Layout, key: str) -> None:
+def remove_pending(layout: Layout, key: str) -> None:
     """Remove a result on its way, and what its step said. Call it with the store locked, for one
-    that nobody makes."""
+    that is not being made."""
     remove_tree(layout.work(key))
     remove(layout.step_log(key))
 
 
-def sweep_works(layout: Layout, whole: AbstractSet[str], now_s: float) -> None:
+def sweep_pending(layout: Layout, whole: AbstractSet[str], now_s: float) -> None:
     """Remove what no step can go on with: call it with the store locked.
 
     ``whole`` are the keys of results that the cache has. What an interrupted step left stays if
     the next try can use it, for ``LEFTOVER_S`` at most; so does what a failed one said.
     """
-    for work in read_works(layout):
+    for work in read_pending_results(layout):
         if work.busy:
             continue
         job = work.job
@@ -165,15 +167,15 @@ def has_name(fd: int, path: Path) -> bool:
 
 
 def _sweep_locks(layout: Layout) -> None:
-    """Remove the locks of steps that nobody holds. Whoever has one open, and locks it later, asks
-    ``has_name``."""
+    """Remove the locks of steps that are free. A process that has one open, and locks it later,
+    asks ``has_name``."""
     for path in (layout.root / "locks").glob("*.step"):
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             continue  # it stays, and is no harm
         try:
-            # Shared: whoever asks meanwhile whether the step is being made is not told so.
+            # Shared: a process that asks meanwhile whether the step is being made hears no.
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             remove(path)
         except BlockingIOError:

@@ -55,13 +55,13 @@ class Use:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class StepJob:
     """A preparation step that makes a result, or that was interrupted at it.
 
     ``promised_bytes`` is what the result will take at most, as far as that can be told; 0 where it
     cannot. ``resumes``: the next try can go on with what is there. ``whole``: the step has ended
     well after ``took_s`` seconds, and its result has only to be taken into the cache. ``made`` is
-    ``None`` where nobody has written down what it was made of.
+    ``None`` where it is not recorded what it was made of.
     """
 
     made: Made | None
@@ -79,7 +79,7 @@ class Sealed(msgspec.Struct, forbid_unknown_fields=True):
     body: msgspec.Raw
 
 
-def seal(body: Manifest | Fetching | Use | Job) -> bytes:
+def seal(body: Manifest | Fetching | Use | StepJob) -> bytes:
     """A record's bytes."""
     data = msgspec.json.encode(body)
     return msgspec.json.encode(
@@ -142,7 +142,7 @@ USE = "use.json"
 class Record:
     """One revision. It has a manifest when it is whole, ``fetching`` until then.
 
-    ``busy``: somebody is fetching a revision of this model just now. ``blobs`` are the sizes of
+    ``busy``: a process is fetching a revision of this model just now. ``blobs`` are the sizes of
     the blobs that are its own or shared, ``partials`` those of its unfinished files.
     """
 

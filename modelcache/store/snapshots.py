@@ -15,12 +15,12 @@ from modelcache.store.records import check_listing
 from modelcache.types import CacheError, FileEntry, Manifest, ModelRef, RemoteFile
 
 
-def view_of(layout: Layout, manifest: Manifest) -> Path:
+def snapshot_path(layout: Layout, manifest: Manifest) -> Path:
     """Where the view of a revision is."""
-    return layout.view(manifest.url, manifest.revision)
+    return layout.snapshot(manifest.url, manifest.revision)
 
 
-def view_is_whole(layout: Layout, directory: Path, files: Sequence[FileEntry]) -> bool:
+def snapshot_is_whole(layout: Layout, directory: Path, files: Sequence[FileEntry]) -> bool:
     """Whether every name in the view still stands for the blob that it should."""
     try:
         return all(
@@ -31,7 +31,7 @@ def view_is_whole(layout: Layout, directory: Path, files: Sequence[FileEntry]) -
         return False
 
 
-def build_view(layout: Layout, directory: Path, files: Sequence[FileEntry]) -> None:
+def build_snapshot(layout: Layout, directory: Path, files: Sequence[FileEntry]) -> None:
     """Make the view at ``directory`` anew. Call it with the store locked.
 
     Hard links; where the file system has none, symbolic links. Built aside and renamed, so it is
@@ -55,7 +55,7 @@ def build_view(layout: Layout, directory: Path, files: Sequence[FileEntry]) -> N
         os.rename(fresh, directory)
 
 
-def remove_view(directory: Path) -> None:
+def remove_snapshot(directory: Path) -> None:
     """Remove a view; the blobs stay."""
     remove_tree(directory)
     parent = directory.parent
@@ -165,8 +165,8 @@ def show_in_hub(layout: Layout, manifest: Manifest, name: str | None) -> None:
     if place is None or place[1]:
         return
     snapshot = place[0]
-    if not view_is_whole(layout, snapshot, manifest.files):
-        build_view(layout, snapshot, manifest.files)
+    if not snapshot_is_whole(layout, snapshot, manifest.files):
+        build_snapshot(layout, snapshot, manifest.files)
     (snapshot.parent.parent / "blobs").mkdir(exist_ok=True)
     ref = snapshot.parent.parent / "refs" / (name or "main")
     if (name or "main") != manifest.revision:
@@ -174,13 +174,13 @@ def show_in_hub(layout: Layout, manifest: Manifest, name: str | None) -> None:
 
 
 def sweep_hub(layout: Layout, shown: set[Path]) -> None:
-    """Leave these snapshots in ``hub/`` and no others, nor what led to others; whoever was killed
+    """Leave these snapshots in ``hub/`` and no others, nor what led to others; a process killed
     at it may have left either. Call it with the store locked."""
     for model in sorted(layout.hub.glob("models--*")):
         names_left = {path.name for path in shown if path.parent.parent == model}
         for snapshot in sorted(model.glob("snapshots/*")):
             if snapshot not in shown:
-                remove_view(snapshot)
+                remove_snapshot(snapshot)
         refs = model / "refs"
         for directory, _, names in os.walk(refs, topdown=False):
             for name in names:
@@ -192,7 +192,7 @@ def sweep_hub(layout: Layout, shown: set[Path]) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Nearby:
+class LocalFiles:
     """``given`` and ``environ`` say which caches of a hub there are; ``own`` is ours, in the same
     layout, and is none of them."""
 

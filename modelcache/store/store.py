@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from modelcache.store import leases
-from modelcache.store.capacity import Room
+from modelcache.store.capacity import Capacity
 from modelcache.store.digest import (
     PieceDigests,
     count_pieces,
@@ -49,7 +49,7 @@ from modelcache.store.records import (
     read_use,
     seal,
 )
-from modelcache.store.snapshots import build_view, show_in_hub, view_is_whole, view_of
+from modelcache.store.snapshots import build_snapshot, show_in_hub, snapshot_is_whole, snapshot_path
 from modelcache.types import PIECE_BYTES, Cancelled, Damaged, FileEntry, Manifest, RemoteFile
 
 LOG = logging.getLogger("tidegate.modelcache")
@@ -70,7 +70,7 @@ class Store:
     ) -> None:
         self.layout = Layout(root)
         self.piece_bytes = piece_bytes
-        self.room = Room(
+        self.capacity = Capacity(
             self.layout,
             quota_bytes=quota_bytes,
             reserve_bytes=reserve_bytes,
@@ -81,7 +81,7 @@ class Store:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Nobody else changes the store meanwhile. Held for moments, never while fetching."""
+        """No other process changes the store meanwhile. Held for moments, never while fetching."""
         with locked(self.layout.store_lock):
             yield
 
@@ -96,7 +96,7 @@ class Store:
         return known_blobs(self.layout, key, file)
 
     def is_sound(self, digest: str, size_bytes: int) -> bool:
-        """Whether a blob is there and nobody has written to it since; see ``partial.is_sound``."""
+        """Whether a blob is there and unchanged since it was hashed; ``partial_files.is_sound``."""
         return is_sound(self.layout, digest, size_bytes, self.piece_bytes)
 
     def read_pieces(self, digest: str, size_bytes: int) -> PieceDigests:
@@ -108,13 +108,13 @@ class Store:
         """Whether every blob of a revision is there and sound."""
         return all(self.is_sound(file.digest, file.size_bytes) for file in manifest.files)
 
-    def open_view(self, manifest: Manifest) -> Path:
-        """The directory of a revision, made again where somebody has touched it."""
-        directory = view_of(self.layout, manifest)
-        if not view_is_whole(self.layout, directory, manifest.files):
+    def open_snapshot(self, manifest: Manifest) -> Path:
+        """The directory of a revision, made again where it was changed."""
+        directory = snapshot_path(self.layout, manifest)
+        if not snapshot_is_whole(self.layout, directory, manifest.files):
             with self.lock():
-                if not view_is_whole(self.layout, directory, manifest.files):
-                    build_view(self.layout, directory, manifest.files)
+                if not snapshot_is_whole(self.layout, directory, manifest.files):
+                    build_snapshot(self.layout, directory, manifest.files)
         return directory
 
     # What changes it. Everything below is called with the store locked.
@@ -129,9 +129,9 @@ class Store:
         directory = self.layout.revision(manifest.url, manifest.revision)
         sealed = seal(manifest)
         write_whole(directory / SPARE, sealed, tmp=self.layout.tmp)
-        view = view_of(self.layout, manifest)
-        if not view_is_whole(self.layout, view, manifest.files):
-            build_view(self.layout, view, manifest.files)
+        view = snapshot_path(self.layout, manifest)
+        if not snapshot_is_whole(self.layout, view, manifest.files):
+            build_snapshot(self.layout, view, manifest.files)
         write_whole(directory / MANIFEST, sealed, tmp=self.layout.tmp)
         self.note_ref(manifest, name)
         remove(directory / FETCHING)
@@ -151,7 +151,7 @@ class Store:
             write_whole(directory / USE, seal(use), tmp=self.layout.tmp)
 
     def advise(self, url: str, revision: str, **changes: Any) -> None:
-        """``note_use`` where the disk takes it: it is advice only, so a full disk stops nobody."""
+        """``note_use`` where the disk takes it: it is advice only, so a full disk is no error."""
         try:
             self.note_use(url, revision, **changes)
         except OSError as error:
@@ -182,7 +182,7 @@ class Store:
 
         directory = self.layout.leases(url, revision)
         self.advise(url, revision, used_at_s=self._clock())
-        # Last: whatever failed after it would leave a lease that nobody could release.
+        # Last: whatever failed after it would leave a lease that could not be released.
         return leases.take(self.layout, directory, holder, released)
 
     def take_over(self, linked: Path, key: str, sha256: str | None, digests: PieceDigests) -> str:

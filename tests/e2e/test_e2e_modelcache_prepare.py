@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from folder_store import Rig
 
-from modelcache.prepare.run import Preparation, Prepared
+from modelcache.prepare.run import Preparation, PreparedModel
 from modelcache.prepare.size import expect_bytes
 from modelcache.prepare.step_process import StepFailed
 from modelcache.settings import PreparationStep
@@ -94,7 +94,7 @@ def ask(python: Path, script: str, *arguments: object) -> str:
     return ran.stdout.strip()
 
 
-def make(folder: Path, python: Path, source: Path, *steps: PreparationStep) -> Prepared:
+def make(folder: Path, python: Path, source: Path, *steps: PreparationStep) -> PreparedModel:
     return Preparation(
         cache=Rig(root=folder).cache(),
         python=python,
@@ -105,7 +105,7 @@ def make(folder: Path, python: Path, source: Path, *steps: PreparationStep) -> P
     )  # fmt: skip
 
 
-def check_size(step: PreparationStep, source: Path, made: Prepared) -> None:
+def check_size(step: PreparationStep, source: Path, made: PreparedModel) -> None:
     """What a step was given room for is what it takes, or little more."""
     taken = sum(path.stat().st_size for path in made.path.rglob("*") if path.is_file())
     expected = expect_bytes(step, source)

@@ -185,7 +185,7 @@ class Rig:
 def make_room(cache: ModelCache, size_bytes: int) -> int:
     """Have the cache evict until so many bytes fit in; the bytes freed."""
     with cache.store.lock():
-        return cache.store.room.make_room(size_bytes, size_bytes, what="a test")
+        return cache.store.capacity.make_room(size_bytes, size_bytes, what="a test")
 
 
 def expect(cache: ModelCache, url: str, at_s: float | None) -> None:

@@ -32,12 +32,12 @@ from folder_store import make_room
 from modelcache.cache import ModelCache
 from modelcache.fetch.transfer import Transfer
 from modelcache.pagecache import residency
-from modelcache.pagecache.holder import PageKeeper
+from modelcache.pagecache.holder import PageHolder
 from modelcache.prepare.run import Results
 from modelcache.settings import ModelCacheSettings
 from modelcache.sources.opening import open_source
 from modelcache.store.files import open_lock, try_lock
-from modelcache.store.records import Job
+from modelcache.store.records import StepJob
 from modelcache.types import FileRange, Made
 
 PIECE_BYTES = 65_536
@@ -116,7 +116,7 @@ def prewarm(cache: ModelCache, order: Mapping[str, Any]) -> None:
     assert model is not None
     files = files_of(model.path)
     with cache.lease(model, "prewarming"):
-        keeper = PageKeeper(budget_bytes=1 << 30, touch_s=0.5) if order["keep"] else None
+        keeper = PageHolder(budget_bytes=1 << 30, touch_s=0.5) if order["keep"] else None
         if keeper is not None:
             keeper.keep(model.url, files)
         residency.prewarm(files)
@@ -143,10 +143,10 @@ def take_over(cache: ModelCache, order: Mapping[str, Any]) -> None:
         held.lease.release()
 
 
-def job_of(order: Mapping[str, Any]) -> Job:
+def job_of(order: Mapping[str, Any]) -> StepJob:
     """What that step is."""
     made = Made(model=order["url"], revision="r", steps=("command",))
-    return Job(made=made, resumes=False, promised_bytes=order["size_bytes"])
+    return StepJob(made=made, resumes=False, promised_bytes=order["size_bytes"])
 
 
 VERBS = {

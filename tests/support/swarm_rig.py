@@ -15,7 +15,7 @@ from pathlib import Path
 from modelcache.fetch.download import TransferTimeouts
 from modelcache.fetch.transfer import Transfer
 from modelcache.peers.group import LookUp, PeerGroup, look_up
-from modelcache.peers.piece_inventory import Shelf
+from modelcache.peers.piece_inventory import PieceInventory
 from modelcache.ports import ANNOUNCE_BYTES, Listing
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.layout import Layout, file_key
@@ -185,7 +185,7 @@ def make_node(
     layout = Layout(root)
     # Names are looked up often.
     group = PeerGroup(
-        peers, token, shelf=Shelf(layout), names=names, look_up=look_up,
+        peers, token, inventory=PieceInventory(layout), names=names, look_up=look_up,
         answer_s=30.0, look_s=0.1, soon_s=0.02,
     )  # fmt: skip
     port = group.serve("127.0.0.1", 0) if serve else 0

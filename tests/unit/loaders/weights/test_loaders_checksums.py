@@ -23,7 +23,7 @@ def cached(tmp_path: Path) -> tuple[Layout, str, bytes]:
     data = write_file(tmp_path / "x", {"a": 4000})
     pieces = PieceDigests(size_bytes=len(data), pieces=(digest_piece(data),))
     blob = layout.blob(pieces.digest)
-    view = layout.view(URL, REVISION) / "sub"
+    view = layout.snapshot(URL, REVISION) / "sub"
     for folder in (blob.parent, view, layout.manifest(URL, REVISION).parent):
         folder.mkdir(parents=True)
     (tmp_path / "x").rename(blob)
@@ -36,7 +36,7 @@ def cached(tmp_path: Path) -> tuple[Layout, str, bytes]:
 
 def test_a_file_of_a_view_has_its_blob_s_checksums(cached: tuple[Layout, str, bytes]) -> None:
     layout, _, data = cached
-    assert find_sums(layout.view(URL, REVISION) / "sub" / "x.safetensors") == sums_of(data)
+    assert find_sums(layout.snapshot(URL, REVISION) / "sub" / "x.safetensors") == sums_of(data)
 
 
 def test_so_has_a_link_to_the_blob(cached: tuple[Layout, str, bytes], tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_so_has_a_link_to_the_blob(cached: tuple[Layout, str, bytes], tmp_path: 
 def test_other_files_have_none(cached: tuple[Layout, str, bytes], tmp_path: Path) -> None:
     layout, digest, _ = cached
     write_file(tmp_path / "other", {"a": 4})
-    view = layout.view(URL, REVISION)
+    view = layout.snapshot(URL, REVISION)
     assert find_sums(tmp_path / "other") is None
     assert find_sums(tmp_path / "gone") is None
     assert find_sums(view / "unknown.safetensors") is None
@@ -66,7 +66,7 @@ def test_checksums_that_are_damaged_are_an_error(
     else:
         layout.pieces(digest).write_bytes(change)
     with pytest.raises(BadFile, match="cannot be verified"):
-        find_sums(layout.view(URL, REVISION) / "sub" / "x.safetensors")
+        find_sums(layout.snapshot(URL, REVISION) / "sub" / "x.safetensors")
 
 
 def test_a_changed_checksum_is_an_error_not_a_verdict(cached: tuple[Layout, str, bytes]) -> None:

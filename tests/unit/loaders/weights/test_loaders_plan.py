@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loaders.weights.plan import FileWant, Plan, Portion, cut, make_plan, plan_check, usual_cut
+from loaders.weights.plan import FileWant, Portion, ReadPlan, cut, make_plan, plan_check, usual_cut
 from modelcache.safetensors_index import TensorEntry
 
 GRID = 64
@@ -43,7 +43,7 @@ def wants(draw: st.DrawFn) -> list[FileWant]:
     return files
 
 
-def plan_of(files: list[FileWant], gap_bytes: int = 16) -> Plan:
+def plan_of(files: list[FileWant], gap_bytes: int = 16) -> ReadPlan:
     return make_plan(files, batch_bytes=150, read_bytes=GRID, gap_bytes=gap_bytes)
 
 

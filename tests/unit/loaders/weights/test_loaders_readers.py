@@ -14,7 +14,7 @@ from safetensors_files import sums_of
 
 from loaders.weights.files import OpenFile, find_files, opened
 from loaders.weights.plan import ALIGN_BYTES, Read, Segment
-from loaders.weights.readers import CountCached, How, Place, Reader
+from loaders.weights.readers import CountCached, How, ReadBuffer, WeightReader
 from loaders.weights.report import Tally
 from loaders.weights.staging_buffers import Stretch
 from modelcache.safetensors_index import BadFile
@@ -36,11 +36,11 @@ def fill(
 ) -> tuple[bytes, Tally]:
     """Read the file into two places that meet in the middle of a page."""
     counts: CountCached = lambda fd, start, size: cached  # noqa: E731
-    reader = Reader(how=how, count_cached=counts, turns=threading.Semaphore(1))
+    reader = WeightReader(how=how, count_cached=counts, turns=threading.Semaphore(1))
     segments = (Segment(batch=0, start=0, end=CUT), Segment(batch=1, start=CUT, end=end))
     starts = [s.start - s.start % ALIGN_BYTES for s in segments]
     stretches = [Stretch(SIZE + ALIGN_BYTES) for _ in segments]
-    places = [Place(m.view, start) for m, start in zip(stretches, starts, strict=True)]
+    places = [ReadBuffer(m.view, start) for m, start in zip(stretches, starts, strict=True)]
     tally = Tally()
     reader.fill(file, Read(file=0, piece=0, segments=segments), places, tally)
     parts = [

@@ -33,9 +33,9 @@ def read(meter: Meter, size_bytes: int, arrived: Callable[[int], None]) -> None:
 def run_readers(
     budget: Budget, count: int, size_bytes: int, arrived: Callable[[int], None]
 ) -> None:
-    lane = budget.lane("s3://b/m", "m", Priority.PRELOAD)
+    share = budget.share("s3://b/m", "m", Priority.PRELOAD)
     threads = [
-        threading.Thread(target=read, args=(lane.meter(size_bytes, never), size_bytes, arrived))
+        threading.Thread(target=read, args=(share.meter(size_bytes, never), size_bytes, arrived))
         for _ in range(count)
     ]
     for thread in threads:
@@ -87,9 +87,9 @@ def test_without_a_cap_nothing_waits() -> None:
 
 def test_a_thread_that_waits_leaves_when_it_is_called_off() -> None:
     budget = Budget(ModelCacheSettings(bandwidth_bytes_s=65_536), clock=lambda: 0.0)
-    lane = budget.lane("s3://b/m", "m", Priority.PRELOAD)
+    share = budget.share("s3://b/m", "m", Priority.PRELOAD)
     called_off = threading.Event()
-    meter = lane.meter(10 * MIB, called_off.is_set)
+    meter = share.meter(10 * MIB, called_off.is_set)
     ended: list[str] = []
 
     def run() -> None:
@@ -109,10 +109,10 @@ def test_a_thread_that_waits_leaves_when_it_is_called_off() -> None:
 
 def test_what_an_unfinished_range_had_paid_for_is_returned() -> None:
     budget = Budget(ModelCacheSettings(bandwidth_bytes_s=10 * MIB), clock=lambda: 0.0)
-    lane = budget.lane("s3://b/m", "m", Priority.PRELOAD)
+    share = budget.share("s3://b/m", "m", Priority.PRELOAD)
     for _ in range(100):
         # The clock stands still: each pass would fail to be granted if it kept what it took.
-        with lane.meter(8 * MIB, never):
+        with share.meter(8 * MIB, never):
             pass
 
 
@@ -124,7 +124,7 @@ def test_the_longest_prefix_applies_and_the_node_always() -> None:
         )
     )
     caps = {
-        url: budget.lane(url, "m", Priority.WAKE).caps
+        url: budget.share(url, "m", Priority.WAKE).caps
         for url in ("oss://models/a", "oss://models-old/a", "s3://x/yz", "s3://x/y", "hf://a/b")
     }
     assert caps == {

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelcache.fetch.plan import Board, File, Seen, bits, mask_of, rank, weight
+from modelcache.fetch.plan import Board, PlannedFile, Seen, bits, mask_of, rank, weight
 
 PIECES = 60
 NEWS_S = 0.1
@@ -33,7 +33,7 @@ class Node:
     done_s: float | None = None
 
     @property
-    def file(self) -> File:
+    def file(self) -> PlannedFile:
         return self.board.files[0]
 
     def shown(self) -> Seen:
@@ -41,7 +41,7 @@ class Node:
 
 
 def make_node(name: str, **more: float) -> Node:
-    file = File(key="k" * 40, count=PIECES, missing=(1 << PIECES) - 1)
+    file = PlannedFile(key="k" * 40, count=PIECES, missing=(1 << PIECES) - 1)
     board = Board(me=name, files=[file], piece_s=1.0, expects_others=True)
     return Node(name=name, board=board, **more)  # type: ignore[arg-type]
 
@@ -169,7 +169,7 @@ def test_whatever_dies_stalls_or_lags_the_others_finish(seed: int) -> None:
 
 
 def test_a_node_that_serves_nobody_owns_nothing_while_others_do() -> None:
-    file = File(key="k", count=4, missing=0b1111)
+    file = PlannedFile(key="k", count=4, missing=0b1111)
     board = Board(me=None, files=[file])
     board.learn("a", {"k": Seen(active=True, fetching=1)}, 0.0)
     board.settle(0.0)
@@ -181,7 +181,7 @@ def test_a_node_that_serves_nobody_owns_nothing_while_others_do() -> None:
 
 
 def test_a_peer_with_the_whole_file_is_asked_and_the_store_is_not() -> None:
-    file = File(key="k", count=4, missing=0b1111)
+    file = PlannedFile(key="k", count=4, missing=0b1111)
     board = Board(me="me", files=[file])
     board.learn("whole", {"k": Seen(has=0b1111)}, 0.0)
     board.settle(0.0)
@@ -195,7 +195,7 @@ def test_a_peer_with_the_whole_file_is_asked_and_the_store_is_not() -> None:
 
 
 def test_a_peer_that_is_away_is_not_asked_and_not_waited_for() -> None:
-    file = File(key="k", count=2, missing=0b11)
+    file = PlannedFile(key="k", count=2, missing=0b11)
     board = Board(me=None, files=[file], away=frozenset({"whole"}))
     board.learn("whole", {"k": Seen(has=0b11)}, 0.0)
     board.settle(0.0)
@@ -205,7 +205,7 @@ def test_a_peer_that_is_away_is_not_asked_and_not_waited_for() -> None:
 
 
 def test_a_piece_that_failed_is_left_alone_for_its_pause() -> None:
-    file = File(key="k", count=1, missing=1)
+    file = PlannedFile(key="k", count=1, missing=1)
     board = Board(me=None, files=[file])
     board.settle(0.0)
     assert board.next_store(0.0) == (file, 0)
@@ -215,7 +215,7 @@ def test_a_piece_that_failed_is_left_alone_for_its_pause() -> None:
 
 
 def test_a_hedged_piece_is_read_once_from_the_store() -> None:
-    file = File(key="k", count=1, missing=1, asking=1)
+    file = PlannedFile(key="k", count=1, missing=1, asking=1)
     board = Board(me="me", files=[file])
     assert board.hedge([(file, 0)]) == (file, 0)
     assert board.hedge([(file, 0)]) is None

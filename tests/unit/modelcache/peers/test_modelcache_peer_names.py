@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from swarm_rig import TOKEN, MemorySource, Node, make_content, make_node
 
 from modelcache.peers.group import PeerGroup, PeerNames, look_up, make_peers
-from modelcache.peers.piece_inventory import Shelf
+from modelcache.peers.piece_inventory import PieceInventory
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.layout import Layout
 from modelcache.types import PIECE_BYTES, SourceError
@@ -82,7 +82,7 @@ def urls(group: PeerGroup) -> list[str]:
 
 def group_of(server: NameServer, tmp_path: Path, *peers: str, look_s: float = 0.1) -> PeerGroup:
     return PeerGroup(
-        peers, TOKEN, shelf=Shelf(Layout(tmp_path)), names=(f"http://{NAME}:8002/",),
+        peers, TOKEN, inventory=PieceInventory(Layout(tmp_path)), names=(f"http://{NAME}:8002/",),
         look_up=server, look_s=look_s, soon_s=0.02,
     )  # fmt: skip
 
@@ -254,9 +254,9 @@ def test_what_is_no_name_is_refused(name: str) -> None:
 
 def test_names_alone_make_peers_and_need_the_secret(tmp_path: Path) -> None:
     settings = ModelCacheSettings(peer_names=(f"http://{NAME}:8002",))
-    shelf = Shelf(Layout(tmp_path))
+    inventory = PieceInventory(Layout(tmp_path))
     with pytest.raises(ValueError, match="TIDEGATE_PEER_TOKEN"):
-        make_peers(settings, {}, shelf)
-    group = make_peers(settings, {"TIDEGATE_PEER_TOKEN": TOKEN}, shelf)
+        make_peers(settings, {}, inventory)
+    group = make_peers(settings, {"TIDEGATE_PEER_TOKEN": TOKEN}, inventory)
     assert group is not None
     group.close()

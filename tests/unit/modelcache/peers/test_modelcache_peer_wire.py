@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from modelcache.peers.wire import (
     WINDOW_S,
     BadMessage,
-    Head,
     Keyring,
     Nonces,
-    Request,
+    PeerHead,
+    PeerRequest,
     format_head,
     parse_head,
 )
@@ -24,8 +24,8 @@ TOKEN = "a secret of the whole cluster"
 OURS, OTHERS = Keyring(TOKEN), Keyring(TOKEN + "!")
 
 
-def ask(**changes: object) -> Request:
-    request = Request(
+def ask(**changes: object) -> PeerRequest:
+    request = PeerRequest(
         method="GET",
         target="/v1/piece?key=aa&index=3",
         sender="a" * 32,
@@ -36,7 +36,7 @@ def ask(**changes: object) -> Request:
     return dataclasses.replace(request, **changes)  # type: ignore[arg-type]
 
 
-def sent(request: Request, keyring: Keyring = OURS) -> Head:
+def sent(request: PeerRequest, keyring: Keyring = OURS) -> PeerHead:
     headers = keyring.request_headers(request, "10.0.0.1:8002")
     return parse_head(
         format_head(f"{request.method} {request.target} HTTP/1.1", headers).removesuffix(
@@ -80,7 +80,7 @@ def test_neither_target_nor_method_nor_body_can_be_changed() -> None:
 
 def test_another_clusters_node_is_not_believed() -> None:
     assert OURS.read_request(sent(ask(), OTHERS), b"") is None
-    head = Head(first="HTTP/1.1", second="200", headers=OTHERS.answer_headers("n", 200, 5, "d"))
+    head = PeerHead(first="HTTP/1.1", second="200", headers=OTHERS.answer_headers("n", 200, 5, "d"))
     with pytest.raises(BadMessage, match="not signed with the peers' token"):
         OURS.check_answer(head, "n")
 
@@ -99,8 +99,8 @@ def test_no_part_of_an_answer_can_be_changed(
     nonce: str, status: str, changes: dict[str, str]
 ) -> None:
     headers = OURS.answer_headers("n", 200, 5, "d")
-    assert OURS.check_answer(Head(first="HTTP/1.1", second="200", headers=headers), "n") == "d"
-    changed = Head(first="HTTP/1.1", second=status, headers={**headers, **changes})
+    assert OURS.check_answer(PeerHead(first="HTTP/1.1", second="200", headers=headers), "n") == "d"
+    changed = PeerHead(first="HTTP/1.1", second=status, headers={**headers, **changes})
     with pytest.raises(BadMessage):
         OURS.check_answer(changed, nonce)
 
@@ -163,7 +163,7 @@ def test_a_head_that_is_none_is_refused(data: bytes) -> None:
 @pytest.mark.parametrize("length", ["-1", "1e3", "x", "1" * 16, "²"])
 def test_a_length_is_digits(length: str) -> None:
     with pytest.raises(BadMessage):
-        _ = Head(first="", second="", headers={"content-length": length}).length
+        _ = PeerHead(first="", second="", headers={"content-length": length}).length
 
 
 @given(st.binary(max_size=300))

@@ -19,9 +19,9 @@ import pytest
 from swarm_rig import PATIENT, TOKEN, MemorySource, Node, key_of, make_content, make_node
 
 from modelcache.peers import wire as wire
-from modelcache.peers.client import Client, PeerGone, PeerLacks, PeerLied
+from modelcache.peers.client import PeerClient, PeerIntegrityError, PeerUnavailable, PieceNotFound
 from modelcache.peers.group import MOST_HEARD, PeerGroup, make_peers
-from modelcache.peers.piece_inventory import Shelf, State
+from modelcache.peers.piece_inventory import PieceInventory, PieceState
 from modelcache.peers.server import PeerServer, read_request
 from modelcache.settings import ModelCacheSettings
 from modelcache.types import PIECE_BYTES
@@ -162,17 +162,17 @@ def test_what_came_from_a_peer_is_passed_on_only_once_it_is_whole_and_right(
     second = nodes(tmp_path / "b", peers=(first.url,))
     assert second.group is not None
     (file, partial), *_ = second.open(source)
-    shown: list[State | None] = []
+    shown: list[PieceState | None] = []
 
     def note(progress: object) -> None:
-        shown.append(second.group.shelf.states([partial.key]).get(partial.key))  # type: ignore[union-attr]
+        shown.append(second.group.inventory.states([partial.key]).get(partial.key))  # type: ignore[union-attr]
 
     second.transfer.run(source, [(file, partial)], on_progress=note)
     assert shown
     assert all(state is not None and state.has == 0 for state in shown)
     partial.finish(file.digests)
-    state = second.group.shelf.states([key_of(file)])[key_of(file)]
-    assert state == State(has=0b111, fetching=0, active=False)
+    state = second.group.inventory.states([key_of(file)])[key_of(file)]
+    assert state == PieceState(has=0b111, fetching=0, active=False)
 
 
 # -- peers that are slow, dead or liars ----------------------------------------------------------
@@ -210,7 +210,7 @@ class BadPeer:
                 assert request is not None
                 self.answer(connection, request)
 
-    def answer(self, connection: socket.socket, request: wire.Request) -> None:
+    def answer(self, connection: socket.socket, request: wire.PeerRequest) -> None:
         if request.target == wire.HELLO:
             self.say(connection, request, json.dumps({"node": self.node}).encode())
         elif request.target == wire.STATE:
@@ -226,7 +226,7 @@ class BadPeer:
             index = int(request.target.rpartition("=")[2])
             self.piece(connection, request, self.content[index * PIECE_BYTES :][:PIECE_BYTES])
 
-    def piece(self, connection: socket.socket, request: wire.Request, data: bytes) -> None:
+    def piece(self, connection: socket.socket, request: wire.PeerRequest, data: bytes) -> None:
         wrong = bytes([data[0] ^ 1]) + data[1:]
         if self.way == "flipped":
             self.say(connection, request, wrong, digest_of=data)
@@ -255,8 +255,8 @@ class BadPeer:
             self.closing.wait(60)
 
     def say(
-        self, connection: socket.socket, request: wire.Request, body: bytes, *, status: int = 200,
-        digest_of: bytes | None = None, keyring: wire.Keyring | None = None,
+        self, connection: socket.socket, request: wire.PeerRequest, body: bytes, *,
+        status: int = 200, digest_of: bytes | None = None, keyring: wire.Keyring | None = None,
         send: int | None = None,
     ) -> None:  # fmt: skip
         digest = blake3.blake3(body if digest_of is None else digest_of).hexdigest()
@@ -428,7 +428,7 @@ def test_a_peer_that_starts_anew_is_believed_again(
 def serving(root: Path, **limits: int) -> Iterator[tuple[PeerServer, int, Node]]:
     node = make_node(root, serve=False)
     assert node.group is not None
-    server = PeerServer(node.group.shelf, wire.Keyring(TOKEN), node="a" * 32, **limits)  # type: ignore[arg-type]
+    server = PeerServer(node.group.inventory, wire.Keyring(TOKEN), node="a" * 32, **limits)  # type: ignore[arg-type]
     port = server.start("127.0.0.1", 0)
     try:
         yield server, port, node
@@ -436,8 +436,8 @@ def serving(root: Path, **limits: int) -> Iterator[tuple[PeerServer, int, Node]]
         server.close()
 
 
-def make_client(port: int) -> Client:
-    client = Client(f"http://127.0.0.1:{port}", wire.Keyring(TOKEN), "b" * 32)
+def make_client(port: int) -> PeerClient:
+    client = PeerClient(f"http://127.0.0.1:{port}", wire.Keyring(TOKEN), "b" * 32)
     client.hello(never)
     return client
 
@@ -451,7 +451,7 @@ def raw(port: int, data: bytes) -> bytes:
 
 
 def signed(target: str, *, to: str, nonce: str = "1" * 32, at_ms: int | None = None) -> bytes:
-    request = wire.Request(
+    request = wire.PeerRequest(
         method="GET", target=target, sender="b" * 32, to=to, nonce=nonce,
         at_ms=int(time.time() * 1000) if at_ms is None else at_ms,
     )  # fmt: skip
@@ -531,7 +531,7 @@ def test_questions_that_wait_end_with_the_server(tmp_path: Path) -> None:
         ended = threading.Event()
 
         def ask() -> None:
-            with contextlib.suppress(PeerGone, PeerLied):
+            with contextlib.suppress(PeerUnavailable, PeerIntegrityError):
                 client.states(["a" * 40], 1 << 60, 9.0, never)
             ended.set()
 
@@ -553,7 +553,7 @@ def test_a_blob_whose_digests_are_damaged_is_not_given(tmp_path: Path) -> None:
         pieces.write_bytes(b"x" * 40)
         client = make_client(port)
         assert client.states([key], 0, 0.0, never)[1] == {}
-        with pytest.raises(PeerLacks):
+        with pytest.raises(PieceNotFound):
             client.piece(key, 0, memoryview(bytearray(PIECE_BYTES)), timeout_s=20,
                          cancelled=never, on_bytes=lambda n: None)  # fmt: skip
 
@@ -570,7 +570,7 @@ def test_a_bit_that_flipped_on_the_peers_disk_is_seen_by_who_receives_it(tmp_pat
             byte = file.read(1)
             file.seek(1_000)
             file.write(bytes([byte[0] ^ 4]))
-        with pytest.raises(PeerLied, match="not what it says it is"):
+        with pytest.raises(PeerIntegrityError, match="not what it says it is"):
             make_client(port).piece(key, 0, memoryview(bytearray(PIECE_BYTES)), timeout_s=20,
                                     cancelled=never, on_bytes=lambda n: None)  # fmt: skip
 
@@ -582,10 +582,10 @@ def test_news_of_a_piece_ends_a_question_that_waits(tmp_path: Path) -> None:
         client = make_client(port)
         assert node.group is not None
         with partial:
-            holding = node.group.shelf.open(partial)
+            holding = node.group.inventory.open(partial)
             since, states = client.states([partial.key], 0, 0.0, never)
-            assert states[partial.key] == State(has=0, fetching=0, active=True)
-            found: list[dict[str, State]] = []
+            assert states[partial.key] == PieceState(has=0, fetching=0, active=True)
+            found: list[dict[str, PieceState]] = []
             asking = threading.Thread(
                 target=lambda: found.append(client.states([partial.key], since, 9.0, never)[1])
             )
@@ -609,11 +609,13 @@ def test_news_of_a_piece_ends_a_question_that_waits(tmp_path: Path) -> None:
 def test_peers_need_the_clusters_secret() -> None:
     wanted = ModelCacheSettings(peers=("http://10.0.0.1:8002",))
     with pytest.raises(ValueError, match="TIDEGATE_PEER_TOKEN"):
-        make_peers(wanted, {}, Shelf())
+        make_peers(wanted, {}, PieceInventory())
     with pytest.raises(ValueError, match="16 characters"):
-        make_peers(wanted, {"TIDEGATE_PEER_TOKEN": "short"}, Shelf())
-    assert make_peers(ModelCacheSettings(), {}, Shelf()) is None
-    assert isinstance(make_peers(wanted, {"TIDEGATE_PEER_TOKEN": TOKEN}, Shelf()), PeerGroup)
+        make_peers(wanted, {"TIDEGATE_PEER_TOKEN": "short"}, PieceInventory())
+    assert make_peers(ModelCacheSettings(), {}, PieceInventory()) is None
+    assert isinstance(
+        make_peers(wanted, {"TIDEGATE_PEER_TOKEN": TOKEN}, PieceInventory()), PeerGroup
+    )
 
 
 # -- who asks ------------------------------------------------------------------------------------
@@ -621,7 +623,9 @@ def test_peers_need_the_clusters_secret() -> None:
 
 def test_a_stranger_that_asks_again_and_again_does_not_undo_pauses() -> None:
     urls = [f"http://10.9.9.{n}:8002" for n in (1, 2, 3)]
-    group = PeerGroup(urls, "a secret for this test", shelf=Shelf(), clock=lambda: 100.0)
+    group = PeerGroup(
+        urls, "a secret for this test", inventory=PieceInventory(), clock=lambda: 100.0
+    )
     lost, unknown, fine = group._peers
     for peer, node in ((lost, "lost"), (fine, "fine")):
         peer.client.node = node

@@ -14,9 +14,9 @@ import pytest
 from swarm_rig import TOKEN
 
 from modelcache.fetch.transfer import Transfer
-from modelcache.peers.client import Client
+from modelcache.peers.client import PeerClient
 from modelcache.peers.group import PeerGroup
-from modelcache.peers.piece_inventory import Shelf
+from modelcache.peers.piece_inventory import PieceInventory
 from modelcache.peers.replicate import Outcome, make_replicator, replicate
 from modelcache.peers.wire import Keyring
 from modelcache.serving import Serving, describe, run_agent, start_serving
@@ -81,8 +81,8 @@ class Site:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.serving.port}"
 
-    def client(self, token: str = TOKEN) -> Client:
-        return Client(self.url, Keyring(token), secrets.token_hex(16))
+    def client(self, token: str = TOKEN) -> PeerClient:
+        return PeerClient(self.url, Keyring(token), secrets.token_hex(16))
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def sites(tmp_path: Path) -> Iterator[Callable[..., Site]]:
 
     def make(port: int = 0) -> Site:
         cache = SlowCache()
-        group = PeerGroup((), TOKEN, shelf=Shelf())
+        group = PeerGroup((), TOKEN, inventory=PieceInventory())
         serving = start_serving(ModelCacheSettings(peer_port=port), group, cache)
         assert serving is not None
         made.append(Site(cache, serving))
@@ -172,7 +172,7 @@ def test_a_site_that_cannot_be_reached_is_given_up_on() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    client = Client(f"http://127.0.0.1:{port}", Keyring(TOKEN), "a" * 32)
+    client = PeerClient(f"http://127.0.0.1:{port}", Keyring(TOKEN), "a" * 32)
     seen: list[Progress] = []
     outcomes = replicate(
         URL, None, {"eu": client}, on_progress=seen.append, cancelled=never, give_up_s=0.5
@@ -195,7 +195,7 @@ def test_an_agent_that_was_started_anew_is_asked_again(sites: Callable[..., Site
             anew.append(sites(eu.serving.port))
             anew[0].cache.go.set()
 
-    client = Client(url, Keyring(TOKEN), "a" * 32)
+    client = PeerClient(url, Keyring(TOKEN), "a" * 32)
     outcomes = replicate(URL, None, {"eu": client}, on_progress=note, cancelled=never)
     assert outcomes["eu"].done
     assert len(anew[0].cache.asked) == 1
@@ -253,14 +253,14 @@ def test_sites_are_named_in_the_settings_and_need_the_secret(sites: Callable[...
 
 
 def test_an_agent_serves_until_it_is_stopped(tmp_path: Path) -> None:
-    group = PeerGroup((), TOKEN, shelf=Shelf())
+    group = PeerGroup((), TOKEN, inventory=PieceInventory())
     cache = SlowCache()
     seen: list[str] = []
     greeted = asyncio.Event()
 
     async def admin(stop: asyncio.Event) -> None:
         (serving,) = served
-        client = Client(f"http://127.0.0.1:{serving.port}", Keyring(TOKEN), "a" * 32)
+        client = PeerClient(f"http://127.0.0.1:{serving.port}", Keyring(TOKEN), "a" * 32)
         seen.append(await asyncio.to_thread(client.hello, never))
         client.close()
         greeted.set()
@@ -304,7 +304,7 @@ def test_an_agent_that_would_give_nothing_says_what_is_missing() -> None:
 def test_an_address_that_is_taken_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        group = PeerGroup((), TOKEN, shelf=Shelf())
+        group = PeerGroup((), TOKEN, inventory=PieceInventory())
         with pytest.raises(CacheError, match=f"modelcache.peer_port {port}: Address"):
             start_serving(ModelCacheSettings(peer_port=port), group, SlowCache())
 
@@ -315,7 +315,7 @@ def test_what_was_read_and_given_is_described() -> None:
         "store_bytes": 0, "peer_bytes": 0, "wasted_bytes": 0, "retries": 0, "peer_failures": 0,
         "sent_bytes": 0, "peers": [],
     }  # fmt: skip
-    group = PeerGroup(("http://10.0.0.1:8002",), TOKEN, shelf=Shelf())
+    group = PeerGroup(("http://10.0.0.1:8002",), TOKEN, inventory=PieceInventory())
     (peer,) = describe(group, Transfer(ModelCacheSettings(), peers=group))["peers"]
     assert peer["url"] == "http://10.0.0.1:8002"
     assert peer["reached"] is False

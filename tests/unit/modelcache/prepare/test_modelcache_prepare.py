@@ -19,7 +19,13 @@ from folder_store import Rig
 from pydantic import ValidationError
 
 from modelcache.prepare import step_process
-from modelcache.prepare.run import Asked, Preparation, Prepared, input_digest, step_key
+from modelcache.prepare.run import (
+    Preparation,
+    PreparedModel,
+    PrepareRequest,
+    input_digest,
+    step_key,
+)
 from modelcache.prepare.step_process import StepFailed
 from modelcache.settings import ModelCacheSettings, PreparationStep
 from modelcache.types import Cancelled, FileEntry, Progress
@@ -70,7 +76,7 @@ def preparation(tmp_path: Path) -> Preparation:
 
 def make(
     preparation: Preparation, source: Path, steps: Sequence[PreparationStep], **asked: Any
-) -> Prepared:
+) -> PreparedModel:
     """Prepared, and let go of at once."""
     made = preparation.prepare(source, "d", steps, model="s3://m", revision="r", **asked)
     if made.held is not None:
@@ -78,8 +84,10 @@ def make(
     return made
 
 
-def nobody() -> Asked:
-    return Asked(holder="nobody", on_progress=lambda progress: None, cancelled=lambda: False)
+def nobody() -> PrepareRequest:
+    return PrepareRequest(
+        holder="nobody", on_progress=lambda progress: None, cancelled=lambda: False
+    )
 
 
 def count(tmp_path: Path) -> PreparationStep:

@@ -13,12 +13,12 @@ from folder_store import PIECE, Rig, bytes_of, count_bytes, make_room, read_tree
 from modelcache.cache import ModelCache
 from modelcache.ports import CachedModel
 from modelcache.prepare import step_process
-from modelcache.prepare.run import Asked, Preparation, Prepared, Results, input_digest
+from modelcache.prepare.run import Preparation, PreparedModel, PrepareRequest, Results, input_digest
 from modelcache.prepare.step_process import StepFailed
 from modelcache.settings import PreparationStep
 from modelcache.store.layout import result_url
-from modelcache.store.pending_results import OUTPUT, read_works
-from modelcache.store.records import Job
+from modelcache.store.pending_results import OUTPUT, read_pending_results
+from modelcache.store.records import StepJob
 from modelcache.types import CacheError, InUse, Made, ModelEntry, NoSpace, NotFound, Progress
 
 SIZE = 16 * PIECE
@@ -62,7 +62,7 @@ def writes(letter: str, size_bytes: int = SIZE, **fields: Any) -> PreparationSte
 
 def prepare(
     cache: ModelCache, model: CachedModel, *steps: PreparationStep, **asked: Any
-) -> Prepared:
+) -> PreparedModel:
     """A model after some steps, held."""
     assert model.manifest is not None
     return Preparation(
@@ -74,7 +74,7 @@ def prepare(
     )  # fmt: skip
 
 
-def let_go(cache: ModelCache, made: Prepared, cost: float | None = None) -> str:
+def let_go(cache: ModelCache, made: PreparedModel, cost: float | None = None) -> str:
     """Hold a result no more, and forget how long it took; its name in the cache."""
     assert made.held is not None
     made.held.lease.release()
@@ -185,7 +185,7 @@ def test_making_it_is_what_loading_it_again_costs(rig: Rig) -> None:
     model = fetch(rig, cache, "a")
     slow = (sys.executable, "-c", f"import time; time.sleep(0.2); {WRITE.format(SIZE)}", "x")
     made = prepare(cache, model, PreparationStep(kind="command", argv=slow), writes("y"))
-    records = {one.url: one for one in cache._finder.records(model.url, None)[0]}
+    records = {one.url: one for one in cache._lookup.records(model.url, None)[0]}
     first, last = (records[result_url(run.key)].use for run in made.runs)
     assert first.reload_s_per_gb is not None
     assert last.reload_s_per_gb is not None
@@ -230,7 +230,7 @@ def test_what_a_step_begins_with_is_not_evicted_under_it(rig: Rig) -> None:
     go = rig.root / "go"
 
     def on_progress(progress: Progress) -> None:
-        works = [work for work in read_works(cache.store.layout) if work.busy]
+        works = [work for work in read_pending_results(cache.store.layout) if work.busy]
         if not works or go.exists() or not list(works[0].job.made.steps[1:] if works[0].job
                                                and works[0].job.made else ()):  # fmt: skip
             return
@@ -266,7 +266,7 @@ def test_what_cannot_fit_is_said_before_the_step_begins(rig: Rig) -> None:
     ):
         prepare(cache, model, CAST)
     assert "leased by preparation" in str(said.value)
-    assert not read_works(cache.store.layout)
+    assert not read_pending_results(cache.store.layout)
     assert not (cache.dir / "prepared/logs").exists(), "nothing was run"
 
 
@@ -296,11 +296,11 @@ def test_room_is_made_before_the_step_begins(rig: Rig) -> None:
 def begin(cache: ModelCache, key: str, promised_bytes: int) -> None:
     """A step that has begun, and has written nothing yet."""
     made = Made(model="s3://models/m", revision="r", steps=("cast",))
-    Results(cache).begin(key, Job(made=made, resumes=True, promised_bytes=promised_bytes))
+    Results(cache).begin(key, StepJob(made=made, resumes=True, promised_bytes=promised_bytes))
 
 
 def holding(cache: ModelCache, key: str) -> Any:
-    asked = Asked(holder="", on_progress=lambda progress: None, cancelled=lambda: False)
+    asked = PrepareRequest(holder="", on_progress=lambda progress: None, cancelled=lambda: False)
     preparation = Preparation(cache=cache, python=Path(sys.executable), environ={})
     return preparation._alone(key, asked)
 
@@ -444,7 +444,7 @@ def test_a_damaged_result_is_not_used_and_not_fetched(rig: Rig) -> None:
     model = fetch(rig, cache, "a")
     made = prepare(cache, model, writes("x"))
     url = let_go(cache, made)
-    blob = cache.store.layout.blob(next(iter(cache._finder.read(url, "made").files)).digest)  # type: ignore[union-attr]
+    blob = cache.store.layout.blob(next(iter(cache._lookup.read(url, "made").files)).digest)  # type: ignore[union-attr]
     blob.chmod(0o644)
     blob.write_bytes(b"y" * SIZE)
     with pytest.raises(CacheError, match="was made here: evict it"):
@@ -478,12 +478,12 @@ def test_what_a_kill_left_is_counted_shown_and_goes_for_others(rig: Rig) -> None
 def test_what_nobody_can_go_on_with_is_swept(rig: Rig) -> None:
     cache = rig.cache()
     made = Made(model="s3://models/m", revision="r", steps=("command",))
-    Results(cache).begin("k", Job(made=made, resumes=False))
+    Results(cache).begin("k", StepJob(made=made, resumes=False))
     with holding(cache, "k"):
         cache.sweep()
-        assert [work.key for work in read_works(cache.store.layout)] == ["k"]
+        assert [work.key for work in read_pending_results(cache.store.layout)] == ["k"]
     cache.sweep()
-    assert read_works(cache.store.layout) == []
+    assert read_pending_results(cache.store.layout) == []
 
 
 def test_what_a_kill_left_is_evicted_by_name(rig: Rig) -> None:
@@ -505,7 +505,7 @@ def test_a_whole_result_is_taken_over_without_the_step(rig: Rig) -> None:
     preparation = Preparation(cache=cache, python=Path(sys.executable), environ={})
     (key,) = preparation.keys(input_digest(model.manifest.files), [step])
     made = Made(model=model.url, revision=model.revision, steps=("command",))
-    job = Job(made=made, resumes=False)
+    job = StepJob(made=made, resumes=False)
     Results(cache).begin(key, job)
     (cache.dir / "prepared/work" / key / OUTPUT / "made").write_bytes(b"left over")
     Results(cache).note_whole(key, job, 5.0)
@@ -513,7 +513,7 @@ def test_a_whole_result_is_taken_over_without_the_step(rig: Rig) -> None:
     found = prepare(cache, model, step)
     assert read_tree(found.path) == {"made": b"left over"}
     assert not (cache.dir / "prepared/work" / key).exists()
-    cost = cache._finder.records(result_url(key), None)[0][0].use.reload_s_per_gb
+    cost = cache._lookup.records(result_url(key), None)[0][0].use.reload_s_per_gb
     assert cost == pytest.approx(5.0 / (9 / 1e9))
 
 
@@ -553,10 +553,10 @@ def test_links_into_the_model_become_the_same_bytes(rig: Rig) -> None:
     made = prepare(cache, model, PreparationStep(kind="command", argv=(sys.executable, "-c", link)))
     assert cache.usage().bytes_prepared < PIECE, "the model has the same bytes"
     weights = read_tree(model.path)["weights"]
-    found, _ = cache._finder.records(model.url, model.revision)
+    found, _ = cache._lookup.records(model.url, model.revision)
     record = next(one for one in found if one.url == model.url)  # and not its result
     with cache.store.lock():
-        cache.store.room.evict([record])
+        cache.store.capacity.evict([record])
     assert read_tree(made.path) == {"s": weights, "h": weights}
     assert cache.usage().bytes_prepared >= SIZE
 

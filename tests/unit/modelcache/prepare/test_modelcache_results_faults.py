@@ -17,13 +17,13 @@ from folder_store import PIECE, Rig, bytes_of
 from modelcache.cache import ModelCache
 from modelcache.ports import CachedModel
 from modelcache.prepare import step_process
-from modelcache.prepare.run import Asked, Preparation, Prepared, Results, input_digest
+from modelcache.prepare.run import Preparation, PreparedModel, PrepareRequest, Results, input_digest
 from modelcache.prepare.step_process import NEARLY_FULL_BYTES, StepFailed
 from modelcache.settings import PreparationStep
 from modelcache.store.files import open_lock, try_lock
 from modelcache.store.layout import result_url
-from modelcache.store.pending_results import read_works
-from modelcache.store.records import Job
+from modelcache.store.pending_results import read_pending_results
+from modelcache.store.records import StepJob
 from modelcache.store.store import Store
 from modelcache.types import Made, NoSpace, Progress
 
@@ -60,7 +60,7 @@ def preparation_of(cache: ModelCache) -> Preparation:
 
 def prepare(
     cache: ModelCache, model: CachedModel, step: PreparationStep = STEP, **asked: Any
-) -> Prepared:
+) -> PreparedModel:
     assert model.manifest is not None
     return preparation_of(cache).prepare(
         model.path, input_digest(model.manifest.files), [step],
@@ -74,7 +74,7 @@ def key_of(cache: ModelCache, model: CachedModel, step: PreparationStep = STEP) 
 
 
 def alone(cache: ModelCache, key: str) -> Any:
-    asked = Asked(holder="", on_progress=lambda progress: None, cancelled=lambda: False)
+    asked = PrepareRequest(holder="", on_progress=lambda progress: None, cancelled=lambda: False)
     return preparation_of(cache)._alone(key, asked)
 
 
@@ -224,7 +224,7 @@ def test_a_file_of_a_name_that_no_model_may_have_is_the_step_s_error(rig: Rig, n
         with pytest.raises(StepFailed, match="command made a file called ") as said:
             prepare(cache, model, python(text, name))
         assert repr(name) in str(said.value)
-    assert read_works(cache.store.layout) == [], "nobody can go on with it"
+    assert read_pending_results(cache.store.layout) == [], "nobody can go on with it"
 
 
 # What is full
@@ -281,7 +281,7 @@ def test_what_has_grown_too_large_is_told_how_large_and_for_what(
     assert "needs" not in str(said.value)
     reserved = rig.cache(reserve_bytes=SIZE)
     made = Made(model=model.url, revision=model.revision, steps=("command",))
-    Results(reserved).begin(KEY, Job(made=made, resumes=True))
+    Results(reserved).begin(KEY, StepJob(made=made, resumes=True))
     rig.free_bytes = SIZE
     with reserved.lease(model, "preparation"), alone(reserved, KEY), pytest.raises(NoSpace) as said:
         Results(reserved).check_room(KEY, 12345)

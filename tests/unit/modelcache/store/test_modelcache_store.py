@@ -11,7 +11,7 @@ import pytest
 from folder_store import PIECE, OneByOne, Rig, bytes_of, count_bytes, flip_bit, read_tree
 
 from modelcache.cache import ModelCache
-from modelcache.fetch.fetch import Fetch, Want
+from modelcache.fetch.fetch import Fetch, FetchRequest
 from modelcache.ports import CachedModel, Listing
 from modelcache.store import files
 from modelcache.store.records import scan
@@ -253,7 +253,7 @@ def test_what_is_recognised_and_evicted_before_it_is_held_is_fetched(rig: Rig) -
             cache.evict(one)
         return None
 
-    want = Want(ref=ref, listing=source.list(), find_local=find_local)
+    want = FetchRequest(ref=ref, listing=source.list(), find_local=find_local)
     Fetch(cache.store, OneByOne(), source, want).run()  # type: ignore[arg-type]
     found = cache.find(ref.url)
     assert found is not None
@@ -331,7 +331,7 @@ def test_a_listing_that_leads_out_of_the_cache_is_refused(rig: Rig) -> None:
     ref = ModelRef(url="s3://models/evil", scheme="s3", location="models/evil")
     listing = Listing(revision="r", files=(RemoteFile(path="../../x", size_bytes=1),))
     with pytest.raises(Exception, match="lists a file called"):
-        Fetch(cache.store, OneByOne(), None, Want(ref=ref, listing=listing))  # type: ignore[arg-type]
+        Fetch(cache.store, OneByOne(), None, FetchRequest(ref=ref, listing=listing))  # type: ignore[arg-type]
     assert not cache.dir.exists()
 
 
@@ -347,7 +347,7 @@ def test_what_is_not_what_its_store_says_is_asked_for_twice_and_not_kept(rig: Ri
             listing.files[1],
         ),
     )
-    want = Want(ref=source.ref, listing=lying)
+    want = FetchRequest(ref=source.ref, listing=lying)
     with pytest.raises(Damaged, match=r"models/one: a\.bin: its sha256 is"):
         Fetch(cache.store, OneByOne(), source, want).run()  # type: ignore[arg-type]
     assert rig.fetched_bytes == 2 * len(SAME)

@@ -19,10 +19,10 @@ from safetensors_files import sums_of
 from loaders.weights import plan as plans
 from loaders.weights.device import Arena
 from loaders.weights.files import OpenFile, find_files, opened
-from loaders.weights.pipeline import Pump
+from loaders.weights.pipeline import Pipeline
 from loaders.weights.plan import ALIGN_BYTES, Batch, FileWant, Portion, make_plan
-from loaders.weights.readers import How, Reader
-from loaders.weights.staging_buffers import Ring, Stretch, Ticket
+from loaders.weights.readers import How, WeightReader
+from loaders.weights.staging_buffers import StagingBuffers, Stretch, Ticket
 from modelcache.safetensors_index import BadFile
 
 GRID = 8 * ALIGN_BYTES
@@ -84,14 +84,14 @@ def a_pump(
     how: How = "auto",
     target: Memory | None = None,
     batch_bytes: int = 5 * ALIGN_BYTES,
-) -> Iterator[Pump]:
+) -> Iterator[Pipeline]:
     plan = make_plan(wants, batch_bytes=batch_bytes, read_bytes=GRID, gap_bytes=100)
-    yield Pump(
+    yield Pipeline(
         plan=plan,
         files=files,
-        reader=Reader(how=how, count_cached=lambda *_: None, turns=threading.Semaphore(2)),
+        reader=WeightReader(how=how, count_cached=lambda *_: None, turns=threading.Semaphore(2)),
         target=target or Memory(staged=staged),
-        ring=Ring(2, GRID) if staged else None,
+        ring=StagingBuffers(2, GRID) if staged else None,
         threads=threads,
         copiers=min(2, threads),
         ahead_bytes=ahead_bytes,
@@ -176,7 +176,7 @@ def test_what_a_thread_runs_into_is_raised_to_the_consumer(one_file: Any) -> Non
     assert not [t for t in threading.enumerate() if t.name.startswith("loader-")]
 
 
-def consume(pump: Pump, meanwhile: Callable[[], object], *, after: int = 3) -> int:
+def consume(pump: Pipeline, meanwhile: Callable[[], object], *, after: int = 3) -> int:
     """Take all batches, and do something after some; returns how many were taken."""
     taken = 0
     for _ in pump.batches():
@@ -236,14 +236,14 @@ def test_a_flipped_bit_is_caught_wherever_it_is(at: int, bit: int, staged: bool)
             start = piece * plans.READ_BYTES
             wanted = Portion(name="t", dtype="U8", shape=(9,), start=start + 7, end=start + 16)
             want = FileWant(size_bytes=size, portions=(wanted,), verified=True)
-            pump = Pump(
+            pump = Pipeline(
                 plan=make_plan([want]),
                 files=files,
-                reader=Reader(
+                reader=WeightReader(
                     how="auto", count_cached=lambda *_: None, turns=threading.Semaphore(2)
                 ),
                 target=Memory(staged=staged),
-                ring=Ring(2, plans.READ_BYTES) if staged else None,
+                ring=StagingBuffers(2, plans.READ_BYTES) if staged else None,
                 threads=2,
                 copiers=2,
                 ahead_bytes=None,
@@ -262,9 +262,9 @@ def test_only_as_many_threads_as_cores_copy_out_of_the_page_cache(
     path.write_bytes(bytes(40 * GRID))
     seen: set[str] = set()
     together = threading.Event()
-    original = Reader.fill
+    original = WeightReader.fill
 
-    def fill(self: Reader, *given: Any) -> None:
+    def fill(self: WeightReader, *given: Any) -> None:
         seen.add(threading.current_thread().name)
         if len(seen) > 2:
             together.set()
@@ -272,7 +272,7 @@ def test_only_as_many_threads_as_cores_copy_out_of_the_page_cache(
         together.wait(60.0 if how == "direct" else 0.002)
         original(self, *given)
 
-    monkeypatch.setattr(Reader, "fill", fill)
+    monkeypatch.setattr(WeightReader, "fill", fill)
     size = path.stat().st_size
     portion = Portion(name="t", dtype="U8", shape=(size,), start=0, end=size)
     want = FileWant(size_bytes=size, portions=(portion,), verified=False)

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from loaders.weights.staging_buffers import Pool, Ring, Stretch
+from loaders.weights.staging_buffers import BufferPool, StagingBuffers, Stretch
 
 
 class Copy:
@@ -31,7 +31,7 @@ def test_a_stretch_is_at_a_page_and_writable() -> None:
 
 
 def test_memory_comes_back_only_when_nothing_refers_to_it() -> None:
-    pool = Pool(0, spare_bytes=1 << 20)
+    pool = BufferPool(0, spare_bytes=1 << 20)
     first = pool.take(5000)
     export = pool.lend(first)
     tensor_like = memoryview(export)
@@ -44,7 +44,7 @@ def test_memory_comes_back_only_when_nothing_refers_to_it() -> None:
 
 
 def test_the_smallest_that_fits_is_used_and_spares_are_bounded() -> None:
-    pool = Pool(3000, spare_bytes=10_000)
+    pool = BufferPool(3000, spare_bytes=10_000)
     stretches = [pool.take(size) for size in (4000, 6000, 9000)]
     assert pool.take(1).size_bytes == 3000
     for stretch in reversed(stretches):
@@ -63,7 +63,7 @@ def test_the_smallest_that_fits_is_used_and_spares_are_bounded() -> None:
 
 
 def test_a_closed_pool_keeps_nothing() -> None:
-    pool = Pool(0, spare_bytes=10_000)
+    pool = BufferPool(0, spare_bytes=10_000)
     one, two = pool.take(100), pool.take(100)
     pool.lend(one)
     export = pool.lend(two)
@@ -73,7 +73,7 @@ def test_a_closed_pool_keeps_nothing() -> None:
 
 
 def test_a_slot_is_free_when_the_copy_out_of_it_is_done() -> None:
-    ring = Ring(2, 4096)
+    ring = StagingBuffers(2, 4096)
     one, two = ring.take(), ring.take()
     assert not {id(one.view.obj)} - {id(two.view.obj)}, "one stretch for all slots"
     copies = Copy(), Copy()
@@ -86,7 +86,7 @@ def test_a_slot_is_free_when_the_copy_out_of_it_is_done() -> None:
 
 
 def test_the_slot_used_last_is_used_next() -> None:
-    ring = Ring(3, 4096)
+    ring = StagingBuffers(3, 4096)
     one, two = ring.take(), ring.take()
     ring.give_back(two)
     ring.give_back(one)
@@ -95,7 +95,7 @@ def test_the_slot_used_last_is_used_next() -> None:
 
 @pytest.mark.timeout(20)
 def test_who_finds_no_slot_waits_for_one() -> None:
-    ring = Ring(1, 4096)
+    ring = StagingBuffers(1, 4096)
     slot = ring.take()
     got = []
     thread = threading.Thread(target=lambda: got.append(ring.take()))
@@ -114,10 +114,10 @@ def test_pinned_memory_is_unpinned_when_no_copy_reads_it_any_more() -> None:
         events.append(f"pinned {stretch.size_bytes}")
         return lambda: events.append(f"unpinned, waited {copy.waited}")
 
-    ring = Ring(2, 4096, pin)  # type: ignore[arg-type]
+    ring = StagingBuffers(2, 4096, pin)  # type: ignore[arg-type]
     assert ring.pinned
     ring.give_back(ring.take(), copy)
     ring.close()
     ring.close()
     assert events == ["pinned 8192", "unpinned, waited True"]
-    assert not Ring(1, 4096, lambda _: None).pinned
+    assert not StagingBuffers(1, 4096, lambda _: None).pinned

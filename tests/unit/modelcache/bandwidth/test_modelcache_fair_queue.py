@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelcache.bandwidth.fair_queue import CLASS_WEIGHTS, Cap, Claim, FairShare, make_cap
+from modelcache.bandwidth.fair_queue import CLASS_WEIGHTS, Cap, Claim, FairQueue, make_cap
 from modelcache.types import Priority
 
 MIB = 1 << 20
@@ -35,7 +35,7 @@ class Grant:
 
 def simulate(caps: tuple[Cap, ...], readers: list[Reader], until_s: float) -> list[Grant]:
     """Readers on virtual time, from full buckets."""
-    shares = FairShare(caps, 0.0)
+    shares = FairQueue(caps, 0.0)
     owner = {shares.ask(r.model, r.priority, r.caps, r.size_bytes).ticket: r for r in readers}
     later: list[tuple[float, Reader]] = []
     grants: list[Grant] = []
@@ -146,7 +146,7 @@ def test_what_one_class_does_not_use_the_others_have() -> None:
 
 def test_a_model_that_was_away_is_not_repaid() -> None:
     cap = make_cap("node", 10 * MIB, MIB)
-    shares = FairShare((cap,), 0.0)
+    shares = FairQueue((cap,), 0.0)
     now_s = 0.0
     for _ in range(500):
         shares.ask("busy", Priority.WAKE, ("node",), MIB)
@@ -174,13 +174,13 @@ def test_small_claims_do_not_overtake_a_large_one_for_ever() -> None:
 
 
 def test_more_at_once_than_a_cap_ever_holds_is_refused() -> None:
-    shares = FairShare((Cap(name="node", rate_bytes_s=1, burst_bytes=10),), 0.0)
+    shares = FairQueue((Cap(name="node", rate_bytes_s=1, burst_bytes=10),), 0.0)
     with pytest.raises(ValueError, match="11 bytes at once, but node holds 10"):
         shares.ask("m", Priority.WAKE, ("node",), 11)
 
 
 def test_a_clock_that_jumps_back_neither_drains_nor_fills() -> None:
-    shares = FairShare((Cap(name="node", rate_bytes_s=10, burst_bytes=100),), 1000.0)
+    shares = FairQueue((Cap(name="node", rate_bytes_s=10, burst_bytes=100),), 1000.0)
     shares.ask("m", Priority.WAKE, ("node",), 100)
     assert len(shares.grant(1000.0)) == 1
     shares.ask("m", Priority.WAKE, ("node",), 50)
@@ -193,7 +193,7 @@ def test_a_clock_that_jumps_back_neither_drains_nor_fills() -> None:
 @given(st.integers(0, 10_000))
 def test_whatever_is_withdrawn_or_given_back_no_bucket_overflows(seed: int) -> None:
     rng = random.Random(seed)
-    shares = FairShare((make_cap("node", 5 * MIB, MIB),), 0.0)
+    shares = FairQueue((make_cap("node", 5 * MIB, MIB),), 0.0)
     now_s = 0.0
     open_claims: list[Claim] = []
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""The page keeper, with real files and its real process."""
+"""The page holder, with real files and its real process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from modelcache.pagecache import linux_pages, memory
-from modelcache.pagecache.holder import KeptFiles, PageKeeper
-from modelcache.pagecache.holder_process import Keeping
+from modelcache.pagecache.holder import HeldFiles, PageHolder
+from modelcache.pagecache.holder_process import HeldPages
 from modelcache.pagecache.residency import drop, residency
 from modelcache.types import CacheError, FileRange, NoSpace
 
@@ -27,7 +27,7 @@ MIB = 1024 * 1024
 @pytest.fixture
 def disk() -> Iterator[Path]:
     """A folder on a disk that other users may enter: of a tmpfs nothing can be made cold."""
-    with tempfile.TemporaryDirectory(prefix="tidegate-keeper-", dir="/var/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="tidegate-holder-", dir="/var/tmp") as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
 
@@ -47,8 +47,8 @@ def until(check: Callable[[], bool], limit_s: float = 30.0) -> None:
         time.sleep(0.01)
 
 
-def one(keeper: PageKeeper, key: str) -> KeptFiles:
-    return next(kept for kept in keeper.status().kept if kept.key == key)
+def one(holder: PageHolder, key: str) -> HeldFiles:
+    return next(kept for kept in holder.status().kept if kept.key == key)
 
 
 def mapped(pid: int | None) -> str:
@@ -56,94 +56,94 @@ def mapped(pid: int | None) -> str:
 
 
 @pytest.fixture
-def keeper() -> Iterator[PageKeeper]:
-    keeper = PageKeeper(budget_bytes=4 * MIB, touch_s=0.05)
-    yield keeper
-    keeper.close()
+def holder() -> Iterator[PageHolder]:
+    holder = PageHolder(budget_bytes=4 * MIB, touch_s=0.05)
+    yield holder
+    holder.close()
 
 
 def test_brings_in_what_it_is_to_keep_and_brings_back_what_was_dropped(
-    disk: Path, keeper: PageKeeper
+    disk: Path, holder: PageHolder
 ) -> None:
     file = cold(disk / "file")
-    keeper.keep("m", [file])
-    until(lambda: one(keeper, "m").bytes_cached == MIB)
-    assert one(keeper, "m").problem == ""
+    holder.keep("m", [file])
+    until(lambda: one(holder, "m").bytes_cached == MIB)
+    assert one(holder, "m").problem == ""
     # What is cached by a read ahead may not be mapped yet; after a whole round all of it is.
-    rounds = keeper.status().rounds
-    until(lambda: keeper.status().rounds > rounds + 1)
+    rounds = holder.status().rounds
+    until(lambda: holder.status().rounds > rounds + 1)
     # Mapped pages survive a request to forget them.
     assert drop([file]).bytes_cached == MIB
-    rounds = keeper.status().rounds
-    until(lambda: keeper.status().rounds > rounds + 1)
-    assert one(keeper, "m").bytes_cached == MIB
+    rounds = holder.status().rounds
+    until(lambda: holder.status().rounds > rounds + 1)
+    assert one(holder, "m").bytes_cached == MIB
 
 
-def test_keeps_only_the_ranges_asked_for(disk: Path, keeper: PageKeeper) -> None:
+def test_keeps_only_the_ranges_asked_for(disk: Path, holder: PageHolder) -> None:
     cold(disk / "file", 4 * MIB)
-    keeper.keep("rank0", [FileRange(path=str(disk / "file"), start=MIB + 5, end=2 * MIB)])
-    until(lambda: one(keeper, "rank0").bytes_cached == MIB - 5)
-    assert keeper.status().bytes_kept == MIB - 5
+    holder.keep("rank0", [FileRange(path=str(disk / "file"), start=MIB + 5, end=2 * MIB)])
+    until(lambda: one(holder, "rank0").bytes_cached == MIB - 5)
+    assert holder.status().bytes_kept == MIB - 5
     sizes = [
-        line for line in mapped(keeper.status().pid).splitlines() if line.endswith(f"{disk}/file")
+        line for line in mapped(holder.status().pid).splitlines() if line.endswith(f"{disk}/file")
     ]
     assert len(sizes) == 1
     first, last = (int(at, 16) for at in sizes[0].split()[0].split("-"))
     assert last - first == MIB
 
 
-def test_the_budget_holds_over_all_keys(disk: Path, keeper: PageKeeper) -> None:
-    keeper.keep("a", [cold(disk / "a", 3 * MIB)])
+def test_the_budget_holds_over_all_keys(disk: Path, holder: PageHolder) -> None:
+    holder.keep("a", [cold(disk / "a", 3 * MIB)])
     two = cold(disk / "b", 2 * MIB)
     with pytest.raises(NoSpace, match=r"2,097,152 bytes of b .* 3,145,728 of 4,194,304 are taken"):
-        keeper.keep("b", [two])
-    keeper.keep("a", [cold(disk / "c", 2 * MIB)])  # in its own place, not beside it
-    keeper.keep("b", [two])
-    assert keeper.status().bytes_kept == 4 * MIB
-    assert keeper.drop("a")
-    assert not keeper.drop("a")
-    assert [kept.key for kept in keeper.status().kept] == ["b"]
+        holder.keep("b", [two])
+    holder.keep("a", [cold(disk / "c", 2 * MIB)])  # in its own place, not beside it
+    holder.keep("b", [two])
+    assert holder.status().bytes_kept == 4 * MIB
+    assert holder.drop("a")
+    assert not holder.drop("a")
+    assert [kept.key for kept in holder.status().kept] == ["b"]
 
 
-def test_what_is_dropped_is_unmapped_and_can_be_let_go(disk: Path, keeper: PageKeeper) -> None:
+def test_what_is_dropped_is_unmapped_and_can_be_let_go(disk: Path, holder: PageHolder) -> None:
     a, b = cold(disk / "a"), cold(disk / "b")
-    keeper.keep("a", [a])
-    keeper.keep("b", [b])
-    until(lambda: one(keeper, "a").bytes_cached == one(keeper, "b").bytes_cached == MIB)
-    keeper.drop("a")
-    until(lambda: f"{disk}/a" not in mapped(keeper.status().pid))
+    holder.keep("a", [a])
+    holder.keep("b", [b])
+    until(lambda: one(holder, "a").bytes_cached == one(holder, "b").bytes_cached == MIB)
+    holder.drop("a")
+    until(lambda: f"{disk}/a" not in mapped(holder.status().pid))
     until(lambda: drop([a]).bytes_cached == 0)
-    assert f"{disk}/b" in mapped(keeper.status().pid)
+    assert f"{disk}/b" in mapped(holder.status().pid)
 
 
-def test_a_file_cut_short_or_replaced_or_gone_ends_nothing(disk: Path, keeper: PageKeeper) -> None:
+def test_a_file_cut_short_or_replaced_or_gone_ends_nothing(disk: Path, holder: PageHolder) -> None:
     file, other = cold(disk / "file", 2 * MIB), cold(disk / "other")
-    keeper.keep("m", [file])
-    keeper.keep("n", [other])
-    until(lambda: one(keeper, "m").bytes_cached == 2 * MIB)
-    pid = keeper.status().pid
+    holder.keep("m", [file])
+    holder.keep("n", [other])
+    until(lambda: one(holder, "m").bytes_cached == 2 * MIB)
+    pid = holder.status().pid
     os.truncate(file.path, 100)
-    rounds = keeper.status().rounds
-    until(lambda: keeper.status().rounds > rounds + 2)
-    assert (one(keeper, "m").bytes_total, one(keeper, "m").bytes_cached) == (100, 100)
+    rounds = holder.status().rounds
+    until(lambda: holder.status().rounds > rounds + 2)
+    assert (one(holder, "m").bytes_total, one(holder, "m").bytes_cached) == (100, 100)
 
     replacement = cold(disk / "new", MIB)
     os.replace(replacement.path, file.path)
-    until(lambda: one(keeper, "m").bytes_cached == MIB)
+    until(lambda: one(holder, "m").bytes_cached == MIB)
 
     os.unlink(file.path)
-    until(lambda: "No such file" in one(keeper, "m").problem)
-    assert one(keeper, "m").bytes_cached is None
+    until(lambda: "No such file" in one(holder, "m").problem)
+    assert one(holder, "m").bytes_cached is None
     # An unlinked file must not go on taking disk space.
     until(lambda: str(disk / "file") not in mapped(pid))
-    assert one(keeper, "n").bytes_cached == MIB
-    assert (keeper.status().pid, keeper.status().restarts) == (pid, 0)
+    assert one(holder, "n").bytes_cached == MIB
+    assert (holder.status().pid, holder.status().restarts) == (pid, 0)
 
 
 def test_a_file_cut_short_while_its_pages_are_marked_is_no_signal(disk: Path) -> None:
     """Between the look at its size and the marking."""
     file = cold(disk / "file", 2 * MIB)
-    keeping = Keeping(lock=False, available=lambda: None, reserve_bytes=0)
+    keeping = HeldPages(lock=False, available=lambda: None, reserve_bytes=0)
     keeping.want({"m": [file]})
     sizes: list[int] = []
 
@@ -162,29 +162,29 @@ def test_a_file_cut_short_while_its_pages_are_marked_is_no_signal(disk: Path) ->
     keeping.close()
 
 
-def test_its_process_is_started_again_and_told_again(disk: Path, keeper: PageKeeper) -> None:
-    keeper.keep("m", [cold(disk / "file")])
-    until(lambda: one(keeper, "m").bytes_cached == MIB)
-    pid = keeper.status().pid
+def test_its_process_is_started_again_and_told_again(disk: Path, holder: PageHolder) -> None:
+    holder.keep("m", [cold(disk / "file")])
+    until(lambda: one(holder, "m").bytes_cached == MIB)
+    pid = holder.status().pid
     assert pid is not None
     assert Path(f"/proc/{pid}/oom_score_adj").read_text().strip() == "1000"
     os.kill(pid, signal.SIGKILL)
-    until(lambda: keeper.status().pid not in (None, pid))
-    until(lambda: f"{disk}/file" in mapped(keeper.status().pid))
-    assert keeper.status().restarts == 1
+    until(lambda: holder.status().pid not in (None, pid))
+    until(lambda: f"{disk}/file" in mapped(holder.status().pid))
+    assert holder.status().restarts == 1
 
 
 def test_its_process_ends_with_whoever_started_it(disk: Path) -> None:
     file = cold(disk / "file")
     script = """
 import sys, time
-from modelcache.pagecache.holder import PageKeeper
+from modelcache.pagecache.holder import PageHolder
 from modelcache.types import FileRange
-keeper = PageKeeper(budget_bytes=1 << 30, touch_s=0.05)
-keeper.keep("m", [FileRange(path=sys.argv[1])])
-while not keeper.status().rounds:
+holder = PageHolder(budget_bytes=1 << 30, touch_s=0.05)
+holder.keep("m", [FileRange(path=sys.argv[1])])
+while not holder.status().rounds:
     time.sleep(0.01)
-print(keeper.status().pid, flush=True)
+print(holder.status().pid, flush=True)
 time.sleep(60)
 """
     parent = subprocess.Popen(
@@ -198,7 +198,7 @@ time.sleep(60)
 
     def gone() -> bool:
         try:
-            return "keeper_process" not in Path(f"/proc/{pid}/cmdline").read_text()
+            return "holder_process" not in Path(f"/proc/{pid}/cmdline").read_text()
         except OSError:
             return True
 
@@ -206,28 +206,28 @@ time.sleep(60)
 
 
 def test_close_ends_the_process_and_refuses_more(disk: Path) -> None:
-    keeper = PageKeeper(budget_bytes=MIB, touch_s=60.0)
-    keeper.keep("m", [cold(disk / "file")])
-    until(lambda: keeper.status().rounds > 0)
-    pid = keeper.status().pid
-    keeper.close()
-    keeper.close()
+    holder = PageHolder(budget_bytes=MIB, touch_s=60.0)
+    holder.keep("m", [cold(disk / "file")])
+    until(lambda: holder.status().rounds > 0)
+    pid = holder.status().pid
+    holder.close()
+    holder.close()
     assert not Path(f"/proc/{pid}").exists()
     with pytest.raises(CacheError, match="closed"):
-        keeper.keep("m", [FileRange(path=str(disk / "file"))])
-    PageKeeper(budget_bytes=0).close()
+        holder.keep("m", [FileRange(path=str(disk / "file"))])
+    PageHolder(budget_bytes=0).close()
 
 
-def test_refuses_files_that_are_not_there(disk: Path, keeper: PageKeeper) -> None:
+def test_refuses_files_that_are_not_there(disk: Path, holder: PageHolder) -> None:
     with pytest.raises(CacheError, match="no-such"):
-        keeper.keep("m", [FileRange(path=str(disk / "no-such"))])
-    assert keeper.status().kept == ()
+        holder.keep("m", [FileRange(path=str(disk / "no-such"))])
+    assert holder.status().kept == ()
 
 
 LOCKING = """
 import json, os, resource, sys
 from modelcache.pagecache import linux_pages as kernel
-from modelcache.pagecache.holder_process import Keeping
+from modelcache.pagecache.holder_process import HeldPages
 from modelcache.types import FileRange
 kernel._libc()
 limit = int(sys.argv[2])
@@ -235,7 +235,7 @@ resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
 if os.geteuid() == 0:
     os.setgid(65534)
     os.setuid(65534)
-keeping = Keeping(lock=True, available=lambda: None, reserve_bytes=0)
+keeping = HeldPages(lock=True, available=lambda: None, reserve_bytes=0)
 keeping.want({"m": [FileRange(path=sys.argv[1])]})
 list(keeping.round())
 list(keeping.round())
@@ -264,7 +264,7 @@ def test_locks_what_it_may_and_touches_the_rest(disk: Path, limit_bytes: int) ->
 
 def test_a_locked_file_cut_short_ends_nothing(disk: Path) -> None:
     file = cold(disk / "file", 4096)
-    keeping = Keeping(lock=True, available=lambda: None, reserve_bytes=0)
+    keeping = HeldPages(lock=True, available=lambda: None, reserve_bytes=0)
     keeping.want({"m": [file]})
     list(keeping.round())
     assert keeping.report()["m"]["locked_bytes"] == 4096
@@ -277,7 +277,7 @@ def test_a_locked_file_cut_short_ends_nothing(disk: Path) -> None:
 def test_brings_nothing_back_while_memory_is_short(disk: Path) -> None:
     file = cold(disk / "file")
     free = [99]
-    keeping = Keeping(lock=False, available=lambda: free[0], reserve_bytes=100)
+    keeping = HeldPages(lock=False, available=lambda: free[0], reserve_bytes=100)
     keeping.want({"m": [file]})
     list(keeping.round())
     assert keeping.pressed
@@ -294,7 +294,7 @@ def test_reads_where_the_kernel_cannot_populate(
 ) -> None:
     monkeypatch.setattr(linux_pages, "_POPULATE_READ", 12_345)
     file = cold(disk / "file", MIB + 77)
-    keeping = Keeping(lock=False, available=lambda: None, reserve_bytes=0)
+    keeping = HeldPages(lock=False, available=lambda: None, reserve_bytes=0)
     keeping.want({"m": [file]})
     list(keeping.round())
     assert residency([file]).bytes_cached == MIB + 77

@@ -291,7 +291,7 @@ def test_sweeping_takes_leftovers_and_nothing_else(rig: Rig) -> None:
         layout.pieces("ef" * 32),
         layout.partial("f" * 40) / "data",
         layout.known("f" * 40),
-        layout.view("s3://models/gone", "r1") / "model.bin",
+        layout.snapshot("s3://models/gone", "r1") / "model.bin",
         layout.leases(whole, model.revision) / "dead",
         layout.revision("s3://models/lost", "r1") / "manifest.json",
         layout.model("s3://models/other") / "refs" / "main",

@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 import pytest
 
-from modelcache.bandwidth.throughput import Pace, Reading, compare
+from modelcache.bandwidth.throughput import PieceRead, Throughput, compare
 
 MIB = 1 << 20
 PIECE = 8 * MIB
 
 
 def test_a_pace_is_that_of_pieces_of_about_the_size_or_larger() -> None:
-    pace = Pace()
+    pace = Throughput()
     assert pace.expected_s(PIECE) is None
     for _ in range(50):
         pace.learn(300, 0.05)
@@ -34,11 +34,11 @@ def test_a_pace_is_that_of_pieces_of_about_the_size_or_larger() -> None:
 Rates = Callable[[float], float]
 
 
-def watch(rates: list[Rates], until_s: float, size_bytes: int = PIECE) -> list[Reading]:
+def watch(rates: list[Rates], until_s: float, size_bytes: int = PIECE) -> list[PieceRead]:
     """Readings that begin together, each with its rate in MiB/s by time, looked at ten times a
     second. Whoever is done is not compared with any more."""
     began_s = 1_000.0
-    every = [Reading(size_bytes=size_bytes, began_s=began_s) for _ in rates]
+    every = [PieceRead(size_bytes=size_bytes, began_s=began_s) for _ in rates]
     moved = [0.0 for _ in rates]
     for one in every:
         one.begin(began_s)
@@ -86,7 +86,7 @@ def test_alone_nobody_is_behind() -> None:
 
 def test_bytes_that_are_told_of_late_are_not_missed_too_early() -> None:
     """Over TLS a source tells of whole MiB: what has not been told of may be there."""
-    one = Reading(size_bytes=PIECE, began_s=0.0)
+    one = PieceRead(size_bytes=PIECE, began_s=0.0)
     one.begin(0.0)
     assert one.most_bytes_s(0.0) == math.inf
     assert one.most_bytes_s(4.0) == MIB / 4
@@ -95,8 +95,8 @@ def test_bytes_that_are_told_of_late_are_not_missed_too_early() -> None:
 
 
 def test_what_waits_for_memory_is_not_slow() -> None:
-    waiting = Reading(size_bytes=PIECE, began_s=0.0)
-    moving = Reading(size_bytes=PIECE, began_s=0.0)
+    waiting = PieceRead(size_bytes=PIECE, began_s=0.0)
+    moving = PieceRead(size_bytes=PIECE, began_s=0.0)
     moving.begin(0.0)
     moving.moved_bytes = 6 * MIB
     compare([waiting, moving], 30.0)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelcache.store.eviction import Candidate, Choice, choose, distance_s, worth
+from modelcache.store.eviction import Choice, EvictionCandidate, choose, distance_s, worth
 
 NOW_S = 1_000.0
 
@@ -23,8 +23,8 @@ def one(
     kept: str = "",
     spare: bool = False,
     parts: dict[str, int] | None = None,
-) -> Candidate:
-    return Candidate(
+) -> EvictionCandidate:
+    return EvictionCandidate(
         key=key,
         parts={key: size_bytes} if parts is None else parts,
         kept=kept,
@@ -35,7 +35,7 @@ def one(
     )
 
 
-def order_of(*candidates: Candidate) -> str:
+def order_of(*candidates: EvictionCandidate) -> str:
     """The whole order: each time one piece more is wanted than the last time."""
     order: list[str] = []
     while len(order) < len(candidates):
@@ -102,7 +102,7 @@ def order_of(*candidates: Candidate) -> str:
     ],
 )
 def test_what_is_worth_least_goes_first(
-    name: str, candidates: tuple[Candidate, ...], order: str
+    name: str, candidates: tuple[EvictionCandidate, ...], order: str
 ) -> None:
     assert order_of(*candidates) == order, name
 
@@ -172,12 +172,12 @@ TWINS = (
     ],
 )
 def test_as_much_goes_as_is_needed(
-    name: str, candidates: tuple[Candidate, ...], needed: int, choice: Choice
+    name: str, candidates: tuple[EvictionCandidate, ...], needed: int, choice: Choice
 ) -> None:
     assert choose(candidates, needed, NOW_S) == choice, name
 
 
-def freed(candidates: list[Candidate], going: set[str]) -> int:
+def freed(candidates: list[EvictionCandidate], going: set[str]) -> int:
     """What goes with these: the parts that nobody who stays has."""
     stays = {part for one in candidates if one.key not in going for part in one.parts}
     parts = {part: size for one in candidates for part, size in one.parts.items()}
@@ -189,10 +189,10 @@ SIZES = {"p": 1, "q": 10, "r": 100, "s": 0, "t": 1_000}
 
 
 @st.composite
-def some(draw: st.DrawFn) -> list[Candidate]:
+def some(draw: st.DrawFn) -> list[EvictionCandidate]:
     keys = draw(st.lists(st.sampled_from("abcdefg"), unique=True))
     return [
-        Candidate(
+        EvictionCandidate(
             key=key,
             parts={part: SIZES[part] for part in draw(st.sets(st.sampled_from(sorted(SIZES))))},
             kept=draw(st.sampled_from(["", "", "pinned"])),
@@ -207,7 +207,7 @@ def some(draw: st.DrawFn) -> list[Candidate]:
 @given(some(), st.integers(0, 1_300), st.floats(0, 2_000))
 @settings(max_examples=300, deadline=None)
 def test_it_is_enough_none_goes_in_vain_and_what_is_kept_stays(
-    candidates: list[Candidate], needed: int, now_s: float
+    candidates: list[EvictionCandidate], needed: int, now_s: float
 ) -> None:
     choice = choose(candidates, needed, now_s)
     may_go = {one.key for one in candidates if not one.kept}
