@@ -35,7 +35,7 @@ from gateway.admin.models import Models
 from gateway.admin.openapi import METRICS_TYPE
 from gateway.admin.operations import INDEX, OPENAPI, OPERATIONS, Operation
 from gateway.admin.schema import AdminError, AdminRequest
-from gateway.admin.usage_poller import UsageLook
+from gateway.admin.usage_poller import UsagePoller
 from gateway.settings.schema import LOOPBACK_NAMES, is_loopback
 
 MAX_BODY_BYTES = 65_536
@@ -297,7 +297,7 @@ class _PoolRoutes:
 
     def __init__(self, control: Control, models: Models | None) -> None:
         self.control = control
-        self.usage = None if models is None else UsageLook(models.cache.usage)
+        self.usage = None if models is None else UsagePoller(models.cache.usage)
 
     def handlers(self) -> dict[str, Handler]:
         """Each operation's handler by its name."""

@@ -6,7 +6,8 @@ format.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -51,216 +52,130 @@ def render(
     """The whole page, in Prometheus text format 0.0.4. ``pools``: their slots in ``shared`` by
     name; ``traffic``: the model cache's figures; ``forks``: those of the fork server, as
     ``/status`` has them."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Page(shared, pools, report, version, traffic, forks))
-    return generate_latest(registry)
+    page = _Page(version)
+    for pool, slot in pools.items():
+        for index, metric in enumerate(metrics.POOL_METRICS):
+            page.add(metric, shared.pool_total(slot, index), pool=pool)
+    for number, spec in enumerate(metrics.POOL_HISTOGRAMS):
+        page.families[spec.name] = _histogram(shared, pools, number, spec)
+    for worker in range(shared.workers):
+        counters = shared.worker_counters(worker)
+        for index, metric in enumerate(metrics.WORKER_METRICS):
+            page.add(metric, counters[index], worker=str(worker))
+    if report is not None:
+        _add_fleet(page, report)
+    if forks is not None:
+        _add_forks(page, forks)
+    _add_traffic(page, traffic)
+    return page.text()
 
 
 def render_agent(*, version: str, traffic: Mapping[str, Any]) -> bytes:
     """The page of a cache agent, which has no pools."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_AgentPage(version, traffic))
-    return generate_latest(registry)
+    page = _Page(version)
+    _add_traffic(page, traffic)
+    return page.text()
 
 
 def render_cache(usage: Any | None, failures: int = 0) -> bytes:
-    """What the model cache takes (its ``Usage``; ``None``: not known), and how often that could not
-    be told, to follow one of the pages above."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_CachePage(usage, failures))
-    return generate_latest(registry)
-
-
-class _CachePage(Collector):
-    def __init__(self, usage: Any | None, failures: int) -> None:
-        self._usage = usage
-        self._failures = failures
-
-    def collect(self) -> Iterator[Metric]:
-        """All families, one after the other."""
-        failures = _family(metrics.CACHE_LOOK_FAILURES, [])
-        failures.add_metric([], self._failures)
-        yield failures
-        if self._usage is None:
-            return
-        taken = _family(metrics.CACHE_BYTES, ["kind"])
+    """What the model cache takes (its ``Usage``; ``None``: not known), and how often reading that
+    failed, to follow one of the pages above."""
+    page = _Page()
+    page.add(metrics.CACHE_LOOK_FAILURES, failures)
+    if usage is not None:
         for kind, figure in CACHE_KINDS.items():
-            taken.add_metric([kind], getattr(self._usage, figure))
-        yield taken
-        if self._usage.quota_bytes is not None:
-            quota = _family(metrics.CACHE_QUOTA, [])
-            quota.add_metric([], self._usage.quota_bytes)
-            yield quota
-
-
-class _AgentPage(Collector):
-    def __init__(self, version: str, traffic: Mapping[str, Any]) -> None:
-        self._version = version
-        self._traffic = traffic
-
-    def collect(self) -> Iterator[Metric]:
-        """All families, one after the other."""
-        yield _build(self._version)
-        yield from _cache(self._traffic)
+            page.add(metrics.CACHE_BYTES, getattr(usage, figure), kind=kind)
+        page.add(metrics.CACHE_QUOTA, usage.quota_bytes)
+    return page.text()
 
 
 class _Page(Collector):
-    def __init__(
-        self,
-        shared: Shared,
-        pools: Mapping[str, int],
-        report: FleetReport | None,
-        version: str,
-        traffic: Mapping[str, Any],
-        forks: ForkServerEntry | None,
-    ) -> None:
-        self._forks = forks
-        self._shared = shared
-        self._pools = pools
-        self._report = report
-        self._version = version
-        self._traffic = traffic
+    """Samples by family. A metric without a sample is not on the page."""
 
-    def collect(self) -> Iterator[Metric]:
-        """All families, one after the other."""
-        yield _build(self._version)
-        yield from self._pool_counters()
-        yield from self._histograms()
-        yield from self._worker_counters()
-        if self._report is not None:
-            yield from self._replicas(self._report)
-            yield from self._warmth(self._report)
-            yield from self._decisions(self._report)
-        yield from _forks(self._forks)
-        yield from _cache(self._traffic)
+    def __init__(self, version: str | None = None) -> None:
+        self.families: dict[str, Metric] = {}
+        if version is not None:
+            info = InfoMetricFamily(PREFIX + metrics.BUILD.name, metrics.BUILD.help)
+            info.add_metric([], {"version": version})
+            self.families[metrics.BUILD.name] = info
 
-    def _pool_counters(self) -> Iterator[Metric]:
-        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
-        for index, metric in enumerate(metrics.POOL_METRICS):
-            family = families.get(metric.name)
-            if family is None:
-                family = families[metric.name] = _family(metric, ["pool"])
-            for pool, slot in self._pools.items():
-                labels = [pool, *(value for _, value in metric.labels)]
-                family.add_metric(labels, self._shared.pool_total(slot, index))
-        yield from families.values()
-
-    def _histograms(self) -> Iterator[Metric]:
-        for number, spec in enumerate(metrics.POOL_HISTOGRAMS):
-            family = HistogramMetricFamily(PREFIX + spec.name, spec.help, labels=["pool"])
-            start = metrics.HISTOGRAM_OFFSETS[number]
-            bounds = [*(format(bound, "g") for bound in spec.bounds), "+Inf"]
-            for pool, slot in self._pools.items():
-                buckets, running = [], 0
-                for offset, bound in enumerate(bounds):
-                    running += self._shared.pool_total(slot, start + offset)
-                    buckets.append((bound, float(running)))
-                total = self._shared.pool_sum(slot, number)
-                family.add_metric([pool], buckets, sum_value=total)
-            yield family
-
-    def _worker_counters(self) -> Iterator[Metric]:
-        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
-        for index, metric in enumerate(metrics.WORKER_METRICS):
-            family = families.get(metric.name)
-            if family is None:
-                family = families[metric.name] = _family(metric, ["worker"])
-            for worker in range(self._shared.workers):
-                labels = [str(worker), *(value for _, value in metric.labels)]
-                family.add_metric(labels, self._shared.worker_counters(worker)[index])
-        yield from families.values()
-
-    @staticmethod
-    def _replicas(report: FleetReport) -> Iterator[Metric]:
-        replicas = _family(metrics.REPLICAS, ["pool", "state"])
-        desired = _family(metrics.DESIRED_REPLICAS, ["pool"])
-        wake = _family(metrics.WAKE_ETA, ["pool"])
-        failures = _family(metrics.START_FAILURES, ["pool"])
-        for pool in report.pools:
-            states = [replica.state for replica in pool.replicas]
-            for state in ReplicaState:
-                replicas.add_metric([pool.name, state.value], states.count(state))
-            desired.add_metric([pool.name], pool.desired)
-            failures.add_metric([pool.name], pool.failures)
-            if pool.wake_eta_s is not None:
-                wake.add_metric([pool.name], pool.wake_eta_s)
-        yield from (replicas, desired, wake, failures)
-
-    @staticmethod
-    def _warmth(report: FleetReport) -> Iterator[Metric]:
-        tier = _family(metrics.TIER, ["pool", "tier"])
-        wake = _family(metrics.TIER_WAKE, ["pool", "tier"])
-        starting = _family(metrics.STARTING_REPLICAS, ["pool", "step"])
-        done = _family(metrics.PREPARED_BYTES, ["pool"])
-        total = _family(metrics.PREPARE_BYTES, ["pool"])
-        for pool in report.pools:
-            for known in TIERS if pool.tier is not None else ():
-                tier.add_metric([pool.name, known.value], known is pool.tier)
-            for one in pool.tiers:
-                if one.wake_s is not None:
-                    wake.add_metric([pool.name, one.tier.value], one.wake_s)
-            steps = [replica.step for replica in pool.replicas]
-            for step in STEPS if pool.tier is not None else ():
-                starting.add_metric([pool.name, step], steps.count(step))
-            coming = [one.progress for one in pool.replicas if one.progress is not None]
-            if coming:
-                done.add_metric([pool.name], sum(one.bytes_done for one in coming))
-                total.add_metric([pool.name], sum(one.bytes_total or 0 for one in coming))
-        yield from (tier, wake, starting, done, total)
-
-    @staticmethod
-    def _decisions(report: FleetReport) -> Iterator[Metric]:
-        decisions = _family(metrics.DECISIONS, ["pool", "reason"])
-        for (pool, reason), count in sorted(report.decisions.items()):
-            decisions.add_metric([pool, reason.value], count)
-        errors = _family(metrics.CONTROL_ERRORS, ["where"])
-        for where, count in sorted(report.errors.items()):
-            errors.add_metric([where], count)
-        yield from (decisions, errors)
-
-
-def _forks(forks: ForkServerEntry | None) -> Iterator[Metric]:
-    """The fork server and what stands by; what is not known is left out."""
-    state = _family(metrics.FORK_SERVER, ["state"])
-    memory = _family(metrics.FORK_SERVER_BYTES, [])
-    total = _family(metrics.FORKS, [])
-    crashes = _family(metrics.FORK_SERVER_CRASHES, [])
-    standbys = _family(metrics.STANDBY_BYTES, ["pool"])
-    if forks is not None:
-        for known in FORK_STATES:
-            state.add_metric([known], known == forks.state)
-        if forks.pss_bytes is not None:
-            memory.add_metric([], forks.pss_bytes)
-        total.add_metric([], forks.forked)
-        crashes.add_metric([], forks.crashes)
-        for one in forks.standbys:
-            if one.pss_bytes is not None:
-                standbys.add_metric([one.pool], one.pss_bytes)
-    yield from (state, memory, total, crashes, standbys)
-
-
-def _build(version: str) -> Metric:
-    info = InfoMetricFamily(PREFIX + metrics.BUILD.name, metrics.BUILD.help)
-    info.add_metric([], {"version": version})
-    return info
-
-
-def _cache(traffic: Mapping[str, Any]) -> Iterator[Metric]:
-    """The model cache's figures, those that are told."""
-    families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
-    for figure, metric in metrics.CACHE_METRICS.items():
-        if figure not in traffic:
-            continue
-        family = families.get(metric.name)
+    def add(self, metric: metrics.Metric, value: float | None, **labels: str) -> None:
+        """One sample; an unknown one is left out."""
+        if value is None:
+            return
+        labels |= metric.labels
+        family = self.families.get(metric.name)
         if family is None:
-            family = families[metric.name] = _family(metric, [])
-        family.add_metric([value for _, value in metric.labels], traffic[figure])
-    yield from families.values()
+            kind = GaugeMetricFamily if metric.gauge else CounterMetricFamily
+            family = kind(PREFIX + metric.name, metric.help, labels=list(labels))
+            self.families[metric.name] = family
+        family.add_metric(list(labels.values()), value)  # type: ignore[attr-defined]
+
+    def collect(self) -> Iterable[Metric]:
+        """The families, in the order of their first samples."""
+        return self.families.values()
+
+    def text(self) -> bytes:
+        """The page."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(self)
+        return generate_latest(registry)
 
 
-def _family(metric: metrics.Metric, labels: list[str]) -> CounterMetricFamily | GaugeMetricFamily:
-    names = labels + [name for name, _ in metric.labels]
-    name = PREFIX + metric.name
-    if metric.gauge:
-        return GaugeMetricFamily(name, metric.help, labels=names)
-    return CounterMetricFamily(name, metric.help, labels=names)
+def _histogram(
+    shared: Shared, pools: Mapping[str, int], number: int, spec: metrics.Buckets
+) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(PREFIX + spec.name, spec.help, labels=["pool"])
+    start = metrics.HISTOGRAM_OFFSETS[number]
+    bounds = [*(format(bound, "g") for bound in spec.bounds), "+Inf"]
+    for pool, slot in pools.items():
+        counts = [shared.pool_total(slot, start + offset) for offset in range(len(bounds))]
+        buckets = list(zip(bounds, map(float, accumulate(counts)), strict=True))
+        family.add_metric([pool], buckets, sum_value=shared.pool_sum(slot, number))
+    return family
+
+
+def _add_fleet(page: _Page, report: FleetReport) -> None:
+    for pool in report.pools:
+        name = pool.name
+        states = [replica.state for replica in pool.replicas]
+        for state in ReplicaState:
+            page.add(metrics.REPLICAS, states.count(state), pool=name, state=state.value)
+        page.add(metrics.DESIRED_REPLICAS, pool.desired, pool=name)
+        page.add(metrics.WAKE_ETA, pool.wake_eta_s, pool=name)
+        page.add(metrics.START_FAILURES, pool.failures, pool=name)
+        if pool.tier is not None:
+            for tier in TIERS:
+                page.add(metrics.TIER, tier is pool.tier, pool=name, tier=tier.value)
+        for one in pool.tiers:
+            page.add(metrics.TIER_WAKE, one.wake_s, pool=name, tier=one.tier.value)
+        if pool.tier is not None:
+            steps = [replica.step for replica in pool.replicas]
+            for step in STEPS:
+                page.add(metrics.STARTING_REPLICAS, steps.count(step), pool=name, step=step)
+        coming = [one.progress for one in pool.replicas if one.progress is not None]
+        if coming:
+            total = sum(one.bytes_total or 0 for one in coming)
+            page.add(metrics.PREPARED_BYTES, sum(one.bytes_done for one in coming), pool=name)
+            page.add(metrics.PREPARE_BYTES, total, pool=name)
+    for (name, reason), count in sorted(report.decisions.items()):
+        page.add(metrics.DECISIONS, count, pool=name, reason=reason.value)
+    for where, count in sorted(report.errors.items()):
+        page.add(metrics.CONTROL_ERRORS, count, where=where)
+
+
+def _add_forks(page: _Page, forks: ForkServerEntry) -> None:
+    """The fork server and its standbys."""
+    for state in FORK_STATES:
+        page.add(metrics.FORK_SERVER, state == forks.state, state=state)
+    page.add(metrics.FORK_SERVER_BYTES, forks.pss_bytes)
+    page.add(metrics.FORKS, forks.forked)
+    page.add(metrics.FORK_SERVER_CRASHES, forks.crashes)
+    for one in forks.standbys:
+        page.add(metrics.STANDBY_BYTES, one.pss_bytes, pool=one.pool)
+
+
+def _add_traffic(page: _Page, traffic: Mapping[str, Any]) -> None:
+    """The model cache's figures that are known."""
+    for figure, metric in metrics.CACHE_METRICS.items():
+        page.add(metric, traffic.get(figure))

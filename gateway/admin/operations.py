@@ -41,13 +41,13 @@ from gateway.admin.schema import (
     ScaleRequest,
     SleepAnswer,
     SleepRequest,
-    Status,
+    StatusAnswer,
     VerifyAnswer,
     VerifyRequest,
     WakeAnswer,
 )
 
-AnswerType = type[AdminAnswer] | type[Status] | type[ApiDocument]
+AnswerType = type[AdminAnswer] | type[StatusAnswer] | type[ApiDocument]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +137,7 @@ READYZ = Operation(
     answer=Readiness,
     errors=("not_ready",),
 )
-STATUS = _get("/status", "status", Status, "Workers, pools, replicas and last decisions.")
+STATUS = _get("/status", "status", StatusAnswer, "Workers, pools, replicas and last decisions.")
 EXPLAIN = Operation(
     name="explain",
     method="GET",

@@ -327,7 +327,7 @@ class AgentStatus(AdminAnswer):
     traffic: CacheTraffic
 
 
-class Status(RootModel[Annotated[GatewayStatus | AgentStatus, Field(discriminator="kind")]]):
+class StatusAnswer(RootModel[Annotated[GatewayStatus | AgentStatus, Field(discriminator="kind")]]):
     """What runs here: a gateway or a cache agent."""
 
 

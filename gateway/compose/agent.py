@@ -26,7 +26,7 @@ from gateway.admin.models import Models
 from gateway.admin.openapi import METRICS_TYPE
 from gateway.admin.schema import AdminError
 from gateway.admin.server import listen, make_url, serve_admin, url
-from gateway.admin.usage_poller import UsageLook
+from gateway.admin.usage_poller import UsagePoller
 from gateway.compose.cache import NodeCache, make_models, make_page_holder, open_cache
 from gateway.compose.process import check_writable, set_up_logging, take_signals
 from gateway.compose.run_record import (
@@ -122,7 +122,7 @@ def create_agent_app(
     allowed_hosts: tuple[str, ...] = (),
 ) -> Starlette:
     """The admin application of an agent; ``where`` tells the peer listener's URL once it serves."""
-    usage = UsageLook(models.cache.usage)
+    usage = UsagePoller(models.cache.usage)
 
     async def readyz() -> schema.Readiness:
         ready = where() is not None

@@ -7,6 +7,7 @@ import threading
 from types import SimpleNamespace
 from typing import Any, Self
 
+import httpx
 from starlette.types import ASGIApp
 
 from gateway.admin import schema
@@ -90,9 +91,12 @@ class ServedApp:
     def __enter__(self) -> Self:
         self._thread.start()
         assert self._ready.wait(30)
+        # Without TLS: loading certificates takes longer than most tests.
+        self.http = httpx.Client(base_url=self.url, timeout=60, trust_env=False, verify=False)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.http.close()
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(30)
 

@@ -86,7 +86,7 @@ def call(
 ) -> httpx.Response:
     async def run() -> httpx.Response:
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url=base) as client:
+        async with httpx.AsyncClient(transport=transport, base_url=base, trust_env=False) as client:
             return await client.request(method, path, **kwargs)
 
     return asyncio.run(run())
@@ -385,13 +385,13 @@ def test_a_preflight_is_granted_nothing(app: Starlette) -> None:
 def test_the_server_serves_and_stops(app: Starlette) -> None:
     before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     with ServedApp(app) as served:
-        answer = httpx.get(f"{served.url}/status", trust_env=False)
+        answer = served.http.get("/status")
         after = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     assert answer.status_code == 200
     assert "server" not in answer.headers
     assert after == before, "the control process owns the signals"
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{served.url}/healthz", trust_env=False)
+        httpx.get(f"{served.url}/healthz", trust_env=False, verify=False)
 
 
 def test_stopping_does_not_wait_for_ever_for_a_slow_answer() -> None:
@@ -409,7 +409,7 @@ def test_stopping_does_not_wait_for_ever_for_a_slow_answer() -> None:
         serving = asyncio.create_task(
             serve_admin(listener, Starlette(routes=[Route("/", slow)]), stop, shutdown_s=1)
         )
-        async with httpx.AsyncClient(trust_env=False) as client:
+        async with httpx.AsyncClient(trust_env=False, verify=False) as client:
             asking = asyncio.create_task(client.get(base, timeout=30))
             await asyncio.wait_for(begun.wait(), 30)
             began = loop.time()

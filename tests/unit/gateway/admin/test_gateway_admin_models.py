@@ -36,7 +36,7 @@ class Served(ServedAdmin):
     """A real admin listener over a model cache."""
 
     def post(self, verb: str, **body: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}/models/{verb}", json=body, timeout=60, trust_env=False)
+        return self.http.post(f"/models/{verb}", json=body)
 
     def lines(self, verb: str, **body: Any) -> list[dict[str, Any]]:
         answer = self.post(verb, **body)
@@ -58,8 +58,7 @@ def served(cache: FakeCache) -> Iterator[Served]:
 
 def test_preload_tells_its_progress_and_its_result(served: Served, cache: FakeCache) -> None:
     cache.go.clear()
-    url = f"{served.url}/models/preload"
-    with httpx.stream("POST", url, json={"model": URL}, timeout=60, trust_env=False) as answer:
+    with served.http.stream("POST", "/models/preload", json={"model": URL}) as answer:
         lines = (json.loads(line) for line in answer.iter_lines())
         progress = next(line["progress"] for line in lines if line["progress"]["bytes_done"])
         assert (progress["phase"], progress["bytes_total"]) == ("fetching", SIZE_BYTES)
@@ -81,8 +80,7 @@ def test_preload_tells_its_progress_and_its_result(served: Served, cache: FakeCa
 
 def test_a_client_that_leaves_calls_it_off(served: Served, cache: FakeCache) -> None:
     cache.go.clear()
-    url = f"{served.url}/models/preload"
-    with httpx.stream("POST", url, json={"model": URL}, timeout=60, trust_env=False) as answer:
+    with served.http.stream("POST", "/models/preload", json={"model": URL}) as answer:
         lines = answer.iter_lines()
         next(lines)
         assert cache.begun.wait(30)
@@ -125,7 +123,7 @@ def test_pin_unpin_evict_and_the_listing(served: Served, cache: FakeCache) -> No
     served.lines("preload", model=URL, revision="main", expected_use_at_s=12)
     assert cache.calls[-1] == ("preload", URL, "main", Priority.PRELOAD, 12.0)
     assert served.post("pin", model=URL).json()["pinned"] is True
-    listing = httpx.get(f"{served.url}/models", timeout=60, trust_env=False).json()
+    listing = served.http.get("/models").json()
     assert listing["dir"] == str(cache.dir)
     assert listing["usage"]["bytes_used"] == SIZE_BYTES
     (entry,) = listing["models"]
@@ -196,7 +194,7 @@ def test_a_pool_s_name_stands_for_its_model(cache: FakeCache) -> None:
     with Served(models=replace(fake_models(cache), pools=(pool,))) as served:
         assert served.lines("preload", model="chat")[-1]["result"]["model"] == URL
         assert served.post("pin", model="small").json()["model"] == URL
-        assert httpx.get(f"{served.url}/models", trust_env=False).json()["pools"] == [
+        assert served.http.get("/models").json()["pools"] == [
             "chat", "small",
         ]  # fmt: skip
 
@@ -218,8 +216,7 @@ def test_slow_verbs_at_once_have_a_bound(cache: FakeCache) -> None:
 
 def check_slow_verbs(served: Served, cache: FakeCache) -> None:
     cache.go.clear()
-    url = f"{served.url}/models/preload"
-    with httpx.stream("POST", url, json={"model": URL}, timeout=60, trust_env=False) as answer:
+    with served.http.stream("POST", "/models/preload", json={"model": URL}) as answer:
         lines = answer.iter_lines()
         next(lines)
         refused = served.post("verify", model=URL)
@@ -236,11 +233,10 @@ def check_slow_verbs(served: Served, cache: FakeCache) -> None:
 
 def test_a_page_of_another_site_cannot_preload(served: Served, cache: FakeCache) -> None:
     for headers in ({"origin": "https://evil.example"}, {"content-type": "text/plain"}):
-        answer = httpx.post(
-            f"{served.url}/models/preload",
+        answer = served.http.post(
+            "/models/preload",
             content=json.dumps({"model": URL}),
             headers=headers,
-            trust_env=False,
         )
         assert answer.status_code in (403, 415)
     assert cache.calls == []

@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 
-import pytest
-
-from gateway.admin import usage_poller
 from gateway.admin.metrics_page import render_cache
-from gateway.admin.usage_poller import FRESH_S, STALE_S, UsageLook
+from gateway.admin.usage_poller import FRESH_S, STALE_S, UsagePoller
 
 
 class Disk:
@@ -29,19 +26,19 @@ class Disk:
             raise self.error
         return self.looks
 
-    def look(self) -> UsageLook:
-        return UsageLook(self.usage, clock=lambda: self.now_s)
+    def poller(self, **options: float) -> UsagePoller:
+        return UsagePoller(self.usage, clock=lambda: self.now_s, **options)
 
 
 def test_a_figure_is_kept_for_a_while() -> None:
     async def story() -> None:
         disk = Disk()
-        look = disk.look()
-        assert await asyncio.gather(*(look.get() for _ in range(5))) == [1] * 5
+        poller = disk.poller()
+        assert await asyncio.gather(*(poller.get() for _ in range(5))) == [1] * 5
         disk.now_s = FRESH_S - 0.1
-        assert await look.get() == 1
+        assert await poller.get() == 1
         disk.now_s = FRESH_S
-        assert await look.get() == 2
+        assert await poller.get() == 2
         assert disk.looks == 2
 
     asyncio.run(story())
@@ -50,38 +47,35 @@ def test_a_figure_is_kept_for_a_while() -> None:
 def test_an_error_is_counted_and_what_was_known_is_told_until_it_is_stale() -> None:
     async def story() -> None:
         disk = Disk()
-        look = disk.look()
-        assert await look.get() == 1
+        poller = disk.poller()
+        assert await poller.get() == 1
         disk.error = OSError(5, "Input/output error")
         disk.now_s = FRESH_S
-        assert await look.get() == 1
-        assert look.failures == 1
+        assert await poller.get() == 1
+        assert poller.failures == 1
         disk.now_s = STALE_S
-        assert await look.get() is None
-        assert look.failures == 2
+        assert await poller.get() is None
+        assert poller.failures == 2
         disk.error = None
-        assert await look.get() == 4
+        assert await poller.get() == 4
 
     asyncio.run(story())
 
 
-def test_a_disk_that_hangs_takes_one_thread_and_nobodys_page(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(usage_poller, "WAIT_S", 0.05)
-
+def test_a_disk_that_hangs_takes_one_thread_and_no_page() -> None:
     async def story() -> None:
         disk = Disk()
         disk.gate.clear()
-        look = disk.look()
+        poller = disk.poller(wait_s=0.05)
         for _ in range(10):
-            assert await look.get() is None
+            assert await poller.get() is None
         assert disk.looks == 1
         assert await asyncio.to_thread(lambda: 7) == 7  # the loop's own threads are free
-        assert look.failures == 0
+        assert poller.failures == 0
         disk.gate.set()
-        monkeypatch.setattr(usage_poller, "WAIT_S", 30.0)
-        assert await look.get() == 1
+        while (seen := await poller.get()) is None:
+            pass
+        assert seen == 1
 
     asyncio.run(story())
 
