@@ -36,6 +36,7 @@ from autoscaler.types import (
     PoolReport,
     ScaleReason,
 )
+from loaders.engines.base import engine_of
 from loaders.engines.client import EngineClient
 from modelcache.types import Tier
 from router.types import Pool
@@ -46,7 +47,6 @@ MIN_TICK_S = 0.01
 """Shortest time between two ticks: wake signals that come faster are answered together."""
 CLOSE_POLL_S = 0.1
 SLEEP_POLL_S = 0.1
-SLEEP_LEVELS = (1, 2)
 GOING_TO_SLEEP = frozenset({State.DRAINING_TO_SLEEP, State.FALLING_ASLEEP})
 
 Publish = Callable[[tuple[Pool, ...]], None]
@@ -439,15 +439,17 @@ class ControlLoop:
         """Put a pool's ready replicas to sleep once they are idle; the next request wakes it.
 
         Returns when they sleep, or did already, or when one has gone back to work because a
-        request came. Raises ``KeyError`` for an unknown pool, ``ValueError`` for a level other
-        than 1 or 2 or a pool with none ready, ``Unsupported`` where the backend or the engine
-        cannot, ``BackendError`` where it failed.
+        request came. Raises ``KeyError`` for an unknown pool, ``ValueError`` for a level that its
+        engine does not have or a pool with none ready, ``Unsupported`` where the backend or the
+        engine cannot, ``BackendError`` where it failed.
         """
         record = self._find(pool)
-        if level not in SLEEP_LEVELS:
-            raise ValueError(f"level must be 1 or 2, not {level}")
         if not record.backend.owns_replicas:
             raise Unsupported(f"{pool} is static: its servers are externally managed")
+        levels = sorted(engine_of(record.pool.engine).capabilities.sleep_levels)
+        if level not in levels:
+            allowed = " or ".join(map(str, levels)) or "nothing: this engine does not sleep"
+            raise ValueError(f"level must be {allowed}, not {level}")
         ready = [one for one in record.replicas.values() if one.state is State.READY]
         if not ready and any(one.state is State.SLEEPING for one in record.replicas.values()):
             record.sleep_requested = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 from fake_fleet import FakeBackend, World, process_pool
@@ -199,11 +200,11 @@ def test_drain_by_an_operator_stops_one_replica() -> None:
     run_virtual(story())
 
 
-def static_pool(**fields: object) -> PoolSettings:
-    urls = ("http://127.0.0.1:1", "http://127.0.0.1:2")
-    return PoolSettings.model_validate(
-        {"name": "s", "backend": "static", "static": {"urls": urls}, **fields}
-    )
+def static_pool(
+    urls: Sequence[str] = ("http://127.0.0.1:1", "http://127.0.0.1:2"), **fields: object
+) -> PoolSettings:
+    given = {"name": "s", "backend": "static", "static": {"urls": tuple(urls)}, **fields}
+    return PoolSettings.model_validate(given)
 
 
 def test_static_servers_are_watched_never_stopped_and_keep_their_number() -> None:
