@@ -174,7 +174,7 @@ class Bound(StrEnum):
     NEVER_ZERO = "never_zero"
     STARTING = "starting"
     UNKNOWN_DEMAND = "unknown_demand"
-    NO_ROOM = "no_room"
+    NO_CAPACITY = "no_capacity"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

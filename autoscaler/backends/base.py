@@ -23,7 +23,7 @@ class Unsupported(BackendError):
     """This backend, or this engine, has no such ability. Asking again will not help."""
 
 
-class NoRoom(BackendError):
+class NoCapacity(BackendError):
     """There is no free GPU for another replica now; later there may be."""
 
 
@@ -87,7 +87,7 @@ class Backend(Protocol):
     async def start(self, spec: ReplicaSpec) -> None:
         """Begin to start a replica; returns when its process runs, long before it is ready.
 
-        Raises ``NoRoom`` when it cannot be started now, ``BackendError`` when it cannot at all.
+        Raises ``NoCapacity`` when it cannot be started now, ``BackendError`` when it cannot at all.
         Leaves nothing behind when it raises.
         """
         ...

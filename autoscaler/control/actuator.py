@@ -1,8 +1,8 @@
 """Applies the lifecycle table to replicas, and makes the calls to backends and engines it asks for.
 
 A transition happens in one synchronous step on the event loop; the calls run beside it, one at a
-time per replica, each bounded in time, and come back as events. Whatever a call raises ends
-here: it is recorded, and turned into the event that says the call failed.
+time per replica, each bounded in time, and come back as events. An error of a call ends here: it
+is recorded, and becomes the event that says the call failed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from autoscaler.backends.base import AdoptedReplica, BackendError, NoRoom, Probe, Unsupported
+from autoscaler.backends.base import AdoptedReplica, BackendError, NoCapacity, Probe, Unsupported
 from autoscaler.control.replicas import PoolRecord, ReplicaRecord
-from autoscaler.policy.lifecycle import PROBED_STATES, Action, Event, Refused, State, step
+from autoscaler.policy.lifecycle import PROBED_STATES, Action, Event, InvalidTransition, State, step
 from autoscaler.settings import AutoscalerSettings
 from loaders.engines.base import engine_of
 from loaders.engines.client import EngineClient, EngineUnsupported
@@ -27,27 +27,27 @@ Call = Callable[[PoolRecord, ReplicaRecord], Awaitable[None]]
 
 
 class ErrorCounts:
-    """Errors that were survived, counted by where they rose."""
+    """Errors that the loop survived, counted by where they were raised."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.last: str | None = None
-        self._said: dict[str, str] = {}
+        self._logged: dict[str, str] = {}
 
     def add(self, where: str, error: BaseException) -> str:
-        """Record an error; returns it in words. The log is told once of one that repeats."""
+        """Record an error and return its text. One that repeats is logged once as a warning."""
         text = str(error) or type(error).__name__
         self.counts[where] += 1
         self.last = f"{where}: {text}"
-        repeated = self._said.get(where) == text
-        self._said[where] = text
+        repeated = self._logged.get(where) == text
+        self._logged[where] = text
         LOG.log(logging.DEBUG if repeated else logging.WARNING, "%s: %s", where, text)
         return text
 
 
 class Actuator:
-    """Moves replicas through their lives. ``on_change`` is called after every transition,
-    ``on_progress`` when a preparation is a little further."""
+    """Takes replicas through their lifecycle. ``on_change`` is called after every transition,
+    ``on_progress`` when a preparation made progress."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Actuator:
         self._engine_client = engine_client
         self._errors = errors
         self._tasks: set[asyncio.Task[None]] = set()
-        self._looking: set[str] = set()
+        self._probing: set[str] = set()
 
     def apply(
         self, pool: PoolRecord, record: ReplicaRecord, event: Event, detail: str = ""
@@ -76,7 +76,7 @@ class Actuator:
         """Take a replica one step further; says whether the event changed anything."""
         try:
             found = step(record.state, event)
-        except Refused as error:
+        except InvalidTransition as error:
             self._errors.add("lifecycle", error)
             return False
         if found is None:
@@ -109,7 +109,7 @@ class Actuator:
                 record.begun_at_s = now_s
                 self._call(pool, record, self._prepare)
                 record.preparation = record.operation
-            case Action.CALL_OFF:
+            case Action.CANCEL:
                 if record.preparation is not None:
                     record.preparation.cancel()
                 self._call(pool, record, self._release)
@@ -220,16 +220,16 @@ class Actuator:
         try:
             async with asyncio.timeout(self.settings.call_timeout_s):
                 await record.backend.start(record.prepared or record.spec)
-        except NoRoom as error:
-            record.no_room = True
+        except NoCapacity as error:
+            record.no_capacity = True
             record.not_before_s = self._clock() + self.settings.backoff_initial_s
-            self.apply(pool, record, Event.NO_ROOM, str(error))
+            self.apply(pool, record, Event.NO_CAPACITY, str(error))
         except Exception as error:  # noqa: BLE001 -- whatever it is, the start has failed
             record.error = self._errors.add(f"start of {pool.pool.name}", error)
             self.apply(pool, record, Event.START_FAILED, record.error)
         else:
             record.launched = True
-            record.no_room = False
+            record.no_capacity = False
             record.error = None
             self.spawn(self._watch(pool, record), f"{record.id}-watch")
 
@@ -281,31 +281,31 @@ class Actuator:
             self.apply(pool, record, Event.WOKEN)
 
     async def _watch(self, pool: PoolRecord, record: ReplicaRecord) -> None:
-        """Look at a replica again and again, as long as there is something to see."""
+        """Probe a replica again and again, until it ends."""
         while record.state in PROBED_STATES:
-            self.take_probe(pool, record, await self._look(pool, record))
+            self._take_probe(pool, record, await self._probe(pool, record))
             starting = record.state is State.STARTING
             await self._sleep(
                 self.settings.start_poll_s if starting else self.settings.health_interval_s
             )
 
     def probe_now(self, pool: PoolRecord, record: ReplicaRecord) -> None:
-        """Probe a replica now, beside its health checks; at most one such look at a time."""
-        if record.state not in PROBED_STATES or record.id in self._looking:
+        """Probe a replica now, beside its health checks; at most one such probe at a time."""
+        if record.state not in PROBED_STATES or record.id in self._probing:
             return
-        self._looking.add(record.id)
+        self._probing.add(record.id)
 
         async def once() -> None:
             try:
-                probe = await self._look(pool, record)
+                probe = await self._probe(pool, record)
                 if record.state in PROBED_STATES:
-                    self.take_probe(pool, record, probe)
+                    self._take_probe(pool, record, probe)
             finally:
-                self._looking.discard(record.id)
+                self._probing.discard(record.id)
 
-        self.spawn(once(), f"look at {record.id}")
+        self.spawn(once(), f"probe of {record.id}")
 
-    async def _look(self, pool: PoolRecord, record: ReplicaRecord) -> Probe:
+    async def _probe(self, pool: PoolRecord, record: ReplicaRecord) -> Probe:
         # A probe may be two requests, each with its own time limit; this bounds a backend's bug.
         try:
             async with asyncio.timeout(3 * self.settings.health_timeout_s + 1.0):
@@ -314,8 +314,8 @@ class Actuator:
             self._errors.add(f"probe of {pool.pool.name}", error)
             return Probe()
 
-    def take_probe(self, pool: PoolRecord, record: ReplicaRecord, probe: Probe) -> None:
-        """Draw the consequences of a look at a replica. An unknown has none."""
+    def _take_probe(self, pool: PoolRecord, record: ReplicaRecord, probe: Probe) -> None:
+        """Apply what a probe showed. What is unknown has no consequence."""
         known = record.probe
         merged = replace(
             probe,
@@ -343,7 +343,7 @@ class Actuator:
                 self.apply(pool, record, Event.HEALTH_LOST, probe.detail)
 
     async def close(self) -> None:
-        """End all calls and watches that are still under way."""
+        """Cancel all calls and probes that are still under way."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()

@@ -324,8 +324,8 @@ class ControlLoop:
         pool.sleep_requested = decision.reason is ScaleReason.SLEEP_REQUESTED
         living = [one for one in pool.replicas.values() if one.state not in ENDED_STATES]
         outdated = [one for one in living if pool.is_outdated(one)]
-        no_room = any(one.no_room for one in living if one not in outdated)
-        return note_replacement(decision, len(outdated), no_room=no_room)
+        no_capacity = any(one.no_capacity for one in living if one not in outdated)
+        return note_replacement(decision, len(outdated), no_capacity=no_capacity)
 
     def _note_decision(self, pool: PoolRecord, decision: Decision) -> None:
         earlier = pool.decision

@@ -37,7 +37,7 @@ class ReplicaRecord:
     for sure, ``launched`` that the backend has taken it. ``operation`` is its newest call to the
     backend; calls follow one another. ``prepared`` is its spec with the model on this node,
     ``woken_from`` the tier its start or wake began from. ``digest`` is that of what it is started
-    with. ``no_room``: its start was put off because no GPU is free.
+    with. ``no_capacity``: its start was put off because no GPU is free.
     """
 
     id: str
@@ -54,7 +54,7 @@ class ReplicaRecord:
     begun_at_s: float | None = None
     ready_at_s: float | None = None
     drain_at_s: float | None = None
-    no_room: bool = False
+    no_capacity: bool = False
     recallable: bool = False
     sleep_level: int = 1
     sleep_error: BackendError | None = None
@@ -251,7 +251,7 @@ class PoolRecord:
                 state=record.state,
                 recallable=record.recallable,
                 outdated=self.is_outdated(record),
-                no_room=record.no_room,
+                no_capacity=record.no_capacity,
                 inflight_requests=(
                     loads[record.id].inflight_requests if record.id in loads else None
                 ),

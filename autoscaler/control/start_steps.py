@@ -35,9 +35,9 @@ def name_step(state: State, progress: Progress | None, probe_phase: str) -> str:
 
 
 def describe_step(step: str, progress: Progress | None, failures: int = 0) -> str:
-    """A step and how far it is, in our own words only: clients are told this while they wait.
+    """A step and how far it is, without text of the engine: waiting clients see this.
 
-    Bytes that are brought in beside the engine's start are told after what the engine is at.
+    Bytes that are read beside the engine's start come after the engine's own step.
     ``failures``: starts that failed in a row before this one.
     """
     if step == SCHEDULED and failures:
@@ -67,7 +67,7 @@ def describe_progress(progress: Progress) -> str:
 
 
 def scale(value: float) -> tuple[float, str]:
-    """The unit a number of bytes is best told in: its size in bytes, and its name."""
+    """The unit that fits a number of bytes: its size in bytes, and its name."""
     return next(((size, unit) for size, unit in UNITS if value >= size), (1.0, "B"))
 
 

@@ -1,4 +1,4 @@
-"""What happens to replicas only because time has passed: starts that are due, limits reached."""
+"""Raises the lifecycle events that come with time: starts that are due, time limits reached."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autoscaler.types import ReplicaLoad
 
 
 class Timers:
-    """The clockwork of the replicas' lives. ``drain_s`` is how long a drain may take."""
+    """Time limits and due starts of replicas. ``drain_s`` is how long a drain may take."""
 
     def __init__(self, settings: AutoscalerSettings, actuator: Actuator) -> None:
         self.drain_s = settings.drain_s
@@ -21,7 +21,7 @@ class Timers:
         self._actuator = actuator
 
     def advance(self, pool: PoolRecord, loads: Mapping[str, ReplicaLoad], now_s: float) -> None:
-        """Tell each replica of a pool which of its limits has been reached."""
+        """Apply the time limits that replicas of a pool have reached."""
         for record in list(pool.replicas.values()):
             # An externally managed server that is drained by hand stays so until it is taken back.
             leaving = pool.removed or pool.is_outdated(record)
@@ -51,7 +51,7 @@ class Timers:
             case State.DRAINING if in_state_s >= self.drain_s:
                 self._actuator.apply(pool, record, Event.DRAINED)
             case State.DRAINING_TO_SLEEP if in_state_s >= self.drain_s:
-                # Sleep can be called off, so nobody's answer is cut for it.
+                # Sleep can be cancelled, so no answer is cut for it.
                 text = f"{record.id} still has requests after {self.drain_s:g} s (drain_s)"
                 record.sleep_error = BackendError(text)
                 pool.sleep_requested = False
@@ -66,8 +66,8 @@ class Timers:
     def _is_drained(self, record: ReplicaRecord, load: ReplicaLoad | None, now_s: float) -> bool:
         """Whether a replica surely has no request left. Unknown is not none."""
         draining_s = 0.0 if record.drain_at_s is None else now_s - record.drain_at_s
-        settled = draining_s >= self.settings.drain_settle_s
-        return load is not None and load.inflight_requests == 0 and settled
+        known = load is not None and load.inflight_requests == 0
+        return known and draining_s >= self.settings.drain_settle_s
 
     def start_due(self, pool: PoolRecord, now_s: float) -> None:
         """Start what is due. While an engine keeps failing, one start at a time is enough."""

@@ -127,14 +127,14 @@ def decide_removed(
     return decision, state
 
 
-def note_replacement(decision: Decision, outdated: int, *, no_room: bool) -> Decision:
+def note_replacement(decision: Decision, outdated: int, *, no_capacity: bool) -> Decision:
     """The decision with a word on its outdated replicas, while there are any."""
     if not outdated:
         return decision
     detail = f"{decision.detail}; {outdated} with earlier start-up arguments to be replaced"
-    if no_room:
-        detail += ", one after the other: there is no room for a new one beside them"
-        return replace(decision, detail=detail, bound=Bound.NO_ROOM)
+    if no_capacity:
+        detail += ", one after the other: there is no capacity for a new one beside them"
+        return replace(decision, detail=detail, bound=Bound.NO_CAPACITY)
     return replace(decision, detail=detail)
 
 

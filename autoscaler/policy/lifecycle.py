@@ -8,8 +8,8 @@
     draining to sleep ─drained─▶ falling asleep ─slept─▶ sleeping ─wake─▶ waking ─woken─▶ ready
 
 Every pair of state and event is in the table, is ignored (a late result of something the replica
-has left behind), or is refused (no caller may ask this). There is no fourth case, and a test says
-so. The table does nothing: who applies it performs the actions.
+has left behind), or is an invalid transition. There is no fourth case, and a test says so. The
+table does nothing: the actuator, which applies it, performs the actions.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class State(StrEnum):
     """Where a replica is in its life."""
 
     SCHEDULED = "scheduled"
-    """Wanted, not started: waits for the end of a backoff, or for room."""
+    """Desired, not started: waits for the end of a backoff, or for a free GPU."""
     PREPARING = "preparing"
-    """Its model is brought near. Nothing runs yet, so it can be called off at no cost."""
+    """Its model is brought to this node. Nothing runs yet, so it can be cancelled at no cost."""
     STARTING = "starting"
     READY = "ready"
     UNHEALTHY = "unhealthy"
@@ -54,7 +54,7 @@ class Event(StrEnum):
     FOUND = "found"
     """It is externally managed, and has been registered."""
     START_FAILED = "start_failed"
-    NO_ROOM = "no_room"
+    NO_CAPACITY = "no_capacity"
     """It cannot be started now; no fault of the engine."""
     BECAME_READY = "became_ready"
     HEALTH_LOST = "health_lost"
@@ -79,11 +79,11 @@ class Event(StrEnum):
 
 
 class Action(StrEnum):
-    """What the one who applies the table has to do."""
+    """What the actuator does on a transition."""
 
     PREPARE = "prepare"
-    CALL_OFF = "call_off"
-    """End its preparation, if it is under way, and let go of what it held."""
+    CANCEL = "cancel"
+    """End its preparation, if it is under way, and release its model."""
     START = "start"
     STOP = "stop"
     STOP_LATER = "stop_later"
@@ -106,7 +106,7 @@ class Step:
     actions: tuple[Action, ...] = ()
 
 
-class Refused(Exception):
+class InvalidTransition(Exception):
     """This may not be asked of a replica in this state."""
 
     def __init__(self, state: State, event: Event) -> None:
@@ -116,25 +116,25 @@ class Refused(Exception):
 
 
 FAIL = Step(State.FAILED, (Action.STOP, Action.COUNT_FAILURE))
-GIVE_UP = Step(State.FAILED, (Action.CALL_OFF, Action.COUNT_FAILURE))
+GIVE_UP = Step(State.FAILED, (Action.CANCEL, Action.COUNT_FAILURE))
 STOP_NOW = Step(State.STOPPING, (Action.STOP,))
 
 TABLE: Mapping[State, Mapping[Event, Step]] = {
     State.SCHEDULED: {
         Event.DUE: Step(State.PREPARING, (Action.PREPARE,)),
         Event.FOUND: Step(State.UNHEALTHY, (Action.START,)),
-        Event.STOP: Step(State.STOPPED, (Action.CALL_OFF,)),
+        Event.STOP: Step(State.STOPPED, (Action.CANCEL,)),
     },
     State.PREPARING: {
         Event.PREPARED: Step(State.STARTING, (Action.START,)),
         Event.PREPARE_FAILED: GIVE_UP,
         Event.TIMED_OUT: GIVE_UP,
-        Event.STOP: Step(State.STOPPED, (Action.CALL_OFF,)),
+        Event.STOP: Step(State.STOPPED, (Action.CANCEL,)),
     },
     State.STARTING: {
         Event.BECAME_READY: Step(State.READY, (Action.MEASURE,)),
         Event.START_FAILED: FAIL,
-        Event.NO_ROOM: Step(State.SCHEDULED),
+        Event.NO_CAPACITY: Step(State.SCHEDULED),
         Event.EXITED: FAIL,
         Event.TIMED_OUT: FAIL,
         Event.STOP: STOP_NOW,
@@ -194,7 +194,7 @@ LATE_RESULTS = frozenset(
         Event.PREPARED,
         Event.PREPARE_FAILED,
         Event.START_FAILED,
-        Event.NO_ROOM,
+        Event.NO_CAPACITY,
         Event.BECAME_READY,
         Event.HEALTH_LOST,
         Event.EXITED,
@@ -237,7 +237,7 @@ PUBLIC: Mapping[State, ReplicaState] = {
     State.STOPPED: ReplicaState.STOPPED,
     State.FAILED: ReplicaState.FAILED,
 }
-"""What the rest of Tidegate is told of each state."""
+"""Each state as the rest of Tidegate sees it."""
 
 ENDED_STATES = frozenset({State.STOPPED, State.FAILED})
 PROBED_STATES = frozenset(
@@ -262,10 +262,11 @@ def is_ignored(state: State, event: Event) -> bool:
 
 
 def step(state: State, event: Event) -> Step | None:
-    """The next state and the actions; ``None`` if the event is ignored; else ``Refused``."""
+    """The next state and the actions; ``None`` if the event is ignored. Raises
+    ``InvalidTransition``."""
     found = TABLE[state].get(event)
     if found is not None:
         return found
     if is_ignored(state, event):
         return None
-    raise Refused(state, event)
+    raise InvalidTransition(state, event)

@@ -34,7 +34,7 @@ def assign_gpus(
     inventory: Sequence[GpuCapacity] | None,
     uses: Iterable[GpuUse],
 ) -> tuple[int, ...] | None:
-    """The indices of ``count`` GPUs for one replica; ``None`` when there is no room.
+    """The indices of ``count`` GPUs for one replica; ``None`` when too few are free.
 
     ``memory_bytes`` is what it takes of each; unset, it takes whole unused GPUs.
     ``allowed`` limits the choice (empty: all). An ``inventory`` of ``None`` is unknown, not
@@ -50,7 +50,7 @@ def assign_gpus(
     taken = list(uses)
     free: list[tuple[float, int]] = []
     for gpu in candidates:
-        left = room_left(gpu, memory_bytes, [use for use in taken if use.index == gpu.index])
+        left = capacity_left(gpu, memory_bytes, [use for use in taken if use.index == gpu.index])
         if left is not None:
             free.append((left, gpu.index))
     if len(free) < count:
@@ -58,8 +58,10 @@ def assign_gpus(
     return tuple(sorted(index for _, index in sorted(free)[:count]))
 
 
-def room_left(gpu: GpuCapacity, memory_bytes: int | None, uses: Sequence[GpuUse]) -> float | None:
-    """Bytes that would be left on a GPU; ``None`` if it has no room for the replica."""
+def capacity_left(
+    gpu: GpuCapacity, memory_bytes: int | None, uses: Sequence[GpuUse]
+) -> float | None:
+    """Bytes that would be left on a GPU; ``None`` if it is too full for the replica."""
     if not uses:
         if memory_bytes is None or gpu.memory_bytes is None:
             return float("inf") if memory_bytes is not None else 0.0

@@ -22,7 +22,7 @@ class ReplicaStatus:
 
     ``recallable``: it drains only because it was not needed, and may go on. ``inflight_requests``
     is ``None`` when unknown, which counts as the busiest. ``outdated``: it was started with other
-    arguments than the pool has now, so another is to take its place. ``no_room``: its start was
+    arguments than the pool has now, so another is to take its place. ``no_capacity``: its start was
     put off because no GPU is free.
     """
 
@@ -31,7 +31,7 @@ class ReplicaStatus:
     recallable: bool = False
     inflight_requests: int | None = None
     outdated: bool = False
-    no_room: bool = False
+    no_capacity: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,13 +114,13 @@ def replace_outdated(
 ) -> ScalePlan:
     """The plan with what becomes of the outdated replicas: a new one is ready before one goes.
 
-    Where a new one finds no room beside the others, one of them goes first, and the next only
+    Where a new one finds no capacity beside the others, one of them goes first, and the next only
     when its successor is ready.
     """
     serving = [one for one in outdated if one.state in SERVING]
     ready = sum(one.state is State.READY for one in current)
     surplus = max(0, len(serving) - max(0, desired - ready))
-    if not surplus and desired > 0 and waits_for_room(current, outdated):
+    if not surplus and desired > 0 and waits_for_capacity(current, outdated):
         surplus = 1
     events = [
         (one.id, Event.STOP)
@@ -136,11 +136,11 @@ def replace_outdated(
     return ScalePlan(events=(*plan.events, *events), starts=starts)
 
 
-def waits_for_room(current: Sequence[ReplicaStatus], outdated: Sequence[ReplicaStatus]) -> bool:
-    """Whether a new replica finds no room while nothing is on its way that would make some."""
+def waits_for_capacity(current: Sequence[ReplicaStatus], outdated: Sequence[ReplicaStatus]) -> bool:
+    """Whether a new replica finds no capacity, and none is about to become free."""
     busy = any(one.state in LOADING for one in current)
     leaving = any(one.state in ENDING_STATES - ENDED_STATES for one in outdated)
-    return any(one.no_room for one in current) and not busy and not leaving
+    return any(one.no_capacity for one in current) and not busy and not leaving
 
 
 def shrink(

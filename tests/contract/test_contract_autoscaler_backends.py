@@ -17,7 +17,7 @@ import tiny_engine
 from fake_fleet import FakeBackend
 from process_fixtures import SETTINGS, ask, tiny_backend, tiny_pool, wait_for_probe, wait_ready
 
-from autoscaler.backends.base import Backend, BackendError, NoRoom, ReplicaSpec
+from autoscaler.backends.base import Backend, BackendError, NoCapacity, ReplicaSpec
 from autoscaler.backends.static import StaticBackend
 from autoscaler.settings import PoolSettings, StaticPoolSettings
 
@@ -180,7 +180,7 @@ class TestFakeBackend(BackendContract):
         async def story() -> None:
             backend = FakeBackend(clock=time.monotonic, room=1)
             await backend.start(self.spec("r-1"))
-            with pytest.raises(NoRoom):
+            with pytest.raises(NoCapacity):
                 await backend.start(self.spec("r-2"))
 
         asyncio.run(story())

@@ -13,7 +13,7 @@ from autoscaler.backends.base import (
     AdoptedReplica,
     Backend,
     BackendError,
-    NoRoom,
+    NoCapacity,
     Probe,
     ReplicaSpec,
 )
@@ -71,7 +71,7 @@ class FakeBackend:
         if self.start_error is not None:
             raise self.start_error
         if len(self.living()) >= self.room:
-            raise NoRoom("all is taken")
+            raise NoCapacity("all is taken")
         if spec.id in self.engines:
             raise BackendError(f"{spec.id} has been started already")
         self.started.append(spec.id)

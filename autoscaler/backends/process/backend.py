@@ -120,8 +120,8 @@ class ProcessBackend:
         self._ending: asyncio.Task[None] | None = None
 
     async def start(self, spec: ReplicaSpec) -> None:
-        """Launch a replica's process, or wake the pool's standby. Raises ``NoRoom`` without a free
-        GPU, ``BackendError`` when it cannot be launched."""
+        """Launch a replica's process, or wake the pool's standby. Raises ``NoCapacity`` without a
+        free GPU, ``BackendError`` when it cannot be launched."""
         if spec.id in self._children:
             raise BackendError(f"{spec.id} has been started already")
         self._registry.claim()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Collection, Sequence
 
-from autoscaler.backends.base import BackendError, NoRoom, ReplicaSpec
+from autoscaler.backends.base import BackendError, NoCapacity, ReplicaSpec
 from autoscaler.backends.process.replica import ReplicaProcess
 from autoscaler.policy.placement import GpuCapacity, GpuUse, assign_cpus, assign_gpus
 
@@ -20,7 +20,7 @@ def place(
     inventory: Sequence[GpuCapacity] | None,
     cpus: Sequence[int],
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """GPUs and cores for a replica beside those there are. Raises ``NoRoom`` without a GPU.
+    """GPUs and cores for a replica beside those there are. Raises ``NoCapacity`` without a GPU.
 
     ``inventory`` is ``None`` where the GPUs are not known.
     """
@@ -39,7 +39,9 @@ def place(
     if gpus is None:
         which = f"of {list(wanted.gpus)} " if wanted.gpus else ""
         known = "" if inventory is not None else " (which GPUs there are is not known)"
-        raise NoRoom(f"{wanted.gpus_per_replica} GPU {which}needed, not so many are free{known}")
+        raise NoCapacity(
+            f"{wanted.gpus_per_replica} GPU {which}needed, not so many are free{known}"
+        )
     cores = assign_cpus(
         count=wanted.cpus_per_replica,
         available=cpus,

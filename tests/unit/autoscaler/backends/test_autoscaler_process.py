@@ -27,7 +27,7 @@ from process_fixtures import (
 
 from autoscaler.backends.base import (
     BackendError,
-    NoRoom,
+    NoCapacity,
     ReplicaSpec,
     StateInUse,
     StillRunning,
@@ -410,7 +410,7 @@ def test_what_an_engine_is_given(tmp_path: Path) -> None:
         assert (env["OWN"], env["TINY"], env["KEPT"]) == ("1", "mine", "yes")
         assert "TIDEGATE__SECRET" not in env
         assert facts["pid"] == probe.pid
-        with pytest.raises(NoRoom, match="2 GPU of"):
+        with pytest.raises(NoCapacity, match="2 GPU of"):
             await backend.start(spec(replica_id="r-2", **pool))
         await backend.stop("r-1", grace_s=5.0)
         await backend.start(spec(replica_id="r-2", **pool))

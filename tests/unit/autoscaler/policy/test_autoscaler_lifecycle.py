@@ -15,7 +15,7 @@ from autoscaler.policy.lifecycle import (
     TABLE,
     Action,
     Event,
-    Refused,
+    InvalidTransition,
     State,
     is_ignored,
     step,
@@ -56,7 +56,7 @@ def test_every_pair_is_defined_ignored_or_refused(state: State, event: Event) ->
     ]
     assert kinds.count(True) == 1, f"{state} {event}: {kinds}"
     if event.value in REFUSED[state]:
-        with pytest.raises(Refused, match=f"{state} cannot take the event {event}"):
+        with pytest.raises(InvalidTransition, match=f"{state} cannot take the event {event}"):
             step(state, event)
     elif is_ignored(state, event):
         assert step(state, event) is None
@@ -93,12 +93,12 @@ def test_what_is_prepared_can_be_called_off_and_is_let_go_of() -> None:
         found = step(State.PREPARING, event)
         assert found is not None
         assert found.state in ENDED_STATES
-        assert Action.CALL_OFF in found.actions
+        assert Action.CANCEL in found.actions
         assert Action.STOP not in found.actions, "nothing runs yet"
     # After a start without room it waits again, still holding what was prepared.
     waits = step(State.SCHEDULED, Event.STOP)
     assert waits is not None
-    assert waits.actions == (Action.CALL_OFF,)
+    assert waits.actions == (Action.CANCEL,)
 
 
 @given(st.lists(st.sampled_from(Event), max_size=40))
@@ -108,12 +108,12 @@ def test_any_path_starts_once_and_stops_what_it_started(events: list[Event]) -> 
         before = state
         try:
             found = step(state, event)
-        except Refused:
+        except InvalidTransition:
             continue
         if found is None:
             continue
         state = found.state
-        if event is Event.NO_ROOM:
+        if event is Event.NO_CAPACITY:
             started -= 1
         started += Action.START in found.actions
         stopped = stopped or Action.STOP in found.actions

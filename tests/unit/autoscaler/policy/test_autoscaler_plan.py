@@ -94,7 +94,7 @@ def old(*states: State, busy: int | None = None) -> list[ReplicaStatus]:
     ]
 
 
-NO_ROOM = [ReplicaStatus(id="a", state=S.SCHEDULED, no_room=True)]
+NO_CAPACITY = [ReplicaStatus(id="a", state=S.SCHEDULED, no_capacity=True)]
 
 REPLACEMENTS = [
     ("a new one is started beside it", 1, 1, old(S.READY), ScalePlan(starts=1)),
@@ -143,15 +143,15 @@ REPLACEMENTS = [
         "without room one goes first",
         2,
         2,
-        old(S.READY, S.READY) + NO_ROOM,
+        old(S.READY, S.READY) + NO_CAPACITY,
         ScalePlan(events=(("y", Event.STOP),), starts=0),
     ),
-    ("and no other until it is gone", 2, 2, old(S.READY, S.STOPPING) + NO_ROOM, ScalePlan()),
+    ("and no other until it is gone", 2, 2, old(S.READY, S.STOPPING) + NO_CAPACITY, ScalePlan()),
     (
         "nor until its successor is ready",
         2,
         2,
-        old(S.READY) + some(S.STARTING) + NO_ROOM,
+        old(S.READY) + some(S.STARTING) + NO_CAPACITY,
         ScalePlan(),
     ),
 ]
