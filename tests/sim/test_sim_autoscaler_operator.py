@@ -229,7 +229,7 @@ def test_static_servers_are_watched_never_stopped_and_keep_their_number() -> Non
             assert decision is not None
             assert (decision.desired, decision.reason) == (2, ScaleReason.STATIC)
         urls = ["http://127.0.0.1:1"]
-        async with World([static_pool(urls=urls)], QUICK, backend) as world:
+        async with World([static_pool(static={"urls": urls})], QUICK, backend) as world:
             await asyncio.sleep(1.0)
             decision = world.loop.status().pools[0].last_decision
             assert decision is not None
