@@ -5,6 +5,7 @@
   python -m bench load        the same, with options
   python -m bench datapath    CPU per request and per chunk, latency, memory: Tidegate beside nginx,
                               sglang-router and vllm-router, the router alone on one core
+  python -m bench pick        what one pick of the router costs, by replicas and scorers; seconds
   python -m bench coldhold    200 requests held at zero replicas while the engine starts
   python -m bench loading     safetensors to memory, beside the libraries and the loaders of others
   python -m bench coldstart   a request at zero to its first token, from each tier of warmth
@@ -68,6 +69,12 @@ def _datapath(arguments: argparse.Namespace) -> int:
     print(f"wrote {', '.join(str(path) for path in paths)}")
     missed = any(v["passed"] is False for v in made["verdicts"])
     return 1 if missed or results.missing else 0
+
+
+def _pick(arguments: argparse.Namespace) -> int:
+    from bench import pick
+
+    return pick.run(arguments.json)
 
 
 def _load(arguments: argparse.Namespace) -> int:
@@ -304,6 +311,14 @@ def _parser() -> argparse.ArgumentParser:
         help="instead of comparing: where one contender's time goes (needs py-spy or perf)",
     )  # fmt: skip
     path.set_defaults(run=_datapath)
+    picks = commands.add_parser(
+        "pick",
+        help="what one pick of the router costs, by replicas and scorers",
+        description="One and two scorers over 4, 32 and 128 replicas, compiled where the compiled "
+        "modules were built. A few seconds. Exit code 1 when a bar is missed.",
+    )  # fmt: skip
+    picks.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
+    picks.set_defaults(run=_pick)
     _add_load(commands.add_parser(
         "load",
         help="Locust, streaming chat, on the simulated engine",

@@ -7,7 +7,7 @@ lock and no update can be lost. The others' rows are read in bulk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 # A mutable sequence of integers: a list, or a memoryview, which is one to the code but not to the
@@ -16,7 +16,7 @@ Row = Any
 
 
 class LedgerError(Exception):
-    """The ledger's books do not balance: a bug in the data path, never a user's mistake."""
+    """The ledger's counts do not agree: a bug in the data path, never a user's mistake."""
 
 
 class Ledger:
@@ -42,7 +42,7 @@ class Ledger:
         self,
         requests_row: Row,
         tokens_row: Row,
-        others: Callable[[], tuple[Sequence[int], Sequence[int]]] | None = None,
+        others: Callable[[], tuple[list[int], list[int]]] | None = None,
     ) -> None:
         self._requests_row = requests_row
         self._tokens_row = tokens_row
@@ -50,8 +50,8 @@ class Ledger:
         self.shared = others is not None
         self.requests: list[int] = list(requests_row)
         self.tokens: list[int] = list(tokens_row)
-        self.other_requests: Sequence[int] = [0] * len(self.requests)
-        self.other_tokens: Sequence[int] = [0] * len(self.tokens)
+        self.other_requests: list[int] = [0] * len(self.requests)
+        self.other_tokens: list[int] = [0] * len(self.tokens)
         self.refresh()
 
     def refresh(self) -> None:

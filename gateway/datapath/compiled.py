@@ -37,12 +37,13 @@ MODULES = (
     "gateway.datapath.pool",
     "gateway.datapath.protocol.sse",
     "gateway.datapath.upstream",
+    "router.endpoint",
     "router.filters",
     "router.ledger",
     "router.pick",
+    "router.request",
     "router.scorers",
     "router.tokens",
-    "router.view",
 )
 """What a request passes through, apart from msgspec's structs, which are C already."""
 

@@ -31,7 +31,7 @@ from gateway.datapath.pool import (
     PoolDirectory,
     PooledRequest,
     PoolRuntime,
-    Target,
+    UpstreamEndpoint,
 )
 from gateway.datapath.protocol import sse
 from gateway.datapath.protocol.chunks import ChunkDecoder
@@ -39,10 +39,10 @@ from gateway.datapath.protocol.errors import ApiError, Reason, render
 from gateway.datapath.protocol.http1 import RequestHead, ResponseHead
 from gateway.datapath.protocol.openai import peek_model, quote_model, read_head, rewrite_model
 from gateway.datapath.upstream import Upstream, UpstreamConnection
+from router.request import RoutingRequest
 
 _LARGE_BODY_BYTES: Final = 32768
 _SMALL_PART_BYTES: Final = 4096
-_NO_REPLICAS: Final[frozenset[str]] = frozenset()
 _QUEUE_WAIT_ZERO: Final = metrics.HISTOGRAM_OFFSETS[metrics.QUEUE_WAIT]
 
 # How an answer's body travels to the client: as it is, as chunks of our own (our head was sent
@@ -114,7 +114,7 @@ class Exchange(PooledRequest):
     output_bound: int | None = None
     attempts: int = 0
     pool: PoolRuntime | None = None
-    target: Target | None = None
+    endpoint: UpstreamEndpoint | None = None
     upstream: UpstreamConnection | None = None
     _peeked: bool = False
     _resendable: bool = True
@@ -135,9 +135,7 @@ class Exchange(PooledRequest):
         self.last_s = now
         self.comment_s = now
         self.state = GATHER
-        self.tokens = self.prompt_tokens = 0
         self.model = ""
-        self.exclude = _NO_REPLICAS
         self.parts = []
 
     # The request's body, from the client
@@ -216,7 +214,8 @@ class Exchange(PooledRequest):
 
     def _route(self, body_bytes: int) -> None:
         self.pool = pool = self.client.pools.find(self.model)
-        self.prompt_tokens, self.tokens = pool.estimator.estimate(body_bytes, self.output_bound)
+        prompt_tokens, tokens = pool.estimator.estimate(body_bytes, self.output_bound)
+        self.routing = RoutingRequest(prompt_tokens, tokens)
         counters = pool.counters
         counters.integers[metrics.ARRIVALS] += 1
         counters.dirty = True
@@ -224,45 +223,49 @@ class Exchange(PooledRequest):
 
     # To a replica
 
-    def send(self, target: Target) -> None:
+    def send(self, endpoint: UpstreamEndpoint) -> None:
         """The router chose: reserve there and send, over a kept connection or a new one."""
         pool = self.pool
         assert pool is not None
-        self.target = target
+        self.endpoint = endpoint
         self.attempts += 1
-        integers, tokens = pool.counters.integers, self.tokens
+        integers, tokens = pool.counters.integers, self.routing.tokens
         integers[metrics.INFLIGHT_REQUESTS] += 1
         integers[metrics.INFLIGHT_TOKENS] += tokens
-        self.client.context.ledger.reserve(target.view.slot, tokens)
-        connection = target.upstream.acquire()
+        self.client.context.ledger.reserve(endpoint.slot, tokens)
+        connection = endpoint.upstream.acquire()
         if connection is None:
             self.state = CONNECT
             if not self.whole:
                 self.client.pause()
-            target.upstream.connect(self)
+            endpoint.upstream.connect(self)
         else:
-            self._write_request(target, connection)
+            self._write_request(endpoint, connection)
 
     def connected(self, upstream: Upstream, connection: UpstreamConnection) -> bool:
         """A connection opened for this exchange is there. False: it is not wanted any more."""
-        target = self.target
-        if self.state != CONNECT or target is None or target.upstream is not upstream:
+        endpoint = self.endpoint
+        if self.state != CONNECT or endpoint is None or endpoint.upstream is not upstream:
             return False
         connection.reused = False
         if not self.whole:
             self.client.resume()
-        self._write_request(target, connection)
+        self._write_request(endpoint, connection)
         return True
 
     def connect_failed(self, upstream: Upstream, why: str) -> None:
         """No connection could be opened."""
-        if self.state == CONNECT and self.target is not None and self.target.upstream is upstream:
+        if (
+            self.state == CONNECT
+            and self.endpoint is not None
+            and self.endpoint.upstream is upstream
+        ):
             # Nothing was sent, so it does not count as an attempt: the request goes elsewhere or
             # waits, within the deadline of those that are held.
             self.attempts -= 1
             self._attempt_failed(f"no connection: {why}", stale=False)
 
-    def _write_request(self, target: Target, connection: UpstreamConnection) -> None:
+    def _write_request(self, endpoint: UpstreamEndpoint, connection: UpstreamConnection) -> None:
         pool = self.pool
         assert pool is not None
         self.upstream = connection
@@ -279,10 +282,10 @@ class Exchange(PooledRequest):
             counters.observe(metrics.QUEUE_WAIT, now - self.started_s)
         parts = self.parts
         body = parts[0] if len(parts) == 1 else self._join()
-        served = target.served
+        served = endpoint.served_model
         if served is not None and served != self.model:
             body = self._renamed(body, served)
-        upstream = target.upstream
+        upstream = endpoint.upstream
         head = self.head
         kept = head.kept
         if upstream.overrides:
@@ -421,12 +424,10 @@ class Exchange(PooledRequest):
             pool.counters.observe(metrics.ITL, now - self.last_s)
         else:
             pool.counters.observe(metrics.TTFT, now - self.started_s)
-            target = self.target
-            if target is not None:
-                target.failures = 0
-                view = target.view
-                if view.window < view.max_inflight_requests:
-                    view.answered()
+            endpoint = self.endpoint
+            if endpoint is not None:
+                endpoint.failures = 0
+                endpoint.answered()
         self.last_s = now
         self._blocks += 1
         last = self._last_block
@@ -497,8 +498,8 @@ class Exchange(PooledRequest):
         client, pool, answer = self.client, self.pool, self._answer
         if pool is not None:
             pool.counters.integers[metrics.ENGINE_ERROR] += 1
-            if self.target is not None:
-                pool.failing(self.target, suspect=False)
+            if self.endpoint is not None:
+                pool.failing(self.endpoint, suspect=False)
         client.context.count_rejection(Reason.REPLICA_CUT)
         if answer is not None and answer.is_stream and self._at_chunk_boundary(answer):
             error = ApiError(
@@ -564,18 +565,18 @@ class Exchange(PooledRequest):
             self.cut(why)
 
     def _attempt_failed(self, why: str, *, stale: bool) -> None:
-        pool, target = self.pool, self.target
+        pool, endpoint = self.pool, self.endpoint
         assert pool is not None
-        assert target is not None
+        assert endpoint is not None
         self._unreserve()
         if stale:
             # Not the replica's failure, and not an attempt: it never read the request. Connections
             # that were idle for longer are as dead, so the next attempt opens a new one.
             self.attempts -= 1
-            target.upstream.drop_idle()
+            endpoint.upstream.drop_idle()
         else:
-            pool.failing(target, suspect=True)
-            self.exclude = self.exclude | {target.view.replica.id}
+            pool.failing(endpoint, suspect=True)
+            self.routing.exclude = self.routing.exclude | {endpoint.id}
         if not self.whole:
             self.client.resume()  # reading may be paused for the connection that is gone
         if self._resendable and self.attempts <= self.client.context.gateway.max_retries:
@@ -637,13 +638,14 @@ class Exchange(PooledRequest):
     # Ends
 
     def _unreserve(self) -> None:
-        target, pool, tokens = self.target, self.pool, self.tokens
-        if target is not None and pool is not None:
-            self.target = None
+        endpoint, pool = self.endpoint, self.pool
+        if endpoint is not None and pool is not None:
+            tokens = self.routing.tokens
+            self.endpoint = None
             integers = pool.counters.integers
             integers[metrics.INFLIGHT_REQUESTS] -= 1
             integers[metrics.INFLIGHT_TOKENS] -= tokens
-            self.client.context.ledger.settle(target.view.slot, tokens)
+            self.client.context.ledger.settle(endpoint.slot, tokens)
 
     def release_parts(self) -> None:
         """Forget the request's body."""

@@ -18,10 +18,11 @@ from gateway.datapath.metrics import PoolCounters
 from gateway.datapath.protocol.errors import ApiError, Reason
 from gateway.datapath.protocol.http1 import RequestHead
 from gateway.datapath.upstream import Upstream, UpstreamRequest
+from router.endpoint import Endpoint
 from router.pick import pick
+from router.request import RoutingRequest
 from router.tokens import TokenEstimator
 from router.types import Fleet, Pool, Replica, ReplicaState
-from router.view import ReplicaView
 
 # The states of a request, in the order in which it passes them; ``exchange`` draws them.
 GATHER: Final = 0
@@ -40,22 +41,20 @@ _UNKNOWN_WAKE_S: Final = 30.0
 
 class PooledRequest(UpstreamRequest):
     """A request as its pool dispatches and holds it. Times are the event loop's clock, in seconds;
-    ``tokens`` and ``prompt_tokens`` are estimates, ``body_bytes`` what was received so far."""
+    ``routing`` is there once its pool is known, ``body_bytes`` is what was received so far."""
 
     head: RequestHead
     state: int
     model: str
     stream: bool = False
     body_bytes: int = 0
-    tokens: int
-    prompt_tokens: int
-    exclude: frozenset[str]
+    routing: RoutingRequest
     held_s: float | None = None
     held_bytes: int = 0
     comment_s: float
 
     @abstractmethod
-    def send(self, target: Target) -> None:
+    def send(self, endpoint: UpstreamEndpoint) -> None:
         """Send it to the replica that was picked."""
 
     @abstractmethod
@@ -67,17 +66,38 @@ class PooledRequest(UpstreamRequest):
         """Write a keep-alive comment into its held stream."""
 
 
-class Target:
-    """A published replica with this worker's connections to it."""
+class UpstreamEndpoint(Endpoint):
+    """An endpoint with this worker's connections to it. ``failures`` counts connections that
+    failed in a row, ``suspect_until_s`` is until when it is given nothing because of them."""
 
-    __slots__ = ("failures", "served", "suspect_until_s", "upstream", "view")
-
-    def __init__(self, view: ReplicaView, upstream: Upstream) -> None:
-        self.view = view
-        self.upstream = upstream
-        self.served = view.replica.served_model
+    def __init__(self, context: WorkerContext, replica: Replica) -> None:
+        limits = context.router
+        super().__init__(
+            replica,
+            initial_window=context.gateway.holding.release_initial,
+            max_inflight_requests=limits.max_inflight_requests,
+            max_inflight_tokens=limits.max_inflight_tokens,
+        )
+        self.upstream = Upstream(context, replica.url, replica.headers)
+        self.served_model: str | None = replica.served_model
         self.failures = 0
-        self.suspect_until_s = 0.0
+        self.suspect_until_s: float = 0.0
+
+    def publish(self, context: WorkerContext, replica: Replica) -> None:
+        """The replica was published again, or the settings changed."""
+        limits = context.router
+        self.update(
+            replica,
+            initial_window=context.gateway.holding.release_initial,
+            max_inflight_requests=limits.max_inflight_requests,
+            max_inflight_tokens=limits.max_inflight_tokens,
+        )
+        self.served_model = replica.served_model
+
+    def is_at(self, replica: Replica) -> bool:
+        """Whether the replica still has this address, headers and slot."""
+        old = self.replica
+        return (old.url, old.headers, old.slot) == (replica.url, replica.headers, replica.slot)
 
 
 class PoolRuntime:
@@ -88,8 +108,8 @@ class PoolRuntime:
         self.pool = pool
         self.counters = PoolCounters(*context.shared.pool_rows(context.index, pool.slot))
         self.estimator = self._new_estimator()
-        self.targets: dict[str, Target] = {}
-        self.ready: list[ReplicaView] = []
+        self.endpoints: dict[str, UpstreamEndpoint] = {}
+        self.ready: list[Endpoint] = []
         self.queue: deque[PooledRequest] = deque()
         self._closed = False
         self._releasing = False
@@ -105,8 +125,8 @@ class PoolRuntime:
     def configure(self) -> None:
         """The worker's settings have changed. What was learned of tokens is learned again."""
         self.estimator = self._new_estimator()
-        for target in self.targets.values():
-            target.view = self._renewed(target.view, target.view.replica)
+        for endpoint in self.endpoints.values():
+            endpoint.publish(self.context, endpoint.replica)
         self._renew_ready()
         self.release()
 
@@ -115,62 +135,41 @@ class PoolRuntime:
     def apply(self, pool: Pool) -> None:
         """A new picture of the pool: keep the connections of replicas that stay."""
         self.pool = pool
-        old = self.targets
-        self.targets = {}
+        old = self.endpoints
+        self.endpoints = {}
         for replica in pool.replicas:
-            target = old.get(replica.id)
-            if target is not None and self._same_endpoint(target, replica):
+            endpoint = old.get(replica.id)
+            if endpoint is not None and endpoint.is_at(replica):
                 del old[replica.id]
-                target.view = self._renewed(target.view, replica)
-                target.served = replica.served_model
-                target.suspect_until_s = 0.0
+                endpoint.publish(self.context, replica)
+                endpoint.suspect_until_s = 0.0
             else:
-                view = self._new_view(replica)
-                target = Target(view, Upstream(self.context, replica.url, replica.headers))
-            self.targets[replica.id] = target
+                endpoint = UpstreamEndpoint(self.context, replica)
+            self.endpoints[replica.id] = endpoint
         for gone in old.values():
             gone.upstream.close()
         self._renew_ready()
         self.release()
 
-    @staticmethod
-    def _same_endpoint(target: Target, replica: Replica) -> bool:
-        old = target.view.replica
-        return (old.url, old.headers, old.slot) == (replica.url, replica.headers, replica.slot)
-
-    def _renewed(self, view: ReplicaView, replica: Replica) -> ReplicaView:
-        renewed = self._new_view(replica)
-        if view.replica.state is ReplicaState.READY and replica.state is ReplicaState.READY:
-            renewed.window = min(view.window, renewed.max_inflight_requests)
-        return renewed
-
-    def _new_view(self, replica: Replica) -> ReplicaView:
-        router = self.context.router
-        return ReplicaView(
-            replica,
-            initial_window=self.context.gateway.holding.release_initial,
-            max_inflight_requests=router.max_inflight_requests,
-            max_inflight_tokens=router.max_inflight_tokens,
-        )
-
     def _renew_ready(self) -> None:
         now = self.context.now()
         self.ready = [
-            target.view
-            for target in self.targets.values()
-            if target.view.replica.state is ReplicaState.READY and target.suspect_until_s <= now
+            endpoint
+            for endpoint in self.endpoints.values()
+            if endpoint.replica.state is ReplicaState.READY and endpoint.suspect_until_s <= now
         ]
 
-    def failing(self, target: Target, *, suspect: bool) -> None:
+    def failing(self, endpoint: UpstreamEndpoint, *, suspect: bool) -> None:
         """A replica failed a request. Suspect: give it nothing for a moment."""
-        target.view.failed(self.context.gateway.holding.release_initial)
+        context = self.context
+        endpoint.failed(context.gateway.holding.release_initial)
         if suspect:
-            pause_s = min(_SUSPECT_S * 2**target.failures, _SUSPECT_MAX_S)
+            pause_s = min(_SUSPECT_S * 2**endpoint.failures, _SUSPECT_MAX_S)
             if pause_s < _SUSPECT_MAX_S:
-                target.failures += 1
-            target.suspect_until_s = self.context.now() + pause_s
+                endpoint.failures += 1
+            endpoint.suspect_until_s = context.now() + pause_s
             self._renew_ready()
-        self.context.report_failure(target.view.replica.id)
+        context.report_failure(endpoint.id)
 
     # A request's side
 
@@ -179,19 +178,20 @@ class PoolRuntime:
         if self._closed:
             raise unknown_model(request.model)
         if not self.queue:
-            target = self._pick(request)
-            if target is not None:
-                request.send(target)
+            endpoint = self._pick(request)
+            if endpoint is not None:
+                request.send(endpoint)
                 return
         self._hold(request)
 
-    def _pick(self, request: PooledRequest) -> Target | None:
+    def _pick(self, request: PooledRequest) -> UpstreamEndpoint | None:
         context = self.context
         ledger = context.ledger
         if ledger.shared:
             context.refresh_ledger()
-        view = pick(self.ready, request, ledger, context.random)
-        return None if view is None else self.targets[view.replica.id]
+        picked = pick(self.ready, request.routing, ledger, context.random)
+        assert picked is None or isinstance(picked, UpstreamEndpoint)
+        return picked
 
     # Holding
 
@@ -216,7 +216,7 @@ class PoolRuntime:
                 f"already wait for it ({held}).",
                 retry_after_s=self.retry_after_s(),
             )
-        request.exclude = frozenset()
+        request.routing.clear_exclude()
         request.state = HELD
         now = context.now()
         if request.held_s is None:
@@ -234,7 +234,7 @@ class PoolRuntime:
     def _count_held(self, request: PooledRequest, sign: int) -> None:
         integers = self.counters.integers
         integers[metrics.QUEUED_REQUESTS] += sign
-        integers[metrics.QUEUED_TOKENS] += sign * request.tokens
+        integers[metrics.QUEUED_TOKENS] += sign * request.routing.tokens
         integers[metrics.QUEUED_BYTES] += sign * request.held_bytes
 
     @staticmethod
@@ -267,8 +267,8 @@ class PoolRuntime:
         try:
             while self.queue and self.ready:
                 request = self.queue[0]
-                target = self._pick(request)
-                if target is None:
+                endpoint = self._pick(request)
+                if endpoint is None:
                     break
                 self.queue.popleft()
                 self._count_held(request, -1)
@@ -277,7 +277,7 @@ class PoolRuntime:
                     self.counters.observe(metrics.HELD_TIME, waited_s)
                 request.state = GATHER
                 self.counters.dirty = True
-                request.send(target)
+                request.send(endpoint)
         finally:
             self._releasing = False
 
@@ -285,10 +285,10 @@ class PoolRuntime:
         """Deadlines, keep-alive comments, suspects that may be tried again, other workers' room."""
         if self.counters.dirty:
             self.counters.flush()
-        if any(target.suspect_until_s for target in self.targets.values()):
-            for target in self.targets.values():
-                if target.suspect_until_s and target.suspect_until_s <= now:
-                    target.suspect_until_s = 0.0
+        if any(endpoint.suspect_until_s for endpoint in self.endpoints.values()):
+            for endpoint in self.endpoints.values():
+                if endpoint.suspect_until_s and endpoint.suspect_until_s <= now:
+                    endpoint.suspect_until_s = 0.0
             self._renew_ready()
         if not self.queue:
             return
@@ -317,7 +317,7 @@ class PoolRuntime:
     def _progress(self, request: PooledRequest, now: float) -> str:
         phase = self.pool.phase
         if not phase:
-            states = sorted({target.view.replica.state.value for target in self.targets.values()})
+            states = sorted({endpoint.replica.state.value for endpoint in self.endpoints.values()})
             phase = ", ".join(states) or "at zero"
         eta = self.pool.wake_eta_s
         return (
@@ -338,13 +338,13 @@ class PoolRuntime:
         self._closed = True
         for request in list(self.queue):
             request.reject(unknown_model(request.model))
-        for target in self.targets.values():
-            target.upstream.close()
+        for endpoint in self.endpoints.values():
+            endpoint.upstream.close()
         self.context.shared.clear_pool(self.context.index, self.pool.slot)
 
     def __repr__(self) -> str:
         return (
-            f"<pool {self.pool.name} ready={len(self.ready)}/{len(self.targets)} "
+            f"<pool {self.pool.name} ready={len(self.ready)}/{len(self.endpoints)} "
             f"queue={len(self.queue)}>"
         )
 

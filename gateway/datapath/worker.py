@@ -104,8 +104,8 @@ class Worker:
             now = self.context.now()
             self.clients.sweep(now)
             for pool in self.pools.pools.values():
-                for target in pool.targets.values():
-                    target.upstream.sweep(now)
+                for endpoint in pool.endpoints.values():
+                    endpoint.upstream.sweep(now)
 
     async def drain(self) -> None:
         """Stop accepting; finish the requests under way, for ``drain_s`` at most."""

@@ -1,8 +1,7 @@
-"""filter → score → pick, as tables; and the fast path held to the general one."""
+"""filter → score → pick, as tables; and properties of any pick."""
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections import Counter
 
@@ -10,22 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.filters import fits_context, has_room, is_ready
+from router.endpoint import Endpoint
+from router.filters import find_candidates, fits_context, has_room
 from router.ledger import Ledger
-from router.pick import DEFAULT_SCORERS, candidates, costs, least_loaded, pick
-from router.scorers import outstanding_tokens
+from router.pick import DEFAULT_SCORERS, add_costs, pick
+from router.request import RoutingRequest
+from router.scorers import OutstandingTokens, PrefillTokens, Scorer
 from router.types import Replica, ReplicaState
-from router.view import ReplicaView
 
 
-@dataclasses.dataclass
-class Ask:
-    prompt_tokens: int = 10
-    tokens: int = 100
-    exclude: frozenset[str] = frozenset()
+def ask(prompt: int = 10, tokens: int = 100, *exclude: str, **known: object) -> RoutingRequest:
+    request = RoutingRequest(prompt, tokens, **known)  # type: ignore[arg-type]
+    request.exclude = frozenset(exclude)
+    return request
 
 
-def view(
+def endpoint(
     slot: int,
     *,
     state: ReplicaState = ReplicaState.READY,
@@ -33,7 +32,7 @@ def view(
     most: int = 100,
     budget: int | None = None,
     context: int | None = None,
-) -> ReplicaView:
+) -> Endpoint:
     replica = Replica(
         id=f"r{slot}",
         pool="m",
@@ -44,7 +43,7 @@ def view(
         max_inflight_requests=most,
         max_inflight_tokens=budget,
     )
-    return ReplicaView(
+    return Endpoint(
         replica, initial_window=window, max_inflight_requests=256, max_inflight_tokens=None
     )
 
@@ -57,9 +56,19 @@ def ledger(*rows: tuple[int, int], others: list[tuple[int, int]] | None = None) 
     return Ledger([r for r, _ in rows], [t for _, t in rows], read)
 
 
-@pytest.mark.parametrize("state", ReplicaState)
-def test_only_ready_replicas_pass(state: ReplicaState) -> None:
-    assert is_ready(view(0, state=state)) is (state is ReplicaState.READY)
+class Given(Scorer):
+    """Costs as a test gives them, by slot."""
+
+    def __init__(self, **costs: float | None) -> None:
+        self.costs = costs
+
+    def score(
+        self, request: RoutingRequest, candidates: list[Endpoint], ledger: Ledger
+    ) -> list[float | None]:
+        return [self.costs.get(one.id) for one in candidates]
+
+
+# Filters
 
 
 @pytest.mark.parametrize(
@@ -72,7 +81,7 @@ def test_only_ready_replicas_pass(state: ReplicaState) -> None:
     ],
 )
 def test_context(context: int | None, prompt: int, fits: bool) -> None:
-    assert fits_context(view(0, context=context), Ask(prompt_tokens=prompt)) is fits
+    assert fits_context(endpoint(0, context=context), ask(prompt)) is fits
 
 
 @pytest.mark.parametrize(
@@ -97,148 +106,195 @@ def test_room(
     tokens: int,
     room: bool,
 ) -> None:
-    books = ledger(mine, others=[theirs])
-    assert has_room(view(0, window=window, budget=budget), Ask(tokens=tokens), books) is room
+    counts = ledger(mine, others=[theirs])
+    assert has_room(endpoint(0, window=window, budget=budget), ask(10, tokens), counts) is room
+
+
+def test_excluded_and_full_replicas_are_not_picked() -> None:
+    ready = [endpoint(0), endpoint(1, window=1), endpoint(2)]
+    counts = ledger((0, 0), (1, 0), (5, 5000))
+    assert pick(ready, ask(10, 100, "r0"), counts, random.random) is ready[2]
+    assert pick(ready, ask(10, 100, "r0", "r2"), counts, random.random) is None
+    assert pick([], ask(), counts, random.random) is None
+
+
+def test_a_long_prompt_goes_to_a_replica_it_fits_even_a_busier_one() -> None:
+    short, long = endpoint(0, context=100), endpoint(1, context=10_000)
+    counts = ledger((0, 0), (3, 3000))
+    assert pick([short, long], ask(5000), counts, random.random) is long
+
+
+def test_a_long_prompt_waits_for_the_replica_it_fits() -> None:
+    short, long = endpoint(0, context=100), endpoint(1, context=10_000, window=1)
+    counts = ledger((0, 0), (1, 3000))
+    assert pick([short, long], ask(5000), counts, random.random) is None
+
+
+def test_a_prompt_that_fits_nowhere_goes_to_an_engine_that_will_say_so() -> None:
+    ready = [endpoint(0, context=100), endpoint(1, context=200)]
+    counts = ledger((1, 100), (1, 50))
+    assert find_candidates(ready, ask(5000), counts) == ready
+    assert pick(ready, ask(5000), counts, random.random) is ready[1]
+
+
+# The endpoint
 
 
 def test_the_window_starts_slowly_opens_with_answers_and_closes_with_a_failure() -> None:
-    fresh = view(0, window=2, most=5)
+    fresh = endpoint(0, window=2, most=5)
     seen = [fresh.window]
     for _ in range(10):
-        if fresh.window < fresh.max_inflight_requests:
-            fresh.answered()
+        fresh.answered()
         seen.append(fresh.window)
     assert seen[:5] == [2, 3, 4, 5, 5]
     assert max(seen) == 5
     fresh.failed(2)
     assert fresh.window == 2
-    assert view(0, window=50, most=5).window == 5  # never more than it may have at all
+    assert endpoint(0, window=50, most=5).window == 5  # never more than it may have at all
 
 
 def test_limits_unknown_to_the_replica_come_from_the_settings() -> None:
     replica = Replica(id="r", pool="m", slot=0, url="", state=ReplicaState.READY)
-    seen = ReplicaView(replica, initial_window=8, max_inflight_requests=7, max_inflight_tokens=9)
+    seen = Endpoint(replica, initial_window=8, max_inflight_requests=7, max_inflight_tokens=9)
     assert (seen.max_inflight_requests, seen.max_inflight_tokens, seen.window) == (7, 9, 7)
 
 
-def test_least_outstanding_tokens_wins() -> None:
-    views = [view(0), view(1), view(2)]
-    books = ledger((1, 500), (9, 100), (1, 300))
-    assert outstanding_tokens(views[1], Ask(), books) == 100
-    assert pick(views, Ask(), books, random.random) is views[1]
+# Scorers
 
 
-def test_the_other_workers_tokens_count() -> None:
-    views = [view(0), view(1)]
-    books = ledger((1, 100), (1, 200), others=[(1, 500), (0, 0)])
-    assert pick(views, Ask(), books, random.random) is views[1]
+A, B, C = b"a", b"b", b"c"
 
 
-def test_excluded_and_full_replicas_are_not_picked() -> None:
-    views = [view(0), view(1, window=1), view(2)]
-    books = ledger((0, 0), (1, 0), (5, 5000))
-    assert pick(views, Ask(exclude=frozenset({"r0"})), books, random.random) is views[2]
-    assert pick(views, Ask(exclude=frozenset({"r0", "r2"})), books, random.random) is None
-    assert pick([], Ask(), books, random.random) is None
+@pytest.mark.parametrize(
+    ("cached", "hashes", "costs"),
+    [
+        ([{A, B, C}, {A}, set()], (A, B, C), [52.0, 84.0, 100.0]),
+        ([{B, C}, {A, C}, {b"x"}], (A, B, C), [100.0, 84.0, 100.0]),  # leading blocks only
+        ([{A}, None], (A, B), [84.0, None, None]),  # nothing is known of slots 1 and 2
+        ([{A}], None, [None, None, None]),
+        ([{A}, set(), set()], (A,) * 9, [0.0, 100.0, 100.0]),  # never below 0
+    ],
+)
+def test_prefill_tokens(
+    cached: list[set[bytes] | None],
+    hashes: tuple[bytes, ...] | None,
+    costs: list[float | None],
+) -> None:
+    ready = [endpoint(0), endpoint(1), endpoint(2)]
+    request = ask(100, 200, block_hashes=hashes)
+    scorer = PrefillTokens(cached, block_tokens=16)
+    assert scorer.score(request, ready, ledger((0, 0), (0, 0), (0, 0))) == costs
 
 
-def test_a_long_prompt_goes_to_a_replica_it_fits_even_a_busier_one() -> None:
-    short, long = view(0, context=100), view(1, context=10_000)
-    books = ledger((0, 0), (3, 3000))
-    assert pick([short, long], Ask(prompt_tokens=5000), books, random.random) is long
+def test_least_outstanding_tokens_of_all_workers_wins() -> None:
+    ready = [endpoint(0), endpoint(1), endpoint(2)]
+    counts = ledger((1, 500), (9, 100), (1, 300))
+    assert OutstandingTokens().score(ask(), ready, counts) == [500.0, 100.0, 300.0]
+    assert pick(ready, ask(), counts, random.random) is ready[1]
+    shared = ledger((1, 100), (1, 200), (1, 300), others=[(1, 500), (0, 0), (1, 0)])
+    assert pick(ready, ask(), shared, random.random) is ready[1]
 
 
-def test_a_long_prompt_waits_for_the_replica_it_fits() -> None:
-    short, long = view(0, context=100), view(1, context=10_000, window=1)
-    books = ledger((0, 0), (1, 3000))
-    assert pick([short, long], Ask(prompt_tokens=5000), books, random.random) is None
-
-
-def test_a_prompt_that_fits_nowhere_goes_to_an_engine_that_will_say_so() -> None:
-    views = [view(0, context=100), view(1, context=200)]
-    books = ledger((1, 100), (1, 50))
-    assert candidates(views, Ask(prompt_tokens=5000), books) == views
-    assert pick(views, Ask(prompt_tokens=5000), books, random.random) is views[1]
+def test_a_prefix_hit_is_worth_the_tokens_it_saves() -> None:
+    ready = [endpoint(0), endpoint(1)]
+    scorers = (OutstandingTokens(), PrefillTokens([{A, B}, set()], block_tokens=16))
+    request = ask(64, 128, block_hashes=(A, B, C))
+    assert pick(ready, request, ledger((1, 30), (0, 0)), random.random, scorers) is ready[0]
+    assert pick(ready, request, ledger((1, 33), (0, 0)), random.random, scorers) is ready[1]
 
 
 def test_an_abstention_counts_as_the_mean_of_the_others() -> None:
-    views = [view(0), view(1), view(2)]
-    books = ledger((1, 10), (1, 20), (1, 30))
-
-    def half_blind(seen: ReplicaView, request: object, books: Ledger) -> float | None:
-        return {0: None, 1: 100.0, 2: 300.0}[seen.slot]
-
-    assert costs(views, Ask(), books, [half_blind]) == [200.0, 100.0, 300.0]
-    both = costs(views, Ask(), books, [half_blind, outstanding_tokens])
+    ready = [endpoint(0), endpoint(1), endpoint(2)]
+    counts = ledger((1, 10), (1, 20), (1, 30))
+    partial = Given(r0=None, r1=100.0, r2=300.0)
+    assert add_costs(ask(), ready, counts, (partial,)) == [200.0, 100.0, 300.0]
+    both = add_costs(ask(), ready, counts, (partial, OutstandingTokens()))
     assert both == [210.0, 120.0, 330.0]
     # One that abstains is not the best: no data is no merit.
-    assert pick(views, Ask(), books, random.random, [half_blind]) is views[1]
+    assert pick(ready, ask(), counts, random.random, (partial,)) is ready[1]
 
 
-def test_scorers_that_all_abstain_decide_nothing() -> None:
-    views = [view(0), view(1)]
-    books = ledger((1, 10), (1, 20))
-    nothing = [lambda *_: None, outstanding_tokens]
-    assert costs(views, Ask(), books, nothing) == [10.0, 20.0]
-    assert costs(views, Ask(), books, nothing[:1]) == [0.0, 0.0]
+def test_a_scorer_that_abstains_on_all_decides_nothing() -> None:
+    ready = [endpoint(0), endpoint(1)]
+    counts = ledger((1, 10), (1, 20))
+    assert add_costs(ask(), ready, counts, (Given(), OutstandingTokens())) == [10.0, 20.0]
+    assert add_costs(ask(), ready, counts, (Given(),)) == [0.0, 0.0]
+
+
+# The pick
 
 
 def test_ties_are_broken_by_two_choices() -> None:
     """Of equals, two are drawn; of those the one with fewer requests wins."""
-    views = [view(slot) for slot in range(4)]
-    books = ledger((3, 50), (1, 50), (2, 50), (9, 50))
-    counts: Counter[int] = Counter()
+    ready = [endpoint(slot) for slot in range(4)]
+    counts = ledger((3, 50), (1, 50), (2, 50), (9, 50))
+    picks: Counter[int] = Counter()
     chance = random.Random(7)
     for _ in range(4000):
-        picked = pick(views, Ask(), books, chance.random)
+        picked = pick(ready, ask(), counts, chance.random)
         assert picked is not None
-        counts[picked.slot] += 1
-    assert counts[3] == 0  # the most loaded loses every draw of two
-    assert counts[1] > counts[2] > counts[0] > 400
-    assert counts[1] == pytest.approx(2000, rel=0.15)  # it is in half of all pairs
+        picks[picked.slot] += 1
+    assert picks[3] == 0  # the most loaded loses every draw of two
+    assert picks[1] > picks[2] > picks[0] > 400
+    assert picks[1] == pytest.approx(2000, rel=0.15)  # it is in half of all pairs
 
 
 def test_two_different_replicas_are_drawn() -> None:
-    views = [view(0), view(1)]
-    books = ledger((1, 50), (0, 50))
+    ready = [endpoint(0), endpoint(1)]
+    counts = ledger((1, 50), (0, 50))
     for step in range(100):
-        assert pick(views, Ask(), books, lambda value=step / 100: value) is views[1]
+        assert pick(ready, ask(), counts, lambda value=step / 100: value) is ready[1]
 
 
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(0, 6),  # requests
-            st.integers(0, 4),  # tokens, few values for many ties
-            st.integers(0, 3),  # the others' requests
-            st.integers(0, 2),
-            st.integers(1, 8),  # window
-            st.sampled_from([None, 3, 6]),
-            st.sampled_from([None, 100, 1000]),
-        ),
-        max_size=6,
+ROWS = st.lists(
+    st.tuples(
+        st.integers(0, 6),  # requests
+        st.integers(0, 4),  # tokens, few values for many ties
+        st.integers(0, 3),  # the others' requests
+        st.integers(0, 2),
+        st.integers(1, 8),  # window
+        st.sampled_from([None, 3, 6]),
+        st.sampled_from([None, 100, 1000]),
+        st.sampled_from([None, 0.0, 1.0, 2.0]),  # what a second scorer says
     ),
-    st.integers(1, 4),
-    st.sampled_from([10, 150, 1500, 5000]),
-    st.booleans(),
+    max_size=6,
 )
-def test_the_fast_path_gives_what_the_general_one_gives(
-    rows: list[tuple[int, int, int, int, int, int | None, int | None]],
+
+
+@given(ROWS, st.integers(1, 4), st.sampled_from([10, 150, 1500, 5000]), st.booleans(), st.data())
+def test_the_pick_is_a_cheapest_candidate_and_the_same_for_the_same_chance(
+    rows: list[tuple[int, int, int, int, int, int | None, int | None, float | None]],
     tokens: int,
     prompt: int,
     shared: bool,
+    data: st.DataObject,
 ) -> None:
-    views = [
-        view(slot, window=row[4], budget=row[5], context=row[6]) for slot, row in enumerate(rows)
+    ready = [
+        endpoint(slot, window=row[4], budget=row[5], context=row[6])
+        for slot, row in enumerate(rows)
     ]
     others = [(row[2], row[3]) for row in rows] if shared else None
-    books = ledger(*((row[0], row[1]) for row in rows), others=others)
-    ask = Ask(prompt_tokens=prompt, tokens=tokens)
-    fast = least_loaded(views, ask, books)
-    allowed = candidates(views, ask, books)
-    cost = costs(allowed, ask, books, DEFAULT_SCORERS)
-    best = [seen for seen, value in zip(allowed, cost, strict=True) if value == min(cost)]
-    if fast is not None:
-        assert fast == best
-    picked = pick(views, ask, books, random.Random(1).random)
-    assert picked in best or (picked is None and not best)
+    counts = ledger(*((row[0], row[1]) for row in rows), others=others)
+    excluded = [one.id for one in ready if data.draw(st.booleans())]
+    request = ask(prompt, tokens, *excluded)
+    second = Given(**{one.id: row[7] for one, row in zip(ready, rows, strict=True)})
+    scorers = data.draw(st.sampled_from([DEFAULT_SCORERS, (*DEFAULT_SCORERS, second)]))
+    seed = data.draw(st.integers(0, 99))
+    picked = pick(ready, request, counts, random.Random(seed).random, scorers)
+    assert picked is pick(ready, request, counts, random.Random(seed).random, scorers)
+    # The same, said at length.
+    roomy = [one for one in ready if has_room(one, request, counts) and one.id not in excluded]
+    if any(fits_context(one, request) for one in ready):
+        roomy = [one for one in roomy if fits_context(one, request)]
+    if not roomy:
+        assert picked is None
+        return
+    costs = {one.id: float(counts.inflight_tokens(one.slot)) for one in roomy}
+    known = [cost for one in roomy if (cost := second.costs[one.id]) is not None]
+    if len(scorers) == 2 and known:
+        mean = sum(known) / len(known)
+        for one in roomy:
+            cost = second.costs[one.id]
+            costs[one.id] += mean if cost is None else cost
+    assert picked is not None
+    assert costs[picked.id] == min(costs.values())

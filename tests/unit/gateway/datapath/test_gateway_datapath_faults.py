@@ -78,7 +78,7 @@ def test_while_a_request_is_read(worker: Worker, monkeypatch: pytest.MonkeyPatch
 
 
 def test_while_an_answer_is_read(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    upstream = worker.pools.pools["m"].targets["r"].upstream
+    upstream = worker.pools.pools["m"].endpoints["r"].upstream
     connection = UpstreamConnection(upstream)
     connection.connection_made(Wire())
     upstream.release(connection)

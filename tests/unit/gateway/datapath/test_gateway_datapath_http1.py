@@ -35,7 +35,7 @@ def test_a_head_is_cut_into_what_travels_and_what_does_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "path", "query"),
+    ("endpoint", "path", "query"),
     [
         (b"/", b"/", b""),
         (b"/a?b?c", b"/a", b"?b?c"),
@@ -48,9 +48,9 @@ def test_a_head_is_cut_into_what_travels_and_what_does_not() -> None:
         (b"//two/slashes", b"//two/slashes", b""),
     ],
 )
-def test_targets(target: bytes, path: bytes, query: bytes) -> None:
-    method = b"OPTIONS" if target == b"*" else b"GET"
-    head = parse_request_head(method + b" " + target + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+def test_targets(endpoint: bytes, path: bytes, query: bytes) -> None:
+    method = b"OPTIONS" if endpoint == b"*" else b"GET"
+    head = parse_request_head(method + b" " + endpoint + b" HTTP/1.1\r\nHost: x\r\n\r\n")
     assert (head.path, head.query) == (path, query)
 
 

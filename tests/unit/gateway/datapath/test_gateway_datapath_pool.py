@@ -72,15 +72,15 @@ def test_a_replica_that_stays_dead_for_days_is_tried_every_few_seconds(loop: Loo
     worker, _ = make(loop)
     worker.pools.apply(fleet(1, replica()))
     pool = worker.pools.pools["m"]
-    target = pool.targets["r0"]
+    endpoint = pool.endpoints["r0"]
     pauses = []
     for _ in range(3000):
-        pool.failing(target, suspect=True)
+        pool.failing(endpoint, suspect=True)
         assert pool.ready == []
-        pauses.append(target.suspect_until_s - loop.now_s)
-        loop.now_s = target.suspect_until_s
+        pauses.append(endpoint.suspect_until_s - loop.now_s)
+        loop.now_s = endpoint.suspect_until_s
         pool.tick(loop.now_s)
-        assert pool.ready == [target.view]
+        assert pool.ready == [endpoint]
     assert pauses[:6] == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
     assert max(pauses) == 8.0
 
@@ -89,9 +89,9 @@ def test_republishing_a_suspect_clears_it_and_only_suspects_pause(loop: Loop) ->
     worker, _ = make(loop)
     worker.pools.apply(fleet(1, replica()))
     pool = worker.pools.pools["m"]
-    pool.failing(pool.targets["r0"], suspect=False)
+    pool.failing(pool.endpoints["r0"], suspect=False)
     assert len(pool.ready) == 1
-    pool.failing(pool.targets["r0"], suspect=True)
+    pool.failing(pool.endpoints["r0"], suspect=True)
     assert pool.ready == []
     worker.pools.apply(fleet(2, replica()))
     assert len(pool.ready) == 1
@@ -125,17 +125,17 @@ def test_what_stays_the_same_keeps_its_window_and_its_connections(loop: Loop) ->
     worker, _ = make(loop, release_initial=2)
     worker.pools.apply(fleet(1, replica()))
     pool = worker.pools.pools["m"]
-    first = pool.targets["r0"]
-    first.view.answered()
-    first.view.answered()
+    first = pool.endpoints["r0"]
+    first.answered()
+    first.answered()
     worker.pools.apply(fleet(2, replica(), replica(1)))
-    assert pool.targets["r0"] is first
-    assert first.view.window == 4
+    assert pool.endpoints["r0"] is first
+    assert first.window == 4
     worker.pools.apply(fleet(3, replica(max_inflight_requests=3)))
-    assert pool.targets["r0"].view.window == 3
+    assert pool.endpoints["r0"].window == 3
     worker.pools.apply(fleet(4, replica(state=ReplicaState.SLEEPING)))
     worker.pools.apply(fleet(5, replica()))
-    assert pool.targets["r0"].view.window == 2  # it wakes: it is filled slowly again
+    assert pool.endpoints["r0"].window == 2  # it wakes: it is filled slowly again
 
 
 @pytest.mark.parametrize(
@@ -146,9 +146,9 @@ def test_a_replica_that_changes_place_loses_its_connections(
 ) -> None:
     worker, _ = make(loop)
     worker.pools.apply(fleet(1, replica()))
-    old = worker.pools.pools["m"].targets["r0"].upstream
+    old = worker.pools.pools["m"].endpoints["r0"].upstream
     worker.pools.apply(fleet(2, msgspec.structs.replace(replica(), **change)))
-    new = worker.pools.pools["m"].targets["r0"].upstream
+    new = worker.pools.pools["m"].endpoints["r0"].upstream
     assert new is not old
     assert old._closed
     assert not new._closed
@@ -158,7 +158,7 @@ def test_a_pool_in_another_slot_or_gone_is_closed(loop: Loop) -> None:
     worker, _ = make(loop)
     worker.pools.apply(fleet(1, replica()))
     first = worker.pools.pools["m"]
-    upstream = first.targets["r0"].upstream
+    upstream = first.endpoints["r0"].upstream
     worker.pools.apply(fleet(2, replica(), slot=1))
     assert worker.pools.pools["m"] is not first
     assert upstream._closed
@@ -219,14 +219,14 @@ def test_other_settings_apply_to_what_is_there(loop: Loop) -> None:
     worker, _ = make(loop, max_inflight_requests=4, default_output_tokens=10)
     worker.pools.apply(fleet(1, replica(), replica(1, max_inflight_requests=2)))
     runtime = worker.pools.pools["m"]
-    upstream = runtime.targets["r0"].upstream
-    runtime.targets["r0"].view.answered()
+    upstream = runtime.endpoints["r0"].upstream
+    runtime.endpoints["r0"].answered()
     worker.configure(
         configure(max_inflight_requests=9, default_output_tokens=20, release_initial=8)
     )
     assert [view.max_inflight_requests for view in runtime.ready] == [9, 2]
     assert runtime.ready[0].window == 4  # it goes on from there
-    assert runtime.targets["r0"].upstream is upstream
+    assert runtime.endpoints["r0"].upstream is upstream
     assert runtime.estimator.estimate(0, None) == (1, 21)
 
 
