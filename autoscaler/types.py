@@ -239,6 +239,8 @@ class ReplicaReport:
     inflight_requests: int | None = None
     inflight_tokens: int | None = None
     error: str | None = None
+    outdated: bool = False
+    """It was started with other arguments than its pool has now, and is to be replaced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,6 +271,8 @@ class PoolReport:
     tier: Tier | None = None
     tiers: tuple[TierReport, ...] = ()
     step_down_at_s: float | None = None
+    removed: bool = False
+    """The settings have it no more; it ends with its last request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

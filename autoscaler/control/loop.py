@@ -541,6 +541,10 @@ class ControlLoop:
             last_error=self._errors.last,
         )
 
+    def pools(self) -> dict[str, PoolSettings]:
+        """The settings of the pools there are by name, of those that were removed too."""
+        return {name: record.pool for name, record in self._pools.items()}
+
     def decisions(self, pool: str) -> list[PastDecision]:
         """The newest decisions of a pool, newest last. Raises ``KeyError`` for an unknown one."""
         return self._history.of(self._pools[pool].pool.name)

@@ -374,17 +374,23 @@ def report_pool(pool: PoolRecord, loads: Mapping[str, ReplicaLoad]) -> PoolRepor
         wake_eta_s=pool.estimate_wake_s(),
         demand=pool.window.latest,
         last_decision=pool.decision,
-        replicas=tuple(report_replica(one, loads.get(one.id)) for one in pool.replicas.values()),
+        replicas=tuple(
+            report_replica(one, loads.get(one.id), outdated=pool.is_outdated(one))
+            for one in pool.replicas.values()
+        ),
         failures=pool.failures,
         retry_at_s=pool.retry_at_s if pool.failures else None,
         error=pool.error,
         tier=pool.tier(),
         tiers=pool.tiers.report(pool.tier()) if pool.backend.owns_replicas else (),
         step_down_at_s=pool.tiers.step_down_at_s,
+        removed=pool.removed,
     )
 
 
-def report_replica(record: ReplicaRecord, load: ReplicaLoad | None) -> ReplicaReport:
+def report_replica(
+    record: ReplicaRecord, load: ReplicaLoad | None, *, outdated: bool
+) -> ReplicaReport:
     """One replica as ``tidegate status`` shows it."""
     probe = record.probe
     return ReplicaReport(
@@ -404,6 +410,7 @@ def report_replica(record: ReplicaRecord, load: ReplicaLoad | None) -> ReplicaRe
         inflight_requests=None if load is None else load.inflight_requests,
         inflight_tokens=None if load is None else load.inflight_tokens,
         error=record.error,
+        outdated=outdated,
     )
 
 

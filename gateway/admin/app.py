@@ -89,6 +89,11 @@ class Control(Protocol):
         """Give a replica no more requests and stop it when it has finished."""
         ...
 
+    async def reload(self) -> schema.ReloadAnswer:
+        """Read the settings again, and apply what is different. Raises ``AdminError``, with
+        nothing changed, where they cannot be used."""
+        ...
+
 
 def create_app(
     control: Control,
@@ -311,6 +316,7 @@ class _PoolRoutes:
             "sleep": self.sleep,
             "wake": self.wake,
             "drain": self.drain,
+            "reload": self.reload,
         }
 
     async def metrics(self) -> Response:
@@ -342,6 +348,9 @@ class _PoolRoutes:
     async def wake(self, pool: str, body: schema.NoFields) -> schema.WakeAnswer:
         with _known("pool", pool):
             return await self.control.wake(pool)
+
+    async def reload(self, body: schema.NoFields) -> schema.ReloadAnswer:
+        return await self.control.reload()
 
     async def drain(self, replica: str, body: schema.NoFields) -> schema.DrainAnswer:
         with _known("replica", replica):

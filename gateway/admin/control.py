@@ -7,16 +7,18 @@ our monotonic clock become Unix times (``at_s``) or durations (``since_s``).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from autoscaler.backends.base import BackendError
 from autoscaler.control.loop import ControlLoop
-from autoscaler.settings import PoolSettings
 from autoscaler.types import Decision, Observation, PoolReport, ReplicaLoad, ReplicaReport
 from gateway.admin import metrics_page, schema
+from gateway.admin.schema import AdminError
 from gateway.datapath import metrics
 from gateway.datapath.shared import Shared
+from gateway.settings.changes import SettingsChanges
+from gateway.settings.load import ConfigError
 
 FORKS_S = 2.0
 """Seconds for which a look at the fork server is used: its memory is read from the kernel."""
@@ -35,6 +37,10 @@ class WorkerPool(Protocol):
         """Whether every worker takes connections."""
         ...
 
+    def is_draining(self) -> bool:
+        """Whether they only finish what runs."""
+        ...
+
     def status(self) -> list[dict[str, Any]]:
         """Index, pid, state and restarts of each."""
         ...
@@ -48,7 +54,6 @@ class LiveControl:
         *,
         loop: ControlLoop,
         workers: WorkerPool,
-        pools: tuple[PoolSettings, ...],
         version: str,
         url: str,
         admin_url: str,
@@ -57,10 +62,10 @@ class LiveControl:
         pool_slots: Callable[[], Mapping[str, int]],
         traffic: Callable[[], Mapping[str, Any]],
         forks: Callable[[], schema.ForkServerEntry | None],
+        reload: Callable[[], Awaitable[SettingsChanges]],
     ) -> None:
         self._loop = loop
         self._workers = workers
-        self._pools = {pool.name: pool for pool in pools}
         self._version = version
         self._url = url
         self._admin_url = admin_url
@@ -69,6 +74,7 @@ class LiveControl:
         self._pool_slots = pool_slots
         self._traffic = traffic
         self._forks = forks
+        self._reload = reload
         self._forks_seen: tuple[float, schema.ForkServerEntry | None] | None = None
         self._started_s = clock()
 
@@ -103,7 +109,7 @@ class LiveControl:
         return self._forks_seen[1]
 
     def _pool(self, report: PoolReport, seen: Observation, now: float) -> schema.PoolEntry:
-        settings = self._pools[report.name]
+        settings = self._loop.pools()[report.name]
         demand = seen.pools.get(report.name)
         return _filled(
             schema.PoolEntry,
@@ -138,7 +144,6 @@ class LiveControl:
 
     def explain(self, pool: str) -> list[schema.PastDecisionEntry]:
         """The pool's decisions, newest last. ``KeyError`` for an unknown pool."""
-        self._check(pool)
         now = self._clock()
         return [
             _filled(
@@ -154,13 +159,11 @@ class LiveControl:
 
     async def scale(self, pool: str, replicas: int | None) -> schema.ScaleAnswer:
         """Hold the pool at a number of replicas, or give it back to the autoscaler."""
-        self._check(pool)
         self._loop.set_replicas(pool, replicas)
         return schema.ScaleAnswer(pool=pool, override=replicas)
 
     async def sleep(self, pool: str, level: int) -> schema.SleepAnswer:
         """Put the pool's ready replicas to sleep."""
-        self._check(pool)
         try:
             report = await self._loop.sleep(pool, level)
         except BackendError as error:
@@ -169,7 +172,6 @@ class LiveControl:
 
     async def wake(self, pool: str) -> schema.WakeAnswer:
         """Wake the pool's sleeping replicas, or see that one is started."""
-        self._check(pool)
         report = await self._loop.wake(pool)
         return schema.WakeAnswer(pool=pool, starting=report.starting, ready=report.ready)
 
@@ -178,9 +180,16 @@ class LiveControl:
         await self._loop.drain(replica_id)
         return schema.DrainAnswer(replica=replica_id)
 
-    def _check(self, pool: str) -> None:
-        if pool not in self._pools:
-            raise KeyError(pool)
+    async def reload(self) -> schema.ReloadAnswer:
+        """Read the settings again, and apply what is different."""
+        if self._workers.is_draining():
+            raise AdminError("not_ready", "Tidegate is stopping.")
+        try:
+            changes = await self._reload()
+        except ConfigError as error:
+            first = error.problems[0].field or None
+            raise AdminError("bad_settings", str(error), param=first) from None
+        return schema.ReloadAnswer.model_validate(changes)
 
 
 def _wall(at_s: float, now: float) -> float:

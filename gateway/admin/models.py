@@ -91,8 +91,8 @@ class Models:
     """What this process has read from stores and from peers, and given to them."""
     transform: Transform | None = None
     """Runs a model's preparation steps, where it has any."""
-    pools: tuple[PoolSettings, ...] = ()
-    """The pools that are served here; their names stand for their models."""
+    pools: Callable[[], Sequence[PoolSettings]] = tuple
+    """The pools that are served here now; their names stand for their models."""
 
     def listing(self) -> schema.CacheListing:
         """Every revision that is on the disk or on its way, and what all of it takes."""
@@ -101,13 +101,13 @@ class Models:
             usage=schema.CacheUsage.model_validate(self.cache.usage()),
             traffic=schema.CacheTraffic.model_validate(self.traffic()),
             models=tuple(self.cache.ls()),
-            pools=tuple(name for pool in self.pools for name in (pool.name, *pool.aliases)),
+            pools=tuple(name for pool in self.pools() for name in (pool.name, *pool.aliases)),
         )
 
     def resolve(self, asked: schema.ModelRequest) -> tuple[str, str | None]:
         """The model's canonical URL or its path, and the revision that is named. Raises
         ``ValueError`` for what names no model."""
-        return find_model(asked.model, asked.revision, self.pools)
+        return find_model(asked.model, asked.revision, self.pools())
 
     def run(
         self,

@@ -34,6 +34,7 @@ from gateway.admin.schema import (
     PrewarmRequest,
     ProgressLine,
     Readiness,
+    ReloadAnswer,
     ReplicateAnswer,
     ReplicateRequest,
     ResultLine,
@@ -161,6 +162,15 @@ DRAIN = Operation(
     answer=DrainAnswer,
     errors=("replica_not_found", "timeout"),
 )
+RELOAD = Operation(
+    name="reload",
+    method="POST",
+    path="/reload",
+    summary="Read the settings again, and apply what is different in them.",
+    request=NoFields,
+    answer=ReloadAnswer,
+    errors=("bad_settings", "not_ready"),
+)
 MODELS = _get("/models", "models", CacheListing, "The models in the cache, and what they take.")
 VERBS = {
     one.name: one
@@ -196,5 +206,5 @@ VERBS = {
 
 COMMON = (INDEX, OPENAPI, METRICS, HEALTHZ, READYZ, STATUS)
 CACHE = (MODELS, *VERBS.values())
-OPERATIONS = (*COMMON, EXPLAIN, SCALE, SLEEP, WAKE, DRAIN, *CACHE)
+OPERATIONS = (*COMMON, EXPLAIN, SCALE, SLEEP, WAKE, DRAIN, RELOAD, *CACHE)
 """Every operation of a gateway's admin listener; a cache agent has ``COMMON`` and ``CACHE``."""

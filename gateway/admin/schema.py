@@ -13,6 +13,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, RootModel, SerializeAsAny
 
 from autoscaler.types import Bound, ScaleReason, Signal, TierReport
+from gateway.settings.changes import PoolChange
 from modelcache.types import ModelEntry, Progress, Residency, Tier
 from router.types import ReplicaState
 
@@ -33,6 +34,7 @@ class AdminAnswer(BaseModel):
 
 ERRORS = {
     "bad_json": 400,
+    "bad_settings": 400,
     "bad_value": 400,
     "client_closed": 400,
     "unknown_field": 400,
@@ -194,6 +196,8 @@ class ReplicaEntry(AdminAnswer):
     since_s: float
     """Seconds in its state."""
     error: str | None
+    outdated: bool = False
+    """It was started with other arguments than its pool has now, and is to be replaced."""
 
 
 class PoolEntry(AdminAnswer):
@@ -232,6 +236,8 @@ class PoolEntry(AdminAnswer):
     error: str | None
     """Why replicas fail, with the engine's last log lines."""
     replicas: tuple[ReplicaEntry, ...]
+    removed: bool = False
+    """The settings have it no more; it serves the requests it has, and ends."""
 
 
 class StandbyEntry(AdminAnswer):
@@ -383,6 +389,20 @@ class WakeAnswer(AdminAnswer):
     pool: str
     starting: int
     ready: int
+
+
+class ReloadAnswer(AdminAnswer):
+    """What is different in the settings that were read again."""
+
+    added: tuple[str, ...]
+    """Pools."""
+    changed: tuple[PoolChange, ...]
+    removed: tuple[str, ...]
+    """Pools; they serve the requests they have, and end."""
+    applied: tuple[str, ...]
+    """Other settings that apply from now on, by their dotted names."""
+    needs_restart: tuple[str, ...]
+    """Settings that apply from the next start on."""
 
 
 class NoFields(AdminRequest):

@@ -66,11 +66,11 @@ class Effects:
     now_s: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
 
-    def up(self, loaded: LoadedSettings) -> int:
+    def up(self, loaded: LoadedSettings, read_again: Callable[[], LoadedSettings]) -> int:
         """Run a Tidegate until it is stopped; returns the exit code."""
         from gateway.compose import up
 
-        return up.run(loaded)
+        return up.run(loaded, read_again)
 
     def agent(self, loaded: LoadedSettings) -> int:
         """Run a cache agent until it is stopped; returns the exit code."""

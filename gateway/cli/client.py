@@ -43,6 +43,10 @@ class RequestRefused(Exception):
     """Tidegate answered with an error; the message is its own."""
 
 
+class SettingsRefused(Exception):
+    """Tidegate cannot use the settings that it read again; a line for each mistake."""
+
+
 def check_address(address: str) -> str:
     """A base URL without a trailing slash; ``host:port`` gets ``http://``. Else a usage error."""
     text = address if "://" in address else f"http://{address}"
@@ -115,6 +119,8 @@ def _refusal(text: str | bytes, otherwise: str) -> Exception:
         error = ErrorAnswer.model_validate_json(text).error
     except ValueError:
         return RequestRefused(otherwise)
+    if error.code == "bad_settings":
+        return SettingsRefused(error.message)
     if error.code == "bad_value":
         return typer.BadParameter(error.message)
     return RequestRefused(error.message)

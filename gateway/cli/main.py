@@ -61,7 +61,7 @@ def _ended(error: Exception) -> int:
     """The line and the exit code of what a verb raised."""
     import typer
 
-    from gateway.cli.client import RequestRefused, Unreachable
+    from gateway.cli.client import RequestRefused, SettingsRefused, Unreachable
     from gateway.cli.import_check import NotOursError
     from gateway.terminal import complain
     from modelcache.types import CacheError
@@ -73,6 +73,10 @@ def _ended(error: Exception) -> int:
     if isinstance(error, RequestRefused | CacheError):
         complain(" ".join(str(error).split()))
         return 1
+    if isinstance(error, SettingsRefused):
+        for line in str(error).splitlines():
+            complain(line)
+        return 2
     if isinstance(error, Unreachable | NotOursError):
         complain(str(error))
         return 2

@@ -138,6 +138,7 @@ def up(
     - `tidegate up -c prod.toml --port 9000 --workers 4`
     """
     from gateway.settings import defaults
+    from gateway.settings.load import LoadedSettings
 
     flags = defaults.UpFlags(
         engine=engine,
@@ -147,11 +148,17 @@ def up(
         admin_port=admin_port,
         workers=workers,
     )
-    loaded = defaults.load_for_up(config, os.environ, sets or (), flags)
-    defaults.check_installed(loaded)
+    environ = dict(os.environ)
+
+    def read() -> LoadedSettings:
+        found = defaults.load_for_up(config, environ, sets or (), flags)
+        defaults.check_installed(found)
+        return found
+
+    loaded = read()
     for warning in loaded.warnings:
         complain(f"warning: {warning.as_warning()}")
-    code: int = context.obj.up(loaded)
+    code: int = context.obj.up(loaded, read)
     return code
 
 
@@ -281,6 +288,40 @@ def scale(
         out(f"{pool} is the autoscaler's again.\n")
     else:
         out(f"{pool} is held at {count}; `tidegate scale {pool} auto` gives it back.\n")
+    return 0
+
+
+@app.command()
+def reload(
+    as_json: AsJson = False,
+    admin: Admin = None,
+    config: Config = None,
+    sets: Sets = None,
+) -> int:
+    """Have a running Tidegate read its settings again: pools are added, changed and removed.
+
+    It reads the same file, environment and `--set` as when it was started. No request is lost: a
+    removed pool serves those it has, and replicas with other start-up arguments are replaced one by
+    one, a new one first. What needs a restart is named. Settings with a mistake change nothing.
+
+    **Examples:** `tidegate reload`, `tidegate reload --json | jq .needs_restart`
+    """
+    from gateway.admin.operations import RELOAD
+    from gateway.admin.schema import ReloadAnswer
+    from gateway.settings.changes import describe
+
+    answer: ReloadAnswer = client.ask(address(admin, config, sets), RELOAD)
+    if as_json:
+        out(as_text(answer))
+        return 0
+    lines = describe(
+        added=answer.added,
+        changed=answer.changed,
+        removed=answer.removed,
+        applied=answer.applied,
+        needs_restart=answer.needs_restart,
+    )
+    out("".join(f"{line}\n" for line in lines))
     return 0
 
 

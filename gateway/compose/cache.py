@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoscaler.settings import PoolSettings
 from gateway.admin.models import Models
 from gateway.settings.schema import Settings
 from modelcache.ports import IsCancelled, OnProgress
@@ -84,8 +85,10 @@ def make_models(
     settings: Settings,
     environ: Mapping[str, str],
     page_holder: PageHolder | None = None,
+    pools: Callable[[], Sequence[PoolSettings]] | None = None,
 ) -> Models:
-    """The verbs over a node's cache; what is prewarmed is kept by ``page_holder``."""
+    """The verbs over a node's cache; what is prewarmed is kept by ``page_holder``. ``pools`` are
+    those served now, where they may be others later."""
     from gateway.compose.preparation import make_transform
     from modelcache.peers.replicate import make_replicator
     from modelcache.serving import describe
@@ -100,7 +103,7 @@ def make_models(
         transform=make_transform(settings, node.cache, environ)
         if settings.modelcache.steps
         else None,
-        pools=settings.pools,
+        pools=pools or (lambda: settings.pools),
     )
 
 

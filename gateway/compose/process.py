@@ -69,8 +69,13 @@ def check_writable(
         raise ConfigError([problem]) from error
 
 
-def take_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
-    """The first SIGINT or SIGTERM sets ``stop``, a later one ``hurry``."""
+def take_signals(
+    stop: asyncio.Event, hurry: asyncio.Event, reload: Callable[[], None] | None = None
+) -> None:
+    """The first SIGINT or SIGTERM sets ``stop``, a later one ``hurry``; SIGHUP calls ``reload``.
+
+    SIGHUP is also what a terminal sends that is closed: then it is a signal to stop.
+    """
     running = asyncio.get_running_loop()
     first_s = math.inf
 
@@ -84,3 +89,13 @@ def take_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         running.add_signal_handler(number, on_signal)
+    on_terminal = sys.stderr.isatty()
+
+    def on_hangup() -> None:
+        if on_terminal and not sys.stderr.isatty():
+            on_signal()
+        elif reload is not None and not stop.is_set():
+            reload()
+
+    if reload is not None and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        running.add_signal_handler(signal.SIGHUP, on_hangup)

@@ -17,7 +17,7 @@ import os
 import shlex
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from autoscaler.backends.base import BackendError
@@ -44,7 +44,9 @@ from gateway.compose.tiers import make_preparer, make_wake_times
 from gateway.compose.workers import Workers, open_listeners
 from gateway.datapath.messages import WorkerConfig
 from gateway.datapath.shared import Shared
-from gateway.settings.load import LoadedSettings
+from gateway.settings.changes import SettingsChanges, describe, find_changes
+from gateway.settings.errors import Problem
+from gateway.settings.load import ConfigError, LoadedSettings
 from gateway.settings.schema import Settings
 from gateway.terminal import complain, out, version
 from loaders.engines.base import engine_of
@@ -55,18 +57,24 @@ from router.types import Pool
 log = logging.getLogger("tidegate")
 
 _SPARE_REPLICA_SLOTS = 64
+_MIN_REPLICA_SLOTS = 512
+_MAX_POOLS = 1_024
+"""Pools at once, with those that were removed and still serve; 1,000 can be configured."""
 _FORCED_DRAIN_S = 0.0
 
 
-def run(loaded: LoadedSettings) -> int:
-    """Run until SIGTERM or Ctrl-C. Returns the exit status: 0 after an orderly end, 2 where it
-    could not start (one line says why). Raises ``ConfigError`` for what the settings name and is
-    not to be had."""
+def run(loaded: LoadedSettings, read_again: Callable[[], LoadedSettings]) -> int:
+    """Run until SIGTERM or Ctrl-C. ``read_again`` reads the settings for a reload; it blocks, and
+    raises ``ConfigError``.
+
+    Returns the exit status: 0 after an orderly end, 2 where it could not start (one line says
+    why). Raises ``ConfigError`` for what the settings name and is not to be had.
+    """
     settings = loaded.settings
     set_up_logging(settings.gateway.log_level)
     check_writable(loaded, "state_dir", Path(settings.state_dir))
     try:
-        return asyncio.run(_run(settings))
+        return asyncio.run(_run(settings, read_again))
     except (BackendError, CacheError) as error:
         complain(str(error))
         return 2
@@ -75,8 +83,10 @@ def run(loaded: LoadedSettings) -> int:
 class _Tidegate:
     """Everything that runs, while it runs."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, read_again: Callable[[], LoadedSettings]) -> None:
         self.settings = settings
+        self._read_again = read_again
+        self._reloading = asyncio.Lock()
         gateway = settings.gateway
         count = gateway.workers or os.cpu_count() or 1
         self.stack = contextlib.ExitStack()
@@ -85,12 +95,8 @@ class _Tidegate:
         self.listeners: list[socket.socket] = open_listeners(gateway.host, gateway.port, count)
         for listener in self.listeners:
             self.stack.callback(listener.close)
-        slots = _SPARE_REPLICA_SLOTS + sum(
-            2 * max(pool.max_replicas, len(pool.static.urls)) for pool in settings.pools
-        )
-        self.shared = Shared.create(
-            workers=count, max_replicas=slots, max_pools=max(1, len(settings.pools))
-        )
+        slots = max(_MIN_REPLICA_SLOTS, 2 * replica_slots(settings.pools))
+        self.shared = Shared.create(workers=count, max_replicas=slots, max_pools=_MAX_POOLS)
         self.stack.callback(self.shared.close)
         self.book = FleetBook(self.shared, time.monotonic)
         self.fleet = self.book.publish(())
@@ -100,21 +106,23 @@ class _Tidegate:
         if serving is not None:
             self.stack.callback(serving.close)
         page_holder = make_page_holder(settings)
-        self.models = make_models(self.node, settings, os.environ, page_holder)
+        self.models = make_models(
+            self.node, settings, os.environ, page_holder, lambda: self.settings.pools
+        )
         self.compiled = make_compile_cache(settings)
         process = self._process_backend()
         self.loop = ControlLoop(
             pools=settings.pools,
             settings=settings.autoscaler,
             backends={"process": process, "static": StaticBackend(settings=settings.autoscaler)},
-            digest=lambda pool: start_digest(pool, settings.loaders),
+            digest=self._digest,
             observe=self.book.observe,
             publish=self._publish,
             preparer=make_preparer(settings, process, self.node, page_holder, self.compiled),
             wake_times=make_wake_times(settings),
         )
         self.workers = Workers(
-            WorkerConfig(index=0, gateway=settings.gateway, router=settings.router),
+            worker_config(settings),
             self.listeners,
             self.shared,
             on_wake_signal=self.loop.signal_wake,
@@ -126,7 +134,6 @@ class _Tidegate:
         self.control = LiveControl(
             loop=self.loop,
             workers=self.workers,
-            pools=settings.pools,
             version=version(),
             url=self.url,
             admin_url=self.admin_url,
@@ -135,6 +142,7 @@ class _Tidegate:
             pool_slots=self.book.pool_slots,
             traffic=self.models.traffic,
             forks=lambda: describe_forks(process),
+            reload=self.reload,
         )
 
     def _process_backend(self) -> ProcessBackend:
@@ -161,9 +169,84 @@ class _Tidegate:
         self.fleet = self.book.publish(pools)
         self.workers.publish(self.fleet)
 
+    async def reload(self) -> SettingsChanges:
+        """Read the settings again, and apply what is different in them. Raises ``ConfigError``,
+        with nothing changed, where they cannot be used."""
+        async with self._reloading:
+            changes = await asyncio.to_thread(self._find_changes)
+            settings = changes.settings
+            self.loop.set_pools(settings.pools, settings.autoscaler)
+            if worker_config(settings) != worker_config(self.settings):
+                self.workers.configure(worker_config(settings))
+            set_up_logging(settings.gateway.log_level)
+            self.settings = settings
+        log.info("the settings were read again: %s", "; ".join(describe_changes(changes)))
+        return changes
+
+    def _find_changes(self) -> SettingsChanges:
+        loaded = self._read_again()
+        for warning in loaded.warnings:
+            log.warning("%s", warning.as_warning())
+        problems = []
+        for index, pool in enumerate(loaded.settings.pools):
+            try:
+                self._digest(pool)
+            except ValueError as error:
+                field = f"pools.{index}"
+                problems.append(Problem(field, str(error), loaded.origins[f"{field}.name"]))
+        slots = replica_slots(loaded.settings.pools)
+        if slots > self.shared.max_replicas:
+            text = (
+                f"have {slots} replicas at most, more than the {self.shared.max_replicas} that "
+                "this process has room for; a restart makes room"
+            )
+            problems.append(Problem("pools", text, "reload"))
+        if len({*self.loop.pools(), *(pool.name for pool in loaded.settings.pools)}) > _MAX_POOLS:
+            text = f"are more than {_MAX_POOLS} with those removed before that still serve"
+            problems.append(Problem("pools", text, "reload"))
+        if problems:
+            raise ConfigError(problems)
+        return find_changes(self.settings, loaded.settings, self._digest)
+
+    def _digest(self, pool: PoolSettings) -> str:
+        return start_digest(pool, self.settings.loaders)
+
+    async def reload_on_signal(self) -> None:
+        """The same, for a signal: whatever becomes of it is in the log."""
+        try:
+            await self.reload()
+        except ConfigError as error:
+            for problem in error.problems:
+                log.error("the settings were not reloaded: %s", problem)
+        except Exception:
+            log.exception("the settings were not reloaded")
+
     def banner(self) -> str:
         """What is printed once requests are accepted."""
         return banner(self.url, self.admin_url, self.settings.pools)
+
+
+def worker_config(settings: Settings) -> WorkerConfig:
+    """What the workers are configured with."""
+    return WorkerConfig(index=0, gateway=settings.gateway, router=settings.router)
+
+
+def replica_slots(pools: Sequence[PoolSettings]) -> int:
+    """Replicas that these pools may have at once, with those that drain."""
+    return _SPARE_REPLICA_SLOTS + sum(
+        2 * max(one.max_replicas, len(one.static.urls)) for one in pools
+    )
+
+
+def describe_changes(changes: SettingsChanges) -> list[str]:
+    """The changes in words."""
+    return describe(
+        added=changes.added,
+        changed=changes.changed,
+        removed=changes.removed,
+        applied=changes.applied,
+        needs_restart=changes.needs_restart,
+    )
 
 
 def banner(url: str, admin_url: str, pools: Sequence[PoolSettings]) -> str:
@@ -199,15 +282,22 @@ def _curl(url: str, model: str) -> str:
     )
 
 
-async def _run(settings: Settings) -> int:
-    tidegate = _Tidegate(settings)
+async def _run(settings: Settings, read_again: Callable[[], LoadedSettings]) -> int:
+    tidegate = _Tidegate(settings, read_again)
     with tidegate.stack:
         return await _live(tidegate)
 
 
 async def _live(tidegate: _Tidegate) -> int:
     stop, hurry = asyncio.Event(), asyncio.Event()
-    take_signals(stop, hurry)
+    reloads: set[asyncio.Task[None]] = set()
+
+    def reload() -> None:
+        task = asyncio.create_task(tidegate.reload_on_signal())
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    take_signals(stop, hurry, reload)
     await tidegate.loop.open()
     state_dir = Path(tidegate.settings.state_dir)
     admin_stop = asyncio.Event()

@@ -31,6 +31,7 @@ NEEDS_RESTART = (
     "autoscaler.health_timeout_s",
     "autoscaler.terminate_s",
     "autoscaler.call_timeout_s",
+    "autoscaler.keep_engines_s",
     "autoscaler.log_bytes",
     "autoscaler.log_files",
     "autoscaler.log_replicas",
@@ -97,6 +98,27 @@ def find_changes(
         applied=tuple(name for name in different if not needs_restart(name)),
         needs_restart=tuple(name for name in different if needs_restart(name)),
     )
+
+
+def describe(
+    *,
+    added: Sequence[str],
+    changed: Sequence[PoolChange],
+    removed: Sequence[str],
+    applied: Sequence[str],
+    needs_restart: Sequence[str],
+) -> list[str]:
+    """The changes in words, a line each; one line where there are none."""
+    lines = [f"pool {name} is added" for name in added]
+    for pool in changed:
+        more = "; its replicas are replaced" if pool.replaces else ""
+        lines.append(f"pool {pool.name} is changed: {', '.join(pool.fields)}{more}")
+    lines += [f"pool {name} is removed; it serves the requests it has" for name in removed]
+    if applied:
+        lines.append(f"applied: {', '.join(applied)}")
+    if needs_restart:
+        lines.append(f"needs a restart: {', '.join(needs_restart)}")
+    return lines or ["nothing is different"]
 
 
 def needs_restart(name: str) -> bool:

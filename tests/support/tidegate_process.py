@@ -332,6 +332,22 @@ def simulated(name: str, *engine_args: object, **fields: Any) -> dict[str, Any]:
     }
 
 
+def write_settings(directory: Path, *, pools: Sequence[Mapping[str, Any]], **sections: Any) -> Path:
+    """The settings file of a Tidegate in ``directory``; written anew for a reload."""
+    settings = {
+        "state_dir": str(directory / "state"),
+        "gateway": {"port": 0, "admin_port": 0},
+        "autoscaler": {},
+        **{name: value for name, value in sections.items() if name not in {"gateway"}},
+        "pools": pools,
+    }
+    settings["gateway"] = {**settings["gateway"], **sections.get("gateway", {})}
+    settings["autoscaler"] = {**QUICK, **settings["autoscaler"]}
+    config = directory / "tidegate.toml"
+    config.write_text(toml(settings), encoding="utf-8")
+    return config
+
+
 def start(
     directory: Path,
     *,
@@ -342,18 +358,8 @@ def start(
 ) -> Tidegate:
     """Start ``tidegate up`` with its state in ``directory``; does not wait for anything."""
     directory.mkdir(parents=True, exist_ok=True)
+    config = write_settings(directory, pools=pools, **sections)
     state_dir = directory / "state"
-    settings = {
-        "state_dir": str(state_dir),
-        "gateway": {"port": 0, "admin_port": 0},
-        "autoscaler": {},
-        **{name: value for name, value in sections.items() if name not in {"gateway"}},
-        "pools": pools,
-    }
-    settings["gateway"] = {**settings["gateway"], **sections.get("gateway", {})}
-    settings["autoscaler"] = {**QUICK, **settings["autoscaler"]}
-    config = directory / "tidegate.toml"
-    config.write_text(toml(settings), encoding="utf-8")
     mark = secrets.token_hex(8)
     log_path = directory / f"tidegate-{mark}.log"
     # The record of an earlier one in the same directory must not be taken for this one's.

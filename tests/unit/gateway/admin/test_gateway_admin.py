@@ -80,6 +80,14 @@ class RecordingControl:
         self.calls.append(("drain", replica_id))
         return schema.DrainAnswer(replica=replica_id)
 
+    async def reload(self) -> schema.ReloadAnswer:
+        if self.failure is not None:
+            raise self.failure
+        self.calls.append(("reload",))
+        return schema.ReloadAnswer(
+            added=("x",), changed=(), removed=(), applied=(), needs_restart=()
+        )
+
 
 def call(
     app: Starlette, method: str, path: str, base: str = "http://127.0.0.1:8001", **kwargs: Any

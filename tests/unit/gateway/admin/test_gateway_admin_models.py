@@ -191,7 +191,7 @@ def test_a_body_that_is_not_right_is_400_and_names_the_field(
 def test_a_pool_s_name_stands_for_its_model(cache: FakeCache) -> None:
     given = {"name": "chat", "aliases": ("small",), "engine": "vllm", "model": "hf://org/name"}
     pool = PoolSettings.model_validate(given)
-    with Served(models=replace(fake_models(cache), pools=(pool,))) as served:
+    with Served(models=replace(fake_models(cache), pools=lambda: (pool,))) as served:
         assert served.lines("preload", model="chat")[-1]["result"]["model"] == URL
         assert served.post("pin", model="small").json()["model"] == URL
         assert served.http.get("/models").json()["pools"] == [

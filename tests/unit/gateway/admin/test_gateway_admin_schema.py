@@ -18,6 +18,7 @@ from openapi_spec_validator import validate
 from gateway.admin import schema
 from gateway.admin.openapi import describe
 from gateway.admin.operations import CACHE, OPERATIONS, VERBS, Operation
+from gateway.settings.changes import PoolChange
 
 ROOT = Path(__file__).resolve().parents[4]
 URL = "hf://org/name"
@@ -62,6 +63,12 @@ class OnePool:
 
     async def drain(self, replica_id: str) -> schema.DrainAnswer:
         return schema.DrainAnswer(replica=replica_id)
+
+    async def reload(self) -> schema.ReloadAnswer:
+        change = PoolChange(name="chat", fields=("engine_args",), replaces=True)
+        return schema.ReloadAnswer(
+            added=("code",), changed=(change,), removed=(), applied=(), needs_restart=("loaders",)
+        )
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from gateway.compose import run_record
 from gateway.compose.up import banner
 from gateway.doctor.checks import Check, Status, fail
 from gateway.settings import defaults
+from gateway.settings.changes import PoolChange
 from gateway.settings.load import ConfigError, LoadedSettings
 from gateway.settings.schema import Settings
 from gateway.terminal import duration
@@ -39,11 +40,21 @@ TERMINAL = Screen(terminal=True, width=200)
 STATUS = gateway_status(pool())
 
 
+RELOADED = schema.ReloadAnswer(
+    added=("code",),
+    changed=(PoolChange(name="chat", fields=("engine_args",), replaces=True),),
+    removed=("old",),
+    applied=("autoscaler.tick_s",),
+    needs_restart=("gateway.port",),
+)
+
+
 class ScriptedControl:
     """Answers with what is above."""
 
     def __init__(self) -> None:
         self.scaled: list[tuple[str, int | None]] = []
+        self.mistakes: list[str] = []
 
     def status(self) -> schema.GatewayStatus:
         return STATUS
@@ -62,6 +73,11 @@ class ScriptedControl:
             raise KeyError(pool)
         self.scaled.append((pool, replicas))
         return schema.ScaleAnswer(pool=pool, override=replicas)
+
+    async def reload(self) -> schema.ReloadAnswer:
+        if self.mistakes:
+            raise schema.AdminError("bad_settings", "\n".join(self.mistakes))
+        return RELOADED
 
 
 class Served(ServedAdmin):
@@ -94,11 +110,12 @@ class Recorded(Effects):
     now_s: Callable[[], float] = lambda: NOW_S
     started: list[LoadedSettings] = field(default_factory=list)
     raised: BaseException | None = None
+    reloads: int = 0
     code: int = 0
     checks: tuple[Check, ...] = ()
 
-    def up(self, loaded: LoadedSettings) -> int:
-        self.started.append(loaded)
+    def up(self, loaded: LoadedSettings, read_again: Callable[[], LoadedSettings]) -> int:
+        self.started.extend([loaded, read_again()][: 1 + self.reloads])
         if self.raised is not None:
             raise self.raised
         return self.code
@@ -392,6 +409,43 @@ def test_up_with_one_model(
     assert effects.started[1].settings.pools[0].engine == "simulated"
 
 
+def test_reload_says_what_is_different(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tidegate("reload", "--admin", served.url) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "pool code is added",
+        "pool chat is changed: engine_args; its replicas are replaced",
+        "pool old is removed; it serves the requests it has",
+        "applied: autoscaler.tick_s",
+        "needs a restart: gateway.port",
+    ]
+    assert tidegate("reload", "--json", "--admin", served.url) == 0
+    out = capsys.readouterr().out
+    assert schema.ReloadAnswer.model_validate_json(out) == RELOADED
+
+
+def test_reload_of_settings_with_mistakes_is_2_and_a_line_for_each(
+    served: Served, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served.control, "mistakes", ["a.b: one", "c.d: another"])
+    assert tidegate("reload", "--admin", served.url) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "tidegate: a.b: one",
+        "tidegate: c.d: another",
+    ]
+
+
+def test_what_up_reads_again_is_read_as_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIDEGATE__AUTOSCALER__TICK_S", "3")
+    effects = Recorded(reloads=1)
+    words = ("up", "--engine", "simulated", "--set", "gateway.port=9")
+    assert tidegate(*words, effects=effects) == 0
+    first, again = effects.started
+    assert first == again
+    assert (again.settings.gateway.port, again.settings.autoscaler.tick_s) == (9, 3.0)
+
+
 def test_up_passes_the_exit_code_and_warnings_on(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("up", "--engine", "simulated", "--set", "gateway.admin_host=0.0.0.0")
     assert tidegate(*words, effects=Recorded(code=7)) == 7
@@ -618,7 +672,18 @@ def test_every_verb_has_help_with_an_example() -> None:
     found |= found.pop("config").commands
     found |= found.pop("model").commands
     assert set(found) == {
-        *("up", "agent", "status", "scale", "explain", "doctor", "check", "show", "example"),
+        *(
+            "up",
+            "agent",
+            "status",
+            "scale",
+            "reload",
+            "explain",
+            "doctor",
+            "check",
+            "show",
+            "example",
+        ),
         *("ls", "preload", "prewarm", "pin", "unpin", "evict", "verify", "replicate", "bundle"),
     }
     for name, verb in found.items():

@@ -44,7 +44,9 @@ class OverFake(Effects):
     now_s: Callable[[], float] = lambda: NOW_S
 
     def open_models(self, settings: Settings) -> Models:
-        return replace(fake_models(self.cache, {"eu": "", "us": "no answer"}), pools=settings.pools)
+        return replace(
+            fake_models(self.cache, {"eu": "", "us": "no answer"}), pools=lambda: settings.pools
+        )
 
 
 @pytest.fixture
@@ -100,7 +102,7 @@ def chatting(
         "name": "chat", "aliases": ("org/other",), "engine": "vllm", "model": "hf://org/small",
     }  # fmt: skip
     pool = PoolSettings.model_validate(given)
-    models = replace(fake_models(cache, {"eu": ""}), pools=(pool,))
+    models = replace(fake_models(cache, {"eu": ""}), pools=lambda: (pool,))
     with ServedAdmin(models=models) as served:
         yield lambda *words: here(*words, "--admin", served.url)
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from autoscaler.settings import PoolSettings
-from gateway.settings.changes import NEEDS_RESTART, PoolChange, find_changes, needs_restart
+from gateway.settings.changes import (
+    NEEDS_RESTART,
+    PoolChange,
+    describe,
+    find_changes,
+    needs_restart,
+)
 from gateway.settings.fields import find
 from gateway.settings.schema import Settings
+
+ROOT = Path(__file__).resolve().parents[4]
 
 
 def pool(name: str, **given: Any) -> dict[str, Any]:
@@ -115,6 +125,18 @@ def test_what_needs_a_restart_keeps_its_value_until_then() -> None:
     assert (settings.gateway.port, settings.gateway.drain_s) == (1111, 3.0)
     assert (settings.autoscaler.tick_s, settings.autoscaler.log_files) == (4.0, 3)
     assert find_changes(settings, old, digest).needs_restart == ()  # back to what runs
+
+
+def test_the_docs_name_what_needs_a_restart() -> None:
+    text = (ROOT / "docs" / "operate.md").read_text()
+    listed = text.partition("<!-- needs-restart -->")[2].partition("<!-- /needs-restart -->")[0]
+    assert re.findall("`(.*?)`", listed) == list(NEEDS_RESTART)
+
+
+def test_the_words_for_no_change() -> None:
+    assert describe(added=(), changed=(), removed=(), applied=(), needs_restart=()) == [
+        "nothing is different"
+    ]
 
 
 def test_every_name_that_needs_a_restart_is_a_setting() -> None:
