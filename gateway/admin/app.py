@@ -126,14 +126,13 @@ def assemble(
     document, guarded against web pages."""
     served = [INDEX, OPENAPI]
     served += [one for one in OPERATIONS if one.name in handlers]
-    document = schema.ApiDocument(openapi.describe(served, version))
     summaries = {f"{one.method} {one.path}": one.summary for one in served}
 
     async def index() -> schema.AdminIndex:
         return schema.AdminIndex(endpoints=summaries)
 
     async def describe() -> schema.ApiDocument:
-        return document
+        return schema.ApiDocument(await asyncio.to_thread(openapi.describe, served, version))
 
     every = {"index": index, "openapi": describe, **handlers}
     return Starlette(
