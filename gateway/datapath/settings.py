@@ -6,10 +6,12 @@ of them about 10 MB of memory (``messages.WorkerConfig``).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 
 class HoldingSettings(BaseModel):
@@ -147,3 +149,20 @@ class GatewaySettings(BaseModel):
 
     holding: HoldingSettings = HoldingSettings()
     """How requests wait while their pool has no replica that can take them."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GatewaySettings:
+        text = "; ".join(self._conflicts())
+        if text:
+            raise PydanticCustomError("conflict", "{text}", {"text": text})
+        return self
+
+    def _conflicts(self) -> Iterator[str]:
+        if self.port == self.admin_port != 0:
+            yield f"admin_port is {self.admin_port}, as port is: give each its own"
+        if self.tls_certificate is not None and self.tls_key is None:
+            yield "tls_key is missing: tls_certificate is set, TLS needs both"
+        if self.tls_key is not None and self.tls_certificate is None:
+            yield "tls_certificate is missing: tls_key is set, TLS needs both"
+        if self.peek_bytes > self.max_buffered_bytes:
+            yield "peek_bytes is more than max_buffered_bytes"

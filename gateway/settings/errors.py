@@ -6,19 +6,13 @@ import errno
 import json
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from gateway.datapath.settings import GatewaySettings
 from gateway.settings import fields
-from gateway.settings.schema import (
-    CONFLICTS,
-    find_gateway_conflicts,
-    find_name_conflicts,
-)
 
 SHOWN_CHARACTERS = 60
 """Characters of a wrong value that an error repeats."""
@@ -92,50 +86,34 @@ def explain(error: ValidationError, origin: Origin, blame: Origin) -> Iterator[P
     """
     for detail in error.errors(include_url=False):
         parts = _field_path(detail["loc"])
-        if detail["type"] == CONFLICTS:
-            for path, message in detail["ctx"]["conflicts"]:
-                yield _conflict(path, message, origin)
-        elif detail["type"] == "conflict":
+        if detail["type"] == "conflict":
             yield from _contradictions(parts, str(detail["ctx"]["text"]), origin, blame)
         else:
             message, value = _say(detail, parts)
             yield Problem(fields.dotted(parts) or "settings", message, blame(parts), value)
 
 
-def _conflict(path: str, message: str, origin: Origin) -> Problem:
-    """Two fields that contradict each other: it is laid to one that was given."""
-    others = re.findall(r"[a-z_]+(?:\.[a-z0-9_]+)+", message)
-    given = [one for one in (path, *others) if origin(one.split(".")) != DEFAULT]
-    return Problem(path, message, origin((given or [path])[0].split(".")))
-
-
-def find_conflicts_in(tree: dict[str, Any], origin: Origin) -> Iterator[Problem]:
-    """Contradictions between fields of a tree that cannot be used for other reasons, as far as
-    they can be told: pydantic looks for them only in what is well otherwise."""
-    try:
-        gateway = GatewaySettings.model_validate_json(to_json(tree.get("gateway", {})), strict=True)
-    except ValidationError:
-        pass  # which is among what was said already
-    else:
-        for path, message in find_gateway_conflicts(gateway):
-            yield _conflict(path, message, origin)
+def find_name_conflicts(tree: Mapping[str, Any], origin: Origin) -> Iterator[Problem]:
+    """Names that mean two pools, of a tree of plain values that may be wrong otherwise."""
+    taken: dict[str, str] = {}
     pools = tree.get("pools")
-    for path, message in find_name_conflicts(
-        [_names(pool) for pool in pools] if isinstance(pools, list) else []
-    ):
-        yield _conflict(path, message, origin)
-
-
-def _names(pool: Any) -> tuple[str | None, list[str | None]]:
-    """A pool's name and aliases out of plain values."""
-    if not isinstance(pool, dict):
-        return None, []
-    aliases = pool.get("aliases")
-    return _name(pool.get("name")), list(map(_name, aliases if isinstance(aliases, list) else []))
-
-
-def _name(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+    for index, pool in enumerate(pools if isinstance(pools, list) else ()):
+        if not isinstance(pool, dict):
+            continue
+        aliases = pool.get("aliases")
+        names = [(f"pools.{index}.name", pool.get("name"))]
+        names += [
+            (f"pools.{index}.aliases.{number}", name)
+            for number, name in enumerate(aliases if isinstance(aliases, list) else ())
+        ]
+        for path, name in names:
+            if not isinstance(name, str):
+                continue
+            if name in taken:
+                message = f"{name!r} is {taken[name]} too; a name means one pool"
+                yield Problem(path, message, origin(path.split(".")))
+            else:
+                taken[name] = path
 
 
 def _field_path(loc: Sequence[str | int]) -> tuple[str, ...]:

@@ -199,7 +199,7 @@ class _Draft:
             settings = Settings.model_validate_json(errors.to_json(self.tree), strict=True)
         except ValidationError as error:
             self.found += errors.explain(error, self.origin, self.blame)
-            self.found += errors.find_conflicts_in(self.tree, self.origin)
+        self.found += errors.find_name_conflicts(self.tree, self.origin)
         if settings is None or self.found:
             raise ConfigError(list(dict.fromkeys(self.found)))
         settings = through_cache(settings)

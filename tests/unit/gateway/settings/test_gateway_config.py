@@ -332,7 +332,7 @@ def test_a_variable_that_is_named_or_kubernetes_own_is_not_warned_about() -> Non
         (
             "between sections",
             "[gateway]\nport = 8001",
-            "gateway.admin_port 8001 is gateway.port too; give each its own (FILE, line 2)",
+            "gateway.admin_port is 8001, as port is: give each its own (FILE, line 2)",
         ),
         (
             "between pools",
@@ -428,7 +428,7 @@ def test_contradictions_of_every_kind_are_said_together(tmp_path: Path) -> None:
     )
     said = sorted(line.partition(" (")[0].partition(": ")[0] for line in lines)
     assert said == [
-        "gateway.admin_port 9 is gateway.port too; give each its own",
+        "gateway.admin_port is 9, as port is",
         "gateway.tls_certificate is missing",
         "pools.0.min_replicas",
         "pools.1.aliases.0 'chat' is pools.0.name too; a name means one pool",
