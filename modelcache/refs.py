@@ -15,7 +15,7 @@ them instead, and a URL with any is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from urllib.parse import quote, unquote, urlsplit
 
 from modelcache.types import ModelRef
@@ -211,6 +211,31 @@ def _segments(path: str, scheme: str) -> list[str]:
     if any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts):
         raise ValueError(f"model URL: a {scheme} path has no empty, '.' or '..' part: {path!r}")
     return parts
+
+
+def is_below(url: str, beginning: str) -> bool:
+    """Whether ``url`` is ``beginning`` or below it: ``s3://models`` is not ``s3://models-2``."""
+    top = beginning.rstrip("/")
+    if beginning.endswith("://"):
+        return url.startswith(beginning)
+    return url == top or url.startswith(f"{top}/")
+
+
+def find_path_problem(paths: Sequence[str]) -> str | None:
+    """What keeps these files from becoming a directory: a path that leads elsewhere or comes twice,
+    a file where another wants a directory; ``None`` if nothing does."""
+    known = set(paths)
+    if len(known) != len(paths):
+        return "lists a file twice"
+    for path in paths:
+        if not check_file_path(path):
+            return f"lists a file called {path[:200]!r}"
+        folder = path.rpartition("/")[0]
+        while folder:
+            if folder in known:
+                return f"says that {folder} is a file and a directory"
+            folder = folder.rpartition("/")[0]
+    return None
 
 
 def check_file_path(path: str) -> bool:

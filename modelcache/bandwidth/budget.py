@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from modelcache.bandwidth.fair_queue import CLASS_WEIGHTS, Claim, FairQueue, make_cap
 from modelcache.ports import ANNOUNCE_BYTES, IsCancelled
+from modelcache.refs import is_below
 from modelcache.settings import ModelCacheSettings
 from modelcache.types import Cancelled, Priority
 
@@ -41,33 +42,38 @@ class Budget:
             rates[NODE] = settings.bandwidth_bytes_s
         self._capped_node = NODE in rates
         caps = tuple(make_cap(name, rate, ANNOUNCE_BYTES) for name, rate in rates.items())
-        self._shares = FairQueue(caps, clock())
+        self._queue = FairQueue(caps, clock())
         self._lock = threading.Lock()
         self._turns: dict[int, threading.Event] = {}
 
     def share(self, url: str, model: str, priority: Priority) -> BandwidthShare:
         """What reading ``url`` for ``model`` counts against."""
-        prefix = next((p for p in self._prefixes if covers(p, url)), None)
+        prefix = next((p for p in self._prefixes if is_below(url, p)), None)
         names = ((NODE,) if self._capped_node else ()) + ((prefix,) if prefix else ())
         return BandwidthShare(budget=self, model=model, priority=priority, caps=names)
+
+    @property
+    def waiting(self) -> int:
+        """Threads that wait for their turn."""
+        return len(self._queue.waiting)
 
     def forget(self, model: str) -> None:
         """A model has been fetched: keep nothing about it."""
         with self._lock:
-            self._shares.forget(model)
+            self._queue.forget(model)
 
     def take(self, share: BandwidthShare, size_bytes: int, cancelled: IsCancelled) -> None:
         """Wait until ``size_bytes`` (at most ``ANNOUNCE_BYTES``) may be read. ``Cancelled`` if it
         is called off first."""
         turn = threading.Event()
         with self._lock:
-            claim = self._shares.ask(share.model, share.priority, share.caps, size_bytes)
+            claim = self._queue.ask(share.model, share.priority, share.caps, size_bytes)
             self._turns[claim.ticket] = turn
             wait_s = self._grant(claim)
         while wait_s is not None:
             turn.wait(wait_s)
             with self._lock:
-                if cancelled() and claim.ticket in self._shares.waiting:
+                if cancelled() and claim.ticket in self._queue.waiting:
                     self._withdraw(claim)
                     raise Cancelled("fetching was called off")
                 wait_s = self._grant(claim)
@@ -75,23 +81,23 @@ class Budget:
     def give_back(self, share: BandwidthShare, size_bytes: int) -> None:
         """Return what was taken and not read."""
         with self._lock:
-            self._shares.give_back(share.caps, size_bytes)
+            self._queue.give_back(share.caps, size_bytes)
 
     def _withdraw(self, claim: Claim) -> None:
-        self._shares.withdraw(claim)
+        self._queue.withdraw(claim)
         self._turns.pop(claim.ticket, None)
         self._nudge()
 
     def _grant(self, claim: Claim) -> float | None:
         """Let everybody in whose turn it is; seconds until ``claim`` should look again, ``None``
         when it was let in."""
-        for granted in self._shares.grant(self._clock()):
+        for granted in self._queue.grant(self._clock()):
             self._turns.pop(granted.ticket).set()
-        if claim.ticket not in self._shares.waiting:
+        if claim.ticket not in self._queue.waiting:
             self._nudge()
             return None
         self._turns[claim.ticket].clear()
-        found = self._shares.first()
+        found = self._queue.first()
         if found is not None and found[0] is claim:
             return min(found[1], POLL_S)
         return POLL_S
@@ -99,7 +105,7 @@ class Budget:
     def _nudge(self) -> None:
         """Only the first in the queue sleeps until the moment it is due, or all would wake for
         every grant. Tell the new first that it is."""
-        found = self._shares.first()
+        found = self._queue.first()
         if found is not None:
             self._turns[found[0].ticket].set()
 
@@ -152,15 +158,6 @@ class Meter:
             self.share.budget.take(self.share, wanted, self.cancelled)
         self.left_bytes -= wanted
         self.paid_bytes += wanted
-
-
-def covers(prefix: str, url: str) -> bool:
-    """Whether ``url`` is at or below ``prefix``: ``oss://models`` covers ``oss://models/a`` and
-    not ``oss://models-old/a``."""
-    prefix = prefix.rstrip("/") if not prefix.endswith("://") else prefix
-    if not url.startswith(prefix):
-        return False
-    return prefix.endswith("://") or len(url) == len(prefix) or url[len(prefix)] == "/"
 
 
 @dataclass(slots=True)

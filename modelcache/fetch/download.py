@@ -31,6 +31,17 @@ MOST_REMEMBERED = 1_024
 """Files of which is remembered who gave which piece."""
 
 
+TICK_S = 0.1
+"""Seconds between two looks at whether it is still wanted, and at who owns what."""
+
+TELL_S = 0.25
+RATE_S = 5.0
+GENTLE_S = 1.0
+GENTLE_CONNECTIONS = 4
+"""As long as others may be about to begin too, a node does not take more of a store than this: what
+two read at the same time is read twice."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferTimeouts:
     """How long, in seconds of the download's clock, what a download waits for may take."""
@@ -161,17 +172,6 @@ class TransferState:
         """The file is whole and right: who gave what need not be remembered."""
         with self._lock:
             self._suspicions.pop(key, None)
-
-
-TICK_S = 0.1
-"""Seconds between two looks at whether it is still wanted, and at who owns what."""
-
-TELL_S = 0.25
-RATE_S = 5.0
-GENTLE_S = 1.0
-GENTLE_CONNECTIONS = 4
-"""As long as others may be about to begin too, a node does not take more of a store than this: what
-two read at the same time is read twice."""
 
 
 @dataclass(slots=True, eq=False)

@@ -53,6 +53,13 @@ FOREIGN = (
 together more bytes than what is opened."""
 
 
+LINKED = "linked"
+RECORD_BYTES = 4_096
+"""About what the records of one file take."""
+
+ATTEMPTS = 2
+
+
 class PieceTransfer(Protocol):
     """What brings pieces (``modelcache.fetch.transfer.Transfer``)."""
 
@@ -135,13 +142,6 @@ def narrow(
     paths = {file.path for file in chosen}
     paths |= {entry.path for entry in (earlier.files if earlier is not None else ())}
     return replace(listing, files=tuple(file for file in listing.files if file.path in paths))
-
-
-LINKED = "linked"
-RECORD_BYTES = 4_096
-"""About what the records of one file take."""
-
-ATTEMPTS = 2
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -28,6 +28,12 @@ Identity = tuple[int, int, int]
 """Device, inode and size: a file that differs in one is another file."""
 
 
+RESERVE_FRACTION = 0.05
+"""Of the memory: less than this available, and nothing is kept by force."""
+
+READ_BYTES = 65_536
+
+
 @dataclass(slots=True, kw_only=True)
 class MappedRange:
     """One range of a file, mapped. ``locked_bytes`` from its beginning are locked."""
@@ -183,12 +189,6 @@ def _identity(path: str) -> Identity | None:
         found = os.stat(path)
         return found.st_dev, found.st_ino, found.st_size
     return None
-
-
-RESERVE_FRACTION = 0.05
-"""Of the memory: less than this available, and nothing is kept by force."""
-
-READ_BYTES = 65_536
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -19,6 +19,24 @@ from dataclasses import dataclass
 from modelcache.pagecache import linux_pages
 from modelcache.types import PIECE_BYTES, CacheError, Cancelled, FileRange, Progress, Residency
 
+RUN_BYTES = 1024 * 1024 * 1024
+"""Bytes that one thread reads in a row. The kernel's read-ahead begins anew with each run, first
+with single pages: short runs cost twice the time of the processor, then and whenever the pages are
+counted or mapped."""
+
+STREAMS = 2
+"""Threads that read when no other reader must be considered. One nearly fills a local disk; a
+remote one, where each read waits, wants a second."""
+
+YIELD_STEP_S = 0.02
+YIELD_MOST_S = 1.0
+"""Longest pause before a chunk for other readers' sake: even then some 8 MiB/s go on."""
+
+RATE_WINDOW_S = 3.0
+FALLBACK_BYTES = 1024 * 1024
+Counter = Callable[[int, int, int], int | None]
+"""Pages cached of an open file, from a byte on, of so many bytes; ``None`` where it cannot tell."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileSpan:
@@ -84,43 +102,6 @@ def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
         elif end > start:
             merged.append((start, end))
     return [(start, end) for start, end in merged if end > start]
-
-
-RUN_BYTES = 1024 * 1024 * 1024
-"""Bytes that one thread reads in a row. The kernel's read-ahead begins anew with each run, first
-with single pages: short runs cost twice the time of the processor, then and whenever the pages are
-counted or mapped."""
-
-STREAMS = 2
-"""Threads that read when no other reader must be considered. One nearly fills a local disk; a
-remote one, where each read waits, wants a second."""
-
-YIELD_STEP_S = 0.02
-YIELD_MOST_S = 1.0
-"""Longest pause before a chunk for other readers' sake: even then some 8 MiB/s go on."""
-
-RATE_WINDOW_S = 3.0
-FALLBACK_BYTES = 1024 * 1024
-
-Counter = Callable[[int, int, int], int | None]
-"""Pages cached of an open file, from a byte on, of so many bytes; ``None`` where it cannot tell."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Extent:
-    """Bytes ``start`` to ``end`` (exclusive) of a file, ``bytes_cached`` of which are cached.
-
-    An extent is all cached, not cached at all, or one chunk that is partly cached.
-    """
-
-    start: int
-    end: int
-    bytes_cached: int
-
-    @property
-    def whole(self) -> bool:
-        """Whether all of it is cached."""
-        return self.bytes_cached == self.end - self.start
 
 
 def residency(
@@ -228,15 +209,11 @@ def _plan(spans: Sequence[FileSpan]) -> tuple[deque[tuple[str, int, int]], int]:
     for span in spans:
         with Opened(span.path) as file:
             for start, end in span.ranges:
-                known = extents(file.fd, start, end)
-                for extent in (
-                    (Extent(start=start, end=end, bytes_cached=0),) if known is None else known
-                ):
-                    if extent.whole:
-                        skipped += extent.bytes_cached
-                        continue
-                    for at in range(extent.start, extent.end, RUN_BYTES):
-                        runs.append((span.path, at, min(extent.end, at + RUN_BYTES)))
+                skipped += end - start
+                for begin, until in missing_ranges(file.fd, start, end):
+                    skipped -= until - begin
+                    for at in range(begin, until, RUN_BYTES):
+                        runs.append((span.path, at, min(until, at + RUN_BYTES)))
     return runs, skipped
 
 
@@ -364,26 +341,19 @@ def count(fd: int, start: int, end: int, counters: Sequence[Counter]) -> tuple[i
     return None, ""
 
 
-def extents(
-    fd: int,
-    start: int,
-    end: int,
-    chunk_bytes: int = PIECE_BYTES,
-    counters: Sequence[Counter] = linux_pages.COUNTERS,
-) -> tuple[Extent, ...] | None:
-    """The extents of an open file's range; ``None`` where nothing can tell."""
-    found: list[Extent] = []
+def missing_ranges(
+    fd: int, start: int, end: int, counters: Sequence[Counter] = linux_pages.COUNTERS
+) -> list[tuple[int, int]]:
+    """The parts of an open file's range that are not all cached, to the piece; all of it where
+    nothing can tell."""
+    found: list[tuple[int, int]] = []
     at = start
     while at < end:
-        until = min(end, at - at % chunk_bytes + chunk_bytes)
+        until = min(end, at - at % PIECE_BYTES + PIECE_BYTES)
         cached, _ = count(fd, at, until, counters)
         if cached is None:
-            return None
-        one = Extent(start=at, end=until, bytes_cached=cached)
-        last = found[-1] if found else None
-        if last and ((last.whole and one.whole) or (last.bytes_cached == cached == 0)):
-            found[-1] = Extent(start=last.start, end=until, bytes_cached=last.bytes_cached + cached)
-        else:
-            found.append(one)
+            return [(start, end)]
+        if cached < until - at:
+            found.append((at, until))
         at = until
-    return tuple(found)
+    return _merged(found)

@@ -36,6 +36,36 @@ from modelcache.types import Cancelled
 log = logging.getLogger("tidegate.modelcache.peers")
 
 
+LOOK_S = 10.0
+"""Seconds between two looks."""
+
+SOON_S = 2.0
+"""Seconds between two looks at the least: each stranger that asks us something brings one."""
+
+MOST_ADDRESSES = 1_024
+"""Addresses of one name that are used."""
+
+LookUp = Callable[[str, int], Sequence[str]]
+"""The addresses of a host name, for connections to a port. ``OSError`` where there is no answer."""
+
+POLL_WAIT_S = 2.0
+"""Seconds that a peer may keep a question about its files open."""
+
+GAP_S = 0.05
+"""Seconds between two questions to one peer at the least: news travels in bundles."""
+
+PAUSES_S = (0.25, 30.0)
+"""The first pause after a failure and the longest; each doubles the one before."""
+
+LIAR_S = 3_600.0
+MOST_LIARS = 1_024
+MOST_HEARD = 1_024
+"""Names of nodes that are no peers, and have asked us, that are remembered."""
+
+MOST_WATCHED = 64
+"""Peers that one download watches: a thread each. In a larger cluster, any so many."""
+
+
 @dataclass(slots=True)
 class Peer:
     """One other node."""
@@ -83,19 +113,6 @@ class Follower:
     stopped: IsCancelled
     asked: set[str] = field(default_factory=set)
     """URLs of peers that have answered, or failed to, at least once."""
-
-
-LOOK_S = 10.0
-"""Seconds between two looks."""
-
-SOON_S = 2.0
-"""Seconds between two looks at the least: each stranger that asks us something brings one."""
-
-MOST_ADDRESSES = 1_024
-"""Addresses of one name that are used."""
-
-LookUp = Callable[[str, int], Sequence[str]]
-"""The addresses of a host name, for connections to a port. ``OSError`` where there is no answer."""
 
 
 def look_up(host: str, port: int) -> list[str]:
@@ -181,23 +198,6 @@ class PeerNames:
             log.warning("peers %s cannot be looked up: %s", name, problem)
         else:
             log.info("peers %s are found again", name)
-
-
-POLL_WAIT_S = 2.0
-"""Seconds that a peer may keep a question about its files open."""
-
-GAP_S = 0.05
-"""Seconds between two questions to one peer at the least: news travels in bundles."""
-
-PAUSES_S = (0.25, 30.0)
-"""The first pause after a failure and the longest; each doubles the one before."""
-
-LIAR_S = 3_600.0
-MOST_LIARS = 1_024
-MOST_HEARD = 1_024
-"""Names of nodes that are no peers, and have asked us, that are remembered."""
-MOST_WATCHED = 64
-"""Peers that one download watches: a thread each. In a larger cluster, any so many."""
 
 
 class PeerGroup:

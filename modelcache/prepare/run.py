@@ -53,6 +53,22 @@ PYTHON = "{python}"
 the engine's interpreter."""
 
 
+PROGRAM_MOST_BYTES = 64 * 1024 * 1024
+"""Largest file among a command's arguments whose content is part of the step's key."""
+
+WAIT_S = 0.1
+FOREIGN = frozenset({"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONSTARTUP"})
+VERSIONS = """\
+import importlib.metadata as m, json, sys
+def v(n):
+    try: return m.version(n)
+    except m.PackageNotFoundError: return ""
+print(json.dumps({n: v(n) for n in sys.argv[1:]}))
+"""
+
+AskVersions = Callable[[Path, Sequence[str]], Mapping[str, str]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeasedModel:
     """A model that stays as long as this is held: until ``lease.release``, or the process ends."""
@@ -226,24 +242,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-PROGRAM_MOST_BYTES = 64 * 1024 * 1024
-"""Largest file among a command's arguments whose content is part of the step's key."""
-
-WAIT_S = 0.1
-
-FOREIGN = frozenset({"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONSTARTUP"})
-
-VERSIONS = """\
-import importlib.metadata as m, json, sys
-def v(n):
-    try: return m.version(n)
-    except m.PackageNotFoundError: return ""
-print(json.dumps({n: v(n) for n in sys.argv[1:]}))
-"""
-
-AskVersions = Callable[[Path, Sequence[str]], Mapping[str, str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,10 @@ FAILURE_LINES = 12
 LINE_CHARACTERS = 200
 
 
+_PR_SET_PDEATHSIG = 1
+NOT_STARTED = 127
+
+
 class StepFailed(CacheError):
     """A step ended without its result; the message has its last lines and where its log is."""
 
@@ -161,10 +165,6 @@ def bytes_under(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 total += os.stat(os.path.join(parent, name), follow_symlinks=False).st_size
     return total
-
-
-_PR_SET_PDEATHSIG = 1
-NOT_STARTED = 127
 
 
 class _End(BaseException):

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from modelcache.ports import ANNOUNCE_BYTES, Listing, OnBytes
 from modelcache.sources import answers, wire
-from modelcache.sources.listings import make_listing, obstore_client, obstore_errors, obstore_retry
+from modelcache.sources.listings import (
+    list_objects,
+    make_listing,
+    obstore_client,
+    obstore_errors,
+    obstore_retry,
+)
 from modelcache.sources.reader import home_of
 from modelcache.types import Cancelled, ModelRef, RemoteFile, SourceError
 
@@ -31,7 +37,7 @@ class GsSource:
     def __init__(self, ref: ModelRef, environ: Mapping[str, str], *, timeout_s: float) -> None:
         self.ref = ref
         self._bucket, _, self._prefix = ref.location.partition("/")
-        self._single = False
+        self._below = f"{self._prefix}/" if self._prefix else ""
         self._store = self._make_store(environ, timeout_s)
 
     def _make_store(self, environ: Mapping[str, str], timeout_s: float) -> GCSStore:
@@ -47,20 +53,9 @@ class GsSource:
 
     def list(self) -> Listing:
         """See ``Source.list``."""
-        import obstore
-
         with obstore_errors(self.ref.url, HINT, ()):
-            prefix = self._prefix or None
-            found = [meta for page in obstore.list(self._store, prefix=prefix) for meta in page]
-            below = f"{self._prefix}/" if self._prefix else ""
-            metas = [
-                m for m in found if m["path"].startswith(below) and not m["path"].endswith("/")
-            ]
-            self._single = not metas and bool(self._prefix)
-            if self._single:
-                metas = [obstore.head(self._store, self._prefix)]
-                below = self._prefix[: len(self._prefix) - len(self._prefix.rpartition("/")[2])]
-        return make_listing(self.ref, [_file_of(meta, below) for meta in metas])
+            metas, self._below = list_objects(self._store, self._prefix)
+        return make_listing(self.ref, [_file_of(meta, self._below) for meta in metas])
 
     def fetch(
         self,
@@ -75,8 +70,7 @@ class GsSource:
         """Write a range into a file; see ``Source.fetch``."""
         import obstore
 
-        below = self._prefix.rpartition("/")[0] if self._single else self._prefix
-        key = f"{below}/{file.path}" if below else file.path
+        key = self._below + file.path
         shown = f"gs://{self._bucket}/{key}"
         if not 0 <= start <= end <= file.size_bytes:
             raise SourceError(f"{shown}: {start}-{end} is not within {file.size_bytes}")

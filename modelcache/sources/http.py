@@ -23,6 +23,32 @@ MOST_FOLDERS = 200
 HINT = "~/.netrc (or the file that NETRC names)"
 
 
+CHECKSUM_FILES = ("SHA256SUMS", "sha256sum.txt", "checksums.sha256")
+USUAL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "params.json",
+    "tekken.json",
+    "SHA256SUMS",
+)
+"""What a model may consist of, asked for by name where a directory is not listed."""
+
+SHARDS_FILE = "model.safetensors.index.json"
+
+
 class HttpSource(RangedSource):
     """One model on a web server."""
 
@@ -157,33 +183,6 @@ def netrc_headers(ref: ModelRef, environ: Mapping[str, str]) -> dict[str, str]:
         return {}
     pair = f"{found[0]}:{found[2]}".encode()
     return {"Authorization": f"Basic {base64.b64encode(pair).decode()}"}
-
-
-CHECKSUM_FILES = ("SHA256SUMS", "sha256sum.txt", "checksums.sha256")
-
-USUAL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "params.json",
-    "tekken.json",
-    "SHA256SUMS",
-)
-"""What a model may consist of, asked for by name where a directory is not listed."""
-
-SHARDS_FILE = "model.safetensors.index.json"
 
 
 class _Links(HTMLParser):

@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from modelcache.ports import Listing
-from modelcache.refs import check_file_path, redact
+from modelcache.refs import find_path_problem, redact
 from modelcache.sources.wire import CONNECT_S
 from modelcache.types import ModelRef, NotFound, RemoteFile, SourceError
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, RetryConfig
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 
 MOST_FILES = 100_000
@@ -40,7 +40,9 @@ def make_listing(
         raise NotFound(f"{ref.url}: there is nothing there")
     if len(ordered) > MOST_FILES:
         raise SourceError(f"{ref.url}: it has more than {MOST_FILES:,} files; is it one model?")
-    _check_paths(ref, ordered)
+    problem = find_path_problem([file.path for file in ordered])
+    if problem is not None:
+        raise SourceError(f"{ref.url}: the store {problem}")
     if revision is None:
         revision = digest_of(ordered)
         if ref.revision is not None and ref.revision != revision:
@@ -48,20 +50,6 @@ def make_listing(
                 f"{ref.url}: the store has revision {revision} of it now, not {ref.revision}"
             )
     return Listing(revision=revision, files=tuple(ordered))
-
-
-def _check_paths(ref: ModelRef, files: Sequence[RemoteFile]) -> None:
-    paths = {file.path for file in files}
-    if len(paths) != len(files):
-        raise SourceError(f"{ref.url}: the store lists a file twice")
-    for path in paths:
-        if not check_file_path(path):
-            raise SourceError(f"{ref.url}: a file cannot be called {path[:200]!r}")
-        folder = path.rpartition("/")[0]
-        while folder:
-            if folder in paths:
-                raise SourceError(f"{ref.url}: {folder!r} is both a file and a folder")
-            folder = folder.rpartition("/")[0]
 
 
 def digest_of(files: Iterable[RemoteFile]) -> str:
@@ -94,6 +82,19 @@ def obstore_client(timeout_s: float) -> ClientConfig:
 def obstore_retry() -> RetryConfig:
     """Little retrying of its own: who transfers knows better what is worth waiting for."""
     return {"max_retries": 1, "retry_timeout": timedelta(seconds=10)}
+
+
+def list_objects(store: ObjectStore, prefix: str) -> tuple[Sequence[Mapping[str, Any]], str]:
+    """Obstore's description of each object below a prefix, or of the one that ``prefix`` names;
+    and what their keys begin with before the path within the model."""
+    import obstore
+
+    below = f"{prefix}/" if prefix else ""
+    found = [meta for page in obstore.list(store, prefix=prefix or None) for meta in page]
+    metas = [m for m in found if m["path"].startswith(below) and not m["path"].endswith("/")]
+    if not metas and prefix:
+        return [obstore.head(store, prefix)], prefix[: prefix.rfind("/") + 1]
+    return metas, below
 
 
 @contextlib.contextmanager

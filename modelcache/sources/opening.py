@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 
 from modelcache.ports import Source
-from modelcache.refs import PATH
+from modelcache.refs import PATH, is_below
 from modelcache.settings import ModelCacheSettings
 from modelcache.sources.reader import HttpReader, make_reader
 from modelcache.types import CacheError, ModelRef
@@ -83,11 +83,3 @@ def rate_of(ref: ModelRef, settings: ModelCacheSettings) -> int | None:
     if fits:
         limits.append(settings.source_bandwidth_bytes_s[max(fits, key=len)])
     return min(limits, default=None)
-
-
-def is_below(url: str, beginning: str) -> bool:
-    """Whether ``url`` is ``beginning`` or below it: ``s3://models`` is not ``s3://models-2``."""
-    top = beginning.rstrip("/")
-    if beginning.endswith("://"):
-        return url.startswith(beginning)
-    return url == top or url.startswith(f"{top}/")

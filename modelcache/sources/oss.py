@@ -32,6 +32,19 @@ if TYPE_CHECKING:
 SIGNED_FOR_S = 3_600
 
 
+HINT = "OSS_ACCESS_KEY_ID and OSS_ACCESS_KEY_SECRET (and OSS_SESSION_TOKEN), or ~/.ossutilconfig"
+METADATA = "http://100.100.100.200/latest/meta-data/ram/security-credentials/"
+RENEW_BEFORE_S = 300.0
+_NAMES = (
+    ("OSS_ACCESS_KEY_ID", "OSS_ACCESS_KEY_SECRET", "OSS_SESSION_TOKEN"),
+    (
+        "ALIBABA_CLOUD_ACCESS_KEY_ID",
+        "ALIBABA_CLOUD_ACCESS_KEY_SECRET",
+        "ALIBABA_CLOUD_SECURITY_TOKEN",
+    ),
+)
+
+
 class OssSource(RangedSource):
     """One model below a prefix of a bucket (or one object)."""
 
@@ -42,7 +55,7 @@ class OssSource(RangedSource):
         host, _, self._prefix = ref.location.partition("/")
         self._bucket, self._access = find_access(host, environ, reader)
         self._timeout_s = timeout_s
-        self._single = False
+        self._below = self._prefix
 
     def list(self) -> Listing:
         """See ``Source.list``."""
@@ -50,11 +63,11 @@ class OssSource(RangedSource):
         with failing(self.ref.url, keys):
             found = self._find(keys)
         below = f"{self._bucket}/{self._prefix}".rstrip("/")
-        self._single = below in found
-        paths = (
-            [below] if self._single else [name for name in found if name.startswith(f"{below}/")]
-        )
-        cut = len(below.rpartition("/")[0] if self._single else below) + 1
+        paths = [name for name in found if name.startswith(f"{below}/")]
+        if below in found:
+            paths, below = [below], below.rpartition("/")[0]
+        cut = len(below) + 1
+        self._below = below.partition("/")[2]
         bucket = self._open_bucket(keys)
         with failing(self.ref.url, keys):
             files = ask_each(
@@ -92,8 +105,7 @@ class OssSource(RangedSource):
 
     def request_of(self, file: RemoteFile) -> HttpRequest:
         """See ``RangedSource.request_of``."""
-        below = self._prefix.rpartition("/")[0] if self._single else self._prefix
-        key = f"{below}/{file.path}" if below else file.path
+        key = f"{self._below}/{file.path}" if self._below else file.path
         shown = f"oss://{self._bucket}/{key}"
         keys = self._access.keys()
         with failing(shown, keys):
@@ -146,20 +158,6 @@ def _code(error: Exception) -> str:
     cause = error.__cause__ if not hasattr(error, "code") else error
     code = getattr(cause, "code", "")
     return f" ({code})" if isinstance(code, str) and code.isalnum() else ""
-
-
-HINT = "OSS_ACCESS_KEY_ID and OSS_ACCESS_KEY_SECRET (and OSS_SESSION_TOKEN), or ~/.ossutilconfig"
-METADATA = "http://100.100.100.200/latest/meta-data/ram/security-credentials/"
-RENEW_BEFORE_S = 300.0
-
-_NAMES = (
-    ("OSS_ACCESS_KEY_ID", "OSS_ACCESS_KEY_SECRET", "OSS_SESSION_TOKEN"),
-    (
-        "ALIBABA_CLOUD_ACCESS_KEY_ID",
-        "ALIBABA_CLOUD_ACCESS_KEY_SECRET",
-        "ALIBABA_CLOUD_SECURITY_TOKEN",
-    ),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,9 @@ MOST_REMEMBERED = 4_096
 AHEAD_S = 0.03
 
 
+PROBE_BYTES = 8
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpRequest:
     """A URL to be read, with the credentials its own server is to get. ``shown`` is what it is
@@ -151,9 +154,7 @@ class HttpReader:
         with self.client(url).stream(
             "GET", url, headers=dict(headers), follow_redirects=False
         ) as answer:
-            head = answers.StoreResponse(
-                status=answer.status_code, headers=dict(answer.headers), persistent=True
-            )
+            head = _head_of(answer)
             if head.status in answers.REDIRECTS:
                 return answers.next_url(url, head, want.what)
             answers.check_status(head.status, head.headers, want.what, want.hint)
@@ -179,9 +180,7 @@ class HttpReader:
         """Headers of a file. Raises what its status means."""
         with failing(request.shown):
             answer = self.client(request.url).head(request.url, headers=_plain(request))
-            found = answers.StoreResponse(
-                status=answer.status_code, headers=dict(answer.headers), persistent=True
-            )
+            found = _head_of(answer)
             answers.check_status(found.status, found.headers, request.shown, request.hint)
             return found
 
@@ -191,18 +190,14 @@ class HttpReader:
             answer = self.client(request.url).head(
                 request.url, headers=_plain(request), follow_redirects=False
             )
-        return answers.StoreResponse(
-            status=answer.status_code, headers=dict(answer.headers), persistent=True
-        )
+        return _head_of(answer)
 
     def page(self, request: HttpRequest) -> tuple[answers.StoreResponse, bytes]:
         """A whole small answer, such as a listing. Raises what its status means."""
         with failing(request.shown):
             client = self.client(request.url)
             with client.stream("GET", request.url, headers=_plain(request)) as answer:
-                head = answers.StoreResponse(
-                    status=answer.status_code, headers=dict(answer.headers), persistent=True
-                )
+                head = _head_of(answer)
                 answers.check_status(head.status, head.headers, request.shown, request.hint)
                 data = b""
                 for more in answer.iter_bytes():
@@ -340,6 +335,12 @@ def _headers(want: wire.RangeRead) -> dict[str, str]:
     }
 
 
+def _head_of(answer: httpx.Response) -> answers.StoreResponse:
+    return answers.StoreResponse(
+        status=answer.status_code, headers=dict(answer.headers), persistent=True
+    )
+
+
 def _plain(request: HttpRequest) -> dict[str, str]:
     return {"Accept-Encoding": "identity", **request.headers}
 
@@ -347,9 +348,6 @@ def _plain(request: HttpRequest) -> dict[str, str]:
 def home_of(environ: Mapping[str, str]) -> str:
     """The home directory, by the environment first."""
     return environ.get("HOME") or os.path.expanduser("~")
-
-
-PROBE_BYTES = 8
 
 
 class RangedSource(ABC):

@@ -17,6 +17,7 @@ from modelcache.ports import Listing
 from modelcache.sources import answers
 from modelcache.sources.listings import (
     ask_each,
+    list_objects,
     make_listing,
     obstore_client,
     obstore_errors,
@@ -35,6 +36,19 @@ DEFAULT_REGION = "us-east-1"
 _MD5 = re.compile(r"^[0-9a-f]{32}$")
 
 
+HINT = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile in ~/.aws, or the instance's role"
+INSTANCE = ("169.254.169.254", 80)
+INSTANCE_WAIT_S = 1.0
+_GIVEN_ELSEWHERE = (
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
+"""Where one of these is set, obstore fetches and renews credentials by itself."""
+
+_NEEDS_BOTO = ("sso_session", "sso_start_url", "role_arn", "credential_process", "login_session")
+
+
 class S3Source(RangedSource):
     """One model below a prefix of a bucket (or one object)."""
 
@@ -46,7 +60,7 @@ class S3Source(RangedSource):
         self._access = access
         self._region = access.region or self._find_region()
         self._store = self._make_store(timeout_s)
-        self._single = False
+        self._below = f"{self._prefix}/" if self._prefix else ""
 
     def _make_store(self, timeout_s: float) -> S3Store:
         from obstore.store import S3Store
@@ -77,19 +91,9 @@ class S3Source(RangedSource):
 
     def list(self) -> Listing:
         """See ``Source.list``."""
-        import obstore
-
         with obstore_errors(self.ref.url, HINT, self._access.secrets):
-            prefix = self._prefix or None
-            found = [meta for page in obstore.list(self._store, prefix=prefix) for meta in page]
-        below = f"{self._prefix}/" if self._prefix else ""
-        metas = [m for m in found if m["path"].startswith(below) and not m["path"].endswith("/")]
-        self._single = not metas and bool(self._prefix)
-        if self._single:
-            with obstore_errors(self.ref.url, HINT, self._access.secrets):
-                metas = [obstore.head(self._store, self._prefix)]
-            below = self._prefix.rpartition("/")[0]
-            below += "/" if below else ""
+            metas, below = list_objects(self._store, self._prefix)
+        self._below = below
         files = ask_each(lambda meta: self._file_of(meta, below), metas)
         return self.probed(make_listing(self.ref, files))
 
@@ -112,10 +116,7 @@ class S3Source(RangedSource):
 
     def request_of(self, file: RemoteFile) -> HttpRequest:
         """See ``RangedSource.request_of``."""
-        below = self._prefix
-        if self._single:
-            below = self._prefix.rpartition("/")[0]
-        return self._request("GET", f"{below}/{file.path}" if below else file.path)
+        return self._request("GET", self._below + file.path)
 
     def _request(self, method: Any, key: str) -> HttpRequest:
         shown = f"s3://{self._bucket}/{key}"
@@ -128,20 +129,6 @@ class S3Source(RangedSource):
         with obstore_errors(shown, HINT, self._access.secrets):
             url = obstore.sign(self._store, method, key, SIGNED_FOR)
         return HttpRequest(url=url, shown=shown, hint=HINT)
-
-
-HINT = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile in ~/.aws, or the instance's role"
-INSTANCE = ("169.254.169.254", 80)
-INSTANCE_WAIT_S = 1.0
-
-_GIVEN_ELSEWHERE = (
-    "AWS_WEB_IDENTITY_TOKEN_FILE",
-    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
-)
-"""Where one of these is set, obstore fetches and renews credentials by itself."""
-
-_NEEDS_BOTO = ("sso_session", "sso_start_url", "role_arn", "credential_process", "login_session")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

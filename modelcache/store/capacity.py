@@ -44,6 +44,11 @@ from modelcache.types import PREPARED, InUse, NoSpace
 LOG = logging.getLogger("tidegate.modelcache")
 
 
+OTHERS = frozenset({"bundles"})
+"""What lies in the cache's directory too, and cannot be evicted to make room for models: what
+engines have compiled, which has a limit of its own."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """What the cache takes, to the byte: the sizes of its files, each counted once however many
@@ -378,11 +383,6 @@ def _files(directory: Path) -> list[Path]:
         return [path for path in sorted(directory.iterdir()) if path.is_file()]
     except FileNotFoundError:
         return []
-
-
-OTHERS = frozenset({"bundles"})
-"""What lies in the cache's directory too, and cannot be evicted to make room for models: what
-engines have compiled, which has a limit of its own."""
 
 
 def walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:

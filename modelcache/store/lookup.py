@@ -39,6 +39,10 @@ MOST_NAMED = 8
 """Revisions that an error names."""
 
 
+PAGED_FRACTION = 0.95
+"""From this part of its bytes on, a model counts as being in the page cache."""
+
+
 class Ambiguous(NotFound, ValueError):
     """What was given for a revision may be one of several."""
 
@@ -238,10 +242,6 @@ def _begun_at_s(record: Record) -> float:
     if record.manifest is not None:
         return record.manifest.created_at_s
     return record.fetching.started_at_s if record.fetching is not None else 0.0
-
-
-PAGED_FRACTION = 0.95
-"""From this part of its bytes on, a model counts as being in the page cache."""
 
 
 def list_entries(store: Store) -> list[ModelEntry]:

@@ -14,7 +14,7 @@ from typing import TypeVar
 import blake3
 import msgspec
 
-from modelcache.refs import check_file_path
+from modelcache.refs import find_path_problem
 from modelcache.store import leases
 from modelcache.store.files import directories, is_locked
 from modelcache.store.layout import REFS, Layout, file_key, result_key, result_url
@@ -22,6 +22,13 @@ from modelcache.types import SHORT_CHARACTERS, CacheError, Damaged, Made, Manife
 
 FORMAT = 1
 Body = TypeVar("Body")
+
+
+MANIFEST = "manifest.json"
+SPARE = "manifest.copy.json"
+FETCHING = "fetching.json"
+PIN = "pin"
+USE = "use.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,29 +120,15 @@ def read_record(path: Path, kind: type[Body]) -> Body | None:
 
 
 def check_listing(files: tuple[RemoteFile, ...]) -> None:
-    """Refuse a listing that cannot become a directory: no files, a path that leads elsewhere or
-    comes twice, a file where another wants a directory. Raises ``CacheError``."""
+    """Refuse a listing that cannot become a directory. Raises ``CacheError``."""
     if not files:
         raise CacheError("the model has no files")
-    paths = {file.path for file in files}
-    if len(paths) != len(files):
-        raise CacheError("its store lists a file twice")
+    problem = find_path_problem([file.path for file in files])
+    if problem is not None:
+        raise CacheError(f"its store {problem}")
     for file in files:
-        if not check_file_path(file.path):
-            raise CacheError(f"its store lists a file called {file.path!r}")
         if file.size_bytes < 0:
-            raise CacheError(f"{file.path} has {file.size_bytes} bytes by its store's word")
-        parts = file.path.split("/")
-        for depth in range(1, len(parts)):
-            if "/".join(parts[:depth]) in paths:
-                raise CacheError(f"{'/'.join(parts[:depth])} is a file and a directory")
-
-
-MANIFEST = "manifest.json"
-SPARE = "manifest.copy.json"
-FETCHING = "fetching.json"
-PIN = "pin"
-USE = "use.json"
+            raise CacheError(f"its store says that {file.path} has {file.size_bytes} bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

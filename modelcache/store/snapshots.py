@@ -14,6 +14,9 @@ from modelcache.store.layout import Layout
 from modelcache.store.records import check_listing
 from modelcache.types import CacheError, FileEntry, Manifest, ModelRef, RemoteFile
 
+SHA1_CHARACTERS = 40
+SHA256_CHARACTERS = 64
+
 
 def snapshot_path(layout: Layout, manifest: Manifest) -> Path:
     """Where the view of a revision is."""
@@ -61,10 +64,6 @@ def remove_snapshot(directory: Path) -> None:
     parent = directory.parent
     if parent.is_dir() and not any(parent.iterdir()):
         parent.rmdir()
-
-
-SHA1_CHARACTERS = 40
-SHA256_CHARACTERS = 64
 
 
 def hub_dirs(given: Sequence[Path], environ: Mapping[str, str]) -> tuple[Path, ...]:

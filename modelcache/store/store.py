@@ -55,6 +55,9 @@ from modelcache.types import PIECE_BYTES, Cancelled, Damaged, FileEntry, Manifes
 LOG = logging.getLogger("tidegate.modelcache")
 
 
+THREADS = 4
+
+
 class Store:
     """The cache below one directory. Any number of processes and threads may use it at once."""
 
@@ -207,9 +210,6 @@ class Store:
         """Remove a blob that is damaged. Engines that have it open keep what they have."""
         remove(self.layout.blob(digest))
         remove(self.layout.pieces(digest))
-
-
-THREADS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from modelcache.refs import check_file_path, parse_ref, redact
+from modelcache.refs import check_file_path, is_below, parse_ref, redact
 
 
 @pytest.mark.parametrize(
@@ -150,3 +150,16 @@ def test_redact_knows_given_secrets_anywhere_and_leaves_the_rest() -> None:
 )
 def test_a_listed_path_stays_below_its_model(path: str, fine: bool) -> None:
     assert check_file_path(path) is fine
+
+
+@pytest.mark.parametrize(
+    ("prefix", "url", "expected"),
+    [
+        ("s3://b", "s3://b", True),
+        ("s3://b/", "s3://b/m", True),
+        ("s3://b", "s3://bb", False),
+        ("http://", "https://x", False),
+    ],
+)
+def test_a_prefix_ends_at_a_slash(prefix: str, url: str, expected: bool) -> None:
+    assert is_below(url, prefix) is expected

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from modelcache.pagecache import linux_pages, residency
-from modelcache.pagecache.residency import Extent
 from modelcache.types import CacheError, Cancelled, FileRange, Progress
 
 PAGE = mmap.PAGESIZE
@@ -169,19 +168,14 @@ def test_huge_sparse_files_take_no_time_and_no_memory(disk: Path) -> None:
         assert linux_pages.count_by_mincore(file.fileno(), at, 4 * PAGE) == 4
 
 
-def test_the_map_merges_chunks_that_are_alike(disk: Path) -> None:
+def test_what_is_missing_is_told_to_the_piece_and_in_one_run(disk: Path) -> None:
     path = make(disk / "file", 5 * PIECE + 100)
     read(path, PIECE, 2 * PIECE)
     read(path, 4 * PIECE, PAGE)
+    size_bytes = path.stat().st_size
     with path.open("rb") as file:
-        found = residency.extents(file.fileno(), 0, path.stat().st_size)
-    assert found == (
-        Extent(start=0, end=PIECE, bytes_cached=0),
-        Extent(start=PIECE, end=3 * PIECE, bytes_cached=2 * PIECE),
-        Extent(start=3 * PIECE, end=4 * PIECE, bytes_cached=0),
-        Extent(start=4 * PIECE, end=5 * PIECE, bytes_cached=PAGE),
-        Extent(start=5 * PIECE, end=5 * PIECE + 100, bytes_cached=0),
-    )
+        found = residency.missing_ranges(file.fileno(), 0, size_bytes)
+    assert found == [(0, PIECE), (3 * PIECE, size_bytes)]
 
 
 def test_prewarm_brings_in_everything_and_skips_what_is_there(disk: Path) -> None:
