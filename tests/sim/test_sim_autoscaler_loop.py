@@ -153,7 +153,7 @@ def test_crash_loop_of_many_replicas_starts_one_at_a_time() -> None:
     run_virtual(story())
 
 
-def test_crash_loop_ends_when_nobody_asks_any_more() -> None:
+def test_crash_loop_ends_without_requests() -> None:
     async def story() -> None:
         backend = FakeBackend(start_s=10.0, dies_after_s=2.0)
         async with World([process_pool()], QUICK, backend) as world:
@@ -345,7 +345,7 @@ def test_what_the_data_path_finds_dead_is_looked_at_now() -> None:
         async with World([process_pool(min_replicas=1)], slow) as world:
             await world.until(lambda: len(world.ready()) == 1)
             world.backend.engines["m-1"].alive = False
-            world.loop.probe_now("nobody")
+            world.loop.probe_now("unknown")
             world.loop.probe_now("m-1")
             world.loop.probe_now("m-1")
             assert await world.until(lambda: not world.ready(), 5.0) < 1.0

@@ -88,14 +88,14 @@ def test_scale_refuses_what_cannot_be(replicas: int, error: type[Exception]) -> 
             with pytest.raises(error, match="0 to 8"):
                 world.loop.set_replicas("m", replicas)
             with pytest.raises(KeyError):
-                world.loop.set_replicas("nobody", 1)
+                world.loop.set_replicas("unknown", 1)
             with pytest.raises(KeyError):
-                world.loop.decisions("nobody")
+                world.loop.decisions("unknown")
             with pytest.raises(KeyError):
-                await world.loop.drain("nobody")
+                await world.loop.drain("unknown")
             with pytest.raises(KeyError):
-                await world.loop.wake("nobody")
-            world.loop.signal_wake("nobody")
+                await world.loop.wake("unknown")
+            world.loop.signal_wake("unknown")
 
     run_virtual(story())
 
@@ -140,7 +140,7 @@ def test_sleep_drains_first_and_a_request_calls_it_off() -> None:
     run_virtual(story())
 
 
-def test_sleep_is_called_off_rather_than_an_answer_cut() -> None:
+def test_sleep_is_cancelled_rather_than_an_answer_cut() -> None:
     async def story() -> None:
         async with World([process_pool(max_replicas=1)], QUICK) as world:
             (stream,) = world.burst(1, 100.0)

@@ -30,7 +30,7 @@ class FakePreparer:
     unsupported: frozenset[Tier] = frozenset()
     held: set[str] = field(default_factory=set)
     prepared: list[str] = field(default_factory=list)
-    called_off: list[str] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
     moved: list[Tier] = field(default_factory=list)
     refreshes: int = 0
     closed: bool = False
@@ -62,7 +62,7 @@ class FakePreparer:
                     )
                     await asyncio.sleep(self.fetch_s / 10)
         except asyncio.CancelledError:
-            self.called_off.append(spec.id)
+            self.cancelled.append(spec.id)
             raise
         if self.here in {Tier.REMOTE, Tier.ON_DISK}:
             self.here = Tier.PAGED

@@ -75,7 +75,7 @@ CASES = [
         replace(QUIET, arrivals_total=50), 1, R.WAKE, Signal.ARRIVALS, None,
     ),
     (
-        "poked though demand is unknown", POLICY, PoolStatus(wake_signal=True), UNKNOWN, QUIET,
+        "woken on unknown demand", POLICY, PoolStatus(wake_signal=True), UNKNOWN, QUIET,
         1, R.WAKE, Signal.HELD, None,
     ),
     (

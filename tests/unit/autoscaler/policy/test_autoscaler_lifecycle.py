@@ -88,7 +88,7 @@ def test_trap_11_every_way_from_ready_to_stopping_drains_unless_the_engine_is_go
                 assert event is Event.EXITED
 
 
-def test_what_is_prepared_can_be_called_off_and_is_let_go_of() -> None:
+def test_what_is_prepared_can_be_cancelled_and_is_let_go_of() -> None:
     for event in (Event.STOP, Event.TIMED_OUT, Event.PREPARE_FAILED):
         found = step(State.PREPARING, event)
         assert found is not None

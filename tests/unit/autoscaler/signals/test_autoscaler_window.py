@@ -140,7 +140,7 @@ class WindowMachine(RuleBasedStateMachine):
         self.window.add(seen(self.now_s, requests))
         self.all.append((self.now_s, requests))
 
-    @rule(count=st.integers(1, 300), requests=st.integers(0, 50))
+    @rule(count=st.integers(1, 100), requests=st.integers(0, 50))
     def observe_often(self, count: int, requests: int) -> None:
         for _ in range(count):
             self.observe(0.01, requests)
@@ -189,4 +189,4 @@ class WindowMachine(RuleBasedStateMachine):
 
 
 TestWindow = WindowMachine.TestCase
-TestWindow.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestWindow.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)

@@ -20,7 +20,7 @@ from modelcache.types import Cancelled, Tier
 
 
 class Gate:
-    """Holds whoever comes to lease something until the test lets them go on."""
+    """Blocks those that come to lease something until the test lets them go on."""
 
     def __init__(self) -> None:
         self.begun, self.go, self.left = threading.Event(), threading.Event(), threading.Event()
@@ -45,7 +45,7 @@ class Gate:
 
         return keep
 
-    async def call_off(self, work: Coroutine[Any, Any, Any]) -> None:
+    async def cancel(self, work: Coroutine[Any, Any, Any]) -> None:
         """Begin this, and call it off once it waits here."""
         task = asyncio.create_task(work)
         assert await asyncio.to_thread(self.begun.wait, 60)
@@ -54,9 +54,9 @@ class Gate:
             await task
 
     async def let_on(self) -> None:
-        """Whoever waits here goes on, and lets go again."""
+        """Those that wait here go on, and release their lease."""
         self.go.set()
-        assert await asyncio.to_thread(self.left.wait, 10), "what was called off is held for good"
+        assert await asyncio.to_thread(self.left.wait, 10), "what was cancelled is held for good"
 
 
 def transforming(
@@ -160,7 +160,7 @@ def test_a_result_that_was_evicted_is_made_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at", ["the model", "what is made", "what was made"])
 @pytest.mark.parametrize("end", ["released", "closed"])
-def test_a_start_that_is_called_off_holds_nothing_however_late_its_lease_comes(
+def test_a_start_that_is_cancelled_holds_nothing_however_late_its_lease_comes(
     tmp_path: Path, at: str, end: str
 ) -> None:
     remote = pool()
@@ -182,7 +182,7 @@ def test_a_start_that_is_called_off_holds_nothing_however_late_its_lease_comes(
             node.cache.lease = lambda model, holder: (  # type: ignore[method-assign]
                 lease if model.url == URL else gate.before(lease)
             )(model, holder)
-        await gate.call_off(node.prepare(remote))
+        await gate.cancel(node.prepare(remote))
         if end == "released":
             await node.preparer.release("m-1")
             assert node.cache.leases == []
@@ -196,7 +196,7 @@ def test_a_start_that_is_called_off_holds_nothing_however_late_its_lease_comes(
     asyncio.run(story())
 
 
-def test_a_pool_at_zero_that_is_called_off_holds_nothing_once_it_is_colder(tmp_path: Path) -> None:
+def test_a_pool_at_zero_that_is_cancelled_holds_nothing_once_it_is_colder(tmp_path: Path) -> None:
     remote = pool()
     held: list[str] = []
     gate = Gate()
@@ -204,7 +204,7 @@ def test_a_pool_at_zero_that_is_called_off_holds_nothing_once_it_is_colder(tmp_p
     node.cache.here = True
 
     async def story() -> None:
-        await gate.call_off(node.preparer.move_to(remote, Tier.PAGED))
+        await gate.cancel(node.preparer.move_to(remote, Tier.PAGED))
         await node.preparer.move_to(remote, Tier.ON_DISK)
         await gate.let_on()
         assert (held, node.cache.leases) == ([], [])
@@ -214,7 +214,7 @@ def test_a_pool_at_zero_that_is_called_off_holds_nothing_once_it_is_colder(tmp_p
     run(node, story)
 
 
-def test_letting_go_is_not_called_off(tmp_path: Path) -> None:
+def test_letting_go_is_not_cancelled(tmp_path: Path) -> None:
     remote = pool()
     threads = ThreadPoolExecutor(1)
     node = Node(tmp_path, threads=threads)

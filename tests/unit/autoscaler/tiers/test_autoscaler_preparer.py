@@ -1,4 +1,4 @@
-"""What prepares models, over a cache, a keeper and standbys that only note what they are asked."""
+"""The preparer, over a cache, a page holder and standbys that only note what they are asked."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_what_is_evicted_before_it_is_leased_is_fetched_again(tmp_path: Path) ->
     run(node, story)
 
 
-def test_a_download_that_is_called_off_ends(tmp_path: Path) -> None:
+def test_a_download_that_is_cancelled_ends(tmp_path: Path) -> None:
     remote = pool()
     node = Node(tmp_path)
     node.cache.block = threading.Event()

@@ -1,4 +1,4 @@
-"""The ladder with the real loop on virtual time: down step by step, up from anywhere, and never
+"""Tiers with the real loop on virtual time: down one by one, up from anywhere, and never
 down while there is demand."""
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ async def once(world: World) -> None:
     await asyncio.gather(*world.burst(1, 1.0))
 
 
-def test_down_the_ladder_step_by_step_and_the_next_request_brings_it_up() -> None:
+def test_down_the_tiers_one_by_one_and_the_next_request_brings_it_up() -> None:
     async def story() -> None:
         models, backend = FakePreparer(), FakeBackend()
         async with World([warm()], QUICK, backend, preparer=models) as world:
@@ -171,7 +171,7 @@ def test_a_model_that_does_not_come_in_time_is_a_failure_that_says_so() -> None:
             assert error is not None
             assert "not here after 30 s (prepare_timeout_s)" in error
             assert "fetching 3.0 of 10.0 GB" in error
-            assert models.called_off == ["m-1"]
+            assert models.cancelled == ["m-1"]
             assert world.backend.started == []
             models.fetch_s = 5.0
             await task
@@ -198,7 +198,7 @@ def test_a_model_that_cannot_come_is_tried_again_with_pauses() -> None:
     run_virtual(story())
 
 
-def test_an_operator_can_call_off_a_download_and_demand_cannot() -> None:
+def test_an_operator_can_cancel_a_download_and_demand_cannot() -> None:
     async def story() -> None:
         models = FakePreparer(here=Tier.REMOTE, fetch_s=100.0)
         async with World([warm()], QUICK, preparer=models) as world:
@@ -206,10 +206,10 @@ def test_an_operator_can_call_off_a_download_and_demand_cannot() -> None:
             await asyncio.sleep(1.0)
             visitor.cancel()
             await asyncio.sleep(60.0)
-            assert models.called_off == [], "trap 1: no other signal ends what is on its way"
+            assert models.cancelled == [], "trap 1: no other signal ends what is on its way"
             world.loop.set_replicas("m", 0)
             await world.until(lambda: not look(world).replicas, 5.0)
-            assert models.called_off == ["m-1"]
+            assert models.cancelled == ["m-1"]
             assert models.held == set()
             assert world.backend.started == []
             # And who asks afterwards is served.
@@ -342,7 +342,7 @@ def test_unknown_is_not_idle() -> None:
     run_virtual(story())
 
 
-def test_a_change_of_tier_is_called_off_by_who_asks() -> None:
+def test_a_request_cancels_a_change_of_tier() -> None:
     async def story() -> None:
         models = FakePreparer(move_s=500.0)
         async with World([warm(sleeping_s=0)], QUICK, preparer=models) as world:
@@ -435,7 +435,7 @@ SECONDS = st.sampled_from([0.0, 5.0, 20.0, 60.0])
     st.sampled_from([Tier.ON_DISK, Tier.REMOTE]),
     st.lists(STEPS, max_size=14),
 )
-def test_whatever_comes_nobody_is_left_in_the_cold(
+def test_whatever_comes_requests_are_answered_and_the_pool_ends_in_its_coldest_tier(
     tiers_s: dict[str, float], here: Tier, steps: list[tuple[Any, ...]]
 ) -> None:
     async def story() -> None:
