@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from autoscaler.backends.base import ReplicaSpec
 from autoscaler.backends.process.backend import ProcessBackend
 from autoscaler.backends.process.fork_server import ForkPlan, identity
 from autoscaler.backends.process.gpus import list_gpus
+from autoscaler.backends.process.placement import gpu_memory_fraction
 from autoscaler.backends.process.replica import make_env
-from autoscaler.policy.placement import GpuCapacity
 from autoscaler.settings import PoolSettings
 from gateway.admin.schema import ForkServerEntry
 from gateway.compose.cache import cache_dir
@@ -29,10 +29,9 @@ def engine_command(
     placement: Placement,
     loaders: LoaderSettings,
     compiled: CompileCache | None = None,
-    gpus: Callable[[], Sequence[GpuCapacity] | None] | None = None,
 ) -> EngineCommand:
     """The command line of a replica, without its pool's ``env``. Raises ``ValueError`` for settings
-    that cannot be run. ``gpus`` tells the GPUs of this machine; without, they are looked for."""
+    that cannot be run."""
     pool, engine = spec.pool, engine_of(spec.pool.engine)
     options = EngineOptions(
         model=pool.model or pool.name,
@@ -40,26 +39,11 @@ def engine_command(
         args=pool.engine_args,
         max_model_len_tokens=pool.max_model_len_tokens,
         sleep=pool.tiers.sleeping_s != 0,
-        gpu_memory_fraction=gpu_memory_fraction(pool, gpus),
     )
     command = engine.command(options, placement, loaders)
     if compiled is not None and engine.capabilities.compile_cache:
         command.env.update(compiled.env(command, options.model, pool.env))
     return command
-
-
-def gpu_memory_fraction(
-    pool: PoolSettings, gpus: Callable[[], Sequence[GpuCapacity] | None] | None = None
-) -> float | None:
-    """The share of a GPU's memory that a replica may take, where its pool names bytes; ``None``
-    leaves it to the engine. Of GPUs of several sizes the smallest counts."""
-    wanted_bytes = pool.process.gpu_memory_bytes
-    if wanted_bytes is None:
-        return None
-    sizes = [one.memory_bytes for one in (gpus or list_gpus)() or () if one.memory_bytes]
-    if not sizes:
-        return None
-    return min(1.0, wanted_bytes / min(sizes))
 
 
 def fork_plan(
@@ -124,9 +108,16 @@ def _gpu_kinds() -> tuple[tuple[str, str], ...] | None:
 def plain_command(pool: PoolSettings, loaders: LoaderSettings) -> EngineCommand:
     """A pool's command as it is before anything is assigned: for what is the same for all its
     replicas. Raises ``ValueError`` as ``engine_command`` does."""
-    gpus = tuple(range(pool.process.gpus_per_replica))
-    spec = ReplicaSpec(id=pool.name, pool=pool)
-    return engine_command(spec, Placement(host="127.0.0.1", port=0, gpus=gpus), loaders)
+    fraction = None
+    if pool.process.gpu_memory_bytes is not None:
+        fraction = gpu_memory_fraction(pool.process, list_gpus())
+    placement = Placement(
+        host="127.0.0.1",
+        port=0,
+        gpus=tuple(range(pool.process.gpus_per_replica)),
+        gpu_memory_fraction=fraction,
+    )
+    return engine_command(ReplicaSpec(id=pool.name, pool=pool), placement, loaders)
 
 
 def start_digest(pool: PoolSettings, loaders: LoaderSettings) -> str:
@@ -140,7 +131,7 @@ def start_digest(pool: PoolSettings, loaders: LoaderSettings) -> str:
         gpus = tuple(range(pool.process.gpus_per_replica))
         spec = ReplicaSpec(id=pool.name, pool=pool)
         placement = Placement(host="127.0.0.1", port=0, gpus=gpus)
-        command = engine_command(spec, placement, loaders, gpus=lambda: None)
+        command = engine_command(spec, placement, loaders)
         seen += [list(command.argv), sorted(command.env.items()), sorted(pool.env.items())]
         packages = identity(Path(command.argv[0]))
         seen += [pool.engine, packages, pool.process.model_dump(mode="json")]

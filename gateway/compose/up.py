@@ -22,7 +22,7 @@ from pathlib import Path
 
 from autoscaler.backends.base import BackendError
 from autoscaler.backends.process.backend import ProcessBackend
-from autoscaler.backends.process.gpus import GpuInventory
+from autoscaler.backends.process.gpus import list_gpus
 from autoscaler.backends.static import StaticBackend
 from autoscaler.control.loop import ControlLoop
 from autoscaler.settings import PoolSettings
@@ -146,14 +146,14 @@ class _Tidegate:
         )
 
     def _process_backend(self) -> ProcessBackend:
-        settings, inventory = self.settings, GpuInventory()
+        settings = self.settings
         return ProcessBackend(
             state_dir=settings.state_dir,
             settings=settings.autoscaler,
             command=lambda spec, placement: engine_command(
-                spec, placement, settings.loaders, self.compiled, inventory.seen
+                spec, placement, settings.loaders, self.compiled
             ),
-            list_gpus=inventory.look,
+            list_gpus=list_gpus,
             fork_plan=fork_plan(settings, os.environ, self.compiled, self._find_model),
             on_news=lambda replica_id: self.loop.probe_now(replica_id),
         )

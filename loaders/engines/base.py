@@ -32,12 +32,15 @@ DEFAULT_HEALTH_PATH = "/health"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where a replica runs: its address, GPUs (indices) and CPU cores (empty: not pinned)."""
+    """Where a replica runs: its address, GPUs (indices) and CPU cores (empty: not pinned).
+    ``gpu_memory_fraction`` is the share of each GPU's memory that it may take; ``None`` leaves that
+    to the engine."""
 
     host: str
     port: int
     gpus: tuple[int, ...] = ()
     cpus: tuple[int, ...] = ()
+    gpu_memory_fraction: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +48,7 @@ class EngineOptions:
     """What a pool asks of its engines.
 
     ``model`` is a directory or a name on a hub, ``served_model`` what clients call it, ``args`` the
-    user's own arguments. ``sleep``: it is put to sleep later. ``gpu_memory_fraction`` is the share
-    of each GPU's memory that it may take; ``None`` leaves that to the engine.
+    user's own arguments. ``sleep``: it is put to sleep later.
     """
 
     model: str
@@ -54,7 +56,6 @@ class EngineOptions:
     args: tuple[str, ...] = ()
     max_model_len_tokens: int | None = None
     sleep: bool = False
-    gpu_memory_fraction: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -80,16 +80,6 @@ class EngineClient:
             text = answer[:200].decode(errors="replace")
             raise EngineError(f"POST {path} was answered {status}: {text}")
 
-    async def ask_if_sleeping(self, url: str) -> bool | None:
-        """What vLLM's ``GET /is_sleeping`` answers; ``None`` where there is no such answer."""
-        try:
-            status, body = await self.request("GET", url + "/is_sleeping", {})
-            answer = json.loads(body) if status == 200 else None
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError):
-            return None
-        sleeps = answer.get("is_sleeping") if isinstance(answer, dict) else None
-        return sleeps if isinstance(sleeps, bool) else None
-
     async def close(self) -> None:
         """Close all connections."""
         if self._client is not None:

@@ -133,7 +133,9 @@ class EngineContract(ABC):
     def test_it_sleeps_and_wakes_or_says_that_it_cannot(self, url: str) -> None:
         async def sleep_and_wake(client: EngineClient, level: int) -> None:
             await self.engine.sleep(client, url, level, timeout_s=CALL_TIMEOUT_S)
+            assert await self.engine.is_sleeping(client, url) is True
             await self.engine.wake(client, url, level, timeout_s=CALL_TIMEOUT_S)
+            assert await self.engine.is_sleeping(client, url) is False
 
         for level in sorted(self.engine.capabilities.sleep_levels) or [1]:
             if self.can_sleep_here:

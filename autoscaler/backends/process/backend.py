@@ -39,7 +39,7 @@ from autoscaler.backends.process.fork_server import RECORD_ID as FORK_SERVER
 from autoscaler.backends.process.fork_server import ForkPlan, Forks, ForkServerStatus
 from autoscaler.backends.process.guard import MARK
 from autoscaler.backends.process.logs import ReplicaLog, prune
-from autoscaler.backends.process.placement import HOST, free_port, place
+from autoscaler.backends.process.placement import HOST, free_port, gpu_memory_fraction, place
 from autoscaler.backends.process.procs import (
     ProcessStat,
     boot_id,
@@ -116,7 +116,7 @@ class ProcessBackend:
         if fork_plan is not None:
             log = self._make_log(self._logs / f"{FORK_SERVER}.log")
             self._forks = Forks(fork_plan, registry=self._registry, log=log)
-        self._keeper: asyncio.Task[None] | None = None
+        self._upkeep: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
 
     async def start(self, spec: ReplicaSpec) -> None:
@@ -143,7 +143,10 @@ class ProcessBackend:
         running = list(self._children.values())
         gpus, cpus = place(spec, running, inventory=inventory, cpus=self._cpus)
         port = free_port({child.placement.port for child in self._all()})
-        placement = Placement(host=HOST, port=port, gpus=gpus, cpus=cpus)
+        fraction = gpu_memory_fraction(spec.pool.process, inventory)
+        placement = Placement(
+            host=HOST, port=port, gpus=gpus, cpus=cpus, gpu_memory_fraction=fraction
+        )
         directory = self._logs / re.sub(r"[^A-Za-z0-9._-]+", "-", spec.pool.name)
         try:
             command = self._command(spec, placement)
@@ -170,11 +173,11 @@ class ProcessBackend:
             if isinstance(error, OSError | ValueError):
                 raise BackendError(f"{spec.id} was not started: {error}") from error
             raise
-        self._start_keeper()
+        self._start_upkeep()
 
-    def _start_keeper(self) -> None:
-        if self._keeper is None:
-            self._keeper = asyncio.create_task(self._keep(), name="process-backend-keeper")
+    def _start_upkeep(self) -> None:
+        if self._upkeep is None:
+            self._upkeep = asyncio.create_task(self._keep(), name="process-backend-upkeep")
 
     def _make_log(self, path: Path) -> ReplicaLog:
         settings = self._settings
@@ -366,7 +369,7 @@ class ProcessBackend:
         if rest:
             self._ending = asyncio.create_task(self._end_rest(rest), name="leftovers")
         if self._children:
-            self._start_keeper()
+            self._start_upkeep()
         if self._forks is not None:
             self._forks.start()
         return [one for one in found if one is not None]
@@ -454,11 +457,11 @@ class ProcessBackend:
 
     async def close(self, *, keep: bool = False) -> None:
         """End all replicas, at once, within ``terminate_s`` and a little; or keep them."""
-        if self._keeper is not None:
-            self._keeper.cancel()
+        if self._upkeep is not None:
+            self._upkeep.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
-            self._keeper = None
+                await self._upkeep
+            self._upkeep = None
         if self._ending is not None:
             await self._ending
         grace_s = self._settings.terminate_s

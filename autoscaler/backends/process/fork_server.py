@@ -36,8 +36,8 @@ from loaders.engines.base import EngineCommand
 from loaders.engines.vllm.forkserver.client import (
     ForkedProcess,
     ForkError,
+    ForkRequest,
     ForkServer,
-    Request,
     ServerLost,
     Unfit,
     adopt_orphans,
@@ -157,7 +157,7 @@ class Forks:
             self._lose("the engine's packages have changed")
             raise ServerLost("the engine's packages have changed")
         guard = guard_argv("watch", ENGINE, str(self._registry.directory))
-        request = Request(
+        request = ForkRequest(
             args=args, env=env, cpus=cpus, mark=(MARK, mark), guard=guard, parked=parked
         )
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from autoscaler.policy.placement import GpuCapacity
@@ -44,22 +44,3 @@ def parse_gpus(text: str) -> tuple[GpuCapacity, ...]:
             )
         )
     return tuple(found)
-
-
-class GpuInventory:
-    """The GPUs of this machine as they were last listed."""
-
-    def __init__(self, look: Callable[[], Sequence[GpuCapacity] | None] = list_gpus) -> None:
-        self._look = look
-        self._seen: Sequence[GpuCapacity] | None = None
-
-    def look(self) -> Sequence[GpuCapacity] | None:
-        """List them now; not for an event loop."""
-        seen = self._look()
-        if seen is not None:
-            self._seen = seen
-        return seen
-
-    def seen(self) -> Sequence[GpuCapacity] | None:
-        """What the last successful look found; looks if there was none."""
-        return self.look() if self._seen is None else self._seen

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from autoscaler.backends.base import BackendError, NoCapacity, ReplicaSpec
 from autoscaler.backends.process.replica import ReplicaProcess
 from autoscaler.policy.placement import GpuCapacity, GpuUse, assign_cpus, assign_gpus
+from autoscaler.settings import ProcessPoolSettings
 
 HOST = "127.0.0.1"
 PORT_TRIES = 32
@@ -48,6 +49,17 @@ def place(
         taken=[core for child in children for core in child.placement.cpus],
     )
     return gpus, cores
+
+
+def gpu_memory_fraction(
+    pool: ProcessPoolSettings, inventory: Sequence[GpuCapacity] | None
+) -> float | None:
+    """The share of a GPU's memory that a replica may take, where its pool names bytes; ``None``
+    leaves it to the engine. Of GPUs of several sizes the smallest counts."""
+    sizes = [one.memory_bytes for one in inventory or () if one.memory_bytes]
+    if pool.gpu_memory_bytes is None or not sizes:
+        return None
+    return min(1.0, pool.gpu_memory_bytes / min(sizes))
 
 
 def free_port(taken: Collection[int]) -> int:

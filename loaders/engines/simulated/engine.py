@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from loaders.engines.base import (
@@ -16,26 +16,30 @@ from loaders.engines.base import (
     Placement,
 )
 from loaders.engines.client import EngineClient
-from loaders.engines.openai_compatible import OpenAICompatibleEngine
-from loaders.engines.vllm.command import check_address, merge_flags
-from loaders.engines.vllm.engine import LOAD_METRICS
+from loaders.engines.vllm.command import merge_flags
+from loaders.engines.vllm.engine import VllmEngine
 from loaders.settings import LoaderSettings
 
 ROOT = str(Path(__file__).resolve().parents[3])
 
 
-class SimulatedEngine(OpenAICompatibleEngine):
-    """The simulated engine, run by Tidegate's own interpreter. It speaks as vLLM does."""
+class SimulatedEngine(VllmEngine):
+    """The simulated engine, run by Tidegate's own interpreter. To its clients it is a vLLM."""
 
     name = "simulated"
     notice = "a simulation: made-up text"
     capabilities = Capabilities(sleep_levels=frozenset({1, 2}))
-    load_metrics = LOAD_METRICS
     phase_signs = tuple((phase, re.compile(f"start-up: {phase} ")) for phase in START_PHASES)
 
-    def check(self, args: Sequence[str]) -> Iterator[str]:
+    def program(self, settings: LoaderSettings) -> Path | None:
         """See ``Engine``."""
-        return check_address(args)
+        return None
+
+    def fetches_model(
+        self, args: Sequence[str], env: Mapping[str, str], settings: LoaderSettings
+    ) -> bool:
+        """See ``Engine``. It has none."""
+        return True
 
     def command(
         self, options: EngineOptions, placement: Placement, settings: LoaderSettings
@@ -58,14 +62,6 @@ class SimulatedEngine(OpenAICompatibleEngine):
             env={"PYTHONSAFEPATH": "1", "PYTHONPATH": path},
         )
 
-    async def sleep(self, client: EngineClient, url: str, level: int, *, timeout_s: float) -> None:
-        """See ``Engine``."""
-        await client.post(f"{url}/sleep?level={level}", timeout_s=timeout_s)
-
-    async def is_sleeping(self, client: EngineClient, url: str) -> bool | None:
-        """See ``Engine``."""
-        return await client.ask_if_sleeping(url)
-
     async def wake(self, client: EngineClient, url: str, level: int, *, timeout_s: float) -> None:
         """See ``Engine``. There are no weights to be read again."""
-        await client.post(f"{url}/wake_up", timeout_s=timeout_s)
+        await super().wake(client, url, 1, timeout_s=timeout_s)

@@ -65,7 +65,7 @@ class HttpExchange:
 
     def __init__(
         self,
-        connection: HttpConnection,
+        connection: SimulatedConnection,
         *,
         method: str,
         path: str,
@@ -187,7 +187,7 @@ class HttpServer:
         """Asked of every new connection: ``"close"`` or ``"reset"`` to end it at once."""
         self.draining = False
         self.head = self._labels
-        self.connections: set[HttpConnection] = set()
+        self.connections: set[SimulatedConnection] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self._server: asyncio.Server | None = None
         self._all_gone = asyncio.Event()
@@ -196,11 +196,11 @@ class HttpServer:
         """Accept connections on a bound socket."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            lambda: HttpConnection(self, loop), sock=sock, backlog=self.limits.backlog
+            lambda: SimulatedConnection(self, loop), sock=sock, backlog=self.limits.backlog
         )
         self._sweep()
 
-    def gone(self, connection: HttpConnection) -> None:
+    def gone(self, connection: SimulatedConnection) -> None:
         """A connection is closed."""
         self.connections.discard(connection)
         if not self.connections:
@@ -236,7 +236,7 @@ class HttpServer:
         return clean
 
 
-class HttpConnection(asyncio.Protocol):
+class SimulatedConnection(asyncio.Protocol):
     """One client connection: bytes in, exchanges out, one at a time and in order."""
 
     def __init__(self, http: HttpServer, loop: asyncio.AbstractEventLoop) -> None:

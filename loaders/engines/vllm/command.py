@@ -89,8 +89,8 @@ def vllm_command(
         flags.append(("--enforce-eager", None))
     if len(placement.gpus) > 1 and not (_flags_in(args) & {"--data-parallel-size"}):
         flags.append(("--tensor-parallel-size", str(len(placement.gpus))))
-    if options.gpu_memory_fraction is not None and not on_cpu:
-        flags.append(("--gpu-memory-utilization", f"{options.gpu_memory_fraction:.4f}"))
+    if placement.gpu_memory_fraction is not None and not on_cpu:
+        flags.append(("--gpu-memory-utilization", f"{placement.gpu_memory_fraction:.4f}"))
     if sleeps:
         flags.append((SLEEP_FLAG, None))
     env = _environment(python, options.model, settings)

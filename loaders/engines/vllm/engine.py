@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+import httpx
 
 from loaders.engines.base import (
     Capabilities,
@@ -18,13 +21,7 @@ from loaders.engines.openai_compatible import OpenAICompatibleEngine
 from loaders.engines.vllm.command import check_address, read_flags, vllm_command
 from loaders.settings import LoaderSettings
 
-LOAD_METRICS = LoadMetrics(
-    requests_running="vllm:num_requests_running",
-    requests_waiting="vllm:num_requests_waiting",
-    kv_cache_usage_fraction="vllm:kv_cache_usage_perc",
-)
-
-PHASE_SIGNS = (
+PHASE_SIGNS: Sequence[tuple[str, re.Pattern[str]]] = (
     ("loading", re.compile(
         r"Starting to load model|Loading (safetensors|pt|weights)|checkpoint shards",
         re.IGNORECASE)),
@@ -77,7 +74,11 @@ class VllmEngine(OpenAICompatibleEngine):
         lora=True,
         prefill_decode=True,
     )
-    load_metrics = LOAD_METRICS
+    load_metrics = LoadMetrics(
+        requests_running="vllm:num_requests_running",
+        requests_waiting="vllm:num_requests_waiting",
+        kv_cache_usage_fraction="vllm:kv_cache_usage_perc",
+    )
     phase_signs = PHASE_SIGNS
 
     def check(self, args: Sequence[str]) -> Iterator[str]:
@@ -112,7 +113,13 @@ class VllmEngine(OpenAICompatibleEngine):
 
     async def is_sleeping(self, client: EngineClient, url: str) -> bool | None:
         """See ``Engine``."""
-        return await client.ask_if_sleeping(url)
+        try:
+            status, body = await client.request("GET", f"{url}/is_sleeping", {})
+            answer = json.loads(body) if status == 200 else None
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError):
+            return None
+        sleeps = answer.get("is_sleeping") if isinstance(answer, dict) else None
+        return sleeps if isinstance(sleeps, bool) else None
 
     async def wake(self, client: EngineClient, url: str, level: int, *, timeout_s: float) -> None:
         """See ``Engine``."""

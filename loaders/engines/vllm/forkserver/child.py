@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loaders.engines.vllm.forkserver.marks import IMPORTING, Marks, restamp
-from loaders.engines.vllm.forkserver.patches import make_hold, quicken
+from loaders.engines.vllm.forkserver.patches import make_hold, patch_vllm
 from loaders.engines.vllm.forkserver.wire import ENGINE
 
 PR_SET_PDEATHSIG = 1
@@ -21,7 +21,7 @@ NOT_STARTED = 125
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
+class EngineStart:
     """What is to be started. ``fds`` are the log, the gate, the marks and, parked, the go.
     ``guard`` is the command of the engine's guard, in which ``ENGINE`` stands for its pid."""
 
@@ -35,7 +35,7 @@ class Order:
     fds: tuple[int, ...]
 
     @classmethod
-    def read(cls, message: dict[str, Any], fds: list[int], device: str) -> Order:
+    def read(cls, message: dict[str, Any], fds: list[int], device: str) -> EngineStart:
         """From a message. Raises ``KeyError``, ``TypeError`` or ``ValueError``."""
         if len(fds) not in (3, 4):
             raise ValueError(f"3 or 4 file descriptors are needed, not {len(fds)}")
@@ -52,7 +52,7 @@ class Order:
         )
 
 
-def fork_orphan(order: Order) -> tuple[int, int] | None:
+def fork_orphan(start: EngineStart) -> tuple[int, int] | None:
     """Fork an engine and its guard. Returns the pids of both, the guard's first; ``None`` in the
     engine.
 
@@ -86,16 +86,16 @@ def fork_orphan(order: Order) -> tuple[int, int] | None:
             return None
         os.write(writing, f"{guard} {engine}".encode())
         # A small process instead of one more copy of this one; its file descriptors close with it.
-        argv = [str(engine) if part == ENGINE else part for part in order.guard]
-        name, value = order.mark
+        argv = [str(engine) if part == ENGINE else part for part in start.guard]
+        name, value = start.mark
         os.execve(argv[0], argv, {"PATH": os.environ.get("PATH", os.defpath), name: value})
     except BaseException:  # noqa: BLE001 -- whatever it is, this process has no other use
         os._exit(1)
 
 
-def become_engine(order: Order) -> int:
+def become_engine(start: EngineStart) -> int:
     """In the forked process: wait for the gate, then be vLLM's server. Returns an exit status."""
-    log, gate, told, *go = order.fds
+    log, gate, told, *go = start.fds
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
@@ -105,21 +105,21 @@ def become_engine(order: Order) -> int:
         os.dup2(source, target)
     os.close(nothing)
     os.close(log)
-    restamp(*order.mark)
+    restamp(*start.mark)
     if os.read(gate, 1) != b"!":
         return NOT_STARTED
     os.close(gate)
     os.environ.clear()
-    os.environ.update(order.env)
-    os.chdir(order.cwd)
-    if order.cpus:
-        os.sched_setaffinity(0, order.cpus)
+    os.environ.update(start.env)
+    os.chdir(start.cwd)
+    if start.cpus:
+        os.sched_setaffinity(0, start.cpus)
     marks = Marks(told)
     marks(IMPORTING)
     hold = make_hold(marks, go[0]) if go else None
     try:
-        quicken(marks, device=order.device, hold=hold)
-        return _serve(order.args)
+        patch_vllm(marks, device=start.device, hold=hold)
+        return _serve(start.args)
     except Exception:  # noqa: BLE001 -- the engine's log is where a failed start is explained
         traceback.print_exc()
         return 1

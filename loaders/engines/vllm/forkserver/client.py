@@ -53,7 +53,7 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class ForkRequest:
     """An engine to fork. ``mark`` is the variable, with its value, that tells its processes from
     others, ``guard`` the command of its guard, in which ``{engine}`` stands for the engine's pid;
     ``parked`` has it wait, before its weights, until it is told to go."""
@@ -103,7 +103,7 @@ class ForkedProcess:
                 try:
                     pid, status = os.waitpid(self.pid, os.WNOHANG)
                 except ChildProcessError:
-                    self.returncode = 0  # somebody else has learnt it, and nobody can any more
+                    self.returncode = 0  # its end was learnt elsewhere, and cannot be any more
                 else:
                     if pid:
                         self.returncode = os.waitstatus_to_exitcode(status)
@@ -168,7 +168,7 @@ class ForkServer:
             missing=tuple(answer["missing"]),
         )
 
-    async def fork(self, request: Request, log: int, *, timeout_s: float) -> ForkedProcess:
+    async def fork(self, request: ForkRequest, log: int, *, timeout_s: float) -> ForkedProcess:
         """Fork an engine whose output goes to ``log``; it waits behind its gate.
 
         Raises ``ForkError`` when it refuses, ``ServerLost`` when it is gone, or has not answered
@@ -258,7 +258,7 @@ class ForkServer:
 
     @property
     def broken(self) -> bool:
-        """Whether somebody stopped waiting for an answer: it is of no more use."""
+        """Whether an answer did not come in time: it is of no more use."""
         return self._broken
 
     def hang_up(self) -> None:
@@ -282,7 +282,7 @@ class ForkServer:
 
 
 async def _let_go(asked: asyncio.Future[dict[str, Any]], timeout_s: float) -> None:
-    """Learn the end of an engine that was forked for somebody who is gone."""
+    """Learn the end of an engine that was forked for a start which was called off."""
     with contextlib.suppress(ForkError, TimeoutError):
         async with asyncio.timeout(timeout_s):
             answer = await asked

@@ -46,7 +46,7 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
-def quicken(marks: Marks, *, device: str, hold: Hold | None) -> None:
+def patch_vllm(marks: Marks, *, device: str, hold: Hold | None) -> None:
     """Prepare this process, which is about to run vLLM's server. ``hold`` waits, in the process
     that is about to load weights, until it may."""
     _fork_workers()

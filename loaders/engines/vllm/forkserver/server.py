@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loaders.engines.vllm.forkserver import wire
-from loaders.engines.vllm.forkserver.child import Order, become_engine, fork_orphan
+from loaders.engines.vllm.forkserver.child import EngineStart, become_engine, fork_orphan
 from loaders.engines.vllm.forkserver.preload import (
     READ_LATE,
     differences,
@@ -86,12 +86,12 @@ def serve(channel: socket.socket, device: str, given: dict[str, str], looked_at:
                 wire.send(channel, {"kind": "refused", "reason": refusal})
                 continue
             message["env"] = with_added(message["env"], added)
-            order = Order.read(message, fds, device)
-            pids = fork_orphan(order)
+            start = EngineStart.read(message, fds, device)
+            pids = fork_orphan(start)
             if pids is None:
                 fds = []
                 channel.close()
-                return become_engine(order)
+                return become_engine(start)
             wire.send(channel, {"kind": "forked", "pid": pids[0], "engine": pids[1]})
         except (OSError, KeyError, TypeError, ValueError) as error:
             wire.send(channel, {"kind": "refused", "reason": f"{type(error).__name__}: {error}"})

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from autoscaler.backends.process.gpus import GpuInventory, list_gpus, parse_gpus
+from autoscaler.backends.process.gpus import list_gpus, parse_gpus
+from autoscaler.backends.process.placement import gpu_memory_fraction
 from autoscaler.policy.placement import GpuCapacity
+from autoscaler.settings import ProcessPoolSettings
+
+GIB = 1 << 30
 
 
 def test_nvidia_smi_is_read() -> None:
@@ -40,16 +44,26 @@ def test_a_driver_that_does_not_answer_is_not_no_gpu(
     assert gpus[0].memory_bytes == 100 << 20
 
 
-def test_gpus_are_looked_for_once_and_remembered_when_they_cannot_be_told() -> None:
-    looks: list[Sequence[GpuCapacity] | None] = [
-        None,
-        [GpuCapacity(index=0, memory_bytes=80)],
-        None,
-    ]
-    inventory = GpuInventory(lambda: looks.pop(0))
-    assert inventory.seen() is None  # unknown: asked again
-    assert inventory.seen() == [GpuCapacity(index=0, memory_bytes=80)]
-    assert inventory.seen() == [GpuCapacity(index=0, memory_bytes=80)]
-    assert inventory.look() is None  # who looks is told what there is now
-    assert inventory.seen() == [GpuCapacity(index=0, memory_bytes=80)]
-    assert looks == []
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "fraction"),
+    [
+        (None, [GpuCapacity(index=0, memory_bytes=80 * GIB)], None),
+        (20 * GIB, [GpuCapacity(index=0, memory_bytes=80 * GIB)], 0.25),
+        (
+            20 * GIB,
+            [
+                GpuCapacity(index=0, memory_bytes=80 * GIB),
+                GpuCapacity(index=1, memory_bytes=40 * GIB),
+            ],
+            0.5,
+        ),
+        (160 * GIB, [GpuCapacity(index=0, memory_bytes=80 * GIB)], 1.0),
+        (20 * GIB, [GpuCapacity(index=0)], None),
+        (20 * GIB, None, None),
+    ],
+)
+def test_bytes_of_a_gpu_become_the_share_that_vllm_is_told(
+    wanted: int | None, gpus: Sequence[GpuCapacity] | None, fraction: float | None
+) -> None:
+    given = {} if wanted is None else {"gpus_per_replica": 1, "gpu_memory_bytes": wanted}
+    assert gpu_memory_fraction(ProcessPoolSettings.model_validate(given), gpus) == fraction

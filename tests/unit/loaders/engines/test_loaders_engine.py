@@ -48,11 +48,18 @@ def build(
     settings: LoaderSettings | None = None,
     gpus: tuple[int, ...] = (),
     cpus: tuple[int, ...] = (),
+    gpu_memory_fraction: float | None = None,
     **options: Any,
 ) -> EngineCommand:
     given = (settings or LoaderSettings()).model_copy(update={"engine_python": python})
     asked = EngineOptions(**{"model": "org/model", "served_model": "m", **options})
-    placement = Placement(host="127.0.0.1", port=9001, gpus=gpus, cpus=cpus)
+    placement = Placement(
+        host="127.0.0.1",
+        port=9001,
+        gpus=gpus,
+        cpus=cpus,
+        gpu_memory_fraction=gpu_memory_fraction,
+    )
     return engine_of("vllm").command(asked, placement, given)
 
 
