@@ -20,7 +20,7 @@ class LedgerError(Exception):
 
 
 class Ledger:
-    """Inflight requests and tokens by replica slot, as this worker sees them.
+    """Inflight requests and tokens by replica slot, as this worker knows them.
 
     ``requests`` and ``tokens`` are this worker's own, always exact. ``others`` reads the sums of
     the other workers' rows; between two ``refresh`` their part is as old as the last one.

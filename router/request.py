@@ -1,4 +1,4 @@
-"""A request as the router sees it."""
+"""What the router knows of a request."""
 
 from __future__ import annotations
 

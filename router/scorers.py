@@ -5,7 +5,7 @@ tokens of work, so that they add up without weights: a prefix hit is worth the t
 queue costs the tokens in it. ``None`` abstains: unknown is neither the best score nor the worst,
 and ``pick`` gives such an endpoint the mean of the scorer's other costs.
 
-A new scorer is a subclass of ``Scorer`` here; whoever calls ``pick`` passes it. It is an abstract
+A new scorer is a subclass of ``Scorer`` here; the caller of ``pick`` passes it. It is an abstract
 class and not a protocol, because compiled code calls its method directly.
 """
 

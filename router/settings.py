@@ -20,7 +20,7 @@ class RouterSettings(BaseModel):
 
     learning_rate: float = Field(default=0.05, gt=0.0, le=1.0)
     """Weight of the newest answer in the learned ratios (exponential mean). 0.05 follows a change
-    of traffic within about 20 answers and is not moved much by one odd request."""
+    of traffic within about 20 answers and is not moved much by one unusual request."""
 
     max_inflight_requests: int = Field(default=256, ge=1, le=100_000)
     """Requests one replica is given at once, where neither the pool nor the engine says. 256 is

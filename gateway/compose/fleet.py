@@ -2,7 +2,7 @@
 
 The data path counts by slot, in shared memory; the control loop speaks of pools and replicas by
 name. This is the only place that knows both. A replica's slot is given to another only when no
-worker counts anything on it any more, so a late answer never settles on a stranger's account; a
+worker counts anything on it any more, so a late answer is never counted for another replica; a
 pool's only when every worker has applied a fleet without the pool, which clears its counters.
 """
 
@@ -99,7 +99,7 @@ class FleetBook:
         }
 
     def observe(self) -> Observation:
-        """One look at the counters: demand per pool, load per replica."""
+        """Read the counters: demand per pool, load per replica."""
         now = self._clock()
         applied = self._shared.applied()
         pools = {}

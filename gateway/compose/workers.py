@@ -1,4 +1,4 @@
-"""The worker processes as the control process sees them: started, told, watched, drained.
+"""The worker processes, seen from the control process: started, sent messages, watched, drained.
 
 The listening sockets belong to the control process and are inherited, one per worker on the same
 port (SO_REUSEPORT): a port that is taken is an error before anything starts, and connections that
@@ -156,7 +156,7 @@ class Workers:
         return all(entry.listening for entry in self.processes) and not self._draining
 
     def is_draining(self) -> bool:
-        """Whether the workers were told to finish."""
+        """Whether the workers have been asked to finish."""
         return self._draining
 
     def _state(self, entry: WorkerProcess) -> str:
@@ -189,17 +189,17 @@ class Workers:
             pause_s = min(pause_s * 2, _RESTART_MAX_S)
 
     async def _run_once(self, entry: WorkerProcess) -> None:
-        ours, theirs = socket.socketpair()
+        channel, inherited = socket.socketpair()
         listener = self._listeners[entry.index]
-        fds = (listener.fileno(), self.shared.fd, theirs.fileno())
+        fds = (listener.fileno(), self.shared.fd, inherited.fileno())
         command = [sys.executable, "-m", "gateway.datapath", *map(str, fds)]
         entry.starts += 1
-        with theirs:
+        with inherited:
             entry.process = self._spawn(command, fds)
-        reader, entry.writer = await asyncio.open_connection(sock=ours)
+        reader, entry.writer = await asyncio.open_connection(sock=channel)
         self._send(entry, msgspec.structs.replace(self._config, index=entry.index))
         self._send(entry, FleetUpdate(fleet=self._fleet))
-        if self._draining:  # since it was started: it has not been told yet
+        if self._draining:  # since it was started: it had no channel then
             self._send(entry, Drain())
         unpacker = Unpacker(ToControl)
         while data := await reader.read(65536):
@@ -209,8 +209,8 @@ class Workers:
     @staticmethod
     def _spawn(command: list[str], fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
         # A fork and exec of a small process: a millisecond, so it need not leave the loop.
-        # Ctrl-C reaches the whole process group, and a worker heeds no signal. Until it can say so
-        # itself they are blocked, which it inherits; one for us comes right after.
+        # Ctrl-C reaches the whole process group, and a worker ignores signals. Until it has
+        # said so itself they are blocked, which it inherits; one for this process comes after.
         held_back = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
         try:
@@ -228,7 +228,7 @@ class Workers:
             self._changed.set()
 
     async def _reap(self, entry: WorkerProcess) -> None:
-        """The channel closed: see the process end, and clear what it had in flight."""
+        """The channel closed: wait for the process to end, and clear what it had in flight."""
         entry.listening = False
         if entry.writer is not None:
             entry.writer.close()
@@ -245,7 +245,7 @@ class Workers:
         self._changed.set()
 
     async def drain(self) -> None:
-        """Stop accepting, let the workers finish what runs, and see them end."""
+        """Stop accepting, let the workers finish what runs, and wait for them to end."""
         self._draining = True
         for listener in self._listeners:
             listener.close()

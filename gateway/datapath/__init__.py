@@ -5,5 +5,5 @@ control process, ``shared`` the memory both map); ``context`` is what all of it 
 engine's side to the client's: ``upstream`` connections to replicas, ``pool`` dispatches and holds
 requests, ``exchange`` is one request and its answer, ``client`` a client's connection; ``local``
 answers without an engine. ``settings`` is the gateway's section, ``protocol`` the wire format,
-``metrics`` the counters, ``tls`` the certificate; ``compiled`` builds the fast form.
+``metrics`` the counters; ``compiled`` builds the fast form.
 """

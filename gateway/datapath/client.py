@@ -154,7 +154,7 @@ class ClientConnection(Downstream):
         return b"" if origin is None else self.context.cors_lines(origin)
 
     def extra_lines(self) -> bytes:
-        """Header lines of ours for a passed answer, each led by CRLF."""
+        """The gateway's own header lines for an answer passed on, each led by CRLF."""
         lines = b"" if self.origin is None else b"\r\n" + self.cors_lines()[:-2]
         if lines == b"\r\n":
             lines = b""

@@ -125,11 +125,11 @@ def build() -> Path:
         target = compiled_folder(scratch)  # of what is compiled, should it be edited meanwhile
         _compile(scratch)
         _collect(scratch, target)
-    _forget_old(target.parent)
+    remove_old(target.parent)
     return target
 
 
-def _forget_old(folder: Path) -> None:
+def remove_old(folder: Path) -> None:
     """Keep the binaries of the newest few sources: branches, and checkouts that share a Python."""
     built = [path for path in folder.iterdir() if (path / "done").is_file()]
     for old in sorted(built, key=lambda path: path.stat().st_mtime)[:-KEPT]:

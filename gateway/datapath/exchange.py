@@ -91,7 +91,7 @@ class Downstream(asyncio.Protocol, ABC):
 
     @abstractmethod
     def extra_lines(self) -> bytes:
-        """Header lines of ours for an answer passed on, each led by CRLF."""
+        """The gateway's own header lines for an answer passed on, each led by CRLF."""
 
     @abstractmethod
     def exchange_ended(self, exchange: Exchange) -> None:
@@ -243,7 +243,7 @@ class Exchange(PooledRequest):
             self._write_request(endpoint, connection)
 
     def connected(self, upstream: Upstream, connection: UpstreamConnection) -> bool:
-        """A connection opened for this exchange is there. False: it is not wanted any more."""
+        """The connection asked for is open. Returns false where it is not needed any more."""
         endpoint = self.endpoint
         if self.state != CONNECT or endpoint is None or endpoint.upstream is not upstream:
             return False
@@ -319,7 +319,7 @@ class Exchange(PooledRequest):
         counters.integers[metrics.REQUEST_BYTES] += size
 
     def _renamed(self, body: bytes, served: str) -> bytes:
-        """The body as this replica must see it, with its own name for the model."""
+        """The body with the replica's own name for the model."""
         if self.peek is not None:
             _, start, end = self.peek
             return body[:start] + quote_model(served) + body[end:]
@@ -377,7 +377,7 @@ class Exchange(PooledRequest):
         else:
             self._mode = _PLAIN
             kept = head.kept
-            if head.content_length is None:  # this client cannot be told where the body ends
+            if head.content_length is None:  # HTTP/1.0 has no framing for a body of unknown length
                 kept = head.without_framing()
                 client.keep_alive = False
                 if head.chunked:
@@ -607,7 +607,7 @@ class Exchange(PooledRequest):
             self.pool.counters.integers[metrics.REJECTED] += 1
         client.context.count_rejection(error.reason)
         if self.state == ANSWER:
-            # Bytes of the engine's answer are out: nothing of ours may follow them.
+            # Bytes of the engine's answer are out: nothing else may follow them.
             self.break_off()
             return
         if self.committed:

@@ -25,7 +25,7 @@ def answer(
     close: bool,
     extra: bytes,
 ) -> bytes:
-    """The whole response to a request that no engine sees."""
+    """The whole response to a request that does not go to an engine."""
     try:
         return _answer(context, pools, head, request_id, close, extra)
     except ApiError as error:
@@ -86,13 +86,13 @@ def _health(context: WorkerContext) -> bytes:
 
 def _models(context: WorkerContext, pools: PoolDirectory, path: bytes) -> bytes:
     names = pools.model_names()
-    wanted = unquote(path[len(b"/v1/models/") :].decode("latin-1"))
-    if not wanted:
+    model = unquote(path[len(b"/v1/models/") :].decode("latin-1"))
+    if not model:
         return model_list(names, context.started_wall_s)
     for name, root in names:
-        if name == wanted:
+        if name == model:
             return msgspec.json.encode(model_card(name, root, context.started_wall_s))
-    raise unknown_model(wanted)
+    raise unknown_model(model)
 
 
 def _options(allowed: bytes, request_id: bytes, close: bool, extra: bytes) -> bytes:

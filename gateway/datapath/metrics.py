@@ -116,7 +116,7 @@ WORKER_METRICS: Final[tuple[Metric, ...]] = _WORKER_PLAIN + tuple(
     for index, reason in enumerate(REASONS)
 )
 
-# Of the control side, by what they tell. The labels are those that vary; the values are its own.
+# Of the control side. The labels here are the fixed ones; the control side fills in the values.
 BUILD: Final = Metric("build", "The Tidegate that answers.", gauge=True)
 REPLICAS: Final = Metric("replicas", "Replicas by state.", gauge=True)
 DESIRED_REPLICAS: Final = Metric("desired_replicas", "Desired replicas.", gauge=True)
@@ -161,7 +161,7 @@ CONTROL_ERRORS: Final = Metric(
     "control_errors_total", "Errors the control loop met and survived, by where they were raised."
 )
 
-# Of the model cache, by the name of the figure in what the cache tells of its traffic.
+# Of the model cache, by the name of the figure in its traffic report.
 CACHE_METRICS: Final[dict[str, Metric]] = {
     "store_bytes": Metric(
         "cache_read_bytes_total",
@@ -201,7 +201,7 @@ class PoolCounters:
     """One worker's counters of one pool: counted in lists, published into shared memory.
 
     A list element costs a quarter of a shared word to count in, and a request counts a dozen
-    times. ``flush`` runs several times a second and before anything that others must see at once.
+    times. ``flush`` runs several times a second, and before other processes must read a count.
     """
 
     __slots__ = ("_integers_row", "_sums_row", "dirty", "integers", "sums")

@@ -365,7 +365,7 @@ class PoolDirectory:
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
         self._version = -1
-        self.pools: dict[str, PoolRuntime] = {}
+        self.by_name: dict[str, PoolRuntime] = {}
         self._names: dict[str, PoolRuntime] = {}
 
     def apply(self, fleet: Fleet) -> None:
@@ -377,8 +377,8 @@ class PoolDirectory:
         self._version = fleet.version
         slots = [replica.slot for pool in fleet.pools for replica in pool.replicas]
         self._context.replica_slots = 1 + max(slots, default=-1)
-        old = self.pools
-        self.pools = {}
+        old = self.by_name
+        self.by_name = {}
         self._names = {}
         for pool in fleet.pools:
             runtime = old.get(pool.name)
@@ -386,15 +386,15 @@ class PoolDirectory:
                 del old[pool.name]
             else:
                 runtime = PoolRuntime(self._context, pool)
-            self.pools[pool.name] = runtime
+            self.by_name[pool.name] = runtime
             if not pool.draining:
                 for name in (pool.name, *pool.aliases):
                     self._names[name] = runtime
         for gone in old.values():
             gone.close()
         for pool in fleet.pools:
-            self.pools[pool.name].apply(pool)
-        for runtime in self.pools.values():
+            self.by_name[pool.name].apply(pool)
+        for runtime in self.by_name.values():
             runtime.counters.flush()  # a reader of the version reads what was counted until now
         self._context.shared.set_applied(self._context.index, fleet.version)
 
@@ -407,7 +407,7 @@ class PoolDirectory:
 
     def configure(self) -> None:
         """The worker's settings have changed."""
-        for runtime in self.pools.values():
+        for runtime in self.by_name.values():
             runtime.configure()
 
     def find(self, model: str) -> PoolRuntime:

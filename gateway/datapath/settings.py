@@ -136,12 +136,12 @@ class GatewaySettings(BaseModel):
     """PEM file with the private key of ``tls_certificate``."""
 
     tls_reload_s: float = Field(default=10.0, gt=0.0, le=86_400.0)
-    """Seconds between two looks at the certificate's files; a changed pair is used for new
+    """Seconds between two checks of the certificate's files; a changed pair is used for new
     connections without a restart."""
 
     cors_allow_origins: tuple[str, ...] = ()
     """Origins whose web pages may call the API (``https://chat.example.org``; ``"*"`` for all).
-    Empty: browsers are told nothing, so only same-origin pages can."""
+    Empty: no CORS headers are sent, so only same-origin pages can."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much is written to the log (standard error). ``info`` writes starts, stops and

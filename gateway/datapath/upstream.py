@@ -1,8 +1,8 @@
 """Connections to replicas: kept alive, one request at a time, bytes relayed as they come.
 
 A connection tracks exactly where the answer ends (by count, or chunk by chunk), so that it
-can be used again and so that nothing after the end is ever taken for an answer. It does not look
-into the bytes; that is the request's.
+can be used again and so that nothing after the end is ever taken for an answer. It does not
+interpret the bytes; the request does.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class UpstreamConnection(asyncio.Protocol):
         request.answer_ended(events)
 
     def fail(self, why: str) -> None:
-        """The connection cannot be trusted any more; tell the request, then close."""
+        """The connection cannot be trusted any more: close it, then report to the request."""
         request, self.request = self.request, None
         self.abort()
         if request is not None:
@@ -280,7 +280,7 @@ class Upstream:
         return None
 
     def connect(self, request: UpstreamRequest) -> None:
-        """Open a connection for a request and tell it when it is open or failed."""
+        """Open a connection for a request; ``connected`` or ``connect_failed`` of it is called."""
         task = self.context.loop.create_task(self._connect(request))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -13,7 +13,10 @@ import os
 import random
 import resource
 import socket
+import ssl
+import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -32,12 +35,46 @@ from gateway.datapath.messages import (
 )
 from gateway.datapath.pool import PoolDirectory
 from gateway.datapath.shared import Shared
-from gateway.datapath.tls import Certificate
 
 _TICK_BUSY_S = 0.02
 _TICK_IDLE_S = 0.05
 _SWEEP_S = 0.5
 _BACKLOG = 4096
+
+
+class Certificate:
+    """A certificate chain and its key, in the context that new connections are made with.
+
+    Raises ``OSError`` or ``ssl.SSLError`` where they cannot be loaded at the start.
+    """
+
+    def __init__(self, certificate: Path | str, key: Path | str | None) -> None:
+        self._certificate = certificate
+        self._key = key
+        self._stamp = self._read_stamp()
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self.context.set_alpn_protocols(["http/1.1"])
+        self.context.load_cert_chain(certificate, key)
+
+    def _read_stamp(self) -> tuple[float, ...]:
+        paths = (self._certificate, self._key)
+        return tuple(os.stat(path).st_mtime for path in paths if path is not None)
+
+    def renew(self) -> None:
+        """Load the files if they changed. What does not load (half written, a key that does not
+        match yet) is left alone until it does, and the pair in force stays."""
+        try:
+            stamp = self._read_stamp()
+            if stamp == self._stamp:
+                return
+            # Tried elsewhere first: a pair that does not match (one file is replaced before the
+            # other) would leave the context in use without a key.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._certificate, self._key)
+            self.context.load_cert_chain(self._certificate, self._key)
+            self._stamp = stamp
+        except (OSError, ssl.SSLError) as error:
+            print(f"tidegate: the TLS certificate was not reloaded: {error}", file=sys.stderr)  # noqa: T201
 
 
 class Worker:
@@ -92,7 +129,7 @@ class Worker:
                 context.refresh_ledger()
             context.publish_counters()
             busy = False
-            for pool in self.pools.pools.values():
+            for pool in self.pools.by_name.values():
                 pool.tick(now)
                 busy = busy or bool(pool.queue)
             await asyncio.sleep(_TICK_BUSY_S if busy else _TICK_IDLE_S)
@@ -103,7 +140,7 @@ class Worker:
             await asyncio.sleep(_SWEEP_S)
             now = self.context.now()
             self.clients.sweep(now)
-            for pool in self.pools.pools.values():
+            for pool in self.pools.by_name.values():
                 for endpoint in pool.endpoints.values():
                     endpoint.upstream.sweep(now)
 
@@ -116,19 +153,19 @@ class Worker:
             self._server.close()
         await self.clients.drain(self.context.gateway.drain_s)
         self.context.publish_counters()
-        for pool in self.pools.pools.values():
+        for pool in self.pools.by_name.values():
             pool.counters.flush()
 
     def control_lost(self) -> None:
         """The control process is gone: refuse the held requests, no engine will be woken."""
         self.context.is_orphaned = True
-        for pool in self.pools.pools.values():
+        for pool in self.pools.by_name.values():
             pool.refuse_held()
 
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` or ``LedgerError`` where counts do not agree, at rest."""
         self.context.ledger.check_integrity()
-        for pool in self.pools.pools.values():
+        for pool in self.pools.by_name.values():
             pool.check_integrity()
 
 
@@ -166,7 +203,7 @@ async def _serve(listen_fd: int, shared_fd: int, channel_fd: int) -> None:
                     for task in tasks:
                         task.add_done_callback(_ended)
                     gc.collect()
-                    gc.freeze()  # what exists now lives for ever: no collection need look at it
+                    gc.freeze()  # what exists now lives for ever: no collection needs to visit it
                     send(Listening(pid=os.getpid()))
             elif isinstance(message, Drain) and draining is None:
                 draining = loop.create_task(worker.drain() if worker else asyncio.sleep(0))

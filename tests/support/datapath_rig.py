@@ -84,6 +84,25 @@ def eventually(what: Callable[[], Any], *, within_s: float = WAIT_S) -> Any:
         time.sleep(0.01)
 
 
+class MemoryTransport:
+    """The other side of a connection that is not there: it keeps what is written to it."""
+
+    def __init__(self) -> None:
+        self.sent = b""
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        self.sent += data
+
+    def close(self) -> None:
+        self.closed = True
+
+    abort = close
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+
 # Clients
 
 

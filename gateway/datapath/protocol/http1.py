@@ -18,9 +18,9 @@ import httptools
 
 from gateway.datapath.protocol.errors import ApiError, Reason
 
-# Headers of a request that do not travel: hop-by-hop ones (RFC 9110 7.6.1), framing, which is ours
-# to say, accept-encoding (a compressed answer would hide its usage and its first token), and
-# origin (CORS is the gateway's to answer; an engine that saw it would answer "*").
+# Headers of a request that do not travel: hop-by-hop ones (RFC 9110 7.6.1), framing, which the
+# gateway sets itself, accept-encoding (a compressed answer would hide its usage and its first
+# token), and origin (CORS is the gateway's to answer; an engine that saw it would answer "*").
 _REQUEST_SPECIAL: Final = re.compile(
     rb"\r\n((?i:host|connection|keep-alive|proxy-connection|proxy-authorization|te|trailer"
     rb"|transfer-encoding|content-length|upgrade|expect|accept-encoding|x-request-id"
@@ -214,7 +214,7 @@ class ResponseHead:
         self.keep_alive = True
 
     def without_framing(self) -> bytes:
-        """``kept`` for a client that must be told another framing, or none."""
+        """``kept`` for a client that needs another framing, or none."""
         parts = _RESPONSE_SPECIAL.split(self.kept)
         return parts[0] + b"".join(parts[3::3])
 

@@ -33,7 +33,7 @@ def test_modules_are_all_there() -> None:
         assert importlib.util.find_spec(name) is not None
 
 
-def test_nothing_is_installed_without_binaries_or_against_the_wish(
+def test_nothing_is_installed_without_binaries_or_when_switched_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
@@ -58,7 +58,7 @@ def test_old_binaries_go_and_the_newest_stay(
         folder.mkdir()
         (folder / "done").write_text("")
         os.utime(folder, (number, number))
-    compiled._forget_old(tmp_path)
+    compiled.remove_old(tmp_path)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [f"digest{number}" for number in range(2, compiled.KEPT + 2)]
 

@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from datapath_rig import DEFAULTS
+from datapath_rig import DEFAULTS, MemoryTransport, post
 
-from gateway.datapath import exchange as exchange_module
 from gateway.datapath import metrics
-from gateway.datapath import upstream as upstream_module
 from gateway.datapath.client import ClientConnection
 from gateway.datapath.protocol.errors import Reason
 from gateway.datapath.shared import Shared
@@ -19,74 +17,69 @@ from gateway.datapath.upstream import UpstreamConnection
 from gateway.datapath.worker import Worker
 from router.types import Fleet, Pool, Replica, ReplicaState
 
-BODY = b'{"model":"m"}'
-REQUEST = (
-    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY
-)
+REQUEST = post({"model": "m"})
 
 
-class Wire:
-    """A transport that remembers."""
+class Loop(asyncio.SelectorEventLoop):
+    """A loop whose clock fails once when the test says so."""
 
-    def __init__(self) -> None:
-        self.sent = b""
-        self.closed = False
+    broken = False
 
-    def write(self, data: bytes) -> None:
-        self.sent += data
-
-    def close(self) -> None:
-        self.closed = True
-
-    abort = close
-
-    def is_closing(self) -> bool:
-        return self.closed
+    def time(self) -> float:
+        if self.broken:
+            self.broken = False
+            raise RuntimeError("a bug")
+        return 100.0
 
 
 @pytest.fixture
-def worker() -> Iterator[Worker]:
-    loop = asyncio.new_event_loop()
-    shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
-    made = Worker(loop, DEFAULTS, shared, lambda message: None)
-    replica = Replica(id="r", pool="m", slot=0, url="http://127.0.0.1:1", state=ReplicaState.READY)
-    made.pools.apply(Fleet(version=1, pools=(Pool(name="m", slot=0, replicas=(replica,)),)))
+def loop() -> Iterator[Loop]:
+    made = Loop()
     yield made
-    loop.close()
-    shared.close()
+    made.close()
 
 
-def connect(worker: Worker) -> tuple[ClientConnection, Wire]:
-    client, wire = ClientConnection(worker.clients), Wire()
-    client.connection_made(wire)
-    return client, wire
+def make(loop: Loop, *replicas: Replica, send: Any = lambda message: None) -> Worker:
+    shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
+    worker = Worker(loop, DEFAULTS, shared, send)
+    worker.pools.apply(Fleet(version=1, pools=(Pool(name="m", slot=0, replicas=replicas),)))
+    return worker
 
 
-def fail(*args: Any, **kwargs: Any) -> Any:
-    raise RuntimeError("a bug")
+def connect(worker: Worker) -> tuple[ClientConnection, MemoryTransport]:
+    client, transport = ClientConnection(worker.clients), MemoryTransport()
+    client.connection_made(transport)
+    return client, transport
 
 
-def test_while_a_request_is_read(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange_module, "read_head", fail)
-    client, wire = connect(worker)
+def test_while_a_request_is_read(loop: Loop) -> None:
+    def fail(message: Any) -> None:
+        raise RuntimeError("a bug")
+
+    worker = make(loop, send=fail)  # of the wake signal, as no replica is there
+    client, transport = connect(worker)
     client.data_received(REQUEST)
-    assert wire.sent.startswith(b"HTTP/1.1 500 ")
-    assert b"x-tidegate-reason: internal" in wire.sent
-    assert wire.closed
+    assert transport.sent.startswith(b"HTTP/1.1 500 ")
+    assert b"x-tidegate-reason: internal" in transport.sent
+    assert transport.closed
     assert worker.context.counters[metrics.REASON_INDEX[Reason.INTERNAL]] == 1
+    client.connection_lost(None)
     worker.check_integrity()
 
 
-def test_while_an_answer_is_read(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    upstream = worker.pools.pools["m"].endpoints["r"].upstream
+def test_while_an_answer_is_passed_on(loop: Loop) -> None:
+    replica = Replica(id="r", pool="m", slot=0, url="http://127.0.0.1:1", state=ReplicaState.READY)
+    worker = make(loop, replica)
+    upstream = worker.pools.by_name["m"].endpoints["r"].upstream
     connection = UpstreamConnection(upstream)
-    connection.connection_made(Wire())
+    connection.connection_made(MemoryTransport())
     upstream.release(connection)
-    client, _ = connect(worker)
+    client, transport = connect(worker)
     client.data_received(REQUEST)
-    monkeypatch.setattr(upstream_module, "parse_response_head", fail)
-    connection.data_received(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+    loop.broken = True
+    connection.data_received(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf")
     assert connection.transport.closed
-    assert client.exchange is not None, "no byte was sent yet: it is tried again"
+    assert transport.closed, "what the client has is not the whole answer"
+    assert worker.context.counters[metrics.REASON_INDEX[Reason.REPLICA_CUT]] == 1
     client.connection_lost(None)
     worker.check_integrity()

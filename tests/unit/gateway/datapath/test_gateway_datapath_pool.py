@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
-from datapath_rig import DEFAULTS, configure
+from datapath_rig import DEFAULTS, MemoryTransport, configure, post
 
 from gateway.datapath import metrics
 from gateway.datapath.client import ClientConnection
 from gateway.datapath.exchange import Exchange
-from gateway.datapath.messages import FailureReport
+from gateway.datapath.messages import FailureReport, WakeSignal
 from gateway.datapath.protocol.errors import ApiError, Reason
 from gateway.datapath.protocol.http1 import parse_request_head
 from gateway.datapath.shared import Shared
+from gateway.datapath.upstream import Upstream, UpstreamConnection
 from gateway.datapath.worker import Worker
 from router.types import Fleet, Pool, Replica, ReplicaState
 
@@ -55,6 +55,12 @@ def fleet(version: int, *replicas: Replica, **changes: Any) -> Fleet:
     return Fleet(version=version, pools=(msgspec.structs.replace(pool, **changes),))
 
 
+def connect(upstream: Upstream) -> UpstreamConnection:
+    connection = UpstreamConnection(upstream)
+    connection.connection_made(MemoryTransport())
+    return connection
+
+
 def test_a_body_in_tiny_pieces_is_kept_in_few_parts(loop: Loop) -> None:
     worker, _ = make(loop)
     head = parse_request_head(
@@ -71,7 +77,7 @@ def test_a_body_in_tiny_pieces_is_kept_in_few_parts(loop: Loop) -> None:
 def test_a_replica_that_stays_dead_for_days_is_tried_every_few_seconds(loop: Loop) -> None:
     worker, _ = make(loop)
     worker.pools.apply(fleet(1, replica()))
-    pool = worker.pools.pools["m"]
+    pool = worker.pools.by_name["m"]
     endpoint = pool.endpoints["r0"]
     pauses = []
     for _ in range(3000):
@@ -88,7 +94,7 @@ def test_a_replica_that_stays_dead_for_days_is_tried_every_few_seconds(loop: Loo
 def test_republishing_a_suspect_clears_it_and_only_suspects_pause(loop: Loop) -> None:
     worker, _ = make(loop)
     worker.pools.apply(fleet(1, replica()))
-    pool = worker.pools.pools["m"]
+    pool = worker.pools.by_name["m"]
     pool.failing(pool.endpoints["r0"], suspect=False)
     assert len(pool.ready) == 1
     pool.failing(pool.endpoints["r0"], suspect=True)
@@ -109,22 +115,22 @@ def test_a_failing_replica_is_reported_at_most_twice_a_second(loop: Loop) -> Non
 def test_only_ready_replicas_are_offered(loop: Loop, state: ReplicaState) -> None:
     worker, _ = make(loop)
     worker.pools.apply(fleet(1, replica(0), replica(1, state=state)))
-    assert len(worker.pools.pools["m"].ready) == (2 if state is ReplicaState.READY else 1)
+    assert len(worker.pools.by_name["m"].ready) == (2 if state is ReplicaState.READY else 1)
 
 
 def test_an_older_picture_is_ignored(loop: Loop) -> None:
     worker, _ = make(loop)
     worker.pools.apply(fleet(5, replica()))
     worker.pools.apply(fleet(4))
-    assert len(worker.pools.pools["m"].ready) == 1
+    assert len(worker.pools.by_name["m"].ready) == 1
     worker.pools.apply(fleet(5))
-    assert len(worker.pools.pools["m"].ready) == 1
+    assert len(worker.pools.by_name["m"].ready) == 1
 
 
 def test_what_stays_the_same_keeps_its_window_and_its_connections(loop: Loop) -> None:
     worker, _ = make(loop, release_initial=2)
     worker.pools.apply(fleet(1, replica()))
-    pool = worker.pools.pools["m"]
+    pool = worker.pools.by_name["m"]
     first = pool.endpoints["r0"]
     first.answered()
     first.answered()
@@ -146,22 +152,27 @@ def test_a_replica_that_changes_place_loses_its_connections(
 ) -> None:
     worker, _ = make(loop)
     worker.pools.apply(fleet(1, replica()))
-    old = worker.pools.pools["m"].endpoints["r0"].upstream
+    old = worker.pools.by_name["m"].endpoints["r0"].upstream
+    idle, busy = connect(old), connect(old)
+    old.release(idle)
     worker.pools.apply(fleet(2, msgspec.structs.replace(replica(), **change)))
-    new = worker.pools.pools["m"].endpoints["r0"].upstream
-    assert new is not old
-    assert old._closed
-    assert not new._closed
+    assert worker.pools.by_name["m"].endpoints["r0"].upstream is not old
+    assert idle.transport.closed
+    assert not busy.transport.closed  # its request is finished first
+    old.release(busy)
+    assert busy.transport.closed
 
 
 def test_a_pool_in_another_slot_or_gone_is_closed(loop: Loop) -> None:
     worker, _ = make(loop)
     worker.pools.apply(fleet(1, replica()))
-    first = worker.pools.pools["m"]
+    first = worker.pools.by_name["m"]
     upstream = first.endpoints["r0"].upstream
+    idle = connect(upstream)
+    upstream.release(idle)
     worker.pools.apply(fleet(2, replica(), slot=1))
-    assert worker.pools.pools["m"] is not first
-    assert upstream._closed
+    assert worker.pools.by_name["m"] is not first
+    assert idle.transport.closed
     worker.pools.apply(Fleet(version=3))
     with pytest.raises(ApiError):
         worker.pools.find("m")
@@ -182,10 +193,10 @@ def test_names_and_aliases_lead_to_the_pool_and_follow_it(loop: Loop) -> None:
 def test_a_draining_pool_is_unknown_to_new_requests_and_keeps_what_it_has(loop: Loop) -> None:
     worker, _ = make(loop)
     worker.pools.apply(fleet(1, replica()))
-    runtime = worker.pools.pools["m"]
+    runtime = worker.pools.by_name["m"]
     runtime.counters.integers[metrics.ARRIVALS] = 3
     worker.pools.apply(fleet(2, replica(), draining=True))
-    assert worker.pools.pools["m"] is runtime
+    assert worker.pools.by_name["m"] is runtime
     assert runtime.ready
     assert worker.pools.model_names() == []
     with pytest.raises(ApiError) as raised:
@@ -203,8 +214,8 @@ def test_a_slot_that_is_free_again_begins_at_zero(loop: Loop) -> None:
     worker, _ = make(loop)
     shared = worker.context.shared
     worker.pools.apply(fleet(1))
-    worker.pools.pools["m"].counters.integers[metrics.ARRIVALS] = 3
-    worker.pools.pools["m"].counters.observe(metrics.TTFT, 1.0)
+    worker.pools.by_name["m"].counters.integers[metrics.ARRIVALS] = 3
+    worker.pools.by_name["m"].counters.observe(metrics.TTFT, 1.0)
     worker.pools.apply(Fleet(version=2))
     assert (shared.pool_total(0, metrics.ARRIVALS), shared.pool_sum(0, metrics.TTFT)) == (0, 0.0)
     # A pool that is removed while its worker is dead: the next worker clears what that one left.
@@ -218,7 +229,7 @@ def test_a_slot_that_is_free_again_begins_at_zero(loop: Loop) -> None:
 def test_other_settings_apply_to_what_is_there(loop: Loop) -> None:
     worker, _ = make(loop, max_inflight_requests=4, default_output_tokens=10)
     worker.pools.apply(fleet(1, replica(), replica(1, max_inflight_requests=2)))
-    runtime = worker.pools.pools["m"]
+    runtime = worker.pools.by_name["m"]
     upstream = runtime.endpoints["r0"].upstream
     runtime.endpoints["r0"].answered()
     worker.configure(
@@ -234,7 +245,7 @@ def test_retry_after_is_the_measured_wake_time_or_a_guess(loop: Loop) -> None:
     worker, _ = make(loop)
     for number, (eta, expected) in enumerate([(None, 30.0), (0.2, 1.0), (17.5, 17.5)]):
         worker.pools.apply(fleet(number, wake_eta_s=eta))
-        assert worker.pools.pools["m"].retry_after_s() == expected
+        assert worker.pools.by_name["m"].retry_after_s() == expected
 
 
 @pytest.mark.parametrize(
@@ -246,12 +257,19 @@ def test_retry_after_is_the_measured_wake_time_or_a_guess(loop: Loop) -> None:
         ("", (), "at zero"),
     ],
 )
-def test_who_waits_is_told_what_for(
+def test_a_held_stream_says_what_it_waits_for(
     loop: Loop, phase: str, states: tuple[ReplicaState, ...], said: str
 ) -> None:
-    worker, _ = make(loop)
+    worker, sent = make(loop, keepalive_s=3.0)
     replicas = [replica(slot, state=state) for slot, state in enumerate(states)]
     worker.pools.apply(fleet(1, *replicas, phase=phase, wake_eta_s=20.0))
-    waiting = SimpleNamespace(held_s=100.0)
-    text = worker.pools.pools["m"]._progress(waiting, 103.0)  # type: ignore[arg-type]
-    assert text == f"tidegate: waiting for m ({said}), 3 s of about 20 s"
+    client, transport = ClientConnection(worker.clients), MemoryTransport()
+    client.connection_made(transport)
+    client.data_received(post({"model": "m", "stream": True}))
+    assert sent == [WakeSignal(pool="m")]
+    loop.now_s += 3
+    worker.pools.by_name["m"].tick(loop.now_s)
+    text = f": tidegate: waiting for m ({said}), 3 s of about 20 s".encode()
+    assert text in transport.sent
+    client.connection_lost(None)
+    worker.check_integrity()
