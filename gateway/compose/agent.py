@@ -25,9 +25,10 @@ from gateway.admin.model_routes import ModelRoutes
 from gateway.admin.models import Models
 from gateway.admin.openapi import METRICS_TYPE
 from gateway.admin.schema import AdminError
-from gateway.admin.server import listen, make_url, serve_admin, url
+from gateway.admin.server import serve_admin
 from gateway.admin.usage_poller import UsagePoller
 from gateway.compose.cache import NodeCache, make_models, make_page_holder, open_cache
+from gateway.compose.listeners import listen, make_url, url
 from gateway.compose.process import check_writable, set_up_logging, take_signals
 from gateway.compose.run_record import (
     AGENT_NAME,
@@ -68,7 +69,7 @@ async def _run(settings: Settings, node: NodeCache) -> int:
     page_holder = make_page_holder(settings)
     models = make_models(node, settings, os.environ, page_holder)
     given = settings.gateway
-    listener = listen(given.admin_host, given.admin_port)
+    (listener,) = listen(given.admin_host, given.admin_port, field="gateway.admin_port")
     state_dir, admin_url = Path(settings.state_dir), url(listener)
     serving: list[Serving] = []
 

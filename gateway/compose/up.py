@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shlex
-import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from autoscaler.control.loop import ControlLoop
 from autoscaler.settings import PoolSettings
 from gateway.admin.app import create_app
 from gateway.admin.control import LiveControl
-from gateway.admin.server import listen, make_url, serve_admin, url
+from gateway.admin.server import serve_admin
 from gateway.compose.cache import make_models, make_page_holder, open_cache
 from gateway.compose.engines import (
     describe_forks,
@@ -38,10 +37,11 @@ from gateway.compose.engines import (
     start_digest,
 )
 from gateway.compose.fleet import FleetBook
+from gateway.compose.listeners import listen, make_url, url
 from gateway.compose.process import check_writable, set_up_logging, take_signals
 from gateway.compose.run_record import Running, leave_record, remove_record
 from gateway.compose.tiers import make_preparer, make_wake_times
-from gateway.compose.workers import Workers, open_listeners
+from gateway.compose.workers import Workers
 from gateway.datapath.messages import WorkerConfig
 from gateway.datapath.shared import Shared
 from gateway.settings.changes import SettingsChanges, describe, find_changes
@@ -90,9 +90,11 @@ class _Tidegate:
         gateway = settings.gateway
         count = gateway.workers or os.cpu_count() or 1
         self.stack = contextlib.ExitStack()
-        self.admin_listener = listen(gateway.admin_host, gateway.admin_port)
+        (self.admin_listener,) = listen(
+            gateway.admin_host, gateway.admin_port, field="gateway.admin_port"
+        )
         self.stack.callback(self.admin_listener.close)
-        self.listeners: list[socket.socket] = open_listeners(gateway.host, gateway.port, count)
+        self.listeners = listen(gateway.host, gateway.port, field="gateway.port", shared_by=count)
         for listener in self.listeners:
             self.stack.callback(listener.close)
         slots = max(_MIN_REPLICA_SLOTS, 2 * replica_slots(settings.pools))

@@ -32,46 +32,13 @@ from gateway.datapath.messages import (
     pack,
 )
 from gateway.datapath.shared import Shared
-from gateway.settings.errors import not_listening
-from gateway.settings.load import ConfigError
 from router.types import Fleet
 
 log = logging.getLogger("tidegate.workers")
 
 _RESTART_S = 0.5
 _RESTART_MAX_S = 10.0
-_BACKLOG = 4096
 _EXIT_GRACE_S = 5.0
-
-
-class ListenError(ConfigError):
-    """The address cannot be listened on; the problem names it and why."""
-
-
-def open_listeners(host: str, port: int, count: int) -> list[socket.socket]:
-    """``count`` listening sockets on one port (0: a free one). Raises ``ListenError``."""
-    listeners: list[socket.socket] = []
-    try:
-        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        for _ in range(count):
-            listener = socket.socket(info[0], info[1])
-            listeners.append(listener)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if not listeners[:-1] and port:
-                # Without this the port would silently be shared with another program's server
-                # that also set SO_REUSEPORT.
-                with socket.socket(info[0], info[1]) as probe:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    probe.bind(info[4])
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            listener.bind(listeners[0].getsockname() if listeners[:-1] else info[4])
-            listener.listen(_BACKLOG)
-            listener.setblocking(False)
-    except OSError as error:
-        for listener in listeners:
-            listener.close()
-        raise ListenError([not_listening("gateway.port", host, port, error)]) from error
-    return listeners
 
 
 @dataclass(slots=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -59,20 +57,6 @@ def one_line(text: str) -> str:
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
         for char in text
     )
-
-
-def not_listening(field: str, host: str, port: int, error: OSError) -> Problem:
-    """What is wrong with a listener's port, ``field``, where listening failed."""
-    if error.errno == errno.EADDRINUSE:
-        why = "another program listens there; stop it, or choose another port"
-    elif error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
-        why = "this machine has no such address"
-    elif error.errno in {errno.EACCES, errno.EPERM}:
-        why = "not permitted (ports below 1024 need a privilege)"
-    else:
-        why = error.strerror or str(error)
-    where = f"[{host.strip('[]')}]:{port}" if ":" in host else f"{host}:{port}"
-    return Problem(field, f"cannot listen on {where}: {why}", "at start", str(port))
 
 
 Origin = Callable[[Sequence[str]], str]

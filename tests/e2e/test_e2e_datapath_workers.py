@@ -27,8 +27,9 @@ from datapath_rig import (
     post,
 )
 
-from gateway.compose.workers import ListenError, open_listeners
+from gateway.compose.listeners import listen
 from gateway.datapath import metrics
+from gateway.settings.load import ConfigError
 
 SMALL = post({"model": "m", "prompt": "hello"})
 STREAMED = post({"model": "m", "stream": True})
@@ -257,10 +258,10 @@ def test_a_worker_whose_control_process_is_gone_drains_and_exits() -> None:
 
 
 def test_a_port_that_is_taken_is_an_error_at_once() -> None:
-    (listener,) = open_listeners("127.0.0.1", 0, 1)
+    (listener,) = listen("127.0.0.1", 0, field="gateway.port", shared_by=1)
     port = listener.getsockname()[1]
-    with pytest.raises(ListenError, match=str(port)):
-        open_listeners("127.0.0.1", port, 2)
+    with pytest.raises(ConfigError, match=str(port)):
+        listen("127.0.0.1", port, field="gateway.port", shared_by=2)
     listener.close()
 
 

@@ -13,7 +13,8 @@ from starlette.types import ASGIApp
 from gateway.admin import schema
 from gateway.admin.app import Control, create_app
 from gateway.admin.models import Models
-from gateway.admin.server import listen, serve_admin, url
+from gateway.admin.server import serve_admin
+from gateway.compose.listeners import listen, url
 
 NOW_S = 1_800_000_000.0
 
@@ -83,7 +84,7 @@ class ServedApp:
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
 
-        listener = listen("127.0.0.1", 0)
+        (listener,) = listen("127.0.0.1", 0, field="gateway.admin_port")
         self.url = url(listener)
         self._ready.set()
         await serve_admin(listener, self._app, self._stop, shutdown_s=1)

@@ -26,7 +26,8 @@ from typing import Any
 
 import msgspec
 
-from gateway.compose.workers import Workers, open_listeners
+from gateway.compose.listeners import listen
+from gateway.compose.workers import Workers
 from gateway.datapath import metrics
 from gateway.datapath.messages import WorkerConfig
 from gateway.datapath.protocol.errors import Reason
@@ -460,7 +461,7 @@ class Gateway:
     async def _start(self) -> None:
         self.workers = _LoggedWorkers(
             self.config,
-            open_listeners("127.0.0.1", 0, self._count),
+            listen("127.0.0.1", 0, field="gateway.port", shared_by=self._count),
             self.shared,
             on_wake_signal=self.wake_signals.append,
             on_failure=self.failures.append,

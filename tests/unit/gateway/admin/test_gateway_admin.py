@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from starlette.routing import Route
 from gateway.admin import schema
 from gateway.admin.app import create_app
 from gateway.admin.openapi import METRICS_TYPE
-from gateway.admin.server import listen, serve_admin, url
-from gateway.settings.load import ConfigError
+from gateway.admin.server import serve_admin
+from gateway.compose.listeners import listen, url
 
 JSON = {"content-type": "application/json"}
 
@@ -412,7 +411,8 @@ def test_stopping_does_not_wait_for_ever_for_a_slow_answer() -> None:
 
     async def run() -> float:
         loop = asyncio.get_running_loop()
-        stop, listener = asyncio.Event(), listen("127.0.0.1", 0)
+        stop = asyncio.Event()
+        (listener,) = listen("127.0.0.1", 0, field="gateway.admin_port")
         base = url(listener)
         serving = asyncio.create_task(
             serve_admin(listener, Starlette(routes=[Route("/", slow)]), stop, shutdown_s=1)
@@ -428,34 +428,3 @@ def test_stopping_does_not_wait_for_ever_for_a_slow_answer() -> None:
         return took
 
     assert asyncio.run(run()) < 30, "it would take 60 s"
-
-
-def test_a_port_in_use_is_one_clear_line() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(ConfigError) as caught:
-            listen("127.0.0.1", port)
-    (line,) = [str(problem) for problem in caught.value.problems]
-    assert f"cannot listen on 127.0.0.1:{port}" in line
-    assert "gateway.admin_port" in line
-
-
-@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
-def test_an_address_that_is_not_ours(host: str) -> None:
-    with pytest.raises(ConfigError, match="no such address"):
-        listen(host, 0)
-
-
-def test_the_same_port_can_be_had_again_at_once(app: Starlette) -> None:
-    first = listen("127.0.0.1", 0)
-    port = first.getsockname()[1]
-    with socket.create_connection(("127.0.0.1", port)):
-        accepted = None
-        while accepted is None:
-            try:
-                accepted, _ = first.accept()
-            except BlockingIOError:
-                continue
-        accepted.close()
-    first.close()
-    listen("127.0.0.1", port).close()

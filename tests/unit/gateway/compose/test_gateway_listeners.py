@@ -1,0 +1,49 @@
+"""Listening sockets, and what is said where there can be none."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from gateway.compose.listeners import listen
+from gateway.settings.load import ConfigError
+
+
+@pytest.mark.parametrize("shared_by", [None, 2])
+def test_a_port_in_use_is_one_clear_line(shared_by: int | None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError) as caught:
+            listen("127.0.0.1", port, field="gateway.port", shared_by=shared_by)
+    (line,) = [str(problem) for problem in caught.value.problems]
+    assert f"cannot listen on 127.0.0.1:{port}" in line
+    assert "gateway.port" in line
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+def test_an_address_that_is_not_ours(host: str) -> None:
+    with pytest.raises(ConfigError, match="no such address"):
+        listen(host, 0, field="gateway.port")
+
+
+def test_the_same_port_can_be_had_again_at_once() -> None:
+    (first,) = listen("127.0.0.1", 0, field="gateway.port")
+    port = first.getsockname()[1]
+    with socket.create_connection(("127.0.0.1", port)):
+        accepted = None
+        while accepted is None:
+            try:
+                accepted, _ = first.accept()
+            except BlockingIOError:
+                continue
+        accepted.close()
+    first.close()
+    (again,) = listen("127.0.0.1", port, field="gateway.port")
+    again.close()
+
+
+def test_several_share_a_port_of_the_systems_choice() -> None:
+    first, second = listen("127.0.0.1", 0, field="gateway.port", shared_by=2)
+    with first, second:
+        assert first.getsockname() == second.getsockname()
