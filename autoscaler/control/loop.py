@@ -231,9 +231,10 @@ class ControlLoop:
             timer.cancel()
             awake.cancel()
 
-    async def close(self, *, drain_s: float | None = None) -> None:
+    async def close(self, *, drain_s: float | None = None, keep: bool = False) -> None:
         """Drain and stop everything owned, then close the backends. Ends within ``drain_s``
-        (unset: the setting), ``terminate_s`` and ``call_timeout_s`` together."""
+        (unset: the setting), ``terminate_s`` and ``call_timeout_s`` together. With ``keep``
+        replicas go on, for the next control process to adopt."""
         if self._closing:
             return
         settings = self._settings
@@ -245,7 +246,7 @@ class ControlLoop:
             await asyncio.wait({self._runner})
         limit_s = self._timers.drain_s + settings.terminate_s + settings.call_timeout_s
         deadline_s = self._clock() + limit_s
-        while self._owned_alive() and self._clock() < deadline_s:
+        while not keep and self._owned_alive() and self._clock() < deadline_s:
             self._tick()
             await self._sleep(min(CLOSE_POLL_S, settings.tick_s))
         await self._actuator.close()
@@ -253,7 +254,7 @@ class ControlLoop:
         for name, backend in self._backends.items():
             try:
                 async with asyncio.timeout(settings.terminate_s + settings.call_timeout_s):
-                    await backend.close()
+                    await backend.close(keep=keep)
             except Exception as error:  # noqa: BLE001 -- the other backends must be closed too
                 self._errors.add(f"close of {name}", error)
         await self._engine_client.close()

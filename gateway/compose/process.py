@@ -70,9 +70,13 @@ def check_writable(
 
 
 def take_signals(
-    stop: asyncio.Event, hurry: asyncio.Event, reload: Callable[[], None] | None = None
+    stop: asyncio.Event,
+    hurry: asyncio.Event,
+    reload: Callable[[], None] | None = None,
+    keep: asyncio.Event | None = None,
 ) -> None:
-    """The first SIGINT or SIGTERM sets ``stop``, a later one ``hurry``; SIGHUP calls ``reload``.
+    """The first SIGINT or SIGTERM sets ``stop``, a later one ``hurry``; SIGHUP calls ``reload``,
+    and SIGQUIT sets ``keep`` and ``stop``.
 
     SIGHUP is also what a terminal sends that is closed: then it is a signal to stop.
     """
@@ -87,6 +91,11 @@ def take_signals(
         elif running.time() - first_s >= _ONE_SIGNAL_S:
             hurry.set()
 
+    def on_quit() -> None:
+        if keep is not None and not stop.is_set():
+            keep.set()
+        on_signal()
+
     for number in (signal.SIGINT, signal.SIGTERM):
         running.add_signal_handler(number, on_signal)
     on_terminal = sys.stderr.isatty()
@@ -99,3 +108,5 @@ def take_signals(
 
     if reload is not None and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
         running.add_signal_handler(signal.SIGHUP, on_hangup)
+    if keep is not None:
+        running.add_signal_handler(signal.SIGQUIT, on_quit)

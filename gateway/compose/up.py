@@ -291,7 +291,7 @@ async def _run(settings: Settings, read_again: Callable[[], LoadedSettings]) -> 
 
 
 async def _live(tidegate: _Tidegate) -> int:
-    stop, hurry = asyncio.Event(), asyncio.Event()
+    stop, hurry, keep = asyncio.Event(), asyncio.Event(), asyncio.Event()
     reloads: set[asyncio.Task[None]] = set()
 
     def reload() -> None:
@@ -299,7 +299,7 @@ async def _live(tidegate: _Tidegate) -> int:
         reloads.add(task)
         task.add_done_callback(reloads.discard)
 
-    take_signals(stop, hurry, reload)
+    take_signals(stop, hurry, reload, keep)
     await tidegate.loop.open()
     state_dir = Path(tidegate.settings.state_dir)
     admin_stop = asyncio.Event()
@@ -329,7 +329,7 @@ async def _live(tidegate: _Tidegate) -> int:
         status = 1
     finally:
         complain("stopping: answers under way are finished; Ctrl-C again to cut them")
-        await _stop(tidegate, looping, hurry)
+        await _stop(tidegate, looping, hurry, keep=keep.is_set())
         admin_stop.set()
         await asyncio.wait({admin}, timeout=10)
         remove_record(state_dir, os.getpid())
@@ -356,9 +356,14 @@ async def _first(stopping: asyncio.Task[bool], *tasks: asyncio.Task[None]) -> No
 
 
 async def _stop(
-    tidegate: _Tidegate, looping: asyncio.Task[None] | None, hurry: asyncio.Event
+    tidegate: _Tidegate,
+    looping: asyncio.Task[None] | None,
+    hurry: asyncio.Event,
+    *,
+    keep: bool,
 ) -> None:
-    """Drain the workers, then end the engines; at once when ``hurry`` is set."""
+    """Drain the workers, then end the engines, or ``keep`` them for the next control process; at
+    once when ``hurry`` is set."""
     hurried = asyncio.create_task(hurry.wait())
     draining = asyncio.create_task(tidegate.workers.drain())
     await asyncio.wait({hurried, draining}, return_when=asyncio.FIRST_COMPLETED)
@@ -367,7 +372,7 @@ async def _stop(
         await asyncio.gather(draining, return_exceptions=True)
         tidegate.workers.kill()
     # No worker sends requests any more, so there is nothing left for the engines to finish.
-    await tidegate.loop.close(drain_s=_FORCED_DRAIN_S)
+    await tidegate.loop.close(drain_s=_FORCED_DRAIN_S, keep=keep)
     if looping is not None:
         await asyncio.gather(looping, return_exceptions=True)
     hurried.cancel()

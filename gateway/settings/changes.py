@@ -30,6 +30,7 @@ NEEDS_RESTART = (
     "gateway.tls_key",
     "autoscaler.health_timeout_s",
     "autoscaler.terminate_s",
+    "autoscaler.keep_engines_s",
     "autoscaler.call_timeout_s",
     "autoscaler.keep_engines_s",
     "autoscaler.log_bytes",

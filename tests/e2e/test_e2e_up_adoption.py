@@ -145,6 +145,27 @@ def test_engines_end_by_themselves_when_nobody_comes(tmp_path: Path, keep_s: int
         assert [path.name for path in (first.state_dir / "replicas").iterdir()] == ["lock"]
 
 
+def test_sigquit_finishes_what_there_is_and_leaves_the_engines(tmp_path: Path) -> None:
+    pools = [simulated("one", *SLOW)]
+    with up(tmp_path, pools=pools) as first:
+        before = scale_up(first, "one", 1)
+
+        async def story(http: httpx.AsyncClient) -> httpx.Response:
+            asked = spawn(ask(http, chat("one", max_tokens=40, ignore_eos=True)))
+            await asyncio.to_thread(
+                first.wait, "a request", lambda: first.pool("one")["inflight_requests"]
+            )
+            first.process.send_signal(signal.SIGQUIT)
+            return await asked
+
+        text_of(run(first, story))
+        assert first.process.wait(60) == 0
+        with up(tmp_path, pools=pools) as second:
+            assert engines(second, "one") == before
+            assert second.starts("one") == 0
+        wait_gone(first)
+
+
 def test_nothing_is_left_when_all_that_can_be_found_is_killed(tmp_path: Path) -> None:
     with up(tmp_path, pools=[simulated("one", max_replicas=2)]) as first:
         pids = set(scale_up(first, "one", 2).values())

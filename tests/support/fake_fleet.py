@@ -138,8 +138,9 @@ class FakeBackend:
     async def adopt(self, wanted: Sequence[ReplicaSpec]) -> list[AdoptedReplica]:
         if self.adopt_error is not None:
             raise self.adopt_error
+        alike = {(one.pool.name, one.digest) for one in wanted}
         for replica_id, engine in list(self.engines.items()):
-            if not engine.alive or engine.spec.pool not in [one.pool for one in wanted]:
+            if not engine.alive or (engine.spec.pool.name, engine.spec.digest) not in alike:
                 await self.stop(replica_id, grace_s=0.0)
         return [
             AdoptedReplica(spec=engine.spec, probe=await self.probe(replica_id))

@@ -1,0 +1,135 @@
+"""A control loop that takes over the replicas of an earlier one, on virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+from fake_fleet import FakeBackend, World, process_pool
+from virtual_time import run_virtual
+
+from autoscaler.backends.base import ReplicaSpec
+from autoscaler.settings import AutoscalerSettings, PoolSettings
+from autoscaler.tiers.preparer import NullPreparer, Report
+
+QUICK = AutoscalerSettings(
+    idle_to_zero_s=60.0, scale_down_delay_s=20.0, stable_window_s=20.0, panic_window_s=2.0
+)
+
+
+async def leave(pool: PoolSettings, replicas: int = 1) -> FakeBackend:
+    """A backend with replicas of a pool whose control loop is gone."""
+    backend = FakeBackend(start_s=5.0)
+    async with World([pool], QUICK, backend) as world:
+        world.loop.set_replicas(pool.name, replicas)
+        await world.until(lambda: len(world.ready(pool.name)) == replicas)
+        await world.loop.close(keep=True)
+    assert len(backend.engines) == replicas
+    return backend
+
+
+@asynccontextmanager
+async def adopting(
+    left: FakeBackend, *pools: PoolSettings, **fields: Any
+) -> AsyncIterator[tuple[World, FakeBackend]]:
+    """The next control loop, with what was left."""
+    backend = FakeBackend(start_s=5.0, engines=left.engines)
+    async with World(list(pools), QUICK, backend, **fields) as world:
+        yield world, backend
+
+
+def test_replicas_are_ready_at_once_and_their_number_stays_for_the_delay() -> None:
+    async def story() -> None:
+        left = await leave(process_pool(), 3)
+        async with adopting(left, process_pool()) as (world, backend):
+            assert {one.id for one in world.ready()} == {"m-1", "m-2", "m-3"}
+            await asyncio.sleep(19.0)
+            assert len(world.ready()) == 3
+            await world.until(lambda: len(backend.stopped) == 2)
+            assert (len(world.ready()), backend.started) == (1, [])
+            world.loop.set_replicas("m", 2)
+            await world.until(lambda: len(world.ready()) == 2)
+            assert backend.started == ["m-4"]
+
+    run_virtual(story())
+
+
+def test_a_pool_is_not_sent_to_zero_at_once_but_after_its_time() -> None:
+    async def story() -> None:
+        left = await leave(process_pool())
+        async with adopting(left, process_pool()) as (world, backend):
+            await asyncio.sleep(59.0)
+            assert len(world.ready()) == 1
+            await world.until(lambda: not world.views)
+            assert backend.stopped == ["m-1"]
+
+    run_virtual(story())
+
+
+def test_a_request_is_answered_without_a_start() -> None:
+    async def story() -> None:
+        left = await leave(process_pool())
+        async with adopting(left, process_pool()) as (world, backend):
+            await world.request(1.0)
+            assert (world.answered, backend.started) == (1, [])
+
+    run_virtual(story())
+
+
+def test_a_sleeping_replica_is_woken_not_started() -> None:
+    async def story() -> None:
+        pool = process_pool(tiers={"sleeping_s": 600})
+        left = await leave(pool)
+        left.engines["m-1"].asleep = True
+        async with adopting(left, pool) as (world, backend):
+            assert world.ready() == []
+            await world.request(1.0)
+            assert (world.answered, backend.started) == (1, [])
+            assert backend.calls.count(("wake", "m-1")) == 1
+
+    run_virtual(story())
+
+
+def test_what_a_pool_would_start_otherwise_or_too_often_goes() -> None:
+    async def story() -> None:
+        left = await leave(process_pool(), 2)
+        async with adopting(left, process_pool(engine_args=("--new",))) as (world, backend):
+            assert world.views == ()
+            assert backend.stopped == ["m-1", "m-2"]
+        left = await leave(process_pool(), 3)
+        async with adopting(left, process_pool(max_replicas=1)) as (world, backend):
+            await world.until(lambda: len(backend.stopped) == 2)
+            assert (len(world.ready()), backend.started) == (1, [])
+        left = await leave(process_pool(name="gone"))
+        async with adopting(left, process_pool()) as (world, backend):
+            assert backend.stopped == ["gone-1"]
+
+    run_virtual(story())
+
+
+class OtherRevision(NullPreparer):
+    """The cache has another revision of every model."""
+
+    def __init__(self) -> None:
+        self.held: list[str] = []
+
+    async def prepare(self, spec: ReplicaSpec, report: Report) -> ReplicaSpec:
+        self.held.append(spec.id)
+        return replace(spec, pool=spec.pool.model_copy(update={"model": "/models/new"}))
+
+
+def test_a_replica_of_another_revision_is_replaced_a_new_one_first() -> None:
+    async def story() -> None:
+        left = await leave(process_pool(min_replicas=1))
+        preparer = OtherRevision()
+        pool = process_pool(min_replicas=1)
+        async with adopting(left, pool, preparer=preparer) as (world, backend):
+            await world.until(lambda: "m-1" not in {one.id for one in world.ready()})
+            assert [one.id for one in world.ready()] == ["m-2"]
+            await world.until(lambda: backend.stopped == ["m-1"])
+            assert preparer.held == ["m-1", "m-2"]
+
+    run_virtual(story())
