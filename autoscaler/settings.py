@@ -169,7 +169,7 @@ class AutoscalerSettings(BaseModel):
     Then it is stopped whatever it still has."""
 
     drain_settle_s: float = Field(default=0.5, ge=0.0, le=60.0)
-    """Seconds after the data path was told that a replica drains before "nothing in flight" is
+    """Seconds after the data path learned that a replica drains before "nothing in flight" is
     believed: a request may have been on its way to it."""
 
     terminate_s: float = Field(default=10.0, ge=0.1, le=600.0)

@@ -524,7 +524,7 @@ class ControlLoop:
         if pools != self._published:
             try:
                 self._publish(pools)
-            except Exception as error:  # noqa: BLE001 -- told again at the next tick
+            except Exception as error:  # noqa: BLE001 -- tried again at the next tick
                 self._errors.add("publish", error)
                 return
             self._published = pools

@@ -87,7 +87,7 @@ class Preparer(Protocol):
         ...
 
     async def forget(self, pool: PoolSettings) -> None:
-        """The pool is gone, or has another model: let go of what was held for it at zero."""
+        """The pool is gone, or has another model: release what was held for it at zero."""
         ...
 
     async def close(self) -> None:
@@ -158,7 +158,7 @@ class PoolModel:
     paged: bool = False
     standby: bool = False
     paging: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """One at a time brings its pages in: one that is cancelled lets go of them."""
+    """One at a time brings its pages in: one that is cancelled releases them."""
 
     @property
     def path(self) -> Path | None:
@@ -262,7 +262,7 @@ class NodePreparer:
             self._found(model, await self._run(lambda _: cache.find(ref.url, ref.revision)))
 
     def _found(self, model: PoolModel, cached: CachedModel | None) -> None:
-        """What is here now, ``None`` for nothing; pages of another place are let go."""
+        """What is here now, ``None`` for nothing; pages of another place are released."""
         before, model.cached = model.path, cached
         if model.path != before:
             self._drop_pages(model)
@@ -316,7 +316,7 @@ class NodePreparer:
     async def _make_for(
         self, model: PoolModel, hold: ReplicaHold, holder: str, tell: OnProgress
     ) -> Path | None:
-        """The same for a replica, which lets go of an earlier result only when it has this one."""
+        """The same for a replica, which releases an earlier result only when it has this one."""
         before, hold.made = hold.made, hold.leases.part()
         try:
             return await self._make(model, hold.made, holder, tell)

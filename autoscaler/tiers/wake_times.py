@@ -50,7 +50,7 @@ class WakeTimes:
     """The newest ``samples`` wake times of each model and tier on ``node``, and those of other
     nodes as they were found. ``path`` unset: nothing is kept on disk."""
 
-    def __init__(self, *, node: str = "", path: Path | None = None, samples: int = 8) -> None:
+    def __init__(self, *, samples: int, node: str = "", path: Path | None = None) -> None:
         self._node = node
         self._path = path
         self._samples = samples

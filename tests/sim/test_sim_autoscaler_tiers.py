@@ -106,7 +106,7 @@ def test_each_wake_is_measured_for_the_tier_it_began_from(idle_s: float, tier: s
 
 def test_the_promise_is_that_of_the_tier_the_pool_is_in() -> None:
     async def story() -> None:
-        times = WakeTimes()
+        times = WakeTimes(samples=8)
         for tier, seconds in ((Tier.SLEEPING, 1.0), (Tier.FORKED, 4.0), (Tier.REMOTE, 90.0)):
             times.add("simulated:m", tier, seconds)
         models = FakePreparer()

@@ -39,29 +39,29 @@ def test_median_is_shown_and_the_longest_is_promised() -> None:
 def test_a_tier_that_was_not_measured_takes_as_long_as_the_next_colder(
     asked: Tier, expected: float
 ) -> None:
-    times = WakeTimes()
+    times = WakeTimes(samples=8)
     times.add(M, Tier.SLEEPING, 1.0)
     times.add(M, Tier.ON_DISK, 9.0)
     assert times.estimate_s(M, asked) == expected
 
 
 def test_nothing_is_known_before_the_first() -> None:
-    assert WakeTimes().estimate_s(M, Tier.PAGED) is None
+    assert WakeTimes(samples=8).estimate_s(M, Tier.PAGED) is None
 
 
 def test_they_survive_a_restart_and_nodes_do_not_mix(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "wake_times.json"
-    one = WakeTimes(node="one", path=path)
+    one = WakeTimes(node="one", path=path, samples=8)
     one.load()
     one.add(M, Tier.PAGED, 3.25)
     one.add(M, Tier.FORKED, 1.5)
     asyncio.run(one.save())
-    other = WakeTimes(node="other", path=path)
+    other = WakeTimes(node="other", path=path, samples=8)
     other.load()
     assert other.estimate_s(M, Tier.PAGED) is None
     other.add(M, Tier.PAGED, 7.0)
     asyncio.run(other.save())
-    again = WakeTimes(node="one", path=path)
+    again = WakeTimes(node="one", path=path, samples=8)
     again.load()
     assert again.measured(M, Tier.PAGED) == (3.25,)
     assert again.measured(M, Tier.FORKED) == (1.5,)
@@ -92,7 +92,7 @@ GOOD = {"model": M, "node": "", "tier": "paged", "seconds": [1.5, 2]}
 def test_what_makes_no_sense_is_as_good_as_not_measured(tmp_path: Path, text: str) -> None:
     path = tmp_path / "wake_times.json"
     path.write_text(text)
-    times = WakeTimes(path=path)
+    times = WakeTimes(path=path, samples=8)
     times.load()
     assert times.estimate_s(M, Tier.PAGED) is None
     times.add(M, Tier.PAGED, 1.0)
@@ -102,7 +102,7 @@ def test_what_makes_no_sense_is_as_good_as_not_measured(tmp_path: Path, text: st
 
 def test_models_that_are_gone_are_forgotten_in_the_end(tmp_path: Path) -> None:
     path = tmp_path / "wake_times.json"
-    times = WakeTimes(path=path)
+    times = WakeTimes(path=path, samples=8)
     for number in range(MODELS + 5):
         times.add("old", Tier.PAGED, 1.0)
         times.add(f"m{number}", Tier.PAGED, 1.0)
