@@ -1,7 +1,8 @@
-"""Caps: never exceeded over any window, used almost wholly, shared fairly, and nobody starves."""
+"""Caps: never exceeded over any window, used almost wholly, shared fairly, and no flow starves."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ readers = st.builds(
     model=st.sampled_from(["a", "b", "c"]),
     priority=st.sampled_from(list(Priority)),
     caps=st.sampled_from([("node",), ("node", "store"), ("store",)]),
-    size_bytes=st.integers(1000, MIB),
+    size_bytes=st.integers(16_384, MIB),
     read_s=st.sampled_from([0.0, 0.001, 0.05, 0.5]),
 )
 
@@ -87,13 +88,13 @@ def test_no_cap_is_exceeded_over_any_window(
     caps = (make_cap("node", node, MIB), make_cap("store", store, MIB))
     grants = simulate(caps, given_readers, 120 * MIB / max(node, store) / 10)
     for cap in caps:
-        seen = [g for g in grants if cap.name in g.claim.caps][:300]
-        for first in range(len(seen)):
-            total = 0
-            for last in range(first, len(seen)):
-                total += seen[last].claim.size_bytes
-                window_s = seen[last].at_s - seen[first].at_s
-                assert total <= cap.rate_bytes_s * window_s + cap.burst_bytes + 1
+        # A window begins with any grant; only the one least used up until now can be the worst.
+        total = 0
+        least = math.inf
+        for grant in (one for one in grants if cap.name in one.claim.caps):
+            least = min(least, total - cap.rate_bytes_s * grant.at_s)
+            total += grant.claim.size_bytes
+            assert total - cap.rate_bytes_s * grant.at_s - least <= cap.burst_bytes + 1
 
 
 @settings(max_examples=40, deadline=None)
@@ -102,7 +103,7 @@ def test_no_cap_is_exceeded_over_any_window(
     st.integers(1, 16),
     st.sampled_from(list(Priority)),
 )
-def test_a_cap_is_used_to_nine_tenths_while_somebody_wants_it(
+def test_a_cap_is_used_to_nine_tenths_while_it_is_wanted(
     rate: int, streams: int, priority: Priority
 ) -> None:
     cap = make_cap("node", rate, MIB)
