@@ -29,7 +29,7 @@ from loaders.engines.base import (
     later_phase,
 )
 from loaders.engines.vllm.forkserver.client import ForkedProcess
-from loaders.engines.vllm.forkserver.marks import PARKED, SERVING, read_marks
+from loaders.engines.vllm.forkserver.wire import PARKED, SERVING, read_marks
 
 PHASE_CHARACTERS = 160
 PHASE_LINES = 200

@@ -2,6 +2,5 @@
 
 ``server`` runs under the engine's Python and forks; ``child`` is what a forked process does to
 become an engine, ``patches`` what it changes in vLLM on the way; ``client`` is the side of the
-control process. What they say to each other is in ``wire``. ``preload`` is what the server imports,
-``marks`` what a forked process says of itself.
+control process. What they tell each other is in ``wire``. ``preload`` is what the server imports.
 """

@@ -9,11 +9,11 @@ import signal
 import sys
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from loaders.engines.vllm.forkserver.marks import IMPORTING, Marks, restamp
 from loaders.engines.vllm.forkserver.patches import make_hold, patch_vllm
-from loaders.engines.vllm.forkserver.wire import ENGINE
+from loaders.engines.vllm.forkserver.wire import ENGINE, IMPORTING, Marks
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -123,6 +123,26 @@ def become_engine(start: EngineStart) -> int:
     except Exception:  # noqa: BLE001 -- the engine's log is where a failed start is explained
         traceback.print_exc()
         return 1
+
+
+def restamp(name: str, new: str) -> None:
+    """Give this process its own value of a variable in ``/proc/self/environ``, which shows the
+    memory in which the kernel once put the environment: a fork shares that with its server. So
+    processes are told apart from outside as if each had been started.
+
+    Raises ``RuntimeError`` where the variable is not there with a value of the same length.
+    """
+    stat = Path("/proc/self/stat").read_bytes()
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    start, end = int(fields[47]), int(fields[48])
+    memory = ctypes.string_at(start, end - start)
+    prefix, value = f"{name}=".encode(), new.encode()
+    for entry in memory.split(b"\0"):
+        if entry.startswith(prefix) and len(entry) == len(prefix) + len(value):
+            address = start + (b"\0" + memory).index(b"\0" + entry + b"\0") + len(prefix)
+            ctypes.memmove(address, value, len(value))
+            return
+    raise RuntimeError(f"{name} cannot be found in this process's environment")
 
 
 def prctl(option: int, value: int) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from loaders.engines.vllm.forkserver.marks import (
+from loaders.engines.vllm.forkserver.wire import (
     IMPORTING,
     LOADING,
     PARKED,

@@ -1,7 +1,9 @@
-"""Messages between the control process and the fork server: JSON with file descriptors beside it.
+"""What the control process, the fork server and its engines tell each other.
 
-One message is one packet of a ``SOCK_SEQPACKET`` socket, so there is no framing, and a peer that
-dies shows as an empty packet. Standard library only: both Pythons import this.
+Messages to and from the fork server are JSON with file descriptors beside it. One is one packet of
+a ``SOCK_SEQPACKET`` socket, so there is no framing, and a peer that dies shows as an empty packet.
+An engine writes marks to a pipe: what it is at, a short line each. Standard library only: both
+Pythons import this.
 """
 
 from __future__ import annotations
@@ -10,8 +12,13 @@ import array
 import json
 import os
 import socket
+import time
 from collections.abc import Sequence
 from typing import Any
+
+IMPORTING, LOADING, WARMING, SERVING = "importing", "loading", "warming", "serving"
+PARKED = "parked"
+"""What an engine may be at."""
 
 MAX_BYTES = 1 << 20
 MAX_FDS = 8
@@ -56,3 +63,29 @@ def receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
             os.close(fd)
         raise
     return message, list(fds)
+
+
+class Marks:
+    """Writes what the engine is at to a pipe, with the monotonic time."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __call__(self, at: str) -> None:
+        """Tell. A reader that has gone, or does not read, does not block the writer."""
+        try:
+            os.write(self._fd, f"{time.monotonic():.4f} {os.getpid()} {at}\n".encode())
+        except OSError:
+            self._fd = -1
+
+
+def read_marks(data: bytes) -> list[tuple[float, int, str]]:
+    """Whole lines of marks as (monotonic seconds, pid, what); what is not one is left out."""
+    found = []
+    for line in data.decode(errors="replace").splitlines():
+        parts = line.split(" ", 2)
+        try:
+            found.append((float(parts[0]), int(parts[1]), parts[2]))
+        except (ValueError, IndexError):
+            continue
+    return found

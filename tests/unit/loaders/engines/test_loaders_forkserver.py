@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from loaders.engines.vllm.forkserver import wire
-from loaders.engines.vllm.forkserver.marks import Marks, read_marks
 from loaders.engines.vllm.forkserver.patches import may_have_processor
 from loaders.engines.vllm.forkserver.preload import differences, watched_environment
 from loaders.engines.vllm.forkserver.server import with_added
+from loaders.engines.vllm.forkserver.wire import Marks, read_marks
 from loaders.engines.vllm.load_format import read_files
 
 RESTAMP = """
 import os, sys
-from loaders.engines.vllm.forkserver.marks import restamp
+from loaders.engines.vllm.forkserver.child import restamp
 child = os.fork()
 if child:
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
