@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,18 @@ def test_what_is_asked_for_by_its_revision_is_what_steps_begin_with(rig: Rig, ve
     assert [(entry.url, entry.revision) for entry in cache.ls()] == [(URL, newer.revision)]
 
 
-def test_a_result_that_is_there_costs_one_lease(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+class WithLease:
+    """A cache whose leases are the test's to give."""
+
+    def __init__(self, cache: ModelCache, lease: Callable[[CachedModel, str], Lease]) -> None:
+        self._cache = cache
+        self.lease = lease
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def test_a_result_that_is_there_costs_one_lease(rig: Rig) -> None:
     """Nothing is made then, so what steps would read need not stay."""
     cache = rig.cache()
     rig.put("models/m", {"weights": b"weights"})
@@ -161,21 +173,17 @@ def test_a_result_that_is_there_costs_one_lease(rig: Rig, monkeypatch: pytest.Mo
     with transform_in(cache, URL)(URL, model, "m-1", silent, never) as made:
         pass
     taken: list[str] = []
-    lease = cache.lease
 
     def count(model: CachedModel, holder: str) -> Lease:
         taken.append(holder)
-        return lease(model, holder)
+        return cache.lease(model, holder)
 
-    monkeypatch.setattr(cache, "lease", count)
     # One that has started since does not know that it is there.
-    with transform_in(cache, URL)(URL, model, "m-2", silent, never) as again:
+    with transform_in(WithLease(cache, count), URL)(URL, model, "m-2", silent, never) as again:
         assert (again.path, taken) == (made.path, ["m-2"])
 
 
-def test_a_result_is_let_go_where_its_model_cannot_be(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_result_is_let_go_where_its_model_cannot_be(rig: Rig) -> None:
     cache = rig.cache()
     rig.put("models/m", {"weights": b"weights"})
     model = cache.preload(URL)
@@ -183,10 +191,10 @@ def test_a_result_is_let_go_where_its_model_cannot_be(
     def fail() -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(cache, "lease", lambda model, holder: Lease(holder, fail))
+    failing = WithLease(cache, lambda model, holder: Lease(holder, fail))
     with (
         pytest.raises(OSError, match="no space left"),
-        transform_in(cache, URL)(URL, model, "m-1", silent, never),
+        transform_in(failing, URL)(URL, model, "m-1", silent, never),
     ):
         raise AssertionError("it is not used")
     assert holders(cache) == {"model": (), "result": ()}
