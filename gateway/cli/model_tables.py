@@ -18,12 +18,12 @@ TIER_STYLES = {"running": GOOD, "sleeping": GOOD, "paged": GOOD, "forked": GOOD,
 def listing(found: schema.CacheListing, screen: Screen, now_s: float) -> str:
     """What ``tidegate model ls`` shows; ``now_s`` is Unix time."""
     usage = found.usage
-    head = f"{found.dir}: {size(usage.bytes_used)} taken"
+    head = f"{found.dir}: {size(usage.bytes_used)} used"
     if usage.quota_bytes is not None:
-        head += f" of {size(usage.quota_bytes)} allowed"
+        head += f" of a quota of {size(usage.quota_bytes)}"
     if usage.bytes_prepared:
-        head += f" ({size(usage.bytes_prepared)} by what was made here)"
-    head += f", {size(usage.free_bytes)} of the disk free"
+        head += f" ({size(usage.bytes_prepared)} by prepared results)"
+    head += f", {size(usage.free_bytes)} free on the disk"
     if not found.models:
         return f"{head}\nNo model is in it; `tidegate model preload MODEL` brings one.\n"
     table = Table(("MODEL", "REVISION", "TIER", "SIZE", "UNIQUE", "PAGE CACHE", "STATE", "USED"))
@@ -83,7 +83,7 @@ def _state(entry: ModelEntry) -> str | tuple[str, str]:
     if entry.complete:
         return ", ".join(parts) or NONE
     if entry.leases and entry.url.startswith(PREPARED):
-        return "being made", BUSY
+        return "preparing", BUSY
     return ", ".join(["incomplete", *parts]), BUSY
 
 
@@ -104,7 +104,7 @@ def done(answer: schema.ModelAnswer) -> str:
         return _verified(answer, took)
     if isinstance(answer, schema.ReplicateAnswer):
         return "".join(
-            f"{name}: {one.error or ('it is there' if one.done else 'not done')}\n"
+            f"{name}: {one.error or ('done' if one.done else 'not done')}\n"
             for name, one in answer.sites.items()
         )
     if isinstance(answer, schema.EvictAnswer):
@@ -116,21 +116,21 @@ def done(answer: schema.ModelAnswer) -> str:
 
 def _evicted(answer: schema.EvictAnswer) -> str:
     model = f"{answer.model} {' and '.join(map(short, answer.revisions))}".rstrip()
-    what = f"What was made of {model}" if answer.prepared else model
-    text = f"{what} is evicted; {size(answer.freed_bytes)} are free again.\n"
+    what = f"the prepared results of {model}" if answer.prepared else model
+    text = f"Evicted: {what}, {size(answer.freed_bytes)} freed.\n"
     if answer.left and not answer.prepared:
         left = ", ".join(map(short, answer.left))
-        text += f"Still here: {left} (`--revision` names one, `--all` all).\n"
+        text += f"Left: {left} (`--revision` names one, `--all` all).\n"
     return text
 
 
 def _preloaded(answer: schema.PreloadAnswer, took: str) -> str:
     """What is opened in the end stands last: the result of the steps, where there are any."""
     if answer.size_bytes is None:
-        text = f"{answer.model} is used where it lies"
+        text = f"{answer.model} is used in place"
     else:
         text = f"{answer.model} {short(answer.revision)}, {size(answer.size_bytes)}"
-        text += ", was there already" if answer.was_there else f" in {answer.files} files ({took})"
+        text += ", already cached" if answer.was_there else f" in {answer.files} files ({took})"
     if answer.prepared and answer.prepared_s is not None:
         text += f", prepared in {duration(answer.prepared_s)}"
     elif answer.prepared:
@@ -142,7 +142,7 @@ def _preloaded(answer: schema.PreloadAnswer, took: str) -> str:
 def _verified(answer: schema.VerifyAnswer, took: str) -> str:
     model = f"{answer.model} {short(answer.revision)}" if answer.revision else answer.model
     if not answer.damage:
-        return f"{model}: every byte is what it was ({took}).\n"
+        return f"{model}: every byte verified ({took}).\n"
     lines = [f"{model}: {len(answer.damage)} damaged{', repaired' if answer.repaired else ''}"]
     for one in answer.damage:
         piece = "" if one.piece is None else f" (piece {one.piece})"

@@ -149,7 +149,7 @@ def _pools(pools: Iterable[schema.PoolEntry], screen: Screen) -> str:
 
 def _decision(decision: schema.DecisionEntry | None, now_s: float) -> str:
     if decision is None:
-        return "nothing decided yet"
+        return "no decision yet"
     return f"{one_line(decision.detail or decision.reason)} ({ago(decision.at_s, now_s)})"
 
 
@@ -219,7 +219,7 @@ def agent_status(report: schema.AgentStatus, admin_url: str) -> str:
     """What ``tidegate status`` shows of a cache agent: where peers are served, which are reached,
     what the cache takes, what went through it."""
     traffic, usage = report.traffic, report.usage
-    allowed = "" if usage.quota_bytes is None else f" of {size(usage.quota_bytes)} allowed"
+    allowed = "" if usage.quota_bytes is None else f" of {size(usage.quota_bytes)} quota"
     served = f"served at {report.peer_url}" if report.peer_url else "not served yet"
     lines = [
         f"tidegate {report.version}, a cache agent: no pools, no engines",
@@ -229,8 +229,8 @@ def agent_status(report: schema.AgentStatus, admin_url: str) -> str:
         f"  cache    {report.dir}: {size(usage.bytes_used)}{allowed}; "
         f"{size(usage.free_bytes)} free on disk",
         f"  traffic  read {size(traffic.store_bytes)} from stores and "
-        f"{size(traffic.peer_bytes)} from peers, gave {size(traffic.sent_bytes)}",
-        f"           {size(traffic.wasted_bytes)} read in vain, "
+        f"{size(traffic.peer_bytes)} from peers, sent {size(traffic.sent_bytes)}",
+        f"           {size(traffic.wasted_bytes)} wasted, "
         f"{count(traffic.retries, 'retry', 'retries')}, "
         f"{count(traffic.peer_failures, 'failure', 'failures')} of peers",
     ]
@@ -239,9 +239,9 @@ def agent_status(report: schema.AgentStatus, admin_url: str) -> str:
 
 def _reached(peers: Sequence[schema.PeerEntry]) -> str:
     if not peers:
-        return "no others are known"
+        return "no peers are known"
     away = [one.url for one in peers if not one.reached]
-    text = f"{len(peers) - len(away)} of {len(peers)} others reached"
+    text = f"{len(peers) - len(away)} of {len(peers)} peers reached"
     if not away:
         return text
     more = f" and {len(away) - PEERS_NAMED} more" if len(away) > PEERS_NAMED else ""
@@ -254,7 +254,7 @@ def _reached(peers: Sequence[schema.PeerEntry]) -> str:
 def explain(answer: schema.ExplainAnswer, screen: Screen, now_s: float) -> str:
     """Why a pool has the replicas it has: the newest decision in full, then how it came to it."""
     if not answer.decisions:
-        return f"{answer.pool}: nothing has been decided yet.\n"
+        return f"{answer.pool}: no decision yet.\n"
     newest = answer.decisions[-1]
     lines = [
         f"{answer.pool}: {figure(newest.desired)} desired, {figure(newest.supply)} ready or on "

@@ -59,8 +59,8 @@ def _cache(
     free = machine.disk_free_bytes(directory)
     text = f"{directory}: {count(len(models), 'model revision')}"
     text += f", {size(taken)}"
-    text += f" of {size(quota)} allowed" if quota is not None else ""
-    text += f"; {size(free)} of the disk free, {size(reserve)} of that left alone"
+    text += f" of {size(quota)} quota" if quota is not None else ""
+    text += f"; {size(free)} free on the disk, {size(reserve)} of that reserved"
     parts = sum(not entry.complete for entry in models)
     text += f"; {parts} incomplete (`tidegate model preload` resumes them)" if parts else ""
     if free is not None and free <= reserve:

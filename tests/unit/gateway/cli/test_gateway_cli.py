@@ -787,7 +787,7 @@ def test_status_says_what_is_simulated_and_what_is_held() -> None:
 def test_status_of_no_pools() -> None:
     assert "POOL" in tables.status(gateway_status(), PIPE, NOW_S)
     nothing = schema.ExplainAnswer(pool="p", decisions=())
-    assert "nothing has been decided" in tables.explain(nothing, PIPE, NOW_S)
+    assert "no decision yet" in tables.explain(nothing, PIPE, NOW_S)
 
 
 def test_banner() -> None:

@@ -173,7 +173,7 @@ def test_what_is_damaged_or_cannot_be_replicated_is_exit_code_1(
     assert tidegate("verify", URL, "--repair") == 0
     assert "1 damaged, repaired" in capsys.readouterr().out
     assert tidegate("replicate", URL) == 1
-    assert capsys.readouterr().out == "eu: it is there\nus: no answer\n"
+    assert capsys.readouterr().out == "eu: done\nus: no answer\n"
     assert tidegate("replicate", URL, "--to", "moon") == 2
     assert "'moon' is not in modelcache.sites" in capsys.readouterr().err
 
@@ -258,18 +258,18 @@ def test_texts(
     shown = f"{URL} 0123456789ab, 3.0 MB in 1 files (TIME): {path}\n"
     # How long it took is up to the machine.
     assert re.sub(r"\(\d+(\.\d)? s\)", "(TIME)", said("preload", URL)) == shown
-    assert said("preload", URL) == f"{URL} 0123456789ab, 3.0 MB, was there already: {path}\n"
+    assert said("preload", URL) == f"{URL} 0123456789ab, 3.0 MB, already cached: {path}\n"
     assert said("prewarm", URL).startswith(f"{URL}: 1 kB read, 100 % in the page cache")
     assert "is pinned" in said("pin", URL)
     cache.leased.add(URL)
     head, _, titles, row = said("ls").splitlines()
-    assert head == f"{cache.dir}: 3.0 MB taken of 1.0 GB allowed, 5.0 GB of the disk free"
+    assert head == f"{cache.dir}: 3.0 MB used of a quota of 1.0 GB, 5.0 GB free on the disk"
     assert titles.split()[:4] == ["MODEL", "REVISION", "TIER", "SIZE"]
     for text in (URL, "0123456789ab", "on_disk", "25 %", "pinned, in use by replica a-1", "1 min"):
         assert text in row
     cache.leased.clear()
     assert "may be evicted again" in said("unpin", URL)
-    assert said("evict", URL) == f"{URL} 0123456789ab is evicted; 3.0 MB are free again.\n"
+    assert said("evict", URL) == f"Evicted: {URL} 0123456789ab, 3.0 MB freed.\n"
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,14 @@ URL = "hf://org/name"
 @pytest.mark.parametrize(
     ("told", "text"),
     [
-        ({"was_there": True}, "M abc, 2.0 MB, was there already: /views/m\n"),
+        ({"was_there": True}, "M abc, 2.0 MB, already cached: /views/m\n"),
         (
             {"was_there": True, "prepared": "/views/p", "prepared_s": 3.14},
-            "M abc, 2.0 MB, was there already, prepared in 3.1 s: /views/p\n",
+            "M abc, 2.0 MB, already cached, prepared in 3.1 s: /views/p\n",
         ),
         (
             {"was_there": True, "prepared": "/views/p", "prepared_s": None},
-            "M abc, 2.0 MB, was there already, prepared already: /views/p\n",
+            "M abc, 2.0 MB, already cached, prepared already: /views/p\n",
         ),
         (
             {"prepared": "/views/p", "prepared_s": 3.14},
@@ -37,7 +37,7 @@ URL = "hf://org/name"
         ),
         (
             {"size_bytes": None, "note": "it has no weights"},
-            "M is used where it lies: /views/m\nNote: it has no weights\n",
+            "M is used in place: /views/m\nNote: it has no weights\n",
         ),
     ],
 )
@@ -56,10 +56,10 @@ def test_what_evict_says_is_left(prepared: bool) -> None:
         freed_bytes=1000, prepared=prepared,
     )  # fmt: skip
     assert model_tables.done(answer) == (
-        "What was made of M bbbbbbbbbbbb is evicted; 1 kB are free again.\n"
+        "Evicted: the prepared results of M bbbbbbbbbbbb, 1 kB freed.\n"
         if prepared
-        else "M bbbbbbbbbbbb is evicted; 1 kB are free again.\n"
-        "Still here: aaaaaaaaaaaa (`--revision` names one, `--all` all).\n"
+        else "Evicted: M bbbbbbbbbbbb, 1 kB freed.\n"
+        "Left: aaaaaaaaaaaa (`--revision` names one, `--all` all).\n"
     )
 
 
@@ -94,7 +94,7 @@ def test_what_was_made_of_a_model_stands_below_it() -> None:
     assert "\x1b[" in model_tables.listing(found, Screen(terminal=True, width=120), NOW_S)
     text = model_tables.listing(found, Screen(terminal=False, width=200), NOW_S)
     head, _, _, *rows = text.splitlines()
-    assert head.startswith("d: 9.0 MB taken of 10.0 MB allowed (5.0 MB by what was made here), ")
+    assert head.startswith("d: 9.0 MB used of a quota of 10.0 MB (5.0 MB by prepared results), ")
     name = f"prepared://{key[:12]} (gguf_to_safetensors + cast of "
     begins = (
         f"prepared://{key[:12]}", "hf://org/other", URL, f"└ {name}{URL})", f"└ {name}{URL})",
@@ -102,7 +102,7 @@ def test_what_was_made_of_a_model_stands_below_it() -> None:
     )  # fmt: skip
     assert all(row.startswith(begin) for row, begin in zip(rows, begins, strict=True)), text
     assert "incomplete" in rows[0]
-    assert "being made" in rows[3]
+    assert "preparing" in rows[3]
     assert "in use by m-1" in rows[4]
 
 

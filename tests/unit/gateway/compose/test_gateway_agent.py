@@ -68,15 +68,15 @@ def test_status_of_an_agent_is_a_few_lines() -> None:
     text = agent_status(given, "http://127.0.0.1:8001")
     for said in (
         "a cache agent",
-        "served at http://10.0.0.7:8002; 1 of 2 others reached, not http://10.0.0.9:8002",
+        "served at http://10.0.0.7:8002; 1 of 2 peers reached, not http://10.0.0.9:8002",
         "http://127.0.0.1:8001",
-        "/cache: 0 B of 1.0 GB allowed",
-        "read 7 B from stores and 5 B from peers, gave 3 B",
+        "/cache: 0 B of 1.0 GB quota",
+        "read 7 B from stores and 5 B from peers, sent 3 B",
     ):
         assert said in text
     alone = schema.AgentStatus.model_validate({**told, "peer_url": None})
     text = agent_status(alone, "http://127.0.0.1:8001")
-    assert "not served yet; no others are known" in text
+    assert "not served yet; no peers are known" in text
 
 
 def test_status_asks_the_agent_that_runs_here(

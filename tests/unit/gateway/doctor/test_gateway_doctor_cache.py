@@ -112,7 +112,7 @@ def test_all_well(weights: str) -> None:
         "model cache", "model sources", "page cache", "fork server", "load format",
     ]  # fmt: skip
     assert {one.status for one in found.values()} == {Status.OK}
-    assert "0 model revisions, 3.0 GB; 50.0 GB of the disk free" in found["model cache"].finding
+    assert "0 model revisions, 3.0 GB; 50.0 GB free on the disk" in found["model cache"].finding
     assert "8.4 s and 600 MB of memory" in found["fork server"].finding
     said = found["load format"].finding
     assert said.startswith("quickest here is tidegate: tidegate 1.9 GB/s from disk, 9.0 GB/s")
@@ -134,7 +134,7 @@ CASES: list[tuple[str, Answers, dict[str, Any], str, Status, str]] = [
         "quota beyond the disk", Answers(), {"quota_bytes": 900 * GB}, "model cache", Status.WARN,
         "smaller than the quota",
     ),
-    ("free unknown", Answers(free=None), {}, "model cache", Status.OK, "? of the disk free"),
+    ("free unknown", Answers(free=None), {}, "model cache", Status.OK, "? free on the disk"),
     (
         "incomplete", Answers(models=listing(HALF)), {}, "model cache", Status.OK, "1 incomplete",
     ),
