@@ -36,7 +36,7 @@ MARK = re.compile(r"[0-9a-f]{32}")
 RECORD_ID = re.compile(r"[A-Za-z0-9._-]{1,200}")
 VERSION = 2
 RECORD_BYTES = 1 << 20
-NOBODY = ProcessId(0, -1)
+NO_PROCESS = ProcessId(0, -1)
 CLAIM_TRIES = 50
 CLAIM_PAUSE_S = 0.1
 """A process that is just being started may hold the lock of a killed control process for a moment
@@ -169,7 +169,7 @@ class ProcessRegistry:
             except (ValueError, KeyError, TypeError) as error:
                 LOG.warning("%s cannot be read (%s): its processes are ended", path, error)
                 record = ProcessRecord(
-                    replica_id=f"unknown-{mark[:8]}", boot_id="", leader=NOBODY, mark=mark
+                    replica_id=f"unknown-{mark[:8]}", boot_id="", leader=NO_PROCESS, mark=mark
                 )
             records.append(replace(record, ending=path.suffix == ENDING))
         return records
@@ -306,5 +306,5 @@ def trust(record: ProcessRecord) -> ProcessRecord:
     members = frozenset(one for one in record.members if carries(one, record.variable))
     leader = record.leader
     if not carries(leader, record.variable):
-        leader = ProcessId(leader.pid, NOBODY.start_ticks)
+        leader = ProcessId(leader.pid, NO_PROCESS.start_ticks)
     return replace(record, leader=leader, members=members)

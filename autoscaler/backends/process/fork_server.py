@@ -189,7 +189,7 @@ class Forks:
             except (ServerLost, OSError) as error:
                 self._reason = str(error) or type(error).__name__
             self._crashes += 1
-            self._settle(state, self._reason)  # before it is ended: nobody is to ask it any more
+            self._settle(state, self._reason)  # before it is ended: no start may ask it any more
             await to_the_end(self._take_down())
             if self._clock() - began_s >= STEADY_S:
                 pause_s = self._plan.backoff_s

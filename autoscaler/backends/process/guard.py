@@ -137,8 +137,8 @@ class Owner:
     def take_leave(self) -> bool:
         """Mark the record as that of an engine that ends; false if there is an owner again.
 
-        While this holds the lock nobody can become the owner, so an engine is either adopted or
-        ended by its guard, and never both.
+        While this holds the lock no other process can become the owner, so an engine is either
+        adopted or ended by its guard, and never both.
         """
         held = self._try_lock()
         if not held and self.lives():

@@ -78,7 +78,7 @@ def reap_orphans(
     leaders: Iterable[int], known: Iterable[int], stats: Iterable[ProcessStat]
 ) -> None:
     """Let go of ended processes that came to us when their own parent ended: the ``known`` ones,
-    and those in the ``leaders``' sessions. Leaders are left to whoever started them."""
+    and those in the ``leaders``' sessions. Leaders are left to the process that started them."""
     heads, others = set(leaders), set(known)
     for stat in stats:
         pid = stat.id.pid
@@ -106,8 +106,8 @@ def find_family(
 ) -> set[ProcessId]:
     """The processes of a replica: its leader, known ones, their session, their descendants.
 
-    A session id stays taken while anyone is in it. So whoever shares the leader's session with a
-    process that is surely ours belongs to us, even after the leader has died.
+    A session id stays taken while anyone is in it. So a process that shares the leader's session
+    with a process that is surely ours belongs to us, even after the leader has died.
     """
     alive = [stat for stat in stats if not stat.gone and stat.id.pid != own_pid]
     ours = {leader, *known}
