@@ -32,7 +32,6 @@ NEEDS_RESTART = (
     "autoscaler.terminate_s",
     "autoscaler.keep_engines_s",
     "autoscaler.call_timeout_s",
-    "autoscaler.keep_engines_s",
     "autoscaler.log_bytes",
     "autoscaler.log_files",
     "autoscaler.log_replicas",
