@@ -179,7 +179,7 @@ def test_the_console_knows_an_agent(agents: Callable[..., Agent]) -> None:
     here = ("-s", f"state_dir={agent.state_dir}")
     told = verb("status", *here)
     assert told.returncode == 0
-    assert f"served at {agent.url}; no others are known" in told.stdout
+    assert f"served at {agent.url}; no peers are known" in told.stdout
     assert agent.admin_url in told.stdout
     for words in (("explain", "x"), ("scale", "x", "1")):
         told = verb(*words, *here)
