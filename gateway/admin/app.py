@@ -1,9 +1,9 @@
 """The admin listener: metrics, health, status, and the few things that can be done by hand.
 
-A small ASGI application over a ``Control``, which ``gateway.admin.control`` implements, and the
-verbs of the model cache. Here each operation of ``gateway.admin.operations`` gets its handler. It
-has no authentication of its own and listens on loopback unless configured otherwise; what it does
-guard against is the one attacker who reaches loopback, a web page in a local browser:
+A small ASGI application over a ``LiveControl`` and the verbs of the model cache: each operation of
+``gateway.admin.operations`` gets its handler here. It has no authentication of its own and listens
+on loopback unless configured otherwise; what it does guard against is the one attacker who reaches
+loopback, a web page in a local browser:
 
 - a ``Host`` that is a foreign name is refused (DNS rebinding);
 - nothing is changed by a request that a page could send without asking first: a change is a POST
@@ -17,7 +17,7 @@ import asyncio
 import ipaddress
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
@@ -38,6 +38,9 @@ from gateway.admin.schema import AdminError, AdminRequest
 from gateway.admin.usage_poller import UsagePoller
 from gateway.settings.schema import LOOPBACK_NAMES, is_loopback
 
+if TYPE_CHECKING:
+    from gateway.admin.control import LiveControl
+
 MAX_BODY_BYTES = 65_536
 """A change is a few words; more is a mistake."""
 BODY_TIMEOUT_S = 10.0
@@ -50,53 +53,8 @@ Handler = Callable[..., Awaitable[BaseModel | Response]]
 and ``query`` where it has one. Raises ``AdminError``."""
 
 
-class Control(Protocol):
-    """What the admin listener shows and changes.
-
-    ``KeyError`` means an unknown pool or replica, ``ValueError`` a value that is not allowed (its
-    message is shown), ``TimeoutError`` that it is still under way.
-    """
-
-    def status(self) -> schema.GatewayStatus:
-        """Workers, pools, replicas, last decisions."""
-        ...
-
-    def ready(self) -> tuple[bool, str]:
-        """Whether requests are accepted, and why (not)."""
-        ...
-
-    def metrics(self) -> bytes:
-        """Prometheus text, version 0.0.4."""
-        ...
-
-    def explain(self, pool: str) -> Sequence[schema.PastDecisionEntry]:
-        """The pool's decisions with their reasons, newest last."""
-        ...
-
-    async def scale(self, pool: str, replicas: int | None) -> schema.ScaleAnswer:
-        """Hold the pool at this many replicas; ``None`` gives it back to the autoscaler."""
-        ...
-
-    async def sleep(self, pool: str, level: int) -> schema.SleepAnswer:
-        """Put the pool's replicas to sleep: level 1 keeps weights in host memory, 2 drops them."""
-        ...
-
-    async def wake(self, pool: str) -> schema.WakeAnswer:
-        """Wake the pool's sleeping replicas, or start one."""
-        ...
-
-    async def drain(self, replica_id: str) -> schema.DrainAnswer:
-        """Give a replica no more requests and stop it when it has finished."""
-        ...
-
-    async def reload(self) -> schema.ReloadAnswer:
-        """Read the settings again, and apply what is different. Raises ``AdminError``, with
-        nothing changed, where they cannot be used."""
-        ...
-
-
 def create_app(
-    control: Control,
+    control: LiveControl,
     *,
     host: str = "127.0.0.1",
     allowed_hosts: Sequence[str] = (),
@@ -297,9 +255,9 @@ class BrowserGuard:
 
 
 class _PoolRoutes:
-    """The handlers over one ``Control``."""
+    """The handlers over one ``LiveControl``."""
 
-    def __init__(self, control: Control, models: Models | None) -> None:
+    def __init__(self, control: LiveControl, models: Models | None) -> None:
         self.control = control
         self.usage = None if models is None else UsagePoller(models.cache.usage)
 
@@ -370,7 +328,7 @@ def readiness(ready: bool, reason: str) -> schema.Readiness:
 
 @contextmanager
 def _known(kind: str, name: str) -> Iterator[None]:
-    """What a ``Control`` raises as the error that is answered."""
+    """What ``LiveControl`` raises as the error that is answered."""
     try:
         yield
     except KeyError:

@@ -1,7 +1,7 @@
 """What the admin listener shows and does: the control loop, the workers and the counters as one.
 
-Implements ``gateway.admin.app.Control``. Turns reports into answers of the admin API; readings of
-our monotonic clock become Unix times (``at_s``) or durations (``since_s``).
+Turns reports into answers of the admin API; readings of our monotonic clock become Unix times
+(``at_s``) or durations (``since_s``).
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ class WorkerPool(Protocol):
 
 
 class LiveControl:
-    """The running Tidegate."""
+    """The running Tidegate.
+
+    ``KeyError`` means an unknown pool or replica, ``ValueError`` a value that is not allowed (its
+    message is shown), ``TimeoutError`` that it is still under way.
+    """
 
     def __init__(
         self,
@@ -158,12 +162,13 @@ class LiveControl:
         ]
 
     async def scale(self, pool: str, replicas: int | None) -> schema.ScaleAnswer:
-        """Hold the pool at a number of replicas, or give it back to the autoscaler."""
+        """Hold the pool at this many replicas; ``None`` gives it back to the autoscaler."""
         self._loop.set_replicas(pool, replicas)
         return schema.ScaleAnswer(pool=pool, override=replicas)
 
     async def sleep(self, pool: str, level: int) -> schema.SleepAnswer:
-        """Put the pool's ready replicas to sleep."""
+        """Put the pool's ready replicas to sleep: level 1 keeps weights in host memory, 2 drops
+        them."""
         try:
             report = await self._loop.sleep(pool, level)
         except BackendError as error:

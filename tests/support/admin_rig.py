@@ -11,7 +11,7 @@ import httpx
 from starlette.types import ASGIApp
 
 from gateway.admin import schema
-from gateway.admin.app import Control, create_app
+from gateway.admin.app import create_app
 from gateway.admin.models import Models
 from gateway.admin.server import serve_admin
 from gateway.compose.listeners import listen, url
@@ -106,7 +106,5 @@ class ServedAdmin(ServedApp):
     """The admin application of a gateway. Without a control only the model cache is to be asked;
     ``options`` are those of ``create_app``."""
 
-    def __init__(
-        self, control: Control | None = None, models: Models | None = None, **options: Any
-    ) -> None:
+    def __init__(self, control: Any = None, models: Models | None = None, **options: Any) -> None:
         super().__init__(create_app(control or SimpleNamespace(), models=models, **options))  # type: ignore[arg-type]
