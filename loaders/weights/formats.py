@@ -3,8 +3,8 @@
 Runs under the engine's Python and uses vLLM's own reading functions, so a format is measured as
 vLLM would use it. Each tensor is copied to where a model would have it (memory that is there
 already), on the device vLLM computes on. Small files are copied into a directory of our own, so
-that their pages can be dropped for the cold figures without hurting anybody; of larger ones only
-the warm figures are taken. Prints a JSON line per format; ``doctor`` reads them.
+that their pages can be dropped for the cold figures without slowing other processes; of larger ones
+only the warm figures are taken. Prints a JSON line per format; ``doctor`` reads them.
 """
 
 from __future__ import annotations

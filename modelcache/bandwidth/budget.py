@@ -64,7 +64,7 @@ class Budget:
 
     def take(self, share: BandwidthShare, size_bytes: int, cancelled: IsCancelled) -> None:
         """Wait until ``size_bytes`` (at most ``ANNOUNCE_BYTES``) may be read. ``Cancelled`` if it
-        is called off first."""
+        is cancelled first."""
         turn = threading.Event()
         with self._lock:
             claim = self._queue.ask(share.model, share.priority, share.caps, size_bytes)
@@ -75,7 +75,7 @@ class Budget:
             with self._lock:
                 if cancelled() and claim.ticket in self._queue.waiting:
                     self._withdraw(claim)
-                    raise Cancelled("fetching was called off")
+                    raise Cancelled("fetching was cancelled")
                 wait_s = self._grant(claim)
 
     def give_back(self, share: BandwidthShare, size_bytes: int) -> None:
@@ -89,7 +89,7 @@ class Budget:
         self._nudge()
 
     def _grant(self, claim: Claim) -> float | None:
-        """Let everybody in whose turn it is; seconds until ``claim`` should look again, ``None``
+        """Admit every claim whose turn it is; seconds until ``claim`` should look again, ``None``
         when it was let in."""
         for granted in self._queue.grant(self._clock()):
             self._turns.pop(granted.ticket).set()
@@ -190,7 +190,7 @@ class Slots:
         return self._free
 
     def take(self, model: str, priority: Priority, amount: int, cancelled: IsCancelled) -> None:
-        """Wait for ``amount``; ``Cancelled`` if it is called off first."""
+        """Wait for ``amount``; ``Cancelled`` if it is cancelled first."""
         amount = min(amount, self.limit)
         with self._lock:
             self._tickets += 1
@@ -204,7 +204,7 @@ class Slots:
                 if not waiter.turn.is_set():
                     self._waiting.remove(waiter)
                     self._serve()
-                    raise Cancelled("fetching was called off")
+                    raise Cancelled("fetching was cancelled")
 
     def give_back(self, model: str, amount: int) -> None:
         """Return what was taken."""

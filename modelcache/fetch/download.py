@@ -1,6 +1,6 @@
 """One download under way: who reads what is decided on a board, and read by threads of two kinds.
 
-The calling thread watches: it notices that it is called off, tells of progress, and has the last
+The calling thread watches: it notices that it is cancelled, reports progress, and has the last
 word. Those that read from the store write straight into the partial file; those that ask peers
 read into memory, because a piece is checked before one byte of it reaches the file.
 """
@@ -150,7 +150,8 @@ class TransferState:
                 self._suspicions.popitem(last=False)
 
     def doubt(self, key: str) -> None:
-        """The file was whole, and wrong: take it from the store alone, and see who lied."""
+        """The file was whole, and wrong: take it from the store alone, and find the peer that sent
+        wrong bytes."""
         with self._lock:
             self._suspicions.setdefault(key, Suspicion()).doubted = True
 
@@ -352,7 +353,7 @@ class Download:
         if self.problem is not None:
             raise self.problem
         if self._cancelled():
-            raise Cancelled(f"fetching {self.model} was called off")
+            raise Cancelled(f"fetching {self.model} was cancelled")
         return self.board.left == 0 and self._committing == 0
 
     def _settle(self) -> None:

@@ -154,7 +154,7 @@ class Mapping:
 
 @contextlib.contextmanager
 def idle_io() -> Iterator[None]:
-    """This thread's reads wait for everybody else's, where the disk's scheduler heeds that."""
+    """This thread's reads wait for those of others, where the disk's scheduler heeds that."""
     numbers = _IOPRIO.get(platform.machine())
     if numbers is None:
         yield

@@ -15,7 +15,7 @@ def total_bytes(root: Path = ROOT) -> int | None:
 
 
 def available_bytes(root: Path = ROOT) -> int | None:
-    """Memory to be had without anybody being swapped or killed; ``None`` if unknown.
+    """Memory to be had without swapping or killing a process; ``None`` if unknown.
 
     Page cache counts as available, as the kernel's own ``MemAvailable`` has it.
     """

@@ -285,7 +285,7 @@ class _Work:
         waited_s = 0.0
         while True:
             if self._cancelled():
-                raise Cancelled("prewarming was called off")
+                raise Cancelled("prewarming was cancelled")
             if self._yield_to is None or waited_s >= YIELD_MOST_S or not self._yield_to():
                 break
             time.sleep(YIELD_STEP_S)

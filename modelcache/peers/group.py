@@ -443,7 +443,7 @@ class PeerGroup:
             follower.on_lost(known)
 
     def _believed(self, peer: Peer, node: str) -> bool:
-        """Whether a node is not one that lied; if it is, it is left alone for another while."""
+        """Whether a node never sent wrong bytes; one that did is avoided for another while."""
         with self._changed:
             if node in self._liars:
                 peer.paused_until_s = self._clock() + LIAR_S

@@ -100,7 +100,7 @@ class ReplicationJobs:
         """How far an order is, after ``LOOK_S`` at most. ``KeyError`` where it is not known."""
         name = body.get("order")
         if not isinstance(name, str):
-            raise ValueError("order: the name that was given for it")
+            raise ValueError("order: must be the name that the order was given")
         with self._changed:
             order = self._orders[name]
             self._changed.wait_for(lambda: order.state != "running" or self._closing, LOOK_S)
@@ -212,7 +212,7 @@ def replicate(
         while any(thread.is_alive() for thread in threads):
             on_progress(_together(asked))
             if cancelled():
-                raise Cancelled("called off here; the sites go on")
+                raise Cancelled("cancelled here; the sites go on")
             next(thread for thread in threads if thread.is_alive() or thread is threads[-1]).join(
                 0.25
             )

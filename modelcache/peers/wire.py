@@ -2,7 +2,7 @@
 
 All nodes of a cluster share a secret. A request is signed over its method, target, body, sender,
 addressee, moment and a number used once; an answer over the request's number, its status, length
-and the BLAKE3 of its body. So a node that lacks the secret can neither ask nor answer, nor change
+and the BLAKE3 of its body. So a node without the secret can neither ask nor answer, nor change
 what was answered, nor use a request again, here or at another node. Bytes travel unencrypted:
 where that matters, put TLS in front and give ``https://`` URLs.
 """

@@ -99,7 +99,7 @@ def gguf_to_safetensors(source: Path, target: Path, dtype: str, file: str | None
             raise CacheError(f"the model has no file {file}")
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise CacheError(f"which GGUF file is meant must be said as `file`; there are: {names}")
+        raise CacheError(f"set `file` to one of its GGUF files: {names}")
     convert_gguf(found[0], target, dtype=dtype, say=_say, sampling={})
 
 

@@ -181,7 +181,7 @@ class Results:
         on_progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
     ) -> LeasedModel:
-        """Take a whole result into the cache, leased before anybody could evict it."""
+        """Take a whole result into the cache, leased before it could be evicted."""
         url, layout = result_url(key), self._layout
         job = read_job(layout, key)
         took_s = (job.took_s if job is not None else 0.0) + self._cost_s(made.before)
@@ -492,7 +492,7 @@ class Preparation:
                 while not try_lock(lock):
                     asked.on_progress(Progress(phase="preparing", detail="another process does it"))
                     if asked.cancelled():
-                        raise Cancelled("preparing was called off")
+                        raise Cancelled("preparing was cancelled")
                     time.sleep(WAIT_S)
                 # One that was swept while we waited excludes no other process.
                 if has_name(lock, path):

@@ -1,4 +1,4 @@
-"""One step's process: started, watched, logged, ended when it takes too long or is called off."""
+"""One step's process: started, watched, logged, ended when it takes too long or is cancelled."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _watch(
             return
         now_s = time.monotonic()
         if cancelled():
-            raise Cancelled(f"{run.name} was called off")
+            raise Cancelled(f"{run.name} was cancelled")
         if now_s - began_s > run.timeout_s:
             raise StepFailed(f"{run.name} took longer than {run.timeout_s:g} s; log: {run.log}")
         if now_s - measured_s >= MEASURE_S:

@@ -82,7 +82,7 @@ class S3Source(RangedSource):
             )
 
     def _find_region(self) -> str:
-        """The bucket's region, which S3 tells to anybody. Other stores do not mind which."""
+        """The bucket's region, which S3 tells without credentials. Other stores accept any."""
         if self._access.endpoint:
             return DEFAULT_REGION
         url = f"https://s3.amazonaws.com/{self._bucket}"

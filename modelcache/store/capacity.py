@@ -67,7 +67,7 @@ class Usage:
     bytes_promised: int
     """What steps under way will still take, as far as that can be told; not part of the sum."""
     free_bytes: int
-    """What the disk has left for anybody."""
+    """Free bytes of the disk."""
     quota_bytes: int | None
     reserve_bytes: int
 
@@ -112,7 +112,7 @@ class Capacity:
         )
 
     def free_bytes(self) -> int:
-        """What the disk has left for anybody."""
+        """Free bytes of the disk."""
         return self._free_bytes(self.layout.root)
 
     def make_room(

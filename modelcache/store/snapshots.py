@@ -158,7 +158,7 @@ def hub_place(layout: Layout, url: str, revision: str) -> tuple[Path, str] | Non
 def show_in_hub(layout: Layout, manifest: Manifest, name: str | None) -> None:
     """Make a hub's model visible in ``hub/``. Call it with the store locked.
 
-    A folder of a model is not shown: its snapshot would look whole and lack the rest.
+    A folder of a model is not shown: its snapshot would look complete without the rest.
     """
     place = hub_place(layout, manifest.url, manifest.revision)
     if place is None or place[1]:

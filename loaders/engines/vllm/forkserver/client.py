@@ -282,7 +282,7 @@ class ForkServer:
 
 
 async def _let_go(asked: asyncio.Future[dict[str, Any]], timeout_s: float) -> None:
-    """Learn the end of an engine that was forked for a start which was called off."""
+    """Learn the end of an engine that was forked for a start that was cancelled."""
     with contextlib.suppress(ForkError, TimeoutError):
         async with asyncio.timeout(timeout_s):
             answer = await asked
