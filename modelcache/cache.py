@@ -76,11 +76,11 @@ class ModelCache:
             free_bytes=free_bytes,
             clock=clock,
         )
-        self._lookup = Lookup(self.store)
+        self.lookup = Lookup(self.store)
         self._open_source = open_source
         self._transfer = transfer
         self._clock = clock
-        self._local_files = LocalFiles(
+        self.local_files = LocalFiles(
             given=settings.hub_dirs, own=self.store.layout.hub, environ=environ
         )
 
@@ -113,17 +113,17 @@ class ModelCache:
         Raises ``ValueError`` for a URL that is none; ``NoSpace`` before anything is fetched;
         ``NotFound``, ``SourceError``, ``Damaged``, ``Cancelled``.
         """
-        ref = self._lookup.ref(url, revision)
-        here = self._lookup.in_place(ref)
+        ref = self.lookup.ref(url, revision)
+        here = self.lookup.in_place(ref)
         if here is not None:
             return here
         if ref.scheme == PREPARED:
-            return self._expecting(self._lookup.made(ref), expected_use_at_s)
+            return self._expecting(self.lookup.made(ref), expected_use_at_s)
         if not include and not exclude:
             include, exclude = self.settings.files_for(ref.url)
         if ref.revision is not None and not include:
             # An exact revision never changes: no need to ask for it.
-            exact = self._lookup.open(self._lookup.read(ref.url, ref.revision))
+            exact = self.lookup.open(self.lookup.read(ref.url, ref.revision))
             if exact is not None:
                 return self._expecting(exact, expected_use_at_s)
         tell = on_progress or (lambda progress: None)
@@ -140,7 +140,7 @@ class ModelCache:
                 ref=ref,
                 listing=self._select(ref, listing, include, exclude),
                 priority=priority,
-                find_local=lambda file: self._local_files.find(ref, file),
+                find_local=lambda file: self.local_files.find(ref, file),
                 on_progress=tell,
                 cancelled=stopped,
             )
@@ -152,17 +152,17 @@ class ModelCache:
         Without a revision: what the newest was when it was last asked for. The beginning of one
         that is here will do; raises ``Ambiguous`` where several begin so.
         """
-        ref = self._lookup.ref(url, revision)
-        return self._lookup.in_place(ref) or self._lookup.open(self._lookup.resolve(ref))
+        ref = self.lookup.ref(url, revision)
+        return self.lookup.in_place(ref) or self.lookup.open(self.lookup.resolve(ref))
 
     def name(self, url: str, revision: str | None = None) -> tuple[str, str | None]:
         """The canonical URL and the exact revision that are meant, by what is on this disk; no
         revision where it is not known which: nothing is here, or nothing whole."""
-        return self._lookup.name(url, revision)
+        return self.lookup.name(url, revision)
 
     def revisions(self, url: str) -> list[str]:
         """The revisions of a model that are here, whole or not, the newest last."""
-        return self._lookup.revisions(url)
+        return self.lookup.revisions(url)
 
     def publish(
         self,
@@ -212,7 +212,7 @@ class ModelCache:
         """Keep a model whatever happens, and what steps have made of it to be used. Raises
         ``NotFound``."""
         with self.store.lock():
-            wanted = self._lookup.to_pin(url, revision)
+            wanted = self.lookup.to_pin(url, revision)
             for record in wanted:
                 self.store.set_pin(record.url, record.revision, pinned=True)
 
@@ -220,7 +220,7 @@ class ModelCache:
         """Let a model be evicted again, all its revisions unless one is named, and what was made
         of it."""
         with self.store.lock():
-            for record in self._lookup.records(url, revision)[0]:
+            for record in self.lookup.records(url, revision)[0]:
                 self.store.set_pin(record.url, record.revision, pinned=False)
 
     def evict(
@@ -234,8 +234,8 @@ class ModelCache:
         gone; ``NotFound`` where nothing is here.
         """
         with self.store.lock():
-            records, works = self._lookup.records(url, revision, prepared=prepared)
-            return self.store.capacity.evict(records, works, force=force)
+            records, pending = self.lookup.records(url, revision, prepared=prepared)
+            return self.store.capacity.evict(records, pending, force=force)
 
     def sweep(self) -> None:
         """Remove what killed processes have left behind and cannot be used."""
@@ -265,7 +265,7 @@ class ModelCache:
 
         ``repair`` fetches the damaged pieces again, and raises as ``preload`` does.
         """
-        manifest = self._lookup.wanted(url, revision)
+        manifest = self.lookup.require(url, revision)
         tell, stopped = on_progress or (lambda progress: None), cancelled or (lambda: False)
         done = 0
 
@@ -293,20 +293,20 @@ class ModelCache:
                 if manifest is None:
                     fetch = Fetch(self.store, self._transfer, source, want, clock=self._clock)
                     manifest = fetch.run()
-        model = self._lookup.open(manifest)
+        model = self.lookup.open(manifest)
         if model is None:
             raise NotFound(f"{want.ref.url} was evicted as soon as it was there")
         return model
 
     def _have(self, want: FetchRequest) -> Manifest | None:
         """The manifest, if the revision is whole and has every file wanted."""
-        manifest = self._lookup.read(want.ref.url, want.listing.revision)
+        manifest = self.lookup.read(want.ref.url, want.listing.revision)
         if manifest is None or want.salvage or not self.store.is_whole(manifest):
             return None
         if not {file.path for file in want.listing.files} <= {file.path for file in manifest.files}:
             return None
         with self.store.lock():
-            if self._lookup.read(want.ref.url, want.listing.revision) is None:
+            if self.lookup.read(want.ref.url, want.listing.revision) is None:
                 return None  # evicted just now
             if not self.store.is_whole(manifest):
                 return None
@@ -331,15 +331,15 @@ class ModelCache:
         self, ref: ModelRef, error: SourceError, tell: OnProgress, stopped: IsCancelled
     ) -> CachedModel:
         """What is here of a model whose store cannot be asked. Raises ``error`` if nothing is."""
-        model = self._lookup.open(self._lookup.resolve(ref))
+        model = self.lookup.open(self.lookup.resolve(ref))
         if model is None:
-            snapshot = self._local_files.snapshot(ref)
+            snapshot = self.local_files.snapshot(ref)
             if snapshot is None:
                 raise error
             want = FetchRequest(
                 ref=ref,
                 listing=self._select(ref, snapshot, *self.settings.files_for(ref.url)),
-                find_local=lambda file: self._local_files.find(ref, file),
+                find_local=lambda file: self.local_files.find(ref, file),
                 on_progress=tell,
                 cancelled=stopped,
             )
@@ -360,7 +360,7 @@ class ModelCache:
             with self.store.lock():
                 self.store.complete(manifest, manifest.revision)
             return
-        ref, listing = list_again(self._open_source, self._lookup.ref(manifest.url, None), manifest)
+        ref, listing = list_again(self._open_source, self.lookup.ref(manifest.url, None), manifest)
         with closing(self._open_source(ref)) as source:
             want = FetchRequest(
                 ref=ref,
@@ -376,7 +376,7 @@ class ModelCache:
         self, ref: ModelRef, listing: Listing, include: Sequence[str], exclude: Sequence[str]
     ) -> Listing:
         """The files wanted, with those that were wanted earlier: asking for fewer loses none."""
-        earlier = self._lookup.read(ref.url, listing.revision)
+        earlier = self.lookup.read(ref.url, listing.revision)
         return narrow(listing, ref.url, earlier, include, exclude)
 
     def _expecting(self, model: CachedModel, at_s: float | None) -> CachedModel:

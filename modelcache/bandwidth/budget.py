@@ -55,7 +55,7 @@ class Budget:
     @property
     def waiting(self) -> int:
         """Threads that wait for their turn."""
-        return len(self._queue.waiting)
+        return len(self._turns)
 
     def forget(self, model: str) -> None:
         """A model has been fetched: keep nothing about it."""
@@ -188,6 +188,11 @@ class Slots:
     def free(self) -> int:
         """What is not lent."""
         return self._free
+
+    @property
+    def waiting(self) -> int:
+        """Threads that wait for some of it."""
+        return len(self._waiting)
 
     def take(self, model: str, priority: Priority, amount: int, cancelled: IsCancelled) -> None:
         """Wait for ``amount``; ``Cancelled`` if it is cancelled first."""

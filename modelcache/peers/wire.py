@@ -178,6 +178,9 @@ class Nonces:
     _seen: dict[str, int] = field(default_factory=dict)
     _floor_ms: int = 0
 
+    def __len__(self) -> int:
+        return len(self._seen)
+
     def admit(self, nonce: str, at_ms: int, now_ms: int) -> bool:
         """Whether this is a first use, at about the time it says."""
         window_ms = int(WINDOW_S * 1000)

@@ -378,7 +378,7 @@ class Preparation:
         log = None
         held = self.results.hold(key, asked.holder, final=final)
         if held is None:
-            with self._alone(key, asked) as lock:
+            with self.exclusive(key, asked) as lock:
                 held = self.results.hold(key, asked.holder, final=final)
                 if held is None:
                     log = self.cache.store.layout.step_log(key)
@@ -483,7 +483,7 @@ class Preparation:
         return env | step.env
 
     @contextlib.contextmanager
-    def _alone(self, key: str, asked: PrepareRequest) -> Iterator[int]:
+    def exclusive(self, key: str, asked: PrepareRequest) -> Iterator[int]:
         """One maker of a result at a time. The lock goes when both its process and the step that
         it started are gone."""
         path = self.cache.store.layout.step_lock(key)

@@ -136,13 +136,13 @@ class Capacity:
             return 0
         before = self._used()
         self.sweep()
-        records, works = read_all(self.layout), read_pending_results(self.layout)
+        records, pending = read_all(self.layout), read_pending_results(self.layout)
         short_quota, short_disk = self._short(quota_need, disk_need, making)
         now_s = self._clock()
-        by_quota = choose(self._candidates(records, works, keep), short_quota, now_s)
-        by_disk = choose(self._candidates(records, works, keep, on_disk=True), short_disk, now_s)
+        by_quota = choose(self._candidates(records, pending, keep), short_quota, now_s)
+        by_disk = choose(self._candidates(records, pending, keep, on_disk=True), short_disk, now_s)
         if not (by_quota.enough and by_disk.enough):
-            names = {one.key: one.name for one in records} | {one.url: one.name for one in works}
+            names = {one.key: one.name for one in records} | {one.url: one.name for one in pending}
             kept = {names[key]: why for key, why in by_quota.kept.items() if key != keep}
             if grown_bytes is None:
                 problem = f"{what} needs {max(quota_need, disk_need)} bytes more"
@@ -153,29 +153,33 @@ class Capacity:
         going = {*by_quota.keys, *by_disk.keys}
         self._remove(
             [record for record in records if record.key in going],
-            [work for work in works if work.url in going],
+            [work for work in pending if work.url in going],
         )
         return before - self._used()
 
     def evict(
-        self, records: Sequence[Record], works: Sequence[PendingResult] = (), *, force: bool = False
+        self,
+        records: Sequence[Record],
+        pending: Sequence[PendingResult] = (),
+        *,
+        force: bool = False,
     ) -> int:
         """Remove revisions, whole or not, and results on their way; the bytes freed.
 
         Raises ``InUse`` where one is leased, being fetched or made, or pinned and ``force`` is not
         given; then none has gone.
         """
-        kept = [(one.name, one.kept) for one in records] + [(one.name, one.kept) for one in works]
+        kept = [(one.name, one.kept) for one in records] + [(one.name, one.kept) for one in pending]
         for name, why in kept:
             if why and not (force and why == "pinned"):
                 raise InUse(f"{name} is {why}")
         before = self._used()
-        self._remove(records, works)
+        self._remove(records, pending)
         return before - self._used()
 
-    def _remove(self, records: Sequence[Record], works: Sequence[PendingResult] = ()) -> None:
+    def _remove(self, records: Sequence[Record], pending: Sequence[PendingResult] = ()) -> None:
         """Remove revisions and whatever only they had, and results on their way."""
-        for work in works:
+        for work in pending:
             LOG.info("evicted: %s", work.name)
             remove_pending(self.layout, work.key)
         for record in records:
@@ -272,8 +276,8 @@ class Capacity:
 
     def _promised(self, making: str = "") -> int:
         """What steps under way will still take, those of ``making`` left out."""
-        works = read_pending_results(self.layout)
-        return sum(work.bytes_to_come for work in works if work.key != making)
+        pending = read_pending_results(self.layout)
+        return sum(work.bytes_to_come for work in pending if work.key != making)
 
     def _short(self, quota_need: int, disk_need: int, making: str = "") -> tuple[int, int]:
         """By how many bytes the quota and the disk are too small."""
@@ -288,7 +292,7 @@ class Capacity:
     def _candidates(
         self,
         records: Sequence[Record],
-        works: Sequence[PendingResult],
+        pending: Sequence[PendingResult],
         keep: str,
         *,
         on_disk: bool = False,
@@ -344,7 +348,7 @@ class Capacity:
                 kept=work.kept,
                 used_at_s=work.used_at_s,
             )
-            for work in works
+            for work in pending
         ]
 
     def _limit(self, *, quota: bool) -> str:

@@ -119,7 +119,7 @@ class Lookup:
             raise NotFound(f"{ref.url} is not on this disk: it is made by preloading its model")
         return found
 
-    def wanted(self, url: str, revision: str | None) -> Manifest:
+    def require(self, url: str, revision: str | None) -> Manifest:
         """The manifest of a model that has to be here. Raises ``NotFound``."""
         ref = self.ref(url, revision)
         if ref.scheme == PATH:
@@ -151,7 +151,7 @@ class Lookup:
         if self.ref(url, revision).scheme == PATH:
             named, records = "", self.records(url, revision)[0]
         else:
-            manifest = self.wanted(url, revision)
+            manifest = self.require(url, revision)
             named, records = manifest.url, self.records(manifest.url, manifest.revision)[0]
         used = [one for one in records if one.use.final or one.url == named]
         if not used:
@@ -222,14 +222,16 @@ class Lookup:
 
         layout = self.store.layout
         records = [one for one in read_all(layout) if is_meant(one.url, one.revision, one.made)]
-        works = [one for one in read_pending_results(layout) if is_meant(one.url, RESULT, one.made)]
-        if not (records or works) and ref.scheme == PATH:
+        pending = [
+            one for one in read_pending_results(layout) if is_meant(one.url, RESULT, one.made)
+        ]
+        if not (records or pending) and ref.scheme == PATH:
             raise NotFound(f"{url} is used where it lies; the cache has nothing of it")
-        if not (records or works) and prepared:
+        if not (records or pending) and prepared:
             raise NotFound(f"nothing that was made of {model} is on this disk")
-        if not (records or works):
+        if not (records or pending):
             raise self._missing(ref.url, ref.revision)
-        return records, works
+        return records, pending
 
 
 def _some(names: Sequence[str]) -> str:
@@ -248,13 +250,13 @@ def list_entries(store: Store) -> list[ModelEntry]:
     """Every revision that is on the disk or on its way, fetched or made."""
     records = read_all(store.layout)
     holders = Counter(part for record in records for part in (record.blobs | record.partials))
-    works = read_pending_results(store.layout)
+    pending = read_pending_results(store.layout)
     # A result is shown once: where it is written until it is whole, and only then as a revision.
-    on_its_way = {work.url for work in works}
+    on_its_way = {work.url for work in pending}
     shown = [one for one in records if one.manifest is not None or one.url not in on_its_way]
     whole = {one.url for one in records if one.manifest is not None}
     entries = [_entry(store, record, holders) for record in shown]
-    return entries + [_entry_of_work(work) for work in works if work.url not in whole]
+    return entries + [_entry_of_work(work) for work in pending if work.url not in whole]
 
 
 def _entry(store: Store, record: Record, holders: Counter[str]) -> ModelEntry:

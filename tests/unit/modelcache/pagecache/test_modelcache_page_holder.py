@@ -143,20 +143,21 @@ def test_a_file_cut_short_or_replaced_or_gone_ends_nothing(disk: Path, holder: P
 def test_a_file_cut_short_while_its_pages_are_marked_is_no_signal(disk: Path) -> None:
     """Between the look at its size and the marking."""
     file = cold(disk / "file", 2 * MIB)
-    keeping = HeldPages(lock=False, available=lambda: None, reserve_bytes=0)
-    keeping.want({"m": [file]})
     sizes: list[int] = []
+    looks: list[Callable[[], int | None]] = [lambda: None]
+    keeping = HeldPages(lock=False, available=lambda: looks[0](), reserve_bytes=0)
+    keeping.want({"m": [file]})
 
     def cut() -> int | None:
         sizes.append(os.stat(file.path).st_size)
         os.truncate(file.path, 100)
         return None
 
-    keeping._available = cut
+    looks[0] = cut
     list(keeping.round())
     assert sizes == [2 * MIB]
     assert "cut short or replaced" in str(keeping.report()["m"]["problem"])
-    keeping._available = lambda: None
+    looks[0] = lambda: None
     list(keeping.round())
     assert keeping.report()["m"]["problem"] == ""
     keeping.close()

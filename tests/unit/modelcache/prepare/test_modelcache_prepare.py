@@ -311,7 +311,7 @@ def test_what_waits_for_another_process_can_be_called_off(
     step = count(tmp_path)
     key = preparation.keys("d", [step])[0]
     seen: list[Progress] = []
-    with preparation._alone(key, nobody()), pytest.raises(Cancelled):
+    with preparation.exclusive(key, nobody()), pytest.raises(Cancelled):
         make(preparation, source, [step], on_progress=seen.append, cancelled=lambda: len(seen) > 1)
     assert seen[0].detail == "another process does it"
 

@@ -185,7 +185,7 @@ def test_making_it_is_what_loading_it_again_costs(rig: Rig) -> None:
     model = fetch(rig, cache, "a")
     slow = (sys.executable, "-c", f"import time; time.sleep(0.2); {WRITE.format(SIZE)}", "x")
     made = prepare(cache, model, PreparationStep(kind="command", argv=slow), writes("y"))
-    records = {one.url: one for one in cache._lookup.records(model.url, None)[0]}
+    records = {one.url: one for one in cache.lookup.records(model.url, None)[0]}
     first, last = (records[result_url(run.key)].use for run in made.runs)
     assert first.reload_s_per_gb is not None
     assert last.reload_s_per_gb is not None
@@ -302,7 +302,7 @@ def begin(cache: ModelCache, key: str, promised_bytes: int) -> None:
 def holding(cache: ModelCache, key: str) -> Any:
     asked = PrepareRequest(holder="", on_progress=lambda progress: None, cancelled=lambda: False)
     preparation = Preparation(cache=cache, python=Path(sys.executable), environ={})
-    return preparation._alone(key, asked)
+    return preparation.exclusive(key, asked)
 
 
 def test_what_was_promised_to_a_step_is_nobody_elses(rig: Rig) -> None:
@@ -444,7 +444,7 @@ def test_a_damaged_result_is_not_used_and_not_fetched(rig: Rig) -> None:
     model = fetch(rig, cache, "a")
     made = prepare(cache, model, writes("x"))
     url = let_go(cache, made)
-    blob = cache.store.layout.blob(next(iter(cache._lookup.read(url, "made").files)).digest)  # type: ignore[union-attr]
+    blob = cache.store.layout.blob(next(iter(cache.lookup.read(url, "made").files)).digest)  # type: ignore[union-attr]
     blob.chmod(0o644)
     blob.write_bytes(b"y" * SIZE)
     with pytest.raises(CacheError, match="was made here: evict it"):
@@ -513,7 +513,7 @@ def test_a_whole_result_is_taken_over_without_the_step(rig: Rig) -> None:
     found = prepare(cache, model, step)
     assert read_tree(found.path) == {"made": b"left over"}
     assert not (cache.dir / "prepared/work" / key).exists()
-    cost = cache._lookup.records(result_url(key), None)[0][0].use.reload_s_per_gb
+    cost = cache.lookup.records(result_url(key), None)[0][0].use.reload_s_per_gb
     assert cost == pytest.approx(5.0 / (9 / 1e9))
 
 
@@ -553,7 +553,7 @@ def test_links_into_the_model_become_the_same_bytes(rig: Rig) -> None:
     made = prepare(cache, model, PreparationStep(kind="command", argv=(sys.executable, "-c", link)))
     assert cache.usage().bytes_prepared < PIECE, "the model has the same bytes"
     weights = read_tree(model.path)["weights"]
-    found, _ = cache._lookup.records(model.url, model.revision)
+    found, _ = cache.lookup.records(model.url, model.revision)
     record = next(one for one in found if one.url == model.url)  # and not its result
     with cache.store.lock():
         cache.store.capacity.evict([record])

@@ -75,7 +75,7 @@ def key_of(cache: ModelCache, model: CachedModel, step: PreparationStep = STEP) 
 
 def alone(cache: ModelCache, key: str) -> Any:
     asked = PrepareRequest(holder="", on_progress=lambda progress: None, cancelled=lambda: False)
-    return preparation_of(cache)._alone(key, asked)
+    return preparation_of(cache).exclusive(key, asked)
 
 
 def leases_of(cache: ModelCache) -> list[str]:

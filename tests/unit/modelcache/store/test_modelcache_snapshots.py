@@ -297,7 +297,7 @@ def test_our_own_hub_is_not_adopted_from(rig: Rig) -> None:
     cache = rig.cache(hub_dirs=(rig.root / "cache" / "hub",))
     cache.preload(URL)
     assert (
-        cache._local_files.find(
+        cache.local_files.find(
             ModelRef(url=URL, scheme="hf", location="org/name"),
             RemoteFile(
                 path="config.json",

@@ -163,14 +163,14 @@ class CacheMachine(RuleBasedStateMachine):
             found = self.cache.verify(self.url(name))
         except NotFound:
             return
-        model = self.cache._lookup.wanted(self.url(name), None)
+        model = self.cache.lookup.require(self.url(name), None)
         wrong = {file.digest for file in model.files if not self.is_right(file.digest)}
         assert {damage.digest for damage in found} == wrong
 
     @rule(name=names)
     def repair(self, name: str) -> None:
         with suppress(NotFound, NoSpace):
-            model = self.cache._lookup.wanted(self.url(name), None)
+            model = self.cache.lookup.require(self.url(name), None)
             try:
                 self.cache.verify(self.url(name), repair=True)
             except CacheError as error:
@@ -209,7 +209,7 @@ class CacheMachine(RuleBasedStateMachine):
         kept = {(model.url, model.revision) for model, _ in self.leased} | self.pins
         for url, revision in kept:
             assert self.is_recorded(url, revision)
-            manifest = self.cache._lookup.wanted(url, revision)
+            manifest = self.cache.lookup.require(url, revision)
             if not {file.digest for file in manifest.files} & self.hurt:
                 assert self.cache.find(url, revision) is not None
         holders = sorted(lease.holder for _, lease in self.leased)
@@ -221,7 +221,7 @@ class CacheMachine(RuleBasedStateMachine):
         return f"s3://models/{name}"
 
     def ref(self, url: str):  # type: ignore[no-untyped-def]
-        return self.cache._lookup.ref(url, None)
+        return self.cache.lookup.ref(url, None)
 
     def see(self, model: CachedModel) -> None:
         assert model.manifest is not None
