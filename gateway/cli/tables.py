@@ -133,7 +133,7 @@ def _pools(pools: Iterable[schema.PoolEntry], screen: Screen) -> str:
         }
         tokens = (pool.inflight_tokens, pool.queued_tokens)
         table.add(
-            pool.name,
+            pool.name + (" (removed)" if pool.removed else ""),
             pool.engine,
             (figure(pool.ready), GOOD if enough and pool.ready else BUSY if not enough else ""),
             figure(pool.desired) + (" (held)" if pool.override is not None else ""),
@@ -174,10 +174,16 @@ def _replicas(pools: Iterable[schema.PoolEntry], screen: Screen) -> str:
             figure(replica.inflight_tokens),
             NONE if replica.pid is None else str(replica.pid),
             replica.url or NONE,
-            # An error may bring an engine's log with it: its first line.
-            next(iter((replica.error or replica.phase).strip().splitlines()), ""),
+            _detail(replica),
         )
     return table.render(screen)
+
+
+def _detail(replica: schema.ReplicaEntry) -> str:
+    # An error may bring an engine's log with it: its first line.
+    text = next(iter((replica.error or replica.phase).strip().splitlines()), "")
+    outdated = "to be replaced: its start-up arguments have changed"
+    return "; ".join(part for part in (text, outdated if replica.outdated else "") if part)
 
 
 def tier_lines(pools: Iterable[schema.PoolEntry]) -> list[str]:

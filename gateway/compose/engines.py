@@ -89,8 +89,7 @@ def describe_forks(backend: ProcessBackend) -> ForkServerEntry | None:
 def make_compile_cache(settings: Settings) -> CompileCache | None:
     """Where this node keeps what engines compile and measure; ``None`` where that is not wanted."""
     loaders = settings.loaders
-    engines = (engine_of(pool.engine) for pool in settings.pools)
-    if not loaders.keep_compiled or not any(one.capabilities.compile_cache for one in engines):
+    if not loaders.keep_compiled:
         return None
     return CompileCache(
         cache_dir(settings) / "bundles",

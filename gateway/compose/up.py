@@ -21,6 +21,7 @@ from pathlib import Path
 
 from autoscaler.backends.base import BackendError
 from autoscaler.backends.process.backend import ProcessBackend
+from autoscaler.backends.process.fork_server import ForkPlan
 from autoscaler.backends.process.gpus import list_gpus
 from autoscaler.backends.static import StaticBackend
 from autoscaler.control.loop import ControlLoop
@@ -112,7 +113,7 @@ class _Tidegate:
             self.node, settings, os.environ, page_holder, lambda: self.settings.pools
         )
         self.compiled = make_compile_cache(settings)
-        process = self._process_backend()
+        self.process = process = self._process_backend()
         self.loop = ControlLoop(
             pools=settings.pools,
             settings=settings.autoscaler,
@@ -156,9 +157,12 @@ class _Tidegate:
                 spec, placement, settings.loaders, self.compiled
             ),
             list_gpus=list_gpus,
-            fork_plan=fork_plan(settings, os.environ, self.compiled, self._find_model),
+            fork_plan=self._fork_plan(settings),
             on_news=lambda replica_id: self.loop.probe_now(replica_id),
         )
+
+    def _fork_plan(self, settings: Settings) -> ForkPlan | None:
+        return fork_plan(settings, os.environ, self.compiled, self._find_model)
 
     def _find_model(self, model: str) -> str | None:
         """Where a model with a URL is on this disk."""
@@ -177,11 +181,13 @@ class _Tidegate:
         async with self._reloading:
             changes = await asyncio.to_thread(self._find_changes)
             settings = changes.settings
+            plan = await asyncio.to_thread(self._fork_plan, settings)
             self.loop.set_pools(settings.pools, settings.autoscaler)
             if worker_config(settings) != worker_config(self.settings):
                 self.workers.configure(worker_config(settings))
             set_up_logging(settings.gateway.log_level)
             self.settings = settings
+            self.process.use_fork_plan(plan)
         log.info("the settings were read again: %s", "; ".join(describe_changes(changes)))
         return changes
 

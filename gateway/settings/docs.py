@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from autoscaler.settings import PoolSettings
 from gateway.settings import defaults, fields
+from gateway.settings.changes import needs_restart
 from gateway.settings.errors import HIDDEN, SECRET, show
 from gateway.settings.load import LoadedSettings, leaves
 from gateway.settings.schema import Settings
@@ -53,6 +54,7 @@ what you change, delete the rest, and ask `tidegate config check`.
 - Names end in their unit: _s seconds, _bytes, _tokens.
 - The environment goes over this file (TIDEGATE__GATEWAY__PORT=9000), `--set gateway.port=9000`
   over both. `tidegate config show` says where each value came from.
+- `tidegate reload` applies changes while Tidegate runs, but for fields that need a restart.
 """
 
 STATIC_HEAD = """\
@@ -132,12 +134,13 @@ def _section(model: BaseModel, node: fields.Node, parts: fields.Parts) -> list[s
             ]
             below += _section(value, field, here)
         elif here != (POOLS,):
-            lines += [*_comment(_explained(field)), _assignment(name, value, field, here), ""]
+            lines += [*_comment(_explained(field, here)), _assignment(name, value, field, here), ""]
     return lines + below
 
 
-def _explained(node: fields.Node) -> str:
-    return f"{' '.join(node.description.split())}\nMust be {fields.describe(node)}."
+def _explained(node: fields.Node, parts: fields.Parts) -> str:
+    restart = " Needs a restart." if needs_restart(fields.dotted(parts)) else ""
+    return f"{' '.join(node.description.split())}\nMust be {fields.describe(node)}.{restart}"
 
 
 def _assignment(name: str, value: Any, node: fields.Node, parts: fields.Parts) -> str:

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 from asking import CHAT, ask, ask_now, chat, run, spawn
-from tidegate_process import SHUT, Tidegate, fetch, simulated, up, write_settings
+from tidegate_process import POLL_S, SHUT, WAIT_S, Tidegate, fetch, simulated, up, write_settings
 
 STREAMS = 50
 HELD = 50
@@ -185,6 +187,31 @@ def test_settings_with_a_mistake_change_nothing(tmp_path: Path, text: str, says:
         )
         assert pools_of(tidegate).keys() == before.keys()
         assert ask_now(tidegate, chat("b")).status_code == 200
+
+
+def test_a_terminal_that_is_closed_stops_it_and_reloads_nothing(tmp_path: Path) -> None:
+    config = write_settings(tmp_path, pools=[simulated("a")])
+    pid, terminal = pty.fork()
+    if pid == 0:
+        words = ["-m", "gateway.cli.main", "up", "--config", str(config)]
+        os.execv(sys.executable, [sys.executable, *words])
+    ended = (0, 0)
+    try:
+        record = tmp_path / "state" / "running.json"
+        seen = b""
+        while b"stop it with Ctrl-C" not in seen:
+            seen += os.read(terminal, 65536)
+        assert json.loads(record.read_text())["pid"] == pid
+        os.close(terminal)
+        deadline_s = time.monotonic() + WAIT_S
+        while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
+            assert time.monotonic() < deadline_s
+            time.sleep(POLL_S)
+        assert os.waitstatus_to_exitcode(ended[1]) == 0
+        assert not record.exists()
+    finally:
+        if not ended[0]:
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_limits_of_the_data_path_apply_at_once(tmp_path: Path) -> None:

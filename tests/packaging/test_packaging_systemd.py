@@ -23,7 +23,8 @@ DIRECTIVES = {
     "Unit": "Description Wants After StartLimitIntervalSec StartLimitBurst",
     "Service": """
         Type User Group StateDirectory StateDirectoryMode WorkingDirectory Environment
-        EnvironmentFile ExecStart KillMode TimeoutStopSec OOMPolicy Restart RestartSec LimitNOFILE
+        EnvironmentFile ExecStart ExecReload KillMode TimeoutStopSec OOMPolicy Restart RestartSec
+        LimitNOFILE
         NoNewPrivileges CapabilityBoundingSet AmbientCapabilities ProtectSystem ProtectHome
         PrivateTmp PrivateDevices ProtectProc ProtectClock ProtectHostname ProtectKernelLogs
         ProtectKernelModules ProtectKernelTunables ProtectControlGroups RestrictAddressFamilies

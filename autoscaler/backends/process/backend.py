@@ -114,10 +114,19 @@ class ProcessBackend:
         self._on_news = on_news
         self._forks: Forks | None = None
         if fork_plan is not None:
-            log = self._make_log(self._logs / f"{FORK_SERVER}.log")
-            self._forks = Forks(fork_plan, registry=self._registry, log=log)
+            self._forks = self._make_forks(fork_plan)
         self._upkeep: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
+
+    def use_fork_plan(self, plan: ForkPlan | None) -> None:
+        """Keep a fork server from now on, where there is none yet and the plan is for one."""
+        if self._forks is None and plan is not None:
+            self._forks = self._make_forks(plan)
+            self._forks.start()
+
+    def _make_forks(self, plan: ForkPlan) -> Forks:
+        log = self._make_log(self._logs / f"{FORK_SERVER}.log")
+        return Forks(plan, registry=self._registry, log=log)
 
     async def start(self, spec: ReplicaSpec) -> None:
         """Launch a replica's process, or wake the pool's standby. Raises ``NoCapacity`` without a
