@@ -61,7 +61,7 @@ class ControlLoop:
         pools: Sequence[PoolSettings],
         settings: AutoscalerSettings,
         backends: Mapping[str, Backend],
-        digest: Callable[[PoolSettings], str],
+        digests: Mapping[str, str],
         observe: Callable[[], Observation],
         publish: Publish,
         preparer: Preparer | None = None,
@@ -70,11 +70,11 @@ class ControlLoop:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """``backends`` by the name pools call them. ``digest`` is that of what a pool's replicas
-        are started with: those with another are replaced. ``observe`` reads the data path now,
-        on the same clock; ``publish`` is called with the pools and their replicas whenever they
-        change. Without a ``preparer`` models are used where they are; without ``wake_times`` what
-        was measured is forgotten at the end."""
+        """``backends`` by the name pools call them. ``digests`` are those of what each pool's
+        replicas are started with: replicas with another are replaced. ``observe`` reads the data
+        path now, on the same clock; ``publish`` is called with the pools and their replicas
+        whenever they change. Without a ``preparer`` models are used where they are; without
+        ``wake_times`` what was measured is forgotten at the end."""
         self._settings = settings
         self._observe = observe
         self._publish = publish
@@ -82,7 +82,6 @@ class ControlLoop:
         self._sleep = sleep
         self._engine_client = engine_client or EngineClient(timeout_s=settings.call_timeout_s)
         self._backends = dict(backends)
-        self._digest = digest
         self._preparer = preparer or NullPreparer()
         self._wake_times = wake_times or WakeTimes(samples=settings.wake_samples)
         self._errors = ErrorCounts()
@@ -99,7 +98,7 @@ class ControlLoop:
         self._history = DecisionHistory(settings.history_size)
         self._pools: dict[str, PoolRecord] = {}
         for pool in pools:
-            self._pools[pool.name] = self._make_pool(pool, digest(pool))
+            self._pools[pool.name] = self._make_pool(pool, digests[pool.name])
         self._observation = Observation()
         self._awake = asyncio.Event()
         self._changed = True
@@ -137,15 +136,17 @@ class ControlLoop:
     # -- which pools there are -------------------------------------------------------------
 
     def set_pools(
-        self, pools: Sequence[PoolSettings], settings: AutoscalerSettings | None = None
+        self,
+        pools: Sequence[PoolSettings],
+        digests: Mapping[str, str],
+        settings: AutoscalerSettings | None = None,
     ) -> None:
         """Have these pools from now on, and these settings (``None``: as before); in one step.
 
         A pool that is not among them serves the requests it has, and ends. Replicas that were
-        started with other arguments than their pool has now are replaced, a new one first. Raises
-        ``ValueError``, with nothing changed, for a pool that cannot be started.
+        started with other arguments than their pool has now (by its digest) are replaced, a new
+        one first.
         """
-        digests = {pool.name: self._digest(pool) for pool in pools}
         if settings is not None:
             self._settings = self._actuator.settings = self._timers.settings = settings
             self._timers.drain_s = settings.drain_s
@@ -545,6 +546,10 @@ class ControlLoop:
     def pools(self) -> dict[str, PoolSettings]:
         """The settings of the pools there are by name, of those that were removed too."""
         return {name: record.pool for name, record in self._pools.items()}
+
+    def digests(self) -> dict[str, str]:
+        """What the replicas of each pool are started with now, as digests by the pool's name."""
+        return {name: record.digest for name, record in self._pools.items()}
 
     def decisions(self, pool: str) -> list[PastDecision]:
         """The newest decisions of a pool, newest last. Raises ``KeyError`` for an unknown one."""

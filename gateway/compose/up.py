@@ -51,6 +51,7 @@ from gateway.settings.load import ConfigError, LoadedSettings
 from gateway.settings.schema import Settings
 from gateway.terminal import complain, out, version
 from loaders.engines.base import engine_of
+from loaders.settings import LoaderSettings
 from modelcache.serving import start_serving
 from modelcache.types import CacheError
 from router.types import Pool
@@ -118,7 +119,7 @@ class _Tidegate:
             pools=settings.pools,
             settings=settings.autoscaler,
             backends={"process": process, "static": StaticBackend(settings=settings.autoscaler)},
-            digest=self._digest,
+            digests=find_digests(settings.pools, settings.loaders),
             observe=self.book.observe,
             publish=self._publish,
             preparer=make_preparer(settings, process, self.node, page_holder, self.compiled),
@@ -179,10 +180,10 @@ class _Tidegate:
         """Read the settings again, and apply what is different in them. Raises ``ConfigError``,
         with nothing changed, where they cannot be used."""
         async with self._reloading:
-            changes = await asyncio.to_thread(self._find_changes)
+            changes, digests = await asyncio.to_thread(self._find_changes)
             settings = changes.settings
             plan = await asyncio.to_thread(self._fork_plan, settings)
-            self.loop.set_pools(settings.pools, settings.autoscaler)
+            self.loop.set_pools(settings.pools, digests, settings.autoscaler)
             if worker_config(settings) != worker_config(self.settings):
                 self.workers.configure(worker_config(settings))
             set_up_logging(settings.gateway.log_level)
@@ -191,17 +192,13 @@ class _Tidegate:
         log.info("the settings were read again: %s", "; ".join(describe_changes(changes)))
         return changes
 
-    def _find_changes(self) -> SettingsChanges:
+    def _find_changes(self) -> tuple[SettingsChanges, dict[str, str]]:
+        """What is different, and the digests of what pools' replicas are started with now."""
         loaded = self._read_again()
         for warning in loaded.warnings:
             log.warning("%s", warning.as_warning())
+        digests = find_digests(loaded.settings.pools, self.settings.loaders)
         problems = []
-        for index, pool in enumerate(loaded.settings.pools):
-            try:
-                self._digest(pool)
-            except ValueError as error:
-                field = f"pools.{index}"
-                problems.append(Problem(field, str(error), loaded.origins[f"{field}.name"]))
         slots = replica_slots(loaded.settings.pools)
         if slots > self.shared.max_replicas:
             text = (
@@ -214,10 +211,8 @@ class _Tidegate:
             problems.append(Problem("pools", text, "reload"))
         if problems:
             raise ConfigError(problems)
-        return find_changes(self.settings, loaded.settings, self._digest)
-
-    def _digest(self, pool: PoolSettings) -> str:
-        return start_digest(pool, self.settings.loaders)
+        changes = find_changes(self.settings, loaded.settings, self.loop.digests(), digests)
+        return changes, digests
 
     async def reload_on_signal(self) -> None:
         """The same, for a signal: whatever becomes of it is in the log."""
@@ -232,6 +227,20 @@ class _Tidegate:
     def banner(self) -> str:
         """What is printed once requests are accepted."""
         return banner(self.url, self.admin_url, self.settings.pools)
+
+
+def find_digests(pools: Sequence[PoolSettings], loaders: LoaderSettings) -> dict[str, str]:
+    """What each pool's replicas are started with, as a digest by its name. Raises ``ConfigError``
+    for pools that cannot be started."""
+    digests, problems = {}, []
+    for index, pool in enumerate(pools):
+        try:
+            digests[pool.name] = start_digest(pool, loaders)
+        except ValueError as error:
+            problems.append(Problem(f"pools.{index}", str(error), "settings"))
+    if problems:
+        raise ConfigError(problems)
+    return digests
 
 
 def worker_config(settings: Settings) -> WorkerConfig:

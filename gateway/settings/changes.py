@@ -6,13 +6,12 @@ Tidegate runs, or is in ``NEEDS_RESTART`` and keeps the value that it was starte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from autoscaler.settings import PoolSettings
 from gateway.settings import fields
 from gateway.settings.load import leaves
 from gateway.settings.schema import Settings
@@ -74,20 +73,20 @@ class SettingsChanges:
 
 
 def find_changes(
-    old: Settings, new: Settings, digest: Callable[[PoolSettings], str]
+    old: Settings, new: Settings, old_digests: Mapping[str, str], new_digests: Mapping[str, str]
 ) -> SettingsChanges:
-    """What leads from the settings in force to those read. ``digest`` is that of all that a
-    pool's replicas are started with; it raises ``ValueError`` for what cannot be started."""
+    """What leads from the settings in force to those read. The digests are those of all that a
+    pool's replicas are started with, by its name: a new version of the engine changes it too."""
     before = {pool.name: pool for pool in old.pools}
     after = {pool.name: pool for pool in new.pools}
     changed = [
         PoolChange(
             name=name,
             fields=_different(before[name], pool),
-            replaces=digest(before[name]) != digest(pool),
+            replaces=old_digests[name] != new_digests[name],
         )
         for name, pool in after.items()
-        if name in before and before[name] != pool
+        if name in before and (before[name] != pool or old_digests[name] != new_digests[name])
     ]
     different = [name for name in _different(old, new) if not name.startswith("pools.")]
     return SettingsChanges(
@@ -112,7 +111,8 @@ def describe(
     lines = [f"pool {name} is added" for name in added]
     for pool in changed:
         more = "; its replicas are replaced" if pool.replaces else ""
-        lines.append(f"pool {pool.name} is changed: {', '.join(pool.fields)}{more}")
+        what = ", ".join(pool.fields) or "its engine is another"
+        lines.append(f"pool {pool.name} is changed: {what}{more}")
     lines += [f"pool {name} is removed; it serves the requests it has" for name in removed]
     if applied:
         lines.append(f"applied: {', '.join(applied)}")

@@ -257,20 +257,6 @@ def test_a_starting_replica_with_other_arguments_is_replaced_too() -> None:
     run_virtual(story())
 
 
-def test_nothing_changes_where_one_pool_cannot_be_started() -> None:
-    async def story() -> None:
-        async with World([process_pool()], QUICK) as world:
-            faster = QUICK.model_copy(update={"tick_s": 0.1})
-            with pytest.raises(ValueError, match="cannot be started"):
-                world.set_pools(
-                    process_pool(name="n"), process_pool(engine_args=["--bad"]), settings=faster
-                )
-            await asyncio.sleep(5.0)
-            assert list(world.seen) == ["m"]
-
-    run_virtual(story())
-
-
 def test_servers_of_a_static_pool_come_and_go() -> None:
     async def story() -> None:
         backend = servers()

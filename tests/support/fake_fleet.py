@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import httpx
@@ -160,11 +160,9 @@ def process_pool(**fields: object) -> PoolSettings:
     )
 
 
-def digest(pool: PoolSettings) -> str:
+def digests(pools: Iterable[PoolSettings]) -> dict[str, str]:
     """Of what the made-up engines are started with."""
-    if "--bad" in pool.engine_args:
-        raise ValueError(f"{pool.name} cannot be started")
-    return repr((pool.backend, pool.engine_args))
+    return {pool.name: repr((pool.backend, pool.engine_args)) for pool in pools}
 
 
 @dataclass
@@ -206,7 +204,7 @@ class World:
             pools=self.pools,
             settings=self.settings,
             backends={pool.backend: self.backend for pool in self.pools} | self.more_backends,
-            digest=digest,
+            digests=digests(self.pools),
             observe=self.observe,
             publish=self.publish,
             preparer=self.preparer,
@@ -220,7 +218,7 @@ class World:
         )
 
     def set_pools(self, *pools: PoolSettings, settings: AutoscalerSettings | None = None) -> None:
-        self.loop.set_pools(pools, settings)
+        self.loop.set_pools(pools, digests(pools), settings)
 
     def names(self) -> list[str]:
         return list(self.seen) or [pool.name for pool in self.pools]

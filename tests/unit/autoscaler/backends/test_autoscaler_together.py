@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fake_fleet import digest
 from process_fixtures import SETTINGS, ask, children_of, is_alive, tiny_backend, tiny_pool
 
 from autoscaler.control.loop import ControlLoop
@@ -74,7 +73,7 @@ def test_from_zero_to_one_through_a_crash_to_sleep_to_zero_to_the_end(tmp_path: 
             backends={"process": backend},
             observe=gateway.observe,
             publish=gateway.publish,
-            digest=digest,
+            digests={"tiny": "as it is"},
         )
         running = asyncio.create_task(loop.run())
         await asyncio.sleep(0.3)
@@ -130,7 +129,7 @@ def test_an_engine_that_cannot_start_is_quoted_in_the_status(tmp_path: Path) -> 
             backends={"process": backend},
             observe=gateway.observe,
             publish=gateway.publish,
-            digest=digest,
+            digests={"tiny": "as it is"},
         )
         running = asyncio.create_task(loop.run())
         await until(lambda: look(loop).failures >= 3)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from autoscaler.settings import PoolSettings
 from gateway.settings.changes import (
     NEEDS_RESTART,
     PoolChange,
+    SettingsChanges,
     describe,
     find_changes,
     needs_restart,
@@ -30,9 +30,13 @@ def make(*pools: dict[str, Any], **sections: Any) -> Settings:
     return Settings.model_validate({"pools": pools, **sections})
 
 
-def digest(one: PoolSettings) -> str:
+def digests(settings: Settings) -> dict[str, str]:
     """As if the engine's arguments were all that a replica is started with."""
-    return repr(one.engine_args)
+    return {pool.name: repr(pool.engine_args) for pool in settings.pools}
+
+
+def changes(old: Settings, new: Settings) -> SettingsChanges:
+    return find_changes(old, new, digests(old), digests(new))
 
 
 CASES: list[tuple[str, Settings, Settings, dict[str, Any]]] = [
@@ -109,10 +113,10 @@ CASES: list[tuple[str, Settings, Settings, dict[str, Any]]] = [
     ("old", "new", "expected"), [pytest.param(*case[1:], id=case[0]) for case in CASES]
 )
 def test_changes(old: Settings, new: Settings, expected: dict[str, Any]) -> None:
-    found = find_changes(old, new, digest)
+    found = changes(old, new)
     names = ("added", "changed", "removed", "applied", "needs_restart")
     assert {name: getattr(found, name) for name in names if getattr(found, name)} == expected
-    again = find_changes(found.settings, new, digest)  # what did not apply is named each time
+    again = changes(found.settings, new)  # what did not apply is named each time
     assert (again.added, again.changed, again.removed, again.applied) == ((), (), (), ())
     assert again.needs_restart == found.needs_restart
     assert found.settings.pools == new.pools
@@ -121,10 +125,16 @@ def test_changes(old: Settings, new: Settings, expected: dict[str, Any]) -> None
 def test_what_needs_a_restart_keeps_its_value_until_then() -> None:
     old = make(gateway={"port": 1111}, autoscaler={"tick_s": 2.0})
     new = make(gateway={"port": 2222, "drain_s": 3.0}, autoscaler={"tick_s": 4.0, "log_files": 8})
-    settings = find_changes(old, new, digest).settings
+    settings = changes(old, new).settings
     assert (settings.gateway.port, settings.gateway.drain_s) == (1111, 3.0)
     assert (settings.autoscaler.tick_s, settings.autoscaler.log_files) == (4.0, 3)
-    assert find_changes(settings, old, digest).needs_restart == ()  # back to what runs
+    assert changes(settings, old).needs_restart == ()  # back to what runs
+
+
+def test_another_engine_behind_the_same_settings_is_a_change() -> None:
+    same = make(pool("a"))
+    (change,) = find_changes(same, same, {"a": "version 1"}, {"a": "version 2"}).changed
+    assert change == PoolChange(name="a", fields=(), replaces=True)
 
 
 def test_the_docs_name_what_needs_a_restart() -> None:
