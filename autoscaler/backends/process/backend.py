@@ -413,6 +413,9 @@ class ProcessBackend:
         except (OSError, ValueError) as error:
             LOG.info("%s is not taken over: %s", record.replica_id, error)
             return None
+        if spec.id in self._children:  # a leftover of an even earlier run has the same id
+            LOG.info("%s is not taken over: another replica has its id", spec.id)
+            return None
         self._children[spec.id] = child
         probe = await self.probe(spec.id)
         if not probe.ready:

@@ -152,7 +152,7 @@ def guard_argv(*arguments: str) -> list[str]:
 
 
 def spawn_plainly(child: ReplicaProcess, env: Mapping[str, str], directory: Path) -> Process:
-    """Start the guard that starts the engine when it is told to; ``directory`` has its record.
+    """Start the guard, which starts the engine after its gate opens; ``directory`` has its record.
     Raises ``OSError``."""
     # Not through asyncio: a cancelled start could lose the process between its birth and us.
     cores = ",".join(map(str, child.placement.cpus)) or "-"
