@@ -18,6 +18,8 @@ from loaders.engines.vllm.forkserver.wire import ENGINE, IMPORTING, Marks
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 NOT_STARTED = 125
+GUARD_ENV = frozenset({"PATH", "LD_LIBRARY_PATH"})
+"""What a guard needs of its engine's environment: its Python may need the libraries."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +90,8 @@ def fork_orphan(start: EngineStart) -> tuple[int, int] | None:
         # A small process instead of one more copy of this one; its file descriptors close with it.
         argv = [str(engine) if part == ENGINE else part for part in start.guard]
         name, value = start.mark
-        os.execve(argv[0], argv, {"PATH": os.environ.get("PATH", os.defpath), name: value})
+        needed = {key: item for key, item in start.env.items() if key in GUARD_ENV}
+        os.execve(argv[0], argv, {**needed, name: value})
     except BaseException:  # noqa: BLE001 -- whatever it is, this process has no other use
         os._exit(1)
 
