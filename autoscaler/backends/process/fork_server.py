@@ -189,11 +189,7 @@ class Forks:
             except (ServerLost, OSError) as error:
                 self._reason = str(error) or type(error).__name__
             self._crashes += 1
-<<<<<<< HEAD
             self._settle(state, self._reason)  # before it is ended: no start may ask it any more
-=======
-            self._settle(state, self._reason)  # before it is ended, so that no start asks it
->>>>>>> 280c9ce (Plain words in the process backend)
             await to_the_end(self._take_down())
             if self._clock() - began_s >= STEADY_S:
                 pause_s = self._plan.backoff_s

@@ -137,11 +137,7 @@ class Owner:
     def take_leave(self) -> bool:
         """Mark the record as that of an engine that ends; false if there is an owner again.
 
-<<<<<<< HEAD
         While this holds the lock no other process can become the owner, so an engine is either
-=======
-        While this holds the lock no control process can become the owner, so an engine is either
->>>>>>> 280c9ce (Plain words in the process backend)
         adopted or ended by its guard, and never both.
         """
         held = self._try_lock()
