@@ -82,6 +82,7 @@ def assemble(
 ) -> Starlette:
     """An application of the operations that have a handler, with their index and their OpenAPI
     document, guarded against web pages."""
+    schema.build_types()
     served = [INDEX, OPENAPI]
     served += [one for one in OPERATIONS if one.name in handlers]
     summaries = {f"{one.method} {one.path}": one.summary for one in served}

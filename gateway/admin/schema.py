@@ -21,13 +21,15 @@ from router.types import ReplicaState
 class AdminRequest(BaseModel):
     """A request's body."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # Built when it is first used, and without descriptions (``openapi`` adds them): the console
+    # imports all of them for one answer.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class AdminAnswer(BaseModel):
     """An answer, or a part of one. Made from any object with the same attributes."""
 
-    model_config = ConfigDict(frozen=True, from_attributes=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, from_attributes=True, defer_build=True)
 
 
 # ── Errors ────────────────────────────────────────────────────────────────────────────────────────
@@ -336,6 +338,8 @@ class AgentStatus(AdminAnswer):
 class StatusAnswer(RootModel[Annotated[GatewayStatus | AgentStatus, Field(discriminator="kind")]]):
     """What runs here: a gateway or a cache agent."""
 
+    model_config = ConfigDict(defer_build=True)
+
 
 # ── Pools and replicas ────────────────────────────────────────────────────────────────────────────
 
@@ -597,3 +601,12 @@ class ResultLine(AdminAnswer, Generic[Result]):
     """The last line of what succeeded."""
 
     result: SerializeAsAny[Result]
+
+
+def build_types() -> None:
+    """Build every type now: a server's threads use them, and building is not safe in threads."""
+    kinds: list[type[BaseModel]] = [AdminRequest, AdminAnswer, StatusAnswer]
+    while kinds:
+        kind = kinds.pop()
+        kind.model_rebuild()
+        kinds += kind.__subclasses__()

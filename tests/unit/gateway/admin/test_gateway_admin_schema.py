@@ -103,6 +103,8 @@ def test_the_document_is_openapi_and_has_every_operation(served: httpx.Client) -
     }
     assert described == {(one.method, one.path) for one in OPERATIONS}
     assert answer["components"] == DOCUMENT["components"]
+    fields = answer["components"]["schemas"]["PreloadAnswer"]["properties"]
+    assert all("description" in fields[name] for name in ("prepared", "prepared_s"))
     index = served.get("/").json()["endpoints"]
     assert set(index) == {f"{one.method} {one.path}" for one in OPERATIONS}
 
