@@ -305,6 +305,8 @@ BOUNDS = {
     "panic": "kept: nothing is taken away in a panic",
     "idle_to_zero": "kept: not idle for idle_to_zero_s yet",
     "never_zero": "kept: not to zero while there are requests, or a start because of one",
+    "starting": "kept: no replica goes while another is on its way to ready",
+    "no_capacity": "no GPU is free beside outdated replicas: they are replaced one after the other",
     "unknown_demand": "kept: demand is unknown, which is not zero",
 }
 

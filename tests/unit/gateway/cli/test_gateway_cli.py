@@ -18,7 +18,7 @@ from admin_rig import NOW_S, ServedAdmin, ServedApp, gateway_status, past_decisi
 from datapath_rig import make_certificate
 
 from autoscaler.settings import PoolSettings, ProcessPoolSettings
-from autoscaler.types import TierReport
+from autoscaler.types import Bound, Signal, TierReport
 from gateway.admin import schema
 from gateway.cli import client, main, tables, verbs
 from gateway.cli.base import Effects
@@ -407,6 +407,20 @@ def test_up_with_one_model(
     assert pool.model == meant.format(here=Path.cwd())
     assert tidegate("up", "--model", model, "--engine", "simulated", effects=effects) == 0
     assert effects.started[1].settings.pools[0].engine == "simulated"
+
+
+def test_status_marks_what_a_reload_left_behind() -> None:
+    old = replica(state="ready", phase="", outdated=True)
+    report = gateway_status(pool(name="chat", replicas=(old,)), pool(name="old", removed=True))
+    text = tables.status(report, PIPE, NOW_S)
+    assert "old (removed)" in text
+    (line,) = [one for one in text.splitlines() if one.startswith("chat-1 ") and "ready" in one]
+    assert "to be replaced" in line
+
+
+def test_every_bound_and_signal_of_a_decision_has_words() -> None:
+    assert {*tables.BOUNDS} == {*Bound}
+    assert {*Signal} - {Signal.NONE} <= {*tables.SIGNALS}
 
 
 def test_reload_says_what_is_different(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
