@@ -44,12 +44,11 @@ OWNER = f"""
 import asyncio, json, sys
 sys.path[:0] = {FOLDERS!r}
 from pathlib import Path
-from process_fixtures import SETTINGS, record_of, tiny_backend, tiny_pool, wait_ready
+from process_fixtures import record_of, tiny_backend, tiny_pool, wait_ready
 from autoscaler.backends.base import ReplicaSpec
 
 async def main():
-    settings = SETTINGS.model_copy(update={{"keep_engines_s": float(sys.argv.pop(2))}})
-    backend = tiny_backend(Path(sys.argv[1]), settings=settings)
+    backend = tiny_backend(Path(sys.argv[1]))
     await backend.adopt(())
     for number, extra in enumerate(sys.argv[2:]):
         pool = tiny_pool(*extra.split())
@@ -84,7 +83,7 @@ def start_owner(
 ) -> tuple[subprocess.Popen[str], list[int]]:
     """Another process that owns a backend and its engines; returns it and the engines' pids."""
     owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(folder), str(keep_s), *replicas],
+        [sys.executable, "-c", OWNER, str(folder), *replicas],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -110,7 +109,7 @@ def test_living_engines_of_a_killed_tidegate_are_taken_over(tmp_path: Path) -> N
         assert len(family) == 4
         await kill_owner(owner)
         assert all(is_alive(pid) for pid in (*pids, *family))
-        backend = tiny_backend(tmp_path)
+        backend = tiny_backend(tmp_path, settings=brief(terminate_s=0.5))
         (adopted,) = await backend.adopt([spec("--family")])
         assert adopted.spec == spec("--family", replica_id="r-1")
         assert adopted.probe.pid == pids[1]
@@ -158,15 +157,19 @@ def test_engines_end_by_themselves_when_no_control_process_comes(
     """Those that ignore SIGTERM too, with all that they have started."""
 
     async def story() -> None:
+        settings = brief(keep_engines_s=keep_s, terminate_s=0.5)
+        backend = tiny_backend(tmp_path, settings=settings)
+        await backend.start(spec("--stubborn", "--family"))
+        pid = (await wait_ready(backend, "r-1")).pid
+        assert pid is not None
+        family = [pid, *children_of(pid)]
+        assert len(family) == 3
         began_s = time.monotonic()
-        owner, pids = start_owner(tmp_path, "", "--stubborn --family", keep_s=keep_s)
-        family = [*pids, *children_of(pids[1])]
-        assert len(family) == 4
-        await kill_owner(owner)
+        await backend.close(keep=True)
         await wait_gone(family)
         assert time.monotonic() - began_s >= keep_s
         for _ in range(400):
-            if not record_files(tmp_path):
+            if record_files(tmp_path) == []:
                 break
             await asyncio.sleep(0.05)
         assert record_files(tmp_path) == []
@@ -179,15 +182,20 @@ def record_files(folder: Path) -> list[str]:
 
 
 def test_an_engine_ends_when_its_guard_is_killed(tmp_path: Path) -> None:
-    """Whoever kills everything at once kills the guards too: the kernel tells the engines."""
+    """Whatever kills everything at once kills the guards too: the kernel tells the engines."""
 
     async def story() -> None:
-        owner, pids = start_owner(tmp_path, "")
-        stat = procs.read_stat(pids[0])
+        backend = tiny_backend(tmp_path)
+        await backend.start(spec())
+        pid = (await wait_ready(backend, "r-1")).pid
+        assert pid is not None
+        stat = procs.read_stat(pid)
         assert stat is not None
         os.kill(stat.parent, signal.SIGKILL)
-        await wait_gone(pids)
-        await kill_owner(owner)
+        await wait_gone([pid])
+        probe = await wait_for_probe(backend, "r-1", lambda one: one.alive is False)
+        assert "SIGKILL" in probe.detail
+        await backend.close()
 
     asyncio.run(story())
 
