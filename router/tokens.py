@@ -25,7 +25,7 @@ class TokenEstimator:
     less than one token, so that a ledger entry is never free.
     """
 
-    __slots__ = ("_rate", "bytes_per_token", "learned", "output_tokens")
+    __slots__ = ("_rate", "bytes_per_token", "output_tokens")
 
     def __init__(
         self, *, bytes_per_token: float, output_tokens: float, learning_rate: float
@@ -33,7 +33,6 @@ class TokenEstimator:
         self.bytes_per_token = bytes_per_token
         self.output_tokens = output_tokens
         self._rate = learning_rate
-        self.learned = 0
 
     def estimate(self, body_bytes: int, max_tokens: int | None) -> tuple[int, int]:
         """Estimated (prompt tokens, prompt plus output tokens) of a request body of that many
@@ -52,4 +51,3 @@ class TokenEstimator:
                 self.bytes_per_token += self._rate * (ratio - self.bytes_per_token)
         if output_tokens is not None and output_tokens >= 0:
             self.output_tokens += self._rate * (output_tokens - self.output_tokens)
-        self.learned += 1

@@ -148,18 +148,6 @@ class ClientConnection(Downstream):
             self._paused = False
             self.transport.resume_reading()
 
-    def cors_lines(self) -> bytes:
-        """CORS header lines for this request, each ending in CRLF; empty where none apply."""
-        origin = self.origin
-        return b"" if origin is None else self.context.cors_lines(origin)
-
-    def extra_lines(self) -> bytes:
-        """The gateway's own header lines for an answer passed on, each led by CRLF."""
-        lines = b"" if self.origin is None else b"\r\n" + self.cors_lines()[:-2]
-        if lines == b"\r\n":
-            lines = b""
-        return lines if self.keep_alive else lines + b"\r\nconnection: close"
-
     # Reading
 
     def _head(self, data: bytes) -> None:
@@ -282,7 +270,7 @@ class ClientConnection(Downstream):
                 head,
                 request_id=request_id,
                 close=not self.keep_alive,
-                extra=self.cors_lines(),
+                extra=self.context.cors_lines(self.origin),
             )
         )
         if len(rest) < head.content_length or head.chunked:

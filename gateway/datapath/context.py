@@ -107,9 +107,10 @@ class WorkerContext:
         self._ids += 1
         return b"req-%b%08x" % (self._id_prefix, self._ids)
 
-    def cors_lines(self, origin: bytes) -> bytes:
-        """The CORS lines for an allowed origin, else none (the browser then refuses)."""
-        if not (origin in self._cors or b"*" in self._cors):
+    def cors_lines(self, origin: bytes | None) -> bytes:
+        """The CORS lines for a request's ``Origin``, each ending in CRLF; none where it has none
+        or it is not allowed (the browser then refuses)."""
+        if origin is None or not (origin in self._cors or b"*" in self._cors):
             return b""
         return (
             b"access-control-allow-origin: " + origin + b"\r\nvary: origin\r\n"

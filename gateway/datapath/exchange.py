@@ -86,14 +86,6 @@ class Downstream(asyncio.Protocol, ABC):
         """End the connection with a reset: where an orderly end would say that a body is whole."""
 
     @abstractmethod
-    def cors_lines(self) -> bytes:
-        """CORS header lines for this request, each ending in CRLF; empty where none apply."""
-
-    @abstractmethod
-    def extra_lines(self) -> bytes:
-        """The gateway's own header lines for an answer passed on, each led by CRLF."""
-
-    @abstractmethod
     def exchange_ended(self, exchange: Exchange) -> None:
         """The exchange is over: go on with the next request, or close."""
 
@@ -357,13 +349,20 @@ class Exchange(PooledRequest):
             if client.keep_alive and client.origin is None:
                 end = b"\r\n\r\n"
             else:
-                end = client.extra_lines() + b"\r\n\r\n"
+                end = self._extra_lines() + b"\r\n\r\n"
             first = b"".join((head.kept, b"\r\nx-request-id: ", self.request_id, end, body))
             client.transport.write(first)
             self._sent_bytes = len(first)
             self.committed = True
         if body:
             self._count_block(body)
+
+    def _extra_lines(self) -> bytes:
+        """The gateway's own header lines for an answer passed on, each led by CRLF."""
+        client = self.client
+        cors = client.context.cors_lines(client.origin)
+        lines = b"\r\n" + cors[:-2] if cors else b""
+        return lines if client.keep_alive else lines + b"\r\nconnection: close"
 
     def _begin_otherwise(self, head: ResponseHead, body: bytes) -> None:
         """Our head is out already, or the client or the engine cannot frame a body."""
@@ -383,7 +382,7 @@ class Exchange(PooledRequest):
                 if head.chunked:
                     self._decoder = ChunkDecoder()
             client.transport.write(
-                b"%b\r\nx-request-id: %b%b\r\n\r\n" % (kept, self.request_id, client.extra_lines())
+                b"%b\r\nx-request-id: %b%b\r\n\r\n" % (kept, self.request_id, self._extra_lines())
             )
             self.committed = True
         if body:
@@ -620,7 +619,7 @@ class Exchange(PooledRequest):
                     error,
                     request_id=self.request_id,
                     close=not client.keep_alive,
-                    extra=client.cors_lines(),
+                    extra=client.context.cors_lines(client.origin),
                 )
             )
         self.drop_upstream()
@@ -677,7 +676,7 @@ class Exchange(PooledRequest):
             frame = b"%bx-request-id: %b%b\r\n\r\n%b" % (
                 sse.STREAM_HEAD,
                 self.request_id,
-                client.extra_lines(),
+                self._extra_lines(),
                 frame,
             )
         client.transport.write(frame)
