@@ -27,15 +27,13 @@ def has_room(endpoint: Endpoint, request: RoutingRequest, ledger: Ledger) -> boo
     An idle replica always has room, else a request larger than the budget would wait for ever.
     """
     slot = endpoint.slot
-    inflight = ledger.requests[slot] + ledger.other_requests[slot]
+    inflight = ledger.requests[slot]
     if inflight == 0:
         return True
     if inflight >= endpoint.window:
         return False
     budget = endpoint.max_inflight_tokens
-    return budget is None or (
-        ledger.tokens[slot] + ledger.other_tokens[slot] + request.tokens <= budget
-    )
+    return budget is None or ledger.tokens[slot] + request.tokens <= budget
 
 
 def find_candidates(

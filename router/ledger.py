@@ -22,17 +22,17 @@ class LedgerError(Exception):
 class Ledger:
     """Inflight requests and tokens by replica slot, as this worker knows them.
 
-    ``requests`` and ``tokens`` are this worker's own, always exact. ``others`` reads the sums of
-    the other workers' rows; between two ``refresh`` their part is as old as the last one.
-    ``shared`` says whether there are others at all.
+    ``requests`` and ``tokens`` are of all workers: this worker's part is exact, the others' as old
+    as the last ``refresh``, which reads their sums for the first slots, as many as are in use, from
+    ``others``. ``shared`` says whether there are other workers at all.
     """
 
     __slots__ = (
         "_others",
+        "_own_requests",
+        "_own_tokens",
         "_requests_row",
         "_tokens_row",
-        "other_requests",
-        "other_tokens",
         "requests",
         "shared",
         "tokens",
@@ -48,41 +48,43 @@ class Ledger:
         self._tokens_row = tokens_row
         self._others = others
         self.shared = others is not None
+        self._own_requests: list[int] = list(requests_row)
+        self._own_tokens: list[int] = list(tokens_row)
         self.requests: list[int] = list(requests_row)
         self.tokens: list[int] = list(tokens_row)
-        self.other_requests: list[int] = [0] * len(self.requests)
-        self.other_tokens: list[int] = [0] * len(self.tokens)
         self.refresh()
 
     def refresh(self) -> None:
-        """Re-read what the other workers have in flight."""
+        """Read again what the other workers have in flight."""
         if self._others is not None:
-            self.other_requests, self.other_tokens = self._others()
-
-    def inflight_requests(self, slot: int) -> int:
-        """Requests in flight on a replica, all workers together."""
-        total: int = self.requests[slot] + self.other_requests[slot]
-        return total
-
-    def inflight_tokens(self, slot: int) -> int:
-        """Estimated tokens in flight on a replica, all workers together."""
-        total: int = self.tokens[slot] + self.other_tokens[slot]
-        return total
+            requests, tokens = self._others()
+            count = len(requests)
+            self.requests[:count] = map(int.__add__, self._own_requests[:count], requests)
+            self.tokens[:count] = map(int.__add__, self._own_tokens[:count], tokens)
 
     def reserve(self, slot: int, tokens: int) -> None:
         """A request of ``tokens`` estimated tokens goes to the replica in ``slot``."""
-        self._requests_row[slot] = self.requests[slot] = self.requests[slot] + 1
-        self._tokens_row[slot] = self.tokens[slot] = self.tokens[slot] + tokens
+        self._add(slot, 1, tokens)
 
     def settle(self, slot: int, tokens: int) -> None:
         """That request is over, however it ended. ``tokens`` is what was reserved for it."""
-        self._requests_row[slot] = self.requests[slot] = self.requests[slot] - 1
-        self._tokens_row[slot] = self.tokens[slot] = self.tokens[slot] - tokens
+        self._add(slot, -1, -tokens)
+
+    def _add(self, slot: int, requests: int, tokens: int) -> None:
+        self.requests[slot] += requests
+        self.tokens[slot] += tokens
+        self._requests_row[slot] = self._own_requests[slot] = self._own_requests[slot] + requests
+        self._tokens_row[slot] = self._own_tokens[slot] = self._own_tokens[slot] + tokens
 
     def check_integrity(self) -> None:
         """Raise ``LedgerError`` where this worker's own counts cannot be true."""
-        for slot, (requests, tokens) in enumerate(zip(self.requests, self.tokens, strict=True)):
+        for slot, (requests, tokens) in enumerate(
+            zip(self._own_requests, self._own_tokens, strict=True)
+        ):
             if requests < 0 or tokens < 0 or (requests == 0 and tokens != 0):
                 raise LedgerError(f"slot {slot}: {requests} requests, {tokens} tokens in flight")
             if (self._requests_row[slot], self._tokens_row[slot]) != (requests, tokens):
                 raise LedgerError(f"slot {slot}: the shared rows differ from the worker's own")
+        own = (self._own_requests, self._own_tokens)
+        if not self.shared and (self.requests, self.tokens) != own:
+            raise LedgerError("the totals differ from the only worker's own")

@@ -29,7 +29,7 @@ def add_costs(
     An abstention counts as the mean of that scorer's other costs; a scorer that abstains on every
     candidate decides nothing.
     """
-    totals = [0.0] * len(candidates)
+    totals: list[float] = []
     for scorer in scorers:
         costs = scorer.score(request, candidates, ledger)
         known = 0
@@ -41,9 +41,12 @@ def add_costs(
         if known == 0:
             continue
         mean = total / known
+        if not totals:
+            totals = [mean if cost is None else cost for cost in costs]
+            continue
         for index, cost in enumerate(costs):
             totals[index] += mean if cost is None else cost
-    return totals
+    return totals or [0.0] * len(candidates)
 
 
 def pick(
@@ -78,6 +81,6 @@ def pick(
     first = int(random() * count)
     second = int(random() * (count - 1))
     one, two = best[first], best[second if second < first else second + 1]
-    if ledger.inflight_requests(two.slot) < ledger.inflight_requests(one.slot):
+    if ledger.requests[two.slot] < ledger.requests[one.slot]:
         return two
     return one

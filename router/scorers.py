@@ -38,12 +38,8 @@ class OutstandingTokens(Scorer):
         self, request: RoutingRequest, candidates: list[Endpoint], ledger: Ledger
     ) -> list[float | None]:
         """Never abstains: the ledger knows every slot."""
-        mine, others = ledger.tokens, ledger.other_tokens
-        costs: list[float | None] = []
-        for endpoint in candidates:
-            slot = endpoint.slot
-            costs.append(float(mine[slot] + others[slot]))
-        return costs
+        tokens = ledger.tokens
+        return [float(tokens[endpoint.slot]) for endpoint in candidates]
 
 
 class PrefillTokens(Scorer):

@@ -98,16 +98,15 @@ class Shared:
         return self._q[base : base + size], self._q[base + size : base + 2 * size]
 
     def other_rows(self, worker: int, slots: int) -> tuple[list[int], list[int]]:
-        """(requests, tokens) of all other workers summed, for the first ``slots`` slots; the
-        rest are zero."""
-        requests = [0] * self.max_replicas
-        tokens = [0] * self.max_replicas
+        """(requests, tokens) of all other workers summed, for the first ``slots`` slots."""
+        requests = [0] * slots
+        tokens = [0] * slots
         for other in range(self.workers):
             if other == worker:
                 continue
             theirs, their_tokens = self.replica_rows(other)
-            requests[:slots] = map(int.__add__, requests[:slots], theirs[:slots].tolist())
-            tokens[:slots] = map(int.__add__, tokens[:slots], their_tokens[:slots].tolist())
+            requests = list(map(int.__add__, requests, theirs[:slots].tolist()))
+            tokens = list(map(int.__add__, tokens, their_tokens[:slots].tolist()))
         return requests, tokens
 
     def worker_counters(self, worker: int) -> Any:

@@ -75,8 +75,8 @@ class Books(RuleBasedStateMachine):
             for slot in range(SLOTS):
                 mine = self.totals(slot, [worker])
                 others = self.seen[worker].get(slot, (0, 0))
-                assert ledger.inflight_requests(slot) == mine[0] + others[0]
-                assert ledger.inflight_tokens(slot) == mine[1] + others[1]
+                assert ledger.requests[slot] == mine[0] + others[0]
+                assert ledger.tokens[slot] == mine[1] + others[1]
 
     @invariant()
     def the_shared_rows_are_what_the_control_process_reads(self) -> None:

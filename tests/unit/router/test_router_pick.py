@@ -289,7 +289,7 @@ def test_the_pick_is_a_cheapest_candidate_and_the_same_for_the_same_chance(
     if not roomy:
         assert picked is None
         return
-    costs = {one.id: float(counts.inflight_tokens(one.slot)) for one in roomy}
+    costs = {one.id: float(counts.tokens[one.slot]) for one in roomy}
     known = [cost for one in roomy if (cost := second.costs[one.id]) is not None]
     if len(scorers) == 2 and known:
         mean = sum(known) / len(known)
