@@ -296,7 +296,7 @@ class Models:
             known = ", ".join(self.sites) or "none"
             raise ValueError(f"sites: {unknown[0]!r} is not in modelcache.sites (known: {known})")
         if not names:
-            raise ValueError("sites: modelcache.sites names none, so there is nowhere to go")
+            raise ValueError("sites: modelcache.sites is empty")
         outcomes = self.replicate(url, revision, names, on_progress, cancelled)
         return schema.ReplicateAnswer(
             verb="replicate",

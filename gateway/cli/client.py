@@ -56,7 +56,9 @@ def check_address(address: str) -> str:
     except ValueError:
         ok = False
     if not ok:
-        raise typer.BadParameter(f"{address!r} is no address: write it like http://127.0.0.1:8001")
+        raise typer.BadParameter(
+            f"{address!r} is not an address: write it like http://127.0.0.1:8001"
+        )
     return text.rstrip("/")
 
 
@@ -127,7 +129,7 @@ def _refusal(text: str | bytes, otherwise: str) -> Exception:
 
 
 def _no_answer(base: str) -> str:
-    return f"{base} is no Tidegate admin listener of this version: its answer has another shape"
+    return f"{base} is no Tidegate admin listener of this version: its answer has an unknown form"
 
 
 # ── tidegate model ────────────────────────────────────────────────────────────────────────────────

@@ -42,7 +42,7 @@ def config_check(config: Config = None, sets: Sets = None, as_json: AsJson = Fal
         complain(f"warning: {warning.as_warning()}")
     given = sum(origin != "default" for origin in loaded.origins.values())
     source = f"{loaded.path}" if loaded.path else "no file (there is no ./tidegate.toml)"
-    out(f"The settings are good: {source}, {given} of {len(loaded.origins)} values given.\n")
+    out(f"The settings are valid: {source}, {given} of {len(loaded.origins)} values given.\n")
     return 0
 
 

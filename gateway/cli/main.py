@@ -115,7 +115,7 @@ def _failed(error: Exception) -> int:
     at = traceback.extract_tb(error.__traceback__)
     where = f" at {os.path.basename(at[-1].filename)}:{at[-1].lineno}" if at else ""
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    complain(f"internal fault{where}: {text} ({DEBUG_VARIABLE}=1 shows the traceback)")
+    complain(f"internal error{where}: {text} ({DEBUG_VARIABLE}=1 shows the traceback)")
     return FAULT
 
 

@@ -36,8 +36,8 @@ Revision = Annotated[
         "--revision",
         "-r",
         metavar="NAME",
-        help="Branch, tag or commit; of what is here the beginning will do (6 characters). Else "
-        "the newest.",
+        help="Branch, tag or commit; for a revision that is here, its first characters (6 or "
+        "more). Default: the newest.",
     ),
 ]
 
@@ -100,7 +100,7 @@ def model_preload(
             "--expected-in-s",
             metavar="SECONDS",
             min=0,
-            help="When it will be wanted: what is wanted later is evicted sooner.",
+            help="Time until its expected use: a model used later is evicted sooner.",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -199,7 +199,7 @@ def model_evict(
     ] = False,
     prepared: Annotated[
         bool,
-        typer.Option("--prepared", help="Only what preparation steps have made of it, not itself."),
+        typer.Option("--prepared", help="Only the results of its preparation steps, not it."),
     ] = False,
     everything: Annotated[
         bool, typer.Option("--all", help="All its revisions, not the newest alone.")
@@ -233,9 +233,7 @@ def model_verify(
     context: typer.Context,
     model: ModelName,
     revision: Revision = None,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Fetch again what is not as it was.")
-    ] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Fetch damaged pieces again.")] = False,
     as_json: AsJson = False,
     admin: Admin = None,
     config: Config = None,

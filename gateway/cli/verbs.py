@@ -209,9 +209,9 @@ def agent(
 def status(
     context: typer.Context,
     as_json: AsJson = False,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again and again.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep updating it.")] = False,
     interval: Annotated[
-        float, typer.Option(help="Seconds between two looks.", min=0.2, max=3600)
+        float, typer.Option(help="Seconds between two updates.", min=0.2, max=3600)
     ] = 2.0,
     admin: Admin = None,
     config: Config = None,
@@ -374,7 +374,7 @@ def doctor(
     """
     loaded = load(config, sets)
     if sys.stderr.isatty() and not as_json:
-        complain("looking at this machine; what it asks of an engine takes up to a minute")
+        complain("checking this machine; the engine's checks take up to a minute")
     checks = context.obj.doctor(loaded.settings, measure)
     if as_json:
         out(as_text({"checks": [asdict(check) for check in checks]}))

@@ -112,7 +112,7 @@ def banner(peer_url: str, admin_url: str, directory: str) -> str:
         f"  peers  {peer_url}\n"
         f"  admin  {admin_url}  (metrics, models)\n"
         f"  cache  {directory}\n"
-        "Ctrl-C stops it; what it was fetching goes on from there next time.\n"
+        "Ctrl-C stops it; downloads resume at its next start.\n"
     )
 
 

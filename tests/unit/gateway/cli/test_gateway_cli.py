@@ -326,7 +326,7 @@ def test_another_server_there_is_one_line_and_2(capsys: pytest.CaptureFixture[st
 )
 def test_addresses(address: str, expected: str | None) -> None:
     if expected is None:
-        with pytest.raises(typer.BadParameter, match="is no address"):
+        with pytest.raises(typer.BadParameter, match="is not an address"):
             client.check_address(address)
     else:
         assert client.check_address(address) == expected
@@ -471,7 +471,7 @@ def test_up_passes_the_exit_code_and_warnings_on(capsys: pytest.CaptureFixture[s
     [
         (KeyboardInterrupt(), 130, ""),
         (ConfigError([]), 2, ""),
-        (RuntimeError("it\nbroke"), 70, "tidegate: internal fault at "),
+        (RuntimeError("it\nbroke"), 70, "tidegate: internal error at "),
         (OSError(28, "No space left on device"), 70, "No space left on device"),
     ],
 )
@@ -510,7 +510,7 @@ def test_a_state_dir_that_cannot_be_written_to_is_one_line(
 
 def test_config_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert tidegate("config", "check") == 0
-    assert "The settings are good" in capsys.readouterr().out
+    assert "The settings are valid" in capsys.readouterr().out
     Path("other.toml").write_text("[gateway]\nport = 1\nprot = 2\n", encoding="utf-8")
     assert tidegate("config", "check", "-c", "other.toml", "-s", "gateway.workers=-1") == 2
     out, err = capsys.readouterr()
@@ -639,7 +639,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], worst: str, code: int) -> No
         (["up", "--engine", "sglang"], "--engine"),
         (["up", "--port", "x"], "--port"),
         (["up", "--workers", "-1"], "--workers"),
-        (["status", "--admin", ":::"], "is no address"),
+        (["status", "--admin", ":::"], "is not an address"),
         (["explain", "p", "--limit", "0"], "--limit"),
     ],
 )
