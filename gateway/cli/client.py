@@ -6,6 +6,7 @@ all of them do and say the same.
 
 from __future__ import annotations
 
+import _thread
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -204,7 +205,7 @@ class LocalVerbs:
 
     def run(self, verb: str, asked: ModelRequest, on_progress: OnProgress) -> ModelAnswer:
         """Do it. Ctrl-C cancels it in good order first."""
-        left, ended = threading.Event(), threading.Event()
+        left, running = threading.Event(), threading.Lock()
         ends: list[ModelAnswer | BaseException] = []
 
         def work() -> None:
@@ -214,16 +215,19 @@ class LocalVerbs:
                 )
             except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
                 ends.append(error)
-            ended.set()
+            running.release()
 
-        thread = threading.Thread(target=work, name=f"model {verb}", daemon=True)
+        running.acquire()
         try:
-            thread.start()
-            # Not by `join`: interrupted, it takes the thread for ended (CPython 3.11).
-            ended.wait()
+            # Not `threading.Thread`, nor an `Event`: where the interrupt arrives while one of them
+            # waits, it may release a lock that is not held, or take the thread for ended (CPython
+            # 3.11). A bare lock has no such moment.
+            _thread.start_new_thread(work, ())
+            running.acquire()
         except KeyboardInterrupt:
             left.set()
-            ended.wait(CANCEL_TIMEOUT_S)
+            if not ends:
+                running.acquire(timeout=CANCEL_TIMEOUT_S)
             raise
         (end,) = ends
         if isinstance(end, ValueError):

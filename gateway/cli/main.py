@@ -54,7 +54,16 @@ def guard(run: Callable[[], int]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:  # noqa: BLE001 - the last resort: a line instead of a traceback
-        return _ended(error)
+        return INTERRUPTED if _is_interrupt(error) else _ended(error)
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether this was raised because Ctrl-C came in the middle of something: a ``finally`` that
+    fails then replaces the ``KeyboardInterrupt``."""
+    context = error.__context__
+    return context is not None and (
+        isinstance(context, KeyboardInterrupt) or _is_interrupt(context)
+    )
 
 
 def _ended(error: Exception) -> int:

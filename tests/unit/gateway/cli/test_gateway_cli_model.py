@@ -346,6 +346,19 @@ def test_ctrl_c_cancels_it_and_waits_for_that(here: Callable[..., int], cache: F
     assert cache.models == {}
 
 
+def test_an_interrupt_that_a_cleanup_turns_into_another_error_is_an_interrupt(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run() -> int:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            threading.Lock().release()
+
+    assert main.guard(run) == 130
+    assert capsys.readouterr().err == ""
+
+
 def test_a_cancelled_one_is_no_traceback(
     here: Callable[..., int], cache: FakeCache, capsys: pytest.CaptureFixture[str]
 ) -> None:
