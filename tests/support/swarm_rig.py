@@ -193,7 +193,10 @@ def make_node(
     return Node(layout, transfer, group, port)
 
 
-def make_alone(root: Path, clock: Callable[[], float] = time.monotonic, **settings: object) -> Node:
+def make_alone(
+    root: Path, clock: Callable[[], float] = time.monotonic,
+    timeouts: TransferTimeouts = PATIENT, **settings: object,
+) -> Node:  # fmt: skip
     """A node without peers."""
     chosen = ModelCacheSettings(**settings)  # type: ignore[arg-type]
-    return Node(Layout(root), Transfer(chosen, clock=clock))
+    return Node(Layout(root), Transfer(chosen, clock=clock, timeouts=timeouts))

@@ -312,7 +312,7 @@ def test_a_thread_that_hangs_is_left_behind_and_commits_nothing_later(tmp_path: 
         release.wait(60)
 
     source = MemorySource({"w": make_content(PIECE_BYTES)}, before=hang)
-    node = make_alone(tmp_path, clock=quick)
+    node = make_alone(tmp_path, timeouts=replace(PATIENT, join_s=0.05))
     (file, partial), *_ = node.open(source)
     with pytest.raises(Cancelled):
         node.transfer.run(source, [(file, partial)], cancelled=inside.is_set)
