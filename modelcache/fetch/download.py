@@ -111,25 +111,12 @@ class TransferState:
         """What has been read so far."""
         return self._totals
 
-    def count(
-        self,
-        *,
-        store_bytes: int = 0,
-        peer_bytes: int = 0,
-        wasted_bytes: int = 0,
-        retries: int = 0,
-        peer_failures: int = 0,
-    ) -> None:
-        """Add to the totals."""
+    def count(self, **more: int) -> None:
+        """Add to the totals, by the names of their fields."""
         with self._lock:
             total = self._totals
             self._totals = replace(
-                total,
-                store_bytes=total.store_bytes + store_bytes,
-                peer_bytes=total.peer_bytes + peer_bytes,
-                wasted_bytes=total.wasted_bytes + wasted_bytes,
-                retries=total.retries + retries,
-                peer_failures=total.peer_failures + peer_failures,
+                total, **{name: getattr(total, name) + value for name, value in more.items()}
             )
 
     def slots_of(self, url: str) -> Slots:

@@ -18,16 +18,33 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modelcache.prepare.size import CODES, read_index
-from modelcache.safetensors_index import TensorEntry, tensor_bytes
+from modelcache.safetensors_index import (
+    LENGTH_BYTES,
+    Index,
+    TensorEntry,
+    find_header_end,
+    parse_header,
+    tensor_bytes,
+)
 from modelcache.types import CacheError
 
 INDEX = "model.safetensors.index.json"
+CODES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""Types of a result as safetensors calls them."""
 TORCH_NAMES: Mapping[str, str] = {
     "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64",
 }  # fmt: skip
 ALIGN_BYTES = 8
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+def read_index(path: Path) -> Index:
+    """What a safetensors file holds, from its header alone. Raises ``CacheError``."""
+    with path.open("rb") as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        first = file.read(LENGTH_BYTES)
+        header_end = find_header_end(first, size_bytes)
+        return parse_header(first + file.read(header_end - len(first)), size_bytes)
 
 
 def cast(source: Path, target: Path, dtype: str) -> None:
@@ -54,8 +71,10 @@ def cast(source: Path, target: Path, dtype: str) -> None:
 
 def _cast_file(source: Path, target: Path, code: str) -> None:
     """Write the file anew; it gets its name when it is whole."""
-    entries = read_index(source).tensors
-    header, at = {}, 0
+    index = read_index(source)
+    entries = index.tensors
+    header: dict[str, Any] = {"__metadata__": dict(index.metadata)} if index.metadata else {}
+    at = 0
     for entry in entries:
         made = code if entry.dtype in TORCH_NAMES else entry.dtype
         size_bytes = tensor_bytes(made, entry.shape)

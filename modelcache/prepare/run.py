@@ -85,11 +85,6 @@ class Results:
         self._store = cache.store
         self._layout = cache.store.layout
 
-    def find(self, key: str) -> Path | None:
-        """The folder with this result; ``None`` if there is none."""
-        model = self._cache.find(result_url(key))
-        return None if model is None else model.path
-
     def hold(self, key: str, holder: str, *, final: bool) -> LeasedModel | None:
         """This result, leased; ``None`` if it is not here. ``final``: it is wanted for itself, not
         only as a step on the way."""
@@ -145,15 +140,6 @@ class Results:
         with self._store.lock():
             what = name_result(key, job.made)
             self._store.capacity.make_room(1, 1, what=what, making=key, grown_bytes=size_bytes)
-
-    @property
-    def reserve_bytes(self) -> int:
-        """What the cache leaves free of its disk."""
-        return self._store.capacity.reserve_bytes
-
-    def free_bytes(self) -> int:
-        """What the cache's disk has left."""
-        return self._store.capacity.free_bytes()
 
     def is_whole(self, key: str) -> bool:
         """Whether the step has done its work, and the cache has only to take it over."""
@@ -212,16 +198,6 @@ class Results:
         if not key or record is None:
             return 0.0
         return (record.use.reload_s_per_gb or 0.0) * record.size_bytes / 1e9
-
-    def discard(self, key: str) -> None:
-        """Remove what a step has left that could not go on with it. What it said stays."""
-        with self._store.lock():
-            remove_tree(self._layout.work(key))
-
-    def sweep(self) -> None:
-        """Remove what no step can go on with, and what was left long ago."""
-        with self._store.lock():
-            self._store.capacity.sweep()
 
 
 def find_refused(output: Path) -> str | None:
@@ -361,7 +337,8 @@ class Preparation:
     def find(self, digest: str, steps: Sequence[PreparationStep]) -> Path | None:
         """Where the model is after all steps, if that was made already."""
         keys = self.keys(digest, steps)
-        return self.results.find(keys[-1]) if keys else None
+        model = self.cache.find(result_url(keys[-1])) if keys else None
+        return None if model is None else model.path
 
     def _result(
         self,
@@ -382,7 +359,7 @@ class Preparation:
                 held = self.results.hold(key, asked.holder, final=final)
                 if held is None:
                     log = self.cache.store.layout.step_log(key)
-                    self.results.sweep()
+                    self.cache.sweep()
                     if not self.results.is_whole(key):
                         self._make(step, key, source, made, log, lock, asked)
                     held = self.results.publish(
@@ -428,8 +405,8 @@ class Preparation:
             log=log,
             output=output,
             timeout_s=step.timeout_s,
-            free_bytes=self.results.free_bytes,
-            reserve_bytes=self.results.reserve_bytes,
+            free_bytes=self.cache.store.capacity.free_bytes,
+            reserve_bytes=self.cache.store.capacity.reserve_bytes,
             hold=(lock,),
             on_size=lambda size_bytes: self.results.check_room(key, size_bytes),
         )
@@ -438,7 +415,9 @@ class Preparation:
             self._check_output(step, key, output, log)
         except BaseException:
             if not step.resumes:
-                self.results.discard(key)
+                # Nothing can go on with what it has left. What it said stays.
+                with self.cache.store.lock():
+                    remove_tree(self.cache.store.layout.work(key))
             raise
         self.results.note_whole(key, job, time.monotonic() - began_s)
 

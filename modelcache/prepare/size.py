@@ -13,21 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from modelcache.safetensors_index import (
-    LENGTH_BYTES,
-    Index,
-    find_header_end,
-    parse_header,
-    tensor_bytes,
-)
+from modelcache.prepare.child import CODES, read_index
+from modelcache.safetensors_index import tensor_bytes
 from modelcache.settings import PreparationStep
 from modelcache.types import CacheError
 
 GROWTH: Mapping[str, float] = {"gguf_to_safetensors": 5.0, "cast": 2.0}
 """What a result takes where its input's headers do not tell, as a multiple of that."""
 
-CODES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-"""Types of a result as safetensors calls them."""
 CAST = frozenset({"BF16", "F16", "F32", "F64"})
 """What a cast casts, as safetensors calls it."""
 
@@ -67,15 +60,6 @@ def size_of(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
     return sum(one.stat().st_size for one in path.rglob("*") if one.is_file())
-
-
-def read_index(path: Path) -> Index:
-    """What a safetensors file holds, from its header alone. Raises ``CacheError``."""
-    with path.open("rb") as file:
-        size_bytes = os.fstat(file.fileno()).st_size
-        first = file.read(LENGTH_BYTES)
-        header_end = find_header_end(first, size_bytes)
-        return parse_header(first + file.read(header_end - len(first)), size_bytes)
 
 
 def _after_cast(step: PreparationStep, source: Path) -> int:
