@@ -149,6 +149,7 @@ def up(
         workers=workers,
     )
     environ = dict(os.environ)
+    config = defaults.find_config(config)  # the file of the start: without it a reload fails
 
     def read() -> LoadedSettings:
         found = defaults.load_for_up(config, environ, sets or (), flags)

@@ -460,6 +460,22 @@ def test_what_up_reads_again_is_read_as_at_the_start(
     assert (again.settings.gateway.port, again.settings.autoscaler.tick_s) == (9, 3.0)
 
 
+def test_what_up_reads_again_is_the_file_of_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Removed(Recorded):
+        def up(self, loaded: LoadedSettings, read_again: Callable[[], LoadedSettings]) -> int:
+            file.unlink()
+            read_again()
+            return 0
+
+    file = tmp_path / "tidegate.toml"
+    file.write_text('[[pools]]\nname = "a"\nengine = "simulated"\nmodel = "a"\n')
+    assert tidegate("up", effects=Removed()) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
 def test_up_passes_the_exit_code_and_warnings_on(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("up", "--engine", "simulated", "--set", "gateway.admin_host=0.0.0.0")
     assert tidegate(*words, effects=Recorded(code=7)) == 7
