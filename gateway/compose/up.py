@@ -59,7 +59,7 @@ from router.types import Pool
 log = logging.getLogger("tidegate")
 
 _SPARE_REPLICA_SLOTS = 64
-_MIN_REPLICA_SLOTS = 512
+_MIN_REPLICA_SLOTS = 2_048
 _MAX_POOLS = 1_024
 """Pools at once, with those that were removed and still serve; 1,000 can be configured."""
 _FORCED_DRAIN_S = 0.0
@@ -202,8 +202,8 @@ class _Tidegate:
         slots = replica_slots(loaded.settings.pools)
         if slots > self.shared.max_replicas:
             text = (
-                f"have {slots} replicas at most, more than the {self.shared.max_replicas} that "
-                "this process has room for; a restart makes room"
+                f"may have {slots} replicas with those that drain, and this process has room for "
+                f"{self.shared.max_replicas}; a restart makes room"
             )
             problems.append(Problem("pools", text, "reload"))
         if len({*self.loop.pools(), *(pool.name for pool in loaded.settings.pools)}) > _MAX_POOLS:
