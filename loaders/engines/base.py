@@ -6,12 +6,13 @@ line, health, models, sleep, start phases, what it can do. No other package comp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 if TYPE_CHECKING:
     from loaders.engines.client import EngineClient
@@ -28,6 +29,10 @@ START_PHASES = ("importing", "loading", "compiling", "warming")
 """What an engine does before it is ready, in order."""
 
 DEFAULT_HEALTH_PATH = "/health"
+
+MAX_SIGN_CHARACTERS = 300
+"""Length of a log message that shows a phase; vLLM's dumps of its configuration, which have all the
+words in them, are longer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,52 +115,49 @@ class ServedModel:
 
 @runtime_checkable
 class Engine(Protocol):
-    """One kind of serving engine. Stateless; every call says which server it is about."""
+    """One kind of serving engine. Stateless; every call says which server it is about. What an
+    implementation leaves out is as for a server that Tidegate does not start.
+    """
 
-    @property
-    def name(self) -> str:
-        """Its name in settings."""
-        ...
-
-    @property
-    def notice(self) -> str:
-        """What a user has to know of its answers; empty where a model gives them."""
-        ...
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """What it can do."""
-        ...
-
-    @property
-    def load_metrics(self) -> LoadMetrics:
-        """Where its ``/metrics`` page tells its load."""
-        ...
+    name: ClassVar[str]
+    """Its name in settings."""
+    notice: ClassVar[str] = ""
+    """What a user has to know of its answers; empty where a model gives them."""
+    capabilities: ClassVar[Capabilities] = Capabilities()
+    load_metrics: ClassVar[LoadMetrics] = LoadMetrics()
+    phase_signs: ClassVar[Sequence[tuple[str, re.Pattern[str]]]] = ()
+    """What is found in log messages, by the start phase it shows to have begun."""
 
     def check(self, args: Sequence[str]) -> Iterator[str]:
         """What is wrong with a pool's ``engine_args``, each as words that follow the field."""
-        ...
+        if args:
+            yield f"is only for engines that Tidegate starts, not for {self.name}"
 
     def program(self, settings: LoaderSettings) -> Path | None:
         """The interpreter that has to exist before it can start; ``None``: it is Tidegate's own."""
-        ...
+        return None
 
     def fetches_model(
         self, args: Sequence[str], env: Mapping[str, str], settings: LoaderSettings
     ) -> bool:
         """Whether it has to fetch a model of a hub itself: it has none, or these arguments and
         variables of its pool say what is fetched, from where, or how."""
-        ...
+        return True
 
     def command(
         self, options: EngineOptions, placement: Placement, settings: LoaderSettings
     ) -> EngineCommand:
         """The command line of one replica. Raises ``ValueError`` where it cannot be started."""
-        ...
+        raise ValueError(f"Tidegate has no command line for engine {self.name!r}")
 
     def start_phase(self, messages: Iterable[str], known: str) -> str:
         """The one of ``START_PHASES`` that its log messages show, ``known`` or a later one."""
-        ...
+        for message in messages:
+            if len(message) <= MAX_SIGN_CHARACTERS:
+                for phase, sign in self.phase_signs:
+                    if sign.search(message):
+                        known = later_phase(known, phase)
+        return known
 
     async def health(
         self, client: EngineClient, url: str, headers: Mapping[str, str], path: str
@@ -179,7 +181,7 @@ class Engine(Protocol):
     async def is_sleeping(self, client: EngineClient, url: str) -> bool | None:
         """Whether a server sleeps; ``None`` where it does not say. Never raises for one that is
         gone."""
-        ...
+        return None
 
     async def wake(self, client: EngineClient, url: str, level: int, *, timeout_s: float) -> None:
         """Wake a server that sleeps at ``level``; returns when it can answer, with its own weights.

@@ -3,74 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import ClassVar
+from collections.abc import Mapping
 
 import httpx
 
-from loaders.engines.base import (
-    OPENAI_COMPATIBLE,
-    Capabilities,
-    EngineCommand,
-    EngineHealth,
-    EngineOptions,
-    LoadMetrics,
-    Placement,
-    ServedModel,
-    later_phase,
-)
+from loaders.engines.base import OPENAI_COMPATIBLE, Engine, EngineHealth, ServedModel
 from loaders.engines.client import NO_SUCH_CALL, EngineClient, EngineUnsupported, describe
-from loaders.settings import LoaderSettings
 
 MODELS_PATH = "/v1/models"
 
-MAX_SIGN_CHARACTERS = 300
-"""Length of a log message that shows a phase; vLLM's dumps of its configuration, which have all the
-words in them, are longer."""
 
-
-class OpenAICompatibleEngine:
+class OpenAICompatibleEngine(Engine):
     """What every engine behind Tidegate has: health and a list of models. It is not started here,
     and cannot be put to sleep."""
 
     name = OPENAI_COMPATIBLE
-    notice = ""
-    capabilities = Capabilities()
-    load_metrics = LoadMetrics()
-    phase_signs: ClassVar[Sequence[tuple[str, re.Pattern[str]]]] = ()
-    """What is found in log messages, by the start phase it shows to have begun."""
-
-    def check(self, args: Sequence[str]) -> Iterator[str]:
-        """See ``Engine``."""
-        if args:
-            yield f"is only for engines that Tidegate starts, not for {self.name}"
-
-    def program(self, settings: LoaderSettings) -> Path | None:
-        """See ``Engine``."""
-        return None
-
-    def fetches_model(
-        self, args: Sequence[str], env: Mapping[str, str], settings: LoaderSettings
-    ) -> bool:
-        """See ``Engine``."""
-        return True
-
-    def command(
-        self, options: EngineOptions, placement: Placement, settings: LoaderSettings
-    ) -> EngineCommand:
-        """See ``Engine``."""
-        raise ValueError(f"Tidegate has no command line for engine {self.name!r}")
-
-    def start_phase(self, messages: Iterable[str], known: str) -> str:
-        """See ``Engine``."""
-        for message in messages:
-            if len(message) <= MAX_SIGN_CHARACTERS:
-                for phase, sign in self.phase_signs:
-                    if sign.search(message):
-                        known = later_phase(known, phase)
-        return known
 
     async def health(
         self, client: EngineClient, url: str, headers: Mapping[str, str], path: str
@@ -94,10 +41,6 @@ class OpenAICompatibleEngine:
     async def sleep(self, client: EngineClient, url: str, level: int, *, timeout_s: float) -> None:
         """See ``Engine``."""
         raise EngineUnsupported(f"engine {self.name} cannot be put to sleep")
-
-    async def is_sleeping(self, client: EngineClient, url: str) -> bool | None:
-        """See ``Engine``. It does not say."""
-        return None
 
     async def wake(self, client: EngineClient, url: str, level: int, *, timeout_s: float) -> None:
         """See ``Engine``."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from loaders.engines.base import START_PHASES
 from loaders.engines.simulated.faults import KINDS, TRIGGERS, parse
@@ -86,30 +87,18 @@ while it runs:
 """
 
 _STARTUP_SHARES = (0.4, 0.2, 0.25, 0.15)
-# Flags that engines are commonly started with, and how many values each takes.
-_WITHOUT_EFFECT = {
-    "--enforce-eager": 0,
-    "--trust-remote-code": 0,
-    "--enable-sleep-mode": 0,
-    "--enable-auto-tool-choice": 0,
-    "--disable-log-requests": 0,
-    "--disable-log-stats": 0,
-    "--disable-uvicorn-access-log": 0,
-    "--no-enable-log-requests": 0,
-    "--dtype": 1,
-    "--gpu-memory-utilization": 1,
-    "--tensor-parallel-size": 1,
-    "--pipeline-parallel-size": 1,
-    "--data-parallel-size": 1,
-    "--load-format": 1,
-    "--quantization": 1,
-    "--kv-cache-dtype": 1,
-    "--tool-call-parser": 1,
-    "--reasoning-parser": 1,
-    "--download-dir": 1,
-    "--tokenizer": 1,
-    "--uvicorn-log-level": 1,
-}
+# Flags that engines are commonly started with: switches, and those with a value.
+_SWITCHES_IGNORED = (
+    *("--enforce-eager", "--trust-remote-code", "--enable-sleep-mode"),
+    *("--enable-auto-tool-choice", "--disable-log-requests", "--disable-log-stats"),
+    *("--disable-uvicorn-access-log", "--no-enable-log-requests"),
+)
+_VALUES_IGNORED = (
+    *("--dtype", "--gpu-memory-utilization", "--tensor-parallel-size", "--pipeline-parallel-size"),
+    *("--data-parallel-size", "--load-format", "--quantization", "--kv-cache-dtype"),
+    *("--tool-call-parser", "--reasoning-parser", "--download-dir", "--tokenizer"),
+    "--uvicorn-log-level",
+)
 
 
 def _faults_help() -> str:
@@ -120,7 +109,18 @@ def _faults_help() -> str:
     return "\n".join(lines)
 
 
+def _add_numbers(add: Callable[..., Any], defaults: object, *rows: tuple[str, str, str]) -> None:
+    """Flags with one number, each (flag, field of ``defaults``, help)."""
+    for flag, name, text in rows:
+        value = getattr(defaults, name)
+        shown = f"{value:g}" if isinstance(value, float) else value
+        metavar = "S" if name.endswith("_s") and "_per_" not in name else "N"
+        add(flag, dest=name, type=type(value), default=value, metavar=metavar,
+            help=f"{text} ({shown})")  # fmt: skip
+
+
 def _parser() -> argparse.ArgumentParser:
+    """Every flag is stored under the name of its field, except those that ``_settings`` reads."""
     parser = argparse.ArgumentParser(
         prog="python -m loaders.engines.simulated",
         description=_ABOUT,
@@ -128,103 +128,60 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _add_serving(parser)
-    _add_engine(parser)
-    _add_life(parser)
-    ignored = parser.add_argument_group(
-        "accepted for vLLM's sake, without effect", ", ".join(_WITHOUT_EFFECT)
-    )
-    for name, values in _WITHOUT_EFFECT.items():
-        if values:
-            ignored.add_argument(name, help=argparse.SUPPRESS)
-        else:
-            ignored.add_argument(name, action="store_true", help=argparse.SUPPRESS)
-    return parser
+    settings, model = EngineSettings(served_models=("NAME",), model_path="NAME"), EngineModel()
 
-
-def _add_serving(parser: argparse.ArgumentParser) -> None:
-    limits = HttpLimits()
     add = parser.add_argument_group("what is served, and where").add_argument
-    add("--model", required=True, metavar="NAME", help="any name or path: nothing is loaded")
-    add(
-        "--served-model-name",
-        nargs="+",
-        metavar="NAME",
-        help="what clients put in `model`, aliases after it (default: --model)",
-    )
-    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    add("--port", type=int, default=8000, help="port, 0 for any free one (%(default)s)")
-    add("--api-key", action="append", default=[], help="a key that /v1 asks for; repeatable")
-    add(
-        "--enable-request-id-headers",
-        action="store_true",
-        help="answer with x-request-id, as vLLM does with this flag only",
-    )
-    for name, value, text in (
-        ("--max-connections", limits.max_connections, "connections at once; more are closed"),
-        ("--max-head-bytes", limits.max_head_bytes, "request line and headers"),
-        ("--max-body-bytes", limits.max_body_bytes, "request body"),
-    ):
-        add(name, type=int, default=value, metavar="N", help=f"{text} (%(default)s)")
-    add(
-        "--keepalive-s",
-        type=float,
-        default=limits.keepalive_s,
-        metavar="S",
-        help="idle connections are closed after this, as by vLLM's server (%(default)s)",
+    add("--model", dest="model_path", required=True, metavar="NAME",
+        help="any name or path: nothing is loaded")  # fmt: skip
+    add("--served-model-name", dest="served_models", nargs="+", metavar="NAME",
+        help="what clients put in `model`, aliases after it (default: --model)")  # fmt: skip
+    add("--host", default=settings.host, help="address to listen on (%(default)s)")
+    add("--api-key", dest="api_keys", action="append", default=[], metavar="KEY",
+        help="a key that /v1 asks for; repeatable")  # fmt: skip
+    add("--enable-request-id-headers", dest="request_id_headers", action="store_true",
+        help="answer with x-request-id, as vLLM does with this flag only")  # fmt: skip
+    _add_numbers(add, settings, ("--port", "port", "port, 0 for any free one"))
+    _add_numbers(
+        add,
+        settings.limits,
+        ("--max-connections", "max_connections", "connections at once; more are closed"),
+        ("--max-head-bytes", "max_head_bytes", "request line and headers"),
+        ("--max-body-bytes", "max_body_bytes", "request body"),
+        ("--keepalive-s", "keepalive_s", "idle connections are closed after this, as by vLLM"),
     )
 
-
-def _add_engine(parser: argparse.ArgumentParser) -> None:
-    model = EngineModel()
     add = parser.add_argument_group("the engine; rates may be `inf`").add_argument
-    for name, rate, text in (
-        ("--prefill-tokens-per-s", model.prefill_tokens_per_s, "prompt tokens, over all sequences"),
-        ("--decode-tokens-per-s", model.decode_tokens_per_s, "of one sequence that is alone"),
-        ("--batch-slowdown", model.batch_slowdown, "a step's decoding is longer by this fraction "
-         "for each further sequence"),
-        ("--step-overhead-s", model.step_overhead_s, "what every step takes besides"),
-    ):  # fmt: skip
-        add(name, type=float, default=rate, metavar="X", help=f"{text} (%(default)g)")
-    for name, number, text in (
-        ("--max-num-seqs", model.max_num_seqs, "sequences in a step"),
-        ("--max-num-batched-tokens", model.max_num_batched_tokens, "tokens in a step"),
-        ("--max-num-queued-reqs", model.max_num_queued_reqs, "waiting and running; more get 503"),
-        ("--max-model-len", model.max_model_len_tokens, "prompt and answer, in tokens"),
-        ("--block-size", model.block_size_tokens, "tokens in a KV block"),
+    _add_numbers(
+        add,
+        model,
+        ("--prefill-tokens-per-s", "prefill_tokens_per_s", "prompt tokens, over all sequences"),
+        ("--decode-tokens-per-s", "decode_tokens_per_s", "of one sequence that is alone"),
+        ("--batch-slowdown", "batch_slowdown", "a step's decoding is longer by this fraction for "
+         "each further sequence"),
+        ("--step-overhead-s", "step_overhead_s", "what every step takes besides"),
+        ("--max-num-seqs", "max_num_seqs", "sequences in a step"),
+        ("--max-num-batched-tokens", "max_num_batched_tokens", "tokens in a step"),
+        ("--max-num-queued-reqs", "max_num_queued_reqs", "waiting and running; more get 503"),
+        ("--max-model-len", "max_model_len_tokens", "prompt and answer, in tokens"),
+        ("--block-size", "block_size_tokens", "tokens in a KV block"),
+    )  # fmt: skip
+    add("--kv-blocks", "--num-gpu-blocks-override", type=int, metavar="N",
+        help=f"KV blocks ({model.kv_blocks}, or what one longest sequence needs)")  # fmt: skip
+    for name, dest, text in (
+        ("--enable-prefix-caching", "prefix_caching", "keep the blocks of past prompts (on)"),
+        ("--enable-chunked-prefill", "chunked_prefill", "long prompts in several steps (on)"),
     ):
-        add(name, type=int, default=number, metavar="N", help=f"{text} (%(default)s)")
-    add(
-        "--kv-blocks",
-        "--num-gpu-blocks-override",
-        type=int,
-        metavar="N",
-        help=f"KV blocks ({model.kv_blocks}, or what one longest sequence needs)",
-    )
-    for name, text in (
-        ("--enable-prefix-caching", "keep the blocks of past prompts (on)"),
-        ("--enable-chunked-prefill", "long prompts in several steps (on)"),
-    ):
-        add(name, action=argparse.BooleanOptionalAction, default=True, help=text)
-    add(
-        "--output-tokens",
-        type=int,
-        default=128,
-        metavar="N",
-        help="where an answer ends by itself, on average (%(default)s)",
-    )
-    add(
-        "--output-spread",
-        type=float,
-        default=0.5,
-        metavar="X",
-        help="… give or take this fraction of it, by the prompt (%(default)s)",
-    )
-    add("--embedding-size", type=int, default=64, metavar="N", help="of vectors (%(default)s)")
-    add("--seed", type=int, default=0, help="of everything that looks random (%(default)s)")
+        add(name, dest=dest, action=argparse.BooleanOptionalAction, default=True, help=text)
+    _add_numbers(
+        add,
+        settings,
+        ("--output-tokens", "output_tokens", "where an answer ends by itself, on average"),
+        ("--output-spread", "output_spread_fraction", "… give or take this fraction of it, by the "
+         "prompt"),
+        ("--embedding-size", "embedding_size", "of vectors"),
+        ("--seed", "seed", "of everything that looks random"),
+    )  # fmt: skip
 
-
-def _add_life(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("its life, in seconds").add_argument
     shares = ", ".join(
         f"{p} {s:.0%}" for p, s in zip(START_PHASES, _STARTUP_SHARES, strict=True)
@@ -232,100 +189,61 @@ def _add_life(parser: argparse.ArgumentParser) -> None:
     add("--startup-s", type=float, default=0.0, metavar="S", help=f"whole start-up: {shares} (0)")
     for phase in START_PHASES:
         add(f"--{phase}-s", type=float, metavar="S", help="this phase, in place of its share")
-    add(
-        "--late-port",
-        action="store_true",
-        help="refuse connections until ready, as vLLM does, in place of answering 503",
-    )
-    for name, text, defaults in (
-        ("--sleep-s", "falling asleep at level 1 and 2", (0.5, 0.5)),
-        ("--wake-s", "waking up from level 1 and 2", (0.5, 2.0)),
+    add("--late-port", action="store_true",
+        help="refuse connections until ready, as vLLM does, in place of answering 503")  # fmt: skip
+    for name, dest, text in (
+        ("--sleep-s", "sleep_s", "falling asleep at level 1 and 2"),
+        ("--wake-s", "wake_s", "waking up from level 1 and 2"),
     ):
-        add(
-            name,
-            type=float,
-            nargs=2,
-            default=defaults,
-            metavar=("L1", "L2"),
-            help=f"{text} ({defaults[0]} {defaults[1]})",
-        )
-    add(
-        "--drain-s",
-        type=float,
-        default=30.0,
-        metavar="S",
-        help="after SIGTERM, requests under way have this long to finish (%(default)g)",
+        default = getattr(settings, dest)
+        add(name, type=float, nargs=2, default=default, metavar=("L1", "L2"),
+            help=f"{text} ({default[0]} {default[1]})")  # fmt: skip
+    about = "after SIGTERM, requests under way have this long to finish"
+    _add_numbers(add, settings, ("--drain-s", "drain_s", about))
+    add("--virtual-time", action="store_true", help="the engine's time runs as fast as it can: "
+        "nothing waits, metrics show virtual time")  # fmt: skip
+    add("--fault", "--faults", dest="faults", action="append", default=[], metavar="KIND[:…]",
+        help="something that goes wrong, see below; repeatable")  # fmt: skip
+
+    ignored = parser.add_argument_group(
+        "accepted for vLLM's sake, without effect",
+        ", ".join((*_SWITCHES_IGNORED, *_VALUES_IGNORED)),
     )
-    add(
-        "--virtual-time",
-        action="store_true",
-        help="the engine's time runs as fast as it can: nothing waits, metrics show virtual time",
-    )
-    add(
-        "--fault",
-        "--faults",
-        action="append",
-        default=[],
-        metavar="KIND[:…]",
-        help="something that goes wrong, see below; repeatable",
-    )
+    for name in _SWITCHES_IGNORED:
+        ignored.add_argument(name, action="store_true", help=argparse.SUPPRESS)
+    for name in _VALUES_IGNORED:
+        ignored.add_argument(name, help=argparse.SUPPRESS)
+    return parser
 
 
 def settings_from(argv: Sequence[str]) -> EngineSettings:
     """The settings that ``argv`` asks for; exits with 2 and a sentence where it is wrong."""
     parser = _parser()
-    given = parser.parse_args(argv)
+    given = vars(parser.parse_args(argv))
     try:
         return _settings(given)
     except ValueError as error:
         parser.error(str(error))
 
 
-def _settings(given: argparse.Namespace) -> EngineSettings:
-    blocks = given.kv_blocks
-    if blocks is None:
-        least = -(-given.max_model_len // max(1, given.block_size))
-        blocks = max(EngineModel().kv_blocks, least)
+def _settings(given: dict[str, Any]) -> EngineSettings:
+    if given["kv_blocks"] is None:
+        least = -(-given["max_model_len_tokens"] // max(1, given["block_size_tokens"]))
+        given["kv_blocks"] = max(EngineModel().kv_blocks, least)
     phases = []
     for phase, share in zip(START_PHASES, _STARTUP_SHARES, strict=True):
-        own = getattr(given, f"{phase}_s")
-        phases.append(given.startup_s * share if own is None else own)
+        own = given[f"{phase}_s"]
+        phases.append(given["startup_s"] * share if own is None else own)
+    given["startup_s"] = phases
+    given["served_models"] = given["served_models"] or [given["model_path"]]
     return EngineSettings(
-        served_models=tuple(given.served_model_name or [given.model]),
-        model_path=given.model,
-        host=given.host,
-        port=given.port,
-        model=EngineModel(
-            prefill_tokens_per_s=given.prefill_tokens_per_s,
-            decode_tokens_per_s=given.decode_tokens_per_s,
-            batch_slowdown=given.batch_slowdown,
-            step_overhead_s=given.step_overhead_s,
-            max_num_seqs=given.max_num_seqs,
-            max_num_batched_tokens=given.max_num_batched_tokens,
-            max_num_queued_reqs=given.max_num_queued_reqs,
-            max_model_len_tokens=given.max_model_len,
-            kv_blocks=blocks,
-            block_size_tokens=given.block_size,
-            prefix_caching=given.enable_prefix_caching,
-            chunked_prefill=given.enable_chunked_prefill,
-        ),
-        limits=HttpLimits(
-            max_head_bytes=given.max_head_bytes,
-            max_body_bytes=given.max_body_bytes,
-            max_connections=given.max_connections,
-            keepalive_s=given.keepalive_s,
-        ),
-        startup_s=(phases[0], phases[1], phases[2], phases[3]),
-        late_port=given.late_port,
-        sleep_s=tuple(given.sleep_s),
-        wake_s=tuple(given.wake_s),
-        output_tokens=given.output_tokens,
-        output_spread_fraction=given.output_spread,
-        embedding_size=given.embedding_size,
-        seed=given.seed,
-        virtual_time=given.virtual_time,
-        drain_s=given.drain_s,
-        api_keys=tuple(given.api_key),
-        request_id_headers=given.enable_request_id_headers,
-        faults=tuple(given.fault),
+        **_fields(EngineSettings, given),
+        model=EngineModel(**_fields(EngineModel, given)),
+        limits=HttpLimits(**_fields(HttpLimits, given)),
     )
+
+
+def _fields(kind: type, given: dict[str, Any]) -> dict[str, Any]:
+    """What was given for the fields of a dataclass; its sequences are tuples."""
+    names = [field.name for field in fields(kind) if field.name in given]
+    return {n: tuple(given[n]) if isinstance(given[n], list) else given[n] for n in names}
