@@ -22,11 +22,10 @@ from loaders.engines.simulated.api import (
 )
 from loaders.engines.simulated.api.answers import Speaker
 from loaders.engines.simulated.api.bodies import RequestError, bad
-from loaders.engines.simulated.api.context import Context, Prepare
 from loaders.engines.simulated.arguments import EngineSettings
 from loaders.engines.simulated.core import EngineCore
 from loaders.engines.simulated.faults import KINDS, TRIGGERS, Fault, FaultPlan
-from loaders.engines.simulated.generation import Generation
+from loaders.engines.simulated.generation import Context, Generation, Prepare
 from loaders.engines.simulated.http1 import HttpExchange
 from loaders.engines.simulated.metrics import Metrics
 from loaders.engines.simulated.scheduler import QueueFullError, Scheduler
@@ -35,18 +34,10 @@ logger = logging.getLogger("loaders.engines.simulated")
 _encode = msgspec.json.encode
 _decode = msgspec.json.Decoder().decode
 
-_TEXT: dict[str, Prepare] = {
-    "/v1/chat/completions": chat.prepare,
-    "/v1/completions": completions.prepare,
-    "/v1/responses": responses.prepare,
-    "/v1/messages": messages.prepare,
-    "/v1/embeddings": pooling.embeddings,
-    "/v1/rerank": pooling.rerank,
-    "/v2/rerank": pooling.rerank,
-    "/rerank": pooling.rerank,
-    "/v1/score": pooling.score,
-    "/score": pooling.score,
-}
+VERSION = "0.32.0+tidegate.simulated"
+"""What ``/version`` says: the vLLM whose API this follows, and that it is not it."""
+
+_SLEEP_MODES = ("abort", "wait", "keep")
 
 
 class Application:
@@ -112,7 +103,7 @@ class Application:
         return "close" if fault.kind == "accept_close" else "reset"
 
     def handle(self, exchange: HttpExchange) -> None:
-        """GeneratedText one request, now or when the engine is done with it."""
+        """Answer one request, now or when the engine is done with it."""
         try:
             self._route(exchange)
         except RequestError as error:
@@ -135,21 +126,12 @@ class Application:
             if given not in self._keys and exchange.method != "OPTIONS":
                 exchange.respond(401, b'{"error":"Unauthorized"}')
                 return
-        prepare = _TEXT.get(path)
-        if prepare is not None:
-            if exchange.method != "POST":
-                _refuse_method(exchange, ("POST",))
-                return
-            if not self.faults:
-                self._generate(exchange, prepare, None)
-            else:
-                self._generate_or_fail(exchange, prepare)
-            return
         methods, endpoint = ROUTES.get(path, ((), None))
         if endpoint is None:
             exchange.respond(404, b'{"detail":"Not Found"}')
         elif exchange.method not in methods:
-            _refuse_method(exchange, methods)
+            exchange.extra += b"allow: %s\r\n" % ", ".join(methods).encode()
+            exchange.respond(405, b'{"detail":"Method Not Allowed"}')
         else:
             endpoint(self, exchange)
 
@@ -193,11 +175,13 @@ class Application:
 
     # Faults
 
-    def _generate_or_fail(self, exchange: HttpExchange, prepare: Prepare) -> None:
-        now = self.wall_s()
-        fault = self.faults.hit("request", now)
-        self._apply_standing()  # holds for this request where those before were enough
-        self.faults.count()
+    def generate(self, exchange: HttpExchange, prepare: Prepare) -> None:
+        """Answer a request for a model's work, or fail as a fault says. Raises ``RequestError``."""
+        fault = None
+        if self.faults:
+            fault = self.faults.hit("request", self.wall_s())
+            self._apply_standing()  # holds for this request where those before were enough
+            self.faults.count()
         if fault is None or fault.kind == "cut":
             self._generate(exchange, prepare, fault)
         elif fault.kind == "error500":
@@ -276,19 +260,6 @@ class Application:
             logger.info("awake (simulated)")
 
 
-def _refuse_method(exchange: HttpExchange, methods: tuple[str, ...]) -> None:
-    exchange.extra += b"allow: %s\r\n" % ", ".join(methods).encode()
-    exchange.respond(405, b'{"detail":"Method Not Allowed"}')
-
-
-VERSION = "0.32.0+tidegate.simulated"
-"""What ``/version`` says: the vLLM whose API this follows, and that it is not it."""
-
-_SLEEP_MODES = ("abort", "wait", "keep")
-
-_json = msgspec.json.encode
-
-
 def health(app: Application, exchange: HttpExchange) -> None:
     """200 with nothing, or 503 where a fault says so."""
     if app.faults and app.faults.standing("unhealthy", app.wall_s()):
@@ -298,12 +269,12 @@ def health(app: Application, exchange: HttpExchange) -> None:
 
 def version(app: Application, exchange: HttpExchange) -> None:
     """The version, and that it is a simulation."""
-    exchange.respond(200, _json({"version": VERSION, "simulated": True}))
+    exchange.respond(200, _encode({"version": VERSION, "simulated": True}))
 
 
 def load(app: Application, exchange: HttpExchange) -> None:
     """How many requests are under way."""
-    exchange.respond(200, _json({"server_load": len(app.live)}))
+    exchange.respond(200, _encode({"server_load": len(app.live)}))
 
 
 def metrics(app: Application, exchange: HttpExchange) -> None:
@@ -331,7 +302,7 @@ def models(app: Application, exchange: HttpExchange) -> None:
         }
         for name in app.settings.served_models
     ]
-    exchange.respond(200, _json({"object": "list", "data": data}))
+    exchange.respond(200, _encode({"object": "list", "data": data}))
 
 
 def sleep(app: Application, exchange: HttpExchange) -> None:
@@ -343,17 +314,17 @@ def sleep(app: Application, exchange: HttpExchange) -> None:
     if mode not in _SLEEP_MODES:
         raise bad(f"mode must be one of {', '.join(_SLEEP_MODES)}, got {mode!r}.", "mode")
     answer = {"status": "sleeping", "level": int(level)}
-    app.run(exchange, app.fall_asleep(int(level), mode), _json(answer))
+    app.run(exchange, app.fall_asleep(int(level), mode), _encode(answer))
 
 
 def wake_up(app: Application, exchange: HttpExchange) -> None:
     """Wake up, whole: vLLM's ``tags`` are accepted and not told apart."""
-    app.run(exchange, app.wake(), _json({"status": "awake", "tags": None}))
+    app.run(exchange, app.wake(), _encode({"status": "awake", "tags": None}))
 
 
 def is_sleeping(app: Application, exchange: HttpExchange) -> None:
     """Whether it sleeps."""
-    exchange.respond(200, _json({"is_sleeping": app.sleep_level > 0}))
+    exchange.respond(200, _encode({"is_sleeping": app.sleep_level > 0}))
 
 
 def reset_prefix_cache(app: Application, exchange: HttpExchange) -> None:
@@ -373,19 +344,35 @@ def faults(app: Application, exchange: HttpExchange) -> None:
         except ValueError as error:
             raise bad(f"{error}.", "faults") from error
     answer = {"faults": app.faults.describe(), "kinds": KINDS, "triggers": TRIGGERS}
-    exchange.respond(200, _json(answer))
+    exchange.respond(200, _encode(answer))
+
+
+Endpoint = Callable[[Application, HttpExchange], None]
+
+
+def _generated(prepare: Prepare) -> tuple[tuple[str, ...], Endpoint]:
+    return ("POST",), lambda app, exchange: app.generate(exchange, prepare)
 
 
 def _from_body(
     answer: Callable[[dict[str, Any], Context], dict[str, Any]],
-) -> Callable[[Application, HttpExchange], None]:
-    def endpoint(app: Application, exchange: HttpExchange) -> None:
-        exchange.respond(200, _json(answer(app.body(exchange), app.context)))
+) -> tuple[tuple[str, ...], Endpoint]:
+    return ("POST",), lambda app, exchange: exchange.respond(
+        200, _encode(answer(app.body(exchange), app.context))
+    )
 
-    return endpoint
 
-
-ROUTES: Mapping[str, tuple[tuple[str, ...], Callable[[Application, HttpExchange], None]]] = {
+ROUTES: Mapping[str, tuple[tuple[str, ...], Endpoint]] = {
+    "/v1/chat/completions": _generated(chat.prepare),
+    "/v1/completions": _generated(completions.prepare),
+    "/v1/responses": _generated(responses.prepare),
+    "/v1/messages": _generated(messages.prepare),
+    "/v1/embeddings": _generated(pooling.embeddings),
+    **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank"), _generated(pooling.rerank)),
+    **dict.fromkeys(("/v1/score", "/score"), _generated(pooling.score)),
+    "/tokenize": _from_body(pooling.tokenize),
+    "/detokenize": _from_body(pooling.detokenize),
+    "/v1/messages/count_tokens": _from_body(messages.count_tokens),
     "/health": (("GET", "HEAD"), health),
     "/ping": (("GET", "POST"), health),
     "/version": (("GET",), version),
@@ -396,9 +383,6 @@ ROUTES: Mapping[str, tuple[tuple[str, ...], Callable[[Application, HttpExchange]
     "/wake_up": (("POST",), wake_up),
     "/is_sleeping": (("GET",), is_sleeping),
     "/reset_prefix_cache": (("POST",), reset_prefix_cache),
-    "/tokenize": (("POST",), _from_body(pooling.tokenize)),
-    "/detokenize": (("POST",), _from_body(pooling.detokenize)),
-    "/v1/messages/count_tokens": (("POST",), _from_body(messages.count_tokens)),
     "/simulated/faults": (("GET", "POST"), faults),
 }
 """Each path's methods and what answers it."""

@@ -1,25 +1,51 @@
-"""One request for text under way: its sequences in the engine, its answer on the wire."""
+"""One request for text: what is read of its body, its sequences in the engine, its answer on the
+wire."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
-from loaders.engines.simulated.api.answers import GeneratedText
+import msgspec
+
+from loaders.engines.simulated.api.answers import GeneratedText, Speaker
+from loaders.engines.simulated.api.bodies import RequestError
 from loaders.engines.simulated.core import EngineCore
 from loaders.engines.simulated.http1 import HttpExchange
 from loaders.engines.simulated.scheduler import Sequence, SequenceState
 from loaders.engines.simulated.tokens import block_hashes, padded, token_count
 
 _OVER = (SequenceState.FINISHED, SequenceState.ABORTED)
+_encode = msgspec.json.Encoder().encode
 
 
-class Format(Protocol):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """The engine as one request sees it."""
+
+    served_models: tuple[str, ...]
+    max_model_len_tokens: int
+    speaker: Speaker
+    embedding_size: int
+    request_id: str = ""
+    created_s: int = 0
+
+    def model(self, name: str | None) -> str:
+        """The model that a request names, or the one served. Raises the 404."""
+        if name and name not in self.served_models:
+            served = ", ".join(self.served_models)
+            message = f"The model `{name}` does not exist. Valid aliases: {served}."
+            raise RequestError(404, message, param="model")
+        return name or self.served_models[0]
+
+
+class Format:
     """How one API words an answer. Choices are numbered from 0, in the order of the answers."""
 
     def begin(self) -> list[bytes]:
         """The events sent as soon as the request is accepted."""
+        return []
 
     def token(self, choice: int, text: str, *, first: bool, last: bool) -> list[bytes]:
         """The events for one token of a choice, which shows ``text``.
@@ -27,12 +53,33 @@ class Format(Protocol):
         ``first`` before any other, ``last`` where the choice ends with it. An answer that the
         engine ended itself has a last one without text, which is no token.
         """
+        return []
 
     def end(self) -> list[bytes]:
         """The events that end the stream."""
+        return []
 
     def whole(self) -> bytes:
         """The answer in one piece, as JSON."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedRequest:
+    """A request that was read: prompts with their answers, and who words them."""
+
+    answers: list[tuple[bytes, GeneratedText]]
+    wording: Callable[[Generation], Format]
+    stream: bool = False
+
+
+Prepare = Callable[[dict[str, Any], Context], PreparedRequest]
+"""Reads the body of one API's request. Raises ``RequestError``."""
+
+
+def named_event(fields: dict[str, Any]) -> bytes:
+    """One event, named by its ``type``."""
+    return b"event: %s\ndata: %s\n\n" % (str(fields["type"]).encode(), _encode(fields))
 
 
 class Generation:
@@ -69,12 +116,7 @@ class Generation:
         self._ended = ended
         self._sent = [0] * len(answers)
         self._open = set(range(len(answers)))
-        self._format: Format | None = None
-
-    @property
-    def cached_tokens(self) -> int:
-        """Prompt tokens found in the prefix cache."""
-        return sum(sequence.cached_tokens for sequence in self.sequences)
+        self._format: Format  # from ``start`` on; nothing is produced before
 
     def start(self, wording: Format) -> None:
         """Submit the sequences and begin to answer. Raises as ``EngineCore.submit``."""
@@ -112,25 +154,20 @@ class Generation:
     def progressed(self) -> None:
         """Send what is new, where the reader keeps up; answer, where all is there."""
         self.dirty = False
-        if self._exchange.done or self._format is None:
+        if self._exchange.done:
             return
         if self._stream:
             if self._exchange.writable:
                 self._send_new()
         elif all(s.state in _OVER for s in self.sequences):
-            self._answer()
-
-    def _answer(self) -> None:
-        assert self._format is not None
-        if self._cut_after is not None:
-            self._exchange.cut(reset=self._cut_by_reset)
-        else:
-            self._exchange.respond(200, self._format.whole())
-        self._ended(self)
+            if self._cut_after is not None:
+                self._exchange.cut(reset=self._cut_by_reset)
+            else:
+                self._exchange.respond(200, self._format.whole())
+            self._ended(self)
 
     def _send_new(self) -> None:
         wording = self._format
-        assert wording is not None
         events: list[bytes] = []
         for choice in sorted(self._open):
             sequence, answer = self.sequences[choice], self.answers[choice]

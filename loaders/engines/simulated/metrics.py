@@ -122,80 +122,55 @@ class Metrics:
 
     def render(self, scheduler: Scheduler, *, model_name: str, sleep_level: int) -> bytes:
         """All of it as Prometheus text, format 0.0.4."""
-        labels = f'engine="0",model_name="{_escaped(model_name)}"'
+        model_label = f'model_name="{_escaped(model_name)}"'
+        labels = f'engine="0",{model_label}'
         out: list[str] = []
 
-        def simple(kind: str, name: str, help_text: str, value: float) -> None:
-            out.append(f"# HELP {name} {help_text}")
+        def family(kind: str, name: str, text: str, samples: Iterable[str]) -> None:
+            out.append(f"# HELP {name} {text}")
             out.append(f"# TYPE {name} {kind}")
-            out.append(f"{name}{{{labels}}} {float(value)}")
+            out.extend(samples)
 
-        def labelled(kind: str, name: str, help_text: str, rows: Mapping[str, float]) -> None:
-            out.append(f"# HELP {name} {help_text}")
-            out.append(f"# TYPE {name} {kind}")
-            out.extend(f"{name}{{{extra},{labels}}} {float(v)}" for extra, v in rows.items())
+        def rows(kind: str, name: str, text: str, values: Mapping[str, float]) -> None:
+            """A sample for each value, which is under its own labels."""
+            samples = (f"vllm:{name}{{{own}{labels}}} {float(v)}" for own, v in values.items())
+            family(kind, f"vllm:{name}", text, samples)
 
-        out.append("# HELP tidegate_simulated_engine These figures are simulated, not measured.")
-        out.append("# TYPE tidegate_simulated_engine gauge")
-        out.append(f"tidegate_simulated_engine{{{labels}}} 1.0")
-        for kind, name, help_text, value in self._simple(scheduler):
-            simple(kind, f"vllm:{name}", help_text, value)
-        labelled(
+        family(
             "gauge",
-            "vllm:num_requests_waiting_by_reason",
-            "Number of requests waiting, by reason.",
-            {'reason="capacity"': len(scheduler.waiting), 'reason="deferred"': 0},
+            "tidegate_simulated_engine",
+            "These figures are simulated, not measured.",
+            [f"tidegate_simulated_engine{{{labels}}} 1.0"],
         )
-        out.append("# HELP vllm:admission_rejections_total Requests refused, the queue being full.")
-        out.append("# TYPE vllm:admission_rejections_total counter")
-        labels_without_engine = f'reason="max_num_queued_reqs",model_name="{_escaped(model_name)}"'
-        out.append(f"vllm:admission_rejections_total{{{labels_without_engine}}} {self.refused}.0")
-        labelled(
-            "counter",
-            "vllm:request_success_total",
-            "Count of finished requests.",
-            {f'finished_reason="{reason}"': n for reason, n in self.finished.items()},
-        )
-        labelled(
-            "gauge",
-            "vllm:engine_sleep_state",
-            "Engine sleep state: 1 for the state that holds.",
-            {f'sleep_state="{s}"': sleep_level == n for n, s in enumerate(SLEEP_STATES)},
-        )
-        labelled("gauge", "vllm:cache_config_info", "Cache configuration.", _cache(scheduler))
-        for name, help_text, histogram in self._histograms():
-            out.append(f"# HELP vllm:{name} {help_text}")
-            out.append(f"# TYPE vllm:{name} histogram")
-            out.extend(histogram.lines(f"vllm:{name}", labels))
+        blocks, gauge, counter = scheduler.blocks, "gauge", "counter"
+        for kind, name, text, value in (
+            (gauge, "num_requests_running", "Sequences in the batch.", len(scheduler.running)),
+            (gauge, "num_requests_waiting", "Sequences waiting.", len(scheduler.waiting)),
+            (gauge, "kv_cache_usage_perc", "KV blocks in use, 0..1.", blocks.usage_fraction),
+            (counter, "prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.",
+             scheduler.prefix_queries_tokens),
+            (counter, "prefix_cache_hits_total", "Prompt tokens found in the prefix cache.",
+             scheduler.prefix_hits_tokens),
+            (counter, "num_preemptions_total", "Preemptions.", scheduler.preemptions),
+            (counter, "prompt_tokens_total", "Prompt tokens.", self.prompt_tokens),
+            (counter, "prompt_tokens_cached_total", "Prompt tokens that were cached.",
+             self.cached_prompt_tokens),
+            (counter, "generation_tokens_total", "Generated tokens.", self.generation_tokens),
+        ):  # fmt: skip
+            rows(kind, name, text, {"": value})
+        reasons = {'reason="capacity",': len(scheduler.waiting), 'reason="deferred",': 0}
+        rows(gauge, "num_requests_waiting_by_reason", "Requests waiting, by reason.", reasons)
+        refused = "vllm:admission_rejections_total"
+        full = f'{refused}{{reason="max_num_queued_reqs",{model_label}}} {self.refused}.0'
+        family(counter, refused, "Requests refused, the queue being full.", [full])
+        finished = {f'finished_reason="{reason}",': n for reason, n in self.finished.items()}
+        rows(counter, "request_success_total", "Count of finished requests.", finished)
+        states = {f'sleep_state="{s}",': sleep_level == n for n, s in enumerate(SLEEP_STATES)}
+        rows(gauge, "engine_sleep_state", "Engine sleep state: 1 for the state that holds.", states)
+        rows(gauge, "cache_config_info", "Cache configuration.", {_cache_labels(scheduler): 1})
+        for name, text, histogram in self._histograms():
+            family("histogram", f"vllm:{name}", text, histogram.lines(f"vllm:{name}", labels))
         return ("\n".join(out) + "\n").encode()
-
-    def _simple(self, scheduler: Scheduler) -> Iterable[tuple[str, str, str, float]]:
-        gauge, counter = "gauge", "counter"
-        blocks = scheduler.blocks
-        yield gauge, "num_requests_running", "Sequences in the batch.", len(scheduler.running)
-        yield gauge, "num_requests_waiting", "Sequences waiting.", len(scheduler.waiting)
-        yield gauge, "kv_cache_usage_perc", "KV blocks in use, 0..1.", blocks.usage_fraction
-        yield (
-            counter,
-            "prefix_cache_queries_total",
-            "Prompt tokens looked up in the prefix cache.",
-            scheduler.prefix_queries_tokens,
-        )
-        yield (
-            counter,
-            "prefix_cache_hits_total",
-            "Prompt tokens found in the prefix cache.",
-            scheduler.prefix_hits_tokens,
-        )
-        yield counter, "num_preemptions_total", "Preemptions.", scheduler.preemptions
-        yield counter, "prompt_tokens_total", "Prompt tokens.", self.prompt_tokens
-        yield (
-            counter,
-            "prompt_tokens_cached_total",
-            "Prompt tokens that were cached.",
-            self.cached_prompt_tokens,
-        )
-        yield counter, "generation_tokens_total", "Generated tokens.", self.generation_tokens
 
     def _histograms(self) -> Iterable[tuple[str, str, Histogram]]:
         yield "time_to_first_token_seconds", "Arrival to first token.", self.ttft_s
@@ -211,7 +186,7 @@ class Metrics:
         yield "iteration_tokens_total", "Tokens per engine step.", self.iteration_tokens
 
 
-def _cache(scheduler: Scheduler) -> dict[str, float]:
+def _cache_labels(scheduler: Scheduler) -> str:
     model = scheduler.model
     fields = {
         "block_size": model.block_size_tokens,
@@ -220,7 +195,7 @@ def _cache(scheduler: Scheduler) -> dict[str, float]:
         "num_gpu_blocks": model.kv_blocks,
         "simulated": True,
     }
-    return {",".join(f'{key}="{value}"' for key, value in fields.items()): 1}
+    return "".join(f'{key}="{value}",' for key, value in fields.items())
 
 
 def _escaped(value: str) -> str:

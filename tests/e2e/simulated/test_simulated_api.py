@@ -247,7 +247,7 @@ def test_rerank_and_score_prefer_words_in_common(fast: Any) -> None:
             "cannot be greater",
         ),
         ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 0}, 400, "max_tokens"),
-        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": "x"}, 400, "an integer"),
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": "x"}, 400, "max_tokens"),
         ("/v1/chat/completions", {"messages": MESSAGES, "n": 1000}, 400, "answers"),
         ("/v1/chat/completions", {"messages": MESSAGES, "stop": 5}, 400, "stop"),
         ("/v1/chat/completions", {"messages": MESSAGES, "temperature": -1}, 400, "temperature"),

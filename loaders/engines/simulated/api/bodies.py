@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
 
 from loaders.engines.simulated.api.answers import Sampling
 from loaders.engines.simulated.tokens import token_count
@@ -17,6 +20,9 @@ _TYPES = {
     503: "ServiceUnavailableError",
 }
 
+MAX_CHOICES = 128
+"""Answers to one request, over all its prompts."""
+
 
 class RequestError(Exception):
     """A request that is answered with an error; ``param`` is the field at fault, if any."""
@@ -26,11 +32,7 @@ class RequestError(Exception):
         self.status = status
         self.message = message
         self.param = param
-
-    @property
-    def type(self) -> str:
-        """vLLM's name for this kind of error."""
-        return _TYPES.get(self.status, "BadRequestError")
+        self.type = _TYPES.get(status, "BadRequestError")
 
     def openai(self) -> dict[str, Any]:
         """The body on OpenAI's paths."""
@@ -53,67 +55,91 @@ def bad(message: str, param: str | None = None) -> RequestError:
     return RequestError(400, message, param=param)
 
 
-def unknown_model(name: object, served: Sequence[str]) -> RequestError:
-    """The 404 for a model that is not among those served."""
-    message = f"The model `{name}` does not exist. Valid aliases: {', '.join(served)}."
-    return RequestError(404, message, param="model")
+Body = TypeVar("Body", bound=msgspec.Struct)
+Positive = Annotated[int, Meta(ge=1)]
+StopStrings = Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(max_length=16)]
+Content = str | list[Any] | None
+"""The content of a message: a text, or a list of parts (see ``text_of``)."""
 
 
-MAX_CHOICES = 128
-"""Answers to one request, over all its prompts."""
-_MAX_STOPS = 16
+def read_body(body: Mapping[str, Any], kind: type[Body]) -> Body:
+    """``body`` as a request of this kind; fields that it does not know are left out. Raises the 400
+    that names the field at fault."""
+    try:
+        return msgspec.convert(body, kind)
+    except msgspec.ValidationError as error:
+        problem, _, path = str(error).partition(" - at `$")
+        place = path.strip(".`")
+        param = place.partition(".")[0].partition("[")[0]
+        raise bad(f"{place or 'The request'}: {problem}.", param or None) from error
 
 
-def integer(body: Mapping[str, Any], name: str, *, least: int = 0) -> int | None:
-    """The whole number under ``name``, or ``None`` where it is absent or null."""
-    value = body.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise bad(f"{name} must be an integer, got {value!r}.", name)
-    if value < least:
-        raise bad(f"{name} must be at least {least}, got {value}.", name)
-    return value
+class StreamOptions(msgspec.Struct):
+    """What a stream has beside the text."""
+
+    include_usage: bool | None = None
 
 
-def flag(body: Mapping[str, Any], name: str) -> bool:
-    """The truth under ``name``; absent is false."""
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise bad(f"{name} must be true or false, got {value!r}.", name)
-    return bool(value)
+class TextRequest(msgspec.Struct, kw_only=True):
+    """What requests for text have in common."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Positive | None = None
+    min_tokens: Annotated[int, Meta(ge=0)] | None = None
+    n: Positive | None = None
+    temperature: Annotated[float, Meta(ge=0)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    stop: Annotated[str, Meta(min_length=1)] | StopStrings | None = None
+    seed: int | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+
+    def include_usage(self) -> bool:
+        """Whether a stream is to end with its usage. Raises where there is no stream."""
+        if self.stream_options is not None and not self.stream:
+            raise bad("Stream options can only be defined when `stream=True`.", "stream_options")
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def sampling(
+        self, prompt: bytes, context_tokens: int, default_max_tokens: int | None = None
+    ) -> Sampling:
+        """How the answer to ``prompt`` is limited. Raises where both do not fit the context."""
+        max_tokens = default_max_tokens if self.max_tokens is None else self.max_tokens
+        if self.max_tokens is not None and self.max_tokens > context_tokens:
+            raise bad(
+                f"max_tokens={self.max_tokens} cannot be greater than "
+                f"max_model_len={context_tokens}. Please request fewer output tokens.",
+                "max_tokens",
+            )
+        prompt_tokens = token_count(prompt)
+        room = context_tokens - prompt_tokens
+        if room < 1:
+            raise too_long(context_tokens, prompt_tokens, max_tokens or room)
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return Sampling(
+            # vLLM too gives as much as there is room for.
+            max_tokens=room if max_tokens is None else min(max_tokens, room),
+            min_tokens=self.min_tokens or 0,
+            ignore_eos=bool(self.ignore_eos),
+            stop=tuple(stop),
+            include_stop=bool(self.include_stop_str_in_output),
+            seed=self.seed or 0,
+        )
+
+    def choices(self, prompts: int = 1) -> int:
+        """How many answers each of ``prompts`` prompts gets."""
+        n = self.n or 1
+        if n * prompts > MAX_CHOICES:
+            raise bad(f"At most {MAX_CHOICES} answers to a request, not {n * prompts}.", "n")
+        return n
 
 
-def include_usage(body: Mapping[str, Any]) -> bool:
-    """Whether a stream is to end with its usage."""
-    options = body.get("stream_options")
-    if options is None:
-        return False
-    if not flag(body, "stream"):
-        raise bad("Stream options can only be defined when `stream=True`.", "stream_options")
-    if not isinstance(options, Mapping):
-        raise bad("stream_options must be an object.", "stream_options")
-    return flag(options, "include_usage")
-
-
-def strings(value: Any, name: str) -> tuple[str, ...]:
-    """One string or a list of them."""
-    if value is None:
-        return ()
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
-        raise bad(f"{name} must be a string or a list of strings.", name)
-    return tuple(values)
-
-
-def text_of(content: Any, name: str) -> str:
+def text_of(content: Content, name: str) -> str:
     """The text of a message: a string, or the text parts of a list. Raises on anything else."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise bad(f"{name} must be a string or a list of parts.", name)
+    if content is None or isinstance(content, str):
+        return content or ""
     texts = []
     for part in content:
         text = part if isinstance(part, str) else _part_text(part)
@@ -135,55 +161,6 @@ def _part_text(part: Any) -> str | None:
     return None
 
 
-def sampling(
-    body: Mapping[str, Any],
-    prompt: bytes,
-    *,
-    max_model_len_tokens: int,
-    max_names: tuple[str, ...] = ("max_tokens",),
-    default_max_tokens: int | None = None,
-) -> Sampling:
-    """How the answer to ``prompt`` is limited. Raises where both do not fit the context."""
-    asked: int | None = None
-    for name in max_names:
-        value = integer(body, name)
-        if value == 0:
-            raise bad(f"{name} must be at least 1, got 0.", name)
-        asked = value if asked is None else asked
-        if value is not None and value > max_model_len_tokens:
-            raise bad(
-                f"{name}={value} cannot be greater than max_model_len={max_model_len_tokens}. "
-                "Please request fewer output tokens.",
-                name,
-            )
-    prompt_tokens = token_count(prompt)
-    room = max_model_len_tokens - prompt_tokens
-    if asked is None:
-        asked = room if default_max_tokens is None else default_max_tokens
-    if room < 1:
-        raise too_long(max_model_len_tokens, prompt_tokens, asked)
-    asked = min(asked, room)  # vLLM too gives as much as there is room for
-    for name, low, high in (("temperature", 0.0, None), ("top_p", 0.0, 1.0)):
-        number = body.get(name)
-        if number is None:
-            continue
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise bad(f"{name} must be a number, got {number!r}.", name)
-        if number < low or (high is not None and number > high):
-            raise bad(f"{name} is out of range, got {number}.", name)
-    stop = strings(body.get("stop", body.get("stop_sequences")), "stop")
-    if len(stop) > _MAX_STOPS or "" in stop:
-        raise bad(f"stop must be at most {_MAX_STOPS} strings, none of them empty.", "stop")
-    return Sampling(
-        max_tokens=asked,
-        min_tokens=integer(body, "min_tokens") or 0,
-        ignore_eos=flag(body, "ignore_eos"),
-        stop=stop,
-        include_stop=flag(body, "include_stop_str_in_output"),
-        seed=integer(body, "seed", least=-(2**63)) or 0,
-    )
-
-
 def too_long(max_model_len_tokens: int, prompt_tokens: int, output_tokens: int) -> RequestError:
     """The 400 for a request that does not fit the context."""
     if prompt_tokens > max_model_len_tokens:
@@ -201,11 +178,3 @@ def too_long(max_model_len_tokens: int, prompt_tokens: int, output_tokens: int) 
         "tokens.",
         "input_tokens",
     )
-
-
-def choices(body: Mapping[str, Any], prompts: int) -> int:
-    """How many answers each prompt gets."""
-    n = integer(body, "n", least=1) or 1
-    if n * prompts > MAX_CHOICES:
-        raise bad(f"At most {MAX_CHOICES} answers to a request, not {n * prompts}.", "n")
-    return n

@@ -2,147 +2,205 @@
 
 from __future__ import annotations
 
-import json
 import zlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from loaders.engines.simulated.api.answers import GeneratedText, instance_of, structured
 from loaders.engines.simulated.api.bodies import (
+    Content,
+    Positive,
+    TextRequest,
     bad,
-    choices,
-    flag,
-    include_usage,
-    sampling,
+    read_body,
     text_of,
 )
-from loaders.engines.simulated.api.context import (
-    SYSTEM_FINGERPRINT,
-    Context,
-    PreparedRequest,
-    usage,
-)
-from loaders.engines.simulated.generation import Generation
+from loaders.engines.simulated.generation import Context, Format, Generation, PreparedRequest
 from loaders.engines.simulated.tokens import render_chat
 
 _encode = msgspec.json.Encoder().encode
 
 
-def prompt_of(body: Mapping[str, Any]) -> bytes:
-    """The conversation of ``body``, with its tools, as one prompt."""
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise bad("messages must be a list with at least one message.", "messages")
+class ChatMessage(msgspec.Struct):
+    """One turn of a conversation."""
+
+    role: str
+    content: Content = None
+    tool_calls: list[Any] | None = None
+
+
+Messages = Annotated[list[ChatMessage], Meta(min_length=1)]
+
+
+class Function(msgspec.Struct):
+    """A function that an answer may call; by its name alone, the one that it has to call."""
+
+    name: str
+    description: Any = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(msgspec.Struct):
+    """A function as the chat API has it."""
+
+    function: Function
+
+
+class AnswerFormat(msgspec.Struct):
+    """What an answer has to be. Its schema lies in ``json_schema``, in the responses API beside."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, Any] | None = None
+    schema: dict[str, Any] | None = None
+
+    def wanted(self) -> Any:
+        """The schema that an answer has to fit; ``None`` for a text."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return {"const": {"simulated": True}}
+        if self.schema is None and self.json_schema is None:
+            raise bad("A response format of type json_schema needs one.", "response_format")
+        return self.schema or (self.json_schema or {}).get("schema") or {}
+
+
+class ChatRequest(TextRequest, kw_only=True):
+    """The body of a chat request."""
+
+    messages: Messages
+    max_completion_tokens: Positive | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
+    response_format: AnswerFormat | None = None
+
+    def __post_init__(self) -> None:
+        self.max_tokens = self.max_completion_tokens or self.max_tokens
+
+
+def render(messages: Sequence[ChatMessage], tools: object = None) -> bytes:
+    """A conversation, with its tools, as one prompt."""
     turns = []
     for index, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, Mapping) else None
-        if not isinstance(role, str):
-            raise bad(f"messages[{index}] must be an object with a role.", "messages")
-        text = text_of(message.get("content"), f"messages[{index}].content")
-        calls = message.get("tool_calls") or []
-        if not isinstance(calls, list):
-            raise bad(f"messages[{index}].tool_calls must be a list.", "messages")
-        for call in calls:
-            called = call.get("function") if isinstance(call, Mapping) else None
-            if isinstance(called, Mapping):
-                text += str(called.get("arguments", ""))
-        turns.append((role, text))
-    tools = body.get("tools")
-    return render_chat(turns, tools=json.dumps(tools).encode() if tools else b"")
+        text = text_of(message.content, f"messages[{index}].content")
+        if message.tool_calls:
+            text += _encode(message.tool_calls).decode()
+        turns.append((message.role, text))
+    return render_chat(turns, tools=_encode(tools) if tools else b"")
+
+
+def make_answers(
+    request: TextRequest,
+    prompt: bytes,
+    context: Context,
+    *,
+    functions: Mapping[str, Any],
+    must_call: bool,
+    function: str | None,
+    answer_format: AnswerFormat | None = None,
+) -> list[tuple[bytes, GeneratedText]]:
+    """The answers to a conversation: ``functions`` are the schemas of what it offers; where one
+    must be called it is ``function``, or any."""
+    limits = request.sampling(prompt, context.max_model_len_tokens)
+    fixed: GeneratedText | None = None
+    if must_call:
+        if not functions:
+            raise bad("When using `tool_choice`, `tools` must be set.", "tool_choice")
+        name = next(iter(functions)) if function is None else function
+        if name not in functions:
+            raise bad(f"tool_choice names {name!r}, which is not among the tools.", "tool_choice")
+        fixed = structured(instance_of(functions[name]) or {}, limits, tool=name)
+    elif answer_format is not None and (schema := answer_format.wanted()) is not None:
+        fixed = structured(instance_of(schema), limits)
+    return [
+        (prompt, fixed or context.speaker.answer(prompt, limits, choice=n))
+        for n in range(request.choices())
+    ]
 
 
 def prepare(body: dict[str, Any], context: Context) -> PreparedRequest:
     """Read a chat request. Raises ``RequestError``."""
-    model = context.model(body)
-    prompt = prompt_of(body)
-    limits = sampling(
-        body,
-        prompt,
-        max_model_len_tokens=context.max_model_len_tokens,
-        max_names=("max_completion_tokens", "max_tokens"),
+    request = read_body(body, ChatRequest)
+    model = context.model(request.model)
+    choice = request.tool_choice
+    answers = make_answers(
+        request,
+        render(request.messages, request.tools),
+        context,
+        functions={tool.function.name: tool.function.parameters for tool in request.tools or ()},
+        must_call=choice == "required" or isinstance(choice, Tool),
+        function=choice.function.name if isinstance(choice, Tool) else None,
+        answer_format=request.response_format,
     )
-    tool = _tool_to_call(body)
-    fixed: GeneratedText | None = None
-    if tool is not None:
-        name, schema = tool
-        fixed = structured(instance_of(schema) or {}, limits, tool=name)
-    elif (schema := _answer_schema(body)) is not None:
-        fixed = structured(instance_of(schema), limits)
-    count = choices(body, 1)
-    answers = [
-        (prompt, fixed or context.speaker.answer(prompt, limits, choice=n)) for n in range(count)
-    ]
-    with_usage = include_usage(body)
+    with_usage = request.include_usage()
     return PreparedRequest(
         answers=answers,
         wording=lambda generation: Chat(generation, context, model, with_usage=with_usage),
-        stream=flag(body, "stream"),
+        stream=bool(request.stream),
     )
 
 
-def _tool_to_call(body: Mapping[str, Any]) -> tuple[str, Any] | None:
-    """The function that the answer has to call, and its parameters; ``None`` where it may talk."""
-    tools, choice = body.get("tools"), body.get("tool_choice")
-    if not tools:
-        if choice not in (None, "none", "auto"):
-            raise bad("When using `tool_choice`, `tools` must be set.", "tool_choice")
-        return None
-    if not isinstance(tools, list):
-        raise bad("tools must be a list.", "tools")
-    functions: dict[str, Any] = {}
-    for tool in tools:
-        function = tool.get("function") if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise bad("Every tool must be a function with a name.", "tools")
-        functions[function["name"]] = function.get("parameters") or {}
-    if choice in (None, "none", "auto"):
-        return None
-    if choice == "required":
-        return next(iter(functions.items()))
-    named = choice.get("function") if isinstance(choice, Mapping) else None
-    name = named.get("name") if isinstance(named, Mapping) else None
-    if name not in functions:
-        raise bad(f"tool_choice names {name!r}, which is not among the tools.", "tool_choice")
-    return name, functions[name]
+class ChoicesFormat(Format):
+    """What OpenAI's two older APIs have in common: an answer is a list of choices."""
 
-
-def _answer_schema(body: Mapping[str, Any]) -> Any:
-    wanted = body.get("response_format")
-    if wanted is None or not isinstance(wanted, Mapping) or wanted.get("type") == "text":
-        return None
-    if wanted.get("type") == "json_object":
-        return {"const": {"simulated": True}}
-    spec = wanted.get("json_schema")
-    if wanted.get("type") != "json_schema" or not isinstance(spec, Mapping):
-        raise bad("response_format must be text, json_object or json_schema.", "response_format")
-    return spec.get("schema") or {}
-
-
-class Chat:
-    """The wording of a chat answer, whole or in chunks."""
+    prefix = ""
+    kind = ""
+    chunk_kind = ""
 
     def __init__(
-        self, generation: Generation, context: Context, model: str, *, with_usage: bool
+        self,
+        generation: Generation,
+        context: Context,
+        model: str,
+        *,
+        prompts: int = 1,
+        with_usage: bool,
     ) -> None:
         self._generation = generation
-        self._id = f"chatcmpl-{context.request_id}"
-        self._created = context.created_s
-        self._model = model
+        self._prompts = prompts
         self._with_usage = with_usage
-        head = {
-            "id": self._id,
-            "object": "chat.completion.chunk",
-            "created": self._created,
+        self._fields = {
+            "id": f"{self.prefix}-{context.request_id}",
+            "object": self.kind,
+            "created": context.created_s,
             "model": model,
-            "system_fingerprint": SYSTEM_FINGERPRINT,
+            # A client can see what it talks to.
+            "system_fingerprint": "simulated",
         }
-        self._head = b"data: " + _encode(head)[:-1] + b',"choices":['
-        self._delta = [
-            self._head + b'{"index":%d,"delta":{"content":' % n
-            for n in range(len(generation.answers))
-        ]
+        chunk = _encode({**self._fields, "object": self.chunk_kind})
+        self._head = b"data: " + chunk[:-1] + b',"choices":['
+
+    def _usage(self) -> dict[str, Any]:
+        """Each prompt is counted once."""
+        sequences = self._generation.sequences
+        each = len(sequences) // self._prompts
+        prompt = sum(sequence.prompt_tokens for sequence in sequences[::each])
+        output = sum(sequence.produced for sequence in sequences)
+        cached = sum(sequence.cached_tokens for sequence in sequences[::each])
+        return {
+            "prompt_tokens": prompt,
+            "total_tokens": prompt + output,
+            "completion_tokens": output,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def end(self) -> list[bytes]:
+        """The usage, where it was asked for, and ``[DONE]``."""
+        done = b"data: [DONE]\n\n"
+        if not self._with_usage:
+            return [done]
+        return [self._head + b'],"usage":' + _encode(self._usage()) + b"}\n\n", done]
+
+    def _whole(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        return _encode({**self._fields, "choices": choices, "usage": self._usage(), **more})
+
+
+class Chat(ChoicesFormat):
+    """The wording of a chat answer, whole or in chunks."""
+
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def _chunk(self, choice: int, delta: dict[str, Any], finish: str | None = None) -> bytes:
         entry = {"index": choice, "delta": delta, "logprobs": None, "finish_reason": finish}
@@ -150,12 +208,13 @@ class Chat:
             entry["stop_reason"] = self._generation.answers[choice].stop_reason
         return self._head + _encode(entry) + b"]}\n\n"
 
-    def _call_id(self, choice: int) -> str:
-        return f"chatcmpl-tool-{zlib.crc32(f'{self._id}/{choice}'.encode()):08x}"
-
-    def begin(self) -> list[bytes]:
-        """Nothing before the first token, as vLLM."""
-        return []
+    def _call(self, choice: int, arguments: str) -> dict[str, Any]:
+        identity = zlib.crc32(f"{self._fields['id']}/{choice}".encode())
+        return {
+            "id": f"chatcmpl-tool-{identity:08x}",
+            "type": "function",
+            "function": {"name": self._generation.answers[choice].tool, "arguments": arguments},
+        }
 
     def token(self, choice: int, text: str, *, first: bool, last: bool) -> list[bytes]:
         """A content delta, or a piece of a tool call's arguments; the role before the first."""
@@ -164,48 +223,31 @@ class Chat:
         if first:
             events.append(self._chunk(choice, {"role": "assistant", "content": ""}))
         if answer.tool is not None:
-            call: dict[str, Any] = {"index": 0, "function": {"arguments": text}}
-            if first:
-                call = {
-                    "index": 0,
-                    "id": self._call_id(choice),
-                    "type": "function",
-                    "function": {"name": answer.tool, "arguments": text},
-                }
-            events.append(self._chunk(choice, {"tool_calls": [call]}))
+            call = self._call(choice, text) if first else {"function": {"arguments": text}}
+            events.append(self._chunk(choice, {"tool_calls": [{"index": 0, **call}]}))
             if last:
                 events.append(self._chunk(choice, {}, answer.finish_reason))
         elif last:
             events.append(self._chunk(choice, {"content": text}, answer.finish_reason))
         elif text:
-            tail = b'},"logprobs":null,"finish_reason":null}]}\n\n'
-            events.append(self._delta[choice] + _encode(text) + tail)
+            # As ``_chunk`` would have it: a load test is made of these.
+            delta = b'{"index":%d,"delta":{"content":%s}' % (choice, _encode(text))
+            events.append(self._head + delta + b',"logprobs":null,"finish_reason":null}]}\n\n')
         return events
-
-    def end(self) -> list[bytes]:
-        """The usage, where it was asked for, and ``[DONE]``."""
-        done = b"data: [DONE]\n\n"
-        if not self._with_usage:
-            return [done]
-        return [self._head + b'],"usage":' + _encode(usage(self._generation, 1)) + b"}\n\n", done]
 
     def whole(self) -> bytes:
         """The answer as one object."""
-        entries = []
+        choices = []
         for index, answer in enumerate(self._generation.answers):
             text = answer.text.decode("ascii")
-            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-            message["tool_calls"] = []
-            if answer.tool is not None:
-                message["content"] = None
-                message["tool_calls"] = [
-                    {
-                        "id": self._call_id(index),
-                        "type": "function",
-                        "function": {"name": answer.tool, "arguments": text},
-                    }
-                ]
-            entries.append(
+            called = answer.tool is not None
+            message = {
+                "role": "assistant",
+                "content": None if called else text,
+                "refusal": None,
+                "tool_calls": [self._call(index, text)] if called else [],
+            }
+            choices.append(
                 {
                     "index": index,
                     "message": message,
@@ -214,16 +256,4 @@ class Chat:
                     "stop_reason": answer.stop_reason,
                 }
             )
-        return _encode(
-            {
-                "id": self._id,
-                "object": "chat.completion",
-                "created": self._created,
-                "model": self._model,
-                "choices": entries,
-                "service_tier": None,
-                "system_fingerprint": SYSTEM_FINGERPRINT,
-                "usage": usage(self._generation, 1),
-                "prompt_logprobs": None,
-            }
-        )
+        return self._whole(choices, service_tier=None, prompt_logprobs=None)

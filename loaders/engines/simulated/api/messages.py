@@ -4,73 +4,96 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from loaders.engines.simulated.api import chat
-from loaders.engines.simulated.api.bodies import bad, flag, text_of
-from loaders.engines.simulated.api.context import Context, PreparedRequest, named_event
-from loaders.engines.simulated.generation import Generation
+from loaders.engines.simulated.api.bodies import (
+    Content,
+    StopStrings,
+    TextRequest,
+    bad,
+    read_body,
+    text_of,
+)
+from loaders.engines.simulated.api.chat import ChatMessage, Messages, make_answers, render
+from loaders.engines.simulated.generation import (
+    Context,
+    Format,
+    Generation,
+    PreparedRequest,
+    named_event,
+)
 from loaders.engines.simulated.tokens import token_count
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
-def as_chat(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The chat request that ``body`` amounts to."""
-    turns = body.get("messages")
-    if not isinstance(turns, list) or not turns:
-        raise bad("messages must be a list with at least one message.", "messages")
-    system = text_of(body.get("system"), "system")
-    tools = body.get("tools") or []
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise bad("tools must be a list of objects.", "tools")
-    choice = body.get("tool_choice")
-    kind = choice.get("type") if isinstance(choice, Mapping) else None
-    if choice is not None and kind not in ("auto", "any", "none", "tool"):
-        raise bad("tool_choice must be of type auto, any, none or tool.", "tool_choice")
-    wanted: Any = {"any": "required", "none": "none"}.get(str(kind), "auto")
-    if kind == "tool" and isinstance(choice, Mapping):
-        wanted = {"type": "function", "function": {"name": choice.get("name")}}
-    converted = dict(body)
-    converted["messages"] = [{"role": "system", "content": system}] if system else []
-    converted["messages"] += turns
-    converted["tools"] = [
-        {
-            "type": "function",
-            "function": {"name": tool.get("name"), "parameters": tool.get("input_schema")},
-        }
-        for tool in tools
-    ]
-    converted["tool_choice"] = wanted if tools else None
-    converted["stop"] = body.get("stop_sequences")
-    converted.pop("stream_options", None)
-    return converted
+class MessageTool(msgspec.Struct):
+    """A tool that the model may use."""
+
+    name: str
+    description: Any = None
+    input_schema: dict[str, Any] | None = None
+
+
+class MessageToolChoice(msgspec.Struct):
+    """Whether a tool is used, and which."""
+
+    type: Literal["auto", "any", "none", "tool"]
+    name: str | None = None
+
+
+class MessageRequest(TextRequest, kw_only=True):
+    """The body of a message request, and of one to count its tokens."""
+
+    messages: Messages
+    system: Content = None
+    tools: list[MessageTool] | None = None
+    tool_choice: MessageToolChoice | None = None
+    stop_sequences: StopStrings | None = None
+
+    def __post_init__(self) -> None:
+        self.stop = self.stop_sequences
+
+    def prompt(self) -> bytes:
+        """The conversation as one prompt."""
+        system = text_of(self.system, "system")
+        first = [ChatMessage(role="system", content=system)] if system else []
+        return render([*first, *self.messages], self.tools)
 
 
 def prepare(body: dict[str, Any], context: Context) -> PreparedRequest:
     """Read a message request. Raises ``RequestError``."""
-    if body.get("max_tokens") is None:
+    request = read_body(body, MessageRequest)
+    if request.max_tokens is None:
         raise bad("max_tokens is required.", "max_tokens")
-    model = context.model(body)
-    prepared = chat.prepare(as_chat(body), context)
+    model = context.model(request.model)
+    choice = request.tool_choice
+    answers = make_answers(
+        request,
+        request.prompt(),
+        context,
+        functions={tool.name: tool.input_schema for tool in request.tools or ()},
+        must_call=choice is not None and choice.type in ("any", "tool"),
+        function=choice.name if choice is not None and choice.type == "tool" else None,
+    )
     return PreparedRequest(
-        answers=prepared.answers,
+        answers=answers,
         wording=lambda generation: Message(generation, context, model),
-        stream=flag(body, "stream"),
+        stream=bool(request.stream),
     )
 
 
 def count_tokens(body: dict[str, Any], context: Context) -> dict[str, Any]:
     """The answer to ``/v1/messages/count_tokens``. Raises ``RequestError``."""
-    context.model(body)
-    count = token_count(chat.prompt_of(as_chat(body)))
+    request = read_body(body, MessageRequest)
+    context.model(request.model)
+    count = token_count(request.prompt())
     return {"input_tokens": count, "context_management": {"original_input_tokens": count}}
 
 
-class Message:
+class Message(Format):
     """The wording of Anthropic's message, whole or in events."""
 
     def __init__(self, generation: Generation, context: Context, model: str) -> None:
@@ -110,10 +133,6 @@ class Message:
         identity = f"toolu_{zlib.crc32(self._id.encode()):08x}"
         given = content.get("input", {})
         return {"type": "tool_use", "id": identity, "name": tool, "input": given}
-
-    def begin(self) -> list[bytes]:
-        """Nothing before the first token, as vLLM."""
-        return []
 
     def token(self, choice: int, text: str, *, first: bool, last: bool) -> list[bytes]:
         """A delta of the text or of the tool's input; the message and its block around them.

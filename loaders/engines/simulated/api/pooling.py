@@ -12,44 +12,74 @@ import math
 import random
 import struct
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
-from loaders.engines.simulated.api import chat
 from loaders.engines.simulated.api.answers import GeneratedText
-from loaders.engines.simulated.api.bodies import MAX_CHOICES, bad, flag, integer, text_of, too_long
-from loaders.engines.simulated.api.completions import prompts_of
-from loaders.engines.simulated.api.context import Context, PreparedRequest
-from loaders.engines.simulated.generation import Generation
-from loaders.engines.simulated.tokens import decode, encode, render_chat, token_count
+from loaders.engines.simulated.api.bodies import (
+    Content,
+    Positive,
+    bad,
+    read_body,
+    text_of,
+    too_long,
+)
+from loaders.engines.simulated.api.chat import Messages, render
+from loaders.engines.simulated.api.completions import Prompts, encode_prompts
+from loaders.engines.simulated.generation import Context, Format, Generation, PreparedRequest
+from loaders.engines.simulated.tokens import decode, encode, token_count
 
 _NOTHING = GeneratedText(text=b"", tokens=0, finish_reason="stop")
 _MAX_INPUTS = 2048
 
 
-class Pooled:
-    """The wording of an answer that comes all at once: ``build`` makes it when all is computed."""
+class ContentItem(msgspec.Struct):
+    """A text as the parts of a message have it."""
 
-    def __init__(self, build: Callable[[], dict[str, Any]]) -> None:
+    content: Content = None
+
+
+Texts = str | ContentItem | Annotated[list[str | ContentItem], Meta(min_length=1)]
+
+
+class PoolingRequest(msgspec.Struct, kw_only=True):
+    """The body of a request to any of these endpoints; each reads its own fields."""
+
+    model: str | None = None
+    input: Prompts | None = None
+    messages: Messages | None = None
+    dimensions: Positive | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    query: Texts | None = None
+    top_n: Annotated[int, Meta(ge=0)] | None = None
+    text_1: Texts | None = None
+    queries: Texts | None = None
+    text_2: Texts | None = None
+    documents: Texts | None = None
+    items: Texts | None = None
+    prompt: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    return_token_strs: bool | None = None
+    tokens: list[int] | None = None
+
+
+class Pooled(Format):
+    """An answer that comes all at once: ``build`` makes it, of the tokens counted, when all is
+    computed."""
+
+    def __init__(
+        self, generation: Generation, build: Callable[[dict[str, int]], dict[str, Any]]
+    ) -> None:
+        self._generation = generation
         self._build = build
-
-    def begin(self) -> list[bytes]:
-        """Never streamed."""
-        return []
-
-    def token(self, choice: int, text: str, *, first: bool, last: bool) -> list[bytes]:
-        """Never streamed."""
-        return []
-
-    def end(self) -> list[bytes]:
-        """Never streamed."""
-        return []
 
     def whole(self) -> bytes:
         """The answer as one object."""
-        return msgspec.json.encode(self._build())
+        count = sum(sequence.prompt_tokens for sequence in self._generation.sequences)
+        return msgspec.json.encode(self._build({"prompt_tokens": count, "total_tokens": count}))
 
 
 def _prepared(
@@ -62,13 +92,10 @@ def _prepared(
     for prompt in prompts:
         if token_count(prompt) > context.max_model_len_tokens:
             raise too_long(context.max_model_len_tokens, token_count(prompt), 0)
-
-    def wording(generation: Generation) -> Pooled:
-        count = sum(sequence.prompt_tokens for sequence in generation.sequences)
-        counts = {"prompt_tokens": count, "total_tokens": count}
-        return Pooled(lambda: build(counts))
-
-    return PreparedRequest(answers=[(prompt, _NOTHING) for prompt in prompts], wording=wording)
+    return PreparedRequest(
+        answers=[(prompt, _NOTHING) for prompt in prompts],
+        wording=lambda generation: Pooled(generation, build),
+    )
 
 
 def vector(text: bytes, size: int) -> list[float]:
@@ -81,27 +108,23 @@ def vector(text: bytes, size: int) -> list[float]:
 
 def embeddings(body: dict[str, Any], context: Context) -> PreparedRequest:
     """Read a request to ``/v1/embeddings``. Raises ``RequestError``."""
-    model = context.model(body)
-    if body.get("messages") is not None:
-        turns = body["messages"]
-        if not isinstance(turns, list) or not all(isinstance(t, Mapping) for t in turns):
-            raise bad("messages must be a list of objects.", "messages")
-        texts = [(str(t.get("role")), text_of(t.get("content"), "messages")) for t in turns]
-        prompts = [render_chat(texts)]
+    request = read_body(body, PoolingRequest)
+    model = context.model(request.model)
+    if request.messages is not None:
+        prompts = [render(request.messages)]
+    elif request.input is not None:
+        prompts = encode_prompts(request.input, "input")
     else:
-        prompts = prompts_of(body.get("input"), "input")
-    size = integer(body, "dimensions", least=1) or context.embedding_size
+        raise bad("Either input or messages is needed.", "input")
+    size = request.dimensions or context.embedding_size
     if size > context.embedding_size:
         raise bad(f"dimensions must be at most {context.embedding_size}, got {size}.", "dimensions")
-    encoding = body.get("encoding_format") or "float"
-    if encoding not in ("float", "base64"):
-        raise bad("encoding_format must be float or base64.", "encoding_format")
 
     def build(counts: dict[str, int]) -> dict[str, Any]:
         data = []
         for index, prompt in enumerate(prompts):
             value: Any = vector(prompt, size)
-            if encoding == "base64":
+            if request.encoding_format == "base64":
                 value = base64.b64encode(struct.pack(f"<{size}f", *value)).decode()
             data.append({"index": index, "object": "embedding", "embedding": value})
         return {
@@ -125,56 +148,56 @@ def similarity(one: str, other: str) -> float:
     return round(0.99 * share + 0.01 * noise, 6)
 
 
-def _texts(value: Any, name: str) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    texts = [text_of(v.get("content") if isinstance(v, Mapping) else v, name) for v in values]
-    if value is None or not texts:
+def _read_texts(given: Texts | None, name: str) -> list[str]:
+    if given is None:
         raise bad(f"{name} must be a text or a list of texts.", name)
-    return texts
+    items = given if isinstance(given, list) else [given]
+    return [i if isinstance(i, str) else text_of(i.content, name) for i in items]
+
+
+def _pair_prompts(pairs: Sequence[tuple[str, str]]) -> list[bytes]:
+    return [f"{one}\n{other}".encode("utf-8", "replace") for one, other in pairs]
 
 
 def rerank(body: dict[str, Any], context: Context) -> PreparedRequest:
     """Read a request to ``/v1/rerank``. Raises ``RequestError``."""
-    model = context.model(body)
-    query = _texts(body.get("query"), "query")[0]
-    documents = _texts(body.get("documents"), "documents")
-    top = integer(body, "top_n") or len(documents)
-    prompts = [f"{query}\n{document}".encode("utf-8", "replace") for document in documents]
+    request = read_body(body, PoolingRequest)
+    model = context.model(request.model)
+    query = _read_texts(request.query, "query")[0]
+    documents = _read_texts(request.documents, "documents")
 
     def build(counts: dict[str, int]) -> dict[str, Any]:
+        scores = [similarity(query, document) for document in documents]
+        order = sorted(range(len(documents)), key=lambda index: -scores[index])
         results = [
             {
                 "index": index,
-                "document": {"text": document, "multi_modal": None},
-                "relevance_score": similarity(query, document),
+                "document": {"text": documents[index], "multi_modal": None},
+                "relevance_score": scores[index],
             }
-            for index, document in enumerate(documents)
+            for index in order[: request.top_n or len(documents)]
         ]
-        results.sort(key=lambda result: -float(result["relevance_score"]))  # type: ignore[arg-type]
         return {
             "id": f"rerank-{context.request_id}",
             "model": model,
             "usage": counts,
-            "results": results[:top],
+            "results": results,
         }
 
-    return _prepared(prompts, context, build)
+    return _prepared(_pair_prompts([(query, one) for one in documents]), context, build)
 
 
 def score(body: dict[str, Any], context: Context) -> PreparedRequest:
     """Read a request to ``/v1/score``: one text with one or many, or pairs."""
-    model = context.model(body)
-    first = "queries" if "queries" in body else "text_1"
-    second = next((n for n in ("documents", "items") if n in body), "text_2")
-    ones, others = _texts(body.get(first), first), _texts(body.get(second), second)
+    request = read_body(body, PoolingRequest)
+    model = context.model(request.model)
+    ones = _read_texts(request.queries or request.text_1, "text_1")
+    others = _read_texts(request.documents or request.items or request.text_2, "text_2")
     if len(ones) == 1:
         ones = ones * len(others)
     if len(ones) != len(others):
-        raise bad(f"{first} and {second} must be one and many, or of the same length.", second)
-    if len(ones) > MAX_CHOICES * 16:
-        raise bad(f"At most {MAX_CHOICES * 16} pairs to a request.", second)
+        raise bad("text_1 and text_2 must be one and many, or of the same length.", "text_2")
     pairs = list(zip(ones, others, strict=True))
-    prompts = [f"{one}\n{other}".encode("utf-8", "replace") for one, other in pairs]
 
     def build(counts: dict[str, int]) -> dict[str, Any]:
         return {
@@ -189,16 +212,17 @@ def score(body: dict[str, Any], context: Context) -> PreparedRequest:
             "usage": counts,
         }
 
-    return _prepared(prompts, context, build)
+    return _prepared(_pair_prompts(pairs), context, build)
 
 
 def tokenize(body: dict[str, Any], context: Context) -> dict[str, Any]:
     """The tokens of a prompt or of a conversation. Raises ``RequestError``."""
-    context.model(body)
-    if "messages" in body:
-        text = chat.prompt_of(body)
-    elif isinstance(body.get("prompt"), str):
-        text = body["prompt"].encode("utf-8", "surrogatepass")
+    request = read_body(body, PoolingRequest)
+    context.model(request.model)
+    if request.messages is not None:
+        text = render(request.messages, request.tools)
+    elif request.prompt is not None:
+        text = request.prompt.encode("utf-8", "surrogatepass")
     else:
         raise bad("Either prompt (a string) or messages is needed.", "prompt")
     ids = encode(text)
@@ -207,17 +231,18 @@ def tokenize(body: dict[str, Any], context: Context) -> dict[str, Any]:
         "count": len(ids),
         "max_model_len": context.max_model_len_tokens,
         "tokens": ids,
-        "token_strs": pieces if flag(body, "return_token_strs") else None,
+        "token_strs": pieces if request.return_token_strs else None,
     }
 
 
 def detokenize(body: dict[str, Any], context: Context) -> dict[str, Any]:
     """The text of token ids. Raises ``RequestError``."""
-    context.model(body)
-    ids = body.get("tokens")
-    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-        raise bad("tokens must be a list of integers.", "tokens")
+    request = read_body(body, PoolingRequest)
+    context.model(request.model)
+    if request.tokens is None:
+        raise bad("tokens (a list of integers) is needed.", "tokens")
     try:
-        return {"prompt": decode(ids).replace(b"\0", b"").decode("utf-8", "replace")}
+        text = decode(request.tokens)
     except ValueError as error:
         raise bad(f"{error}.", "tokens") from error
+    return {"prompt": text.replace(b"\0", b"").decode("utf-8", "replace")}

@@ -3,85 +3,125 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
-from loaders.engines.simulated.api import chat
 from loaders.engines.simulated.api.answers import GeneratedText
-from loaders.engines.simulated.api.bodies import RequestError, bad, flag
-from loaders.engines.simulated.api.context import Context, PreparedRequest, named_event
-from loaders.engines.simulated.generation import Generation
+from loaders.engines.simulated.api.bodies import (
+    Content,
+    Positive,
+    RequestError,
+    TextRequest,
+    bad,
+    read_body,
+)
+from loaders.engines.simulated.api.chat import (
+    AnswerFormat,
+    ChatMessage,
+    Function,
+    make_answers,
+    render,
+)
+from loaders.engines.simulated.generation import (
+    Context,
+    Format,
+    Generation,
+    PreparedRequest,
+    named_event,
+)
 
 _WHOLE = ("stop", "tool_calls")
 
 
+class Item(msgspec.Struct):
+    """One item of the input."""
+
+    type: Literal["message", "function_call", "function_call_output"] = "message"
+    role: str | None = None
+    content: Content = None
+    arguments: Any = ""
+    output: Content = None
+
+    def turn(self) -> ChatMessage:
+        """What it is in a conversation."""
+        if self.type == "function_call":
+            return ChatMessage(role="assistant", content=str(self.arguments))
+        if self.type == "function_call_output":
+            return ChatMessage(role="tool", content=self.output)
+        if self.role is None:
+            raise bad("A message of the input needs a role.", "input")
+        return ChatMessage(role=self.role, content=self.content)
+
+
+class ResponseTool(Function, kw_only=True):
+    """A function that may be called: the simulated engine knows no other tools."""
+
+    type: Literal["function"]
+
+
+class ResponseText(msgspec.Struct):
+    """What is asked of the text."""
+
+    format: AnswerFormat | None = None
+
+
+class ResponseRequest(TextRequest, kw_only=True):
+    """The body of a request for a response."""
+
+    input: str | Annotated[list[Item], Meta(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: Positive | None = None
+    tools: list[ResponseTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Function | None = None
+    text: ResponseText | None = None
+    previous_response_id: str | None = None
+    background: bool | None = None
+
+    def __post_init__(self) -> None:
+        self.max_tokens = self.max_output_tokens
+
+    def turns(self) -> list[ChatMessage]:
+        """The conversation."""
+        system = self.instructions
+        first = [] if system is None else [ChatMessage(role="system", content=system)]
+        if isinstance(self.input, str):
+            return [*first, ChatMessage(role="user", content=self.input)]
+        return [*first, *(item.turn() for item in self.input)]
+
+
 def prepare(body: dict[str, Any], context: Context) -> PreparedRequest:
     """Read a request for a response. Raises ``RequestError``."""
-    model = context.model(body)
-    if body.get("previous_response_id") is not None:
+    request = read_body(body, ResponseRequest)
+    model = context.model(request.model)
+    if request.previous_response_id is not None:
         raise RequestError(
             404,
-            f"Response with id {body['previous_response_id']!r} not found: the simulated engine "
+            f"Response with id {request.previous_response_id!r} not found: the simulated engine "
             "stores none.",
             param="response_id",
         )
-    if flag(body, "background"):
+    if request.background:
         raise bad("The simulated engine does not run responses in the background.", "background")
-    prepared = chat.prepare(_as_chat(body), context)
+    choice = request.tool_choice
+    answers = make_answers(
+        request,
+        render(request.turns(), request.tools),
+        context,
+        functions={tool.name: tool.parameters for tool in request.tools or ()},
+        must_call=choice == "required" or isinstance(choice, Function),
+        function=choice.name if isinstance(choice, Function) else None,
+        answer_format=None if request.text is None else request.text.format,
+    )
     return PreparedRequest(
-        answers=prepared.answers,
+        answers=answers,
         wording=lambda generation: Response(generation, context, model, body),
-        stream=flag(body, "stream"),
+        stream=bool(request.stream),
     )
 
 
-def _as_chat(body: Mapping[str, Any]) -> dict[str, Any]:
-    given = body.get("input")
-    turns: list[Any] = []
-    if isinstance(instructions := body.get("instructions"), str):
-        turns.append({"role": "system", "content": instructions})
-    if isinstance(given, str):
-        turns.append({"role": "user", "content": given})
-    elif isinstance(given, list) and given:
-        turns += [_turn(item, index) for index, item in enumerate(given)]
-    else:
-        raise bad("input must be a string or a list of items.", "input")
-    converted = {k: v for k, v in body.items() if k not in ("tools", "tool_choice", "stream")}
-    converted.pop("stream_options", None)
-    converted["messages"] = turns
-    converted["max_tokens"] = body.get("max_output_tokens")
-    tools = body.get("tools") or []
-    if not isinstance(tools, list):
-        raise bad("tools must be a list.", "tools")
-    if not all(isinstance(tool, Mapping) and tool.get("type") == "function" for tool in tools):
-        raise bad("The simulated engine knows function tools only.", "tools")
-    converted["tools"] = [{"type": "function", "function": tool} for tool in tools]
-    choice = body.get("tool_choice")
-    if isinstance(choice, Mapping) and choice.get("type") == "function":
-        choice = {"type": "function", "function": {"name": choice.get("name")}}
-    converted["tool_choice"] = choice if tools else None
-    text = body.get("text")
-    wanted = text.get("format") if isinstance(text, Mapping) else None
-    if isinstance(wanted, Mapping):
-        converted["response_format"] = {**wanted, "json_schema": wanted}
-    return converted
-
-
-def _turn(item: Any, index: int) -> dict[str, Any]:
-    if not isinstance(item, Mapping):
-        raise bad(f"input[{index}] must be an object.", "input")
-    kind = item.get("type", "message")
-    if kind == "message":
-        return {"role": item.get("role"), "content": item.get("content")}
-    if kind == "function_call":
-        return {"role": "assistant", "content": str(item.get("arguments", ""))}
-    if kind == "function_call_output":
-        return {"role": "tool", "content": item.get("output")}
-    raise bad(f"input[{index}]: the simulated engine does not know {kind!r} items.", "input")
-
-
-class Response:
+class Response(Format):
     """The wording of a response: one item, a message or a function call, whole or in events."""
 
     def __init__(

@@ -17,7 +17,7 @@ from loaders.engines.simulated.api import (
 )
 from loaders.engines.simulated.api.answers import Speaker
 from loaders.engines.simulated.api.bodies import RequestError
-from loaders.engines.simulated.api.context import Context, Prepare
+from loaders.engines.simulated.generation import Context, Prepare
 from loaders.engines.simulated.tokens import token_count
 
 CONTEXT = Context(
