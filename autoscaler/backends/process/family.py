@@ -272,11 +272,13 @@ class Family:
         there. Raises ``StillRunning``, and keeps the record, if one survives.
         """
         found: set[ProcessId] = set(self._record.members)
+        seen: set[int] = set()
 
         def look() -> set[ProcessId]:
             reap()
             family = self._find(list_stats(), found)
             found.update(family)
+            seen.update(process.pid for process in family)
             return family
 
         def look_closely() -> set[ProcessId]:
@@ -285,7 +287,6 @@ class Family:
             return look()
 
         left = await asyncio.to_thread(look_closely)
-        seen = {process.pid for process in left}
         if left:
             await end_all(look, grace_s=grace_s, sleep=sleep)
             left = await end_all(look_closely, grace_s=0.0, sleep=sleep)
