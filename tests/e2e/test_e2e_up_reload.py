@@ -19,13 +19,24 @@ from typing import Any
 import httpx
 import pytest
 from asking import CHAT, ask, ask_now, chat, run, spawn
-from tidegate_process import POLL_S, SHUT, WAIT_S, Tidegate, fetch, simulated, up, write_settings
+from tidegate_process import (
+    POLL_S,
+    SHUT,
+    WAIT_S,
+    Tidegate,
+    fetch,
+    let_go,
+    simulated,
+    up,
+    write_settings,
+)
 
 STREAMS = 50
 HELD = 50
-TOKENS = 200
-RATE = 5
-"""Tokens a second of an answer: the streams last longer than what is done meanwhile takes."""
+TOKENS = 60
+RATE = ("--decode-tokens-per-s", 50, "--batch-slowdown", 0)
+SLOW = ("--fault", "slow:factor=100")
+"""Two seconds for a token, until the test says otherwise: streams last as long as it takes."""
 
 
 def reload(tidegate: Tidegate, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -63,20 +74,22 @@ async def stream(http: httpx.AsyncClient, model: str) -> int:
 
 
 def test_nothing_is_lost_while_pools_are_added_changed_and_removed(tmp_path: Path) -> None:
-    slow = ("--decode-tokens-per-s", RATE, "--batch-slowdown", 0)
     bounds = {"min_replicas": 1, "max_replicas": 2, "target_inflight_tokens": 100_000}
     before = [
-        simulated("changes", *slow, **bounds),
-        simulated("goes", *slow, **bounds),
+        simulated("changes", *RATE, *SLOW, **bounds),
+        simulated("goes", *RATE, *SLOW, **bounds),
         simulated("waits", *SHUT),
         simulated("leaves", *SHUT),
     ]
     after = [
-        simulated("changes", *slow, "--seed", 7, **bounds),
+        simulated("changes", *RATE, **bounds),
         simulated("waits", *SHUT, aliases=["waits-too"], max_inflight_requests=9),
         simulated("comes", min_replicas=1),
     ]
-    holding = {"holding": {"deadline_s": 100}}
+    options: dict[str, Any] = {
+        "gateway": {"holding": {"deadline_s": 100}},
+        "autoscaler": {"drain_s": 600},
+    }
 
     async def story(tidegate: Tidegate, http: httpx.AsyncClient) -> None:
         def all_stream() -> bool:
@@ -95,7 +108,7 @@ def test_nothing_is_lost_while_pools_are_added_changed_and_removed(tmp_path: Pat
         for model in ("waits", "leaves"):
             await asyncio.to_thread(tidegate.wait_held, model, HELD)
         assert all_stream()
-        write_settings(tmp_path, pools=after, gateway=holding)
+        write_settings(tmp_path, pools=after, **options)
         done = await asyncio.to_thread(reload, tidegate, "--json")
         assert done.returncode == 0, done.stderr
         answer = json.loads(done.stdout)
@@ -113,19 +126,23 @@ def test_nothing_is_lost_while_pools_are_added_changed_and_removed(tmp_path: Pat
         more = [spawn(ask(http, chat(model))) for model in ("comes", "changes", "waits-too")]
         for model in ("leaves", "waits"):
             await asyncio.to_thread(tidegate.open_gate, model)
-        answers = await asyncio.gather(*held, *more)
+        answers = await asyncio.gather(*held)
+        assert not any(one.done() for one in streams)
+        for url in old:
+            assert await asyncio.to_thread(let_go, url)
+        answers += await asyncio.gather(*more)
         assert [one.status_code for one in answers] == [200] * len(answers)
         assert await asyncio.gather(*streams) == [TOKENS] * len(streams)
 
-    with up(tmp_path, pools=before, gateway=holding) as tidegate:
+    with up(tmp_path, pools=before, **options) as tidegate:
         for name in ("changes", "goes"):
             tidegate.wait_ready(name)
-        old = tidegate.engine_url("changes")
+        old = [tidegate.engine_url(name) for name in ("changes", "goes")]
         run(tidegate, lambda http: story(tidegate, http))
         tidegate.wait("the pools to be those of the file", lambda: len(pools_of(tidegate)) == 3)
         tidegate.wait(
             "the old replica to be gone",
-            lambda: [one["url"] != old for one in tidegate.pool("changes")["replicas"]] == [True],
+            lambda: [one["url"] in old for one in tidegate.pool("changes")["replicas"]] == [False],
         )
         assert ask_now(tidegate, chat("changes")).status_code == 200
         assert not tidegate.metrics().has("tidegate_arrivals_total", pool="goes")
