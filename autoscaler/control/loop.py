@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -97,6 +98,7 @@ class ControlLoop:
         self._timers = Timers(settings, self._actuator)
         self._history = DecisionHistory(settings.history_size)
         self._pools: dict[str, PoolRecord] = {}
+        self._numbers: Counter[str] = Counter()
         for pool in pools:
             self._pools[pool.name] = self._make_pool(pool, digests[pool.name])
         self._observation = Observation()
@@ -113,6 +115,7 @@ class ControlLoop:
             self._settings,
             self._backends[pool.backend],
             make_slug(pool.name, {one.slug for one in self._pools.values()}),
+            self._numbers,
             digest=digest,
             preparer=self._preparer_of(pool),
             tiers=self._make_tiers(pool),
@@ -150,17 +153,18 @@ class ControlLoop:
         if settings is not None:
             self._settings = self._actuator.settings = self._timers.settings = settings
             self._timers.drain_s = settings.drain_s
-        before, self._pools = self._pools, {}
         for pool in pools:
-            record = before.pop(pool.name, None)
-            if record is not None:
-                self._configure_pool(record, pool, digests[pool.name])
-            self._pools[pool.name] = record or self._make_pool(pool, digests[pool.name])
-        for name, record in before.items():
-            if not record.removed:
+            if pool.name in self._pools:
+                self._configure_pool(self._pools[pool.name], pool, digests[pool.name])
+            else:
+                self._pools[pool.name] = self._make_pool(pool, digests[pool.name])
+        names = [pool.name for pool in pools]
+        gone = [name for name in self._pools if name not in set(names)]
+        for name in gone:
+            if not self._pools[name].removed:
                 LOG.info("%s: removed; it serves the requests it has, and ends", name)
-            record.remove()
-            self._pools[name] = record
+            self._pools[name].remove()
+        self._pools = {name: self._pools[name] for name in [*names, *gone]}
         if self._opened:
             self._register_static()
         self._note_change()
@@ -202,7 +206,7 @@ class ControlLoop:
             asleep = await asyncio.gather(*map(self._actuator.is_asleep, found))
             for replica, sleeps in zip(found, asleep, strict=True):
                 pool = self._pools[replica.spec.pool.name]
-                record = pool.adopt_replica(replica, self._clock(), asleep=sleeps)
+                record = pool.adopt_replica(replica, backend, self._clock(), asleep=sleeps)
                 self._actuator.adopt(pool, record)
         self._opened = True
         self._register_static()

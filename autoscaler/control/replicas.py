@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -78,6 +77,8 @@ class PoolRecord:
 
     ``digest`` is that of what its replicas are started with; those with another are outdated.
     ``removed``: the settings have it no more, and it ends when its last request is answered.
+    ``numbers`` are the last ones given to replicas, by slug, for all pools of the control loop: so
+    no id is used twice, whichever pools come and go.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class PoolRecord:
         settings: AutoscalerSettings,
         backend: Backend,
         slug: str,
+        numbers: Counter[str],
         *,
         digest: str,
         preparer: Preparer,
@@ -111,7 +113,7 @@ class PoolRecord:
         self.retry_at_s: float | None = None
         self.error: str | None = None
         self.ready_at_s: float | None = None
-        self._numbers = 0
+        self._numbers = numbers
 
     def _use(self, settings: AutoscalerSettings) -> None:
         self.policy = make_policy(self.pool, settings)
@@ -167,8 +169,8 @@ class PoolRecord:
 
     def add_replica(self, now_s: float, *, url: str | None = None) -> ReplicaRecord:
         """A new replica, scheduled, with an id this loop has not used before."""
-        self._numbers += 1
-        name = f"{self.slug}-{self._numbers}"
+        self._numbers[self.slug] += 1
+        name = f"{self.slug}-{self._numbers[self.slug]}"
         not_before_s = now_s if self.retry_at_s is None else max(now_s, self.retry_at_s)
         record = ReplicaRecord(
             id=name,
@@ -182,16 +184,21 @@ class PoolRecord:
         self.replicas[name] = record
         return record
 
-    def adopt_replica(self, found: AdoptedReplica, now_s: float, *, asleep: bool) -> ReplicaRecord:
+    def adopt_replica(
+        self, found: AdoptedReplica, backend: Backend, now_s: float, *, asleep: bool
+    ) -> ReplicaRecord:
         """A replica that an earlier control process started, as it is, under the id it has."""
-        number = re.search(r"\d+$", found.spec.id)
-        self._numbers = max(self._numbers, 0 if number is None else int(number[0]))
+        is_current = found.spec.digest == self.digest  # a reload may have come meanwhile
+        # Its pool's slug may have been another then, and be another pool's now.
+        slug, _, number = found.spec.id.rpartition("-")
+        if number.isdecimal():
+            self._numbers[slug] = max(self._numbers[slug], int(number))
         record = ReplicaRecord(
             id=found.spec.id,
-            spec=replace(found.spec, pool=self.pool),
-            backend=self.backend,
+            spec=replace(found.spec, pool=self.pool) if is_current else found.spec,
+            backend=backend,
             preparer=self.preparer,
-            digest=self.digest,
+            digest=found.spec.digest,
             since_s=now_s,
             not_before_s=now_s,
             state=State.SLEEPING if asleep else State.READY,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from fake_fleet import FakeBackend, World, process_pool
 from virtual_time import run_virtual
 
-from autoscaler.backends.base import ReplicaSpec
+from autoscaler.backends.base import AdoptedReplica, ReplicaSpec
 from autoscaler.settings import AutoscalerSettings, PoolSettings
 from autoscaler.tiers.preparer import NullPreparer, Report
 
@@ -131,5 +131,40 @@ def test_a_replica_of_another_revision_is_replaced_a_new_one_first() -> None:
             assert [one.id for one in world.ready()] == ["m-2"]
             await world.until(lambda: backend.stopped == ["m-1"])
             assert preparer.held == ["m-1", "m-2"]
+
+    run_virtual(story())
+
+
+def test_a_reload_during_the_adoption_replaces_what_was_adopted() -> None:
+    class Slow(FakeBackend):
+        async def adopt(self, wanted: Sequence[ReplicaSpec]) -> list[AdoptedReplica]:
+            found = await super().adopt(wanted)
+            await asyncio.sleep(1.0)
+            return found
+
+    async def story() -> None:
+        pool = process_pool(min_replicas=1)
+        left = await leave(pool)
+        backend = Slow(start_s=5.0, engines=left.engines)
+        world = World([pool], QUICK, backend)
+        opening = asyncio.create_task(world.loop.open())
+        await asyncio.sleep(0.5)
+        world.set_pools(process_pool(min_replicas=1, engine_args=["--seed", "2"]))
+        await opening
+        async with world:
+            assert [one.id for one in world.ready()] == ["m-1"]
+            await world.until(lambda: [one.id for one in world.ready()] == ["m-2"])
+
+    run_virtual(story())
+
+
+def test_an_id_that_was_adopted_is_not_given_to_another_pools_replica() -> None:
+    async def story() -> None:
+        left = await leave(process_pool(name="a/b", min_replicas=1))
+        pools = [process_pool(name="a-b", min_replicas=1), process_pool(name="a/b", min_replicas=1)]
+        async with adopting(left, *pools) as (world, backend):
+            await world.until(lambda: len(world.ready("a-b")) == 1)
+            assert [one.id for one in world.ready("a/b")] == ["a-b-1"]
+            assert (len(backend.started), backend.stopped) == (1, [])
 
     run_virtual(story())

@@ -62,6 +62,24 @@ def test_an_added_pool_is_served_from_zero() -> None:
     run_virtual(story())
 
 
+def test_no_id_is_used_twice_whichever_pools_come_and_go() -> None:
+    alike, other = (process_pool(name=name, min_replicas=1) for name in ("a/b", "a-b"))
+
+    async def story() -> None:
+        async with World([alike], QUICK) as world:
+            await world.until(lambda: len(world.ready("a/b")) == 1)
+            world.set_pools(other, alike)
+            await world.until(lambda: len(world.ready("a-b")) == 1)
+            assert [one.name for one in world.loop.status().pools] == ["a-b", "a/b"]
+            world.set_pools(other)
+            await world.until(lambda: "a/b" not in world.seen)
+            world.set_pools(other, alike)
+            await world.until(lambda: len(world.ready("a/b")) == 1)
+            assert len(set(world.backend.started)) == len(world.backend.started) == 3
+
+    run_virtual(story())
+
+
 def test_a_removed_pool_answers_what_it_holds_and_ends() -> None:
     async def story() -> None:
         backend = FakeBackend(start_s=40.0)
