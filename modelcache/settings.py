@@ -153,7 +153,7 @@ class ModelCacheSettings(BaseModel):
     """Whether a pool whose model is a hub's ``org/name`` has it fetched into this cache, as
     ``hf://org/name`` is. Without, engines fetch such a model themselves; so they do where their
     arguments name a revision, another repository or a place for downloads, or the pool's ``env``
-    says where the hub is or who asks it."""
+    says where the hub is or which token to use."""
 
     peers: tuple[BaseUrl, ...] = ()
     """Other nodes' caches (``http://10.0.0.7:8002``), asked for pieces before the store."""

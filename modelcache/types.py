@@ -78,7 +78,7 @@ TIERS: tuple[Tier, ...] = tuple(Tier)
 
 
 class Priority(IntEnum):
-    """Who is served first where bandwidth is short; lower goes first."""
+    """The order of service where bandwidth is short; lower goes first."""
 
     WAKE = 0
     """A client waits for an answer."""

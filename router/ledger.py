@@ -1,4 +1,4 @@
-"""Who has how much in flight: requests and tokens per replica, across workers.
+"""What is in flight: requests and tokens per replica, across workers.
 
 Each worker counts in lists of its own and mirrors every change into two rows that others may read
 (shared memory; plain lists in tests and simulations). It writes only its own rows, so there is no

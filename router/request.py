@@ -12,8 +12,8 @@ class RoutingRequest:
 
     ``prompt_tokens`` and ``tokens`` (prompt plus expected output) are estimates. ``exclude`` holds
     the ids of replicas that already failed it. The rest is ``None`` where it is not known:
-    ``tenant`` is who is served, ``adapter`` the LoRA adapter asked for, and ``block_hashes`` are
-    those of the prompt's KV cache blocks, each of them over all tokens up to its block's end.
+    ``tenant`` is the client's tenant, ``adapter`` the LoRA adapter asked for, and ``block_hashes``
+    are those of the prompt's KV cache blocks, each of them over all tokens up to its block's end.
     """
 
     __slots__ = ("adapter", "block_hashes", "exclude", "prompt_tokens", "tenant", "tokens")

@@ -1,4 +1,4 @@
-"""The fleet's shared vocabulary: what a replica is to those who route to it."""
+"""The fleet's shared vocabulary: what a replica is to the parts that route to it."""
 
 from __future__ import annotations
 

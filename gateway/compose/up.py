@@ -1,6 +1,6 @@
 """The one composition root: settings in, a running Tidegate out.
 
-Everything else gets what it needs as an argument; here it is decided who that is. One process
+Everything else gets what it needs as an argument; here it is decided what that is. One process
 holds the control side (autoscaler, backends, admin listener) on one event loop and owns all
 signals; the data path runs in worker processes. Starting is from the inside out (ports, leftovers
 of an earlier run, control loop, workers, admin), stopping the reverse: the workers drain while the

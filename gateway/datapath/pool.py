@@ -1,4 +1,4 @@
-"""One worker's picture of one pool: who is ready, who waits, what a request is likely to cost.
+"""One worker's view of one pool: ready replicas, held requests, the estimated cost of a request.
 
 Requests that no replica can take now wait here, first in first out: at zero, while all replicas
 are full, and while the only replica is suspect. The queue is bounded in count and bytes over all

@@ -340,7 +340,7 @@ def _listeners(settings: Settings, machine: Machine) -> Iterator[Check]:
 
 
 def _port(name: str, host: str, port: int, machine: Machine, holder: str | None) -> Check:
-    """A listener's port; ``holder`` is who may well have it already."""
+    """A listener's port; ``holder`` is the program that may have it already."""
     if port == 0:
         return ok(name, "chosen by the system at start")
     problem = machine.can_listen(host, port)

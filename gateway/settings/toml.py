@@ -1,7 +1,8 @@
 """On which line of a TOML file each key stands: what the standard parser does not tell.
 
 A scanner of text that ``tomllib`` has already accepted, so it only has to find the keys: it skips
-strings, comments and brackets, and never judges. Keys inside inline tables are not listed; who asks
+strings, comments and brackets, and never judges. Keys inside inline tables are not listed; a caller
+that asks
 for one is given its parent's line.
 """
 

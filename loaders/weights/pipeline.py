@@ -142,7 +142,7 @@ class Pipeline:
                 else:
                     self._in_place(read, arenas, scratch, tally)
                 self._done(read)
-        except BaseException as error:  # noqa: BLE001 -- handed to the consumer, who raises it
+        except BaseException as error:  # noqa: BLE001 -- handed to the consumer, which raises it
             with self._changed:
                 self._now.error = self._now.error or error
                 self._changed.notify_all()
@@ -165,7 +165,7 @@ class Pipeline:
                 self._changed.wait()
             now.next_read += 1
             if now.next_read == len(self._plan.reads):
-                self._changed.notify_all()  # those who stand back are through
+                self._changed.notify_all()  # the readers that stood back go on
             tally.waited_s += time.perf_counter() - began_s
             for number in wanted - now.arenas.keys():
                 batch = self._plan.batches[number]

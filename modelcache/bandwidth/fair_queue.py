@@ -1,4 +1,4 @@
-"""Who may read how much, and when: rate caps shared fairly. Pure; time is a parameter.
+"""Which flow may read how much, and when: rate caps shared fairly. Pure; time is a parameter.
 
 A *claim* asks for some bytes under one or more *caps*. Every cap is a bucket that fills at its
 rate; a claim is granted when all its caps hold what it asks, so over any time ``t`` a cap grants
@@ -21,8 +21,8 @@ CLASS_WEIGHTS: Mapping[Priority, float] = MappingProxyType(
 """Per cent of a cap that a class gets while all three want it."""
 
 BURST_S = 0.04
-"""A bucket holds a claim and this many seconds of its rate: who wakes late to a grant loses none
-of it."""
+"""A bucket holds a claim and this many seconds of its rate: a thread that wakes late to a grant
+loses none of it."""
 
 USED_FRACTION = 0.92
 """Part of a cap that is used over time. A store counts what it sent, over windows of its own: with
@@ -85,7 +85,7 @@ class _Queue:
     finished: dict[str, float] = field(default_factory=dict)
 
     def tag(self, flow: str) -> float:
-        # Who was away does not come back with what it did not use meanwhile.
+        # A flow that was idle does not come back with what it did not use meanwhile.
         return max(self.virtual, self.finished.get(flow, 0.0))
 
     def serve(self, flow: str, cost: float) -> None:

@@ -1,4 +1,4 @@
-"""One download under way: who reads what is decided on a board, and read by threads of two kinds.
+"""One download under way: a plan decides which thread reads what, and threads of two kinds read it.
 
 The calling thread watches: it notices that it is cancelled, reports progress, and has the last
 word. Those that read from the store write straight into the partial file; those that ask peers
@@ -28,11 +28,11 @@ from modelcache.types import CacheError, Cancelled, Damaged, Priority, Progress,
 
 JOIN_S = 5.0
 MOST_REMEMBERED = 1_024
-"""Files of which is remembered who gave which piece."""
+"""Files of which is remembered which peer gave which piece."""
 
 
 TICK_S = 0.1
-"""Seconds between two looks at whether it is still wanted, and at who owns what."""
+"""Seconds between two looks at whether it is still wanted, and at the owners of pieces."""
 
 TELL_S = 0.25
 RATE_S = 5.0
@@ -78,7 +78,7 @@ class Totals:
 
 @dataclass(slots=True)
 class Suspicion:
-    """Who gave which piece of a file, with which BLAKE3."""
+    """Which peer gave which piece of a file, with which BLAKE3."""
 
     given: dict[int, tuple[str, bytes]] = field(default_factory=dict)
     doubted: bool = False
@@ -157,7 +157,7 @@ class TransferState:
             self.peers.ban(node, f"piece {index} of {key} is not what the store has")
 
     def believe(self, key: str) -> None:
-        """The file is whole and right: who gave what need not be remembered."""
+        """The file is whole and right: which peer gave what need not be remembered."""
         with self._lock:
             self._suspicions.pop(key, None)
 
@@ -344,7 +344,7 @@ class Download:
         return self.board.left == 0 and self._committing == 0
 
     def _settle(self) -> None:
-        """See who is there, and who is to read what."""
+        """See which nodes there are, and which is to read what."""
         now_s = self.clock()
         board = self.board
         board.away = self.peers.away() if self.peers is not None else frozenset()

@@ -3,9 +3,9 @@
 Every piece has an owner among the nodes that fetch its file: the one with the highest hash of
 (file, piece, node), which all nodes work out alike. The owner reads it from the store and the
 others from the owner, so a store is read about once however many nodes begin together. A node that
-leaves or stalls owns nothing from then on, and each of its pieces falls to the next in rank. Who
-has nothing left of its own takes over what no node has begun, the second in rank first, so a slow
-node is helped rather than waited for.
+leaves or stalls owns nothing from then on, and each of its pieces falls to the next in rank. A node
+that has nothing left of its own takes over what no node has begun, the second in rank first, so a
+slow node is helped rather than waited for.
 
 Sets of pieces are whole numbers, one bit for each piece: a file of 100 GB has 12,000.
 """
@@ -44,7 +44,7 @@ def mask_of(indices: Iterable[int]) -> int:
 
 
 def weight(key: str, index: int, node: str) -> bytes:
-    """What decides who owns piece ``index`` of file ``key``: the highest does."""
+    """What decides which node owns piece ``index`` of file ``key``: the highest does."""
     return hashlib.blake2b(f"{key}/{index}/{node}".encode(), digest_size=8).digest()
 
 
@@ -70,7 +70,7 @@ class Seen:
 
 @dataclass(slots=True)
 class PlannedFile:
-    """One file that is being fetched: which pieces are missing, and who reads which."""
+    """One file that is being fetched: which pieces are missing, and which reader has which."""
 
     key: str
     count: int
@@ -154,7 +154,7 @@ class Board:
         return max(STALL_S, STALL_FACTOR * (self.piece_s if self.piece_s is not None else 2.5))
 
     def settle(self, now_s: float) -> int:
-        """Work out who owns what from who is there; how many nodes read from the store."""
+        """Work out the owners from the nodes that are there; how many nodes read from the store."""
         most = 1
         for file in self.files:
             if not file.missing:

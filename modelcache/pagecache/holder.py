@@ -72,8 +72,8 @@ class FilesToHold:
 class PageHolder:
     """Keeps what it is given until it is dropped. Thread-safe; nothing here waits for a disk.
 
-    ``budget_bytes`` bounds the sum over all keys, and what exceeds it is refused: who must go is
-    the caller's to know. ``touch_s``: seconds between two touches. ``lock``: lock pages instead
+    ``budget_bytes`` bounds the sum over all keys, and what exceeds it is refused: the caller knows
+    what to release. ``touch_s``: seconds between two touches. ``lock``: lock pages instead
     (``mlock``); where that is not allowed they are touched, and the status says so.
     """
 

@@ -1,4 +1,4 @@
-"""The other nodes: who is there, what they have, and who is left alone for a while or for good.
+"""The other nodes: which there are, what they have, and which are avoided for a while or for good.
 
 One that cannot be reached is asked again after a pause that grows; one that is slow is asked for
 no pieces for a while; one that gave bytes which were not what it said, or what the store says, is
@@ -179,7 +179,7 @@ class PeerNames:
         try:
             found = self._look_up(parts.hostname or "", port)[:MOST_ADDRESSES]
         except (OSError, UnicodeError) as error:
-            # No answer is not an empty one: who was known stays.
+            # No answer is not an empty one: known peers stay.
             self._note(name, str(error) or type(error).__name__)
             return
         self._note(name, "")
@@ -305,8 +305,8 @@ class PeerGroup:
             self._names.look()
 
     def _found(self, name: str, urls: Sequence[str]) -> None:
-        """What a name stands for now. Who is not among it any more is let go of where it was never
-        reached, or cannot be: a node may leave its name for a moment and still give."""
+        """What a name stands for now. A peer that is not among it any more is dropped where it was
+        never reached, or cannot be: a node may leave its name for a moment and still give."""
         with self._changed:
             kept = [
                 peer

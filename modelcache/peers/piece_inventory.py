@@ -2,7 +2,7 @@
 
 Of a file that is being fetched it shows only the pieces that it has read from the store itself.
 What it was given by a peer it shows when the file is whole and its digest is right: so a peer that
-passes on wrong bytes is who made them up, and can be left alone for it.
+passes on wrong bytes is the one that made them up, and can be avoided for it.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class PieceInventory:
             return self._sequence
 
     def wake(self) -> None:
-        """Let those who wait see whether they are to stop."""
+        """Let waiting threads see whether they are to stop."""
         with self._changed:
             self._changed.notify_all()
 

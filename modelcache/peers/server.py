@@ -2,7 +2,7 @@
 
 A client without the cluster's secret gets no answer. Pieces go from the page cache to the socket
 by ``sendfile``. A piece's digest is the one noted when it was checked, not one made from what is
-sent: a bit that flipped since is seen by who receives it.
+sent: a bit that flipped since is seen by the receiver.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ log = logging.getLogger("tidegate.modelcache.peers")
 
 MOST_CONNECTIONS = 256
 MOST_SENDING = 32
-"""Pieces on their way at once; who comes beyond is told to come again."""
+"""Pieces on their way at once; a further request is told to come again."""
 
 MOST_KEYS = 20_000
 MOST_WAIT_S = 10.0
 IDLE_S = 60.0
 HEAD_S = 10.0
 PACE_BYTES_S = 65_536
-"""Who reads more slowly than this is cut off: it would hold a thread for hours."""
+"""A peer that reads more slowly than this is cut off: it would hold a thread for hours."""
 
 REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found",
            421: "Misdirected Request", 503: "Service Unavailable"}  # fmt: skip

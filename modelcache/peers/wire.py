@@ -86,7 +86,8 @@ def format_head(first_line: str, headers: Mapping[str, str]) -> bytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerRequest:
-    """Who asks whom for what. ``to`` is empty where the asker does not know the name yet."""
+    """Sender, addressee and target of a request. ``to`` is empty where the asker does not know the
+    name yet."""
 
     method: str
     target: str

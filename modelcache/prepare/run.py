@@ -271,7 +271,7 @@ class PreparedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareRequest:
-    """Who asked for a result: what they are told, and whether they still want it."""
+    """The caller of a result: its progress callback, and whether it has cancelled."""
 
     holder: str
     on_progress: Callable[[Progress], None]

@@ -146,7 +146,7 @@ def _tail(log: Path, length: int) -> list[str]:
 
 
 def _bound(log: Path) -> None:
-    """Cut a log that has grown too long; who writes it appends, so what comes next follows."""
+    """Cut a log that has grown too long; its writer appends, so what comes next follows."""
     if log.stat().st_size <= LOG_MOST_BYTES:
         return
     with log.open("r+b") as file:

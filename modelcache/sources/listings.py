@@ -80,7 +80,7 @@ def obstore_client(timeout_s: float) -> ClientConfig:
 
 
 def obstore_retry() -> RetryConfig:
-    """Little retrying of its own: who transfers knows better what is worth waiting for."""
+    """Little retrying of its own: the transfer knows better what is worth waiting for."""
     return {"max_retries": 1, "retry_timeout": timedelta(seconds=10)}
 
 

@@ -44,7 +44,7 @@ class Stale(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RangeRead:
-    """One range to be read, and who wants to hear of it."""
+    """One range to be read, and the callback for its progress."""
 
     file: RemoteFile
     start: int

@@ -1,4 +1,4 @@
-"""Leases: who uses a revision, so that it is not evicted. They die with the process that has them.
+"""Leases: a revision in use is not evicted. They die with the process that has them.
 
 A lease is a file that its holder keeps locked (``flock``). Whether it counts is a question to the
 kernel, not to what the file says, so a killed holder leaves nothing to clean up by hand and no
@@ -23,7 +23,7 @@ HOLDER_CHARACTERS = 200
 class Lease:
     """A hold on one revision until ``release``, the end of the ``with`` block, or of the process.
 
-    ``holder`` says who, for people. Releasing twice is harmless.
+    ``holder`` is the user's name, for people. Releasing twice is harmless.
     """
 
     def __init__(self, holder: str, release: Callable[[], None] | None = None) -> None:
@@ -81,7 +81,7 @@ def take(layout: Layout, directory: Path, holder: str, released: Callable[[], No
 
 
 def holders(directory: Path) -> tuple[str, ...]:
-    """Who holds leases in ``directory`` now."""
+    """The holders of leases in ``directory`` now."""
     found = []
     for path in _files(directory):
         holder = _holder(path)
@@ -106,7 +106,7 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _holder(path: Path) -> str | None:
-    """Who holds the lease at ``path``; ``None`` if it is not held any more."""
+    """The holder of the lease at ``path``; ``None`` if it is not held any more."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

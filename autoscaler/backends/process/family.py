@@ -249,7 +249,7 @@ class Family:
         self._registry = registry
 
     def refresh(self, stats: Iterable[ProcessStat]) -> None:
-        """Put on record who belongs to the replica now. Raises ``OSError`` if it cannot."""
+        """Put on record the processes of the replica now. Raises ``OSError`` if it cannot."""
         members = frozenset(self._find(list(stats)))
         if members != self._record.members or not self._registry.has(self._record.mark):
             self._record = replace(self._record, members=members)

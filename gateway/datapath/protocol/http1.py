@@ -242,7 +242,7 @@ def _parse_any_response_head(head: bytes, status: int) -> ResponseHead:
     result = ResponseHead(status, parts[0] + b"".join(parts[3::3]))
     if head.startswith(b"HTTP/1.0"):
         result.keep_alive = False
-        # The version is that of who sends the message, which is us now.
+        # The version is the sender's, which is the gateway now.
         result.kept = b"HTTP/1.1" + result.kept[8:]
     for index in range(1, len(parts), 3):
         kind = _KINDS.get(parts[index].lower())

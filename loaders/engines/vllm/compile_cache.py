@@ -71,7 +71,7 @@ class BadBundle(Exception):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleKey:
     """Names a combination of engine, libraries, device, model and settings. ``facts`` is what
-    went into ``digest``, for people who ask why a bundle did not fit."""
+    went into ``digest``, which shows why a bundle did not fit."""
 
     digest: str
     facts: Mapping[str, str]

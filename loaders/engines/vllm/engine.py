@@ -57,8 +57,8 @@ UNCACHED_FORMATS = frozenset({"dummy", "pt", "npcache"})
 """Load formats that make weights up, or want files which are not fetched beside safetensors."""
 
 HUB_VARIABLES = ("HF_", "HUGGING_FACE_", "TRANSFORMERS_", "VLLM_USE_MODELSCOPE", "MODELSCOPE_")
-"""What variables begin with that say where a hub is and who asks it. Set for a pool alone, the
-model cache does not see them."""
+"""What variables begin with that say where a hub is and which token to use. Set for a pool alone,
+the model cache does not see them."""
 
 
 class VllmEngine(OpenAICompatibleEngine):
