@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from autoscaler.policy.recommend import Recommendation, larger, recommend
+from autoscaler.policy.recommend import WindowRecommendations, larger, recommend
 from autoscaler.types import (
     Bound,
     Decision,
@@ -67,16 +67,16 @@ def decide(
     arrived = has_arrived(demand, state)
     active = demand.some_requests or demand.some_queued or arrived or status.wake_signal
     state = remember_activity(state, demand, active, now_s)
-    stable, panic = recommend(policy, demand)
-    state = watch_panic(policy, status, panic, stable, state, now_s)
+    windows = recommend(policy, demand)
+    state = watch_panic(policy, status, windows, state, now_s)
     panicking = state.panic_until_s is not None
 
-    proposal = propose(status, stable, panic, state)
+    proposal = propose(status, windows, state)
     state = remember_recommendation(policy, state, proposal.desired, now_s)
     if active:
         proposal = wake(status, proposal, demand)
     if proposal.desired < status.supply:
-        proposal = limit_scale_down(policy, status, demand, panic, proposal, state, now_s)
+        proposal = limit_scale_down(policy, status, demand, windows, proposal, state, now_s)
     if not active:
         proposal = scale_to_zero(policy, status, demand, proposal, state, now_s)
     proposal = apply_bounds(policy, status, proposal)
@@ -163,16 +163,18 @@ def remember_activity(
 def watch_panic(
     policy: PoolPolicy,
     status: PoolStatus,
-    panic: Recommendation | None,
-    stable: Recommendation | None,
+    windows: WindowRecommendations,
     state: DecideState,
     now_s: float,
 ) -> DecideState:
-    """Enter, prolong or leave the panic.
+    """Enter, prolong or leave the panic. ``propose`` then holds the number at its peak, and
+    ``limit_scale_down`` keeps what the panic window recommends, in a panic or not.
 
-    It lasts a stable window past the last moment over the threshold, so that when it ends the
-    stable mean has seen all of the burst: what follows is not a fall to the mean of before.
+    A pool with ``max_replicas`` of 1 cannot grow in a panic, so it has none. A panic lasts a stable
+    window past the last moment over the threshold, so that when it ends the stable mean has seen
+    all of the burst: what follows is not a fall to the mean of before.
     """
+    panic = windows.panic
     over = (
         panic is not None
         and panic.replicas / max(1, status.ready) >= policy.panic_threshold
@@ -182,20 +184,19 @@ def watch_panic(
         return replace(state, panic_until_s=None, panic_peak=0)
     if not over and state.panic_until_s is None:
         return state
-    known = [one.replicas for one in (panic, stable) if one is not None]
+    known = [one.replicas for one in (panic, windows.stable) if one is not None]
     held = min(status.supply, policy.max_replicas)
     peak = min(max([state.panic_peak, held, *known]), policy.max_replicas)
     until_s = now_s + policy.stable_window_s if over else state.panic_until_s
     return replace(state, panic_until_s=until_s, panic_peak=peak)
 
 
-def propose(
-    status: PoolStatus,
-    stable: Recommendation | None,
-    panic: Recommendation | None,
-    state: DecideState,
-) -> Proposal:
-    """What demand recommends, before scaling down is limited."""
+def propose(status: PoolStatus, windows: WindowRecommendations, state: DecideState) -> Proposal:
+    """What demand recommends, before scaling down is limited.
+
+    In a panic (``watch_panic``) the larger of the two windows counts, and nothing below the peak.
+    """
+    stable = windows.stable
     if stable is None:
         return Proposal(
             desired=status.supply,
@@ -205,7 +206,7 @@ def propose(
         )
     best = stable
     if state.panic_until_s is not None:
-        best = larger(stable, panic) or stable
+        best = larger(stable, windows.panic) or stable
         if state.panic_peak > best.replicas:
             return Proposal(
                 desired=state.panic_peak,
@@ -261,12 +262,16 @@ def limit_scale_down(
     policy: PoolPolicy,
     status: PoolStatus,
     demand: WindowedDemand,
-    panic: Recommendation | None,
+    windows: WindowRecommendations,
     proposal: Proposal,
     state: DecideState,
     now_s: float,
 ) -> Proposal:
-    """Put off as much of a scale-down as must wait."""
+    """Put off as much of a scale-down as must wait.
+
+    What the panic window recommends stays outside a panic (``watch_panic``) too: the load of the
+    last seconds needs it.
+    """
     if is_unknown(demand):
         return replace(
             proposal,
@@ -275,6 +280,7 @@ def limit_scale_down(
             detail="demand is unknown, which is never a reason to remove a replica",
             bound=Bound.UNKNOWN_DEMAND,
         )
+    panic = windows.panic
     if panic is not None and panic.replicas > proposal.desired:
         proposal = Proposal(
             desired=min(panic.replicas, status.supply),

@@ -20,10 +20,16 @@ class Recommendation:
     text: str
 
 
-def recommend(
-    policy: PoolPolicy, demand: WindowedDemand
-) -> tuple[Recommendation | None, Recommendation | None]:
-    """What the stable and the panic window recommend; ``None`` where nothing is known."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowRecommendations:
+    """What the two windows recommend; ``None`` where nothing is known."""
+
+    stable: Recommendation | None
+    panic: Recommendation | None
+
+
+def recommend(policy: PoolPolicy, demand: WindowedDemand) -> WindowRecommendations:
+    """What the stable and the panic window recommend."""
     tokens, requests = policy.target_inflight_tokens, policy.target_inflight_requests
     stable_s, panic_s = policy.stable_window_s, policy.panic_window_s
     stable = larger(
@@ -34,7 +40,7 @@ def recommend(
         divide(demand.panic_tokens, tokens, Signal.PANIC_TOKENS, "tokens", panic_s),
         divide(demand.panic_requests, requests, Signal.PANIC_REQUESTS, "requests", panic_s),
     )
-    return stable, panic
+    return WindowRecommendations(stable=stable, panic=panic)
 
 
 def divide(

@@ -1,8 +1,8 @@
 """A cache agent: the model cache of a node that runs no replicas, for its peers and other sites.
 
 The composition root of ``tidegate agent``, as ``gateway.compose.up`` is that of ``tidegate up``:
-the
-peer listener gives pieces and takes orders, the admin listener has the verbs of the model cache.
+the peer listener gives pieces and takes orders, the admin listener has the verbs of the model
+cache.
 """
 
 from __future__ import annotations

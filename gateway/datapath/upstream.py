@@ -137,8 +137,9 @@ class UpstreamConnection(asyncio.Protocol):
             data = data[end + 4 :]  # 1xx: interim, not the answer
             end = data.find(b"\r\n\r\n")
         if end < 0:
-            if len(data) > self._replica.max_head_bytes:
-                raise ValueError(f"head longer than {self._replica.max_head_bytes} bytes")
+            most = self._replica.context.gateway.max_head_bytes
+            if len(data) > most:
+                raise ValueError(f"head longer than {most} bytes")
             self._buffer = data
             return
         self._head = head
@@ -250,7 +251,6 @@ class Upstream:
         self.host = parts.hostname or "127.0.0.1"
         self.port = parts.port or (443 if self.tls else 80)
         self.request_start = b"POST " + parts.path.rstrip("/").encode()
-        self.max_head_bytes = context.gateway.max_head_bytes
         lines = b"\r\nhost: " + parts.netloc.rpartition("@")[2].encode()
         for name, value in headers:
             lines += b"\r\n" + name.encode() + b": " + value.encode()
@@ -260,7 +260,7 @@ class Upstream:
         self.open: set[UpstreamConnection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
-        self._context: ssl.SSLContext | None = None
+        self._tls_context: ssl.SSLContext | None = None
 
     def without_overridden(self, kept: bytes) -> bytes:
         """Header lines less those that the replica's own ``headers`` setting replaces."""
@@ -286,15 +286,15 @@ class Upstream:
         task.add_done_callback(self._tasks.discard)
 
     async def _connect(self, request: UpstreamRequest) -> None:
-        if self.tls and self._context is None:
-            self._context = ssl.create_default_context()
+        if self.tls and self._tls_context is None:
+            self._tls_context = ssl.create_default_context()
         try:
             async with asyncio.timeout(self.context.gateway.upstream_connect_timeout_s):
                 _, connection = await self.context.loop.create_connection(
                     lambda: UpstreamConnection(self),
                     self.host,
                     self.port,
-                    ssl=self._context,
+                    ssl=self._tls_context,
                 )
         except (OSError, TimeoutError) as error:
             request.connect_failed(self, str(error) or "timed out")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from datapath_rig import DEFAULTS, MemoryTransport, post
+from datapath_rig import DEFAULTS, MemoryTransport, configure, post
 
 from gateway.datapath import metrics
 from gateway.datapath.client import ClientConnection
@@ -82,4 +82,21 @@ def test_while_an_answer_is_passed_on(loop: Loop) -> None:
     assert transport.closed, "what the client has is not the whole answer"
     assert worker.context.counters[metrics.REASON_INDEX[Reason.REPLICA_CUT]] == 1
     client.connection_lost(None)
+    worker.check_integrity()
+
+
+def test_a_new_limit_of_the_head_applies_to_the_replicas_there_are(loop: Loop) -> None:
+    replica = Replica(id="r", pool="m", slot=0, url="http://127.0.0.1:1", state=ReplicaState.READY)
+    worker = make(loop, replica)
+    upstream = worker.pools.by_name["m"].endpoints["r"].upstream
+    for config, is_refused in ((DEFAULTS, False), (configure(max_head_bytes=2000), True)):
+        worker.configure(config)
+        connection = UpstreamConnection(upstream)
+        connection.connection_made(MemoryTransport())
+        upstream.release(connection)
+        client, _ = connect(worker)
+        client.data_received(REQUEST)
+        connection.data_received(b"HTTP/1.1 200 OK\r\nx-long: " + b"x" * 4000)
+        assert connection.transport.closed == is_refused
+        client.connection_lost(None)
     worker.check_integrity()
