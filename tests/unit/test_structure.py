@@ -11,6 +11,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -21,6 +22,28 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("gateway", "autoscaler", "loaders", "modelcache", "router")
 MOST_MODULES = 14
 """In one folder."""
+
+
+class Facts(NamedTuple):
+    """What the tests here look at in a module: kept, so that each is parsed once."""
+
+    imports: list[ast.Import | ast.ImportFrom]
+    classes: list[str]
+    engines: list[int]
+    """The lines that have an engine's name."""
+
+
+@functools.cache
+def facts(path: Path) -> Facts:
+    found = Facts([], [], [])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found.imports.append(node)
+        elif isinstance(node, ast.ClassDef):
+            found.classes.append(node.name)
+        elif isinstance(node, ast.Constant) and node.value in ENGINES:
+            found.engines.append(node.lineno)
+    return found
 
 
 @functools.cache
@@ -36,10 +59,10 @@ def modules() -> dict[str, Path]:
 def imported(path: Path, known: set[str]) -> set[str]:
     """The modules that a file imports anywhere, in functions and for type checking too."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in facts(path).imports:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif node.module:
             # What is no module is a name in ``node.module``; what is one makes the package behind
             # it no more than a path to it.
             for alias in node.names:
@@ -59,9 +82,8 @@ def test_modules_do_not_import_in_a_circle() -> None:
 def test_a_class_name_is_used_once() -> None:
     found: dict[str, list[str]] = {}
     for name, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef):
-                found.setdefault(node.name, []).append(name)
+        for class_name in facts(path).classes:
+            found.setdefault(class_name, []).append(name)
     assert {name: places for name, places in found.items() if len(places) > 1} == {}
 
 
@@ -187,7 +209,5 @@ def test_no_package_but_the_loaders_names_an_engine() -> None:
     named = set()
     for name, path in modules().items():
         if not name.startswith("loaders.engines"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Constant) and node.value in ENGINES:
-                    named.add(f"{name}, line {node.lineno}")
+            named |= {f"{name}, line {line}" for line in facts(path).engines}
     assert named == set()

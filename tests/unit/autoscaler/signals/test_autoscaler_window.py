@@ -189,4 +189,4 @@ class WindowMachine(RuleBasedStateMachine):
 
 
 TestWindow = WindowMachine.TestCase
-TestWindow.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestWindow.settings = settings(max_examples=20, stateful_step_count=25, deadline=None)

@@ -179,7 +179,7 @@ def mutate(data: bytes, seed: int) -> bytes:
     return bytes(result)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.one_of(
         st.binary(max_size=40),

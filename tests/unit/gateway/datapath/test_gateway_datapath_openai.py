@@ -53,7 +53,7 @@ def bodies(draw: st.DrawFn) -> tuple[dict[str, Any], bytes]:
     return body, text.encode()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(bodies(), st.integers(0, 400))
 def test_the_peeked_model_is_the_decoded_one_and_stands_where_it_says(
     what: tuple[dict[str, Any], bytes], cut: int
@@ -107,7 +107,7 @@ def test_peeking_into_much_that_is_not_json_takes_no_time() -> None:
         assert peek_model(prefix) is None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(bodies(), names)
 def test_rewriting_changes_the_model_and_nothing_else(
     what: tuple[dict[str, Any], bytes], model: str

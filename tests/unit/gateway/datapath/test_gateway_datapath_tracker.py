@@ -100,7 +100,7 @@ def mutate(data: bytes, seed: int) -> bytes:
     return bytes(result)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.one_of(
         st.binary(max_size=40),

@@ -468,7 +468,7 @@ def test_a_secret_is_not_repeated(tmp_path: Path) -> None:
     assert not any("s3cret" in text for row in shown for text in row)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     text=st.one_of(
         st.text(max_size=40),
@@ -516,7 +516,7 @@ TOML_PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=st.lists(TOML_PIECES, max_size=14).map("".join))
 def test_no_file_raises_anything_else(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "generated.toml"

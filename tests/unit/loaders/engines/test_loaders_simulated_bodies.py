@@ -98,7 +98,7 @@ LIKELY: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", PREPARES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_a_body_is_read_or_refused(name: str, data: st.DataObject) -> None:
     keys = st.sampled_from(FIELDS[name].split())
@@ -113,7 +113,7 @@ def test_a_body_is_read_or_refused(name: str, data: st.DataObject) -> None:
             assert len(answer.text) <= 4 * answer.tokens
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.dictionaries(st.sampled_from(KEYS.split()), VALUES, max_size=5))
 def test_so_is_one_to_be_counted(fields: dict[str, Any]) -> None:
     for count in (pooling.tokenize, pooling.detokenize, messages.count_tokens):

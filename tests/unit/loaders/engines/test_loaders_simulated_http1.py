@@ -156,7 +156,7 @@ def test_an_offer_to_upgrade_is_not_taken_up() -> None:
         assert wire.startswith(b"HTTP/1.1 200 OK\r\n")
         assert wire.endswith(b"\r\n\r\nGET /u")
 
-    talk(conversation, echo)
+    talk(conversation, echo, HttpLimits(keepalive_s=0.1))
 
 
 @pytest.mark.parametrize(
@@ -203,12 +203,12 @@ def test_an_idle_connection_is_closed_and_a_busy_one_is_not() -> None:
 
     async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"GET /a HTTP/1.1\r\nhost: x\r\n\r\n")
-        await asyncio.sleep(2.5)
+        await asyncio.sleep(0.9)
         (await waiting.get()).respond(200, b"ok")
         assert (await answer(reader))[1] == b"ok"
         assert await reader.read() == b""
 
-    talk(conversation, waiting.put_nowait, HttpLimits(keepalive_s=1.0, request_timeout_s=1.0))
+    talk(conversation, waiting.put_nowait, HttpLimits(keepalive_s=0.3, request_timeout_s=0.3))
 
 
 def test_the_handler_learns_that_the_client_left() -> None:

@@ -47,7 +47,7 @@ def test_a_whole_model_is_read_and_counted(tmp_path: Path, how: str) -> None:
     assert check(tmp_path, sums=sums, verify=False).verified_bytes == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_caught_even_in_the_header(
     tmp_path_factory: pytest.TempPathFactory, where: float, bit: int
@@ -63,7 +63,7 @@ def test_a_flipped_bit_is_caught_even_in_the_header(
     assert str(path) in str(caught.value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_a_file_of_any_bytes_is_whole_or_an_error(
     tmp_path_factory: pytest.TempPathFactory, seed: int

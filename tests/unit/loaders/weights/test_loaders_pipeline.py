@@ -98,7 +98,7 @@ def a_pump(
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     staged=st.booleans(),
@@ -220,7 +220,7 @@ def test_another_file_in_its_place_is_an_error(one_file: Any, tmp_path: Path) ->
         consume(pump, lambda: other.replace(path))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(at=st.integers(0, 2 * plans.READ_BYTES + 4999), bit=st.integers(0, 7), staged=st.booleans())
 def test_a_flipped_bit_is_caught_wherever_it_is(at: int, bit: int, staged: bool) -> None:
     """Two pieces and a bit; whichever tensors are wanted, all of their pieces are checked."""

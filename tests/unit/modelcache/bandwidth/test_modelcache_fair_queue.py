@@ -190,7 +190,7 @@ def test_a_clock_that_jumps_back_neither_drains_nor_fills() -> None:
     assert len(shares.grant(1005.1)) == 1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10_000))
 def test_whatever_is_withdrawn_or_given_back_no_bucket_overflows(seed: int) -> None:
     rng = random.Random(seed)

@@ -98,7 +98,7 @@ def fetch_all(nodes: list[Node], sources: list[MemorySource]) -> None:
 
 def test_nodes_that_begin_together_read_the_store_about_once(tmp_path: Path) -> None:
     content = {"w": make_content(20 * PIECE_BYTES), "config.json": b"{}" * 100}
-    sources = [MemorySource(content, rate_bytes_s=8 * MIB) for _ in range(4)]
+    sources = [MemorySource(content, rate_bytes_s=16 * MIB) for _ in range(4)]
     cluster = make_cluster(tmp_path, 4)
     try:
         fetch_all(cluster, sources)

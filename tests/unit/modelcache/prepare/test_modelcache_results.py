@@ -25,7 +25,7 @@ SIZE = 16 * PIECE
 RECORDS = 16_384
 """Enough for the records of a few models."""
 
-WRITE = "import os, pathlib, sys; pathlib.Path('made').write_bytes(sys.argv[1].encode() * {})"
+WRITE = "head -c {} /dev/zero | tr '\\0' $0 >made"
 
 
 class Clock:
@@ -56,7 +56,7 @@ def fetch(rig: Rig, cache: ModelCache, name: str, size_bytes: int = SIZE) -> Cac
 
 def writes(letter: str, size_bytes: int = SIZE, **fields: Any) -> PreparationStep:
     """A step whose result is so many bytes."""
-    argv = (sys.executable, "-c", WRITE.format(size_bytes), letter)
+    argv = ("/bin/sh", "-c", WRITE.format(size_bytes), letter)
     return PreparationStep(kind="command", argv=argv, **fields)
 
 
@@ -183,7 +183,7 @@ def test_a_result_is_wanted_when_its_model_is(rig: Rig) -> None:
 def test_making_it_is_what_loading_it_again_costs(rig: Rig) -> None:
     cache = rig.cache()
     model = fetch(rig, cache, "a")
-    slow = (sys.executable, "-c", f"import time; time.sleep(0.2); {WRITE.format(SIZE)}", "x")
+    slow = ("/bin/sh", "-c", f"sleep 0.2; {WRITE.format(SIZE)}", "x")
     made = prepare(cache, model, PreparationStep(kind="command", argv=slow), writes("y"))
     records = {one.url: one for one in cache.lookup.records(model.url, None)[0]}
     first, last = (records[result_url(run.key)].use for run in made.runs)
@@ -529,8 +529,8 @@ def test_a_note_that_was_torn_is_no_reason_to_fail(rig: Rig) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("os.symlink('/no/such', 'x'); open('y', 'w').close()", "x, a link to no file"),
-        ("os.mkdir('d'); os.symlink('d', 'x'); open('y', 'w').close()", "x, a link to no file"),
+        ("ln -s /no/such x; : >y", "x, a link to no file"),
+        ("mkdir d; ln -s d x; : >y", "x, a link to no file"),
     ],
 )
 def test_what_a_result_would_lose_is_an_error(rig: Rig, text: str, words: str) -> None:
@@ -540,7 +540,7 @@ def test_what_a_result_would_lose_is_an_error(rig: Rig, text: str, words: str) -
         prepare(
             cache,
             model,
-            PreparationStep(kind="command", argv=(sys.executable, "-c", f"import os; {text}")),
+            PreparationStep(kind="command", argv=("/bin/sh", "-c", text)),
         )
 
 
@@ -548,9 +548,8 @@ def test_links_into_the_model_become_the_same_bytes(rig: Rig) -> None:
     """Evicting the model must not break what was made of it."""
     cache = rig.cache()
     model = fetch(rig, cache, "a")
-    link = "import os; i = os.environ['TIDEGATE_INPUT'] + '/weights'"
-    link += "; os.symlink(i, 's'); os.link(i, 'h')"
-    made = prepare(cache, model, PreparationStep(kind="command", argv=(sys.executable, "-c", link)))
+    link = 'ln -s "$TIDEGATE_INPUT/weights" s; ln "$TIDEGATE_INPUT/weights" h'
+    made = prepare(cache, model, PreparationStep(kind="command", argv=("/bin/sh", "-c", link)))
     assert cache.usage().bytes_prepared < PIECE, "the model has the same bytes"
     weights = read_tree(model.path)["weights"]
     found, _ = cache.lookup.records(model.url, model.revision)

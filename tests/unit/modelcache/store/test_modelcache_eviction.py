@@ -205,7 +205,7 @@ def some(draw: st.DrawFn) -> list[EvictionCandidate]:
 
 
 @given(some(), st.integers(0, 1_300), st.floats(0, 2_000))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_it_is_enough_none_goes_in_vain_and_what_is_kept_stays(
     candidates: list[EvictionCandidate], needed: int, now_s: float
 ) -> None:

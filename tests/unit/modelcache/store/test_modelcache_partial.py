@@ -167,7 +167,7 @@ def test_a_journal_cut_anywhere_costs_the_pieces_behind_the_cut(
     bit=st.integers(0, (HEADER.size + 4 * RECORD.size) * 8 - 1),
     order=st.permutations(range(4)),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_a_bit_of_the_journal_costs_pieces_and_no_more(
     tmp_path_factory: pytest.TempPathFactory, bit: int, order: list[int]
 ) -> None:
@@ -201,7 +201,7 @@ def test_progress_survives_any_bit_of_a_journals_header(tmp_path: Path) -> None:
 
 
 @given(st.integers(0, len(CONTENT) * 8 - 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_bit_of_the_data_costs_its_piece(
     tmp_path_factory: pytest.TempPathFactory, bit: int
 ) -> None:
@@ -216,7 +216,7 @@ def test_a_bit_of_the_data_costs_its_piece(
 
 
 @given(st.integers(0, len(CONTENT)), st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_data_cut_anywhere_begins_anew(
     tmp_path_factory: pytest.TempPathFactory, length: int, longer: bool
 ) -> None:

@@ -46,7 +46,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rig, ModelCache,
 
 
 @given(st.integers(0, len(WEIGHTS) * 8 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_any_bit_of_a_blob_is_found_and_its_piece_alone_fetched_again(
     standing: tuple[Rig, ModelCache, CachedModel], bit: int
 ) -> None:
@@ -66,7 +66,7 @@ def test_any_bit_of_a_blob_is_found_and_its_piece_alone_fetched_again(
 
 
 @given(st.integers(0, 6 * 40 * 8 - 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_any_bit_of_the_record_of_pieces_is_found_and_mended(
     standing: tuple[Rig, ModelCache, CachedModel], bit: int
 ) -> None:
@@ -85,7 +85,7 @@ def test_any_bit_of_the_record_of_pieces_is_found_and_mended(
 
 
 @given(st.sets(st.integers(0, len(WEIGHTS) * 8 - 1), min_size=1, max_size=4), st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_any_number_of_bits_is_found_and_mended(
     standing: tuple[Rig, ModelCache, CachedModel], bits: set[int], record_too: bool
 ) -> None:

@@ -38,7 +38,7 @@ from autoscaler.policy.placement import GpuCapacity
 from autoscaler.settings import AutoscalerSettings
 from loaders.engines.base import EngineCommand
 
-FOLDERS = [str(Path(__file__).parents[3] / "support"), str(Path(__file__).parents[4])]
+FOLDERS = [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parents[2])]
 
 OWNER = f"""
 import asyncio, json, sys
