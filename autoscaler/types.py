@@ -220,8 +220,9 @@ class TierReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaReport:
-    """One replica as ``tidegate status`` shows it. ``step`` is the first word of its ``phase``:
-    one of ``autoscaler.control.start_steps.STEPS`` while it is on its way, else nothing."""
+    """One replica as ``tidegate status`` shows it. ``step`` is one of
+    ``STEPS_TO_READY`` of ``autoscaler.control.start_steps`` while it is on its way to ready, else
+    nothing; ``phase`` says in a line what it is doing."""
 
     id: str
     pool: str

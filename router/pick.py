@@ -16,6 +16,8 @@ from router.request import RoutingRequest
 from router.scorers import OutstandingTokens, Scorer
 
 DEFAULT_SCORERS: Final[tuple[Scorer, ...]] = (OutstandingTokens(),)
+"""The scorers of every worker. ``PrefillTokens`` is not among them: no index of the engines' prefix
+caches is kept."""
 
 
 def add_costs(

@@ -5,8 +5,9 @@ tokens of work, so that they add up without weights: a prefix hit is worth the t
 queue costs the tokens in it. ``None`` abstains: unknown is neither the best score nor the worst,
 and ``pick`` gives such an endpoint the mean of the scorer's other costs.
 
-A new scorer is a subclass of ``Scorer`` here; the caller of ``pick`` passes it. It is an abstract
-class and not a protocol, because compiled code calls its method directly.
+A new scorer is a subclass of ``Scorer`` here. Which scorers the workers use is said in one place,
+``DEFAULT_SCORERS`` of ``router.pick``; only tests and benches pass others. ``Scorer`` is an
+abstract class and not a protocol, because compiled code calls its method directly.
 """
 
 from __future__ import annotations

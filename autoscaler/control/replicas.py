@@ -328,18 +328,18 @@ class PoolRecord:
 
 ASLEEP = (State.FALLING_ASLEEP, State.SLEEPING)
 PUBLISHED = frozenset(State) - {State.SCHEDULED, State.PREPARING} - ENDED_STATES
-ADVANCE = tuple(reversed(start_steps.STEPS))
+NEAREST_FIRST = tuple(reversed(start_steps.STEPS_TO_READY))
 
 
 def publish_pool(pool: PoolRecord) -> Pool:
     """A pool as the data path sees it, with every replica that has an address and has not ended.
     Its phase is that of the replica nearest to ready."""
     coming = [
-        (name_step(one), one)
+        (step_of(one), one)
         for one in pool.replicas.values()
-        if name_step(one) in start_steps.STEPS
+        if step_of(one) in start_steps.STEPS_TO_READY
     ]
-    step, nearest = min(coming, key=lambda one: ADVANCE.index(one[0]), default=("", None))
+    step, nearest = min(coming, key=lambda one: NEAREST_FIRST.index(one[0]), default=("", None))
     failures = pool.failures
     phase = "" if nearest is None else start_steps.describe_step(step, nearest.progress, failures)
     return Pool(
@@ -406,7 +406,7 @@ def report_replica(
         state=PUBLIC[record.state],
         since_s=record.since_s,
         phase=describe_phase(record),
-        step=name_step(record),
+        step=step_of(record),
         progress=record.progress,
         woken_from=record.woken_from,
         url=probe.url,
@@ -421,7 +421,7 @@ def report_replica(
     )
 
 
-def name_step(record: ReplicaRecord) -> str:
+def step_of(record: ReplicaRecord) -> str:
     """The step a replica on its way to ready is at, in one word; nothing for any other."""
     return start_steps.name_step(record.state, record.progress, record.probe.phase)
 
@@ -432,7 +432,7 @@ def describe_phase(record: ReplicaRecord) -> str:
         case State.SCHEDULED:
             return "waits for its start"
         case State.PREPARING:
-            return start_steps.describe_step(name_step(record), record.progress)
+            return start_steps.describe_step(step_of(record), record.progress)
         case State.STARTING if record.progress is not None:
             beside = start_steps.describe_progress(record.progress)
             return f"{record.probe.phase} ({beside})" if record.probe.phase else beside

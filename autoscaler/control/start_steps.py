@@ -1,4 +1,8 @@
-"""The step that a replica on its way to ready is at: one word for machines, a line for people."""
+"""The step that a replica on its way to ready is at: one word for machines, a line for people.
+
+A replica is at one step. Its words are those of the replica's own states, of the phases of its
+model's progress (``Progress.phase``), and of its engine's start phases.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,15 @@ from modelcache.types import PROGRESS_PHASES, Progress
 SCHEDULED = "scheduled"
 STARTING = "starting"
 WAKING = "waking"
-ENGINE_STEPS = START_PHASES
-"""What an engine may be at; a probe's phase begins with one of them where it knows."""
-STEPS = (SCHEDULED, *PROGRESS_PHASES, STARTING, *ENGINE_STEPS, WAKING)
-"""All of them, in the order in which they come."""
+STEPS_TO_READY = (SCHEDULED, *PROGRESS_PHASES, STARTING, *START_PHASES, WAKING)
+"""In the order in which they come."""
 
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def name_step(state: State, progress: Progress | None, probe_phase: str) -> str:
-    """The step a replica is at; nothing unless it is on its way to ready."""
+    """The step a replica is at; nothing unless it is on its way to ready. ``probe_phase``: what the
+    engine is at; it begins with one of ``START_PHASES`` where that is known."""
     match state:
         case State.SCHEDULED:
             return SCHEDULED
@@ -29,7 +32,7 @@ def name_step(state: State, progress: Progress | None, probe_phase: str) -> str:
             return progress.phase if progress is not None and known else "preparing"
         case State.STARTING:
             word = first_word(probe_phase)
-            return word if word in ENGINE_STEPS else STARTING
+            return word if word in START_PHASES else STARTING
         case _:
             return ""
 
@@ -46,7 +49,7 @@ def describe_step(step: str, progress: Progress | None, failures: int = 0) -> st
         return step
     if step in PROGRESS_PHASES:
         return describe_progress(progress)
-    if step in (STARTING, *ENGINE_STEPS):
+    if step in (STARTING, *START_PHASES):
         return f"{step}, {describe_progress(progress)}"
     return step
 

@@ -21,7 +21,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from autoscaler.backends.process.fork_server import FORK_STATES
-from autoscaler.control.start_steps import STEPS
+from autoscaler.control.start_steps import STEPS_TO_READY
 from autoscaler.types import FleetReport
 from gateway.admin.schema import ForkServerEntry
 from gateway.datapath import metrics
@@ -151,7 +151,7 @@ def _add_fleet(page: _Page, report: FleetReport) -> None:
             page.add(metrics.TIER_WAKE, one.wake_s, pool=name, tier=one.tier.value)
         if pool.tier is not None:
             steps = [replica.step for replica in pool.replicas]
-            for step in STEPS:
+            for step in STEPS_TO_READY:
                 page.add(metrics.STARTING_REPLICAS, steps.count(step), pool=name, step=step)
         coming = [one.progress for one in pool.replicas if one.progress is not None]
         if coming:

@@ -185,6 +185,7 @@ class PoolRuntime:
         self._hold(request)
 
     def _pick(self, request: PooledRequest) -> UpstreamEndpoint | None:
+        """The endpoint that takes the request, by ``DEFAULT_SCORERS`` of ``router.pick``."""
         context = self.context
         ledger = context.ledger
         if ledger.shared:

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from autoscaler import types
 from autoscaler.backends.process.fork_server import FORK_STATES
-from autoscaler.control.start_steps import STEPS
+from autoscaler.control.start_steps import STEPS_TO_READY
 from autoscaler.policy.lifecycle import TABLE, State
 from gateway.admin import metrics_page
 from gateway.admin.schema import ForkServerEntry, StandbyEntry
@@ -286,7 +286,7 @@ def test_label_values_are_explained() -> None:
         metrics_page.CACHE_KINDS
     )
     assert set(rows_of(METRICS, "`state` of `tidegate_fork_server`")) == set(FORK_STATES)
-    assert set(rows_of(METRICS, "`step` of `tidegate_starting_replicas`")) == set(STEPS)
+    assert set(rows_of(METRICS, "`step` of `tidegate_starting_replicas`")) == set(STEPS_TO_READY)
     for state in ReplicaState:
         assert f"`{state}`" in METRICS
 
