@@ -15,13 +15,53 @@ them instead, and a URL with any is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from urllib.parse import quote, unquote, urlsplit
 
 from modelcache.types import ModelRef
 
-OBJECT_STORES = ("gs", "oss", "s3")
-SCHEMES = ("file", "gs", "hf", "http", "https", "oss", "s3")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """What is particular to one scheme of model URLs.
+
+    ``credentials`` says where its credentials belong. ``client`` is the module that has to be
+    installed to read it, empty where none has. The URLs of an ``object_store`` are
+    ``scheme://bucket/prefix``.
+    """
+
+    credentials: str = ""
+    client: str = ""
+    object_store: bool = False
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    "file": Scheme(),
+    "gs": Scheme(
+        credentials="GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default login`, or "
+        "the machine's service account",
+        client="obstore",
+        object_store=True,
+    ),
+    "hf": Scheme(credentials="HF_TOKEN, or `hf auth login`", client="huggingface_hub"),
+    "http": Scheme(credentials="~/.netrc (or the file that NETRC names)"),
+    "https": Scheme(credentials="~/.netrc (or the file that NETRC names)"),
+    "oss": Scheme(
+        credentials="OSS_ACCESS_KEY_ID and OSS_ACCESS_KEY_SECRET (and OSS_SESSION_TOKEN), or "
+        "~/.ossutilconfig",
+        client="ossfs",
+        object_store=True,
+    ),
+    "s3": Scheme(
+        credentials="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile in ~/.aws, or the "
+        "instance's role",
+        client="obstore",
+        object_store=True,
+    ),
+}
+"""All schemes; a new one also gets its source class in ``sources.opening``."""
+
 PATH = "path"
 """The scheme of a plain path: a directory that is used where it lies."""
 
@@ -33,15 +73,6 @@ _REVISION = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/+-]{0,254}$")
 _BUCKET = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{1,221}[A-Za-z0-9]$")
 _HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-
-_WHERE = {
-    "http": "~/.netrc",
-    "https": "~/.netrc",
-    "hf": "HF_TOKEN, or log in with `hf auth login`",
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
-    "oss": "OSS_ACCESS_KEY_ID and OSS_ACCESS_KEY_SECRET",
-}
 
 
 def parse_ref(text: str, revision: str | None = None) -> ModelRef:
@@ -65,7 +96,7 @@ def parse_ref(text: str, revision: str | None = None) -> ModelRef:
     _refuse_secrets(scheme, rest)
     if scheme == "hf":
         return _parse_hub(rest, revision)
-    if scheme in OBJECT_STORES:
+    if SCHEMES[scheme].object_store:
         return _parse_bucket(scheme, rest, revision)
     return _parse_http(scheme, rest, revision)
 
@@ -91,7 +122,7 @@ def _check_revision(revision: str) -> None:
 def _refuse_secrets(scheme: str, rest: str) -> None:
     """A user, a password, a token, a signed query: refused, and not repeated."""
     authority = rest.partition("/")[0]
-    where = _WHERE[scheme]
+    where = SCHEMES[scheme].credentials
     if "@" in authority and scheme != "hf":
         raise ValueError(
             f"model URL: a {scheme} URL carries no user or password, for it is shown; put them "

@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,13 +40,6 @@ ASK_DEVICE = (
     "print('device', p.device_type or 'none')"
 )
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt")
-EXTRAS: Mapping[str, tuple[str, ...]] = {
-    "hf": ("huggingface_hub",),
-    "s3": ("obstore",),
-    "gs": ("obstore",),
-    "oss": ("ossfs",),
-}
-"""What a scheme needs installed; the schemes that are not here need nothing."""
 PREPARE_TIMEOUT_S = 120.0
 """Importing vLLM on a busy machine takes a minute."""
 MEASURE_S = 60.0

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from gateway.admin.schema import CacheListing
 from gateway.doctor.checks import Check, fail, ok, warn
-from gateway.doctor.machine import EXTRAS, FormatSpeed, Machine
+from gateway.doctor.machine import FormatSpeed, Machine
 from gateway.settings.schema import Settings
 from gateway.terminal import count, size
 from loaders.engines.base import engine_of
+from modelcache.refs import SCHEMES
 
 CLOSE = 0.9
 """A format this near to the quickest is as good: one figure twice differs by that."""
@@ -73,20 +74,19 @@ def _cache(
 
 def _sources(settings: Settings, machine: Machine) -> Check:
     name = "model sources"
-    lacking: dict[str, list[str]] = {}
-    for scheme, packages in EXTRAS.items():
-        gone = [package for package in packages if not machine.is_installed(package)]
-        if gone:
-            lacking[scheme] = gone
+    clients = {scheme: about.client for scheme, about in SCHEMES.items() if about.client}
+    lacking = {
+        scheme: client for scheme, client in clients.items() if not machine.is_installed(client)
+    }
     if not lacking:
-        return ok(name, f"https://, file://, {', '.join(f'{one}://' for one in EXTRAS)}")
+        return ok(name, f"https://, file://, {', '.join(f'{one}://' for one in clients)}")
     wanted = {
         (pool.model or "").partition("://")[0]
         for pool in settings.pools
         if "://" in (pool.model or "")
     }
-    what = ", ".join(f"{scheme}:// ({', '.join(gone)})" for scheme, gone in lacking.items())
-    needed = " ".join(sorted({one for gone in lacking.values() for one in gone}))
+    what = ", ".join(f"{scheme}:// ({client})" for scheme, client in lacking.items())
+    needed = " ".join(sorted(set(lacking.values())))
     advice = f"{sys.executable} -m pip install {needed.replace('_', '-')}"
     if wanted & set(lacking):
         pools = ", ".join(sorted(wanted & set(lacking)))

@@ -10,25 +10,23 @@ import json
 import os
 import socket
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modelcache.ports import ANNOUNCE_BYTES, Listing, OnBytes
+from modelcache.refs import SCHEMES
 from modelcache.sources import answers, wire
-from modelcache.sources.listings import (
+from modelcache.sources.listings import make_listing
+from modelcache.sources.obstore_client import (
+    ObjectStoreAccess,
     list_objects,
-    make_listing,
-    obstore_client,
     obstore_errors,
-    obstore_retry,
+    open_bucket,
 )
 from modelcache.sources.reader import home_of
 from modelcache.types import Cancelled, ModelRef, RemoteFile, SourceError
 
-if TYPE_CHECKING:
-    from obstore.store import GCSStore
-
 METADATA_WAIT_S = 1.0
-HINT = "GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default login`, or the machine's"
+HINT = SCHEMES["gs"].credentials
 
 
 class GsSource:
@@ -38,18 +36,11 @@ class GsSource:
         self.ref = ref
         self._bucket, _, self._prefix = ref.location.partition("/")
         self._below = f"{self._prefix}/" if self._prefix else ""
-        self._store = self._make_store(environ, timeout_s)
-
-    def _make_store(self, environ: Mapping[str, str], timeout_s: float) -> GCSStore:
         from obstore.store import GCSStore
 
         with obstore_errors(self.ref.url, HINT, ()):
-            return GCSStore(
-                self._bucket,
-                client_options=obstore_client(timeout_s),
-                retry_config=obstore_retry(),
-                **find_access(environ),
-            )
+            access = find_access(environ)
+            self._store = open_bucket(GCSStore, self._bucket, access, timeout_s=timeout_s)
 
     def list(self) -> Listing:
         """See ``Source.list``."""
@@ -121,8 +112,8 @@ def _file_of(meta: Mapping[str, Any], below: str) -> RemoteFile:
     )
 
 
-def find_access(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Settings of obstore's store: an emulator (``STORAGE_EMULATOR_HOST``), a file of credentials,
+def find_access(environ: Mapping[str, str]) -> ObjectStoreAccess:
+    """Look in the usual places: an emulator (``STORAGE_EMULATOR_HOST``), a file of credentials,
     what the metadata server gives, or nothing (public buckets)."""
     emulator = environ.get("STORAGE_EMULATOR_HOST")
     if emulator:
@@ -134,12 +125,12 @@ def find_access(environ: Mapping[str, str]) -> dict[str, Any]:
             "private_key": "",
             "private_key_id": "",
         }
-        return {"service_account_key": json.dumps(key)}
+        return ObjectStoreAccess(config={"service_account_key": json.dumps(key)})
     usual = os.path.join(home_of(environ), ".config/gcloud/application_default_credentials.json")
     path = environ.get("GOOGLE_APPLICATION_CREDENTIALS")
     if path or os.path.exists(usual):
-        return {"application_credentials": _readable(path or usual)}
-    return {} if _is_on_google(environ) else {"skip_signature": True}
+        return ObjectStoreAccess(config={"application_credentials": _readable(path or usual)})
+    return ObjectStoreAccess(anonymous=not _is_on_google(environ))
 
 
 def _is_on_google(environ: Mapping[str, str]) -> bool:

@@ -9,14 +9,14 @@ from typing import Any
 from urllib.parse import quote
 
 from modelcache.ports import Listing
-from modelcache.refs import redact
+from modelcache.refs import SCHEMES, redact
 from modelcache.sources import answers
 from modelcache.sources.listings import make_listing
 from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, home_of
 from modelcache.types import ModelRef, NotFound, RemoteFile, SourceError
 
 ENDPOINT = "https://huggingface.co"
-HINT = "HF_TOKEN, or `hf auth login`"
+HINT = SCHEMES["hf"].credentials
 _TRUE = ("1", "on", "yes", "true")
 
 

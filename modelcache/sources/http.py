@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from modelcache.ports import Listing
+from modelcache.refs import SCHEMES
 from modelcache.sources import answers
 from modelcache.sources.listings import ask_each, make_listing
 from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, home_of
@@ -20,7 +21,7 @@ from modelcache.types import ModelRef, NotFound, RemoteFile, SourceError
 
 MOST_DEPTH = 5
 MOST_FOLDERS = 200
-HINT = "~/.netrc (or the file that NETRC names)"
+HINT = SCHEMES["http"].credentials
 
 
 CHECKSUM_FILES = ("SHA256SUMS", "sha256sum.txt", "checksums.sha256")

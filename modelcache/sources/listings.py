@@ -3,21 +3,14 @@ twice, and a revision that names exactly these bytes."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
 from modelcache.ports import Listing
-from modelcache.refs import find_path_problem, redact
-from modelcache.sources.wire import CONNECT_S
+from modelcache.refs import find_path_problem
 from modelcache.types import ModelRef, NotFound, RemoteFile, SourceError
-
-if TYPE_CHECKING:
-    from obstore.store import ClientConfig, ObjectStore, RetryConfig
-
 
 MOST_FILES = 100_000
 ASKED_AT_ONCE = 16
@@ -67,54 +60,3 @@ def ask_each(ask: Callable[[T], R], items: Sequence[T]) -> list[R]:
         return [ask(item) for item in items]
     with ThreadPoolExecutor(min(ASKED_AT_ONCE, len(items)), "listing") as threads:
         return list(threads.map(ask, items))
-
-
-def obstore_client(timeout_s: float) -> ClientConfig:
-    """Settings of obstore's HTTP client. Limited is a read without a byte, not a whole download."""
-    return {
-        "allow_http": True,
-        "connect_timeout": timedelta(seconds=min(CONNECT_S, timeout_s)),
-        "read_timeout": timedelta(seconds=timeout_s),
-        "timeout": timedelta(days=1),
-    }
-
-
-def obstore_retry() -> RetryConfig:
-    """Little retrying of its own: the transfer knows better what is worth waiting for."""
-    return {"max_retries": 1, "retry_timeout": timedelta(seconds=10)}
-
-
-def list_objects(store: ObjectStore, prefix: str) -> tuple[Sequence[Mapping[str, Any]], str]:
-    """Obstore's description of each object below a prefix, or of the one that ``prefix`` names;
-    and what their keys begin with before the path within the model."""
-    import obstore
-
-    below = f"{prefix}/" if prefix else ""
-    found = [meta for page in obstore.list(store, prefix=prefix or None) for meta in page]
-    metas = [m for m in found if m["path"].startswith(below) and not m["path"].endswith("/")]
-    if not metas and prefix:
-        return [obstore.head(store, prefix)], prefix[: prefix.rfind("/") + 1]
-    return metas, below
-
-
-@contextlib.contextmanager
-def obstore_errors(what: str, hint: str, secrets: Sequence[str]) -> Iterator[None]:
-    """Make obstore's errors ``SourceError``s that name ``what`` and show no secret."""
-    from obstore import exceptions
-
-    try:
-        yield
-    except (exceptions.NotFoundError, FileNotFoundError):
-        raise NotFound(f"{what}: the store has no such bucket or file") from None
-    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError):
-        raise SourceError(f"{what}: the store refuses access; credentials: {hint}") from None
-    except exceptions.PreconditionError:
-        raise SourceError(f"{what}: it has changed since it was listed") from None
-    except (exceptions.BaseError, ValueError) as error:
-        text = redact(_reason(str(error)), secrets)
-        raise SourceError(f"{what}: {text}", retryable=True) from None
-
-
-def _reason(text: str) -> str:
-    """The first lines of an error without its debug dump."""
-    return " ".join(text.partition("\n\nDebug source")[0].split())[:300]

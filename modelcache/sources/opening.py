@@ -8,12 +8,10 @@ import sys
 from collections.abc import Mapping
 
 from modelcache.ports import Source
-from modelcache.refs import PATH, is_below
+from modelcache.refs import PATH, SCHEMES, Scheme, is_below
 from modelcache.settings import ModelCacheSettings
-from modelcache.sources.reader import HttpReader, make_reader
-from modelcache.types import CacheError, ModelRef
-
-_CLIENTS = {"gs": "obstore", "s3": "obstore", "oss": "ossfs", "hf": "huggingface_hub"}
+from modelcache.sources.reader import make_reader
+from modelcache.types import CacheError, ModelRef, SourceError
 
 
 class ExtraMissing(CacheError):
@@ -21,7 +19,11 @@ class ExtraMissing(CacheError):
 
 
 def open_source(
-    ref: ModelRef, *, settings: ModelCacheSettings, environ: Mapping[str, str] | None = None
+    ref: ModelRef,
+    *,
+    settings: ModelCacheSettings,
+    environ: Mapping[str, str] | None = None,
+    schemes: Mapping[str, Scheme] = SCHEMES,
 ) -> Source:
     """The source of a model: connects to nothing yet, except to find out where credentials are.
 
@@ -29,29 +31,27 @@ def open_source(
     ``ExtraMissing`` where a client is not installed, ``SourceError`` where credentials or the
     endpoint are not usable. The caller closes it.
     """
-    given = os.environ if environ is None else environ
+    environ = os.environ if environ is None else environ
+    timeout_s = settings.timeout_s
+    _check_client(ref, schemes)
     if ref.scheme in ("file", PATH):
         from modelcache.sources.file import FileSource
 
         return FileSource(ref)
-    client = _CLIENTS.get(ref.scheme)
-    if client is not None and importlib.util.find_spec(client) is None:
-        install = f"{sys.executable} -m pip install {client.replace('_', '-')}"
-        raise ExtraMissing(f"{ref.url}: {client} is not installed: {install}")
-    return _open_remote(ref, settings, given)
-
-
-def _open_remote(ref: ModelRef, settings: ModelCacheSettings, environ: Mapping[str, str]) -> Source:
-    timeout_s = settings.timeout_s
     if ref.scheme == "gs":
         from modelcache.sources.gs import GsSource
 
         return GsSource(ref, environ, timeout_s=timeout_s)
-    reader = _make_reader(ref, settings, environ)
+    reader = make_reader(
+        environ,
+        timeout_s=timeout_s,
+        connections=settings.connections,
+        rate_bytes_s=rate_of(ref, settings),
+    )
     if ref.scheme == "s3":
-        from modelcache.sources.s3 import S3Source, find_access
+        from modelcache.sources.s3 import S3Source
 
-        return S3Source(ref, reader, find_access(environ), timeout_s=timeout_s)
+        return S3Source(ref, reader, environ, timeout_s=timeout_s)
     if ref.scheme == "oss":
         from modelcache.sources.oss import OssSource
 
@@ -60,20 +60,18 @@ def _open_remote(ref: ModelRef, settings: ModelCacheSettings, environ: Mapping[s
         from modelcache.sources.hf import HfSource
 
         return HfSource(ref, reader, environ, timeout_s=timeout_s)
-    from modelcache.sources.http import HttpSource
+    if ref.scheme in ("http", "https"):
+        from modelcache.sources.http import HttpSource
 
-    return HttpSource(ref, reader, environ)
+        return HttpSource(ref, reader, environ)
+    raise SourceError(f"{ref.url}: no source reads {ref.scheme}:// URLs")
 
 
-def _make_reader(
-    ref: ModelRef, settings: ModelCacheSettings, environ: Mapping[str, str]
-) -> HttpReader:
-    return make_reader(
-        environ,
-        timeout_s=settings.timeout_s,
-        connections=settings.connections,
-        rate_bytes_s=rate_of(ref, settings),
-    )
+def _check_client(ref: ModelRef, schemes: Mapping[str, Scheme]) -> None:
+    client = schemes[ref.scheme].client if ref.scheme in schemes else ""
+    if client and importlib.util.find_spec(client) is None:
+        install = f"{sys.executable} -m pip install {client.replace('_', '-')}"
+        raise ExtraMissing(f"{ref.url}: {client} is not installed: {install}")
 
 
 def rate_of(ref: ModelRef, settings: ModelCacheSettings) -> int | None:

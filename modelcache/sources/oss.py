@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from modelcache.ports import Listing
-from modelcache.refs import redact
+from modelcache.refs import SCHEMES, redact
 from modelcache.sources import answers
 from modelcache.sources.listings import ask_each, make_listing
 from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, home_of
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SIGNED_FOR_S = 3_600
 
 
-HINT = "OSS_ACCESS_KEY_ID and OSS_ACCESS_KEY_SECRET (and OSS_SESSION_TOKEN), or ~/.ossutilconfig"
+HINT = SCHEMES["oss"].credentials
 METADATA = "http://100.100.100.200/latest/meta-data/ram/security-credentials/"
 RENEW_BEFORE_S = 300.0
 _NAMES = (
@@ -53,7 +53,8 @@ class OssSource(RangedSource):
     ) -> None:
         super().__init__(ref, reader)
         host, _, self._prefix = ref.location.partition("/")
-        self._bucket, self._access = find_access(host, environ, reader)
+        self._bucket, _, endpoint = host.partition(".")
+        self._access = find_access(environ, reader, endpoint=endpoint)
         self._timeout_s = timeout_s
         self._below = self._prefix
 
@@ -196,30 +197,24 @@ class OssAccess:
             return kept
 
 
-def find_access(
-    bucket_host: str, environ: Mapping[str, str], reader: HttpReader
-) -> tuple[str, OssAccess]:
-    """The bucket's name, and how it is reached.
-
-    ``bucket_host`` is the first part of the URL: a bucket, or a bucket with its endpoint
-    (``models.oss-cn-hangzhou.aliyuncs.com``). Raises ``SourceError`` where no endpoint is known.
-    """
+def find_access(environ: Mapping[str, str], reader: HttpReader, *, endpoint: str = "") -> OssAccess:
+    """Look in the usual places. ``endpoint`` is the URL's, if it names one
+    (``oss-cn-hangzhou.aliyuncs.com``). Raises ``SourceError`` where none is known."""
     file = _read_file(environ)
-    bucket, _, host = bucket_host.partition(".")
-    endpoint = host if host else environ.get("OSS_ENDPOINT") or file.get("endpoint") or ""
+    endpoint = endpoint or environ.get("OSS_ENDPOINT") or file.get("endpoint") or ""
     region = environ.get("OSS_REGION")
     if not endpoint and region:
         endpoint = f"oss-{region.removeprefix('oss-')}.aliyuncs.com"
     if not endpoint:
         raise SourceError(
-            f"oss://{bucket}: which endpoint? Set OSS_ENDPOINT (https://oss-cn-hangzhou.aliyuncs.com)"
+            "oss:// needs an endpoint: set OSS_ENDPOINT (https://oss-cn-hangzhou.aliyuncs.com)"
             ", or OSS_REGION, or write oss://bucket.oss-cn-hangzhou.aliyuncs.com/prefix"
         )
     if "://" not in endpoint:
         endpoint = f"https://{endpoint}"
     if not urlsplit(endpoint).hostname:
         raise SourceError("OSS_ENDPOINT is no address")
-    return bucket, OssAccess(endpoint=endpoint, fetch=_fetcher(environ, file, reader))
+    return OssAccess(endpoint=endpoint, fetch=_fetcher(environ, file, reader))
 
 
 def _fetcher(

@@ -8,35 +8,30 @@ import os
 import re
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from modelcache.ports import Listing
+from modelcache.refs import SCHEMES
 from modelcache.sources import answers
-from modelcache.sources.listings import (
-    ask_each,
+from modelcache.sources.listings import ask_each, make_listing
+from modelcache.sources.obstore_client import (
+    ObjectStoreAccess,
     list_objects,
-    make_listing,
-    obstore_client,
     obstore_errors,
-    obstore_retry,
+    open_bucket,
 )
 from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, home_of
 from modelcache.types import ModelRef, RemoteFile, SourceError
-
-if TYPE_CHECKING:
-    from obstore.store import S3Store
-
 
 SIGNED_FOR = timedelta(hours=1)
 DEFAULT_REGION = "us-east-1"
 
 _MD5 = re.compile(r"^[0-9a-f]{32}$")
 
-
-HINT = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile in ~/.aws, or the instance's role"
+HINT = SCHEMES["s3"].credentials
 INSTANCE = ("169.254.169.254", 80)
 INSTANCE_WAIT_S = 1.0
 _GIVEN_ELSEWHERE = (
@@ -53,37 +48,21 @@ class S3Source(RangedSource):
     """One model below a prefix of a bucket (or one object)."""
 
     def __init__(
-        self, ref: ModelRef, reader: HttpReader, access: S3Access, *, timeout_s: float
+        self, ref: ModelRef, reader: HttpReader, environ: Mapping[str, str], *, timeout_s: float
     ) -> None:
         super().__init__(ref, reader)
         self._bucket, _, self._prefix = ref.location.partition("/")
-        self._access = access
-        self._region = access.region or self._find_region()
-        self._store = self._make_store(timeout_s)
         self._below = f"{self._prefix}/" if self._prefix else ""
-
-    def _make_store(self, timeout_s: float) -> S3Store:
         from obstore.store import S3Store
 
-        access = self._access
-        config: dict[str, Any] = {**access.config, "region": self._region}
-        if access.endpoint:
-            config["endpoint"] = access.endpoint
-        if access.anonymous:
-            config["skip_signature"] = True
-        if access.provider is not None:
-            config["credential_provider"] = access.provider
+        access = find_access(environ)
+        self._access = replace(access, region=access.region or self._find_region(access.endpoint))
         with obstore_errors(self.ref.url, HINT, access.secrets):
-            return S3Store(
-                self._bucket,
-                client_options=obstore_client(timeout_s),
-                retry_config=obstore_retry(),
-                **config,
-            )
+            self._store = open_bucket(S3Store, self._bucket, self._access, timeout_s=timeout_s)
 
-    def _find_region(self) -> str:
+    def _find_region(self, endpoint: str | None) -> str:
         """The bucket's region, which S3 tells without credentials. Other stores accept any."""
-        if self._access.endpoint:
+        if endpoint:
             return DEFAULT_REGION
         url = f"https://s3.amazonaws.com/{self._bucket}"
         head = self.reader.raw_head(HttpRequest(url=url, shown=self.ref.url))
@@ -121,7 +100,7 @@ class S3Source(RangedSource):
     def _request(self, method: Any, key: str) -> HttpRequest:
         shown = f"s3://{self._bucket}/{key}"
         if self._access.anonymous:
-            endpoint = self._access.endpoint or f"https://s3.{self._region}.amazonaws.com"
+            endpoint = self._access.endpoint or f"https://s3.{self._access.region}.amazonaws.com"
             url = f"{endpoint.rstrip('/')}/{self._bucket}/{quote(key)}"
             return HttpRequest(url=url, shown=shown, hint=HINT)
         import obstore
@@ -131,22 +110,22 @@ class S3Source(RangedSource):
         return HttpRequest(url=url, shown=shown, hint=HINT)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class S3Access:
-    """How one bucket is reached. ``secrets`` is what must not be shown."""
-
-    config: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    provider: Any = field(default=None, repr=False)
-    """Gives obstore credentials that run out, where it cannot fetch them itself."""
-    anonymous: bool = False
-    endpoint: str | None = None
-    region: str | None = None
-    secrets: tuple[str, ...] = field(default=(), repr=False)
+def _is_on_instance(environ: Mapping[str, str]) -> bool:
+    """Whether an instance's metadata answers; a second at most where there is none."""
+    if environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
+        return False
+    try:
+        socket.create_connection(INSTANCE, timeout=INSTANCE_WAIT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def find_access(
-    environ: Mapping[str, str], *, on_instance: Callable[[], bool] | None = None
-) -> S3Access:
+    environ: Mapping[str, str],
+    *,
+    on_instance: Callable[[Mapping[str, str]], bool] = _is_on_instance,
+) -> ObjectStoreAccess:
     """Look in the usual places. Raises ``SourceError`` where a profile is named and not there, or
     needs boto3 and that is not installed."""
     profile = _read_profile(environ)
@@ -160,9 +139,9 @@ def find_access(
     place: dict[str, Any] = {"endpoint": endpoint or None, "region": region or None}
     key, secret = environ.get("AWS_ACCESS_KEY_ID"), environ.get("AWS_SECRET_ACCESS_KEY")
     if key and secret:
-        return S3Access(**place, **_static(key, secret, environ.get("AWS_SESSION_TOKEN")))
+        return ObjectStoreAccess(**place, **_static(key, secret, environ.get("AWS_SESSION_TOKEN")))
     if profile.get("aws_access_key_id") and profile.get("aws_secret_access_key"):
-        return S3Access(
+        return ObjectStoreAccess(
             **place,
             **_static(
                 profile["aws_access_key_id"],
@@ -171,12 +150,10 @@ def find_access(
             ),
         )
     if any(profile.get(name) for name in _NEEDS_BOTO):
-        return S3Access(**place, provider=_boto_provider(environ.get("AWS_PROFILE")))
-    if any(environ.get(name) for name in _GIVEN_ELSEWHERE):
-        return S3Access(**place)
-    if (on_instance or (lambda: _is_on_instance(environ)))():
-        return S3Access(**place)
-    return S3Access(**place, anonymous=True)
+        provider = _boto_provider(environ.get("AWS_PROFILE"))
+        return ObjectStoreAccess(**place, config={"credential_provider": provider})
+    given_elsewhere = any(environ.get(name) for name in _GIVEN_ELSEWHERE) or on_instance(environ)
+    return ObjectStoreAccess(**place, anonymous=not given_elsewhere)
 
 
 def _static(key: str, secret: str, token: str | None) -> dict[str, Any]:
@@ -225,14 +202,3 @@ def _boto_provider(profile: str | None) -> Any:
         raise SourceError(
             f"the AWS profile gives no credentials ({type(error).__name__})"
         ) from None
-
-
-def _is_on_instance(environ: Mapping[str, str]) -> bool:
-    """Whether an instance's metadata answers; a second at most where there is none."""
-    if environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
-        return False
-    try:
-        socket.create_connection(INSTANCE, timeout=INSTANCE_WAIT_S).close()
-    except OSError:
-        return False
-    return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,18 +12,19 @@ from object_server import IndexedServer, ObjectServer, serving
 from store_servers import GcsServer, HubServer, OssServer
 
 from modelcache.ports import Listing
-from modelcache.refs import parse_ref
+from modelcache.refs import SCHEMES, Scheme, parse_ref
 from modelcache.settings import ModelCacheSettings
-from modelcache.sources import gs, hf, http, opening, s3
+from modelcache.sources import gs, hf, http, s3
+from modelcache.sources.obstore_client import ObjectStoreAccess
 from modelcache.sources.opening import ExtraMissing, open_source, rate_of
 from modelcache.sources.oss import find_access as find_oss_access
 from modelcache.sources.reader import is_direct, make_reader
-from modelcache.types import NotFound, SourceError
+from modelcache.types import ModelRef, NotFound, SourceError
 
 KEY, SECRET, TOKEN = "AKIATESTTESTTEST", "wJalr/test+secret", "session/token=="
 
 
-def not_here() -> bool:
+def not_here(environ: Mapping[str, str]) -> bool:
     return False
 
 
@@ -86,14 +87,14 @@ def test_s3_a_profile_with_a_command_goes_through_boto3(
     for name, value in {**environ, "AWS_PROFILE": "ml"}.items():
         monkeypatch.setenv(name, value)
     access = s3.find_access({**environ, "AWS_PROFILE": "ml"}, on_instance=not_here)
-    assert access.provider()["access_key_id"] == KEY
+    assert access.config["credential_provider"]()["access_key_id"] == KEY
 
 
 def test_s3_what_a_container_or_an_instance_is_given_is_left_to_obstore(tmp_path: Path) -> None:
     home = {"HOME": str(tmp_path)}
     for name in ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_FULL_URI"):
         assert not s3.find_access({**home, name: "x"}, on_instance=not_here).anonymous
-    assert not s3.find_access(home, on_instance=lambda: True).anonymous
+    assert not s3.find_access(home, on_instance=lambda environ: True).anonymous
     assert s3.find_access(home, on_instance=not_here).anonymous
     assert s3.find_access({**home, "AWS_EC2_METADATA_DISABLED": "true"}).anonymous
 
@@ -176,8 +177,8 @@ def test_oss_credentials_from_a_url_are_renewed_in_time(tmp_path: Path) -> None:
             "ALIBABA_CLOUD_CREDENTIALS_URI": f"{server.url}/role",
         }
         reader = make_reader(environ, timeout_s=30, connections=2, rate_bytes_s=None)
-        bucket, access = find_oss_access("models", environ, reader)
-        assert (bucket, access.endpoint) == ("models", "https://oss-cn-hangzhou.aliyuncs.com")
+        access = find_oss_access(environ, reader)
+        assert access.endpoint == "https://oss-cn-hangzhou.aliyuncs.com"
         access.clock = lambda: now_s + asked_for[-1]
         for after_s, number, wanted in ((0, 1, 1), (100, 2, 1), (3_400, 3, 3), (3_500, 4, 3)):
             server.objects["role"] = credentials(number, after_s + 3_600)
@@ -232,8 +233,9 @@ def test_oss_without_an_endpoint_says_what_to_set(tmp_path: Path) -> None:
         ("m", {"OSS_ENDPOINT": "http://internal"}, "http://internal"),
         ("m", {"OSS_REGION": "oss-cn-x"}, "https://oss-cn-x.aliyuncs.com"),
     ):
-        bucket, access = find_oss_access(host, {"HOME": "/none", **environ}, reader)
-        assert (bucket, access.endpoint) == ("m", endpoint)
+        of_url = host.partition(".")[2]
+        access = find_oss_access({"HOME": "/none", **environ}, reader, endpoint=of_url)
+        assert access.endpoint == endpoint
 
 
 # -- the others ----------------------------------------------------------------------------------
@@ -290,24 +292,58 @@ def test_netrc_is_for_its_own_host_and_not_quoted_when_damaged(tmp_path: Path) -
 
 def test_gs_credentials(tmp_path: Path) -> None:
     home = {"HOME": str(tmp_path), "NO_GCE_CHECK": "true"}
-    assert gs.find_access(home) == {"skip_signature": True}
-    assert "http://h:1" in gs.find_access({"STORAGE_EMULATOR_HOST": "h:1"})["service_account_key"]
+    assert gs.find_access(home) == ObjectStoreAccess(anonymous=True)
+    emulator = gs.find_access({"STORAGE_EMULATOR_HOST": "h:1"})
+    assert "http://h:1" in emulator.config["service_account_key"]
     with pytest.raises(SourceError, match="cannot be read"):
         gs.find_access({**home, "GOOGLE_APPLICATION_CREDENTIALS": str(tmp_path / "none.json")})
     usual = tmp_path / ".config" / "gcloud" / "application_default_credentials.json"
     usual.parent.mkdir(parents=True)
     usual.write_text("{}")
-    assert gs.find_access(home) == {"application_credentials": str(usual)}
+    assert gs.find_access(home).config == {"application_credentials": str(usual)}
     usual.write_text('{"type": "service_account", "private_key": "hunter2-no-key"}')
     with pytest.raises(SourceError) as raised:
         list_at("gs://models/m", home)
     assert "hunter2" not in str(raised.value)
 
 
-def test_a_client_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "_CLIENTS", {"oss": "a_module_that_is_nowhere"})
+def test_a_client_that_is_not_installed_is_named() -> None:
+    schemes = {"oss": Scheme(client="a_module_that_is_nowhere")}
     with pytest.raises(ExtraMissing, match="-m pip install a-module-that"):
-        open_source(parse_ref("oss://models/m"), settings=ModelCacheSettings(), environ={})
+        open_source(
+            parse_ref("oss://models/m"), settings=ModelCacheSettings(), environ={}, schemes=schemes
+        )
+
+
+def test_every_scheme_opens_its_own_source(tmp_path: Path) -> None:
+    environ = {
+        "HOME": str(tmp_path),
+        "NO_GCE_CHECK": "true",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "OSS_ENDPOINT": "http://127.0.0.1:9",
+    }
+    opened = {}
+    for scheme in SCHEMES:
+        source = open_source(
+            parse_ref(f"{scheme}:///models/m" if scheme == "file" else f"{scheme}://models/m"),
+            settings=ModelCacheSettings(),
+            environ=environ,
+        )
+        opened[scheme] = type(source).__name__
+        source.close()
+    assert opened == {
+        "file": "FileSource",
+        "gs": "GsSource",
+        "hf": "HfSource",
+        "http": "HttpSource",
+        "https": "HttpSource",
+        "oss": "OssSource",
+        "s3": "S3Source",
+    }
+    unknown = ModelRef(url="ftp://models/m", scheme="ftp", location="models/m")
+    with pytest.raises(SourceError, match="ftp"):
+        open_source(unknown, settings=ModelCacheSettings(), environ=environ)
 
 
 @pytest.mark.parametrize(
