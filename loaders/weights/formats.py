@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -84,9 +84,16 @@ def _of_vllm(name: str) -> Read:
 
 
 def measure(
-    files: Sequence[str], *, may_drop: bool, device: str, within_s: float
+    files: Sequence[str],
+    formats: Mapping[str, tuple[str, Read]],
+    *,
+    may_drop: bool,
+    device: str,
+    within_s: float,
+    take: Callable[[Read, Sequence[str], str, int], float] | None = None,
 ) -> Iterator[Speed]:
     """Try each format; what does not fit in ``within_s`` seconds is left out and says so.
+    ``take`` gives one format's bytes a second, from so many rounds.
 
     With ``may_drop`` the files' pages are dropped for the cold figures. Every figure is taken in
     a process of its own, forked from this one: what one format leaves mapped would stay in the
@@ -95,28 +102,26 @@ def measure(
     ends_s = time.monotonic() + within_s
     there = {
         name: read
-        for name, (package, read) in readers().items()
+        for name, (package, read) in formats.items()
         if importlib.util.find_spec(package) is not None
     }
     for number, (name, read) in enumerate(there.items()):
         left_s = (ends_s - time.monotonic()) / (len(there) - number)
-        yield _measured(name, read, files, may_drop, device, left_s)
-    for name in sorted(readers().keys() - there.keys()):
+        yield _measured(name, partial(take or _best, read, files, device), files, may_drop, left_s)
+    for name in sorted(formats.keys() - there.keys()):
         yield Speed(format=name, problem="not installed")
 
 
 def _measured(
-    name: str, read: Read, files: Sequence[str], may_drop: bool, device: str, within_s: float
+    name: str, take: Callable[[int], float], files: Sequence[str], may_drop: bool, within_s: float
 ) -> Speed:
     ends_s = time.monotonic() + within_s
     warm, cold = None, []
     try:
-        work = partial(_best, read, files, device, WARM_ROUNDS)
-        warm = in_child(work, within_s)
-        work = partial(_best, read, files, device, 0)
+        warm = in_child(lambda: take(WARM_ROUNDS), within_s)
         for _ in range(COLD_ROUNDS if may_drop else 0):
             if drop(files):
-                cold.append(in_child(work, ends_s - time.monotonic()))
+                cold.append(in_child(lambda: take(0), ends_s - time.monotonic()))
     except TimeoutError:
         if warm is None:
             return Speed(format=name, problem="not measured, the time was up")
@@ -214,7 +219,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         files = [str(copy or chosen)]
         for speed in measure(
-            files, may_drop=copy is not None, device=device, within_s=options.within_s
+            files,
+            readers(),
+            may_drop=copy is not None,
+            device=device,
+            within_s=options.within_s,
         ):
             sys.stdout.write(json.dumps(asdict(speed)) + "\n")
             sys.stdout.flush()

@@ -37,6 +37,10 @@ CountCached = Callable[[int, int, int], int | None]
 """Pages cached of an open file, from a byte on, of so many bytes; ``None``: cannot tell."""
 
 
+ReadAt = Callable[[int, list[memoryview], int], int]
+"""``os.preadv``: from an open file into memory, from a byte on; how many bytes came."""
+
+
 @dataclass(frozen=True, slots=True)
 class ReadBuffer:
     """Memory for a part of a file: ``view[0]`` is for byte ``start``, a multiple of
@@ -54,6 +58,7 @@ class WeightReader:
     how: How
     count_cached: CountCached
     turns: threading.Semaphore
+    read_at: ReadAt = os.preadv
     _page_bytes: int = field(default_factory=lambda: os.sysconf("SC_PAGE_SIZE"))
 
     def fill(self, file: OpenFile, read: Read, places: Sequence[ReadBuffer], tally: Tally) -> None:
@@ -69,7 +74,7 @@ class WeightReader:
                 with self.turns:
                     tally.waited_s += time.perf_counter() - began_s
                     for segment, place in zip(read.segments, places, strict=True):
-                        _fill_cached(file.fd, segment.start, segment.end, place, hasher, tally)
+                        self._fill_cached(file.fd, segment.start, segment.end, place, hasher, tally)
             if hasher is not None and file.sums is not None and read.piece is not None:
                 file.sums.check(read.piece, hasher.intdigest())
         except BadFile as error:
@@ -103,7 +108,7 @@ class WeightReader:
             begin = segment.start - segment.start % ALIGN_BYTES
             began_s = time.perf_counter()
             try:
-                _read_aligned(fd, begin, segment.end, place)
+                self._read_aligned(fd, begin, segment.end, place)
             except OSError as error:
                 if index == 0 and error.errno in NO_DIRECT:
                     return False
@@ -119,35 +124,39 @@ class WeightReader:
                 tally.verify_s += time.perf_counter() - ended_s
         return True
 
+    def _read_aligned(self, fd: int, begin: int, end: int, place: ReadBuffer) -> None:
+        """Read from ``begin``, which is aligned, at least to ``end``, in whole blocks."""
+        until = -(-end // ALIGN_BYTES) * ALIGN_BYTES
+        at = begin
+        while at < end:
+            got = self.read_at(fd, [place.view[at - place.start : until - place.start]], at)
+            if got == 0 or (got % ALIGN_BYTES and at + got < end):
+                raise BadFile(f"cut short while it was read: it ends at byte {at + got}")
+            at += got
 
-def _read_aligned(fd: int, begin: int, end: int, place: ReadBuffer) -> None:
-    """Read from ``begin``, which is aligned, at least to ``end``, in whole blocks."""
-    until = -(-end // ALIGN_BYTES) * ALIGN_BYTES
-    at = begin
-    while at < end:
-        got = os.preadv(fd, [place.view[at - place.start : until - place.start]], at)
-        if got == 0 or (got % ALIGN_BYTES and at + got < end):
-            raise BadFile(f"cut short while it was read: it ends at byte {at + got}")
-        at += got
-
-
-def _fill_cached(
-    fd: int, start: int, end: int, place: ReadBuffer, hasher: xxhash.xxh3_64 | None, tally: Tally
-) -> None:
-    at = start
-    began_s = time.perf_counter()
-    while at < end:
-        view = place.view[at - place.start : min(at + STEP_BYTES, end) - place.start]
-        got = os.preadv(fd, [view], at)
-        if got == 0:
-            raise BadFile(f"cut short while it was read: it ends at byte {at}")
-        at += got
-        ended_s = time.perf_counter()
-        tally.cached_bytes += got
-        tally.cached_s += ended_s - began_s
-        began_s = ended_s
-        if hasher is not None:
-            hasher.update(view[:got])
-            began_s = time.perf_counter()
-            tally.verified_bytes += got
-            tally.verify_s += began_s - ended_s
+    def _fill_cached(
+        self,
+        fd: int,
+        start: int,
+        end: int,
+        place: ReadBuffer,
+        hasher: xxhash.xxh3_64 | None,
+        tally: Tally,
+    ) -> None:
+        at = start
+        began_s = time.perf_counter()
+        while at < end:
+            view = place.view[at - place.start : min(at + STEP_BYTES, end) - place.start]
+            got = self.read_at(fd, [view], at)
+            if got == 0:
+                raise BadFile(f"cut short while it was read: it ends at byte {at}")
+            at += got
+            ended_s = time.perf_counter()
+            tally.cached_bytes += got
+            tally.cached_s += ended_s - began_s
+            began_s = ended_s
+            if hasher is not None:
+                hasher.update(view[:got])
+                began_s = time.perf_counter()
+                tally.verified_bytes += got
+                tally.verify_s += began_s - ended_s

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from process_fixtures import children_of
 
-from loaders.weights import formats
 from loaders.weights.formats import Speed, choose, drop, in_child, measure
 
 
@@ -71,9 +70,7 @@ def test_pages_are_dropped_and_that_is_checked() -> None:
         assert residency.residency(whole).bytes_cached == 0
 
 
-def test_every_format_is_tried_absent_or_out_of_time(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_every_format_is_tried_absent_or_out_of_time(tmp_path: Path) -> None:
     def reads(files: Sequence[str]) -> Iterator[tuple[str, Any]]:
         raise AssertionError("read by the scripted figures only")
 
@@ -83,28 +80,23 @@ def test_every_format_is_tried_absent_or_out_of_time(
         assert device == "cpu"
         return read() + (0.5 if rounds == 0 else 0.0)
 
-    monkeypatch.setattr(formats, "_best", best)
-    monkeypatch.setattr(
-        formats,
-        "readers",
-        lambda: {
-            **{name: ("json", lambda value=value: value) for name, value in figures.items()},
-            "absent": ("no_such_package", reads),
-            "broken": ("json", fail),
-        },
-    )
+    given: dict[str, Any] = {
+        **{name: ("json", lambda value=value: value) for name, value in figures.items()},
+        "absent": ("no_such_package", reads),
+        "broken": ("json", fail),
+    }
     file = tmp_path / "weights"
     file.write_bytes(bytes(100))
-    found = list(measure([str(file)], may_drop=True, device="cpu", within_s=60.0))
+    found = list(measure([str(file)], given, may_drop=True, device="cpu", within_s=60.0, take=best))
     assert found[:2] == [
         Speed(format="one", warm_bytes_s=5.0, cold_bytes_s=5.5),
         Speed(format="two", warm_bytes_s=7.0, cold_bytes_s=7.5),
     ]
     assert found[3] == Speed(format="absent", problem="not installed")
     assert found[2].problem.startswith("ValueError: no such")
-    warm = list(measure([str(file)], may_drop=False, device="cpu", within_s=60.0))
+    warm = list(measure([str(file)], given, may_drop=False, device="cpu", within_s=60.0, take=best))
     assert [one.cold_bytes_s for one in warm] == [None] * 4
-    late = list(measure([str(file)], may_drop=False, device="cpu", within_s=0.0))
+    late = list(measure([str(file)], given, may_drop=False, device="cpu", within_s=0.0, take=best))
     assert [one.problem for one in late if one.format != "absent"] == [
         "not measured, the time was up"
     ] * 3

@@ -84,12 +84,13 @@ def a_pump(
     how: How = "auto",
     target: Memory | None = None,
     batch_bytes: int = 5 * ALIGN_BYTES,
+    make_reader: type[WeightReader] = WeightReader,
 ) -> Iterator[Pipeline]:
     plan = make_plan(wants, batch_bytes=batch_bytes, read_bytes=GRID, gap_bytes=100)
     yield Pipeline(
         plan=plan,
         files=files,
-        reader=WeightReader(how=how, count_cached=lambda *_: None, turns=threading.Semaphore(2)),
+        reader=make_reader(how=how, count_cached=lambda *_: None, turns=threading.Semaphore(2)),
         target=target or Memory(staged=staged),
         ring=StagingBuffers(2, GRID) if staged else None,
         threads=threads,
@@ -255,30 +256,29 @@ def test_a_flipped_bit_is_caught_wherever_it_is(at: int, bit: int, staged: bool)
 
 @pytest.mark.parametrize(("how", "most"), [("cached", 2), ("direct", 6)])
 def test_only_as_many_threads_as_cores_copy_out_of_the_page_cache(
-    tmp_path: Path, how: How, most: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, how: How, most: int
 ) -> None:
     """What is read past the cache is for all of them. The rest of a plan is theirs as well."""
     path = tmp_path / "x"
     path.write_bytes(bytes(40 * GRID))
     seen: set[str] = set()
     together = threading.Event()
-    original = WeightReader.fill
 
-    def fill(self: WeightReader, *given: Any) -> None:
-        seen.add(threading.current_thread().name)
-        if len(seen) > 2:
-            together.set()
-        # So that every thread that may gets one, however late it comes to run.
-        together.wait(60.0 if how == "direct" else 0.002)
-        original(self, *given)
+    class Patient(WeightReader):
+        def fill(self, *given: Any) -> None:
+            seen.add(threading.current_thread().name)
+            if len(seen) > 2:
+                together.set()
+            # So that every thread that may gets one, however late it comes to run.
+            together.wait(60.0 if how == "direct" else 0.002)
+            super().fill(*given)
 
-    monkeypatch.setattr(WeightReader, "fill", fill)
     size = path.stat().st_size
     portion = Portion(name="t", dtype="U8", shape=(size,), start=0, end=size)
     want = FileWant(size_bytes=size, portions=(portion,), verified=False)
     with (
         opened(find_files(path), lambda _: None) as files,
-        a_pump(files, [want], threads=6, how=how, batch_bytes=size) as pump,
+        a_pump(files, [want], threads=6, how=how, batch_bytes=size, make_reader=Patient) as pump,
     ):
         list(pump.batches())
     assert len(seen) <= most

@@ -14,7 +14,7 @@ from safetensors_files import sums_of
 
 from loaders.weights.files import OpenFile, find_files, opened
 from loaders.weights.plan import ALIGN_BYTES, Read, Segment
-from loaders.weights.readers import CountCached, How, ReadBuffer, WeightReader
+from loaders.weights.readers import CountCached, How, ReadAt, ReadBuffer, WeightReader
 from loaders.weights.report import Tally
 from loaders.weights.staging_buffers import Stretch
 from modelcache.safetensors_index import BadFile
@@ -32,11 +32,18 @@ def file(tmp_path: Path) -> Iterator[OpenFile]:
 
 
 def fill(
-    file: OpenFile, how: How, cached: int | None = None, *, end: int = SIZE
+    file: OpenFile,
+    how: How,
+    cached: int | None = None,
+    *,
+    end: int = SIZE,
+    read_at: ReadAt = os.preadv,
 ) -> tuple[bytes, Tally]:
     """Read the file into two places that meet in the middle of a page."""
     counts: CountCached = lambda fd, start, size: cached  # noqa: E731
-    reader = WeightReader(how=how, count_cached=counts, turns=threading.Semaphore(1))
+    reader = WeightReader(
+        how=how, count_cached=counts, turns=threading.Semaphore(1), read_at=read_at
+    )
     segments = (Segment(batch=0, start=0, end=CUT), Segment(batch=1, start=CUT, end=end))
     starts = [s.start - s.start % ALIGN_BYTES for s in segments]
     stretches = [Stretch(SIZE + ALIGN_BYTES) for _ in segments]
@@ -70,19 +77,15 @@ def test_what_is_mostly_not_cached_is_read_past_the_cache(
     assert tally.direct_bytes == (SIZE if direct else 0)
 
 
-def test_where_reading_past_the_cache_cannot_be_it_is_not_done(
-    file: OpenFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = os.preadv
+def test_where_reading_past_the_cache_cannot_be_it_is_not_done(file: OpenFile) -> None:
     direct = file.direct()
 
     def refuse(fd: int, buffers: list[memoryview], offset: int) -> int:
         if fd == direct:
             raise OSError(errno.EINVAL, "no")
-        return real(fd, buffers, offset)
+        return os.preadv(fd, buffers, offset)
 
-    monkeypatch.setattr("loaders.weights.readers.os.preadv", refuse)
-    data, tally = fill(file, "direct")
+    data, tally = fill(file, "direct", read_at=refuse)
     assert data == DATA
     assert (tally.cached_bytes, tally.verified_bytes) == (SIZE, SIZE)
     file.close()
@@ -92,15 +95,11 @@ def test_where_reading_past_the_cache_cannot_be_it_is_not_done(
 
 
 @pytest.mark.parametrize("how", ["cached", "direct"])
-def test_short_reads_are_carried_on(
-    file: OpenFile, how: How, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = os.preadv
-    monkeypatch.setattr(
-        "loaders.weights.readers.os.preadv",
-        lambda fd, buffers, offset: real(fd, [buffers[0][: 5 * ALIGN_BYTES]], offset),
-    )
-    assert fill(file, how)[0] == DATA
+def test_short_reads_are_carried_on(file: OpenFile, how: How) -> None:
+    def short(fd: int, buffers: list[memoryview], offset: int) -> int:
+        return os.preadv(fd, [buffers[0][: 5 * ALIGN_BYTES]], offset)
+
+    assert fill(file, how, read_at=short)[0] == DATA
 
 
 @pytest.mark.parametrize("how", ["cached", "direct"])
@@ -110,15 +109,12 @@ def test_an_end_that_comes_too_soon_is_an_error(file: OpenFile, how: How) -> Non
         fill(file, how)
 
 
-def test_a_disk_that_cannot_read_is_an_error_that_says_so(
-    file: OpenFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_cannot_read_is_an_error_that_says_so(file: OpenFile) -> None:
     def fail(fd: int, buffers: list[memoryview], offset: int) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr("loaders.weights.readers.os.preadv", fail)
     with pytest.raises(BadFile, match=r"/x: cannot be read: Input/output error"):
-        fill(file, "auto")
+        fill(file, "auto", read_at=fail)
 
 
 @pytest.mark.parametrize("how", ["cached", "direct"])
