@@ -348,7 +348,7 @@ def test_whatever_the_changes_no_request_is_lost(steps: list[Any]) -> None:
                 else:
                     world.backend.room = given[0]
             world.backend.room = 1_000
-            await asyncio.gather(*asked)
+            await world.until(lambda: all(one.done() for one in asked), 2_000.0)
             assert world.answered + world.unknown == len(asked)
             assert world.cut == 0
             world.set_pools()
