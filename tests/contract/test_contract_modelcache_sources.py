@@ -410,11 +410,17 @@ class TestGs(SourceContract):
             )
 
 
+class UntaggedServer(ObjectServer):
+    """The store that a hub redirects to, which names no entity tag and no time of change."""
+
+    def headers_of(self, path: str, data: bytes) -> dict[str, str]:
+        return {}
+
+
 class TestHf(SourceContract):
     @pytest.fixture
     def hub(self) -> Iterator[HubServer]:
-        elsewhere = ObjectServer()
-        elsewhere.headers_of = lambda path, data: {}  # type: ignore[method-assign]
+        elsewhere = UntaggedServer()
         with serving(elsewhere), serving(hub := HubServer(elsewhere, token="hf_testtesttest")):
             for path, data in FILES.items():
                 hub.put(path, data)

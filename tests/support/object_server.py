@@ -112,7 +112,7 @@ class ObjectServer(ThreadingHTTPServer):
         return {
             "ETag": f'"{hashlib.md5(data).hexdigest()}"',
             "Last-Modified": email.utils.formatdate(self.changed_at_s, usegmt=True),
-            "Content-Type": "application/octet-stream",
+            "Content-Type": "text/html" if path.endswith("/") else "application/octet-stream",
         }
 
     def special(self, handler: Handler, path: str, query: dict[str, str]) -> Answer | None:
