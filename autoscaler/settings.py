@@ -469,13 +469,13 @@ def make_policy(pool: PoolSettings, settings: AutoscalerSettings) -> PoolPolicy:
         min_replicas=pool.min_replicas,
         max_replicas=pool.max_replicas,
         target_inflight_tokens=pool.target_inflight_tokens,
-        target_inflight_requests=pool.max_inflight_requests,
+        max_inflight_requests=pool.max_inflight_requests,
         stable_window_s=settings.stable_window_s,
         panic_window_s=settings.panic_window_s,
         panic_threshold=settings.panic_threshold,
         scale_down_delay_s=first(pool.scale_down_delay_s, settings.scale_down_delay_s),
         idle_to_zero_s=first(pool.idle_to_zero_s, settings.idle_to_zero_s),
-        max_scale_up=settings.max_scale_up_per_tick,
+        max_scale_up_per_tick=settings.max_scale_up_per_tick,
         demand_stale_s=settings.demand_stale_s,
     )
 

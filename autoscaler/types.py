@@ -52,7 +52,7 @@ class Observation:
 class PoolPolicy:
     """One pool's settings as ``decide`` uses them: bounds, targets, windows.
 
-    ``target_inflight_requests`` is the most requests one replica is given, where the pool says;
+    ``max_inflight_requests`` is the most requests one replica is given, where the pool says;
     it makes many small requests count as well as a few large ones.
     """
 
@@ -60,13 +60,13 @@ class PoolPolicy:
     min_replicas: int
     max_replicas: int
     target_inflight_tokens: int
-    target_inflight_requests: int | None
+    max_inflight_requests: int | None
     stable_window_s: float
     panic_window_s: float
     panic_threshold: float
     scale_down_delay_s: float
     idle_to_zero_s: float
-    max_scale_up: int
+    max_scale_up_per_tick: int
     demand_stale_s: float
 
 

@@ -24,8 +24,8 @@ from types import ModuleType
 from typing import NoReturn
 
 from environments import Environment, Step, Workshop, digest
-from needs import MissingRequirement, check_machine, check_processor, choose_kind
 from progress import StepFailed, say, size_text
+from requirements_check import MissingRequirement, check_machine, check_processor, choose_kind
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"

@@ -1,6 +1,6 @@
 """Pure decisions: no I/O, no clock, no chance.
 
 ``recommend`` turns demand into replicas, ``decide`` bounds and delays that, ``plan`` says which
-replicas start or stop, ``lifecycle`` is the table of what a replica does next, ``placement``
-chooses GPUs and cores, ``tier_policy`` how warm a pool at zero is.
+replicas start or stop, ``lifecycle`` is the table of what a replica does next,
+``device_assignment`` chooses GPUs and cores, ``tier_policy`` how warm a pool at zero is.
 """

@@ -357,7 +357,7 @@ def scale_to_zero(
 
 def apply_bounds(policy: PoolPolicy, status: PoolStatus, proposal: Proposal) -> Proposal:
     """Keep the number between the pool's bounds, and its growth below the limit per decision."""
-    most_now = max(status.supply, policy.min_replicas) + policy.max_scale_up
+    most_now = max(status.supply, policy.min_replicas) + policy.max_scale_up_per_tick
     if proposal.desired < policy.min_replicas:
         return replace(
             proposal,
@@ -379,7 +379,7 @@ def apply_bounds(policy: PoolPolicy, status: PoolStatus, proposal: Proposal) -> 
             proposal,
             desired=most_now,
             bound=Bound.MAX_SCALE_UP,
-            detail=f"{proposal.detail}; at most {policy.max_scale_up} are started at once",
+            detail=f"{proposal.detail}; at most {policy.max_scale_up_per_tick} are started at once",
         )
     return proposal
 

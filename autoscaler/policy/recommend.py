@@ -30,7 +30,7 @@ class WindowRecommendations:
 
 def recommend(policy: PoolPolicy, demand: WindowedDemand) -> WindowRecommendations:
     """What the stable and the panic window recommend."""
-    tokens, requests = policy.target_inflight_tokens, policy.target_inflight_requests
+    tokens, requests = policy.target_inflight_tokens, policy.max_inflight_requests
     stable_s, panic_s = policy.stable_window_s, policy.panic_window_s
     stable = larger(
         divide(demand.stable_tokens, tokens, Signal.STABLE_TOKENS, "tokens", stable_s),

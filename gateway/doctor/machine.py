@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoscaler.backends.process.gpus import list_gpus
-from autoscaler.policy.placement import GpuCapacity
+from autoscaler.policy.device_assignment import GpuCapacity
 from gateway.admin.schema import CacheListing
 from gateway.compose.run_record import AGENT_NAME, Running, read_record
 from gateway.datapath import compiled
@@ -270,7 +270,7 @@ class Machine:
     def speeds(self, python: Path, weights: Sequence[Path]) -> list[FormatSpeed] | str:
         """How quickly each load format reads weights, or why that cannot be told."""
         with ExitStack() as stack:
-            argv = [str(python), "-m", "loaders.weights.formats", *map(str, weights)]
+            argv = [str(python), "-m", "loaders.weights.format_benchmark", *map(str, weights)]
             try:
                 work_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="tidegate-"))
                 argv += ["--work-dir", work_dir]
@@ -330,7 +330,7 @@ def _cgroup_memory_bytes() -> int | None:
 
 
 def parse_speeds(text: str) -> list[FormatSpeed]:
-    """The figures among what ``loaders.weights.formats`` printed."""
+    """The figures among what ``loaders.weights.format_benchmark`` printed."""
     found = []
     for line in text.splitlines():
         try:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from autoscaler.policy.placement import GpuCapacity
+from autoscaler.policy.device_assignment import GpuCapacity
 from autoscaler.settings import PoolSettings
 from gateway.doctor.checks import Check, Status, fail, ok, warn
 from gateway.doctor.machine import Machine

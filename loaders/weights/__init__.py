@@ -2,5 +2,6 @@
 
 ``load`` is the entry. ``files`` finds and opens files, ``plan`` lays out
 the reads, ``pipeline`` runs them with ``readers`` into ``staging_buffers`` and on to a ``device``;
-``checksums`` verifies on the way, ``report`` says what it took, ``formats`` compares load formats.
+``checksums`` verifies on the way, ``report`` says what it took, ``format_benchmark`` measures how
+quickly vLLM's load formats read the same files.
 """

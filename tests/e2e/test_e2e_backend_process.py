@@ -34,7 +34,7 @@ from autoscaler.backends.base import (
 )
 from autoscaler.backends.process import guard, procs
 from autoscaler.backends.process.family import ProcessRecord, ProcessRegistry
-from autoscaler.policy.placement import GpuCapacity
+from autoscaler.policy.device_assignment import GpuCapacity
 from autoscaler.settings import AutoscalerSettings
 from loaders.engines.base import EngineCommand
 

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-BOOTSTRAP_MODULES = ("progress", "environments", "needs", "prepare")
+BOOTSTRAP_MODULES = ("progress", "environments", "requirements_check", "prepare")
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def prepare(deploy: Path) -> ModuleType:
 
 
 @pytest.fixture
-def needs(deploy: Path) -> ModuleType:
-    return importlib.import_module("needs")
+def requirements_check(deploy: Path) -> ModuleType:
+    return importlib.import_module("requirements_check")
 
 
 @pytest.fixture

@@ -57,41 +57,48 @@ def step(environments: ModuleType, **given: object) -> object:
 
 
 def test_a_full_disk_is_told_before_anything_is_begun(
-    needs: ModuleType, environments: ModuleType, tmp_path: Path
+    requirements_check: ModuleType, environments: ModuleType, tmp_path: Path
 ) -> None:
     needed = step(environments, size_bytes=4_000_000_000)
     with pytest.raises(
-        needs.MissingRequirement, match=r"5\.5 GB of disk are needed and 3\.0 GB are free"
+        requirements_check.MissingRequirement,
+        match=r"5\.5 GB of disk are needed and 3\.0 GB are free",
     ):
-        needs.check_machine(tmp_path, [needed], free_bytes=3_000_000_000)
-    needs.check_machine(tmp_path, [], free_bytes=3_000_000_000)
-    needs.check_machine(tmp_path, [needed], free_bytes=6_000_000_000)
+        requirements_check.check_machine(tmp_path, [needed], free_bytes=3_000_000_000)
+    requirements_check.check_machine(tmp_path, [], free_bytes=3_000_000_000)
+    requirements_check.check_machine(tmp_path, [needed], free_bytes=6_000_000_000)
 
 
 def test_a_python_without_venv_is_told_how_to_get_it(
-    needs: ModuleType, environments: ModuleType, tmp_path: Path
+    requirements_check: ModuleType, environments: ModuleType, tmp_path: Path
 ) -> None:
-    with pytest.raises(needs.MissingRequirement, match=r"apt install python3\.\d+-venv"):
-        needs.check_machine(tmp_path, [step(environments)], find_spec=lambda name: None)
+    with pytest.raises(
+        requirements_check.MissingRequirement, match=r"apt install python3\.\d+-venv"
+    ):
+        requirements_check.check_machine(
+            tmp_path, [step(environments)], find_spec=lambda name: None
+        )
 
 
-def test_a_processor_vllm_cannot_use_is_told(needs: ModuleType, tmp_path: Path) -> None:
+def test_a_processor_vllm_cannot_use_is_told(
+    requirements_check: ModuleType, tmp_path: Path
+) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("flags : fpu sse4_2 avx\n")
-    with pytest.raises(needs.MissingRequirement, match="no AVX2"):
-        needs.check_processor("x86_64", cpuinfo)
+    with pytest.raises(requirements_check.MissingRequirement, match="no AVX2"):
+        requirements_check.check_processor("x86_64", cpuinfo)
     cpuinfo.write_text("flags : fpu avx avx2 fma\n")
-    needs.check_processor("x86_64", cpuinfo)
-    with pytest.raises(needs.MissingRequirement, match="riscv64"):
-        needs.check_processor("riscv64", cpuinfo)
+    requirements_check.check_processor("x86_64", cpuinfo)
+    with pytest.raises(requirements_check.MissingRequirement, match="riscv64"):
+        requirements_check.check_processor("riscv64", cpuinfo)
 
 
-def test_the_kind_of_engine_is_told_or_seen(needs: ModuleType) -> None:
-    assert needs.engine_kind({}, lambda: True) == "cuda"
-    assert needs.engine_kind({}, lambda: False) == "cpu"
-    assert needs.engine_kind({"TIDEGATE_ENGINE": "cpu"}, lambda: True) == "cpu"
-    with pytest.raises(needs.MissingRequirement, match="cpu or cuda"):
-        needs.engine_kind({"TIDEGATE_ENGINE": "tpu"})
+def test_the_kind_of_engine_is_told_or_seen(requirements_check: ModuleType) -> None:
+    assert requirements_check.engine_kind({}, lambda: True) == "cuda"
+    assert requirements_check.engine_kind({}, lambda: False) == "cpu"
+    assert requirements_check.engine_kind({"TIDEGATE_ENGINE": "cpu"}, lambda: True) == "cpu"
+    with pytest.raises(requirements_check.MissingRequirement, match="cpu or cuda"):
+        requirements_check.engine_kind({"TIDEGATE_ENGINE": "tpu"})
 
 
 @pytest.mark.parametrize(
@@ -107,13 +114,13 @@ def test_an_engine_that_is_there_is_kept_whatever_the_driver_says_today(
     entry: str,
     wanted: str,
     chosen: str,
-    needs: ModuleType,
+    requirements_check: ModuleType,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / ".venv-engine" / "lib" / "python3.12" / "site-packages" / entry).mkdir(parents=True)
     environ = {"TIDEGATE_ENGINE": wanted}
-    assert needs.choose_kind(tmp_path / ".venv-engine", environ) == chosen
+    assert requirements_check.choose_kind(tmp_path / ".venv-engine", environ) == chosen
     assert ("clean-engine" in capsys.readouterr().out) == (wanted != chosen)
 
 

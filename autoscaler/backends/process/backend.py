@@ -62,7 +62,7 @@ from autoscaler.backends.process.replica import (
     spawn_plainly,
     to_the_end,
 )
-from autoscaler.policy.placement import GpuCapacity
+from autoscaler.policy.device_assignment import GpuCapacity
 from autoscaler.settings import AutoscalerSettings
 from loaders.engines.base import DEFAULT_HEALTH_PATH, Placement, choose_model, engine_of
 from loaders.engines.client import EngineClient

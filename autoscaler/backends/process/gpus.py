@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from autoscaler.policy.placement import GpuCapacity
+from autoscaler.policy.device_assignment import GpuCapacity
 
 TOOL_TIMEOUT_S = 20.0
 FIELDS = "index,name,memory.total,memory.free,driver_version"

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 
 from autoscaler.backends.base import BackendError, NoCapacity, ReplicaSpec
 from autoscaler.backends.process.replica import ReplicaProcess
-from autoscaler.policy.placement import GpuCapacity, GpuUse, assign_cpus, assign_gpus
+from autoscaler.policy.device_assignment import GpuCapacity, GpuUse, assign_cpus, assign_gpus
 from autoscaler.settings import ProcessPoolSettings
 
 HOST = "127.0.0.1"

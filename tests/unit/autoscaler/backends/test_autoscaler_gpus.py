@@ -10,7 +10,7 @@ import pytest
 
 from autoscaler.backends.process.gpus import list_gpus, parse_gpus
 from autoscaler.backends.process.placement import gpu_memory_fraction
-from autoscaler.policy.placement import GpuCapacity
+from autoscaler.policy.device_assignment import GpuCapacity
 from autoscaler.settings import ProcessPoolSettings
 
 GIB = 1 << 30

@@ -175,7 +175,7 @@ CASES = [
         RECENT, 4, R.STARTING, Signal.STABLE_TOKENS, Bound.STARTING,
     ),
     (
-        "many small requests", replace(POLICY, target_inflight_requests=4),
+        "many small requests", replace(POLICY, max_inflight_requests=4),
         PoolStatus(ready=5), known(100, 19), RECENT,
         5, R.STEADY, Signal.STABLE_REQUESTS, None,
     ),
@@ -370,10 +370,10 @@ policies = st.builds(
     min_replicas=st.integers(0, 3),
     max_replicas=st.integers(3, 12),
     target_inflight_tokens=st.integers(1, 10_000),
-    target_inflight_requests=st.none() | st.integers(1, 100),
+    max_inflight_requests=st.none() | st.integers(1, 100),
     scale_down_delay_s=st.sampled_from([0.0, 1.0, 60.0]),
     idle_to_zero_s=st.sampled_from([0.0, 1.0, 300.0]),
-    max_scale_up=st.integers(1, 5),
+    max_scale_up_per_tick=st.integers(1, 5),
 )
 
 
@@ -397,7 +397,7 @@ def test_whatever_is_known_the_invariants_hold(
         if status.sleep_requested or status.override is not None:
             continue
         assert policy.min_replicas <= desired <= max(policy.max_replicas, policy.min_replicas)
-        growth = policy.max_scale_up + max(0, policy.min_replicas - status.supply)
+        growth = policy.max_scale_up_per_tick + max(0, policy.min_replicas - status.supply)
         assert desired <= max(status.supply, 0) + growth
         if demand.tokens is None or demand.requests is None:
             assert desired >= min(status.supply, policy.max_replicas), "fewer on unknown demand"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autoscaler.policy.device_assignment import GpuCapacity, GpuUse, assign_cpus, assign_gpus
 from autoscaler.policy.lifecycle import Event, State
-from autoscaler.policy.placement import GpuCapacity, GpuUse, assign_cpus, assign_gpus
 from autoscaler.policy.plan import LOADING, SUPPLY, ReplicaStatus, ScalePlan, make_plan
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from process_fixtures import children_of
 
-from loaders.weights.formats import Speed, choose, drop, in_child, measure
+from loaders.weights.format_benchmark import Speed, choose, drop, in_child, measure
 
 
 def test_the_largest_file_that_may_be_copied_is_chosen_else_the_smallest(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a preparation needs of this machine, looked at before anything is begun."""
+"""Whether this machine has what a preparation requires, checked before anything is begun."""
 
 from __future__ import annotations
 

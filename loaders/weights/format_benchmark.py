@@ -1,10 +1,13 @@
-"""How quickly each load format reads weights here: ``python -m loaders.weights.formats FILE…``.
+"""How quickly each load format reads weights here.
+
+``python -m loaders.weights.format_benchmark FILE…`` prints a JSON line per format; ``doctor`` reads
+them.
 
 Runs under the engine's Python and uses vLLM's own reading functions, so a format is measured as
 vLLM would use it. Each tensor is copied to where a model would have it (memory that is there
 already), on the device vLLM computes on. Small files are copied into a directory of our own, so
 that their pages can be dropped for the cold figures without slowing other processes; of larger ones
-only the warm figures are taken. Prints a JSON line per format; ``doctor`` reads them.
+only the warm figures are taken.
 """
 
 from __future__ import annotations
@@ -202,7 +205,7 @@ def choose(files: Sequence[Path], most_bytes: int) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """See the module."""
-    parser = argparse.ArgumentParser(prog="python -m loaders.weights.formats")
+    parser = argparse.ArgumentParser(prog="python -m loaders.weights.format_benchmark")
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--work-dir", type=Path, help="where a file may be copied for a moment")
     parser.add_argument("--within-s", type=float, default=30.0)
