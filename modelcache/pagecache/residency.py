@@ -141,6 +141,10 @@ def drop(files: Sequence[FileRange]) -> Residency:
     return residency(files)
 
 
+SendFile = Callable[[int, int, int, int], int]
+"""``os.sendfile``."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrewarmReport:
     """What prewarming did. ``bytes_skipped`` were cached already; ``bytes_missing`` lie past the
@@ -165,19 +169,22 @@ def prewarm(
     on_progress: Callable[[Progress], None] | None = None,
     yield_to: Callable[[], bool] | None = None,
     streams: int = STREAMS,
+    yield_most_s: float = YIELD_MOST_S,
+    sendfile: SendFile = os.sendfile,
 ) -> PrewarmReport:
     """Read what is not cached of ``files`` into the page cache, at 0.03 CPU-s/GB or so.
 
     The bytes go from the file to nowhere inside the kernel (``sendfile`` to ``/dev/null``), past
     no buffer of ours. With ``yield_to`` it is background work: one thread of idle I/O priority
-    that stands back while ``yield_to()`` is true. Returns when all is read. ``on_progress`` is
-    called from the reading threads, one at a time. Raises ``Cancelled`` soon after ``cancelled()``
-    turns true, ``CacheError`` where a file is not there or cannot be read; what was read stays.
+    that stands back while ``yield_to()`` is true, at most ``yield_most_s`` for each chunk. Returns
+    when all is read. ``on_progress`` is called from the reading threads, one at a time. Raises
+    ``Cancelled`` soon after ``cancelled()`` turns true, ``CacheError`` where a file is not there or
+    cannot be read; what was read stays.
     """
     began_s = time.monotonic()
     spans = merge(files)
     runs, skipped = _plan(spans)
-    work = _Work(spans, runs, skipped, cancelled, on_progress, yield_to)
+    work = _Work(spans, runs, skipped, cancelled, on_progress, yield_to, yield_most_s, sendfile)
     number = max(1, min(streams if yield_to is None else 1, len(runs)))
     threads = [
         threading.Thread(target=work.run, name=f"prewarm-{index}", daemon=True)
@@ -228,6 +235,8 @@ class _Work:
         cancelled: Callable[[], bool],
         on_progress: Callable[[Progress], None] | None,
         yield_to: Callable[[], bool] | None,
+        yield_most_s: float,
+        sendfile: SendFile,
     ) -> None:
         self.bytes_total = sum(span.size_bytes for span in spans)
         self.bytes_read = 0
@@ -240,6 +249,8 @@ class _Work:
         self._cancelled = cancelled
         self._on_progress = on_progress
         self._yield_to = yield_to
+        self._yield_most_s = yield_most_s
+        self._sendfile = sendfile
         self._lock = threading.Lock()
         self._seen: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
 
@@ -269,7 +280,7 @@ class _Work:
             while at < end and self.error is None:
                 self._stand_back()
                 try:
-                    moved = pull(nowhere, file.fd, at, min(PIECE_BYTES, end - at))
+                    moved = pull(nowhere, file.fd, at, min(PIECE_BYTES, end - at), self._sendfile)
                 except OSError as error:
                     raise CacheError(
                         f"cannot read {path} at byte {at}: {error.strerror}"
@@ -286,7 +297,7 @@ class _Work:
         while True:
             if self._cancelled():
                 raise Cancelled("prewarming was cancelled")
-            if self._yield_to is None or waited_s >= YIELD_MOST_S or not self._yield_to():
+            if self._yield_to is None or waited_s >= self._yield_most_s or not self._yield_to():
                 break
             time.sleep(YIELD_STEP_S)
             waited_s += YIELD_STEP_S
@@ -314,13 +325,13 @@ class _Work:
                 )
 
 
-def pull(nowhere: int, fd: int, at: int, length: int) -> int:
+def pull(nowhere: int, fd: int, at: int, length: int, sendfile: SendFile = os.sendfile) -> int:
     """Have the kernel read some of a range into the page cache; bytes read, 0 at the file's end.
 
     ``nowhere`` is an open ``/dev/null``. Raises ``OSError``.
     """
     try:
-        return os.sendfile(nowhere, fd, at, length)
+        return sendfile(nowhere, fd, at, length)
     except OSError as error:
         # Some file systems cannot splice.
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):

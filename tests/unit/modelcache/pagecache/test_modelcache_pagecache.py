@@ -206,21 +206,17 @@ def test_prewarm_reads_only_the_ranges_asked_for(disk: Path) -> None:
     assert not pages_cached(path)[-1]
 
 
-def test_prewarm_without_splice_reads(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prewarm_without_splice_reads(disk: Path) -> None:
     def refuse(*_: object) -> int:
         raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr(os, "sendfile", refuse)
     path = make(disk / "file", 3 * MIB + 1)
-    assert residency.prewarm([whole(path)]).bytes_read == 3 * MIB + 1
+    assert residency.prewarm([whole(path)], sendfile=refuse).bytes_read == 3 * MIB + 1
     assert all(pages_cached(path))
 
 
-def test_a_file_cut_short_is_reported_and_ends_the_reading(
-    disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_cut_short_is_reported_and_ends_the_reading(disk: Path) -> None:
     path = make(disk / "file", 4 * PIECE)
-    sendfile = os.sendfile
     calls = 0
 
     def cut(out: int, fd: int, at: int, length: int) -> int:
@@ -228,10 +224,9 @@ def test_a_file_cut_short_is_reported_and_ends_the_reading(
         calls += 1
         if calls == 2:
             os.truncate(path, PIECE)
-        return sendfile(out, fd, at, length)
+        return os.sendfile(out, fd, at, length)
 
-    monkeypatch.setattr(os, "sendfile", cut)
-    report = residency.prewarm([whole(path)], streams=1)
+    report = residency.prewarm([whole(path)], streams=1, sendfile=cut)
     assert (report.bytes_read, report.bytes_missing) == (PIECE, 3 * PIECE)
     assert report.after.bytes_total == PIECE
     assert residency.prewarm([whole(path, 0, 2 * PIECE)]).bytes_missing == PIECE
@@ -246,9 +241,8 @@ def test_prewarm_stops_when_called_off_and_keeps_what_it_read(disk: Path) -> Non
     assert not all(pages_cached(path))
 
 
-def test_prewarm_stands_back_but_not_for_ever(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prewarm_stands_back_but_not_for_ever(disk: Path) -> None:
     path = make(disk / "file", 2 * PIECE)
-    monkeypatch.setattr(residency, "YIELD_MOST_S", 0.06)
     asked: list[int] = []
     seen: list[Progress] = []
 
@@ -256,7 +250,9 @@ def test_prewarm_stands_back_but_not_for_ever(disk: Path, monkeypatch: pytest.Mo
         asked.append(len(seen))
         return True
 
-    report = residency.prewarm([whole(path)], yield_to=busy, on_progress=seen.append)
+    report = residency.prewarm(
+        [whole(path)], yield_to=busy, on_progress=seen.append, yield_most_s=0.06
+    )
     assert report.bytes_read == 2 * PIECE
     assert report.yielded_s == pytest.approx(0.12)
     assert asked.count(0) > 1
@@ -304,16 +300,13 @@ def test_a_missing_file_is_an_error_that_names_it(disk: Path) -> None:
         residency.residency([whole(make(disk / "file", 100), 10, 5)])
 
 
-def test_a_read_error_is_an_error_that_names_the_place(
-    disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_error_is_an_error_that_names_the_place(disk: Path) -> None:
     def fail(*_: object) -> int:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(os, "sendfile", fail)
     path = make(disk / "file", MIB)
     with pytest.raises(CacheError, match="file at byte 0: Input/output error"):
-        residency.prewarm([whole(path)])
+        residency.prewarm([whole(path)], sendfile=fail)
 
 
 def test_pages_under_an_overlay_are_counted(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
