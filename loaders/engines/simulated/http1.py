@@ -39,6 +39,7 @@ class HttpLimits:
     backlog: int = 2048
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
 class HttpExchange:
     """One request and its answer. The handler calls ``respond``, or ``stream`` … ``end``.
 
@@ -47,52 +48,23 @@ class HttpExchange:
     head fields of the answer, as bytes.
     """
 
-    __slots__ = (
-        "_chunked",
-        "_connection",
-        "body",
-        "done",
-        "extra",
-        "headers",
-        "keepalive",
-        "method",
-        "on_drained",
-        "on_gone",
-        "path",
-        "query",
-        "streaming",
-    )
-
-    def __init__(
-        self,
-        connection: SimulatedConnection,
-        *,
-        method: str,
-        path: str,
-        query: str,
-        headers: dict[bytes, bytes],
-        body: bytes,
-        keepalive: bool,
-        chunked: bool,
-    ) -> None:
-        self._connection = connection
-        self._chunked = chunked
-        self.method = method
-        self.path = path
-        self.query = query
-        self.headers = headers
-        self.body = body
-        self.keepalive = keepalive
-        self.streaming = False
-        self.done = False
-        self.extra = b""
-        self.on_gone: Callable[[], None] | None = None
-        self.on_drained: Callable[[], None] | None = None
+    connection: SimulatedConnection
+    method: str
+    path: str
+    query: str
+    headers: dict[bytes, bytes]
+    body: bytes
+    keepalive: bool
+    chunked: bool
+    done: bool = False
+    extra: bytes = b""
+    on_gone: Callable[[], None] | None = None
+    on_drained: Callable[[], None] | None = None
 
     @property
     def writable(self) -> bool:
         """Whether the client keeps up with what is written."""
-        return self._connection.writable
+        return self.connection.writable
 
     def parameters(self) -> Mapping[str, str]:
         """The last value of each query parameter."""
@@ -111,50 +83,47 @@ class HttpExchange:
         head += b"content-length: %d\r\n" % len(body)
         if body:
             head += b"content-type: %s\r\n" % content_type
-        self._connection.write(head + b"\r\n" + (b"" if self.method == "HEAD" else body))
+        self.connection.write(head + b"\r\n" + (b"" if self.method == "HEAD" else body))
         self._finish()
 
     def stream(self) -> None:
         """Begin a stream of server-sent events."""
         if self.done:
             return
-        self.streaming = True
         head = self._head(200) + b"content-type: text/event-stream; charset=utf-8\r\n"
-        if self._chunked:
+        if self.chunked:
             head += b"transfer-encoding: chunked\r\n"
         else:
             self.keepalive = False
-        self._connection.write(head + b"\r\n")
+        self.connection.write(head + b"\r\n")
 
     def send(self, events: list[bytes]) -> None:
         """Write ``events``, each a chunk of its own."""
         if self.done or not events:
             return
-        if self._chunked:
+        if self.chunked:
             data = b"".join([b"%x\r\n%s\r\n" % (len(event), event) for event in events])
         else:
             data = b"".join(events)
-        self._connection.write(data)
+        self.connection.write(data)
 
     def end(self) -> None:
         """The stream is whole."""
         if self.done:
             return
-        if self._chunked:
-            self._connection.write(b"0\r\n\r\n")
+        if self.chunked:
+            self.connection.write(b"0\r\n\r\n")
         self._finish()
 
     def cut(self, *, reset: bool) -> None:
         """Break the connection off, as a dying engine does: with a FIN, or with a RST."""
         self.done = True
         self.on_gone = self.on_drained = None
-        self._connection.cut(reset=reset)
+        self.connection.cut(reset=reset)
 
     def _head(self, status: int) -> bytes:
-        phrase = REASONS.get(status, b"")
-        head = b"HTTP/1.1 %d %s\r\n%s" % (status, phrase, self._connection.fixed_headers)
-        head += self.extra
-        if not self.keepalive or self._connection.closing:
+        head = self.connection.http.head(status) + self.extra
+        if not self.keepalive or self.connection.closing:
             self.keepalive = False
             head += b"connection: close\r\n"
         return head
@@ -162,7 +131,7 @@ class HttpExchange:
     def _finish(self) -> None:
         self.done = True
         self.on_gone = self.on_drained = None
-        self._connection.finished(self)
+        self.connection.finished(self)
 
 
 _MAX_PIPELINED = 16
@@ -186,7 +155,7 @@ class HttpServer:
         self.refuse = refuse
         """Asked of every new connection: ``"close"`` or ``"reset"`` to end it at once."""
         self.draining = False
-        self.head = self._labels
+        self._fixed = self._labels
         self.connections: set[SimulatedConnection] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self._server: asyncio.Server | None = None
@@ -200,6 +169,10 @@ class HttpServer:
         )
         self._sweep()
 
+    def head(self, status: int) -> bytes:
+        """The first lines of any answer."""
+        return b"HTTP/1.1 %d %s\r\n%s" % (status, REASONS.get(status, b""), self._fixed)
+
     def gone(self, connection: SimulatedConnection) -> None:
         """A connection is closed."""
         self.connections.discard(connection)
@@ -209,7 +182,7 @@ class HttpServer:
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
         now = loop.time()
-        self.head = b"date: %s\r\n%s" % (formatdate(usegmt=True).encode(), self._labels)
+        self._fixed = b"date: %s\r\n%s" % (formatdate(usegmt=True).encode(), self._labels)
         for connection in list(self.connections):
             if connection.deadline_s is not None and connection.deadline_s <= now:
                 connection.expire()
@@ -257,11 +230,6 @@ class SimulatedConnection(asyncio.Protocol):
         self._headers: dict[bytes, bytes] = {}
         self._body: list[bytes] = []
         self._body_bytes = 0
-
-    @property
-    def fixed_headers(self) -> bytes:
-        """The head fields of every answer."""
-        return self.http.head
 
     @property
     def closing(self) -> bool:
@@ -369,7 +337,7 @@ class SimulatedConnection(asyncio.Protocol):
             return
         path, _, query = self._target.partition(b"?")
         exchange = HttpExchange(
-            self,
+            connection=self,
             method=self._parser.get_method().decode("latin-1"),
             path=path.decode("latin-1"),
             query=query.decode("latin-1"),
@@ -455,16 +423,8 @@ class SimulatedConnection(asyncio.Protocol):
 
     def _send_refusal(self) -> None:
         body = self._reason.encode()
-        self.write(
-            b"HTTP/1.1 %d %s\r\n%scontent-type: text/plain; charset=utf-8\r\n"
-            b"content-length: %d\r\nconnection: close\r\n\r\n%s"
-            % (
-                self._refused,
-                REASONS[self._refused],
-                self.fixed_headers,
-                len(body),
-                body,
-            )
-        )
+        fields = b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d" % len(body)
+        head = self.http.head(self._refused) + fields + b"\r\nconnection: close\r\n\r\n"
+        self.write(head + body)
         if self._transport is not None:
             self._transport.close()

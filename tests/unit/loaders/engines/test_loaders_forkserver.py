@@ -13,8 +13,11 @@ import pytest
 
 from loaders.engines.vllm.forkserver import wire
 from loaders.engines.vllm.forkserver.patches import may_have_processor
-from loaders.engines.vllm.forkserver.preload import differences, watched_environment
-from loaders.engines.vllm.forkserver.server import with_added
+from loaders.engines.vllm.forkserver.server import (
+    differences,
+    watched_environment,
+    with_added,
+)
 from loaders.engines.vllm.forkserver.wire import Marks, read_marks
 from loaders.engines.vllm.load_format import read_files
 
