@@ -100,7 +100,9 @@ def test_two_engines_forked_at_once_answer(tidegate: Tidegate) -> None:
     wait_forks(tidegate)
     replicas = scale(tidegate, "small", 2)
     assert all(is_forked(one["pid"]) for one in replicas)
-    assert all(psutil.Process(one["pid"]).ppid() == tidegate.pid for one in replicas)
+    guards = [psutil.Process(one["pid"]).parent() for one in replicas]
+    assert len({guard.pid for guard in guards if guard is not None}) == 2
+    assert all(guard is not None and guard.ppid() == tidegate.pid for guard in guards)
     environs = [Path(f"/proc/{one['pid']}/environ").read_bytes() for one in replicas]
     marks = {part for one in environs for part in one.split(b"\0") if b"REPLICA_MARK=" in part}
     assert len(marks) == 2
