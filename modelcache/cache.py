@@ -234,8 +234,8 @@ class ModelCache:
         gone; ``NotFound`` where nothing is here.
         """
         with self.store.lock():
-            records, pending = self.lookup.records(url, revision, prepared=prepared)
-            return self.store.capacity.evict(records, pending, force=force)
+            records, unfinished = self.lookup.records(url, revision, prepared=prepared)
+            return self.store.capacity.evict(records, unfinished, force=force)
 
     def sweep(self) -> None:
         """Remove what killed processes have left behind and cannot be used."""

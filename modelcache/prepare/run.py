@@ -5,9 +5,9 @@ nothing is run. Steps run in the engine's environment, as processes that end wit
 interrupted step left is gone on with if the step can, and one step at a time makes each result,
 over all processes of the node.
 
-A step writes into a folder of the cache's (``modelcache.store.pending_results``), within the quota,
-with room made before it begins. Whole, its files become blobs by links, and it is what any model
-is: counted, shown, leased, pinned, evicted.
+A step writes into a folder of the cache (``store.unfinished_results``), within the quota,
+with room made before it begins. The files of a finished result become blobs by links, and it is
+what any model is: counted, shown, leased, pinned, evicted.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ from modelcache.prepare.size import expect_bytes
 from modelcache.prepare.step_process import Run, StepFailed, bytes_under, run_step
 from modelcache.refs import check_file_path
 from modelcache.settings import PreparationStep, StepKind
-from modelcache.store.files import open_lock, remove_empty, remove_tree, try_lock
+from modelcache.store.files import has_name, open_lock, remove_empty, remove_tree, try_lock
 from modelcache.store.layout import RESULT, result_url
 from modelcache.store.leases import Lease
-from modelcache.store.pending_results import OUTPUT as OUTPUT_FOLDER
-from modelcache.store.pending_results import has_name, note_job, read_job, read_pending
-from modelcache.store.records import PIN, StepJob, name_result, read_directory, read_use
+from modelcache.store.records import PIN, StepRecord, name_result, read_directory, read_use
+from modelcache.store.unfinished_results import read_step, read_unfinished, write_step
 from modelcache.types import Cancelled, FileEntry, Made, NoSpace, NotFound, Progress
 
 STEP_FORMAT = 2
@@ -110,52 +109,52 @@ class Results:
 
     # Making one. The caller of these holds the result's lock.
 
-    def begin(self, key: str, job: StepJob) -> Path:
+    def begin(self, key: str, record: StepRecord) -> Path:
         """Have room for a result, and where it is to be written. Raises ``NoSpace``."""
         with self._store.lock():
-            work = self._layout.work(key)
-            if not job.resumes:
-                remove_tree(work)
-            fresh = not work.exists()
-            missing = max(job.promised_bytes - read_pending(self._layout, key).bytes_taken, 1)
-            what = name_result(key, job.made)
+            folder = self._layout.unfinished(key)
+            if not record.resumes:
+                remove_tree(folder)
+            fresh = not folder.exists()
+            missing = max(record.promised_bytes - read_unfinished(self._layout, key).bytes_taken, 1)
+            what = name_result(key, record.made)
             try:
                 self._store.capacity.make_room(missing, missing, what=what, making=key)
             except NoSpace:
                 if fresh:
-                    remove_empty(work)
+                    remove_empty(folder)
                 raise
-            output = work / OUTPUT_FOLDER
+            output = self._layout.unfinished_output(key)
             output.mkdir(parents=True, exist_ok=True)
-            note_job(self._layout, key, job)
-            os.utime(work)
+            write_step(self._layout, key, record)
+            os.utime(folder)
         return output
 
     def check_room(self, key: str, size_bytes: int) -> None:
         """See whether a result that has grown to this still fits, and make room where it has grown
         past what was promised. Raises ``NoSpace``."""
-        job = read_job(self._layout, key)
-        if job is None or size_bytes <= job.promised_bytes:
+        record = read_step(self._layout, key)
+        if record is None or size_bytes <= record.promised_bytes:
             return
         with self._store.lock():
-            what = name_result(key, job.made)
+            what = name_result(key, record.made)
             self._store.capacity.make_room(1, 1, what=what, making=key, grown_bytes=size_bytes)
 
-    def is_whole(self, key: str) -> bool:
+    def is_finished(self, key: str) -> bool:
         """Whether the step has done its work, and the cache has only to take it over."""
-        job, output = read_job(self._layout, key), self._layout.work(key) / OUTPUT_FOLDER
-        if job is None or not job.whole or not output.is_dir():
+        record, output = read_step(self._layout, key), self._layout.unfinished_output(key)
+        if record is None or not record.finished or not output.is_dir():
             return False
         return find_refused(output) is None
 
-    def note_whole(self, key: str, job: StepJob, took_s: float) -> None:
+    def note_finished(self, key: str, record: StepRecord, took_s: float) -> None:
         """The step has done its work, and need not be repeated if this process is killed."""
-        output = self._layout.work(key) / OUTPUT_FOLDER
+        output = self._layout.unfinished_output(key)
         for path in (*sorted(output.rglob("*")), output):
             _sync(path)
         with self._store.lock():
-            done = replace(job, whole=True, promised_bytes=0, took_s=took_s)
-            note_job(self._layout, key, done)
+            done = replace(record, finished=True, promised_bytes=0, took_s=took_s)
+            write_step(self._layout, key, done)
 
     def publish(
         self,
@@ -167,16 +166,16 @@ class Results:
         on_progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
     ) -> LeasedModel:
-        """Take a whole result into the cache, leased before it could be evicted."""
+        """Take a finished result into the cache, leased before it could be evicted."""
         url, layout = result_url(key), self._layout
-        job = read_job(layout, key)
-        took_s = (job.took_s if job is not None else 0.0) + self._cost_s(made.before)
+        record = read_step(layout, key)
+        took_s = (record.took_s if record is not None else 0.0) + self._cost_s(made.before)
         with self._store.lock():
             lease = self._store.take_lease(url, RESULT, holder, ahead=True)
         assert lease is not None, "it is taken ahead"
         try:
             model = self._cache.publish(
-                layout.work(key) / OUTPUT_FOLDER, url=url, revision=RESULT, made=made,
+                layout.unfinished_output(key), url=url, revision=RESULT, made=made,
                 on_progress=on_progress, cancelled=cancelled,
             )  # fmt: skip
             size_bytes = 0 if model.manifest is None else model.manifest.size_bytes
@@ -186,7 +185,7 @@ class Results:
                 # What is used of a pinned model is as pinned as the model.
                 if final and (layout.revision(made.model, made.revision) / PIN).exists():
                     self._store.set_pin(url, RESULT, pinned=True)
-                remove_tree(layout.work(key))
+                remove_tree(layout.unfinished(key))
         except BaseException:
             lease.release()
             raise
@@ -360,7 +359,7 @@ class Preparation:
                 if held is None:
                     log = self.cache.store.layout.step_log(key)
                     self.cache.sweep()
-                    if not self.results.is_whole(key):
+                    if not self.results.is_finished(key):
                         self._make(step, key, source, made, log, lock, asked)
                     held = self.results.publish(
                         key, made, asked.holder, final=final,
@@ -396,8 +395,8 @@ class Preparation:
         """Run a step, with room made for its result before it begins where its size is known."""
         began_s = time.monotonic()
         promised = expect_bytes(step, source) or 0
-        job = StepJob(made=made, resumes=step.resumes, promised_bytes=promised)
-        output = self.results.begin(key, job)
+        record = StepRecord(made=made, resumes=step.resumes, promised_bytes=promised)
+        output = self.results.begin(key, record)
         run = Run(
             name=step.kind,
             argv=self._argv(step, source, output),
@@ -417,9 +416,9 @@ class Preparation:
             if not step.resumes:
                 # Nothing can go on with what it has left. What it said stays.
                 with self.cache.store.lock():
-                    remove_tree(self.cache.store.layout.work(key))
+                    remove_tree(self.cache.store.layout.unfinished(key))
             raise
-        self.results.note_whole(key, job, time.monotonic() - began_s)
+        self.results.note_finished(key, record, time.monotonic() - began_s)
 
     def _check_output(self, step: PreparationStep, key: str, output: Path, log: Path) -> None:
         """Whether what a step has left can be a model, and fits."""

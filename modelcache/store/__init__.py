@@ -4,5 +4,5 @@
 lies, ``files`` writes atomically, ``digest`` hashes. ``records`` describe what is there,
 ``snapshots`` show it as directories, also as a Hugging Face cache. ``capacity`` keeps the quota by
 ``eviction`` (pure), ``leases`` protect what is used. ``lookup`` finds and lists models.
-``partial_files`` and ``pending_results`` are not whole yet.
+``partial_files`` and ``unfinished_results`` are not whole yet.
 """

@@ -21,12 +21,6 @@ from modelcache.store.eviction import EvictionCandidate, choose
 from modelcache.store.files import directories, remove, remove_empty, remove_tree
 from modelcache.store.layout import REFS, Layout
 from modelcache.store.partial_files import is_open
-from modelcache.store.pending_results import (
-    PendingResult,
-    read_pending_results,
-    remove_pending,
-    sweep_pending,
-)
 from modelcache.store.records import (
     FETCHING,
     MANIFEST,
@@ -39,6 +33,12 @@ from modelcache.store.records import (
     scan,
 )
 from modelcache.store.snapshots import hub_place, remove_snapshot, snapshot_path, sweep_hub
+from modelcache.store.unfinished_results import (
+    UnfinishedResult,
+    read_unfinished_results,
+    remove_unfinished,
+    sweep_unfinished,
+)
 from modelcache.types import PREPARED, InUse, NoSpace
 
 LOG = logging.getLogger("tidegate.modelcache")
@@ -59,8 +59,8 @@ class Usage:
     bytes_blobs: int
     """Of models that were fetched, with their pieces' digests."""
     bytes_prepared: int
-    """Of results of preparation steps: those that are whole, as far as no fetched model has the
-    same bytes, and those on their way."""
+    """Of results of preparation steps: finished ones, as far as no fetched model has the same
+    bytes, and unfinished ones."""
     bytes_partial: int
     """Files that are being fetched."""
     bytes_records: int
@@ -136,13 +136,17 @@ class Capacity:
             return 0
         before = self._used()
         self.sweep()
-        records, pending = read_all(self.layout), read_pending_results(self.layout)
+        records, unfinished = read_all(self.layout), read_unfinished_results(self.layout)
         short_quota, short_disk = self._short(quota_need, disk_need, making)
         now_s = self._clock()
-        by_quota = choose(self._candidates(records, pending, keep), short_quota, now_s)
-        by_disk = choose(self._candidates(records, pending, keep, on_disk=True), short_disk, now_s)
+        by_quota = choose(self._candidates(records, unfinished, keep), short_quota, now_s)
+        by_disk = choose(
+            self._candidates(records, unfinished, keep, on_disk=True), short_disk, now_s
+        )
         if not (by_quota.enough and by_disk.enough):
-            names = {one.key: one.name for one in records} | {one.url: one.name for one in pending}
+            names = {one.key: one.name for one in records} | {
+                one.url: one.name for one in unfinished
+            }
             kept = {names[key]: why for key, why in by_quota.kept.items() if key != keep}
             if grown_bytes is None:
                 problem = f"{what} needs {max(quota_need, disk_need)} bytes more"
@@ -153,35 +157,39 @@ class Capacity:
         going = {*by_quota.keys, *by_disk.keys}
         self._remove(
             [record for record in records if record.key in going],
-            [work for work in pending if work.url in going],
+            [result for result in unfinished if result.url in going],
         )
         return before - self._used()
 
     def evict(
         self,
         records: Sequence[Record],
-        pending: Sequence[PendingResult] = (),
+        unfinished: Sequence[UnfinishedResult] = (),
         *,
         force: bool = False,
     ) -> int:
-        """Remove revisions, whole or not, and results on their way; the bytes freed.
+        """Remove revisions, whole or not, and unfinished results; the bytes freed.
 
         Raises ``InUse`` where one is leased, being fetched or made, or pinned and ``force`` is not
         given; then none has gone.
         """
-        kept = [(one.name, one.kept) for one in records] + [(one.name, one.kept) for one in pending]
+        kept = [(one.name, one.kept_because) for one in records] + [
+            (one.name, one.kept_because) for one in unfinished
+        ]
         for name, why in kept:
             if why and not (force and why == "pinned"):
                 raise InUse(f"{name} is {why}")
         before = self._used()
-        self._remove(records, pending)
+        self._remove(records, unfinished)
         return before - self._used()
 
-    def _remove(self, records: Sequence[Record], pending: Sequence[PendingResult] = ()) -> None:
-        """Remove revisions and whatever only they had, and results on their way."""
-        for work in pending:
-            LOG.info("evicted: %s", work.name)
-            remove_pending(self.layout, work.key)
+    def _remove(
+        self, records: Sequence[Record], unfinished: Sequence[UnfinishedResult] = ()
+    ) -> None:
+        """Remove revisions and whatever only they had, and unfinished results."""
+        for result in unfinished:
+            LOG.info("evicted: %s", result.name)
+            remove_unfinished(self.layout, result.key)
         for record in records:
             LOG.info("evicted: %s", record.name)
             directory = self.layout.revision(record.url, record.revision)
@@ -206,7 +214,7 @@ class Capacity:
             else:
                 records.append(record)
         records = self._sweep_unmade(records)
-        sweep_pending(layout, {one.result_key or "" for one in records}, self._clock())
+        sweep_unfinished(layout, {one.result_key or "" for one in records}, self._clock())
         self._sweep_views(records)
         self._sweep_blobs({digest for record in records for digest in record.blobs})
         self._sweep_partials({key for record in records for key in record.partials})
@@ -276,8 +284,8 @@ class Capacity:
 
     def _promised(self, making: str = "") -> int:
         """What steps under way will still take, those of ``making`` left out."""
-        pending = read_pending_results(self.layout)
-        return sum(work.bytes_to_come for work in pending if work.key != making)
+        unfinished = read_unfinished_results(self.layout)
+        return sum(result.bytes_to_come for result in unfinished if result.key != making)
 
     def _short(self, quota_need: int, disk_need: int, making: str = "") -> tuple[int, int]:
         """By how many bytes the quota and the disk are too small."""
@@ -292,23 +300,23 @@ class Capacity:
     def _candidates(
         self,
         records: Sequence[Record],
-        pending: Sequence[PendingResult],
+        unfinished: Sequence[UnfinishedResult],
         keep: str,
         *,
         on_disk: bool = False,
     ) -> list[EvictionCandidate]:
-        """The revisions and the results on their way as eviction sees them; ``on_disk``: with what
+        """The revisions and unfinished results as eviction sees them; ``on_disk``: with what
         the disk would get back."""
         names = count_names(self.layout.root) if on_disk else {}
         own = next((record.url for record in records if record.key == keep), None)
         expected = {record.key: record.use.expected_use_at_s for record in records}
         steps_on = {record.made.before for record in records if record.made is not None}
 
-        def kept(record: Record) -> str:
+        def kept_because(record: Record) -> str:
             if record.key == keep:
                 return "being fetched"
             # One process at a time fetches revisions of a model.
-            return (replace(record, busy=False) if record.url == own else record).kept
+            return (replace(record, busy=False) if record.url == own else record).kept_because
 
         def size(path: Path, size_bytes: int) -> int:
             if not on_disk:
@@ -333,7 +341,7 @@ class Capacity:
                     if self.layout.blob(digest).exists()
                 }
                 | record.partials,
-                kept=kept(record),
+                kept_because=kept_because(record),
                 spare=record.result_key in steps_on and not record.use.final,
                 used_at_s=record.use.used_at_s,
                 expected_use_at_s=expected_use(record),
@@ -343,12 +351,12 @@ class Capacity:
         ]
         return found + [
             EvictionCandidate(
-                key=work.url,
-                parts={work.url: work.bytes_alone},
-                kept=work.kept,
-                used_at_s=work.used_at_s,
+                key=result.url,
+                parts={result.url: result.bytes_unique},
+                kept_because=result.kept_because,
+                used_at_s=result.used_at_s,
             )
-            for work in pending
+            for result in unfinished
         ]
 
     def _limit(self, *, quota: bool) -> str:

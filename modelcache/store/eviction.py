@@ -25,14 +25,14 @@ class EvictionCandidate:
     """One revision (or one that was never finished) as eviction sees it.
 
     ``parts`` are the bytes that would go with it, by name of blob or partial file; a part that
-    another revision has too goes only with the last of them. ``kept`` says why it must stay
+    another revision has too goes only with the last of them. ``kept_because`` says why it must stay
     (``leased by …``, ``pinned``), empty if it need not. ``spare``: it is not used while what was
     made of it is there, so it goes before whatever is used.
     """
 
     key: str
     parts: Mapping[str, int]
-    kept: str = ""
+    kept_because: str = ""
     spare: bool = False
     used_at_s: float | None = None
     expected_use_at_s: float | None = None
@@ -53,11 +53,13 @@ class Choice:
 
 def choose(candidates: Sequence[EvictionCandidate], bytes_needed: int, now_s: float) -> Choice:
     """The least valuable candidates that together free ``bytes_needed``, none of them in vain."""
-    kept = {candidate.key: candidate.kept for candidate in candidates if candidate.kept}
+    kept = {
+        candidate.key: candidate.kept_because for candidate in candidates if candidate.kept_because
+    }
     if bytes_needed <= 0:
         return Choice(keys=(), bytes_freed=0, enough=True, kept=kept)
     order = sorted(
-        (candidate for candidate in candidates if not candidate.kept),
+        (candidate for candidate in candidates if not candidate.kept_because),
         key=lambda candidate: (not candidate.spare, worth(candidate, now_s), candidate.key),
     )
     going = Going(candidates)

@@ -108,6 +108,15 @@ def try_lock(fd: int) -> bool:
     return True
 
 
+def has_name(fd: int, path: Path) -> bool:
+    """Whether an open lock file is still the one at ``path``: it may have been swept between being
+    opened and being locked."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def is_locked(path: Path) -> bool:
     """Whether some process holds the lock at ``path``."""
     try:

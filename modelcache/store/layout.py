@@ -11,7 +11,7 @@ views/<model key>/<rev>/      the model as a directory: hard links to blobs
 hub/                          the same in the layout of a Hugging Face cache
 leases/<model key>/<rev>/     one locked file for each holder
 locks/                        the store's lock, and one for each model being fetched or made
-prepared/work/<key>/          a preparation step's result on its way: output/, and job.json;
+prepared/work/<key>/          a preparation step's unfinished result: output/, and job.json;
                               whole, it is a model like any other, ``prepared://<key>``
 prepared/logs/<key>.log       what the step said
 tmp/                          what is being written; nothing in it counts
@@ -130,9 +130,13 @@ class Layout:
         """Locked by the process that fetches a revision of this model."""
         return self.root / "locks" / f"{model_key(url)}.fetch"
 
-    def work(self, key: str) -> Path:
-        """The directory of a step's result on its way."""
+    def unfinished(self, key: str) -> Path:
+        """The directory of an unfinished result of a preparation step."""
         return self.root / PREPARED / "work" / key
+
+    def unfinished_output(self, key: str) -> Path:
+        """Where the step writes the files of its result."""
+        return self.unfinished(key) / "output"
 
     def step_lock(self, key: str) -> Path:
         """Locked while a step's result is being made, by the process that runs the step and by the

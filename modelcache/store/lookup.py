@@ -12,9 +12,9 @@ from modelcache.refs import PATH, parse_ref
 from modelcache.store.files import directories, is_locked
 from modelcache.store.layout import RESULT, file_key, result_key, result_url
 from modelcache.store.partial_files import read_progress
-from modelcache.store.pending_results import PendingResult, read_pending_results
 from modelcache.store.records import Fetching, Record, read_all, read_manifest
 from modelcache.store.store import Store
+from modelcache.store.unfinished_results import UnfinishedResult, read_unfinished_results
 from modelcache.types import (
     PREPARED,
     CacheError,
@@ -199,7 +199,7 @@ class Lookup:
 
     def records(
         self, url: str, revision: str | None, *, prepared: bool = False
-    ) -> tuple[list[Record], list[PendingResult]]:
+    ) -> tuple[list[Record], list[UnfinishedResult]]:
         """A model's revisions, or the one that is named, with what was made of them; and what is
         being made, or was left half made. ``prepared``: without the model itself.
 
@@ -222,16 +222,16 @@ class Lookup:
 
         layout = self.store.layout
         records = [one for one in read_all(layout) if is_meant(one.url, one.revision, one.made)]
-        pending = [
-            one for one in read_pending_results(layout) if is_meant(one.url, RESULT, one.made)
+        unfinished = [
+            one for one in read_unfinished_results(layout) if is_meant(one.url, RESULT, one.made)
         ]
-        if not (records or pending) and ref.scheme == PATH:
+        if not (records or unfinished) and ref.scheme == PATH:
             raise NotFound(f"{url} is used where it lies; the cache has nothing of it")
-        if not (records or pending) and prepared:
+        if not (records or unfinished) and prepared:
             raise NotFound(f"nothing that was made of {model} is on this disk")
-        if not (records or pending):
+        if not (records or unfinished):
             raise self._missing(ref.url, ref.revision)
-        return records, pending
+        return records, unfinished
 
 
 def _some(names: Sequence[str]) -> str:
@@ -250,13 +250,13 @@ def list_entries(store: Store) -> list[ModelEntry]:
     """Every revision that is on the disk or on its way, fetched or made."""
     records = read_all(store.layout)
     holders = Counter(part for record in records for part in (record.blobs | record.partials))
-    pending = read_pending_results(store.layout)
+    unfinished = read_unfinished_results(store.layout)
     # A result is shown once: where it is written until it is whole, and only then as a revision.
-    on_its_way = {work.url for work in pending}
+    on_its_way = {result.url for result in unfinished}
     shown = [one for one in records if one.manifest is not None or one.url not in on_its_way]
     whole = {one.url for one in records if one.manifest is not None}
     entries = [_entry(store, record, holders) for record in shown]
-    return entries + [_entry_of_work(work) for work in pending if work.url not in whole]
+    return entries + [_unfinished_entry(result) for result in unfinished if result.url not in whole]
 
 
 def _entry(store: Store, record: Record, holders: Counter[str]) -> ModelEntry:
@@ -281,19 +281,19 @@ def _entry(store: Store, record: Record, holders: Counter[str]) -> ModelEntry:
     )
 
 
-def _entry_of_work(work: PendingResult) -> ModelEntry:
+def _unfinished_entry(result: UnfinishedResult) -> ModelEntry:
     return ModelEntry(
-        url=work.url,
+        url=result.url,
         revision=RESULT,
         tier=Tier.REMOTE,
-        size_bytes=work.bytes_taken,
-        bytes_unique=work.bytes_alone,
+        size_bytes=result.bytes_taken,
+        bytes_unique=result.bytes_unique,
         bytes_cached=None,
         complete=False,
         pinned=False,
-        leases=("the step that makes it",) if work.busy else (),
-        used_at_s=work.used_at_s,
-        made=work.made,
+        leases=("the step that makes it",) if result.busy else (),
+        used_at_s=result.used_at_s,
+        made=result.made,
     )
 
 

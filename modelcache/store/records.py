@@ -62,19 +62,19 @@ class Use:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepJob:
-    """A preparation step that makes a result, or that was interrupted at it.
+class StepRecord:
+    """A preparation step whose result is unfinished, as it is written beside the result.
 
-    ``promised_bytes`` is what the result will take at most, as far as that can be told; 0 where it
-    cannot. ``resumes``: the next try can go on with what is there. ``whole``: the step has ended
-    well after ``took_s`` seconds, and its result has only to be taken into the cache. ``made`` is
-    ``None`` where it is not recorded what it was made of.
+    ``promised_bytes`` is the most that the result will take, as far as that can be told; 0 where it
+    cannot. ``resumes``: the next run of the step can go on with what an interrupted one wrote.
+    ``finished``: the step has ended well, in ``took_s`` seconds, and the cache has only to take the
+    result over. ``made`` is ``None`` where it is not recorded what the result is made of.
     """
 
     made: Made | None
     resumes: bool
     promised_bytes: int = 0
-    whole: bool = False
+    finished: bool = False
     took_s: float = 0.0
 
 
@@ -86,7 +86,7 @@ class Sealed(msgspec.Struct, forbid_unknown_fields=True):
     body: msgspec.Raw
 
 
-def seal(body: Manifest | Fetching | Use | StepJob) -> bytes:
+def seal(body: Manifest | Fetching | Use | StepRecord) -> bytes:
     """A record's bytes."""
     data = msgspec.json.encode(body)
     return msgspec.json.encode(
@@ -178,7 +178,7 @@ class Record:
         return found.size_bytes if found else 0
 
     @property
-    def kept(self) -> str:
+    def kept_because(self) -> str:
         """Why it must not be evicted; empty if it may."""
         if self.holders:
             return f"leased by {', '.join(self.holders)}"

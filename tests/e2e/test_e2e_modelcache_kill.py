@@ -16,7 +16,7 @@ from kill_rig import REVISION, Moment, Struck, Work, Yard, kill_yard, make_bytes
 
 from modelcache.cache import ModelCache
 from modelcache.pagecache import residency
-from modelcache.store.pending_results import read_pending_results
+from modelcache.store.unfinished_results import read_unfinished_results
 from modelcache.types import Damaged
 
 pytestmark = pytest.mark.timeout(600)
@@ -364,15 +364,15 @@ def test_a_step_s_result_killed_anywhere_is_all_there_or_left_to_be_made(
                 assert read_tree(found.path) == files
                 assert cache.verify("prepared://step") == []
             cache.sweep()
-            left = read_pending_results(cache.store.layout)
-            assert all(one.job is not None and one.job.whole for one in left)
+            left = read_unfinished_results(cache.store.layout)
+            assert all(one.step is not None and one.step.finished for one in left)
             assert not (left and cache.find("prepared://step") is not None)
             again += not left and cache.find("prepared://step") is None
             take_over(cache, order)
             found = cache.find("prepared://step")
             assert found is not None
             assert read_tree(found.path) == files
-            assert read_pending_results(cache.store.layout) == []
+            assert read_unfinished_results(cache.store.layout) == []
             cache.evict("prepared://step")
             check_end(yard, struck)
     assert 0 < again < len(kills), "some kills are before it was whole, and some after"

@@ -37,7 +37,7 @@ from modelcache.prepare.run import Results
 from modelcache.settings import ModelCacheSettings
 from modelcache.sources.opening import open_source
 from modelcache.store.files import open_lock, try_lock
-from modelcache.store.records import StepJob
+from modelcache.store.records import StepRecord
 from modelcache.types import FileRange, Made
 
 PIECE_BYTES = 65_536
@@ -129,12 +129,12 @@ def take_over(cache: ModelCache, order: Mapping[str, Any]) -> None:
     results, key, job = Results(cache), order["key"], job_of(order)
     with open_lock(cache.store.layout.step_lock(key)) as lock:
         assert try_lock(lock)
-        if not results.is_whole(key):
+        if not results.is_finished(key):
             output = results.begin(key, job)
             for path in sorted(Path(order["from"]).iterdir()):
                 with open(output / path.name, "wb") as file:
                     file.write(path.read_bytes())
-            results.note_whole(key, job, 1.0)
+            results.note_finished(key, job, 1.0)
         assert job.made is not None
         held = results.publish(
             key, job.made, "its user", final=True,
@@ -143,10 +143,10 @@ def take_over(cache: ModelCache, order: Mapping[str, Any]) -> None:
         held.lease.release()
 
 
-def job_of(order: Mapping[str, Any]) -> StepJob:
+def job_of(order: Mapping[str, Any]) -> StepRecord:
     """What that step is."""
     made = Made(model=order["url"], revision="r", steps=("command",))
-    return StepJob(made=made, resumes=False, promised_bytes=order["size_bytes"])
+    return StepRecord(made=made, resumes=False, promised_bytes=order["size_bytes"])
 
 
 VERBS = {

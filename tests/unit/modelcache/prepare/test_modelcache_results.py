@@ -17,8 +17,8 @@ from modelcache.prepare.run import Preparation, PreparedModel, PrepareRequest, R
 from modelcache.prepare.step_process import StepFailed
 from modelcache.settings import PreparationStep
 from modelcache.store.layout import result_url
-from modelcache.store.pending_results import OUTPUT, read_pending_results
-from modelcache.store.records import StepJob
+from modelcache.store.records import StepRecord
+from modelcache.store.unfinished_results import read_unfinished_results
 from modelcache.types import CacheError, InUse, Made, ModelEntry, NoSpace, NotFound, Progress
 
 SIZE = 16 * PIECE
@@ -230,15 +230,15 @@ def test_what_a_step_begins_with_is_not_evicted_under_it(rig: Rig) -> None:
     go = rig.root / "go"
 
     def on_progress(progress: Progress) -> None:
-        works = [work for work in read_pending_results(cache.store.layout) if work.busy]
-        if not works or go.exists() or not list(works[0].job.made.steps[1:] if works[0].job
-                                               and works[0].job.made else ()):  # fmt: skip
+        busy = [one for one in read_unfinished_results(cache.store.layout) if one.busy]
+        made = busy[0].made if busy else None
+        if go.exists() or made is None or len(made.steps) < 2:
             return
         with pytest.raises(NoSpace) as refused:
             make_room(cache, 1 << 30)
         seen.append(str(refused.value))
         with pytest.raises(InUse, match="being made"):
-            cache.evict(works[0].url)
+            cache.evict(busy[0].url)
         assert [one.leases for one in cache.ls() if not one.complete] == [
             ("the step that makes it",)
         ]
@@ -266,7 +266,7 @@ def test_what_cannot_fit_is_said_before_the_step_begins(rig: Rig) -> None:
     ):
         prepare(cache, model, CAST)
     assert "leased by preparation" in str(said.value)
-    assert not read_pending_results(cache.store.layout)
+    assert not read_unfinished_results(cache.store.layout)
     assert not (cache.dir / "prepared/logs").exists(), "nothing was run"
 
 
@@ -296,7 +296,7 @@ def test_room_is_made_before_the_step_begins(rig: Rig) -> None:
 def begin(cache: ModelCache, key: str, promised_bytes: int) -> None:
     """A step that has begun, and has written nothing yet."""
     made = Made(model="s3://models/m", revision="r", steps=("cast",))
-    Results(cache).begin(key, StepJob(made=made, resumes=True, promised_bytes=promised_bytes))
+    Results(cache).begin(key, StepRecord(made=made, resumes=True, promised_bytes=promised_bytes))
 
 
 def holding(cache: ModelCache, key: str) -> Any:
@@ -312,7 +312,7 @@ def test_what_was_promised_to_a_step_is_nobody_elses(rig: Rig) -> None:
         assert cache.usage().bytes_promised == pytest.approx(3 * SIZE, abs=1000)
         with pytest.raises(NoSpace, match="steps under way take"):
             fetch(rig, cache, "a", 2 * SIZE)
-        (cache.dir / "prepared/work/k" / OUTPUT / "x").write_bytes(bytes(2 * SIZE))
+        (cache.store.layout.unfinished_output("k") / "x").write_bytes(bytes(2 * SIZE))
         assert cache.usage().bytes_promised == pytest.approx(SIZE, abs=1000)
         fetch(rig, cache, "a", SIZE // 2)
         cache.pin("s3://models/a")
@@ -460,7 +460,7 @@ def test_a_damaged_result_is_not_used_and_not_fetched(rig: Rig) -> None:
 def test_what_a_kill_left_is_counted_shown_and_goes_for_others(rig: Rig) -> None:
     cache = rig.cache(quota_bytes=4 * SIZE)
     begin(cache, "k", 4 * SIZE - RECORDS)
-    (cache.dir / "prepared/work/k" / OUTPUT / "x").write_bytes(bytes(2 * SIZE))
+    (cache.store.layout.unfinished_output("k") / "x").write_bytes(bytes(2 * SIZE))
     usage = cache.usage()
     assert usage.bytes_used == count_bytes(cache.dir)
     assert usage.bytes_prepared >= 2 * SIZE
@@ -478,12 +478,12 @@ def test_what_a_kill_left_is_counted_shown_and_goes_for_others(rig: Rig) -> None
 def test_what_nobody_can_go_on_with_is_swept(rig: Rig) -> None:
     cache = rig.cache()
     made = Made(model="s3://models/m", revision="r", steps=("command",))
-    Results(cache).begin("k", StepJob(made=made, resumes=False))
+    Results(cache).begin("k", StepRecord(made=made, resumes=False))
     with holding(cache, "k"):
         cache.sweep()
-        assert [work.key for work in read_pending_results(cache.store.layout)] == ["k"]
+        assert [work.key for work in read_unfinished_results(cache.store.layout)] == ["k"]
     cache.sweep()
-    assert read_pending_results(cache.store.layout) == []
+    assert read_unfinished_results(cache.store.layout) == []
 
 
 def test_what_a_kill_left_is_evicted_by_name(rig: Rig) -> None:
@@ -505,10 +505,10 @@ def test_a_whole_result_is_taken_over_without_the_step(rig: Rig) -> None:
     preparation = Preparation(cache=cache, python=Path(sys.executable), environ={})
     (key,) = preparation.keys(input_digest(model.manifest.files), [step])
     made = Made(model=model.url, revision=model.revision, steps=("command",))
-    job = StepJob(made=made, resumes=False)
+    job = StepRecord(made=made, resumes=False)
     Results(cache).begin(key, job)
-    (cache.dir / "prepared/work" / key / OUTPUT / "made").write_bytes(b"left over")
-    Results(cache).note_whole(key, job, 5.0)
+    (cache.store.layout.unfinished_output(key) / "made").write_bytes(b"left over")
+    Results(cache).note_finished(key, job, 5.0)
     cache.sweep()
     found = prepare(cache, model, step)
     assert read_tree(found.path) == {"made": b"left over"}

@@ -22,9 +22,9 @@ from modelcache.prepare.step_process import NEARLY_FULL_BYTES, StepFailed
 from modelcache.settings import PreparationStep
 from modelcache.store.files import open_lock, try_lock
 from modelcache.store.layout import result_url
-from modelcache.store.pending_results import read_pending_results
-from modelcache.store.records import StepJob
+from modelcache.store.records import StepRecord
 from modelcache.store.store import Store
+from modelcache.store.unfinished_results import read_unfinished_results
 from modelcache.types import Made, NoSpace, Progress
 
 SIZE = 16 * PIECE
@@ -224,7 +224,7 @@ def test_a_file_of_a_name_that_no_model_may_have_is_the_step_s_error(rig: Rig, n
         with pytest.raises(StepFailed, match="command made a file called ") as said:
             prepare(cache, model, python(text, name))
         assert repr(name) in str(said.value)
-    assert read_pending_results(cache.store.layout) == [], "nobody can go on with it"
+    assert read_unfinished_results(cache.store.layout) == [], "nobody can go on with it"
 
 
 # What is full
@@ -281,7 +281,7 @@ def test_what_has_grown_too_large_is_told_how_large_and_for_what(
     assert "needs" not in str(said.value)
     reserved = rig.cache(reserve_bytes=SIZE)
     made = Made(model=model.url, revision=model.revision, steps=("command",))
-    Results(reserved).begin(KEY, StepJob(made=made, resumes=True))
+    Results(reserved).begin(KEY, StepRecord(made=made, resumes=True))
     rig.free_bytes = SIZE
     with reserved.lease(model, "preparation"), alone(reserved, KEY), pytest.raises(NoSpace) as said:
         Results(reserved).check_room(KEY, 12345)

@@ -27,7 +27,7 @@ def one(
     return EvictionCandidate(
         key=key,
         parts={key: size_bytes} if parts is None else parts,
-        kept=kept,
+        kept_because=kept,
         spare=spare,
         used_at_s=used,
         expected_use_at_s=expected,
@@ -195,7 +195,7 @@ def some(draw: st.DrawFn) -> list[EvictionCandidate]:
         EvictionCandidate(
             key=key,
             parts={part: SIZES[part] for part in draw(st.sets(st.sampled_from(sorted(SIZES))))},
-            kept=draw(st.sampled_from(["", "", "pinned"])),
+            kept_because=draw(st.sampled_from(["", "", "pinned"])),
             used_at_s=draw(times),
             expected_use_at_s=draw(times),
             reload_s_per_gb=draw(st.none() | st.floats(0, 100)),
@@ -210,11 +210,11 @@ def test_it_is_enough_none_goes_in_vain_and_what_is_kept_stays(
     candidates: list[EvictionCandidate], needed: int, now_s: float
 ) -> None:
     choice = choose(candidates, needed, now_s)
-    may_go = {one.key for one in candidates if not one.kept}
+    may_go = {one.key for one in candidates if not one.kept_because}
     going = set(choice.keys)
     assert going <= may_go
     assert len(going) == len(choice.keys)
-    assert choice.kept == {one.key: one.kept for one in candidates if one.kept}
+    assert choice.kept == {one.key: one.kept_because for one in candidates if one.kept_because}
     assert choice.enough == (freed(candidates, may_go) >= needed or needed <= 0)
     if choice.enough:
         # What no candidate has is freed by none.
