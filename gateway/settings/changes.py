@@ -89,7 +89,7 @@ def find_changes(
         for name, pool in after.items()
         if name in before and (before[name] != pool or old_digests[name] != new_digests[name])
     ]
-    different = [name for name in _different(old, new) if not name.startswith("pools.")]
+    different = [name for name in _different(old, new) if name.partition(".")[0] != "pools"]
     return SettingsChanges(
         settings=_keep(new, old, NEEDS_RESTART),
         added=tuple(name for name in after if name not in before),

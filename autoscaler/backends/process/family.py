@@ -227,6 +227,7 @@ def parse_record(text: str, mark: str) -> ProcessRecord:
 def parse_engine(fields: dict[str, Any]) -> StartedEngine:
     """The engine of a record. Raises as ``parse_record`` does."""
     placement = fields["placement"]
+    fraction = placement["gpu_memory_fraction"]
     return StartedEngine(
         pool=str(fields["pool"]),
         model=None if fields["model"] is None else str(fields["model"]),
@@ -235,6 +236,7 @@ def parse_engine(fields: dict[str, Any]) -> StartedEngine:
             port=int(placement["port"]),
             gpus=tuple(map(int, placement["gpus"])),
             cpus=tuple(map(int, placement["cpus"])),
+            gpu_memory_fraction=None if fraction is None else float(fraction),
         ),
         digest=str(fields["digest"]),
         log=str(fields["log"]),

@@ -27,7 +27,7 @@ from loaders.engines.base import Placement
 STARTED = StartedEngine(
     pool="tiny",
     model="/models/b",
-    placement=Placement(host="127.0.0.1", port=1, gpus=(1, 2), cpus=(3,)),
+    placement=Placement(host="127.0.0.1", port=1, gpus=(1, 2), cpus=(3,), gpu_memory_fraction=0.5),
     digest="d",
     log="/logs/r-1.log",
 )

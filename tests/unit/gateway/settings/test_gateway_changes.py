@@ -67,6 +67,8 @@ CASES: list[tuple[str, Settings, Settings, dict[str, Any]]] = [
     ("nothing", make(pool("a")), make(pool("a")), {}),
     ("a pool more", make(pool("a")), make(pool("a"), pool("b")), {"added": ("b",)}),
     ("a pool less", make(pool("a"), pool("b")), make(pool("b")), {"removed": ("a",)}),
+    ("the first pool", make(), make(pool("a")), {"added": ("a",)}),
+    ("the last pool", make(pool("a")), make(), {"removed": ("a",)}),
     ("another order is no change", make(pool("a"), pool("b")), make(pool("b"), pool("a")), {}),
     (
         "another name is another pool",
