@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -25,6 +26,9 @@ DEBUG_VARIABLE = "TIDEGATE_DEBUG"
 
 def main(arguments: Sequence[str] | None = None, effects: Effects | None = None) -> int:
     """Run the command line and return its exit code; no exception and no traceback leaves it."""
+    if arguments is None and sys.argv[1:2] == ["up"]:
+        # A reload during the start must not end it. ``take_signals`` takes it when all is there.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     given = None if arguments is None else list(arguments)
 
     def run() -> int:

@@ -108,5 +108,6 @@ def take_signals(
 
     if reload is not None and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
         running.add_signal_handler(signal.SIGHUP, on_hangup)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # held back since the start
     if keep is not None:
         running.add_signal_handler(signal.SIGQUIT, on_quit)

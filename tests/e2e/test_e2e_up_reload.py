@@ -20,6 +20,7 @@ import httpx
 import pytest
 from asking import CHAT, ask, ask_now, chat, run, spawn
 from tidegate_process import (
+    MARK,
     POLL_S,
     SHUT,
     WAIT_S,
@@ -28,6 +29,7 @@ from tidegate_process import (
     let_go,
     simulated,
     up,
+    wait_up,
     write_settings,
 )
 
@@ -204,6 +206,34 @@ def test_settings_with_a_mistake_change_nothing(tmp_path: Path, text: str, says:
         )
         assert pools_of(tidegate).keys() == before.keys()
         assert ask_now(tidegate, chat("b")).status_code == 200
+
+
+def test_a_signal_to_reload_during_the_start_is_taken_when_all_is_there(tmp_path: Path) -> None:
+    config = write_settings(tmp_path, pools=[simulated("a")])
+    text = config.read_bytes()
+    config.unlink()
+    os.mkfifo(config)
+    with (tmp_path / "log").open("wb") as log:
+        words = ["-m", "gateway.cli.main", "up", "--config", str(config)]
+        environ = {**os.environ, MARK: str(tmp_path)}
+        process = subprocess.Popen([sys.executable, *words], stdout=log, stderr=log, env=environ)
+    tidegate = Tidegate(
+        process=process,
+        state_dir=tmp_path / "state",
+        log_path=tmp_path / "log",
+        mark=str(tmp_path),
+    )
+    try:
+        with config.open("wb") as file:  # from here on it reads its settings, and waits for them
+            config.unlink()
+            write_settings(tmp_path, pools=[simulated("b")])
+            os.kill(process.pid, signal.SIGHUP)
+            file.write(text)
+        wait_up(tidegate)
+        tidegate.wait("pool b alone", lambda: list(pools_of(tidegate)) == ["b"])
+        tidegate.stop()
+    finally:
+        tidegate.kill_all()
 
 
 def test_a_terminal_that_is_closed_stops_it_and_reloads_nothing(tmp_path: Path) -> None:
