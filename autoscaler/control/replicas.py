@@ -144,7 +144,9 @@ class PoolRecord:
         self.override, self.sleep_requested = None, False
 
     def is_outdated(self, record: ReplicaRecord) -> bool:
-        """Whether a replica is not what would be started for the pool now."""
+        """Whether a replica that has not ended is not what would be started for the pool now."""
+        if record.state in ENDED_STATES:
+            return False
         return record.digest != self.digest or (
             record.spec.url is not None and record.spec.url not in self.pool.static.urls
         )

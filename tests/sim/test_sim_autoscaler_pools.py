@@ -255,7 +255,9 @@ def test_the_old_replica_serves_on_while_its_successor_cannot_be_started() -> No
             world.set_pools(process_pool(min_replicas=1))  # as it was
             await asyncio.sleep(100.0)
             assert [view.id for view in world.ready()] == ["m-1"]
-            assert world.loop.status().pools[0].failures == 0
+            pool = world.loop.status().pools[0]
+            assert pool.failures == 0
+            assert not any(one.outdated for one in pool.replicas)  # what has failed is history
             assert len(world.backend.living()) == 1
 
     run_virtual(story())
