@@ -43,22 +43,22 @@ class LoaderSettings(BaseModel):
     ``tidegate doctor`` says which is the fastest here."""
 
     fork_server: bool = True
-    """Whether a process that has imported vLLM is kept, from which engines are forked: a start then
-    takes some 2 s instead of some 30. It is idle, and costs the memory of what it has imported
-    (about 0.6 GB, of which its engines share most). Without it, or when it cannot be used, engines
-    are started the plain way, and ``tidegate status`` says why."""
+    """Whether a fork server is kept: a process that has imported vLLM and from which engines are
+    forked. A start then takes some 2 s instead of some 30. The fork server is idle, and costs the
+    memory of what it has imported (about 0.6 GB, of which its engines share most). Without it, or
+    when it cannot be used, engines are started the plain way, and ``tidegate status`` says why."""
 
     fork_import_timeout_s: float = Field(default=600.0, gt=0.0, le=86_400.0)
-    """Longest time that process may import, in seconds; then it is ended and begun anew. Generous:
-    from a slow disk, on a busy machine, vLLM takes minutes."""
+    """Longest time, in seconds, that the fork server may import; then it is ended and begun anew.
+    Generous: from a slow disk, on a busy machine, vLLM takes minutes."""
 
     fork_wait_s: float = Field(default=45.0, ge=0.0, le=3_600.0)
-    """Longest time, in seconds, that an engine's start waits for that process while it imports.
-    Both at once would take each other's processor, and a plain start is the longer of the two."""
+    """Longest time, in seconds, that an engine's start waits for a fork server that still imports.
+    A plain start beside the import would slow down both, and takes longer."""
 
     fork_timeout_s: float = Field(default=10.0, gt=0.0, le=3_600.0)
-    """Longest time, in seconds, in which it has to fork when asked; it takes milliseconds. One
-    that hangs is ended, and the engine is started the plain way."""
+    """Longest time, in seconds, in which the fork server has to fork; forking takes milliseconds. A
+    fork server that hangs is ended, and the engine is started the plain way."""
 
     keep_compiled: bool = True
     """Whether what vLLM compiles, tunes and measures when it starts is kept for the next start, a
@@ -67,5 +67,5 @@ class LoaderSettings(BaseModel):
     the model."""
 
     compiled_quota_bytes: int = Field(default=8_589_934_592, ge=0)
-    """Most bytes of that which are kept; what was not used for longest goes first. 8 GiB holds some
-    tens of combinations."""
+    """Most bytes of compiled code and measurements (``keep_compiled``) that are kept; what was not
+    used for longest goes first. 8 GiB holds some tens of combinations."""

@@ -1,4 +1,4 @@
-"""What passes between the cache and its neighbours: what a store has to do for it (``Source``), a
+"""What passes between the cache and its neighbours: what a source has to do for it (``Source``), a
 model it hands out (``CachedModel``), and the functions that are passed around with models."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CachedModel:
     """A model as a directory that engines open.
 
     ``manifest`` is ``None`` for a directory that is used where it is. ``note`` says what its user
-    should know: that the store could not be asked whether it is still the newest.
+    should know: that the source could not be asked whether it is still the newest.
     """
 
     url: str
@@ -77,7 +77,7 @@ class Source(Protocol):
         """What the model consists of, as of now.
 
         Raises ``NotFound`` where there is no such model or revision, ``SourceError`` where the
-        store cannot be asked.
+        source cannot be asked.
         """
         ...
 
@@ -100,7 +100,7 @@ class Source(Protocol):
         used, so many ranges may be written at once.
 
         Returns only when exactly that range was written. Raises ``SourceError`` for anything
-        else: a shorter or longer answer, a store that ignores ranges, a file that changed since
+        else: a shorter or longer answer, a source that ignores ranges, a file that changed since
         it was listed; ``NotFound`` where the file is gone; ``Cancelled`` soon after
         ``cancelled()`` says so. What had been written until then counts for nothing.
         """

@@ -8,7 +8,7 @@
     file:///mnt/models/qwen        copied (linked where possible) into the cache
     /mnt/models/qwen, ./qwen       used where it lies
 
-Credentials never belong in a URL: it is shown, logged and stored. Each store's usual places hold
+Credentials never belong in a URL: it is shown, logged and stored. Each source's usual places hold
 them instead, and a URL with any is refused.
 """
 
@@ -270,7 +270,7 @@ def find_path_problem(paths: Sequence[str]) -> str | None:
 
 
 def check_file_path(path: str) -> bool:
-    """Whether a path that a store lists may become a file below a model's directory."""
+    """Whether a path that a source lists may become a file below a model's directory."""
     parts = path.split("/")
     return (
         0 < len(path) <= 1_024

@@ -3,7 +3,7 @@
 Digests. A blob (the bytes of one file) is addressed by its *tree digest*: the BLAKE3 of the
 BLAKE3s of its pieces, so that pieces can be checked in any order, by several threads, from several
 places at once. Beside each piece's BLAKE3 stands its XXH3-64, which is fast enough to check while
-weights are loaded. What a store itself publishes (a SHA-256, an MD5) is checked too.
+weights are loaded. What a source itself publishes (a SHA-256, an MD5) is checked too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PIECE_BYTES = 8 * 1024 * 1024
 digest means, so not a setting."""
 
 PREPARED = "prepared"
-"""The scheme of models that were made here: ``prepared://<key>``. No store has them."""
+"""The scheme of models that were made here: ``prepared://<key>``. No source has them."""
 
 SHORT_CHARACTERS = 12
 """So many letters of such a key are shown, and are enough to name it."""
@@ -28,8 +28,8 @@ class CacheError(Exception):
 
 
 class SourceError(CacheError):
-    """A store did not give what was asked. ``retryable``: asking again may help, not before
-    ``retry_after_s`` where the store said so."""
+    """A source did not give what was asked. ``retryable``: asking again may help, not before
+    ``retry_after_s`` where the source said so."""
 
     def __init__(
         self, message: str, *, retryable: bool = False, retry_after_s: float | None = None
@@ -44,7 +44,7 @@ class NotFound(SourceError):
 
 
 class Damaged(CacheError):
-    """Bytes are not what they were, or not what their store says they are."""
+    """Bytes are not what they were, or not what their source says they are."""
 
 
 class NoSpace(CacheError):
@@ -93,7 +93,7 @@ class ModelRef:
     """Where a model comes from. ``url`` is canonical and carries no credentials.
 
     ``location`` is what follows the scheme: ``bucket/prefix``, ``org/name``, a path. ``revision``
-    is what was asked for (a branch, tag, commit, version); ``None`` is the store's newest.
+    is what was asked for (a branch, tag, commit, version); ``None`` is the source's newest.
     """
 
     url: str
@@ -104,10 +104,10 @@ class ModelRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteFile:
-    """One file of a model as its store lists it.
+    """One file of a model as its source lists it.
 
     ``path`` is relative to the model, with ``/``. ``version`` changes when the content does (an
-    ETag, a commit, a modification time); ``digests`` is what the store says of the content, by
+    ETag, a commit, a modification time); ``digests`` is what the source says of the content, by
     algorithm (``sha256``, ``md5``, ``crc64``, ``git-sha1``), lower-case hexadecimal.
     """
 

@@ -112,7 +112,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BandwidthShare:
-    """What one model's reads from one store count against."""
+    """What one model's reads from one source count against."""
 
     budget: Budget
     model: str

@@ -25,7 +25,7 @@ BURST_S = 0.04
 loses none of it."""
 
 USED_FRACTION = 0.92
-"""Part of a cap that is used over time. A store counts what it sent, over windows of its own: with
+"""Part of a cap that is used over time. A source counts what it sent, over windows of its own: with
 the burst and what sockets take in ahead of us, a second's worth still stays below the cap."""
 
 
@@ -163,7 +163,7 @@ class FairQueue:
     def _next(self) -> Claim | None:
         """The first in order whose caps all suffice. The cap that a claim waits longest for is
         kept for it: smaller claims behind it would otherwise always be quicker. Its other caps
-        are not, or a flow that waits for a slow store would hold up all others."""
+        are not, or a flow that waits for a slow source would hold up all others."""
         kept: set[str] = set()
         for claim in self._in_order():
             waits_s = {name: self.buckets[name].wait_s(claim.size_bytes) for name in claim.caps}

@@ -1,7 +1,7 @@
 """One download under way: a plan decides which thread reads what, and threads of two kinds read it.
 
 The calling thread watches: it notices that it is cancelled, reports progress, and has the last
-word. Those that read from the store write straight into the partial file; those that ask peers
+word. Those that read from the source write straight into the partial file; those that ask peers
 read into memory, because a piece is checked before one byte of it reaches the file.
 """
 
@@ -38,7 +38,7 @@ TELL_S = 0.25
 RATE_S = 5.0
 GENTLE_S = 1.0
 GENTLE_CONNECTIONS = 4
-"""As long as others may be about to begin too, a node does not take more of a store than this: what
+"""As long as others may be about to begin too, a node takes no more of a source than this: what
 two read at the same time is read twice."""
 
 
@@ -47,21 +47,21 @@ class TransferTimeouts:
     """How long, in seconds of the download's clock, what a download waits for may take."""
 
     census_s: float = 0.5
-    """Until every peer has said what it has, before the store is read."""
+    """Until every peer has said what it has, before the source is read."""
     join_s: float = JOIN_S
-    """Until a thread notices the end. One that does not (a store's library that hangs) is left
+    """Until a thread notices the end. One that does not (a source's library that hangs) is left
     behind: it has a descriptor of its own, and commits nothing any more."""
     peer_piece_s: float = 4.0
     """What a piece from a peer is taken to need before one of its size has come."""
     slow_s: float = 3.0
     """From so long on, if it is ``SLOW_FACTOR`` times the usual, a peer's piece is read from the
-    store too, unless the peer will have given the rest sooner."""
+    source too, unless the peer will have given the rest sooner."""
     lost_s: float = 5.0
     """From so long on, if it is ``LOST_FACTOR`` times the usual, it is not waited for at all."""
     most_s: float = 60.0
     """The longest wait for a peer's piece, where pieces do come sooner than that."""
     straggler_s: float = 10.0
-    """What a connection to the store has at the least, however fast the others are."""
+    """What a connection to the source has at the least, however fast the others are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,9 +120,9 @@ class TransferState:
             )
 
     def slots_of(self, url: str) -> Slots:
-        """The connections to the store that ``url`` lies in, shared by all its models."""
+        """The connections to the source that ``url`` lies in, shared by all its models."""
         parts = urlsplit(url)
-        # A hub's models all lie in one store; elsewhere the host or bucket is one.
+        # A hub's models all lie in one source; elsewhere the host or bucket is one.
         store = parts.scheme if parts.scheme == "hf" else f"{parts.scheme}://{parts.netloc}"
         with self._lock:
             return self._slots.setdefault(store, Slots(self.settings.connections))
@@ -137,24 +137,24 @@ class TransferState:
                 self._suspicions.popitem(last=False)
 
     def doubt(self, key: str) -> None:
-        """The file was whole, and wrong: take it from the store alone, and find the peer that sent
+        """The file was whole, and wrong: take it from the source alone, and find the peer that sent
         wrong bytes."""
         with self._lock:
             self._suspicions.setdefault(key, Suspicion()).doubted = True
 
     def doubted(self, key: str) -> bool:
-        """Whether the file must come from the store alone."""
+        """Whether the file must come from the source alone."""
         with self._lock:
             found = self._suspicions.get(key)
             return found is not None and found.doubted
 
     def compare(self, key: str, index: int, digest: bytes) -> None:
-        """The store's own bytes of a piece: a peer that gave others is left alone from now on."""
+        """The source's own bytes of a piece: a peer that gave others is left alone from now on."""
         with self._lock:
             found = self._suspicions.get(key)
             node, given = ("", digest) if found is None else found.given.get(index, ("", digest))
         if given != digest and self.peers is not None:
-            self.peers.ban(node, f"piece {index} of {key} is not what the store has")
+            self.peers.ban(node, f"piece {index} of {key} is not what the source has")
 
     def believe(self, key: str) -> None:
         """The file is whole and right: which peer gave what need not be remembered."""
@@ -238,14 +238,14 @@ class Download:
         file = PlannedFile(key=partial.key, count=count, missing=missing)
         return DownloadJob(remote, partial, file, self._inventory.open(partial))
 
-    def run(self, from_store: Callable[[], None], from_peers: Callable[[], None]) -> None:
+    def run(self, from_source: Callable[[], None], from_peers: Callable[[], None]) -> None:
         """Fetch all of it, or raise why not. On return no thread of it commits anything.
 
-        ``from_store`` and ``from_peers`` are what each thread of the two kinds runs.
+        ``from_source`` and ``from_peers`` are what each thread of the two kinds runs.
         """
         try:
             follower = self._follow()
-            self._start(from_store, from_peers)
+            self._start(from_source, from_peers)
             self._watch()
         finally:
             self._stop()
@@ -309,12 +309,12 @@ class Download:
 
     # -- watching --------------------------------------------------------------------------------
 
-    def _start(self, from_store: Callable[[], None], from_peers: Callable[[], None]) -> None:
+    def _start(self, from_source: Callable[[], None], from_peers: Callable[[], None]) -> None:
         with self.lock:
             left = self.board.left
             self._settle()
         for _ in range(min(self.settings.connections, left)):
-            self._threads.append(threading.Thread(target=from_store, name="store", daemon=True))
+            self._threads.append(threading.Thread(target=from_source, name="source", daemon=True))
         if self.peers is not None:
             for _ in range(min(self.settings.peer_connections, left)):
                 self._threads.append(threading.Thread(target=from_peers, name="ask", daemon=True))
@@ -433,7 +433,7 @@ class Download:
         try:
             return job.partial.commit(index)
         except Damaged:
-            # The last piece made it whole, and it is not what its store says it is.
+            # The last piece made it whole, and it is not what its source says it is.
             self.shared.doubt(job.partial.key)
             raise
         except OSError as error:

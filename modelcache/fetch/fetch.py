@@ -88,7 +88,7 @@ class Salvage:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchRequest:
     """What is to be made whole, and how. ``find_local`` gives a file on this machine that may have
-    a remote file's content; it is hashed, and checked against what the store publishes.
+    a remote file's content; it is hashed, and checked against what the source publishes.
     ``created_at_s``: when it was made whole first, where it is mended. ``given``: its local files
     are given away to the cache, which takes their names and never copies their bytes. ``made``:
     what it was made of."""
@@ -198,7 +198,7 @@ class Fetch:
         """Make it whole; its manifest.
 
         Raises ``NoSpace`` before anything is fetched; ``Cancelled``, ``SourceError``, ``Damaged``
-        (not what its store says it is, twice) as they come, and what is there stays.
+        (not what its source says it is, twice) as they come, and what is there stays.
         """
         began_s = time.monotonic()
         self._recognise()
@@ -354,7 +354,7 @@ class Fetch:
             try:
                 self._download_once(missing, salvage=attempt == 1)
             except Damaged:
-                # Perhaps a peer's fault, or memory's: once more, from the store alone.
+                # Perhaps a peer's fault, or memory's: once more, from the source alone.
                 if attempt == ATTEMPTS:
                     raise
 
@@ -485,9 +485,9 @@ def plan_salvage(manifest: Manifest, found: Sequence[Damage]) -> dict[str, Salva
 def list_again(
     open_source: Callable[[ModelRef], Source], ref: ModelRef, manifest: Manifest
 ) -> tuple[ModelRef, Listing]:
-    """The files of a manifest as their store lists them now, and how to ask for them.
+    """The files of a manifest as their source lists them now, and how to ask for them.
 
-    Some stores can be asked for that revision, others only for what they have now. Raises
+    Some sources can be asked for that revision, others only for what they have now. Raises
     ``CacheError`` where it is history.
     """
     seen = ""
@@ -504,6 +504,6 @@ def list_again(
             return asked, replace(listing, files=files)
         seen = listing.revision
     raise CacheError(
-        f"{manifest.url}: its store has {f'revision {seen}' if seen else 'nothing'} now, so "
+        f"{manifest.url}: its source has {f'revision {seen}' if seen else 'nothing'} now, so "
         f"{manifest.revision} cannot be mended; evict it and preload it anew"
     )

@@ -1,8 +1,8 @@
 """Which piece to read next, and where from, while other nodes fetch the same files. Pure.
 
 Every piece has an owner among the nodes that fetch its file: the one with the highest hash of
-(file, piece, node), which all nodes work out alike. The owner reads it from the store and the
-others from the owner, so a store is read about once however many nodes begin together. A node that
+(file, piece, node), which all nodes work out alike. The owner reads it from the source and the
+others from the owner, so a source is read about once however many nodes begin together. A node that
 leaves or stalls owns nothing from then on, and each of its pieces falls to the next in rank. A node
 that has nothing left of its own takes over what no node has begun, the second in rank first, so a
 slow node is helped rather than waited for.
@@ -57,7 +57,7 @@ def rank(key: str, index: int, node: str, nodes: Iterable[str]) -> int:
 @dataclass(slots=True, kw_only=True)
 class Seen:
     """What a node has of one file, as it last said. ``has`` it may be asked for; ``fetching`` it
-    reads from the store now; ``active`` while it fetches the file at all."""
+    reads from the source now; ``active`` while it fetches the file at all."""
 
     has: int = 0
     fetching: int = 0
@@ -76,7 +76,7 @@ class PlannedFile:
     count: int
     missing: int
     storing: int = 0
-    """Being read from the store, here."""
+    """Being read from the source, here."""
     asking: int = 0
     """Being read from a peer, here."""
     peers: dict[str, Seen] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class Board:
     """All files of one download. One owner (``transfer`` guards it with a lock).
 
     ``me`` is this node's name, ``None`` where it serves no peers: then it owns nothing while
-    another node does, and takes from the store only what no other node will.
+    another node does, and takes from the source only what no other node will.
     """
 
     me: str | None
@@ -114,7 +114,7 @@ class Board:
     expects_others: bool = False
     """Whether there are nodes that may be fetching the same and have not said so yet."""
     piece_s: float | None = None
-    """Seconds that a piece from the store takes here, by the last ones."""
+    """Seconds that a piece from the source takes here, by the last ones."""
     idle_since_s: float | None = None
     delays_s: dict[tuple[int, int], float] = field(default_factory=dict)
     """Until when a piece that failed is left alone."""
@@ -182,8 +182,8 @@ class Board:
             return file.missing
         return file.shares.get(self.me, 0) if self.me is not None else 0
 
-    def next_store(self, now_s: float) -> tuple[PlannedFile, int] | None:
-        """A piece to read from the store now, marked as being read; ``None`` if there is none."""
+    def next_from_source(self, now_s: float) -> tuple[PlannedFile, int] | None:
+        """A piece to read from the source now, marked as being read; ``None`` if there is none."""
         for file in self.files:
             if not file.missing:
                 continue
@@ -191,7 +191,7 @@ class Board:
             mask &= ~file.available(self.away)
             for index in self._from_own_place(file, mask):
                 if self._due(file, index, now_s):
-                    return self._store(file, index)
+                    return self._from_source(file, index)
         return self._take_over(now_s)
 
     def _from_own_place(self, file: PlannedFile, mask: int) -> Iterator[int]:
@@ -223,11 +223,11 @@ class Board:
                     continue
                 turn = rank(file.key, index, self.me or "", file.owners) if file.owners else 0
                 if idle_s >= turn * STEAL_STEP_S:
-                    return self._store(file, index)
+                    return self._from_source(file, index)
         return None
 
     def _orphan(self, file: PlannedFile, index: int) -> bool:
-        """Whether no node that reads from the store is going to give us this piece: there is none,
+        """Whether no node that reads from the source is going to give us this piece: there is none,
         or one has it and we could not get it."""
         return not file.owners or any(s.failed >> index & 1 for s in file.peers.values())
 
@@ -242,7 +242,7 @@ class Board:
     def _due(self, file: PlannedFile, index: int, now_s: float) -> bool:
         return self.delays_s.get((id(file), index), now_s) <= now_s
 
-    def _store(self, file: PlannedFile, index: int) -> tuple[PlannedFile, int]:
+    def _from_source(self, file: PlannedFile, index: int) -> tuple[PlannedFile, int]:
         file.storing |= 1 << index
         return file, index
 
@@ -266,7 +266,7 @@ class Board:
         return None
 
     def hedge(self, slow: Iterable[tuple[PlannedFile, int]]) -> tuple[PlannedFile, int] | None:
-        """One of these pieces, which a peer takes too long over, to be read from the store too."""
+        """One of these pieces, which a peer takes too long over, to be read from the source too."""
         for file, index in slow:
             bit = 1 << index
             if file.missing & bit and not file.storing & bit:
@@ -282,8 +282,8 @@ class Board:
         file.asking &= ~bit
         self.delays_s.pop((id(file), index), None)
 
-    def drop_store(self, file: PlannedFile, index: int, until_s: float) -> None:
-        """Reading a piece from the store failed; it is left alone until then."""
+    def drop_source(self, file: PlannedFile, index: int, until_s: float) -> None:
+        """Reading a piece from the source failed; it is left alone until then."""
         file.storing &= ~(1 << index)
         self.delays_s[id(file), index] = until_s
 

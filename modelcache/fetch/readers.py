@@ -1,4 +1,4 @@
-"""The two ways a piece comes: from the store into the file, or from a peer into memory first."""
+"""The two ways a piece comes: from the source into the file, or from a peer into memory first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modelcache.ports import ANNOUNCE_BYTES
 from modelcache.types import PIECE_BYTES, CacheError, Cancelled, Damaged, SourceError
 
 STREAM_BYTES = 2 * ANNOUNCE_BYTES
-"""Memory that is set aside for a range from a store: what is read ahead, and a copy of it."""
+"""Memory that is set aside for a range from a source: what is read ahead, and a copy of it."""
 
 WAIT_S = 0.5
 WRITES = 2
@@ -31,7 +31,7 @@ MOST_CUTS = 2
 """Times that a piece's connection is cut for being slow. Failures are counted apart."""
 
 
-class StoreReader:
+class SourceReader:
     """Reads pieces from the store."""
 
     def __init__(self, download: Download) -> None:
@@ -81,7 +81,7 @@ class StoreReader:
         own = self.download
         with own.lock:
             now_s = own.clock()
-            found = own.board.next_store(now_s) or own.board.hedge(self._slow(now_s))
+            found = own.board.next_from_source(now_s) or own.board.hedge(self._slow(now_s))
             if found is None:
                 self._give_up_stragglers(now_s)
                 return None
@@ -90,7 +90,7 @@ class StoreReader:
             return attempt
 
     def _slow(self, now_s: float) -> list[tuple[PlannedFile, int]]:
-        """Pieces that a peer takes too long over, and the store would have sooner."""
+        """Pieces that a peer takes too long over, and the source would have sooner."""
         own, slow, timeouts = self.download, [], self.shared.timeouts
         for one in own.asking:
             usual_s = own.peer_throughput.expected_s(one.size_bytes)
@@ -146,7 +146,7 @@ class StoreReader:
         except SourceError as error:
             self._again(attempt, error)
         except Damaged as error:
-            # Its last piece came from the store, so this one is right whatever the others are.
+            # Its last piece came from the source, so this one is right whatever the others are.
             own.fail(error)
         except (CacheError, OSError) as error:
             own.fail(error if isinstance(error, CacheError) else _disk(job, error))
@@ -193,7 +193,7 @@ class StoreReader:
         self.shared.count(retries=1)
         with own.lock:
             self.cuts[key] = self.cuts.get(key, 0) + 1
-            own.board.drop_store(attempt.job.file, attempt.index, own.clock())
+            own.board.drop_source(attempt.job.file, attempt.index, own.clock())
 
     def _again(self, attempt: Attempt, error: SourceError) -> None:
         """Put a piece back, to be read after a pause; or give up."""
@@ -208,12 +208,12 @@ class StoreReader:
         asked_s = getattr(error, "retry_after_s", None)
         pause_s = pause(tries, random.random(), asked_s)
         with own.lock:
-            own.board.drop_store(attempt.job.file, attempt.index, own.clock() + pause_s)
+            own.board.drop_source(attempt.job.file, attempt.index, own.clock() + pause_s)
 
 
 def pause(tries: int, chance: float, asked_s: float | None = None) -> float:
     """Seconds until a piece is asked for again: doubled with each failure and never the same on
-    two nodes; as long as the store asked for where it did, within reason."""
+    two nodes; as long as the source asked for where it did, within reason."""
     pause_s = min(MOST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(tries, 32)) * (0.5 + chance / 2)
     return pause_s if asked_s is None else max(pause_s, min(asked_s, MOST_ASKED_PAUSE_S))
 

@@ -1,4 +1,4 @@
-"""Files from a store and from peers into partial files, piece by piece, until none is missing.
+"""Files from a source and from peers into partial files, piece by piece, until none is missing.
 
 One ``Transfer`` serves a process: its downloads share a ``TransferState``.
 ``modelcache.fetch.download`` is one of them under way.
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from modelcache.bandwidth.budget import Budget
 from modelcache.fetch.download import Download, Totals, TransferState, TransferTimeouts
-from modelcache.fetch.readers import PeerReader, StoreReader
+from modelcache.fetch.readers import PeerReader, SourceReader
 from modelcache.peers.group import PeerGroup
 from modelcache.ports import IsCancelled, Source
 from modelcache.settings import ModelCacheSettings
@@ -50,10 +50,10 @@ class Transfer:
         """Fetch every missing piece of ``files``; blocks until all are committed.
 
         ``on_progress`` is called from this thread a few times a second, ``cancelled`` more often.
-        Raises ``SourceError`` where the store fails a piece ``retries`` + 1 times in a row or says
+        Raises ``SourceError`` where the source fails a piece ``retries`` + 1 times in a row or says
         that asking again is of no use; ``Cancelled``; ``Damaged`` where a file that became whole
-        is not what its store says (run again with a fresh ``Partial``: it then comes from the
-        store alone); ``CacheError`` where the disk fails.
+        is not what its source says (run again with a fresh ``Partial``: it then comes from the
+        source alone); ``CacheError`` where the disk fails.
         """
         model = source.ref.url
         with self._lock:
@@ -67,7 +67,7 @@ class Transfer:
                 on_progress=on_progress or (lambda progress: None),
                 cancelled=cancelled or (lambda: False),
             )
-            download.run(StoreReader(download).run, PeerReader(download).run)
+            download.run(SourceReader(download).run, PeerReader(download).run)
         finally:
             with self._lock:
                 self._running[model] -= 1

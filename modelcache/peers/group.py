@@ -1,7 +1,7 @@
 """The other nodes: which there are, what they have, and which are avoided for a while or for good.
 
 One that cannot be reached is asked again after a pause that grows; one that is slow is asked for
-no pieces for a while; one that gave bytes which were not what it said, or what the store says, is
+no pieces for a while; one that gave bytes which were not what it said, or what the source says, is
 left alone until it starts anew.
 """
 

@@ -1,6 +1,6 @@
 """What this node has for its peers: blobs that are whole, and pieces of files on their way.
 
-Of a file that is being fetched it shows only the pieces that it has read from the store itself.
+Of a file that is being fetched it shows only the pieces that it has read from the source itself.
 What it was given by a peer it shows when the file is whole and its digest is right: so a peer that
 passes on wrong bytes is the one that made them up, and can be avoided for it.
 """

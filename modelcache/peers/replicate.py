@@ -1,7 +1,7 @@
 """Have other sites' caches fetch a model, ahead of its use there.
 
 Sites are asked over their agents' peer listener, signed with the cluster's secret like everything
-else there. An agent fetches from the store itself, at ``REPLICATE`` priority, and goes on when
+else there. An agent fetches from the source itself, at ``REPLICATE`` priority, and goes on when
 the client has gone; asking again joins what is under way, also after the agent was started anew.
 """
 

@@ -1,4 +1,4 @@
-"""Where models come from: a module for each kind of store, behind ``modelcache.ports.Source``.
+"""Where models come from: a module for each kind of source, behind ``modelcache.ports.Source``.
 
 ``opening`` makes the source of a reference. ``hf``, ``s3``, ``gs``, ``oss``, ``http`` and ``file``
 are the kinds. ``reader`` reads ranges over HTTP through ``wire``, and ``answers`` judges what

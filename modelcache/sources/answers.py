@@ -22,7 +22,7 @@ _CONTENT_RANGE = re.compile(r"^bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoreResponse:
+class SourceResponse:
     """Status and headers of an answer; header names are in lower case, repeated ones joined."""
 
     status: int
@@ -42,7 +42,7 @@ class StoreResponse:
         return bool(self.headers.get("transfer-encoding"))
 
 
-def parse_head(data: bytes) -> StoreResponse:
+def parse_head(data: bytes) -> SourceResponse:
     """Read an answer's head, without the empty line that ends it. Raises ``SourceError``."""
     lines = data.split(b"\r\n")
     found = _STATUS.match(lines[0])
@@ -57,7 +57,7 @@ def parse_head(data: bytes) -> StoreResponse:
         headers[key] = f"{headers[key]}, {text}" if key in headers else text
     connection = headers.get("connection", "").lower()
     persistent = "close" not in connection and (found[1] == b"1" or "keep-alive" in connection)
-    return StoreResponse(status=int(found[2]), headers=headers, persistent=persistent)
+    return SourceResponse(status=int(found[2]), headers=headers, persistent=persistent)
 
 
 def check_status(status: int, headers: Mapping[str, str], what: str, hint: str = "") -> None:
@@ -65,16 +65,16 @@ def check_status(status: int, headers: Mapping[str, str], what: str, hint: str =
     if 200 <= status < 300:
         return
     if status in (404, 410):
-        raise NotFound(f"{what}: the store has no such file ({status})")
+        raise NotFound(f"{what}: the source has no such file ({status})")
     if status in (401, 403):
         more = f"; credentials: {hint}" if hint else ""
-        raise SourceError(f"{what}: the store refuses access ({status}){more}")
+        raise SourceError(f"{what}: the source refuses access ({status}){more}")
     if status == 412:
         raise SourceError(f"{what}: it has changed since it was listed ({status})")
     if status == 416:
         raise SourceError(f"{what}: it is shorter than it was when it was listed ({status})")
     raise SourceError(
-        f"{what}: the store answered {status}",
+        f"{what}: the source answered {status}",
         retryable=status in PASSING,
         retry_after_s=retry_after(headers),
     )
@@ -104,7 +104,7 @@ def _date_s(text: str) -> float | None:
 
 
 def check_range(
-    head: StoreResponse, file: RemoteFile, start: int, end: int, what: str
+    head: SourceResponse, file: RemoteFile, start: int, end: int, what: str
 ) -> int | None:
     """Make sure that the body is exactly bytes ``[start, end)`` of ``file``.
 
@@ -114,43 +114,43 @@ def check_range(
     """
     encoding = head.headers.get("content-encoding", "identity").lower()
     if encoding not in ("", "identity"):
-        raise SourceError(f"{what}: the store sent it compressed ({encoding}), unasked")
+        raise SourceError(f"{what}: the source sent it compressed ({encoding}), unasked")
     _check_version(head, file, what)
     wanted = end - start
     if head.status == 200:
         if (start, end) != (0, file.size_bytes):
             raise SourceError(
-                f"{what}: the store ignores ranges: asked for {wanted:,} bytes at {start:,}, "
+                f"{what}: the source ignores ranges: asked for {wanted:,} bytes at {start:,}, "
                 "it sends the whole file"
             )
     elif head.status == 206:
         _check_content_range(head, file, start, end, what)
     else:
-        raise SourceError(f"{what}: the store answered {head.status} to a read")
+        raise SourceError(f"{what}: the source answered {head.status} to a read")
     if head.chunked:
         return None
     length = head.length
     if length is None and "content-length" in head.headers:
-        raise SourceError(f"{what}: the store sent a length that is no number", retryable=True)
+        raise SourceError(f"{what}: the source sent a length that is no number", retryable=True)
     if length is not None and length != wanted:
         raise SourceError(
-            f"{what}: asked for {wanted:,} bytes at {start:,}, the store sends {length:,}",
+            f"{what}: asked for {wanted:,} bytes at {start:,}, the source sends {length:,}",
             retryable=head.status == 206,
         )
     return length
 
 
 def _check_content_range(
-    head: StoreResponse, file: RemoteFile, start: int, end: int, what: str
+    head: SourceResponse, file: RemoteFile, start: int, end: int, what: str
 ) -> None:
     text = head.headers.get("content-range", "")
     found = _CONTENT_RANGE.match(text)
     if found is None:
-        raise SourceError(f"{what}: the store does not say which range it sent")
+        raise SourceError(f"{what}: the source does not say which range it sent")
     first, last = int(found[1]), int(found[2])
     if (first, last) != (start, end - 1):
         raise SourceError(
-            f"{what}: asked for bytes {start}-{end - 1}, the store sent {first}-{last}",
+            f"{what}: asked for bytes {start}-{end - 1}, the source sent {first}-{last}",
             retryable=True,
         )
     if found[3] != "*" and int(found[3]) != file.size_bytes:
@@ -160,7 +160,7 @@ def _check_content_range(
         )
 
 
-def _check_version(head: StoreResponse, file: RemoteFile, what: str) -> None:
+def _check_version(head: SourceResponse, file: RemoteFile, what: str) -> None:
     """The answer must be of the version that was listed, where both say which that is."""
     kind, colon, wanted = file.version.partition(":")
     if not colon:
@@ -187,14 +187,14 @@ def version_of(headers: Mapping[str, str]) -> str:
     return f"date:{modified}" if modified else ""
 
 
-def next_url(url: str, head: StoreResponse, what: str) -> str:
+def next_url(url: str, head: SourceResponse, what: str) -> str:
     """Where a redirect leads. Raises ``SourceError`` where it may not be followed."""
     target = urljoin(url, head.headers.get("location", ""))
     before, after = urlsplit(url), urlsplit(target)
     if not head.headers.get("location") or after.scheme not in ("http", "https"):
-        raise SourceError(f"{what}: the store redirects to nowhere ({head.status})")
+        raise SourceError(f"{what}: the source redirects to nowhere ({head.status})")
     if before.scheme == "https" and after.scheme != "https":
-        raise SourceError(f"{what}: the store redirects from https to http; not followed")
+        raise SourceError(f"{what}: the source redirects from https to http; not followed")
     return target
 
 

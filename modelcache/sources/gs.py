@@ -72,7 +72,7 @@ class GsSource:
         with obstore_errors(shown, HINT, ()):
             got = obstore.get(self._store, key, options={"range": (start, end)})
             if got.range != (start, end) or got.meta["size"] != file.size_bytes:
-                raise SourceError(f"{shown}: the store sent another range than was asked for")
+                raise SourceError(f"{shown}: the source sent another range than was asked for")
             if _version_of(got.meta) != file.version:
                 raise SourceError(f"{shown}: it has changed since it was listed")
             at = start
@@ -90,7 +90,7 @@ class GsSource:
 
 def _write(fd: int, data: memoryview, at: int, end: int, shown: str, on_bytes: OnBytes) -> int:
     if at + len(data) > end:
-        raise SourceError(f"{shown}: the store sent more than was asked for", retryable=True)
+        raise SourceError(f"{shown}: the source sent more than was asked for", retryable=True)
     for begin in range(0, len(data), ANNOUNCE_BYTES):
         part = data[begin : begin + ANNOUNCE_BYTES]
         wire.write_at(fd, part, at)

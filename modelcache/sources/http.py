@@ -163,7 +163,7 @@ class HttpSource(RangedSource):
         ]
 
 
-def _file_of(head: answers.StoreResponse, path: str, url: str) -> RemoteFile:
+def _file_of(head: answers.SourceResponse, path: str, url: str) -> RemoteFile:
     if head.length is None or head.headers.get("content-encoding"):
         raise SourceError(f"{url}: the server does not say how long it is")
     return RemoteFile(path=path, size_bytes=head.length, version=answers.version_of(head.headers))

@@ -1,5 +1,5 @@
-"""From what a store lists to a ``Listing``: nothing that would leave the model's directory, nothing
-twice, and a revision that names exactly these bytes."""
+"""From what a source lists to a ``Listing``: nothing that would leave the model's directory,
+nothing twice, and a revision that names exactly these bytes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ R = TypeVar("R")
 def make_listing(
     ref: ModelRef, files: Iterable[RemoteFile], *, revision: str | None = None
 ) -> Listing:
-    """The listing of ``ref``. ``revision`` is the store's own exact one; without it the revision is
-    a digest of what is listed, and one that was asked for must be that.
+    """The listing of ``ref``. ``revision`` is the source's own exact one; without it the revision
+    is a digest of what is listed, and one that was asked for must be that.
 
     Raises ``NotFound`` where nothing is listed or it is another revision, ``SourceError`` where a
     path could not become a file below a directory.
@@ -35,12 +35,12 @@ def make_listing(
         raise SourceError(f"{ref.url}: it has more than {MOST_FILES:,} files; is it one model?")
     problem = find_path_problem([file.path for file in ordered])
     if problem is not None:
-        raise SourceError(f"{ref.url}: the store {problem}")
+        raise SourceError(f"{ref.url}: the source {problem}")
     if revision is None:
         revision = digest_of(ordered)
         if ref.revision is not None and ref.revision != revision:
             raise NotFound(
-                f"{ref.url}: the store has revision {revision} of it now, not {ref.revision}"
+                f"{ref.url}: the source has revision {revision} of it now, not {ref.revision}"
             )
     return Listing(revision=revision, files=tuple(ordered))
 

@@ -82,9 +82,9 @@ def obstore_errors(what: str, hint: str, secrets: Sequence[str]) -> Iterator[Non
     try:
         yield
     except (exceptions.NotFoundError, FileNotFoundError):
-        raise NotFound(f"{what}: the store has no such bucket or file") from None
+        raise NotFound(f"{what}: the source has no such bucket or file") from None
     except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError):
-        raise SourceError(f"{what}: the store refuses access; credentials: {hint}") from None
+        raise SourceError(f"{what}: the source refuses access; credentials: {hint}") from None
     except exceptions.PreconditionError:
         raise SourceError(f"{what}: it has changed since it was listed") from None
     except (exceptions.BaseError, ValueError) as error:

@@ -15,7 +15,7 @@ from modelcache.types import CacheError, ModelRef, SourceError
 
 
 class ExtraMissing(CacheError):
-    """A store's client is not installed; the message says what installs it."""
+    """A source's client is not installed; the message says what installs it."""
 
 
 def open_source(
@@ -75,7 +75,7 @@ def _check_client(ref: ModelRef, schemes: Mapping[str, Scheme]) -> None:
 
 
 def rate_of(ref: ModelRef, settings: ModelCacheSettings) -> int | None:
-    """The tightest limit on bytes a second that applies to a model's store, if any."""
+    """The tightest limit on bytes a second that applies to a model's source, if any."""
     limits = [settings.bandwidth_bytes_s] if settings.bandwidth_bytes_s else []
     fits = [u for u in settings.source_bandwidth_bytes_s if is_below(ref.url, u)]
     if fits:

@@ -138,17 +138,17 @@ def failing(what: str, keys: OssKeys) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, oss2.exceptions.NotFound):
-        raise NotFound(f"{what}: the store has no such bucket or file") from None
+        raise NotFound(f"{what}: the source has no such bucket or file") from None
     except (PermissionError, oss2.exceptions.AccessDenied) as error:
         raise SourceError(
-            f"{what}: the store refuses access{_code(error)}; credentials: {HINT}"
+            f"{what}: the source refuses access{_code(error)}; credentials: {HINT}"
         ) from None
     except oss2.exceptions.RequestError as error:
         reason = type(error.exception).__name__
         raise SourceError(f"{what}: it cannot be reached ({reason})", retryable=True) from None
     except oss2.exceptions.ServerError as error:
         answers.check_status(error.status, error.headers, what, HINT)
-        raise SourceError(f"{what}: the store answered {error.status}{_code(error)}") from None
+        raise SourceError(f"{what}: the source answered {error.status}{_code(error)}") from None
     except (oss2.exceptions.OssError, OSError, ValueError) as error:
         text = redact(" ".join(str(error).split())[:300], keys.secrets)
         raise SourceError(f"{what}: {text}", retryable=isinstance(error, OSError)) from None

@@ -108,7 +108,7 @@ class HttpReader:
                     self._remember(request.url, url)
                 return
             url = target
-        raise SourceError(f"{want.what}: the store redirects more than {MOST_REDIRECTS} times")
+        raise SourceError(f"{want.what}: the source redirects more than {MOST_REDIRECTS} times")
 
     def _read(self, url: str, headers: Mapping[str, str], want: wire.RangeRead) -> str | None:
         """One request; where it redirects to, or ``None`` when the range is written."""
@@ -141,7 +141,7 @@ class HttpReader:
 
     def _ask(
         self, connection: wire.HttpConnection, request: bytes, want: wire.RangeRead
-    ) -> tuple[answers.StoreResponse, bytes]:
+    ) -> tuple[answers.SourceResponse, bytes]:
         try:
             return connection.ask(request, want.cancelled)
         except BaseException:
@@ -162,7 +162,7 @@ class HttpReader:
             at = want.start
             for data in answer.iter_raw(ANNOUNCE_BYTES // 4):
                 if at + len(data) > want.end:
-                    raise SourceError(f"{want.what}: the store sent more than was asked for",
+                    raise SourceError(f"{want.what}: the source sent more than was asked for",
                                       retryable=True)  # fmt: skip
                 wire.write_at(want.fd, memoryview(data), at)
                 at += len(data)
@@ -176,7 +176,7 @@ class HttpReader:
 
     # -- pages and heads -------------------------------------------------------------------------
 
-    def head(self, request: HttpRequest) -> answers.StoreResponse:
+    def head(self, request: HttpRequest) -> answers.SourceResponse:
         """Headers of a file. Raises what its status means."""
         with failing(request.shown):
             answer = self.client(request.url).head(request.url, headers=_plain(request))
@@ -184,7 +184,7 @@ class HttpReader:
             answers.check_status(found.status, found.headers, request.shown, request.hint)
             return found
 
-    def raw_head(self, request: HttpRequest) -> answers.StoreResponse:
+    def raw_head(self, request: HttpRequest) -> answers.SourceResponse:
         """Headers whatever the status, redirects not followed."""
         with failing(request.shown):
             answer = self.client(request.url).head(
@@ -192,7 +192,7 @@ class HttpReader:
             )
         return _head_of(answer)
 
-    def page(self, request: HttpRequest) -> tuple[answers.StoreResponse, bytes]:
+    def page(self, request: HttpRequest) -> tuple[answers.SourceResponse, bytes]:
         """A whole small answer, such as a listing. Raises what its status means."""
         with failing(request.shown):
             client = self.client(request.url)
@@ -262,9 +262,9 @@ class HttpReader:
 def make_reader(
     environ: Mapping[str, str], *, timeout_s: float, connections: int, rate_bytes_s: int | None
 ) -> HttpReader:
-    """A reader for ``connections`` ranges at once. Where the store's bandwidth is limited to
+    """A reader for ``connections`` ranges at once. Where the source's bandwidth is limited to
     ``rate_bytes_s``, sockets take in little ahead of the reader: a few hundredths of a second of
-    it in all, which is enough for a store that is as far away."""
+    it in all, which is enough for a source that is as far away."""
     ahead = None
     if rate_bytes_s is not None:
         ahead = max(65_536, int(AHEAD_S * rate_bytes_s) // connections)
@@ -335,8 +335,8 @@ def _headers(want: wire.RangeRead) -> dict[str, str]:
     }
 
 
-def _head_of(answer: httpx.Response) -> answers.StoreResponse:
-    return answers.StoreResponse(
+def _head_of(answer: httpx.Response) -> answers.SourceResponse:
+    return answers.SourceResponse(
         status=answer.status_code, headers=dict(answer.headers), persistent=True
     )
 
@@ -380,9 +380,9 @@ class RangedSource(ABC):
         self.reader.fetch(request, file, start, end, fd, on_bytes=on_bytes, cancelled=cancelled)
 
     def probed(self, listing: Listing) -> Listing:
-        """The listing, once the store has shown that it serves ranges as asked.
+        """The listing, once the source has shown that it serves ranges as asked.
 
-        Eight bytes from the middle of the largest file: a store that cannot is told from one that
+        Eight bytes from the middle of the largest file: a source that cannot is told from one that
         can before gigabytes are under way. Files that are read whole need no ranges.
         """
         largest = max(listing.files, key=lambda file: file.size_bytes)

@@ -61,7 +61,7 @@ class S3Source(RangedSource):
             self._store = open_bucket(S3Store, self._bucket, self._access, timeout_s=timeout_s)
 
     def _find_region(self, endpoint: str | None) -> str:
-        """The bucket's region, which S3 tells without credentials. Other stores accept any."""
+        """The bucket's region, which S3 tells without credentials. Other sources accept any."""
         if endpoint:
             return DEFAULT_REGION
         url = f"https://s3.amazonaws.com/{self._bucket}"

@@ -72,7 +72,7 @@ class HttpConnection:
 
     def ask(
         self, request: bytes, cancelled: Callable[[], bool]
-    ) -> tuple[answers.StoreResponse, bytes]:
+    ) -> tuple[answers.SourceResponse, bytes]:
         """Send ``request``; the answer's head, and what came of its body with it."""
         try:
             self._send(request)
@@ -121,7 +121,7 @@ class HttpConnection:
     def receive(self, want: RangeRead, first: bytes) -> None:
         """Write the body into the file: ``first``, then the rest from the socket."""
         if len(first) > want.end - want.start:
-            raise SourceError(f"{want.what}: the store sent more than it said", retryable=True)
+            raise SourceError(f"{want.what}: the source sent more than it said", retryable=True)
         if first:
             write_at(want.fd, memoryview(first), want.start)
             want.on_bytes(len(first))
@@ -212,7 +212,7 @@ class HttpConnection:
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """What fails in here is the disk's doing and not the store's: asking again would not help."""
+    """What fails in here is the disk's doing and not the source's: asking again would not help."""
     try:
         yield
     except OSError as error:
@@ -316,7 +316,7 @@ def origin_of(url: str) -> tuple[str, str, int]:
     """Scheme, host and port of a URL."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise SourceError("the store's address is neither http nor https")
+        raise SourceError("the source's address is neither http nor https")
     host = parts.hostname.encode("idna").decode() if not parts.hostname.isascii() else None
     return parts.scheme, host or parts.hostname, parts.port or (443, 80)[parts.scheme == "http"]
 
@@ -329,5 +329,5 @@ def format_request(method: str, url: str, headers: Mapping[str, str]) -> bytes:
     lines = [f"{method} {target} HTTP/1.1", f"Host: {host}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     if " " in target or any(not line.isascii() or not line.isprintable() for line in lines):
-        raise SourceError("a request to the store would be malformed")
+        raise SourceError("a request to the source would be malformed")
     return ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")

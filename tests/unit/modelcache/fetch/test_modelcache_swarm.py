@@ -88,7 +88,7 @@ class Cluster:
             else:
                 board.refuse(node.file, given_[1], given_[2])
                 board.drop_peer(node.file, given_[1])
-        while len(node.storing) < node.connections and (found := board.next_store(now_s)):
+        while len(node.storing) < node.connections and (found := board.next_from_source(now_s)):
             self.reads[found[1]] += 1
             node.storing.append((now_s + node.piece_s, found[1]))
         busy = Counter(one[2] for one in node.asking)
@@ -173,11 +173,11 @@ def test_a_node_that_serves_nobody_owns_nothing_while_others_do() -> None:
     board = Board(me=None, files=[file])
     board.learn("a", {"k": Seen(active=True, fetching=1)}, 0.0)
     board.settle(0.0)
-    assert board.next_store(0.0) is None
-    assert board.next_store(2.0) is None
+    assert board.next_from_source(0.0) is None
+    assert board.next_from_source(2.0) is None
     board.lose("a")
     board.settle(2.0)
-    assert board.next_store(2.0) == (file, 0)
+    assert board.next_from_source(2.0) == (file, 0)
 
 
 def test_a_peer_with_the_whole_file_is_asked_and_the_store_is_not() -> None:
@@ -185,13 +185,13 @@ def test_a_peer_with_the_whole_file_is_asked_and_the_store_is_not() -> None:
     board = Board(me="me", files=[file])
     board.learn("whole", {"k": Seen(has=0b1111)}, 0.0)
     board.settle(0.0)
-    assert board.next_store(0.0) is None
-    assert board.next_store(60.0) is None
+    assert board.next_from_source(0.0) is None
+    assert board.next_from_source(60.0) is None
     picked = [board.next_peer({}, 8, {}) for _ in range(5)]
     assert [p and (p[1], p[2]) for p in picked] == [(n, "whole") for n in range(4)] + [None]
     board.refuse(file, 2, "whole")
     board.drop_peer(file, 2)
-    assert board.next_store(60.0) == (file, 2)
+    assert board.next_from_source(60.0) == (file, 2)
 
 
 def test_a_peer_that_is_away_is_not_asked_and_not_waited_for() -> None:
@@ -200,18 +200,18 @@ def test_a_peer_that_is_away_is_not_asked_and_not_waited_for() -> None:
     board.learn("whole", {"k": Seen(has=0b11)}, 0.0)
     board.settle(0.0)
     assert board.next_peer({}, 8, {}) is None
-    assert board.next_store(0.0) == (file, 0)
-    assert board.next_store(0.0) == (file, 1)
+    assert board.next_from_source(0.0) == (file, 0)
+    assert board.next_from_source(0.0) == (file, 1)
 
 
 def test_a_piece_that_failed_is_left_alone_for_its_pause() -> None:
     file = PlannedFile(key="k", count=1, missing=1)
     board = Board(me=None, files=[file])
     board.settle(0.0)
-    assert board.next_store(0.0) == (file, 0)
-    board.drop_store(file, 0, 5.0)
-    assert board.next_store(4.9) is None
-    assert board.next_store(5.0) == (file, 0)
+    assert board.next_from_source(0.0) == (file, 0)
+    board.drop_source(file, 0, 5.0)
+    assert board.next_from_source(4.9) is None
+    assert board.next_from_source(5.0) == (file, 0)
 
 
 def test_a_hedged_piece_is_read_once_from_the_store() -> None:
@@ -228,7 +228,7 @@ def test_nodes_that_do_not_know_of_each_other_begin_at_different_places() -> Non
     for name in names(10):
         board = make_node(name).board
         board.settle(0.0)
-        found = board.next_store(0.0)
+        found = board.next_from_source(0.0)
         assert found is not None
         first.add(found[1])
     assert len(first) >= 7

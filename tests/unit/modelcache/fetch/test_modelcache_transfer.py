@@ -317,7 +317,7 @@ def test_a_thread_that_hangs_is_left_behind_and_commits_nothing_later(tmp_path: 
     with pytest.raises(Cancelled):
         node.transfer.run(source, [(file, partial)], cancelled=inside.is_set)
     partial.close()
-    hung = [thread for thread in threading.enumerate() if thread.name == "store"]
+    hung = [thread for thread in threading.enumerate() if thread.name == "source"]
     assert hung
     release.set()
     for thread in hung:

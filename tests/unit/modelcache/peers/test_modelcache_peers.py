@@ -342,7 +342,7 @@ def test_a_lie_that_only_the_whole_file_shows_is_found_out_and_its_author_left_a
         assert node.read(source, "w") == data
         assert source.read_bytes == len(data)
         banned = {one.url: one.banned for one in node.group.status()}
-        assert "not what the store has" in (banned[bad.url] or "")
+        assert "not what the source has" in (banned[bad.url] or "")
         assert banned[honest.url] is None
         before = bad.pieces
         other = MemorySource({"other": data})

@@ -66,10 +66,10 @@ def fetch(
     ("fault", "says", "retryable"),
     [
         (wrong.ignores_range, "ignores ranges", False),
-        (wrong.inclusive_end, "the store sent", True),
-        (wrong.other_range, "the store sent 1001-", True),
+        (wrong.inclusive_end, "the source sent", True),
+        (wrong.other_range, "the source sent 1001-", True),
         (wrong.no_content_range, "which range", False),
-        (wrong.short_length, "the store sends", True),
+        (wrong.short_length, "the source sends", True),
         (wrong.cut_off, "cut off", True),
         (wrong.compressed, "compressed (gzip)", False),
         (wrong.chunked_short, "cut off", True),
