@@ -6,6 +6,7 @@ cannot run is something to be told about. At the end a table says, folder by fol
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -60,6 +61,11 @@ def model_dir() -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Under nohup, or in the background of a script, these are ignored, and every process that a
+    # test starts would inherit that.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     config.stash[deselected] = Counter()
     config.stash[outcomes] = defaultdict(Counter)
     config.stash[durations] = Counter()
