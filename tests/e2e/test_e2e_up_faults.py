@@ -183,7 +183,6 @@ def test_engine_that_hangs_is_504_then_replaced(tmp_path: Path) -> None:
     with up(
         tmp_path,
         pools=[simulated("hang")],
-        # Its end comes 2.5 s after the 504 of the first, and 2.5 s before that of the second.
         gateway={"upstream_idle_timeout_s": 6},
         autoscaler={
             "health_interval_s": 0.2,
@@ -199,6 +198,14 @@ def test_engine_that_hangs_is_504_then_replaced(tmp_path: Path) -> None:
         assert answer.status_code == 504
         assert answer.headers["x-tidegate-reason"] == "replica_timeout"
         assert error_of(answer)["type"] == "server_error"
+        # The health check fails about when the request does; a request between the two goes there.
+        tidegate.wait(
+            "the first out of service",
+            lambda: all(
+                one["id"] != "hang-1" or one["state"] != "ready"
+                for one in tidegate.pool("hang")["replicas"]
+            ),
+        )
         # It does not heed SIGTERM either; the next request is answered by its successor.
         text_of(ask_now(tidegate, chat("hang")))
         assert tidegate.starts("hang") == 2
