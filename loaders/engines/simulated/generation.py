@@ -3,6 +3,7 @@ wire."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,7 +41,7 @@ class Context:
         return name or self.served_models[0]
 
 
-class Format:
+class Format(ABC):
     """How one API words an answer. Choices are numbered from 0, in the order of the answers."""
 
     def begin(self) -> list[bytes]:
@@ -59,9 +60,9 @@ class Format:
         """The events that end the stream."""
         return []
 
+    @abstractmethod
     def whole(self) -> bytes:
         """The answer in one piece, as JSON."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
