@@ -104,12 +104,11 @@ def test_nodes_that_begin_together_read_the_store_about_once(tmp_path: Path) -> 
         fetch_all(cluster, sources)
         size = sum(map(len, content.values()))
         # Apart they would read 4 times. How close to once depends on how busy this machine is:
-        # `bench cache` measures that.
+        # `bench cache` measures that, and who reads how much.
         assert sum(source.read_bytes for source in sources) <= 2 * size
-        assert all(source.read_bytes > 0 for source in sources)
+        assert sum(node.transfer.totals().peer_bytes for node in cluster) >= 2 * size
         for node, source in zip(cluster, sources, strict=True):
             assert node.read(source, "w") == content["w"]
-            assert node.transfer.totals().peer_bytes >= 0.25 * size
     finally:
         for node in cluster:
             node.close()
