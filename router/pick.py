@@ -7,7 +7,7 @@ compiled pick takes about a microsecond; ``python -m bench pick`` measures it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, cast
 
 from router.endpoint import Endpoint
 from router.filters import find_candidates
@@ -43,11 +43,13 @@ def add_costs(
         if known == 0:
             continue
         mean = total / known
-        if not totals:
+        if totals:
+            for index, cost in enumerate(costs):
+                totals[index] += mean if cost is None else cost
+        elif known == len(costs):
+            totals = cast(list[float], costs)
+        else:
             totals = [mean if cost is None else cost for cost in costs]
-            continue
-        for index, cost in enumerate(costs):
-            totals[index] += mean if cost is None else cost
     return totals or [0.0] * len(candidates)
 
 

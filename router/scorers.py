@@ -26,7 +26,9 @@ class Scorer(ABC):
     def score(
         self, request: RoutingRequest, candidates: list[Endpoint], ledger: Ledger
     ) -> list[float | None]:
-        """One cost in tokens for each candidate, in their order; ``None`` where it abstains."""
+        """One cost in tokens for each candidate, in their order; ``None`` where it abstains.
+
+        The list is a new one: the caller adds up in it."""
 
 
 class OutstandingTokens(Scorer):
