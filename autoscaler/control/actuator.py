@@ -17,6 +17,7 @@ from autoscaler.backends.base import AdoptedReplica, BackendError, NoCapacity, P
 from autoscaler.control.replicas import PoolRecord, ReplicaRecord
 from autoscaler.policy.lifecycle import PROBED_STATES, Action, Event, InvalidTransition, State, step
 from autoscaler.settings import AutoscalerSettings
+from autoscaler.tiers.preparer import Preparer
 from loaders.engines.base import engine_of
 from loaders.engines.client import EngineClient, EngineUnsupported
 from modelcache.types import Progress, Tier
@@ -58,6 +59,7 @@ class Actuator:
         on_change: Callable[[], None],
         on_progress: Callable[[], None],
         engine_client: EngineClient,
+        preparer: Preparer,
         errors: ErrorCounts,
     ) -> None:
         self.settings = settings
@@ -66,6 +68,7 @@ class Actuator:
         self._on_change = on_change
         self._on_progress = on_progress
         self._engine_client = engine_client
+        self._preparer = preparer
         self._errors = errors
         self._tasks: set[asyncio.Task[None]] = set()
         self._probing: set[str] = set()
@@ -176,7 +179,7 @@ class Actuator:
 
         record.progress = None
         try:
-            prepared = await record.preparer.prepare(record.spec, report)
+            prepared = await self._preparer.prepare(record.spec, report)
         except Exception as error:  # noqa: BLE001 -- whatever it is, there is nothing to start
             record.preparation = record.progress = None
             record.error = self._errors.add(f"preparation of {pool.pool.name}", error)
@@ -201,7 +204,7 @@ class Actuator:
         """Prepare the model of a replica that runs already: it is leased again. If a start would
         take another revision now, the replica is replaced."""
         runs_from = (record.prepared or record.spec).pool.model
-        prepared = await pool.preparer.prepare(record.spec, lambda progress: None)
+        prepared = await self._preparer.prepare(record.spec, lambda progress: None)
         if record.ended:
             await self._release(pool, record)
         elif prepared.pool.model != runs_from:
@@ -212,7 +215,7 @@ class Actuator:
     async def _release(self, pool: PoolRecord, record: ReplicaRecord) -> None:
         record.prepared = record.progress = None
         try:
-            await record.preparer.release(record.id)
+            await self._preparer.release(record.id)
         except Exception as error:  # noqa: BLE001 -- what is held for it ends with this process
             self._errors.add(f"release of {pool.pool.name}", error)
 

@@ -27,7 +27,7 @@ from autoscaler.policy.lifecycle import ENDED_STATES, Event, State
 from autoscaler.policy.plan import make_plan
 from autoscaler.settings import AutoscalerSettings, PoolSettings, make_slug
 from autoscaler.tiers.manager import TierManager
-from autoscaler.tiers.preparer import NullPreparer, Preparer
+from autoscaler.tiers.preparer import Preparer
 from autoscaler.tiers.wake_times import WakeTimes
 from autoscaler.types import (
     Decision,
@@ -65,8 +65,8 @@ class ControlLoop:
         digests: Mapping[str, str],
         observe: Callable[[], Observation],
         publish: Publish,
-        preparer: Preparer | None = None,
-        wake_times: WakeTimes | None = None,
+        preparer: Preparer,
+        wake_times: WakeTimes,
         engine_client: EngineClient | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -74,8 +74,7 @@ class ControlLoop:
         """``backends`` by the name pools call them. ``digests`` are those of what each pool's
         replicas are started with: replicas with another are replaced. ``observe`` reads the data
         path now, on the same clock; ``publish`` is called with the pools and their replicas
-        whenever they change. Without a ``preparer`` models are used where they are; without
-        ``wake_times`` what was measured is forgotten at the end."""
+        whenever they change. ``preparer`` brings models near, and is closed with the loop."""
         self._settings = settings
         self._observe = observe
         self._publish = publish
@@ -83,8 +82,8 @@ class ControlLoop:
         self._sleep = sleep
         self._engine_client = engine_client or EngineClient(timeout_s=settings.call_timeout_s)
         self._backends = dict(backends)
-        self._preparer = preparer or NullPreparer()
-        self._wake_times = wake_times or WakeTimes(samples=settings.wake_samples)
+        self._preparer = preparer
+        self._wake_times = wake_times
         self._errors = ErrorCounts()
         self._actuator = Actuator(
             settings=settings,
@@ -93,6 +92,7 @@ class ControlLoop:
             on_change=self._note_change,
             on_progress=self._note_progress,
             engine_client=self._engine_client,
+            preparer=preparer,
             errors=self._errors,
         )
         self._timers = Timers(settings, self._actuator)
@@ -117,18 +117,13 @@ class ControlLoop:
             make_slug(pool.name, {one.slug for one in self._pools.values()}),
             self._numbers,
             digest=digest,
-            preparer=self._preparer_of(pool),
             tiers=self._make_tiers(pool),
         )
-
-    def _preparer_of(self, pool: PoolSettings) -> Preparer:
-        # The models of externally managed servers are not ours to fetch or keep warm.
-        return self._preparer if self._backends[pool.backend].owns_replicas else NullPreparer()
 
     def _make_tiers(self, pool: PoolSettings) -> TierManager:
         return TierManager(
             pool,
-            preparer=self._preparer_of(pool),
+            preparer=self._preparer,
             wake_times=self._wake_times,
             retry_s=self._settings.backoff_max_s,
             spawn=self._actuator.spawn,
@@ -173,7 +168,6 @@ class ControlLoop:
         old = record.pool
         same_start = digest == record.digest
         record.configure(pool, self._settings, self._backends[pool.backend], digest)
-        record.preparer = self._preparer_of(pool)
         record.tiers.retry_s = self._settings.backoff_max_s
         if not same_start or (old.tiers, old.model) != (pool.tiers, pool.model):
             record.tiers.cancel_move()

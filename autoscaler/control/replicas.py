@@ -15,7 +15,6 @@ from autoscaler.policy.plan import LOADING, SERVING, ReplicaStatus
 from autoscaler.settings import AutoscalerSettings, PoolSettings, first, make_policy
 from autoscaler.signals.window import DemandWindow
 from autoscaler.tiers.manager import TierManager
-from autoscaler.tiers.preparer import Preparer
 from autoscaler.types import (
     Decision,
     PoolReport,
@@ -42,7 +41,6 @@ class ReplicaRecord:
     id: str
     spec: ReplicaSpec
     backend: Backend
-    preparer: Preparer
     digest: str
     since_s: float
     not_before_s: float
@@ -90,14 +88,12 @@ class PoolRecord:
         numbers: Counter[str],
         *,
         digest: str,
-        preparer: Preparer,
         tiers: TierManager,
     ) -> None:
         self.pool = pool
         self.digest = digest
         self.backend = backend
         self.slug = slug
-        self.preparer = preparer
         self.tiers = tiers
         self.removed = False
         self._use(settings)
@@ -178,7 +174,6 @@ class PoolRecord:
             id=name,
             spec=ReplicaSpec(id=name, pool=self.pool, url=url, digest=self.digest),
             backend=self.backend,
-            preparer=self.preparer,
             digest=self.digest,
             since_s=now_s,
             not_before_s=not_before_s,
@@ -199,7 +194,6 @@ class PoolRecord:
             id=found.spec.id,
             spec=replace(found.spec, pool=self.pool) if is_current else found.spec,
             backend=backend,
-            preparer=self.preparer,
             digest=found.spec.digest,
             since_s=now_s,
             not_before_s=now_s,
@@ -301,7 +295,9 @@ class PoolRecord:
 
     def estimate_wake_s(self) -> float | None:
         """How long the wake under way, or else the next, takes at most, by those measured;
-        ``None`` before the first."""
+        ``None`` before the first, and for externally managed servers."""
+        if not self.backend.owns_replicas:
+            return None
         loading = [one.woken_from for one in self.replicas.values() if one.state in LOADING]
         known = [tier for tier in loading if tier is not None]
         if known:

@@ -95,37 +95,6 @@ class Preparer(Protocol):
         ...
 
 
-class NullPreparer:
-    """A preparer for models that engines find by themselves: always on disk, never moved."""
-
-    def tiers(self, pool: PoolSettings) -> frozenset[Tier]:
-        """On disk, and nothing else."""
-        return frozenset({Tier.ON_DISK})
-
-    def tier(self, pool: PoolSettings) -> Tier:
-        """On disk."""
-        return Tier.ON_DISK
-
-    async def refresh(self, pool: PoolSettings) -> None:
-        """Nothing changes."""
-
-    async def prepare(self, spec: ReplicaSpec, report: Report) -> ReplicaSpec:
-        """As it is."""
-        return spec
-
-    async def release(self, replica_id: str) -> None:
-        """Nothing was held."""
-
-    async def move_to(self, pool: PoolSettings, tier: Tier) -> None:
-        """Nothing moves."""
-
-    async def forget(self, pool: PoolSettings) -> None:
-        """Nothing was held."""
-
-    async def close(self) -> None:
-        """Nothing is open."""
-
-
 class Standbys(Protocol):
     """Forked engines that stand by (``autoscaler.backends.process`` has them)."""
 

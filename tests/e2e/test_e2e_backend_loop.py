@@ -12,6 +12,8 @@ from pathlib import Path
 from process_fixtures import SETTINGS, ask, children_of, is_alive, tiny_backend, tiny_pool
 
 from autoscaler.control.loop import ControlLoop
+from autoscaler.tiers.preparer import NodePreparer
+from autoscaler.tiers.wake_times import WakeTimes
 from autoscaler.types import Observation, PoolDemand, PoolReport, ReplicaLoad
 from router.types import Pool, Replica, ReplicaState
 
@@ -74,6 +76,8 @@ def test_from_zero_to_one_through_a_crash_to_sleep_to_zero_to_the_end(tmp_path: 
             observe=gateway.observe,
             publish=gateway.publish,
             digests={"tiny": "as it is"},
+            preparer=NodePreparer(),
+            wake_times=WakeTimes(samples=8),
         )
         running = asyncio.create_task(loop.run())
         await asyncio.sleep(0.3)
@@ -130,6 +134,8 @@ def test_an_engine_that_cannot_start_is_quoted_in_the_status(tmp_path: Path) -> 
             observe=gateway.observe,
             publish=gateway.publish,
             digests={"tiny": "as it is"},
+            preparer=NodePreparer(),
+            wake_times=WakeTimes(samples=8),
         )
         running = asyncio.create_task(loop.run())
         await until(lambda: look(loop).failures >= 3)

@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from fake_fleet import FakeBackend, World, process_pool
+from fake_models import FakePreparer, NullPreparer
 from virtual_time import run_virtual
 
 from autoscaler.backends.base import AdoptedReplica, ReplicaSpec
 from autoscaler.settings import AutoscalerSettings, PoolSettings
-from autoscaler.tiers.preparer import NullPreparer, Report
+from autoscaler.tiers.preparer import Report
 
 QUICK = AutoscalerSettings(
     idle_to_zero_s=60.0, scale_down_delay_s=20.0, stable_window_s=20.0, panic_window_s=2.0
@@ -135,17 +136,20 @@ def test_a_replica_of_another_revision_is_replaced_a_new_one_first() -> None:
     run_virtual(story())
 
 
-def test_a_reload_during_the_adoption_replaces_what_was_adopted() -> None:
-    class Slow(FakeBackend):
-        async def adopt(self, wanted: Sequence[ReplicaSpec]) -> list[AdoptedReplica]:
-            found = await super().adopt(wanted)
-            await asyncio.sleep(1.0)
-            return found
+class SlowAdoption(FakeBackend):
+    """Takes a second to take over what there is."""
 
+    async def adopt(self, wanted: Sequence[ReplicaSpec]) -> list[AdoptedReplica]:
+        found = await super().adopt(wanted)
+        await asyncio.sleep(1.0)
+        return found
+
+
+def test_a_reload_during_the_adoption_replaces_what_was_adopted() -> None:
     async def story() -> None:
         pool = process_pool(min_replicas=1)
         left = await leave(pool)
-        backend = Slow(start_s=5.0, engines=left.engines)
+        backend = SlowAdoption(start_s=5.0, engines=left.engines)
         world = World([pool], QUICK, backend)
         opening = asyncio.create_task(world.loop.open())
         await asyncio.sleep(0.5)
@@ -154,6 +158,27 @@ def test_a_reload_during_the_adoption_replaces_what_was_adopted() -> None:
         async with world:
             assert [one.id for one in world.ready()] == ["m-1"]
             await world.until(lambda: [one.id for one in world.ready()] == ["m-2"])
+
+    run_virtual(story())
+
+
+def test_the_model_of_an_adopted_replica_is_held_though_its_pool_became_static_meanwhile() -> None:
+    async def story() -> None:
+        pool, preparer = process_pool(min_replicas=1), FakePreparer()
+        left = await leave(pool)
+        backend = SlowAdoption(start_s=5.0, engines=left.engines)
+        outside = FakeBackend(owns_replicas=False, start_s=10.0)
+        world = World([pool], QUICK, backend, more_backends={"static": outside}, preparer=preparer)
+        opening = asyncio.create_task(world.loop.open())
+        await asyncio.sleep(0.5)
+        urls = {"urls": ["http://127.0.0.1:1"]}
+        world.set_pools(PoolSettings(name="m", backend="static", static=urls))  # type: ignore[arg-type]
+        await opening
+        async with world:
+            await asyncio.sleep(5.0)
+            assert ("m-1" in backend.engines, preparer.held) == (True, {"m-1"})
+            await world.until(lambda: backend.stopped == ["m-1"])
+            assert (preparer.prepared, preparer.held) == (["m-1"], set())
 
     run_virtual(story())
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import httpx
+from fake_models import NullPreparer
 from virtual_time import now
 
 from autoscaler.backends.base import (
@@ -178,8 +179,8 @@ class World:
     backend: FakeBackend = field(default_factory=FakeBackend)
     capacity: int = 1_000
     more_backends: dict[str, Backend] = field(default_factory=dict)
-    preparer: Preparer | None = None
-    wake_times: WakeTimes | None = None
+    preparer: Preparer = field(default_factory=NullPreparer)
+    wake_times: WakeTimes = field(default_factory=lambda: WakeTimes(samples=8))
     loop: ControlLoop = field(init=False)
     views: tuple[Replica, ...] = ()
     etas: dict[str, float | None] = field(default_factory=dict)

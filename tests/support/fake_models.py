@@ -88,3 +88,34 @@ class FakePreparer:
 
     async def close(self) -> None:
         self.closed = True
+
+    async def forget(self, pool: PoolSettings) -> None:
+        pass
+
+
+class NullPreparer:
+    """A preparer of models that engines find by themselves: always on disk, never moved."""
+
+    def tiers(self, pool: PoolSettings) -> frozenset[Tier]:
+        return frozenset({Tier.ON_DISK})
+
+    def tier(self, pool: PoolSettings) -> Tier:
+        return Tier.ON_DISK
+
+    async def refresh(self, pool: PoolSettings) -> None:
+        pass
+
+    async def prepare(self, spec: ReplicaSpec, report: Report) -> ReplicaSpec:
+        return spec
+
+    async def release(self, replica_id: str) -> None:
+        pass
+
+    async def move_to(self, pool: PoolSettings, tier: Tier) -> None:
+        pass
+
+    async def forget(self, pool: PoolSettings) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
