@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -75,13 +75,6 @@ def check_argument(text: str) -> str:
     return text
 
 
-def raise_first(conflicts: Iterator[str]) -> None:
-    """Raise what contradicts itself, all of it in one validation error; nothing if nothing."""
-    text = "; ".join(conflicts)
-    if text:
-        raise PydanticCustomError("conflict", "{text}", {"text": text})
-
-
 Name = Annotated[
     str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\s\x00-\x1f\x7f]+$")
 ]
@@ -89,10 +82,24 @@ Url = Annotated[str, AfterValidator(check_url)]
 Argument = Annotated[str, AfterValidator(check_argument)]
 
 
-class AutoscalerSettings(BaseModel):
-    """How many replicas a pool has, and how they are started, watched and stopped."""
+class ConsistentSettings(BaseModel):
+    """Settings whose fields may contradict one another."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def _conflicts(self) -> Iterator[str]:
+        """The contradictions, each in words; all are raised in one validation error."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if text := "; ".join(self._conflicts()):
+            raise PydanticCustomError("conflict", "{text}", {"text": text})
+        return self
+
+
+class AutoscalerSettings(ConsistentSettings):
+    """How many replicas a pool has, and how they are started, watched and stopped."""
 
     tick_s: float = Field(default=1.0, ge=0.05, le=60.0)
     """Seconds between two decisions for every pool. A held request is decided on at once, without
@@ -208,11 +215,6 @@ class AutoscalerSettings(BaseModel):
     """Newest measured wake times of a model and tier that are kept. The estimate of the next wake
     is their maximum, so that a client told to come back is not told too early."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> AutoscalerSettings:
-        raise_first(self._conflicts())
-        return self
-
     def _conflicts(self) -> Iterator[str]:
         if self.panic_window_s > self.stable_window_s:
             yield (
@@ -226,11 +228,9 @@ class AutoscalerSettings(BaseModel):
             )
 
 
-class TierSettings(BaseModel):
+class TierSettings(ConsistentSettings):
     """How warm a pool stays at zero: seconds in each tier before the next colder one. 0 leaves a
     tier out, and so does a machine or an engine that does not have it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     sleeping_s: float | None = Field(default=0.0, ge=0.0, le=31_536_000.0)
     """Seconds an engine sleeps, its weights in host memory, before it is ended. It wakes in about
@@ -269,10 +269,8 @@ class TierSettings(BaseModel):
         }
 
 
-class ProcessPoolSettings(BaseModel):
+class ProcessPoolSettings(ConsistentSettings):
     """What a replica of a ``process`` pool is given of this machine."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     gpus: tuple[Annotated[int, Field(ge=0, le=1_023)], ...] = Field(default=(), max_length=1_024)
     """Indices of the GPUs this pool may use, as ``nvidia-smi`` numbers them. Empty: every GPU of
@@ -288,11 +286,6 @@ class ProcessPoolSettings(BaseModel):
     cpus_per_replica: int | None = Field(default=None, ge=1, le=4_096)
     """CPU cores one replica is pinned to, its own while there are enough. Unset: not pinned."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> ProcessPoolSettings:
-        raise_first(self._conflicts())
-        return self
-
     def _conflicts(self) -> Iterator[str]:
         if len(set(self.gpus)) != len(self.gpus):
             yield "gpus repeat an index"
@@ -304,10 +297,8 @@ class ProcessPoolSettings(BaseModel):
             yield "gpu_memory_bytes is set, but gpus_per_replica is 0"
 
 
-class StaticPoolSettings(BaseModel):
+class StaticPoolSettings(ConsistentSettings):
     """Where the servers of a ``static`` pool are, and how they are asked."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     urls: tuple[Url, ...] = Field(default=(), max_length=1_000)
     """Base URLs of the servers, one replica each; at least one is required. A trailing ``/v1`` is
@@ -324,11 +315,6 @@ class StaticPoolSettings(BaseModel):
     """Path that answers 200 when a server is well. A server that answers 404 is asked for
     ``/v1/models`` instead."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> StaticPoolSettings:
-        raise_first(self._conflicts())
-        return self
-
     def _conflicts(self) -> Iterator[str]:
         if len(set(self.urls)) != len(self.urls):
             yield "urls repeat a server"
@@ -336,10 +322,8 @@ class StaticPoolSettings(BaseModel):
             yield "api_key_env and headers both set Authorization"
 
 
-class PoolSettings(BaseModel):
+class PoolSettings(ConsistentSettings):
     """One model that is served, and the replicas that serve it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: Name
     """What clients write in ``"model"``. Without white space, unique among names and aliases."""
@@ -408,11 +392,6 @@ class PoolSettings(BaseModel):
 
     tiers: TierSettings = TierSettings()
     """How warm a ``process`` pool stays while it is at zero."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> PoolSettings:
-        raise_first(self._conflicts())
-        return self
 
     def _conflicts(self) -> Iterator[str]:
         if self.min_replicas > self.max_replicas:

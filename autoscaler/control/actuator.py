@@ -1,8 +1,9 @@
 """Applies the lifecycle table to replicas, and makes the calls to backends and engines it asks for.
 
-A transition happens in one synchronous step on the event loop; the calls run beside it, one at a
-time per replica, each bounded in time, and come back as events. An error of a call ends here: it
-is recorded, and becomes the event that says the call failed.
+Its events come from the control loop, from the calls, from probes, and with time: starts that are
+due, time limits that are reached. A transition happens in one synchronous step on the event loop;
+the calls run beside it, one at a time per replica, each bounded in time, and come back as events.
+An error of a call ends here: it is recorded, and becomes the event that says the call failed.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 
 from autoscaler.backends.base import AdoptedReplica, BackendError, NoCapacity, Probe, Unsupported
-from autoscaler.control.replicas import PoolRecord, ReplicaRecord
+from autoscaler.control.replicas import PoolRecord, ReplicaRecord, describe_phase
 from autoscaler.policy.lifecycle import PROBED_STATES, Action, Event, InvalidTransition, State, step
 from autoscaler.settings import AutoscalerSettings
 from autoscaler.tiers.preparer import Preparer
+from autoscaler.types import ReplicaLoad
 from loaders.engines.base import engine_of
 from loaders.engines.client import EngineClient, EngineUnsupported
 from modelcache.types import Progress, Tier
@@ -344,6 +346,70 @@ class Actuator:
                 record.error = probe.detail
             elif record.health_failures >= self.settings.health_failures:
                 self.apply(pool, record, Event.HEALTH_LOST, probe.detail)
+
+    def apply_time_limits(
+        self, pool: PoolRecord, loads: Mapping[str, ReplicaLoad], now_s: float
+    ) -> None:
+        """Apply the time limits that replicas of a pool have reached."""
+        for record in list(pool.replicas.values()):
+            # An externally managed server that is drained by hand stays so until it is taken back.
+            leaving = pool.removed or pool.is_outdated(record)
+            if record.backend.owns_replicas or leaving:
+                self._apply_time_limit(pool, record, loads.get(record.id), now_s)
+
+    def _apply_time_limit(
+        self, pool: PoolRecord, record: ReplicaRecord, load: ReplicaLoad | None, now_s: float
+    ) -> None:
+        in_state_s = now_s - record.since_s
+        match record.state:
+            case State.PREPARING if in_state_s >= pool.prepare_timeout_s:
+                text = (
+                    f"its model is not here after {pool.prepare_timeout_s:g} s "
+                    f"(prepare_timeout_s); it was at: {describe_phase(record)}"
+                )
+                self.apply(pool, record, Event.TIMED_OUT, text)
+            case State.STARTING if in_state_s >= pool.start_timeout_s:
+                last = f"; it was at: {record.probe.phase}" if record.probe.phase else ""
+                text = f"not ready after {pool.start_timeout_s:g} s (start_timeout_s){last}"
+                self.apply(pool, record, Event.TIMED_OUT, text)
+            case State.UNHEALTHY if in_state_s >= self.settings.unhealthy_restart_s:
+                text = f"unhealthy for {in_state_s:.0f} s: {record.error or 'no answer'}"
+                self.apply(pool, record, Event.TIMED_OUT, text)
+            case State.DRAINING | State.DRAINING_TO_SLEEP if self._is_drained(record, load, now_s):
+                self.apply(pool, record, Event.DRAINED)
+            case State.DRAINING if in_state_s >= self.settings.drain_s:
+                self.apply(pool, record, Event.DRAINED)
+            case State.DRAINING_TO_SLEEP if in_state_s >= self.settings.drain_s:
+                # Sleep can be cancelled, so no answer is cut for it.
+                text = f"{record.id} still has requests after {self.settings.drain_s:g} s (drain_s)"
+                record.sleep_error = BackendError(text)
+                pool.sleep_requested = False
+                self.apply(pool, record, Event.KEEP)
+            case State.READY if (
+                in_state_s >= self.settings.backoff_reset_s and not pool.is_outdated(record)
+            ):
+                pool.failures, pool.retry_at_s, pool.error = 0, None, None
+            case _:
+                pass
+
+    def _is_drained(self, record: ReplicaRecord, load: ReplicaLoad | None, now_s: float) -> bool:
+        """Whether a replica surely has no request left. Unknown is not none."""
+        draining_s = 0.0 if record.drain_at_s is None else now_s - record.drain_at_s
+        known = load is not None and load.inflight_requests == 0
+        return known and draining_s >= self.settings.drain_settle_s
+
+    def start_due(self, pool: PoolRecord, now_s: float) -> None:
+        """Start what is due. While an engine keeps failing, one start at a time is enough."""
+        for record in list(pool.replicas.values()):
+            if record.state is not State.SCHEDULED or now_s < record.not_before_s:
+                continue
+            if not record.backend.owns_replicas:
+                self.apply(pool, record, Event.FOUND)
+                continue
+            waiting = pool.retry_at_s is not None and now_s < pool.retry_at_s
+            if pool.failures and (waiting or pool.count(State.PREPARING, State.STARTING)):
+                continue
+            self.apply(pool, record, Event.DUE)
 
     async def close(self) -> None:
         """Cancel all calls and probes that are still under way."""

@@ -19,9 +19,7 @@ from typing import Any
 
 from autoscaler.backends.base import Backend, ReplicaSpec, Unsupported
 from autoscaler.control.actuator import Actuator, ErrorCounts
-from autoscaler.control.decision_log import DecisionHistory
 from autoscaler.control.replicas import ASLEEP, PoolRecord, publish_pool, report_pool
-from autoscaler.control.timers import Timers
 from autoscaler.policy.decide import decide, decide_removed, note_replacement
 from autoscaler.policy.lifecycle import ENDED_STATES, Event, State
 from autoscaler.policy.plan import make_plan
@@ -95,8 +93,6 @@ class ControlLoop:
             preparer=preparer,
             errors=self._errors,
         )
-        self._timers = Timers(settings, self._actuator)
-        self._history = DecisionHistory(settings.history_size)
         self._pools: dict[str, PoolRecord] = {}
         self._numbers: Counter[str] = Counter()
         for pool in pools:
@@ -146,8 +142,7 @@ class ControlLoop:
         one first.
         """
         if settings is not None:
-            self._settings = self._actuator.settings = self._timers.settings = settings
-            self._timers.drain_s = settings.drain_s
+            self._settings = self._actuator.settings = settings
         for pool in pools:
             if pool.name in self._pools:
                 self._configure_pool(self._pools[pool.name], pool, digests[pool.name])
@@ -182,7 +177,6 @@ class ControlLoop:
         LOG.info("%s: removed", name)
         pool.tiers.cancel_move()
         del self._pools[name]
-        self._history.forget(name)
         self._actuator.spawn(self._preparer.forget(pool.pool), f"removal of {name}")
         self._note_change()
 
@@ -237,13 +231,14 @@ class ControlLoop:
         if self._closing:
             return
         settings = self._settings
-        self._closing = True
         if drain_s is not None:
-            self._timers.drain_s = drain_s
+            settings = settings.model_copy(update={"drain_s": drain_s})
+            self._settings = self._actuator.settings = settings
+        self._closing = True
         self._awake.set()
         if self._runner is not None and self._runner is not asyncio.current_task():
             await asyncio.wait({self._runner})
-        limit_s = self._timers.drain_s + settings.terminate_s + settings.call_timeout_s
+        limit_s = settings.drain_s + settings.terminate_s + settings.call_timeout_s
         deadline_s = self._clock() + limit_s
         while not keep and self._owned_alive() and self._clock() < deadline_s:
             self._tick()
@@ -297,11 +292,11 @@ class ControlLoop:
         demand = self._observation.pools.get(pool.pool.name)
         if demand is not None:
             pool.window.add(demand)
-        self._timers.advance(pool, self._observation.replicas, now_s)
+        self._actuator.apply_time_limits(pool, self._observation.replicas, now_s)
         decision = self._decide(pool, now_s)
         self._note_decision(pool, decision)
         self._carry_out(pool, decision, now_s)
-        self._timers.start_due(pool, now_s)
+        self._actuator.start_due(pool, now_s)
         if pool.backend.owns_replicas and not pool.removed and not self._closing:
             self._advance_tiers(pool, decision, now_s)
         pool.forget(0 if pool.removed else self._settings.failed_kept)
@@ -328,7 +323,7 @@ class ControlLoop:
         return note_replacement(decision, len(outdated), no_capacity=no_capacity)
 
     def _note_decision(self, pool: PoolRecord, decision: Decision) -> None:
-        earlier = pool.decision
+        earlier = pool.history.latest
         if earlier is None or earlier.desired != decision.desired:
             before = "-" if earlier is None else earlier.desired
             LOG.info(
@@ -339,8 +334,7 @@ class ControlLoop:
                 decision.reason,
                 decision.detail,
             )
-        pool.decision = decision
-        self._history.add(decision)
+        pool.history.add(decision)
 
     def _carry_out(self, pool: PoolRecord, decision: Decision, now_s: float) -> None:
         closing = self._closing
@@ -536,7 +530,11 @@ class ControlLoop:
             pools=tuple(
                 report_pool(pool, self._observation.replicas) for pool in self._pools.values()
             ),
-            decisions=self._history.counts(),
+            decisions={
+                (name, reason): count
+                for name, record in self._pools.items()
+                for reason, count in record.history.counts.items()
+            },
             errors=dict(self._errors.counts),
             last_error=self._errors.last,
         )
@@ -551,4 +549,4 @@ class ControlLoop:
 
     def decisions(self, pool: str) -> list[PastDecision]:
         """The newest decisions of a pool, newest last. Raises ``KeyError`` for an unknown one."""
-        return self._history.of(self._pools[pool].pool.name)
+        return list(self._pools[pool].history.past)

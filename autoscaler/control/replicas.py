@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -16,11 +16,15 @@ from autoscaler.settings import AutoscalerSettings, PoolSettings, first, make_po
 from autoscaler.signals.window import DemandWindow
 from autoscaler.tiers.manager import TierManager
 from autoscaler.types import (
+    Bound,
     Decision,
+    PastDecision,
     PoolReport,
     PoolStatus,
     ReplicaLoad,
     ReplicaReport,
+    ScaleReason,
+    Signal,
 )
 from modelcache.types import Progress, Tier
 from router.types import Pool, Replica, ReplicaState
@@ -70,6 +74,48 @@ class ReplicaRecord:
         return self.spec.pool.name
 
 
+class DecisionHistory:
+    """The newest decisions of a pool, bounded in number, for ``tidegate explain``. Equal ones in a
+    row count as one. ``counts`` has all there were since the start, by reason."""
+
+    def __init__(self, size: int) -> None:
+        self.past: deque[PastDecision] = deque(maxlen=size)
+        self.counts: Counter[ScaleReason] = Counter()
+
+    @property
+    def latest(self) -> Decision | None:
+        """The newest one."""
+        return self.past[-1].decision if self.past else None
+
+    def add(self, decision: Decision) -> None:
+        """Take in a decision, as a repetition of the newest where it says the same.
+
+        A repetition keeps the time of the first and shows the figures of the last.
+        """
+        count, first_at_s = 1, decision.at_s
+        if self.past and same(self.past[-1].decision) == same(decision):
+            last = self.past.pop()
+            count, first_at_s = last.count + 1, last.first_at_s
+        self.counts[decision.reason] += 1
+        self.past.append(
+            PastDecision(
+                decision=decision, count=count, first_at_s=first_at_s, last_at_s=decision.at_s
+            )
+        )
+
+
+def same(decision: Decision) -> tuple[int, int, ScaleReason, Signal, Bound | None, bool]:
+    """What two decisions must share to say the same: all but their time and their figures."""
+    return (
+        decision.desired,
+        decision.supply,
+        decision.reason,
+        decision.signal,
+        decision.bound,
+        decision.panicking,
+    )
+
+
 class PoolRecord:
     """One pool: its settings, its demand, its replicas, and how its engine has been doing.
 
@@ -99,7 +145,7 @@ class PoolRecord:
         self._use(settings)
         self.window = DemandWindow(self.policy)
         self.decide_state = DecideState()
-        self.decision: Decision | None = None
+        self.history = DecisionHistory(settings.history_size)
         self.replicas: dict[str, ReplicaRecord] = {}
         self.override: int | None = None
         self.sleep_requested = False
@@ -238,8 +284,9 @@ class PoolRecord:
         records = self.replicas.values()
         current = [one.state for one in records if not self.is_outdated(one)]
         serving = [one.state for one in records if self.is_outdated(one) and one.state in SERVING]
-        if serving and self.decision is not None:
-            serving = serving[: max(0, self.decision.desired - current.count(State.READY))]
+        decision = self.history.latest
+        if serving and decision is not None:
+            serving = serving[: max(0, decision.desired - current.count(State.READY))]
         for _ in serving:
             successor = next((one for one in current if one in LOADING | {State.SCHEDULED}), None)
             if successor is not None:
@@ -367,9 +414,10 @@ def publish_pool(pool: PoolRecord) -> Pool:
 def report_pool(pool: PoolRecord, loads: Mapping[str, ReplicaLoad]) -> PoolReport:
     """One pool as ``tidegate status`` shows it."""
     states = Counter(PUBLIC[record.state] for record in pool.replicas.values())
+    decision = pool.history.latest
     return PoolReport(
         name=pool.pool.name,
-        desired=0 if pool.decision is None else pool.decision.desired,
+        desired=0 if decision is None else decision.desired,
         override=pool.override,
         ready=states[ReplicaState.READY],
         starting=states[ReplicaState.STARTING] + states[ReplicaState.WAKING],
@@ -378,7 +426,7 @@ def report_pool(pool: PoolRecord, loads: Mapping[str, ReplicaLoad]) -> PoolRepor
         sleeping=states[ReplicaState.SLEEPING],
         wake_eta_s=pool.estimate_wake_s(),
         demand=pool.window.latest,
-        last_decision=pool.decision,
+        last_decision=decision,
         replicas=tuple(
             report_replica(one, loads.get(one.id), outdated=pool.is_outdated(one))
             for one in pool.replicas.values()

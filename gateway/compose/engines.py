@@ -11,8 +11,7 @@ from pathlib import Path
 from autoscaler.backends.base import ReplicaSpec
 from autoscaler.backends.process.backend import ProcessBackend
 from autoscaler.backends.process.fork_server import ForkPlan, identity
-from autoscaler.backends.process.gpus import list_gpus
-from autoscaler.backends.process.placement import gpu_memory_fraction
+from autoscaler.backends.process.placement import gpu_memory_fraction, list_gpus
 from autoscaler.backends.process.replica import make_env
 from autoscaler.settings import PoolSettings
 from gateway.admin.schema import ForkServerEntry

@@ -22,7 +22,7 @@ from pathlib import Path
 from autoscaler.backends.base import BackendError
 from autoscaler.backends.process.backend import ProcessBackend
 from autoscaler.backends.process.fork_server import ForkPlan
-from autoscaler.backends.process.gpus import list_gpus
+from autoscaler.backends.process.placement import list_gpus
 from autoscaler.backends.static import StaticBackend
 from autoscaler.control.loop import ControlLoop
 from autoscaler.settings import PoolSettings

@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoscaler.backends.process.gpus import list_gpus
+from autoscaler.backends.process.placement import list_gpus
 from autoscaler.policy.device_assignment import GpuCapacity
 from gateway.admin.schema import CacheListing
 from gateway.compose.run_record import AGENT_NAME, Running, read_record

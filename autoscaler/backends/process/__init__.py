@@ -2,7 +2,6 @@
 
 ``backend`` implements the protocol; ``replica`` is one replica's process as the backend holds it,
 ``family`` all processes of a replica and their record on disk, ``procs`` reads ``/proc``.
-``guard`` is the parent of an engine, ``adoption`` says which engines of an earlier control process
-are taken over, ``fork_server`` forks engines. ``placement`` finds GPUs, cores and a port, ``gpus``
-lists the GPUs, ``logs`` are the engines' logs.
+``guard`` is the parent of an engine, ``fork_server`` forks engines. ``placement`` finds GPUs, cores
+and a port, ``logs`` are the engines' logs.
 """

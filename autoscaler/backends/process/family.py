@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import json
 import logging
 import os
 import re
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Final, Literal
+
+import msgspec
 
 from autoscaler.backends.base import StateInUse, StillRunning
 from autoscaler.backends.process import guard
@@ -34,7 +35,7 @@ LOG = logging.getLogger("tidegate.autoscaler")
 Sleep = Callable[[float], Awaitable[None]]
 MARK = re.compile(r"[0-9a-f]{32}")
 RECORD_ID = re.compile(r"[A-Za-z0-9._-]{1,200}")
-VERSION = 2
+VERSION: Final = 2
 RECORD_BYTES = 1 << 20
 NO_PROCESS = ProcessId(0, -1)
 CLAIM_TRIES = 50
@@ -133,7 +134,7 @@ class ProcessRegistry:
         draft = path.with_suffix(".new")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         # Not synced to disk: a record is of use only until the next boot.
-        with open(os.open(draft, flags, 0o600), "w", encoding="utf-8") as file:
+        with open(os.open(draft, flags, 0o600), "wb") as file:
             file.write(render_record(record))
         draft.replace(path)
 
@@ -166,7 +167,7 @@ class ProcessRegistry:
                 continue
             try:
                 record = parse_record(text, mark)
-            except (ValueError, KeyError, TypeError) as error:
+            except msgspec.DecodeError as error:
                 LOG.warning("%s cannot be read (%s): its processes are ended", path, error)
                 record = ProcessRecord(
                     replica_id=f"unknown-{mark[:8]}", boot_id="", leader=NO_PROCESS, mark=mark
@@ -193,53 +194,41 @@ def read_own(path: Path) -> str:
         return file.read(RECORD_BYTES)
 
 
-def render_record(record: ProcessRecord) -> str:
+class RecordFile(msgspec.Struct, kw_only=True):
+    """A record as its file has it; a process is (pid, start time in ticks)."""
+
+    version: Literal[2] = VERSION
+    replica_id: Annotated[str, msgspec.Meta(pattern=rf"\A{RECORD_ID.pattern}\Z")]
+    boot_id: str
+    leader: tuple[int, int]
+    members: list[tuple[int, int]]
+    engine: StartedEngine | None
+
+
+def render_record(record: ProcessRecord) -> bytes:
     """A record as its file's text."""
-    fields: dict[str, Any] = {
-        "version": VERSION,
-        "replica_id": record.replica_id,
-        "boot_id": record.boot_id,
-        "leader": [record.leader.pid, record.leader.start_ticks],
-        "members": [[one.pid, one.start_ticks] for one in sorted(record.members)],
-        "engine": None if record.engine is None else asdict(record.engine),
-    }
-    return json.dumps(fields)
-
-
-def parse_record(text: str, mark: str) -> ProcessRecord:
-    """A record from its file's text. Raises ``ValueError``, ``KeyError`` or ``TypeError``."""
-    fields = json.loads(text)
-    if fields["version"] != VERSION:
-        raise ValueError(f"it is of version {fields['version']}")
-    replica_id, engine = str(fields["replica_id"]), fields["engine"]
-    if not RECORD_ID.fullmatch(replica_id):
-        raise ValueError(f"{replica_id!r} cannot be the id of a replica")
-    return ProcessRecord(
-        replica_id=replica_id,
-        boot_id=str(fields["boot_id"]),
-        leader=ProcessId(*map(int, fields["leader"])),
-        mark=mark,
-        members=frozenset(ProcessId(*map(int, pair)) for pair in fields["members"]),
-        engine=None if engine is None else parse_engine(engine),
+    leader, members = record.leader, sorted(record.members)
+    return msgspec.json.encode(
+        RecordFile(
+            replica_id=record.replica_id,
+            boot_id=record.boot_id,
+            leader=(leader.pid, leader.start_ticks),
+            members=[(one.pid, one.start_ticks) for one in members],
+            engine=record.engine,
+        )
     )
 
 
-def parse_engine(fields: dict[str, Any]) -> StartedEngine:
-    """The engine of a record. Raises as ``parse_record`` does."""
-    placement = fields["placement"]
-    fraction = placement["gpu_memory_fraction"]
-    return StartedEngine(
-        pool=str(fields["pool"]),
-        model=None if fields["model"] is None else str(fields["model"]),
-        placement=Placement(
-            host=str(placement["host"]),
-            port=int(placement["port"]),
-            gpus=tuple(map(int, placement["gpus"])),
-            cpus=tuple(map(int, placement["cpus"])),
-            gpu_memory_fraction=None if fraction is None else float(fraction),
-        ),
-        digest=str(fields["digest"]),
-        log=str(fields["log"]),
+def parse_record(text: str, mark: str) -> ProcessRecord:
+    """A record from its file's text. Raises ``msgspec.DecodeError``."""
+    found = msgspec.json.decode(text, type=RecordFile)
+    return ProcessRecord(
+        replica_id=found.replica_id,
+        boot_id=found.boot_id,
+        leader=ProcessId(*found.leader),
+        mark=mark,
+        members=frozenset(ProcessId(*one) for one in found.members),
+        engine=found.engine,
     )
 
 

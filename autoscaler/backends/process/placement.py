@@ -1,9 +1,12 @@
-"""Where the next replica of this machine goes: its GPUs, its cores, its port."""
+"""What this machine has for the next replica: its GPUs, its cores, its port."""
 
 from __future__ import annotations
 
+import shutil
 import socket
+import subprocess
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from autoscaler.backends.base import BackendError, NoCapacity, ReplicaSpec
 from autoscaler.backends.process.replica import ReplicaProcess
@@ -12,6 +15,41 @@ from autoscaler.settings import ProcessPoolSettings
 
 HOST = "127.0.0.1"
 PORT_TRIES = 32
+NVIDIA_SMI_TIMEOUT_S = 20.0
+NVIDIA_SMI_FIELDS = "index,name,memory.total,memory.free,driver_version"
+
+
+def list_gpus() -> Sequence[GpuCapacity] | None:
+    """The NVIDIA GPUs, as ``nvidia-smi`` lists them; empty where there is no driver, ``None`` where
+    it does not answer. Takes up to seconds."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None if Path("/proc/driver/nvidia/version").exists() else ()
+    argv = [tool, f"--query-gpu={NVIDIA_SMI_FIELDS}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=True
+        )
+        return parse_gpus(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def parse_gpus(text: str) -> tuple[GpuCapacity, ...]:
+    """GPUs from what ``nvidia-smi`` prints for these fields; ``ValueError`` for other text."""
+    found = []
+    for line in filter(str.strip, text.splitlines()):
+        index, name, total, free, driver = (part.strip() for part in line.split(","))
+        found.append(
+            GpuCapacity(
+                index=int(index),
+                name=name,
+                memory_bytes=int(total) << 20,
+                free_bytes=int(free) << 20,
+                driver=driver,
+            )
+        )
+    return tuple(found)
 
 
 def place(

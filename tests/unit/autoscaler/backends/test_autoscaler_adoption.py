@@ -9,7 +9,7 @@ import pytest
 from process_fixtures import tiny_pool
 
 from autoscaler.backends.base import ReplicaSpec
-from autoscaler.backends.process.adoption import adopted_spec, why_not
+from autoscaler.backends.process.backend import adopted_spec, why_not_adopted
 from autoscaler.backends.process.family import ProcessRecord, StartedEngine
 from autoscaler.backends.process.procs import ProcessId
 from loaders.engines.base import Placement
@@ -52,7 +52,7 @@ KNOWN: dict[str, Any] = {"keep_s": 60.0, "boot_id": "b", "is_ours": True}
 def test_an_engine_is_taken_over_if_nothing_speaks_against_it(
     record: ProcessRecord, wanted: ReplicaSpec | None, known: dict[str, Any], part: str
 ) -> None:
-    reason = why_not(record, wanted, **{**KNOWN, **known})
+    reason = why_not_adopted(record, wanted, **{**KNOWN, **known})
     assert (part in reason) if part else (reason == "")
 
 

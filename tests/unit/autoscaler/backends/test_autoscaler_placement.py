@@ -1,4 +1,4 @@
-"""The GPUs of this machine: what ``nvidia-smi`` prints, and what is remembered of it."""
+"""The GPUs of this machine: what ``nvidia-smi`` prints, and the share of one a replica is given."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from autoscaler.backends.process.gpus import list_gpus, parse_gpus
-from autoscaler.backends.process.placement import gpu_memory_fraction
+from autoscaler.backends.process.placement import gpu_memory_fraction, list_gpus, parse_gpus
 from autoscaler.policy.device_assignment import GpuCapacity
 from autoscaler.settings import ProcessPoolSettings
 

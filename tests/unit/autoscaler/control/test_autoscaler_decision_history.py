@@ -1,10 +1,10 @@
-"""The history of decisions, and the names of replicas."""
+"""The history of a pool's decisions."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from autoscaler.control.decision_log import DecisionHistory
+from autoscaler.control.replicas import DecisionHistory
 from autoscaler.types import Bound, Decision, ScaleReason
 
 ONE = Decision(pool="m", at_s=1.0, desired=1, supply=1, reason=ScaleReason.STEADY, detail="first")
@@ -14,24 +14,17 @@ def test_equal_decisions_in_a_row_count_as_one() -> None:
     history = DecisionHistory(10)
     for second in range(5):
         history.add(replace(ONE, at_s=float(second), detail=f"number {second}"))
-    (past,) = history.of("m")
+    (past,) = history.past
     assert (past.count, past.first_at_s, past.last_at_s) == (5, 0.0, 4.0)
     assert past.decision.detail == "number 4"
     history.add(replace(ONE, at_s=5.0, bound=Bound.MIN_REPLICAS))
     history.add(replace(ONE, at_s=6.0))
-    assert [past.count for past in history.of("m")] == [5, 1, 1]
+    assert [past.count for past in history.past] == [5, 1, 1]
 
 
 def test_history_is_bounded_and_counts_are_not_lost() -> None:
     history = DecisionHistory(3)
     for number in range(100):
         history.add(replace(ONE, desired=number, at_s=float(number)))
-    assert [past.decision.desired for past in history.of("m")] == [97, 98, 99]
-    assert history.counts() == {("m", ScaleReason.STEADY): 100}
-
-
-def test_pools_do_not_mix() -> None:
-    history = DecisionHistory(3)
-    history.add(ONE)
-    history.add(replace(ONE, pool="n"))
-    assert (len(history.of("m")), len(history.of("n")), history.of("o")) == (1, 1, [])
+    assert [past.decision.desired for past in history.past] == [97, 98, 99]
+    assert history.counts == {ScaleReason.STEADY: 100}
