@@ -279,7 +279,7 @@ class Fetch:
                 given = self.want.given and not file.local.is_symlink()
                 file.linked = given and link(file.local, linked)
                 if not file.linked:
-                    file.linked = link_or_clone(file.local.resolve(), linked) is not None
+                    file.linked = link_or_clone(file.local.resolve(), linked)
             except OSError:
                 file.local = None
 

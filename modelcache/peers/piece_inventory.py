@@ -48,7 +48,7 @@ class FetchingFile:
     """A file that is being fetched here, as peers see it."""
 
     def __init__(self, inventory: PieceInventory, partial: Partial) -> None:
-        self.inventory = inventory
+        self._inventory = inventory
         self.partial = partial
         self.has = 0
         self.fetching = 0
@@ -57,23 +57,31 @@ class FetchingFile:
         self.fd = os.dup(partial.fd)
 
     def begin(self, index: int) -> None:
-        """A piece is being read from the store."""
-        self.inventory.change(self, fetching=self.fetching | 1 << index)
+        """A piece is being read from the source."""
+        with self._inventory.changing(self.partial.key):
+            self.fetching |= 1 << index
 
     def end(self, index: int, *, good: bool) -> None:
         """It has been read, and is good or not."""
-        bit = 1 << index
-        has = self.has | bit if good else self.has
-        self.inventory.change(self, fetching=self.fetching & ~bit, has=has)
+        with self._inventory.changing(self.partial.key):
+            self.fetching &= ~(1 << index)
+            self.has |= good << index
 
     def duplicate(self) -> int:
         """A descriptor of its file that the caller closes. Raises ``Cancelled`` once it is closed:
         a late writer must not write into what its number then stands for."""
-        return self.inventory.duplicate(self)
+        with self._inventory.changed:
+            if self.fd < 0:
+                raise Cancelled("not wanted any more")
+            return os.dup(self.fd)
 
     def close(self) -> None:
-        """It is not being fetched any more."""
-        self.inventory.remove(self)
+        """Show it no more, other than as a blob if it became one. May be called twice."""
+        with self._inventory.changed:
+            self._inventory.forget(self)
+            fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 @dataclass(slots=True)
@@ -91,7 +99,7 @@ class PieceInventory:
 
     def __init__(self, layout: Layout | None = None) -> None:
         self._layout = layout
-        self._changed = threading.Condition()
+        self.changed = threading.Condition()
         self._active: dict[str, FetchingFile] = {}
         self._sequence = 1
         self._moved: OrderedDict[str, int] = OrderedDict()
@@ -100,34 +108,23 @@ class PieceInventory:
     def open(self, partial: Partial) -> FetchingFile:
         """Show a file that is about to be fetched."""
         holding = FetchingFile(self, partial)
-        with self._changed:
+        with self.changed:
             self._active[partial.key] = holding
             self._note(partial.key)
         return holding
 
-    def change(self, holding: FetchingFile, *, fetching: int, has: int | None = None) -> None:
-        """A piece was begun, or ended."""
-        with self._changed:
-            holding.fetching = fetching
-            holding.has = holding.has if has is None else has
-            self._note(holding.partial.key)
+    @contextlib.contextmanager
+    def changing(self, key: str) -> Iterator[None]:
+        """What peers may have of a file changes; those that wait for news of it hear of it."""
+        with self.changed:
+            yield
+            self._note(key)
 
-    def remove(self, holding: FetchingFile) -> None:
-        """Show a file no more, other than as a blob if it became one."""
-        with self._changed:
-            if self._active.get(holding.partial.key) is holding:
-                del self._active[holding.partial.key]
-                self._note(holding.partial.key)
-            fd, holding.fd = holding.fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def duplicate(self, holding: FetchingFile) -> int:
-        """See ``FetchingFile.duplicate``."""
-        with self._changed:
-            if holding.fd < 0:
-                raise Cancelled("not wanted any more")
-            return os.dup(holding.fd)
+    def forget(self, file: FetchingFile) -> None:
+        """A file is not being fetched any more. Called with ``changed`` held."""
+        if self._active.get(file.partial.key) is file:
+            del self._active[file.partial.key]
+            self._note(file.partial.key)
 
     def _note(self, key: str) -> None:
         self._sequence += 1
@@ -135,26 +132,26 @@ class PieceInventory:
         self._moved.move_to_end(key)
         if len(self._moved) > MOST_REMEMBERED:
             self._moved.popitem(last=False)
-        self._changed.notify_all()
+        self.changed.notify_all()
 
     def wait(
         self, keys: Sequence[str], since: int, wait_s: float, stopped: Callable[[], bool]
     ) -> int:
         """Wait until one of the files has moved on from ``since``, or so long; where it is now."""
-        with self._changed:
-            self._changed.wait_for(
+        with self.changed:
+            self.changed.wait_for(
                 lambda: stopped() or any(self._moved.get(key, 0) > since for key in keys), wait_s
             )
             return self._sequence
 
     def wake(self) -> None:
         """Let waiting threads see whether they are to stop."""
-        with self._changed:
-            self._changed.notify_all()
+        with self.changed:
+            self.changed.notify_all()
 
     def states(self, keys: Sequence[str]) -> dict[str, PieceState]:
         """What there is of these files; those of which there is nothing are left out."""
-        with self._changed:
+        with self.changed:
             found = {
                 key: PieceState(has=one.has, fetching=one.fetching, active=True)
                 for key in keys
@@ -176,7 +173,7 @@ class PieceInventory:
                 os.close(found.fd)
 
     def _active_piece(self, key: str, index: int) -> PieceSlice | None:
-        with self._changed:
+        with self.changed:
             one = self._active.get(key)
             if one is None or not one.has >> index & 1:
                 return None
@@ -209,7 +206,7 @@ class PieceInventory:
             size_bytes = blob.stat().st_size
         except (OSError, UnicodeDecodeError):
             return None
-        with self._changed:
+        with self.changed:
             found = self._whole.get(digest)
             if found is not None:
                 self._whole.move_to_end(digest)
@@ -220,7 +217,7 @@ class PieceInventory:
             # Shortened, or its digests are: nothing to give to others.
             return None
         found = _Whole(digests, str(blob))
-        with self._changed:
+        with self.changed:
             self._whole[digest] = found
             if len(self._whole) > MOST_OPEN:
                 self._whole.popitem(last=False)

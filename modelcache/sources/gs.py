@@ -23,7 +23,7 @@ from modelcache.sources.obstore_client import (
     open_bucket,
 )
 from modelcache.sources.reader import home_of
-from modelcache.types import Cancelled, ModelRef, RemoteFile, SourceError
+from modelcache.types import ModelRef, RemoteFile, SourceError
 
 METADATA_WAIT_S = 1.0
 HINT = SCHEMES["gs"].credentials
@@ -63,40 +63,20 @@ class GsSource:
 
         key = self._below + file.path
         shown = f"gs://{self._bucket}/{key}"
-        if not 0 <= start <= end <= file.size_bytes:
-            raise SourceError(f"{shown}: {start}-{end} is not within {file.size_bytes}")
-        if start == end:
+        want = wire.RangeRead(file=file, start=start, end=end, fd=fd, what=shown, hint=HINT,
+                              on_bytes=on_bytes, cancelled=cancelled)  # fmt: skip
+        if want.is_empty():
             return
-        if cancelled():
-            raise Cancelled("not wanted any more")
         with obstore_errors(shown, HINT, ()):
             got = obstore.get(self._store, key, options={"range": (start, end)})
             if got.range != (start, end) or got.meta["size"] != file.size_bytes:
                 raise SourceError(f"{shown}: the source sent another range than was asked for")
             if _version_of(got.meta) != file.version:
                 raise SourceError(f"{shown}: it has changed since it was listed")
-            at = start
-            for chunk in got.stream(min_chunk_size=ANNOUNCE_BYTES // 4):
-                at = _write(fd, memoryview(chunk), at, end, shown, on_bytes)
-                if cancelled():
-                    raise Cancelled("not wanted any more")
-        if at != end:
-            raise SourceError(f"{shown}: cut off, {end - at:,} bytes before the end",
-                              retryable=True)  # fmt: skip
+            want.receive(map(memoryview, got.stream(min_chunk_size=ANNOUNCE_BYTES // 4)))
 
     def close(self) -> None:
         """Obstore's connections go with the object."""
-
-
-def _write(fd: int, data: memoryview, at: int, end: int, shown: str, on_bytes: OnBytes) -> int:
-    if at + len(data) > end:
-        raise SourceError(f"{shown}: the source sent more than was asked for", retryable=True)
-    for begin in range(0, len(data), ANNOUNCE_BYTES):
-        part = data[begin : begin + ANNOUNCE_BYTES]
-        wire.write_at(fd, part, at)
-        at += len(part)
-        on_bytes(len(part))
-    return at
 
 
 def _version_of(meta: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from modelcache.ports import ANNOUNCE_BYTES, Listing, OnBytes
 from modelcache.refs import redact
 from modelcache.sources import answers, wire
-from modelcache.types import PIECE_BYTES, Cancelled, ModelRef, RemoteFile, SourceError
+from modelcache.types import PIECE_BYTES, ModelRef, RemoteFile, SourceError
 
 if TYPE_CHECKING:
     import httpx
@@ -78,14 +78,12 @@ class HttpReader:
     ) -> None:
         """Write bytes ``[start, end)`` of what ``request`` names into ``fd``, as ``Source.fetch``
         promises it."""
-        if not 0 <= start <= end <= file.size_bytes:
-            raise SourceError(f"{request.shown}: {start}-{end} is not within {file.size_bytes}")
-        if start == end:
+        want = wire.RangeRead(
+            file=file, start=start, end=end, fd=fd, what=request.shown, hint=request.hint,
+            on_bytes=on_bytes, cancelled=cancelled,
+        )  # fmt: skip
+        if want.is_empty():
             return
-        if cancelled():
-            raise Cancelled("not wanted any more")
-        want = wire.RangeRead(file=file, start=start, end=end, fd=fd, what=request.shown,
-                         hint=request.hint, on_bytes=on_bytes, cancelled=cancelled)  # fmt: skip
         with failing(request.shown):
             known = self._target_of(request.url)
             if known is not None:
@@ -159,19 +157,7 @@ class HttpReader:
                 return answers.next_url(url, head, want.what)
             answers.check_status(head.status, head.headers, want.what, want.hint)
             answers.check_range(head, want.file, want.start, want.end, want.what)
-            at = want.start
-            for data in answer.iter_raw(ANNOUNCE_BYTES // 4):
-                if at + len(data) > want.end:
-                    raise SourceError(f"{want.what}: the source sent more than was asked for",
-                                      retryable=True)  # fmt: skip
-                wire.write_at(want.fd, memoryview(data), at)
-                at += len(data)
-                want.on_bytes(len(data))
-                if want.cancelled():
-                    raise Cancelled("not wanted any more")
-        if at != want.end:
-            raise SourceError(f"{want.what}: cut off, {want.end - at:,} bytes before the end",
-                              retryable=True)  # fmt: skip
+            want.receive(answer.iter_raw(ANNOUNCE_BYTES // 4))
         return None
 
     # -- pages and heads -------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -55,6 +55,38 @@ class RangeRead:
     hint: str
     on_bytes: OnBytes
     cancelled: Callable[[], bool]
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing to read. Raises ``SourceError`` where it is no range of the
+        file, ``Cancelled``."""
+        if not 0 <= self.start <= self.end <= self.file.size_bytes:
+            raise SourceError(
+                f"{self.what}: {self.start}-{self.end} is not within {self.file.size_bytes}"
+            )
+        if self.start < self.end and self.cancelled():
+            raise Cancelled("not wanted any more")
+        return self.start == self.end
+
+    def receive(self, chunks: Iterable[bytes | memoryview]) -> None:
+        """Write a body that comes in chunks into the file, and make sure that it is whole."""
+        at = self.start
+        for chunk in chunks:
+            data = memoryview(chunk)
+            if at + len(data) > self.end:
+                raise SourceError(
+                    f"{self.what}: the source sent more than was asked for", retryable=True
+                )
+            for begin in range(0, len(data), ANNOUNCE_BYTES):
+                part = data[begin : begin + ANNOUNCE_BYTES]
+                write_at(self.fd, part, at)
+                at += len(part)
+                self.on_bytes(len(part))
+            if self.cancelled():
+                raise Cancelled("not wanted any more")
+        if at != self.end:
+            raise SourceError(
+                f"{self.what}: cut off, {self.end - at:,} bytes before the end", retryable=True
+            )
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

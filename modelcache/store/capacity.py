@@ -18,7 +18,7 @@ from pathlib import Path
 
 from modelcache.store import leases
 from modelcache.store.eviction import EvictionCandidate, choose
-from modelcache.store.files import directories, remove, remove_empty, remove_tree
+from modelcache.store.files import directories, files, remove, remove_empty, remove_tree
 from modelcache.store.layout import REFS, Layout
 from modelcache.store.partial_files import is_open
 from modelcache.store.records import (
@@ -220,7 +220,7 @@ class Capacity:
         self._sweep_partials({key for record in records for key in record.partials})
         self._sweep_fetching(records)
         self._sweep_refs()
-        for path in _files(layout.root / "known"):
+        for path in files(layout.root / "known"):
             digest = read_known(path)
             if digest is None or not layout.blob(digest).exists():
                 remove(path)
@@ -388,13 +388,6 @@ def disk_free_bytes(path: Path) -> int:
 
 def _grandchildren(directory: Path) -> list[Path]:
     return [path for child in directories(directory) for path in sorted(child.iterdir())]
-
-
-def _files(directory: Path) -> list[Path]:
-    try:
-        return [path for path in sorted(directory.iterdir()) if path.is_file()]
-    except FileNotFoundError:
-        return []
 
 
 def walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:

@@ -58,6 +58,14 @@ def directories(path: Path) -> list[Path]:
         return []
 
 
+def files(path: Path) -> list[Path]:
+    """The files in a directory, by name; none where it is not there, or not there any more."""
+    try:
+        return [child for child in sorted(path.iterdir()) if child.is_file()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def remove(path: Path) -> bool:
     """Remove a file; whether there was one."""
     try:
@@ -120,7 +128,7 @@ def has_name(fd: int, path: Path) -> bool:
 def is_locked(path: Path) -> bool:
     """Whether some process holds the lock at ``path``."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
@@ -151,12 +159,10 @@ def allocate(fd: int, size_bytes: int) -> None:
     os.ftruncate(fd, size_bytes)
 
 
-def link_or_clone(source: Path, target: Path) -> str | None:
-    """Make ``target`` the same bytes as ``source`` without copying: how, or ``None`` if neither
-    a clone of its blocks nor a hard link can be had."""
-    if clone(source, target):
-        return "clone"
-    return "link" if link(source, target) else None
+def link_or_clone(source: Path, target: Path) -> bool:
+    """Make ``target`` the same bytes as ``source`` without copying, by a clone of its blocks, else
+    by a hard link; whether the file system could."""
+    return clone(source, target) or link(source, target)
 
 
 def link(source: Path, target: Path) -> bool:

@@ -110,10 +110,6 @@ class Layout:
         """The directory of one revision's records."""
         return self.model(url) / safe_name(revision)
 
-    def manifest(self, url: str, revision: str) -> Path:
-        """Exists once the revision is whole."""
-        return self.revision(url, revision) / "manifest.json"
-
     def ref(self, url: str, name: str | None) -> Path:
         """The record of the revision that ``name`` (``None``: the newest) last stood for."""
         return self.model(url) / REFS / ("@newest" if name is None else safe_name(name))

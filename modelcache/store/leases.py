@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from modelcache.store.files import remove, remove_empty
+from modelcache.store.files import files, is_locked, remove, remove_empty
 from modelcache.store.layout import Layout
 
 HOLDER_CHARACTERS = 200
@@ -82,40 +82,21 @@ def take(layout: Layout, directory: Path, holder: str, released: Callable[[], No
 
 def holders(directory: Path) -> tuple[str, ...]:
     """The holders of leases in ``directory`` now."""
-    found = []
-    for path in _files(directory):
-        holder = _holder(path)
-        if holder is not None:
-            found.append(holder)
-    return tuple(sorted(found))
+    found = [_holder(path) for path in files(directory)]
+    return tuple(sorted(holder for holder in found if holder is not None))
 
 
 def sweep(directory: Path) -> None:
     """Remove the leases of processes that are gone. Call it with the store locked."""
-    for path in _files(directory):
-        if _holder(path) is None:
+    for path in files(directory):
+        if not is_locked(path):
             remove(path)
     remove_empty(directory, directory.parent)
-
-
-def _files(directory: Path) -> list[Path]:
-    try:
-        return [path for path in directory.iterdir() if path.is_file()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
 
 
 def _holder(path: Path) -> str | None:
     """The holder of the lease at ``path``; ``None`` if it is not held any more."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return path.read_bytes().decode(errors="replace") if is_locked(path) else None
     except FileNotFoundError:
-        return None
-    try:
-        # A shared lock: two that look at once must not take each other for a holder.
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return os.pread(fd, 4 * HOLDER_CHARACTERS, 0).decode(errors="replace")
-    finally:
-        os.close(fd)
-    return None
+        return None  # released just now

@@ -25,7 +25,14 @@ from typing import Any
 
 from modelcache.store.digest import RECORD as PIECE_RECORD
 from modelcache.store.digest import Piece, PieceDigests, count_pieces, digest_piece, piece_span
-from modelcache.store.files import allocate, locked, remove_tree, sync_directory, write_whole
+from modelcache.store.files import (
+    allocate,
+    is_locked,
+    locked,
+    remove_tree,
+    sync_directory,
+    write_whole,
+)
 from modelcache.store.layout import Layout
 from modelcache.types import PIECE_BYTES, CacheError, Damaged, InUse
 
@@ -318,17 +325,7 @@ def read_progress(directory: Path) -> int:
 
 def is_open(directory: Path) -> bool:
     """Whether some process has this partial file open. Call it with the store locked."""
-    try:
-        fd = os.open(directory / JOURNAL, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+    return is_locked(directory / JOURNAL)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ believed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -194,16 +195,17 @@ def name_result(key: str, made: Made | None) -> str:
 
 
 def read_manifest(layout: Layout, url: str, revision: str) -> Manifest | None:
-    """The manifest of a whole revision, from its spare copy where the first is damaged.
+    """The manifest of a whole revision; ``None`` where it is not there or not whole. Raises
+    ``Damaged`` where both copies are."""
+    return _read_either(layout.revision(url, revision))
 
-    ``None`` where the revision is not there or not whole. Raises ``Damaged`` where both copies
-    are.
-    """
-    path = layout.manifest(url, revision)
+
+def _read_either(directory: Path) -> Manifest | None:
+    """A manifest, from its spare copy where the first is damaged."""
     try:
-        return read_record(path, Manifest)
+        return read_record(directory / MANIFEST, Manifest)
     except Damaged as damage:
-        found = read_record(path.with_name(SPARE), Manifest)
+        found = read_record(directory / SPARE, Manifest)
         if found is None:
             raise damage from None
         return found
@@ -250,11 +252,11 @@ def scan(layout: Layout) -> Iterator[tuple[Path, Record | None]]:
 
 def read_directory(layout: Layout, directory: Path) -> Record | None:
     """The revision recorded in ``directory``, ``None`` if no record of it can be read."""
-    manifest = _read_either(directory)
-    try:
+    manifest = fetching = None
+    with suppress(Damaged):
+        manifest = _read_either(directory)
+    with suppress(Damaged):
         fetching = read_record(directory / FETCHING, Fetching)
-    except Damaged:
-        fetching = None
     if manifest is not None:
         url, revision = manifest.url, manifest.revision
     elif fetching is not None:
@@ -286,14 +288,3 @@ def read_directory(layout: Layout, directory: Path) -> Record | None:
         blobs=blobs,
         partials=partials,
     )
-
-
-def _read_either(directory: Path) -> Manifest | None:
-    try:
-        return read_record(directory / MANIFEST, Manifest)
-    except Damaged:
-        pass
-    try:
-        return read_record(directory / SPARE, Manifest)
-    except Damaged:
-        return None

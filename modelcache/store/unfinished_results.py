@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from modelcache.store.files import (
     directories,
+    files,
     is_locked,
     remove,
     remove_tree,
@@ -145,11 +146,7 @@ def sweep_unfinished(layout: Layout, cached: AbstractSet[str], now_s: float) -> 
         if result.key in cached or not usable or now_s - result.used_at_s > LEFTOVER_S:
             remove_tree(layout.unfinished(result.key))
     _sweep_locks(layout)
-    try:
-        logs = sorted((layout.root / PREPARED / "logs").iterdir())
-    except FileNotFoundError:
-        return
-    for log in logs:
+    for log in files(layout.root / PREPARED / "logs"):
         key = log.name.removesuffix(".log")
         needed = key in cached or layout.unfinished(key).is_dir()
         if needed or is_locked(layout.step_lock(key)):

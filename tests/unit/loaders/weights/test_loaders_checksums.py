@@ -24,13 +24,13 @@ def cached(tmp_path: Path) -> tuple[Layout, str, bytes]:
     pieces = PieceDigests(size_bytes=len(data), pieces=(digest_piece(data),))
     blob = layout.blob(pieces.digest)
     view = layout.snapshot(URL, REVISION) / "sub"
-    for folder in (blob.parent, view, layout.manifest(URL, REVISION).parent):
+    for folder in (blob.parent, view, layout.revision(URL, REVISION)):
         folder.mkdir(parents=True)
     (tmp_path / "x").rename(blob)
     layout.pieces(pieces.digest).write_bytes(pieces.encode())
     (view / "x.safetensors").hardlink_to(blob)
     entry = {"path": "sub/x.safetensors", "size_bytes": len(data), "digest": pieces.digest}
-    layout.manifest(URL, REVISION).write_text(json.dumps({"files": [entry]}))
+    (layout.revision(URL, REVISION) / "manifest.json").write_text(json.dumps({"files": [entry]}))
     return layout, pieces.digest, data
 
 

@@ -230,7 +230,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.contents.setdefault(file.digest, files[file.path]) == files[file.path]
 
     def is_recorded(self, url: str, revision: str) -> bool:
-        return self.layout.manifest(url, revision).exists()
+        return (self.layout.revision(url, revision) / "manifest.json").exists()
 
     def is_right(self, digest: str, *, timely: bool = False) -> bool:
         blob, pieces = self.layout.blob(digest), self.layout.pieces(digest)
