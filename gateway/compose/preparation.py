@@ -45,10 +45,9 @@ def make_transform(settings: Settings, cache: ModelCache, environ: Mapping[str, 
                     on_progress=on_progress,
                     cancelled=cancelled,
                 )
-                assert made.held is not None, "there is a step"
-                leases.enter_context(made.held.lease)
+                leases.enter_context(made.lease)
             leases.pop_all()  # its user has it from here on
-        return made.held
+        return made
 
     @contextmanager
     def transform(

@@ -219,17 +219,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRun:
-    """How one step went. ``cached``: its result was there already, so it was not run."""
-
-    kind: StepKind
-    key: str
-    cached: bool
-    elapsed_s: float
-    log: Path | None
-
-
 def input_digest(files: Iterable[FileEntry]) -> str:
     """What a model is, for whatever is made of it: its files' names and digests."""
     return _digest(sorted((file.path, file.size_bytes, file.digest) for file in files))
@@ -252,20 +241,6 @@ def step_key(
 def _digest(value: object) -> str:
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedModel:
-    """A prepared model: where it is, the key of its last step, and how each went.
-
-    ``held`` keeps its last result from being evicted until it is released; ``None`` where there
-    were no steps.
-    """
-
-    path: Path
-    key: str
-    runs: tuple[StepRun, ...]
-    held: LeasedModel | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,17 +277,15 @@ class Preparation:
         holder: str = "preparing",
         on_progress: Callable[[Progress], None] = lambda progress: None,
         cancelled: Callable[[], bool] = lambda: False,
-    ) -> PreparedModel:
-        """The model in ``source``, whose ``input_digest`` is ``digest``, after all steps; leased
-        for ``holder``. ``model`` and ``revision`` say which it is.
+    ) -> LeasedModel:
+        """The model in ``source``, whose ``input_digest`` is ``digest``, after all steps (one at
+        least); leased for ``holder``. ``model`` and ``revision`` say which it is.
 
         Blocks as long as it takes; ``source`` must stay meanwhile. Raises ``StepFailed``,
         ``NoSpace``, or ``Cancelled`` soon after ``cancelled()`` turns true.
         """
         asked = PrepareRequest(holder=holder, on_progress=on_progress, cancelled=cancelled)
         keys = self.keys(digest, steps)
-        runs: list[StepRun] = []
-        path = source
         held: LeasedModel | None = None
         for number, (step, key) in enumerate(zip(steps, keys, strict=True)):
             made = Made(
@@ -321,23 +294,14 @@ class Preparation:
                 steps=tuple(one.kind for one in steps[: number + 1]),
                 before=keys[number - 1] if number else "",
             )
-            before = held
-            try:
-                held, run = self._result(step, key, path, made, asked, final=key == keys[-1])
-            finally:
-                # What a step begins with stays until it has ended.
-                if before is not None:
-                    before.lease.release()
-            runs.append(run)
-            path = held.model.path
-        key = runs[-1].key if runs else digest
-        return PreparedModel(path=path, key=key, runs=tuple(runs), held=held)
-
-    def find(self, digest: str, steps: Sequence[PreparationStep]) -> Path | None:
-        """Where the model is after all steps, if that was made already."""
-        keys = self.keys(digest, steps)
-        model = self.cache.find(result_url(keys[-1])) if keys else None
-        return None if model is None else model.path
+            if held is None:
+                held = self._result(step, key, source, made, asked, final=key == keys[-1])
+                continue
+            with held.lease:  # what a step begins with stays until it has ended
+                path = held.model.path
+                held = self._result(step, key, path, made, asked, final=key == keys[-1])
+        assert held is not None, "there is a step"
+        return held
 
     def _result(
         self,
@@ -348,26 +312,22 @@ class Preparation:
         asked: PrepareRequest,
         *,
         final: bool,
-    ) -> tuple[LeasedModel, StepRun]:
+    ) -> LeasedModel:
         """One step's result, made unless it is there."""
-        began_s = time.monotonic()
-        log = None
         held = self.results.hold(key, asked.holder, final=final)
-        if held is None:
-            with self.exclusive(key, asked) as lock:
-                held = self.results.hold(key, asked.holder, final=final)
-                if held is None:
-                    log = self.cache.store.layout.step_log(key)
-                    self.cache.sweep()
-                    if not self.results.is_finished(key):
-                        self._make(step, key, source, made, log, lock, asked)
-                    held = self.results.publish(
-                        key, made, asked.holder, final=final,
-                        on_progress=asked.on_progress, cancelled=asked.cancelled,
-                    )  # fmt: skip
-        elapsed_s = time.monotonic() - began_s
-        run = StepRun(kind=step.kind, key=key, cached=log is None, elapsed_s=elapsed_s, log=log)
-        return held, run
+        if held is not None:
+            return held
+        with self.exclusive(key, asked) as lock:
+            held = self.results.hold(key, asked.holder, final=final)
+            if held is not None:
+                return held
+            self.cache.sweep()
+            if not self.results.is_finished(key):
+                self._make(step, key, source, made, lock, asked)
+            return self.results.publish(
+                key, made, asked.holder, final=final,
+                on_progress=asked.on_progress, cancelled=asked.cancelled,
+            )  # fmt: skip
 
     def keys(self, digest: str, steps: Sequence[PreparationStep]) -> list[str]:
         """The key of each step's result. Raises ``StepFailed`` where the engine's interpreter
@@ -388,7 +348,6 @@ class Preparation:
         key: str,
         source: Path,
         made: Made,
-        log: Path,
         lock: int,
         asked: PrepareRequest,
     ) -> None:
@@ -397,6 +356,7 @@ class Preparation:
         promised = expect_bytes(step, source) or 0
         record = StepRecord(made=made, resumes=step.resumes, promised_bytes=promised)
         output = self.results.begin(key, record)
+        log = self.cache.store.layout.step_log(key)
         run = Run(
             name=step.kind,
             argv=self._argv(step, source, output),

@@ -74,10 +74,6 @@ class PieceDigests:
         """As a ``.pieces`` file holds them: ``RECORD`` for each piece."""
         return b"".join(RECORD.pack(*piece) for piece in self.pieces)
 
-    def matches(self, index: int, buffer: Buffer) -> bool:
-        """Whether these are the bytes of piece ``index``, by both digests."""
-        return digest_piece(buffer) == self.pieces[index]
-
 
 def read_pieces(
     path: Path, digest: str, size_bytes: int, *, piece_bytes: int = PIECE_BYTES

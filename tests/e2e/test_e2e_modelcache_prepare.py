@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from folder_store import Rig
 
-from modelcache.prepare.run import Preparation, PreparedModel
+from modelcache.prepare.run import LeasedModel, Preparation
 from modelcache.prepare.size import expect_bytes
 from modelcache.prepare.step_process import StepFailed
 from modelcache.settings import PreparationStep
@@ -94,7 +94,7 @@ def ask(python: Path, script: str, *arguments: object) -> str:
     return ran.stdout.strip()
 
 
-def make(folder: Path, python: Path, source: Path, *steps: PreparationStep) -> PreparedModel:
+def make(folder: Path, python: Path, source: Path, *steps: PreparationStep) -> LeasedModel:
     return Preparation(
         cache=Rig(root=folder).cache(),
         python=python,
@@ -105,9 +105,9 @@ def make(folder: Path, python: Path, source: Path, *steps: PreparationStep) -> P
     )  # fmt: skip
 
 
-def check_size(step: PreparationStep, source: Path, made: PreparedModel) -> None:
+def check_size(step: PreparationStep, source: Path, made: LeasedModel) -> None:
     """What a step was given room for is what it takes, or little more."""
-    taken = sum(path.stat().st_size for path in made.path.rglob("*") if path.is_file())
+    taken = sum(path.stat().st_size for path in made.model.path.rglob("*") if path.is_file())
     expected = expect_bytes(step, source)
     assert expected is not None
     assert taken <= expected <= 1.05 * taken, (step.kind, taken, expected)
@@ -119,17 +119,18 @@ def test_gguf_to_safetensors_then_cast(folder: Path, engine_python: Path) -> Non
     convert = PreparationStep(kind="gguf_to_safetensors", file=gguf.name)
     cast = PreparationStep(kind="cast", dtype="float16")
     converted = make(folder, engine_python, gguf.parent, convert)
-    assert ask(engine_python, COMPARE_GGUF, gguf, converted.path) == "same 17"
-    assert (converted.path / "tokenizer.json").exists()
+    assert ask(engine_python, COMPARE_GGUF, gguf, converted.model.path) == "same 17"
+    assert (converted.model.path / "tokenizer.json").exists()
     check_size(convert, gguf.parent, converted)
 
     smaller = make(folder, engine_python, gguf.parent, convert, cast)
-    assert [run.cached for run in smaller.runs] == [True, False]
-    weights = converted.path / "model.safetensors"
-    check_size(cast, converted.path, smaller)
-    said = ask(engine_python, COMPARE_CAST, weights, smaller.path / "model.safetensors")
+    log = folder / "cache/prepared/logs" / f"{converted.model.url.partition('://')[2]}.log"
+    assert log.read_text().count("\n$ ") == 1, "it was not converted again"
+    weights = converted.model.path / "model.safetensors"
+    check_size(cast, converted.model.path, smaller)
+    said = ask(engine_python, COMPARE_CAST, weights, smaller.model.path / "model.safetensors")
     assert said == "same 272"
-    assert '"float16"' in (smaller.path / "config.json").read_text()
+    assert '"float16"' in (smaller.model.path / "config.json").read_text()
 
 
 def test_a_cast_that_would_lose_numbers_is_an_error(folder: Path, engine_python: Path) -> None:
@@ -140,6 +141,6 @@ def test_a_cast_that_would_lose_numbers_is_an_error(folder: Path, engine_python:
     with pytest.raises(StepFailed, match="'large' has numbers too large for float16"):
         make(folder, engine_python, source, PreparationStep(kind="cast", dtype="float16"))
     made = make(folder, engine_python, source, PreparationStep(kind="cast", dtype="float32"))
-    assert ask(engine_python, COMPARE_F32, made.path / "model.safetensors") == "same 3"
-    config = (made.path / "config.json").read_text()
+    assert ask(engine_python, COMPARE_F32, made.model.path / "model.safetensors") == "same 3"
+    config = (made.model.path / "config.json").read_text()
     assert config.count('"float32"') == 2

@@ -20,14 +20,15 @@ from pydantic import ValidationError
 
 from modelcache.prepare import step_process
 from modelcache.prepare.run import (
+    LeasedModel,
     Preparation,
-    PreparedModel,
     PrepareRequest,
     input_digest,
     step_key,
 )
 from modelcache.prepare.step_process import StepFailed
 from modelcache.settings import ModelCacheSettings, PreparationStep
+from modelcache.store.layout import result_url
 from modelcache.types import Cancelled, FileEntry, Progress
 
 PYTHON = sys.executable
@@ -76,12 +77,18 @@ def preparation(tmp_path: Path) -> Preparation:
 
 def make(
     preparation: Preparation, source: Path, steps: Sequence[PreparationStep], **asked: Any
-) -> PreparedModel:
+) -> LeasedModel:
     """Prepared, and let go of at once."""
     made = preparation.prepare(source, "d", steps, model="s3://m", revision="r", **asked)
-    if made.held is not None:
-        made.held.lease.release()
+    made.lease.release()
     return made
+
+
+def steps_run(preparation: Preparation, steps: Sequence[PreparationStep]) -> list[int]:
+    """How often each step was run, by its log."""
+    layout = preparation.cache.store.layout
+    logs = [layout.step_log(key) for key in preparation.keys("d", steps)]
+    return [log.read_text().count("\n$ ") for log in logs]
 
 
 def nobody() -> PrepareRequest:
@@ -114,21 +121,19 @@ def test_steps_follow_each_other_and_are_done_once(
     first = count(tmp_path)
     steps = [first, first.model_copy(update={"env": {"EXTRA": "e", **first.env}})]
     made = make(preparation, source, steps)
-    assert (made.path / "weights").read_text() == "w++"
-    assert (made.path / "env").read_text() == "e"
-    assert [run.cached for run in made.runs] == [False, False]
-    assert made.key == made.runs[-1].key
-    assert made.runs[0].log is not None
-    assert "counted" in made.runs[0].log.read_text()
+    assert (made.model.path / "weights").read_text() == "w++"
+    assert (made.model.path / "env").read_text() == "e"
+    key = preparation.keys("d", steps)[0]
+    assert "counted" in preparation.cache.store.layout.step_log(key).read_text()
     again = make(preparation, source, steps)
-    assert [run.cached for run in again.runs] == [True, True]
-    assert again.path == made.path == preparation.find("d", steps)
+    assert steps_run(preparation, steps) == [1, 1]
+    assert again.model.path == made.model.path
     # Another second step: the first one's result is used.
-    other = make(preparation, source, [steps[0], steps[1].model_copy(update={"version": "2"})])
-    assert [run.cached for run in other.runs] == [True, False]
+    others = [steps[0], steps[1].model_copy(update={"version": "2"})]
+    make(preparation, source, others)
+    assert steps_run(preparation, others) == [1, 1]
     assert (tmp_path / "runs").read_text() == "xxx"
     assert not list((tmp_path / "cache/prepared/work").iterdir())
-    assert make(preparation, source, []).path == source
 
 
 STEP = PreparationStep(kind="cast", dtype="float16")
@@ -179,7 +184,7 @@ def test_a_failure_shows_its_last_lines_and_leaves_no_result(
     with pytest.raises(StepFailed, match=r"(?s)exit code 3.*the reason.*log: /") as failed:
         make(preparation, source, [step])
     assert "a bar" not in str(failed.value)
-    assert preparation.find("d", [step]) is None
+    assert preparation.cache.find(result_url(preparation.keys("d", [step])[0])) is None
     with pytest.raises(StepFailed, match="signal 9"):
         make(preparation, source, [script("import os; os.kill(os.getpid(), 9)")])
     with pytest.raises(StepFailed, match="made no file"):
@@ -272,7 +277,7 @@ def test_a_killed_process_takes_its_step_along_and_the_next_goes_on(
     killed.wait()
     if resumable:
         made = make(preparation, source, [step])
-        assert (made.path / "parts").read_text() == "pp"
+        assert (made.model.path / "parts").read_text() == "pp"
         assert not any(alive(pid) for pid in pids), "it must not go on writing beside us"
     else:
         seen: list[Progress] = []
@@ -293,7 +298,7 @@ def test_two_at_once_make_one_result(
     paths: list[Path] = []
 
     def work() -> None:
-        paths.append(make(preparation, source, [step]).path)
+        paths.append(make(preparation, source, [step]).model.path)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -331,10 +336,10 @@ for n in range(30):
 print("the end", flush=True)
 time.sleep(0.5)
 """
-    run = make(preparation, source, [script(text)]).runs[0]
-    assert run.log is not None
-    assert run.log.stat().st_size < 120_000
-    lines = run.log.read_text().splitlines()
+    make(preparation, source, [script(text)])
+    log = preparation.cache.store.layout.step_log(preparation.keys("d", [script(text)])[0])
+    assert log.stat().st_size < 120_000
+    lines = log.read_text().splitlines()
     assert "[the beginning was cut off]" in lines
     assert lines[-1] == "the end"
 
@@ -343,7 +348,7 @@ def test_commands_do_not_see_our_python(source: Path, preparation: Preparation) 
     preparation.environ = {**os.environ, "PYTHONPATH": "/ours", "KEPT": "1"}
     text = "import os, json; json.dump(dict(os.environ), open('env', 'w'))"
     made = make(preparation, source, [script(text)])
-    env = json.loads((made.path / "env").read_text())
+    env = json.loads((made.model.path / "env").read_text())
     assert "PYTHONPATH" not in env
     assert env["KEPT"] == "1"
     assert env["TIDEGATE_INPUT"] == str(source)

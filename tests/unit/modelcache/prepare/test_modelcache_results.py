@@ -13,7 +13,7 @@ from folder_store import PIECE, Rig, bytes_of, count_bytes, make_room, read_tree
 from modelcache.cache import ModelCache
 from modelcache.ports import CachedModel
 from modelcache.prepare import step_process
-from modelcache.prepare.run import Preparation, PreparedModel, PrepareRequest, Results, input_digest
+from modelcache.prepare.run import LeasedModel, Preparation, PrepareRequest, Results, input_digest
 from modelcache.prepare.step_process import StepFailed
 from modelcache.settings import PreparationStep
 from modelcache.store.layout import result_url
@@ -62,7 +62,7 @@ def writes(letter: str, size_bytes: int = SIZE, **fields: Any) -> PreparationSte
 
 def prepare(
     cache: ModelCache, model: CachedModel, *steps: PreparationStep, **asked: Any
-) -> PreparedModel:
+) -> LeasedModel:
     """A model after some steps, held."""
     assert model.manifest is not None
     return Preparation(
@@ -74,14 +74,24 @@ def prepare(
     )  # fmt: skip
 
 
-def let_go(cache: ModelCache, made: PreparedModel, cost: float | None = None) -> str:
+def let_go(cache: ModelCache, made: LeasedModel, cost: float | None = None) -> str:
     """Hold a result no more, and forget how long it took; its name in the cache."""
-    assert made.held is not None
-    made.held.lease.release()
-    url = result_url(made.key)
+    made.lease.release()
+    url = made.model.url
     with cache.store.lock():
         cache.store.note_use(url, "made", reload_s_per_gb=cost)
     return url
+
+
+def url_before(made: LeasedModel) -> str:
+    """The result that the last step began with."""
+    assert made.model.manifest is not None
+    assert made.model.manifest.made is not None
+    return result_url(made.model.manifest.made.before)
+
+
+def log_of(cache: ModelCache, made: LeasedModel) -> Path:
+    return cache.store.layout.step_log(made.model.url.removeprefix("prepared://"))
 
 
 def entries(cache: ModelCache) -> dict[str, ModelEntry]:
@@ -100,15 +110,14 @@ def test_a_result_is_counted_and_shown_like_a_model(rig: Rig) -> None:
     assert usage.bytes_blobs == before.bytes_blobs, "what was fetched is counted as before"
     parts = usage.bytes_blobs + usage.bytes_prepared + usage.bytes_partial + usage.bytes_records
     assert parts == usage.bytes_used
-    entry = entries(cache)[result_url(made.key)]
+    entry = entries(cache)[made.model.url]
     assert entry.made == Made(model=model.url, revision=model.revision, steps=("command",))
     assert (entry.size_bytes, entry.complete, entry.leases) == (3 * SIZE, True, ("m-1",))
     assert entry.used_at_s is not None
-    assert made.runs[0].log is not None
-    assert made.runs[0].log.is_file()
+    assert log_of(cache, made).is_file()
     assert not list((cache.dir / "prepared/work").iterdir())
     again = rig.cache().ls()
-    assert {one.url for one in again} == {model.url, result_url(made.key)}
+    assert {one.url for one in again} == {model.url, made.model.url}
 
 
 def test_a_result_is_evicted_to_make_room_and_made_again(rig: Rig) -> None:
@@ -120,12 +129,11 @@ def test_a_result_is_evicted_to_make_room_and_made_again(rig: Rig) -> None:
     cache.unpin(url)  # it is pinned with its model, and let go of alone
     fetch(rig, cache, "b", 2 * SIZE - PIECE)
     assert url not in entries(cache), "it was not used for longest, but for what is pinned"
-    assert made.runs[0].log is not None
-    assert not made.runs[0].log.exists(), "what its step said goes with it"
+    assert not log_of(cache, made).exists(), "what its step said goes with it"
     assert cache.usage().bytes_used <= 3 * SIZE + RECORDS
     again = prepare(cache, model, writes("x"))
-    assert [run.cached for run in again.runs] == [False]
-    assert again.path == made.path
+    assert log_of(cache, again).is_file(), "its step was run again"
+    assert again.model.path == made.model.path
 
 
 def test_what_is_leased_or_pinned_stays(rig: Rig) -> None:
@@ -137,9 +145,9 @@ def test_what_is_leased_or_pinned_stays(rig: Rig) -> None:
     with pytest.raises(NoSpace) as refused:
         fetch(rig, cache, "b", 3 * SIZE)
     said = str(refused.value)
-    assert f"command of {model.url} (prepared://{leased.key[:12]}) (leased by m-1)" in said
+    assert f"command of {model.url} ({leased.model.url[:23]}) (leased by m-1)" in said
     assert "(pinned)" in said
-    assert {result_url(leased.key), pinned, model.url} == set(entries(cache))
+    assert {leased.model.url, pinned, model.url} == set(entries(cache))
 
 
 def test_the_order_is_that_of_models(rig: Rig) -> None:
@@ -151,7 +159,6 @@ def test_the_order_is_that_of_models(rig: Rig) -> None:
     cache.pin(a.url)
     cache.unpin(x)
     made = prepare(cache, a, writes("x"))
-    assert made.runs[0].cached
     let_go(cache, made)
     fetch(rig, cache, "c", 2 * SIZE)
     assert set(entries(cache)) == {a.url, x, "s3://models/c"}, "b was used before x"
@@ -186,7 +193,8 @@ def test_making_it_is_what_loading_it_again_costs(rig: Rig) -> None:
     slow = ("/bin/sh", "-c", f"sleep 0.2; {WRITE.format(SIZE)}", "x")
     made = prepare(cache, model, PreparationStep(kind="command", argv=slow), writes("y"))
     records = {one.url: one for one in cache.lookup.records(model.url, None)[0]}
-    first, last = (records[result_url(run.key)].use for run in made.runs)
+    last = records.pop(made.model.url).use
+    (first,) = (one.use for one in records.values() if one.made is not None)
     assert first.reload_s_per_gb is not None
     assert last.reload_s_per_gb is not None
     assert first.reload_s_per_gb >= 0.2 / (SIZE / 1e9)
@@ -198,11 +206,11 @@ def test_a_step_on_the_way_goes_first_unless_somebody_uses_it(rig: Rig) -> None:
     cache = rig.cache(quota_bytes=5 * SIZE + 2 * RECORDS)
     a, b = fetch(rig, cache, "a"), fetch(rig, cache, "b")
     made = prepare(cache, a, writes("x"), writes("y"))
-    let_go(cache, made)
-    middle, last = (result_url(run.key) for run in made.runs)
+    last, middle = let_go(cache, made), url_before(made)
     assert entries(cache)[last].made == Made(
-        model=a.url, revision=a.revision, steps=("command", "command"), before=made.runs[0].key
-    )
+        model=a.url, revision=a.revision, steps=("command", "command"),
+        before=middle.removeprefix("prepared://"),
+    )  # fmt: skip
     with cache.store.lock():  # as if it were the dearest and freshest of all
         cache.store.note_use(middle, "made", reload_s_per_gb=1e9)
     fetch(rig, cache, "c", 2 * SIZE)
@@ -210,7 +218,7 @@ def test_a_step_on_the_way_goes_first_unless_somebody_uses_it(rig: Rig) -> None:
     # Wanted for itself it is like any other.
     cache.evict("s3://models/c")
     again = prepare(cache, a, writes("x"))
-    assert result_url(again.key) == middle
+    assert again.model.url == middle
     let_go(cache, again, 1e9)
     with cache.store.lock():
         cache.store.note_use(last, "made", reload_s_per_gb=1e9)
@@ -247,7 +255,7 @@ def test_what_a_step_begins_with_is_not_evicted_under_it(rig: Rig) -> None:
     last = PreparationStep(kind="command", argv=(sys.executable, "-c", evict), env={"GO": str(go)})
     with cache.lease(model, "preparation"):
         made = prepare(cache, model, writes("x"), last, holder="m-1", on_progress=on_progress)
-    assert (made.path / "made").read_bytes() == b"x" * SIZE
+    assert (made.model.path / "made").read_bytes() == b"x" * SIZE
     assert "(leased by m-1)" in seen[0]
     assert "(being made)" in seen[0]
 
@@ -414,7 +422,7 @@ def test_a_pinned_model_s_results_are_pinned(rig: Rig) -> None:
     cache.pin(model.url)
     made = prepare(cache, model, writes("y"), writes("z"))
     let_go(cache, made)
-    middle, last = (result_url(run.key) for run in made.runs)
+    middle, last = url_before(made), made.model.url
     pinned = {url for url, entry in entries(cache).items() if entry.pinned}
     assert pinned == {model.url, x, last}
     assert middle in entries(cache)
@@ -450,8 +458,8 @@ def test_a_damaged_result_is_not_used_and_not_fetched(rig: Rig) -> None:
     with pytest.raises(CacheError, match="was made here: evict it"):
         cache.verify(url, repair=True)
     again = prepare(cache, model, writes("x"))
-    assert not again.runs[0].cached
-    assert (again.path / "made").read_bytes() == b"x" * SIZE
+    assert log_of(cache, again).is_file(), "its step was run again"
+    assert (again.model.path / "made").read_bytes() == b"x" * SIZE
 
 
 # What is left half made
@@ -511,7 +519,7 @@ def test_a_whole_result_is_taken_over_without_the_step(rig: Rig) -> None:
     Results(cache).note_finished(key, job, 5.0)
     cache.sweep()
     found = prepare(cache, model, step)
-    assert read_tree(found.path) == {"made": b"left over"}
+    assert read_tree(found.model.path) == {"made": b"left over"}
     assert not (cache.dir / "prepared/work" / key).exists()
     cost = cache.lookup.records(result_url(key), None)[0][0].use.reload_s_per_gb
     assert cost == pytest.approx(5.0 / (9 / 1e9))
@@ -556,7 +564,7 @@ def test_links_into_the_model_become_the_same_bytes(rig: Rig) -> None:
     record = next(one for one in found if one.url == model.url)  # and not its result
     with cache.store.lock():
         cache.store.capacity.evict([record])
-    assert read_tree(made.path) == {"s": weights, "h": weights}
+    assert read_tree(made.model.path) == {"s": weights, "h": weights}
     assert cache.usage().bytes_prepared >= SIZE
 
 
@@ -565,7 +573,7 @@ def test_two_who_make_one_result_hold_it_both(rig: Rig) -> None:
     model = fetch(rig, cache, "a")
     first = prepare(cache, model, writes("x"), holder="m-1")
     second = prepare(other, model, writes("x"), holder="m-2")
-    assert entries(cache)[result_url(first.key)].leases == ("m-1", "m-2")
+    assert entries(cache)[first.model.url].leases == ("m-1", "m-2")
     let_go(cache, first)
     with pytest.raises(InUse, match="m-2"):
         cache.evict(model.url)

@@ -17,11 +17,10 @@ from folder_store import PIECE, Rig, bytes_of
 from modelcache.cache import ModelCache
 from modelcache.ports import CachedModel
 from modelcache.prepare import step_process
-from modelcache.prepare.run import Preparation, PreparedModel, PrepareRequest, Results, input_digest
+from modelcache.prepare.run import LeasedModel, Preparation, PrepareRequest, Results, input_digest
 from modelcache.prepare.step_process import NEARLY_FULL_BYTES, StepFailed
 from modelcache.settings import PreparationStep
 from modelcache.store.files import open_lock, try_lock
-from modelcache.store.layout import result_url
 from modelcache.store.records import StepRecord
 from modelcache.store.store import Store
 from modelcache.store.unfinished_results import read_unfinished_results
@@ -60,7 +59,7 @@ def preparation_of(cache: ModelCache) -> Preparation:
 
 def prepare(
     cache: ModelCache, model: CachedModel, step: PreparationStep = STEP, **asked: Any
-) -> PreparedModel:
+) -> LeasedModel:
     assert model.manifest is not None
     return preparation_of(cache).prepare(
         model.path, input_digest(model.manifest.files), [step],
@@ -148,15 +147,13 @@ def test_a_result_is_published_and_held_although_its_use_is_not_noted(
     cache = rig.cache()
     model = fetch(rig, cache)
     made = prepare(cache, model, holder="m-1")
-    assert made.held is not None
     use_is_not_noted()
     again = prepare(cache, model, holder="m-2")
-    assert again.held is not None
     assert sorted(leases_of(cache)) == ["m-1", "m-2"]
-    made.held.lease.release()
-    again.held.lease.release()
+    made.lease.release()
+    again.lease.release()
     assert leases_of(cache) == []
-    cache.evict(result_url(made.key))
+    cache.evict(made.model.url)
 
 
 @pytest.mark.parametrize("fails", ["set_pin", "note_use"])
@@ -177,9 +174,9 @@ def test_no_lease_is_left_where_publishing_fails(
             prepare(cache, model)
     assert leases_of(cache) == []
     made = prepare(cache, model)
-    assert made.runs[0].cached
-    assert made.held is not None
-    made.held.lease.release()
+    log = cache.store.layout.step_log(key_of(cache, model))
+    assert log.read_text().count("\n$ ") == 1, "the step was not run again"
+    made.lease.release()
 
 
 def test_no_lease_is_left_where_holding_fails(
@@ -189,23 +186,22 @@ def test_no_lease_is_left_where_holding_fails(
     model = fetch(rig, cache)
     results = Results(cache)
     made = prepare(cache, model)
-    assert made.held is not None
-    made.held.lease.release()
+    made.lease.release()
     with cache.store.lock():
-        cache.store.note_use(result_url(made.key), "made", final=False)
+        cache.store.note_use(made.model.url, "made", final=False)
 
     def wanted(*args: Any, **changes: Any) -> bool:
         return "final" in changes
 
     with monkeypatch.context() as patch:
         patch.setattr(Store, "note_use", fail(wanted, FULL, Store.note_use))
-        held = results.hold(made.key, "m-1", final=True)
+        held = results.hold(key_of(cache, model), "m-1", final=True)
         assert held is not None, "that it is wanted for itself is advice only"
         held.lease.release()
     with monkeypatch.context() as patch:
         patch.setattr(Store, "note_use", fail(wanted, Killed(), Store.note_use))
         with pytest.raises(Killed):
-            results.hold(made.key, "m-1", final=True)
+            results.hold(key_of(cache, model), "m-1", final=True)
     assert leases_of(cache) == []
 
 
@@ -296,8 +292,7 @@ def test_locks_that_nobody_holds_are_swept(rig: Rig) -> None:
     cache = rig.cache()
     model = fetch(rig, cache)
     made = prepare(cache, model)
-    assert made.held is not None
-    made.held.lease.release()
+    made.lease.release()
     with alone(cache, KEY):
         cache.sweep()
         assert locks_of(cache) == [f"{KEY}.step"]
