@@ -24,7 +24,7 @@ from pathlib import Path
 
 from modelcache.pagecache import linux_pages, residency
 from modelcache.pagecache.holder import PageHolder
-from modelcache.pagecache.io_pressure import ForegroundReads
+from modelcache.pagecache.pressure import ForegroundReads
 from modelcache.types import FileRange, Residency
 
 FILES_FOLDER = Path(".tidegate/bench-pages")

@@ -70,11 +70,11 @@ def open_cache(settings: Settings, environ: Mapping[str, str]) -> NodeCache:
 def make_page_holder(settings: Settings) -> PageHolder | None:
     """What keeps pages cached for this process; ``None`` where the settings say so. It starts
     nothing before there are pages to keep."""
-    from modelcache.pagecache import memory
+    from modelcache.pagecache import pressure
     from modelcache.pagecache.holder import PageHolder
 
     given = settings.modelcache
-    budget_bytes = memory.page_budget_bytes(given.page_budget_bytes)
+    budget_bytes = pressure.page_budget_bytes(given.page_budget_bytes)
     if not budget_bytes:
         return None
     return PageHolder(budget_bytes=budget_bytes, touch_s=given.page_touch_s, lock=given.page_lock)
@@ -117,7 +117,7 @@ def prewarm_behind(
 ) -> Any:
     """Read files into the page cache, behind other readers of the same disk."""
     from modelcache.pagecache import residency
-    from modelcache.pagecache.io_pressure import ForegroundReads
+    from modelcache.pagecache.pressure import ForegroundReads
 
     others = ForegroundReads([file.path for file in files])
     return residency.prewarm(files, on_progress=on_progress, cancelled=cancelled, yield_to=others)

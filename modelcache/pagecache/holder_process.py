@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modelcache.pagecache import linux_pages, memory
+from modelcache.pagecache import linux_pages, pressure
 from modelcache.pagecache.residency import FileSpan, Opened, merge, pull
 from modelcache.types import CacheError, FileRange
 
@@ -200,8 +200,8 @@ def main(arguments: Sequence[str]) -> int:
         Path("/proc/self/oom_score_adj").write_text("1000")
     keeping = HeldPages(
         lock=lock,
-        available=memory.available_bytes,
-        reserve_bytes=int((memory.total_bytes() or 0) * RESERVE_FRACTION),
+        available=pressure.available_bytes,
+        reserve_bytes=int((pressure.total_bytes() or 0) * RESERVE_FRACTION),
     )
     with suppress(BrokenPipeError):
         _serve(keeping, touch_s)

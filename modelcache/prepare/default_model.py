@@ -114,7 +114,7 @@ def make_model(directory: Path, *, say: Say = print) -> bool:
 def _convert(source: Path, target: Path, say: Say) -> None:
     """Write ``source`` as a safetensors checkpoint into the empty directory ``target``."""
     # Not above: this module is also loaded by its path, before anything is installed.
-    from modelcache.prepare.child import convert_gguf
+    from modelcache.prepare.built_in_steps import convert_gguf
     from modelcache.types import CacheError
 
     # What its makers recommend, and what vLLM then uses where a request says nothing: at 1.0 so

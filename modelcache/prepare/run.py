@@ -24,7 +24,7 @@ from pathlib import Path
 
 from modelcache.cache import ModelCache
 from modelcache.ports import CachedModel
-from modelcache.prepare.size import expect_bytes
+from modelcache.prepare.built_in_steps import expect_bytes
 from modelcache.prepare.step_process import Run, StepFailed, bytes_under, run_step
 from modelcache.refs import check_file_path
 from modelcache.settings import PreparationStep, StepKind
@@ -404,7 +404,7 @@ class Preparation:
         if step.kind == "command":
             places = {INPUT: str(source), OUTPUT: str(output), PYTHON: str(self.python)}
             return tuple(_fill(argument, places) for argument in step.argv)
-        argv = [str(self.python), "-I", "-m", "modelcache.prepare.child", step.kind]
+        argv = [str(self.python), "-I", "-m", "modelcache.prepare.built_in_steps", step.kind]
         argv += [str(source), str(output)]
         for name, value in (
             ("--dtype", step.dtype), ("--file", step.file),

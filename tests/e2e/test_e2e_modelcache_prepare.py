@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from folder_store import Rig
 
+from modelcache.prepare.built_in_steps import expect_bytes
 from modelcache.prepare.run import LeasedModel, Preparation
-from modelcache.prepare.size import expect_bytes
 from modelcache.prepare.step_process import StepFailed
 from modelcache.settings import PreparationStep
 

@@ -48,7 +48,7 @@ END_S = 60.0
 BEGAN = b"\n"
 PR_SET_CHILD_SUBREAPER = 36
 
-LATE = ("httpx", "modelcache.fetch.readers", "modelcache.sources.http")
+LATE = ("httpx", "modelcache.sources.http")
 """What the cache imports when it first needs it."""
 
 STEPS = (

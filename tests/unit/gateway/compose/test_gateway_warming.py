@@ -11,7 +11,7 @@ import pytest
 from gateway.compose.cache import prewarm_behind
 from gateway.compose.tiers import locate, prewarm
 from gateway.settings.schema import Settings
-from modelcache.pagecache.io_pressure import ForegroundReads
+from modelcache.pagecache.pressure import ForegroundReads
 from modelcache.types import FileRange, NotFound
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from modelcache.pagecache import linux_pages, memory
+from modelcache.pagecache import linux_pages, pressure
 from modelcache.pagecache.holder import HeldFiles, PageHolder
 from modelcache.pagecache.holder_process import HeldPages
 from modelcache.pagecache.residency import drop, residency
@@ -358,14 +358,14 @@ def test_memory_is_what_the_machine_and_its_control_groups_leave(
     tmp_path: Path, name: str, files: dict[str, str], total: int, available: int
 ) -> None:
     root = machine(tmp_path, {**MEMINFO, **files})
-    assert memory.total_bytes(root) == total
-    assert memory.available_bytes(root) == available
-    assert memory.page_budget_bytes(None, root) == total // 2
-    assert memory.page_budget_bytes(7, root) == 7
+    assert pressure.total_bytes(root) == total
+    assert pressure.available_bytes(root) == available
+    assert pressure.page_budget_bytes(None, root) == total // 2
+    assert pressure.page_budget_bytes(7, root) == 7
 
 
 def test_unknown_memory_keeps_nothing(tmp_path: Path) -> None:
-    assert memory.total_bytes(tmp_path) is None
-    assert memory.available_bytes(tmp_path) is None
-    assert memory.page_budget_bytes(None, tmp_path) == 0
-    assert memory.total_bytes() is not None
+    assert pressure.total_bytes(tmp_path) is None
+    assert pressure.available_bytes(tmp_path) is None
+    assert pressure.page_budget_bytes(None, tmp_path) == 0
+    assert pressure.total_bytes() is not None

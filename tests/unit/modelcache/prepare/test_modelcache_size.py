@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors_files import header, layout
 
-from modelcache.prepare.size import SLACK_BYTES, TOKENIZER_GROWTH, expect_bytes
+from modelcache.prepare.built_in_steps import SLACK_BYTES, TOKENIZER_GROWTH, expect_bytes
 from modelcache.settings import PreparationStep
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}

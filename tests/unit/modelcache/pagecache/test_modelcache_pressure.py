@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from modelcache.pagecache.io_pressure import BUSY_BYTES, LOOK_S, WINDOW_S, ForegroundReads
+from modelcache.pagecache.pressure import BUSY_BYTES, LOOK_S, WINDOW_S, ForegroundReads
 
 MIB = 1024 * 1024
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from modelcache.prepare.child import cast, main, read_index
+from modelcache.prepare.built_in_steps import cast, main, read_index
 from modelcache.types import CacheError
 
 TENSORS = {
