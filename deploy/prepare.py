@@ -226,7 +226,7 @@ def start(verb: str, rest: Sequence[str], *, simulated: bool) -> NoReturn:
         engine = ["--engine", "simulated"] if simulated else []
         argv = [str(binaries / "tidegate"), "up", *engine, *rest]
     else:
-        argv = [str(binaries / "python"), "-m", "pytest", *rest]
+        argv = [str(binaries / "python"), "-m", "pytest", "-n", "2", *rest]
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONHOME", "PYTHONPATH")}
     os.execve(argv[0], argv, env)
 

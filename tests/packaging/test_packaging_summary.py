@@ -7,7 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+NOTES_ITS_WORKER = (
+    "import os\nimport pytest\n\n"
+    "@pytest.mark.parametrize('number', range(5))\ndef test_where(number):\n"
+    "    open(os.environ.get('PYTEST_XDIST_WORKER', 'alone'), 'w').close()\n"
+)
 SUITE = {
+    "sim/test_first.py": NOTES_ITS_WORKER,
+    "contract/test_second.py": NOTES_ITS_WORKER,
     "unit/a/test_good.py": "def test_one():\n    pass\n\ndef test_two():\n    pass\n",
     "unit/b/test_skipping.py": (
         "import pytest\n\n"
@@ -17,6 +26,11 @@ SUITE = {
     ),
     "e2e/test_module.py": "import pytest\npytest.importorskip('no_such_module')\n",
 }
+
+
+@pytest.fixture(params=["0", "2"], ids=["alone", "two workers"])
+def workers(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def run_suite(tmp_path: Path, root: Path, *arguments: str) -> tuple[int, str]:
@@ -32,14 +46,14 @@ def run_suite(tmp_path: Path, root: Path, *arguments: str) -> tuple[int, str]:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=110,
         check=False,
     )
     return done.returncode, done.stdout
 
 
-def test_every_way_of_skipping_fails_and_is_named(tmp_path: Path, root: Path) -> None:
-    code, said = run_suite(tmp_path, root, "--continue-on-collection-errors")
+def test_every_way_of_skipping_fails_and_is_named(tmp_path: Path, root: Path, workers: str) -> None:
+    code, said = run_suite(tmp_path, root, "-n", workers, "--continue-on-collection-errors")
     assert code == 1, said
     assert "skipped" not in said.splitlines()[-1]
     for reason in ("too lazy", "not today", "known bug", "no_such_module"):
@@ -56,15 +70,16 @@ def test_every_way_of_skipping_fails_and_is_named(tmp_path: Path, root: Path) ->
     assert rows["e2e"][2] == "1"
 
 
-def test_what_was_not_chosen_is_counted(tmp_path: Path, root: Path) -> None:
+def test_what_was_not_chosen_is_counted(tmp_path: Path, root: Path, workers: str) -> None:
     code, said = run_suite(
-        tmp_path, root, "--ignore=tests/unit/b", "--ignore=tests/e2e", "-k", "one"
+        tmp_path, root, "-n", workers, "--ignore=tests/unit/b", "--ignore=tests/e2e", "-k", "one"
     )
     assert code == 0, said
     assert "1 tests were not run because they were not chosen" in said
 
 
-def test_a_whole_run_says_so(tmp_path: Path, root: Path) -> None:
-    code, said = run_suite(tmp_path, root, "--ignore=tests/unit/b", "--ignore=tests/e2e")
+def test_a_whole_run_says_so_and_only_unit_tests_are_shared(tmp_path: Path, root: Path) -> None:
+    code, said = run_suite(tmp_path, root, "-n", "2", "--ignore=tests/unit/b", "--ignore=tests/e2e")
     assert code == 0, said
     assert "nothing was skipped" in said
+    assert len(list(tmp_path.glob("gw*"))) == 1

@@ -461,8 +461,9 @@ def test_a_file_that_is_none(tmp_path: Path, kind: str) -> None:
 
 def test_a_secret_is_not_repeated(tmp_path: Path) -> None:
     text = '[[pools]]\nname = "a"\nbackend = "static"\n[pools.static]\nurls = ["http://h:1"]\n'
-    lines = problems(tmp_path, text + "headers = { Authorization = 42 }")
-    assert "42" not in lines[0]
+    lines = problems(tmp_path, text + "headers = { Authorization = ['s3cret'] }")
+    assert "Authorization" in lines[0]
+    assert "s3cret" not in lines[0]
     ok = load(write(tmp_path, text + 'headers = { Authorization = "Bearer s3cret" }'), {})
     shown = [(row.shown, json.dumps(row.plain)) for row in docs.rows(ok)]
     assert not any("s3cret" in text for row in shown for text in row)
