@@ -85,7 +85,7 @@ Argument = Annotated[str, AfterValidator(check_argument)]
 class ConsistentSettings(BaseModel):
     """Settings whose fields may contradict one another."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     def _conflicts(self) -> Iterator[str]:
         """The contradictions, each in words; all are raised in one validation error."""

@@ -12,6 +12,7 @@
   python -m bench pages       files into the page cache, what is cached, and whether it stays
   python -m bench remote      models from stores to the disk, beside the stores' own clients
   python -m bench cache       ten nodes that start the same model at once, from one limited store
+  python -m bench adoption    seconds until a control process that was killed has its engines back
 
 Everything listens on 127.0.0.1 and ends within a stated time. bench/README.md explains the methods.
 """
@@ -75,6 +76,12 @@ def _pick(arguments: argparse.Namespace) -> int:
     from bench import pick
 
     return pick.run(arguments.json)
+
+
+def _adoption(arguments: argparse.Namespace) -> int:
+    from bench import adoption
+
+    return adoption.run(arguments.rounds, arguments.limit_s, arguments.json)
 
 
 def _load(arguments: argparse.Namespace) -> int:
@@ -264,6 +271,13 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_cache)
 
 
+def _add_adoption(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="kills (5)")
+    parser.add_argument("--limit-s", type=float, default=60, metavar="S", help="of a start (60)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
+    parser.set_defaults(run=_adoption)
+
+
 def _add_coldstart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="starts of each (5)")
     parser.add_argument("--only", metavar="A,B", help="of: plain, plain_warm, on_disk, paged, "
@@ -353,6 +367,13 @@ def _parser() -> argparse.ArgumentParser:
         description="One node alone, then ten that know each other, fetch the same model at once: "
         "what the store sent, and how long it took. Every node is a process with its own disk "
         "store; needs about 6 GB of disk. About 3 minutes. Exit code 1 when a bar is missed.",
+    ))  # fmt: skip
+    _add_adoption(commands.add_parser(
+        "adoption",
+        help="seconds until a control process that was killed has its engines back",
+        description="Starts two simulated engines, ends the control process with SIGKILL, starts "
+        "it again, and counts until both are ready again, beside a start without engines. About "
+        "5 s a round. Exit code 1 when the bar is missed.",
     ))  # fmt: skip
     _add_coldstart(commands.add_parser(
         "coldstart",

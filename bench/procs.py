@@ -133,7 +133,7 @@ def wait_ready(child: Child, port: int, request: bytes, *, limit_s: float = 30.0
         status = http_status(port, request)
         if status == 200:
             return
-        time.sleep(0.1)
+        time.sleep(0.01)
     state = "ended" if child.popen.poll() is not None else f"last answer: {status}"
     raise NotReadyError(
         f"{child.name} not ready after {limit_s:.0f} s ({state})\n{child.log_tail()}"

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class LoaderSettings(BaseModel):
     """How engines are started."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine_python: Path = Path(".venv-engine/bin/python")
     """Python interpreter of the environment vLLM is installed in. Engines live apart from the

@@ -44,7 +44,7 @@ class PreparationStep(BaseModel):
     Its result is kept, and made again only when the input, the step or the tools are others.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: StepKind
     """``gguf_to_safetensors`` undoes a GGUF file's quantization; ``cast`` changes the type of all
@@ -96,7 +96,7 @@ class PreparationStep(BaseModel):
 class ModelCacheSettings(BaseModel):
     """Where weights are kept on this node, and what it may take for them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dir: Path | None = None
     """Directory of the cache. Unset: ``cache`` in ``state_dir``. Put it on the node's fastest

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class RouterSettings(BaseModel):
     """How requests are sized and how much one replica is given."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     default_bytes_per_token: float = Field(default=4.0, ge=0.5, le=64.0)
     """Bytes of request body per prompt token, until a model's own ratio has been learned from the

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
@@ -13,6 +10,7 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from gateway.admin import schema
 from gateway.admin.operations import Operation
 from gateway.admin.schema import ERRORS, ErrorAnswer
+from gateway.settings.fields import docstrings
 
 LINES_TYPE = "application/x-ndjson"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -25,7 +23,7 @@ def describe(operations: Sequence[Operation], version: str) -> dict[str, Any]:
     """The document of these operations."""
     models = list(dict.fromkeys(one for operation in operations for one in _models(operation)))
     refs, defs = models_json_schema(models, ref_template="#/components/schemas/{model}")
-    for name, fields in _descriptions().items():
+    for name, fields in docstrings(schema).items():
         for field, text in fields.items():
             defs["$defs"].get(name, {}).get("properties", {}).get(field, {})["description"] = text
     paths: dict[str, Any] = {}
@@ -37,24 +35,6 @@ def describe(operations: Sequence[Operation], version: str) -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": defs.get("$defs", {})},
     }
-
-
-def _descriptions() -> dict[str, dict[str, str]]:
-    """The docstrings of the schema's fields, inherited ones too, by class and field."""
-    found: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        fields = found[node.name] = {}
-        for base in node.bases:
-            fields |= found.get(ast.unparse(base), {})
-        for field, text in pairwise(node.body):
-            match field, text:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
-                    value=ast.Constant(value=str(said))
-                ):
-                    fields[name] = inspect.cleandoc(said)
-    return found
 
 
 def _models(operation: Operation) -> Iterator[tuple[Any, JsonSchemaMode]]:

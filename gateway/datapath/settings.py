@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 class HoldingSettings(BaseModel):
     """How requests wait while their pool has no replica that can take them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_requests: int = Field(default=1024, ge=0, le=1_000_000)
     """Requests of one pool that are held, over all workers; the next is answered 429 with a
@@ -45,7 +45,7 @@ class HoldingSettings(BaseModel):
 class GatewaySettings(BaseModel):
     """The two listeners and the data path between clients and engines."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     host: str = Field(default="127.0.0.1", min_length=1)
     """Address the API listens on. Loopback, so that nothing is exposed unasked; ``0.0.0.0`` or

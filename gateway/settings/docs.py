@@ -6,6 +6,7 @@ fields themselves, so it cannot say anything that is no longer true.
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -98,7 +99,7 @@ def example() -> str:
     lines += _section(settings, fields.root(), ())
     sample = PoolSettings.model_validate(defaults.built_in_pool(None))
     pool_node = fields.root().fields[POOLS].element
-    lines += [*_comment(fields.root().fields[POOLS].description), f"[[{POOLS}]]", ""]
+    lines += [*_comment(_meaning(settings, POOLS)), f"[[{POOLS}]]", ""]
     lines += _section(sample, pool_node, (POOLS, "*"))
     lines += [*_comment(STATIC_HEAD), f"#: [[{POOLS}]]"]
     lines += [f"#: {name} = {show(value)}" for name, value in STATIC_SAMPLE.items()]
@@ -128,19 +129,25 @@ def _section(model: BaseModel, node: fields.Node, parts: fields.Parts) -> list[s
         value = getattr(model, name)
         if isinstance(value, BaseModel):
             below += [
-                *_comment(" ".join(field.description.split())),
+                *_comment(_meaning(model, name)),
                 f"[{fields.dotted([part for part in here if part != '*'])}]",
                 "",
             ]
             below += _section(value, field, here)
         elif here != (POOLS,):
-            lines += [*_comment(_explained(field, here)), _assignment(name, value, field, here), ""]
+            restart = " Needs a restart." if needs_restart(fields.dotted(here)) else ""
+            allowed = f"Must be {fields.describe(field)}.{restart}"
+            lines += _comment(f"{_meaning(model, name)}\n{allowed}")
+            lines += [_assignment(name, value, field, here), ""]
     return lines + below
 
 
-def _explained(node: fields.Node, parts: fields.Parts) -> str:
-    restart = " Needs a restart." if needs_restart(fields.dotted(parts)) else ""
-    return f"{' '.join(node.description.split())}\nMust be {fields.describe(node)}.{restart}"
+def _meaning(model: BaseModel, name: str) -> str:
+    """The docstring of a field, on one line."""
+    section = type(model)
+    return " ".join(
+        fields.docstrings(sys.modules[section.__module__])[section.__name__][name].split()
+    )
 
 
 def _assignment(name: str, value: Any, node: fields.Node, parts: fields.Parts) -> str:

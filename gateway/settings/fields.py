@@ -6,12 +6,16 @@ any package's section is loaded, explained and suggested without a line here.
 
 from __future__ import annotations
 
+import ast
 import difflib
+import inspect
 import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
+from types import ModuleType
 from typing import Any, Literal
 
 from gateway.settings.schema import Settings
@@ -36,7 +40,6 @@ class Node:
 
     schema: dict[str, Any]
     optional: bool = False
-    description: str = ""
 
     @property
     def kind(self) -> Kind:
@@ -76,7 +79,6 @@ class Node:
 
 
 def _node(schema: dict[str, Any]) -> Node:
-    description = str(schema.get("description", ""))
     optional = False
     for _ in range(16):
         if "$ref" in schema:
@@ -89,8 +91,7 @@ def _node(schema: dict[str, Any]) -> Node:
             schema = rest[0] if len(rest) == 1 else {"anyOf": rest}
         else:
             break
-        description = description or str(schema.get("description", ""))
-    return Node(schema=schema, optional=optional, description=description)
+    return Node(schema=schema, optional=optional)
 
 
 def root() -> Node:
@@ -104,6 +105,29 @@ def find(parts: Sequence[str]) -> Node | None:
     for part in parts:
         node = node.child(part) if node is not None else None
     return node
+
+
+@cache
+def docstrings(module: ModuleType) -> dict[str, dict[str, str]]:
+    """The text below each field of a module's models, inherited ones too, by class and field.
+
+    Read from the source where a document is made of it: pydantic's ``use_attribute_docstrings``
+    reads it for every class at import, which is a tenth of the time of a start.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(module)).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        fields = found[node.name] = {}
+        for base in node.bases:
+            fields |= found.get(ast.unparse(base), {})
+        for field, text in pairwise(node.body):
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
+                    value=ast.Constant(value=str(said))
+                ):
+                    fields[name] = inspect.cleandoc(said)
+    return found
 
 
 def is_index(part: str) -> bool:

@@ -24,7 +24,7 @@ LOOPBACK_NAMES = frozenset({"localhost", "ip6-localhost"})
 class Settings(BaseModel):
     """Everything Tidegate can be told, as one immutable value."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     state_dir: Path = Path(".tidegate")
     """Directory for everything Tidegate writes: logs of the replicas, history, the record of

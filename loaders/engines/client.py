@@ -27,7 +27,9 @@ class EngineClient:
         """``timeout_s`` bounds a request where the caller gives no other limit."""
         self.timeout_s = timeout_s
         self._transport = transport
-        self._client: httpx.AsyncClient | None = None
+        self._clients: dict[bool, httpx.AsyncClient] = {}
+        """By whether the connections are encrypted: without TLS no certificates are loaded, which
+        takes longer than the requests of a start."""
 
     async def request(
         self,
@@ -40,9 +42,11 @@ class EngineClient:
     ) -> tuple[int, bytes]:
         """Status and body of an answer, ``body`` sent as JSON if there is one; of a long answer the
         beginning. Raises ``httpx.HTTPError`` or ``httpx.InvalidURL``."""
-        if self._client is None:
-            self._client = httpx.AsyncClient(
+        secure = url.startswith("https:")
+        if secure not in self._clients:
+            self._clients[secure] = httpx.AsyncClient(
                 trust_env=False,
+                verify=secure,
                 transport=self._transport,
                 limits=httpx.Limits(max_connections=1_000, max_keepalive_connections=100),
             )
@@ -53,7 +57,7 @@ class EngineClient:
         if content is not None:
             asked["Content-Type"] = "application/json"
         timeout = httpx.Timeout(self.timeout_s if timeout_s is None else timeout_s)
-        async with self._client.stream(
+        async with self._clients[secure].stream(
             method, url, headers=asked, timeout=timeout, content=content
         ) as answer:
             async for piece in answer.aiter_bytes(READ_BYTES):
@@ -82,9 +86,9 @@ class EngineClient:
 
     async def close(self) -> None:
         """Close all connections."""
-        if self._client is not None:
-            await self._client.aclose()
-            self._client = None
+        for client in self._clients.values():
+            await client.aclose()
+        self._clients.clear()
 
 
 def describe(error: Exception) -> str:
