@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoscaler.settings import PoolSettings
-from gateway.admin.models import Models
 from gateway.settings.schema import Settings
 from modelcache.ports import IsCancelled, OnProgress
 from modelcache.types import CacheError, FileRange, ModelRef
 
 if TYPE_CHECKING:
+    from gateway.admin.models import Models
     from modelcache.cache import ModelCache
     from modelcache.fetch.transfer import Transfer
     from modelcache.pagecache.holder import PageHolder
@@ -89,6 +89,7 @@ def make_models(
 ) -> Models:
     """The verbs over a node's cache; what is prewarmed is kept by ``page_holder``. ``pools`` are
     those served now, where they may be others later."""
+    from gateway.admin.models import Models
     from gateway.compose.preparation import make_transform
     from modelcache.peers.replicate import make_replicator
     from modelcache.serving import describe

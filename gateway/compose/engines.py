@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from autoscaler.backends.base import ReplicaSpec
 from autoscaler.backends.process.backend import ProcessBackend
@@ -14,13 +15,15 @@ from autoscaler.backends.process.fork_server import ForkPlan, identity
 from autoscaler.backends.process.placement import gpu_memory_fraction, list_gpus
 from autoscaler.backends.process.replica import make_env
 from autoscaler.settings import PoolSettings
-from gateway.admin.schema import ForkServerEntry
 from gateway.compose.cache import cache_dir
 from gateway.settings.schema import Settings
 from loaders.engines.base import EngineCommand, EngineOptions, Placement, engine_of
 from loaders.engines.vllm.command import find_install
 from loaders.engines.vllm.compile_cache import CompileCache
 from loaders.settings import LoaderSettings
+
+if TYPE_CHECKING:
+    from gateway.admin.schema import ForkServerEntry
 
 
 def engine_command(
@@ -79,6 +82,8 @@ def fork_plan(
 
 def describe_forks(backend: ProcessBackend) -> ForkServerEntry | None:
     """How the fork server is, with the engines that stand by; ``None`` without."""
+    from gateway.admin.schema import ForkServerEntry
+
     server = backend.fork_server()
     if server is None:
         return None

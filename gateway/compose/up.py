@@ -2,9 +2,12 @@
 
 Everything else gets what it needs as an argument; here it is decided what that is. One process
 holds the control side (autoscaler, backends, admin listener) on one event loop and owns all
-signals; the data path runs in worker processes. Starting is from the inside out (ports, leftovers
-of an earlier run, control loop, workers, admin), stopping the reverse: the workers drain while the
-control loop still keeps their engines, then the engines go.
+signals; the data path runs in worker processes. Starting is from the inside out (ports, worker
+processes, engines of an earlier run, admin listener, control loop), stopping the reverse: the
+workers drain while the control loop still keeps their engines, then the engines go.
+
+Engines of an earlier run end soon after their control process, so they are adopted as early as
+possible: what is imported for the admin listener is imported after it.
 """
 
 from __future__ import annotations
@@ -26,9 +29,6 @@ from autoscaler.backends.process.placement import list_gpus
 from autoscaler.backends.static import StaticBackend
 from autoscaler.control.loop import ControlLoop
 from autoscaler.settings import PoolSettings
-from gateway.admin.app import create_app
-from gateway.admin.control import LiveControl
-from gateway.admin.server import serve_admin
 from gateway.compose.cache import make_models, make_page_holder, open_cache
 from gateway.compose.engines import (
     describe_forks,
@@ -103,16 +103,12 @@ class _Tidegate:
         self.shared = Shared.create(workers=count, max_replicas=slots, max_pools=_MAX_POOLS)
         self.stack.callback(self.shared.close)
         self.book = FleetBook(self.shared, time.monotonic)
-        self.fleet = self.book.publish(())
         self.node = open_cache(settings, os.environ)
         self.stack.callback(self.node.close)
         serving = start_serving(settings.modelcache, self.node.peers, self.node.cache)
         if serving is not None:
             self.stack.callback(serving.close)
-        page_holder = make_page_holder(settings)
-        self.models = make_models(
-            self.node, settings, os.environ, page_holder, lambda: self.settings.pools
-        )
+        self.page_holder = make_page_holder(settings)
         self.compiled = make_compile_cache(settings)
         self.process = process = self._process_backend()
         self.loop = ControlLoop(
@@ -122,7 +118,7 @@ class _Tidegate:
             digests=find_digests(settings.pools, settings.loaders),
             observe=self.book.observe,
             publish=self._publish,
-            preparer=make_preparer(settings, process, self.node, page_holder, self.compiled),
+            preparer=make_preparer(settings, process, self.node, self.page_holder, self.compiled),
             wake_times=make_wake_times(settings),
         )
         self.workers = Workers(
@@ -135,19 +131,6 @@ class _Tidegate:
         scheme = "https" if gateway.tls_certificate else "http"
         self.url = make_url(gateway.host, self.workers.port, scheme)
         self.admin_url = url(self.admin_listener)
-        self.control = LiveControl(
-            loop=self.loop,
-            workers=self.workers,
-            version=version(),
-            url=self.url,
-            admin_url=self.admin_url,
-            clock=time.monotonic,
-            observe=self.book.observe,
-            pool_slots=self.book.pool_slots,
-            traffic=self.models.traffic,
-            forks=lambda: describe_forks(process),
-            reload=self.reload,
-        )
 
     def _process_backend(self) -> ProcessBackend:
         settings = self.settings
@@ -173,8 +156,39 @@ class _Tidegate:
         return None if found is None else str(found.path)
 
     def _publish(self, pools: Sequence[Pool]) -> None:
-        self.fleet = self.book.publish(pools)
-        self.workers.publish(self.fleet)
+        self.workers.publish(self.book.publish(pools))
+
+    async def serve_admin(self, stop: asyncio.Event) -> None:
+        """Serve the admin API until ``stop`` is set."""
+        from gateway.admin.app import create_app
+        from gateway.admin.control import LiveControl
+        from gateway.admin.server import serve_admin
+
+        gateway = self.settings.gateway
+        models = make_models(
+            self.node, self.settings, os.environ, self.page_holder, lambda: self.settings.pools
+        )
+        control = LiveControl(
+            loop=self.loop,
+            workers=self.workers,
+            version=version(),
+            url=self.url,
+            admin_url=self.admin_url,
+            clock=time.monotonic,
+            observe=self.book.observe,
+            pool_slots=self.book.pool_slots,
+            traffic=models.traffic,
+            forks=lambda: describe_forks(self.process),
+            reload=self.reload,
+        )
+        app = create_app(
+            control,
+            host=gateway.admin_host,
+            allowed_hosts=gateway.admin_allowed_hosts,
+            version=version(),
+            models=models,
+        )
+        await serve_admin(self.admin_listener, app, stop)
 
     async def reload(self) -> SettingsChanges:
         """Read the settings again, and apply what is different in them. Raises ``ConfigError``,
@@ -315,21 +329,19 @@ async def _live(tidegate: _Tidegate) -> int:
         task.add_done_callback(reloads.discard)
 
     take_signals(stop, hurry, reload, keep)
-    await tidegate.loop.open()
+    tidegate.workers.start()
+    try:
+        await tidegate.loop.open()
+    except BackendError:
+        tidegate.workers.kill()
+        raise
     state_dir = Path(tidegate.settings.state_dir)
     admin_stop = asyncio.Event()
-    app = create_app(
-        tidegate.control,
-        host=tidegate.settings.gateway.admin_host,
-        allowed_hosts=tidegate.settings.gateway.admin_allowed_hosts,
-        version=version(),
-        models=tidegate.models,
-    )
-    admin = asyncio.create_task(serve_admin(tidegate.admin_listener, app, admin_stop))
+    admin = asyncio.create_task(tidegate.serve_admin(admin_stop))
     looping: asyncio.Task[None] | None = None
     status = 0
     try:
-        await _start_workers(tidegate, stop)
+        await _wait_listening(tidegate, stop)
         if not stop.is_set():
             looping = asyncio.create_task(tidegate.loop.run())
             running = Running(pid=os.getpid(), url=tidegate.url, admin_url=tidegate.admin_url)
@@ -351,17 +363,15 @@ async def _live(tidegate: _Tidegate) -> int:
     return status
 
 
-async def _start_workers(tidegate: _Tidegate, stop: asyncio.Event) -> None:
-    """Until all workers listen, or a stop is asked for. Raises as ``Workers.start`` does."""
+async def _wait_listening(tidegate: _Tidegate, stop: asyncio.Event) -> None:
+    """Until all workers listen, or a stop is asked for. Raises as ``Workers.wait_listening``."""
+    listening = asyncio.create_task(tidegate.workers.wait_listening())
+    await _first(asyncio.create_task(stop.wait()), listening)
     if stop.is_set():
-        return
-    starting = asyncio.create_task(tidegate.workers.start(tidegate.fleet))
-    await _first(asyncio.create_task(stop.wait()), starting)
-    if stop.is_set():
-        starting.cancel()
-        await asyncio.gather(starting, return_exceptions=True)
+        listening.cancel()
+        await asyncio.gather(listening, return_exceptions=True)
     else:
-        await starting
+        await listening
 
 
 async def _first(stopping: asyncio.Task[bool], *tasks: asyncio.Task[None]) -> None:

@@ -69,7 +69,7 @@ class Workers:
         self.shared = shared
         self._on_wake_signal = on_wake_signal
         self._on_failure = on_failure
-        self._fleet = Fleet(version=0)
+        self._fleet: Fleet | None = None
         self.processes = [WorkerProcess(index) for index in range(len(listeners))]
         self._tasks: list[asyncio.Task[None]] = []
         self._draining = False
@@ -81,10 +81,14 @@ class Workers:
         number: int = self._listeners[0].getsockname()[1]
         return number
 
-    async def start(self, fleet: Fleet) -> None:
-        """Start all workers and wait until each listens. Raises ``RuntimeError`` if one cannot."""
-        self._fleet = fleet
+    def start(self) -> None:
+        """Start all workers. They take connections once a fleet is published: before, each would
+        answer that there is no such model."""
         self._tasks = [asyncio.create_task(self._keep(entry)) for entry in self.processes]
+
+    async def wait_listening(self) -> None:
+        """Until each worker listens. Raises ``RuntimeError`` if one cannot, ``TimeoutError`` after
+        a minute."""
         async with asyncio.timeout(60):
             while not all(entry.listening for entry in self.processes):
                 self._changed.clear()
@@ -165,7 +169,8 @@ class Workers:
             entry.process = self._spawn(command, fds)
         reader, entry.writer = await asyncio.open_connection(sock=channel)
         self._send(entry, msgspec.structs.replace(self._config, index=entry.index))
-        self._send(entry, FleetUpdate(fleet=self._fleet))
+        if self._fleet is not None:
+            self._send(entry, FleetUpdate(fleet=self._fleet))
         if self._draining:  # since it was started: it had no channel then
             self._send(entry, Drain())
         unpacker = Unpacker(ToControl)

@@ -468,7 +468,9 @@ class Gateway:
         )
         self.workers.log_file = self._log
         self.port = self.workers.port
-        await self.workers.start(self.fleet())
+        self.workers.publish(self.fleet())
+        self.workers.start()
+        await self.workers.wait_listening()
 
     # The fleet
 
