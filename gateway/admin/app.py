@@ -133,7 +133,6 @@ def _query(kind: type[AdminRequest], request: Request) -> AdminRequest:
     given = {
         name: int(value) if value.isascii() and value.isdigit() else value
         for name, value in request.query_params.items()
-        if name in kind.model_fields
     }
     return _validated(lambda: kind.model_validate(given, strict=True))
 

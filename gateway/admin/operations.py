@@ -146,7 +146,7 @@ EXPLAIN = Operation(
     summary="The pool's decisions with their reasons, newest last.",
     query=ExplainQuery,
     answer=ExplainAnswer,
-    errors=("pool_not_found", "bad_value"),
+    errors=("pool_not_found", "bad_value", "unknown_field"),
 )
 SCALE = _pool(
     "scale", ScaleRequest, ScaleAnswer, "Hold a pool at a number of replicas, or give it back."

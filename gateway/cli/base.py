@@ -102,8 +102,7 @@ def address(admin: str | None, config: Path | None, sets: list[str] | None) -> s
     """The admin listener to ask: the one named, the one that runs here, the one in the settings."""
     if admin is not None:
         return client.check_address(admin)
-    from gateway.compose.listeners import make_url
-    from gateway.compose.run_record import find_running
+    from gateway.compose.listeners import find_running, make_url
 
     settings = load(config, sets).settings
     running = find_running(settings.state_dir)

@@ -246,7 +246,7 @@ def model_verbs(
     process."""
     if admin is not None:
         return RemoteVerbs(check_address(admin))
-    from gateway.compose.run_record import find_running
+    from gateway.compose.listeners import find_running
 
     running = find_running(settings.state_dir)
     if running is not None:

@@ -295,8 +295,8 @@ def model_bundle(
     **Examples:** `tidegate model bundle qwen3-8b`,
     `tidegate model bundle qwen3-8b --out ~/models/Qwen3-8B/tidegate-bundles`
     """
+    from gateway.compose.cache import locate
     from gateway.compose.engines import make_compile_cache, plain_command
-    from gateway.compose.tiers import locate
     from loaders.engines.base import engine_of
     from loaders.engines.vllm.compile_cache import BadBundle
 

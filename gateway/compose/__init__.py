@@ -1,7 +1,7 @@
 """The composition root: settings in, a running process out. Nothing is put together elsewhere.
 
 ``up`` is ``tidegate up`` and ``agent`` is ``tidegate agent``. ``workers`` starts and watches the
-data path's processes on the sockets of ``listeners``, ``fleet`` publishes replicas to them and
-reads demand back. ``cache``, ``preparation``, ``tiers`` and ``engines`` build the parts that start
-engines. ``process`` has logs and signals, ``run_record`` where a running Tidegate listens.
+data path's processes on the sockets of ``listeners``, which also has the record of where a running
+Tidegate listens; ``fleet`` publishes replicas to them and reads demand back. ``cache`` builds this
+node's model cache, ``engines`` what is run for a replica. ``process`` has logs and signals.
 """

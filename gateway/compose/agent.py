@@ -28,16 +28,18 @@ from gateway.admin.schema import AdminError
 from gateway.admin.server import serve_admin
 from gateway.admin.usage_poller import UsagePoller
 from gateway.compose.cache import NodeCache, make_models, make_page_holder, open_cache
-from gateway.compose.listeners import listen, make_url, url
-from gateway.compose.process import check_writable, set_up_logging, take_signals
-from gateway.compose.run_record import (
+from gateway.compose.listeners import (
     AGENT_NAME,
     ClaimError,
     Running,
     claim_for_agent,
     leave_record,
+    listen,
+    make_url,
     remove_record,
+    url,
 )
+from gateway.compose.process import check_writable, set_up_logging, take_signals
 from gateway.settings.load import LoadedSettings
 from gateway.settings.schema import Settings
 from gateway.terminal import complain, out, version

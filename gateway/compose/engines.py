@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from autoscaler.backends.process.fork_server import ForkPlan, identity
 from autoscaler.backends.process.placement import gpu_memory_fraction, list_gpus
 from autoscaler.backends.process.replica import make_env
 from autoscaler.settings import PoolSettings
+from autoscaler.tiers.preparer import Unpack
 from gateway.compose.cache import cache_dir
 from gateway.settings.schema import Settings
 from loaders.engines.base import EngineCommand, EngineOptions, Placement, engine_of
@@ -121,6 +123,17 @@ def plain_command(pool: PoolSettings, loaders: LoaderSettings) -> EngineCommand:
         gpu_memory_fraction=fraction,
     )
     return engine_command(ReplicaSpec(id=pool.name, pool=pool), placement, loaders)
+
+
+def make_unpack(settings: Settings, compiled: CompileCache) -> Unpack:
+    """Unpacks the compiled artefacts that models bring for their engines."""
+
+    def unpack(pool: PoolSettings, model: Path) -> None:
+        with contextlib.suppress(ValueError):  # settings that cannot be run: the start says so
+            here = pool.model_copy(update={"model": str(model)})
+            compiled.bring(plain_command(here, settings.loaders), model, pool.env)
+
+    return unpack
 
 
 def start_digest(pool: PoolSettings, loaders: LoaderSettings) -> str:

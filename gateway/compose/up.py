@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import shlex
+import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,19 +30,27 @@ from autoscaler.backends.process.placement import list_gpus
 from autoscaler.backends.static import StaticBackend
 from autoscaler.control.loop import ControlLoop
 from autoscaler.settings import PoolSettings
-from gateway.compose.cache import make_models, make_page_holder, open_cache
+from autoscaler.tiers.preparer import NodePreparer
+from autoscaler.tiers.wake_times import WakeTimes
+from gateway.compose.cache import (
+    make_models,
+    make_page_holder,
+    make_transform,
+    open_cache,
+    prewarm,
+    prewarm_behind,
+)
 from gateway.compose.engines import (
     describe_forks,
     engine_command,
     fork_plan,
     make_compile_cache,
+    make_unpack,
     start_digest,
 )
 from gateway.compose.fleet import FleetBook
-from gateway.compose.listeners import listen, make_url, url
+from gateway.compose.listeners import Running, leave_record, listen, make_url, remove_record, url
 from gateway.compose.process import check_writable, set_up_logging, take_signals
-from gateway.compose.run_record import Running, leave_record, remove_record
-from gateway.compose.tiers import make_preparer, make_wake_times
 from gateway.compose.workers import Workers
 from gateway.datapath.messages import WorkerConfig
 from gateway.datapath.shared import Shared
@@ -52,12 +61,12 @@ from gateway.settings.schema import Settings
 from gateway.terminal import complain, out, version
 from loaders.engines.base import engine_of
 from loaders.settings import LoaderSettings
-from modelcache.serving import start_serving
 from modelcache.types import CacheError
 from router.types import Pool
 
 log = logging.getLogger("tidegate")
 
+WAKE_TIMES = "wake_times.json"
 _SPARE_REPLICA_SLOTS = 64
 _MIN_REPLICA_SLOTS = 2_048
 _MAX_POOLS = 1_024
@@ -105,9 +114,12 @@ class _Tidegate:
         self.book = FleetBook(self.shared, time.monotonic)
         self.node = open_cache(settings, os.environ)
         self.stack.callback(self.node.close)
-        serving = start_serving(settings.modelcache, self.node.peers, self.node.cache)
-        if serving is not None:
-            self.stack.callback(serving.close)
+        if settings.modelcache.peer_port is not None:
+            from modelcache.serving import start_serving  # only where peers are served
+
+            serving = start_serving(settings.modelcache, self.node.peers, self.node.cache)
+            if serving is not None:
+                self.stack.callback(serving.close)
         self.page_holder = make_page_holder(settings)
         self.compiled = make_compile_cache(settings)
         self.process = process = self._process_backend()
@@ -118,8 +130,8 @@ class _Tidegate:
             digests=find_digests(settings.pools, settings.loaders),
             observe=self.book.observe,
             publish=self._publish,
-            preparer=make_preparer(settings, process, self.node, self.page_holder, self.compiled),
-            wake_times=make_wake_times(settings),
+            preparer=self._preparer(),
+            wake_times=load_wake_times(settings),
         )
         self.workers = Workers(
             worker_config(settings),
@@ -143,6 +155,18 @@ class _Tidegate:
             list_gpus=list_gpus,
             fork_plan=self._fork_plan(settings),
             on_news=lambda replica_id: self.loop.probe_now(replica_id),
+        )
+
+    def _preparer(self) -> NodePreparer:
+        settings = self.settings
+        return NodePreparer(
+            cache=self.node.cache,
+            page_holder=self.page_holder,
+            standbys=self.process if settings.loaders.fork_server else None,
+            prewarm=prewarm,
+            prewarm_behind=prewarm_behind,
+            transform=make_transform(settings, self.node.cache, os.environ),
+            unpack=None if self.compiled is None else make_unpack(settings, self.compiled),
         )
 
     def _fork_plan(self, settings: Settings) -> ForkPlan | None:
@@ -241,6 +265,17 @@ class _Tidegate:
     def banner(self) -> str:
         """What is printed once requests are accepted."""
         return banner(self.url, self.admin_url, self.settings.pools)
+
+
+def load_wake_times(settings: Settings) -> WakeTimes:
+    """The wake times measured on this node so far."""
+    times = WakeTimes(
+        node=socket.gethostname(),
+        path=settings.state_dir.absolute() / WAKE_TIMES,
+        samples=settings.autoscaler.wake_samples,
+    )
+    times.load()
+    return times
 
 
 def find_digests(pools: Sequence[PoolSettings], loaders: LoaderSettings) -> dict[str, str]:

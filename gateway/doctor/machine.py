@@ -26,7 +26,7 @@ from pathlib import Path
 from autoscaler.backends.process.placement import list_gpus
 from autoscaler.policy.device_assignment import GpuCapacity
 from gateway.admin.schema import CacheListing
-from gateway.compose.run_record import AGENT_NAME, Running, read_record
+from gateway.compose.listeners import AGENT_NAME, Running, read_record
 from gateway.datapath import compiled
 from gateway.settings.schema import Settings
 from loaders.engines.vllm.command import EngineInstall, find_install

@@ -176,6 +176,12 @@ def test_a_wrong_limit(app: Starlette, limit: str) -> None:
     check_error(call(app, "GET", "/pools/chat/explain", params={"limit": limit}), 400, "bad_value")
 
 
+def test_an_unknown_parameter_is_refused_and_named(app: Starlette) -> None:
+    answer = call(app, "GET", "/pools/chat/explain", params={"limit": 2, "limits": 2})
+    check_error(answer, 400, "unknown_field")
+    assert answer.json()["error"]["param"] == "limits"
+
+
 # ── Changing ──────────────────────────────────────────────────────────────────────────────────────
 
 

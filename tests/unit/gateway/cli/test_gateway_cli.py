@@ -23,7 +23,7 @@ from gateway.admin import schema
 from gateway.cli import client, main, tables, verbs
 from gateway.cli.base import Effects
 from gateway.cli.tables import Screen
-from gateway.compose import run_record
+from gateway.compose import listeners
 from gateway.compose.up import banner
 from gateway.doctor.checks import Check, Status, fail
 from gateway.settings import defaults
@@ -184,8 +184,8 @@ def test_a_watch_goes_on_while_nobody_answers(
     urls = ["http://127.0.0.1:1", served.url, "http://127.0.0.1:2"]
 
     def leave() -> None:
-        one = run_record.Running(pid=os.getpid(), url="http://x", admin_url=urls[len(looks)])
-        run_record.leave_record(somewhere_else / ".tidegate", one)
+        one = listeners.Running(pid=os.getpid(), url="http://x", admin_url=urls[len(looks)])
+        listeners.leave_record(somewhere_else / ".tidegate", one)
 
     def nap(seconds: float) -> None:
         looks.append(capsys.readouterr())
@@ -210,12 +210,12 @@ def test_a_watch_goes_on_while_nobody_answers(
 def test_the_admin_listener_is_found_by_record_then_settings(
     served: Served, somewhere_else: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = run_record.Running(pid=os.getpid(), url="http://x", admin_url=served.url)
-    run_record.leave_record(somewhere_else / ".tidegate", one)
+    one = listeners.Running(pid=os.getpid(), url="http://x", admin_url=served.url)
+    listeners.leave_record(somewhere_else / ".tidegate", one)
     assert tidegate("status") == 0
-    run_record.remove_record(somewhere_else / ".tidegate", os.getpid() + 1)
+    listeners.remove_record(somewhere_else / ".tidegate", os.getpid() + 1)
     assert tidegate("status") == 0
-    run_record.remove_record(somewhere_else / ".tidegate", os.getpid())
+    listeners.remove_record(somewhere_else / ".tidegate", os.getpid())
     port = served.url.rpartition(":")[2]
     Path("tidegate.toml").write_text(f"[gateway]\nadmin_port = {port}\n", encoding="utf-8")
     assert tidegate("status") == 0
@@ -225,16 +225,16 @@ def test_the_admin_listener_is_found_by_record_then_settings(
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 0, "url": "a", "admin_url": "b"}'])
 def test_a_damaged_or_stale_record_is_none(tmp_path: Path, text: str) -> None:
-    (tmp_path / run_record.RECORD_NAME).write_text(text, encoding="utf-8")
-    assert run_record.read_record(tmp_path) is None
-    assert run_record.read_record(tmp_path / "nowhere") is None
+    (tmp_path / listeners.RECORD_NAME).write_text(text, encoding="utf-8")
+    assert listeners.read_record(tmp_path) is None
+    assert listeners.read_record(tmp_path / "nowhere") is None
 
 
 def test_a_record_that_cannot_be_left_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / run_record.RECORD_NAME / "in the way").mkdir(parents=True)
+    (tmp_path / listeners.RECORD_NAME / "in the way").mkdir(parents=True)
     with pytest.raises(OSError):
-        run_record.leave_record(tmp_path, run_record.Running(pid=1, url="a", admin_url="b"))
-    assert [one.name for one in tmp_path.iterdir()] == [run_record.RECORD_NAME]
+        listeners.leave_record(tmp_path, listeners.Running(pid=1, url="a", admin_url="b"))
+    assert [one.name for one in tmp_path.iterdir()] == [listeners.RECORD_NAME]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from autoscaler.settings import PoolSettings
 from gateway.admin.models import Models
 from gateway.cli import main
 from gateway.cli.base import Effects
-from gateway.compose import run_record
+from gateway.compose import listeners
 from gateway.settings.schema import Settings
 from modelcache.types import Cancelled, NoSpace
 
@@ -77,9 +77,9 @@ def tidegate(
         if request.param == "named":
             yield lambda *words: here(*words, "--admin", served.url)
             return
-        name = run_record.AGENT_NAME if request.param == "an agent" else run_record.RECORD_NAME
-        record = run_record.Running(pid=os.getpid(), url="", admin_url=served.url)
-        run_record.leave_record(tmp_path / ".tidegate", record, name)
+        name = listeners.AGENT_NAME if request.param == "an agent" else listeners.RECORD_NAME
+        record = listeners.Running(pid=os.getpid(), url="", admin_url=served.url)
+        listeners.leave_record(tmp_path / ".tidegate", record, name)
         yield here
 
 

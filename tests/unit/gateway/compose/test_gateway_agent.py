@@ -17,8 +17,7 @@ from gateway.admin import schema
 from gateway.cli import main
 from gateway.cli.tables import agent_status
 from gateway.compose.agent import banner, create_agent_app
-from gateway.compose.process import check_writable
-from gateway.compose.run_record import (
+from gateway.compose.listeners import (
     AGENT_NAME,
     ClaimError,
     Running,
@@ -26,6 +25,7 @@ from gateway.compose.run_record import (
     leave_record,
     read_record,
 )
+from gateway.compose.process import check_writable
 from gateway.settings.load import ConfigError, load
 
 TRAFFIC = {

@@ -14,7 +14,7 @@ from folder_store import Rig
 
 from gateway.admin.models import Models
 from gateway.admin.operations import VERBS
-from gateway.compose.preparation import make_transform
+from gateway.compose.cache import make_transform
 from gateway.settings.schema import Settings
 from modelcache.cache import ModelCache
 from modelcache.ports import CachedModel, Transform
@@ -38,7 +38,9 @@ def transform_in(cache: ModelCache, model: str, *programs: str) -> Transform:
         for program in programs or (WRITE,)
     ]
     settings = Settings.model_validate({"modelcache": {"steps": {model: steps}}})
-    return make_transform(settings, cache, {})
+    transform = make_transform(settings, cache, {})
+    assert transform is not None
+    return transform
 
 
 def run(models: Models, verb: str, body: dict[str, Any], **watch: Any) -> Any:

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from gateway.compose.cache import prewarm_behind
-from gateway.compose.tiers import locate, prewarm
+from gateway.compose.cache import locate, prewarm, prewarm_behind
 from gateway.settings.schema import Settings
 from modelcache.pagecache.pressure import ForegroundReads
 from modelcache.types import FileRange, NotFound

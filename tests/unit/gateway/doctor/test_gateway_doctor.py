@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from autoscaler.policy.device_assignment import GpuCapacity
-from gateway.compose.run_record import AGENT_NAME, Running, leave_record
+from gateway.compose.listeners import AGENT_NAME, Running, leave_record
 from gateway.doctor.checks import Check, Status
 from gateway.doctor.machine import Machine, Model
 from gateway.doctor.report import diagnose, run_doctor
