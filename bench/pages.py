@@ -328,9 +328,8 @@ def _measure_decay(files: Files, options: Options, results: Results) -> None:
             time.sleep(min(10.0, options.decay_s))
         status = touching.status()
         results.keeper_cpu_fraction = status.cpu_s / (time.monotonic() - began_s)
-        locked = locking.status().kept[0]
-        if locked.problem:
-            results.missing["kept, locked"] = locked.problem
+        if problem := locking.status().problems.get("files"):
+            results.missing["kept, locked"] = problem
 
 
 def make_cold(files: Files) -> None:

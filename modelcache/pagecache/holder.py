@@ -8,6 +8,7 @@ count as its memory, so a shortage ends it, not the gateway; here it is started 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import select
 import subprocess
@@ -17,8 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modelcache.pagecache.residency import merge, residency
+from modelcache.pagecache.residency import merge
 from modelcache.types import CacheError, FileRange, NoSpace
+
+LOG = logging.getLogger("tidegate.modelcache")
 
 RESTART_S = 1.0
 RESTART_MOST_S = 60.0
@@ -32,33 +35,18 @@ READ_BYTES = 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeldFiles:
-    """What is kept under one key. ``bytes_cached`` is ``None`` where it cannot be told;
-    ``problem`` says what is wrong, and is empty if nothing is."""
-
-    key: str
-    bytes_total: int
-    bytes_cached: int | None
-    bytes_locked: int
-    problem: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class PageHolderStatus:
     """The page holder at this moment.
 
-    ``pressed``: memory is so short that nothing is kept by force. ``restarts``: how often its
-    process ended unasked. ``rounds`` and ``cpu_s`` (processor seconds) are the present process's.
+    ``restarts``: how often its process ended unasked. ``rounds``, ``cpu_s`` (processor seconds) and
+    ``problems`` (by key: why not all is kept) are the present process's.
     """
 
-    budget_bytes: int
-    bytes_kept: int
-    kept: tuple[HeldFiles, ...]
-    pressed: bool
+    pid: int | None
+    restarts: int
     rounds: int
     cpu_s: float
-    restarts: int
-    pid: int | None
+    problems: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +62,7 @@ class PageHolder:
 
     ``budget_bytes`` bounds the sum over all keys, and what exceeds it is refused: the caller knows
     what to release. ``touch_s``: seconds between two touches. ``lock``: lock pages instead
-    (``mlock``); where that is not allowed they are touched, and the status says so.
+    (``mlock``); where that is not allowed they are touched, and the log says so.
     """
 
     def __init__(self, *, budget_bytes: int, touch_s: float = 10.0, lock: bool = False) -> None:
@@ -126,21 +114,10 @@ class PageHolder:
         return found
 
     def status(self) -> PageHolderStatus:
-        """What is kept, and how much of it is cached now; some 0.2 ms per gigabyte."""
+        """Its process, and what that told last."""
         with self._changed:
-            wanted, told = dict(self._wanted), self._told
-            restarts, pid = self._restarts, self._pid
-        kept = tuple(_look(key, one, told.get("keys", {})) for key, one in wanted.items())
-        return PageHolderStatus(
-            budget_bytes=self._budget_bytes,
-            bytes_kept=sum(one.size_bytes for one in wanted.values()),
-            kept=kept,
-            pressed=bool(told.get("pressed", False)),
-            rounds=int(told.get("rounds", 0)),
-            cpu_s=float(told.get("cpu_s", 0.0)),
-            restarts=restarts,
-            pid=pid,
-        )
+            told = {"rounds": 0, "cpu_s": 0.0, "problems": {}, **self._told}
+            return PageHolderStatus(pid=self._pid, restarts=self._restarts, **told)
 
     def close(self) -> None:
         """Let everything go and end the process. Idempotent."""
@@ -161,25 +138,22 @@ class PageHolder:
             if self._wake >= 0:
                 os.eventfd_write(self._wake, 1)
 
-    def _done(self) -> bool:
-        return self._closed
-
     def _run(self) -> None:
         """Have a process as long as there is anything to keep."""
         pause_s = RESTART_S
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or bool(self._wanted))
-                if self._done():
+                if self._closed:
                     return
             rounds = self._live()
             with self._changed:
                 self._told, self._pid = {}, None
-                if self._done() or not self._wanted:
+                if self._closed or not self._wanted:
                     continue
                 self._restarts += 1
                 pause_s = RESTART_S if rounds >= STEADY_ROUNDS else min(2 * pause_s, RESTART_MOST_S)
-                self._changed.wait_for(self._done, timeout=pause_s)
+                self._changed.wait_for(lambda: self._closed, timeout=pause_s)
 
     def _live(self) -> int:
         """One process, from its start to its end; the rounds it did."""
@@ -237,7 +211,10 @@ class PageHolder:
                     told = json.loads(lines[-1])
                     rounds = told["rounds"]
                     with self._changed:
-                        self._told = told
+                        before, self._told = self._told.get("problems", {}), told
+                    for key, problem in told["problems"].items():
+                        if problem != before.get(key):
+                            LOG.warning("pages of %s: %s", key, problem)
 
 
 def _line(wanted: Mapping[str, FilesToHold]) -> bytes:
@@ -246,20 +223,3 @@ def _line(wanted: Mapping[str, FilesToHold]) -> bytes:
         for key, one in wanted.items()
     }
     return json.dumps({"files": files}).encode() + b"\n"
-
-
-def _look(key: str, wanted: FilesToHold, told: Mapping[str, Mapping[str, Any]]) -> HeldFiles:
-    said = told.get(key, {})
-    problem = str(said.get("problem", ""))
-    try:
-        found = residency(wanted.files)
-        total, cached = found.bytes_total, found.bytes_cached
-    except CacheError as error:
-        total, cached, problem = wanted.size_bytes, None, str(error)
-    return HeldFiles(
-        key=key,
-        bytes_total=total,
-        bytes_cached=cached,
-        bytes_locked=int(said.get("locked_bytes", 0)),
-        problem=problem,
-    )

@@ -2,7 +2,7 @@
 and ends with its parent.
 
 Each line is a JSON object. In: ``{"files": {key: [[path, start, end], ...]}}``, always everything.
-Out, after each round: ``{"rounds", "pressed", "cpu_s", "keys"}`` (``HeldPages.report``).
+Out, after each round: ``{"rounds", "cpu_s", "problems"}``.
 """
 
 from __future__ import annotations
@@ -98,16 +98,9 @@ class HeldPages:
                 return
         self.rounds += 1
 
-    def report(self) -> dict[str, dict[str, int | str]]:
-        """By key: bytes mapped, bytes locked, and what is wrong (or nothing)."""
-        return {
-            key: {
-                "mapped_bytes": sum(held.mapping.length for held in kept.held),
-                "locked_bytes": sum(held.locked_bytes for held in kept.held),
-                "problem": kept.problem,
-            }
-            for key, kept in self._kept.items()
-        }
+    def problems(self) -> dict[str, str]:
+        """Why not all of it is kept, by key; nothing of those that are."""
+        return {key: kept.problem for key, kept in self._kept.items() if kept.problem}
 
     def close(self) -> None:
         """Let everything go. Idempotent."""
@@ -244,9 +237,8 @@ def parse(line: bytes) -> dict[str, list[FileRange]]:
 def _tell(keeping: HeldPages) -> None:
     told = {
         "rounds": keeping.rounds,
-        "pressed": keeping.pressed,
         "cpu_s": time.process_time(),
-        "keys": keeping.report(),
+        "problems": keeping.problems(),
     }
     data = json.dumps(told).encode() + b"\n"
     while data:
