@@ -67,6 +67,27 @@ class Listing:
         return sum(file.size_bytes for file in self.files)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RangeRead:
+    """Bytes ``[start, end)`` of a file in a source's own listing, to be written into ``fd`` at the
+    same offsets. The position of ``fd`` is not used, so many ranges may be written at once.
+
+    ``on_bytes`` is called with every at most ``ANNOUNCE_BYTES`` that have arrived and may block to
+    throttle; no more than that is read ahead of it.
+    """
+
+    file: RemoteFile
+    start: int
+    end: int
+    fd: int
+    on_bytes: OnBytes = lambda size_bytes: None
+    cancelled: IsCancelled = lambda: False
+    what: str = ""
+    """What the source calls it in errors; never a signed URL."""
+    hint: str = ""
+    """Where the source's credentials would go."""
+
+
 @runtime_checkable
 class Source(Protocol):
     """One model in one store. Safe to use from many threads at once."""
@@ -81,23 +102,8 @@ class Source(Protocol):
         """
         ...
 
-    def fetch(
-        self,
-        file: RemoteFile,
-        start: int,
-        end: int,
-        fd: int,
-        *,
-        on_bytes: OnBytes,
-        cancelled: Callable[[], bool],
-    ) -> None:
-        """Write bytes ``[start, end)`` of ``file`` into ``fd`` at the same offsets.
-
-        ``file`` is of this source's own listing: ``list`` comes first.
-
-        ``on_bytes`` is called with every at most ``ANNOUNCE_BYTES`` that have arrived and may
-        block to throttle; no more than that is read ahead of it. The file's position is not
-        used, so many ranges may be written at once.
+    def fetch(self, want: RangeRead) -> None:
+        """Read a range into a local file. ``list`` comes first.
 
         Returns only when exactly that range was written. Raises ``SourceError`` for anything
         else: a shorter or longer answer, a source that ignores ranges, a file that changed since

@@ -27,7 +27,7 @@ from modelcache.fetch.plan import PlannedFile
 from modelcache.peers.client import PeerBusy
 from modelcache.peers.group import PeerGroup
 from modelcache.peers.piece_inventory import FetchingFile
-from modelcache.ports import ANNOUNCE_BYTES, IsCancelled, Source
+from modelcache.ports import ANNOUNCE_BYTES, IsCancelled, RangeRead, Source
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.partial_files import Partial
 from modelcache.types import (
@@ -200,8 +200,9 @@ class SourceReader:
                         attempt.moved_bytes += count
                         meter.count(count)
 
-                    own.source.fetch(attempt.job.remote, start, end, fd,
+                    want = RangeRead(file=attempt.job.remote, start=start, end=end, fd=fd,
                                      on_bytes=arrived, cancelled=stopped)  # fmt: skip
+                    own.source.fetch(want)
             finally:
                 os.close(fd)
 

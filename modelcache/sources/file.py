@@ -6,10 +6,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from modelcache.ports import ANNOUNCE_BYTES, Listing, OnBytes
+from modelcache.ports import ANNOUNCE_BYTES, Listing, RangeRead
 from modelcache.sources import wire
 from modelcache.sources.listings import make_listing
 from modelcache.types import Cancelled, ModelRef, NotFound, RemoteFile, SourceError
@@ -41,21 +42,12 @@ class FileSource:
             raise SourceError(f"{self.ref.url}: {error.strerror}: {error.filename}") from None
         return make_listing(self.ref, files)
 
-    def fetch(
-        self,
-        file: RemoteFile,
-        start: int,
-        end: int,
-        fd: int,
-        *,
-        on_bytes: OnBytes,
-        cancelled: Callable[[], bool],
-    ) -> None:
-        """Write a range into a file; see ``Source.fetch``."""
+    def fetch(self, want: RangeRead) -> None:
+        """See ``Source.fetch``."""
+        file, what = want.file, f"{self.ref.url}: {want.file.path}"
+        if wire.is_empty(replace(want, what=what)):
+            return
         path = self._root if self._root.is_file() else self._root / file.path
-        what = f"{self.ref.url}: {file.path}"
-        if not 0 <= start <= end <= file.size_bytes:
-            raise SourceError(f"{what}: {start}-{end} is not within {file.size_bytes}")
         try:
             source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -64,13 +56,13 @@ class FileSource:
             raise SourceError(f"{what}: {error.strerror}") from None
         try:
             _check_same(source, file, what)
-            at = start
-            while at < end:
-                if cancelled():
+            at = want.start
+            while at < want.end:
+                if want.cancelled():
                     raise Cancelled("not wanted any more")
-                moved = _copy(source, fd, at, min(end - at, ANNOUNCE_BYTES), what)
+                moved = _copy(source, want.fd, at, min(want.end - at, ANNOUNCE_BYTES), what)
                 at += moved
-                on_bytes(moved)
+                want.on_bytes(moved)
             _check_same(source, file, what)
         finally:
             os.close(source)

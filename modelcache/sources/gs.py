@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from modelcache.ports import ANNOUNCE_BYTES, Listing, OnBytes
+from modelcache.ports import ANNOUNCE_BYTES, Listing, RangeRead
 from modelcache.refs import SCHEMES
 from modelcache.sources import answers, wire
 from modelcache.sources.listings import make_listing
@@ -48,32 +49,24 @@ class GsSource:
             metas, self._below = list_objects(self._store, self._prefix)
         return make_listing(self.ref, [_file_of(meta, self._below) for meta in metas])
 
-    def fetch(
-        self,
-        file: RemoteFile,
-        start: int,
-        end: int,
-        fd: int,
-        *,
-        on_bytes: OnBytes,
-        cancelled: Callable[[], bool],
-    ) -> None:
-        """Write a range into a file; see ``Source.fetch``."""
+    def fetch(self, want: RangeRead) -> None:
+        """See ``Source.fetch``."""
         import obstore
 
+        file, span = want.file, (want.start, want.end)
         key = self._below + file.path
         shown = f"gs://{self._bucket}/{key}"
-        want = wire.RangeRead(file=file, start=start, end=end, fd=fd, what=shown, hint=HINT,
-                              on_bytes=on_bytes, cancelled=cancelled)  # fmt: skip
-        if want.is_empty():
+        want = replace(want, what=shown)
+        if wire.is_empty(want):
             return
         with obstore_errors(shown, HINT, ()):
-            got = obstore.get(self._store, key, options={"range": (start, end)})
-            if got.range != (start, end) or got.meta["size"] != file.size_bytes:
+            got = obstore.get(self._store, key, options={"range": span})
+            if got.range != span or got.meta["size"] != file.size_bytes:
                 raise SourceError(f"{shown}: the source sent another range than was asked for")
             if _version_of(got.meta) != file.version:
                 raise SourceError(f"{shown}: it has changed since it was listed")
-            want.receive(map(memoryview, got.stream(min_chunk_size=ANNOUNCE_BYTES // 4)))
+            chunks = got.stream(min_chunk_size=ANNOUNCE_BYTES // 4)
+            wire.write_chunks(want, map(memoryview, chunks))
 
     def close(self) -> None:
         """Obstore's connections go with the object."""

@@ -14,12 +14,12 @@ import ssl
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from modelcache.ports import ANNOUNCE_BYTES, Listing, OnBytes
+from modelcache.ports import ANNOUNCE_BYTES, Listing, RangeRead
 from modelcache.refs import redact
 from modelcache.sources import answers, wire
 from modelcache.types import PIECE_BYTES, ModelRef, RemoteFile, SourceError
@@ -65,24 +65,10 @@ class HttpReader:
 
     # -- ranges ----------------------------------------------------------------------------------
 
-    def fetch(
-        self,
-        request: HttpRequest,
-        file: RemoteFile,
-        start: int,
-        end: int,
-        fd: int,
-        *,
-        on_bytes: OnBytes,
-        cancelled: Callable[[], bool],
-    ) -> None:
-        """Write bytes ``[start, end)`` of what ``request`` names into ``fd``, as ``Source.fetch``
-        promises it."""
-        want = wire.RangeRead(
-            file=file, start=start, end=end, fd=fd, what=request.shown, hint=request.hint,
-            on_bytes=on_bytes, cancelled=cancelled,
-        )  # fmt: skip
-        if want.is_empty():
+    def fetch(self, request: HttpRequest, want: RangeRead) -> None:
+        """Read a range of what ``request`` names, as ``Source.fetch`` promises it."""
+        want = replace(want, what=request.shown, hint=request.hint)
+        if wire.is_empty(want):
             return
         with failing(request.shown):
             known = self._target_of(request.url)
@@ -95,7 +81,7 @@ class HttpReader:
                     self._forget(request.url)  # a signed target may have run out: ask anew
             self._follow(request, request.url, want)
 
-    def _follow(self, request: HttpRequest, url: str, want: wire.RangeRead) -> None:
+    def _follow(self, request: HttpRequest, url: str, want: RangeRead) -> None:
         asked = url
         for _ in range(MOST_REDIRECTS + 1):
             trusted = answers.same_origin(request.url, url)
@@ -108,7 +94,7 @@ class HttpReader:
             url = target
         raise SourceError(f"{want.what}: the source redirects more than {MOST_REDIRECTS} times")
 
-    def _read(self, url: str, headers: Mapping[str, str], want: wire.RangeRead) -> str | None:
+    def _read(self, url: str, headers: Mapping[str, str], want: RangeRead) -> str | None:
         """One request; where it redirects to, or ``None`` when the range is written."""
         if self._proxy_of(url):
             return self._read_by_httpx(url, headers, want)
@@ -138,7 +124,7 @@ class HttpReader:
         return self._read_by_httpx(url, headers, want)
 
     def _ask(
-        self, connection: wire.HttpConnection, request: bytes, want: wire.RangeRead
+        self, connection: wire.HttpConnection, request: bytes, want: RangeRead
     ) -> tuple[answers.SourceResponse, bytes]:
         try:
             return connection.ask(request, want.cancelled)
@@ -146,9 +132,7 @@ class HttpReader:
             connection.close()
             raise
 
-    def _read_by_httpx(
-        self, url: str, headers: Mapping[str, str], want: wire.RangeRead
-    ) -> str | None:
+    def _read_by_httpx(self, url: str, headers: Mapping[str, str], want: RangeRead) -> str | None:
         with self.client(url).stream(
             "GET", url, headers=dict(headers), follow_redirects=False
         ) as answer:
@@ -157,7 +141,7 @@ class HttpReader:
                 return answers.next_url(url, head, want.what)
             answers.check_status(head.status, head.headers, want.what, want.hint)
             answers.check_range(head, want.file, want.start, want.end, want.what)
-            want.receive(answer.iter_raw(ANNOUNCE_BYTES // 4))
+            wire.write_chunks(want, answer.iter_raw(ANNOUNCE_BYTES // 4))
         return None
 
     # -- pages and heads -------------------------------------------------------------------------
@@ -312,7 +296,7 @@ def failing(what: str) -> Iterator[None]:
         raise SourceError(f"{what}: {redact(str(error))}") from None
 
 
-def _headers(want: wire.RangeRead) -> dict[str, str]:
+def _headers(want: RangeRead) -> dict[str, str]:
     return {
         "User-Agent": AGENT,
         "Accept": "*/*",
@@ -351,19 +335,9 @@ class RangedSource(ABC):
     def request_of(self, file: RemoteFile) -> HttpRequest:
         """The URL of a file, good for a read that begins now."""
 
-    def fetch(
-        self,
-        file: RemoteFile,
-        start: int,
-        end: int,
-        fd: int,
-        *,
-        on_bytes: OnBytes,
-        cancelled: Callable[[], bool],
-    ) -> None:
-        """Write a range into a file; see ``Source.fetch``."""
-        request = self.request_of(file)
-        self.reader.fetch(request, file, start, end, fd, on_bytes=on_bytes, cancelled=cancelled)
+    def fetch(self, want: RangeRead) -> None:
+        """See ``Source.fetch``."""
+        self.reader.fetch(self.request_of(want.file), want)
 
     def probed(self, listing: Listing) -> Listing:
         """The listing, once the source has shown that it serves ranges as asked.
@@ -376,8 +350,7 @@ class RangedSource(ABC):
             middle = largest.size_bytes // 2
             fd = os.memfd_create("tidegate-probe")
             try:
-                self.fetch(largest, middle, middle + PROBE_BYTES, fd,
-                           on_bytes=lambda n: None, cancelled=lambda: False)  # fmt: skip
+                self.fetch(RangeRead(file=largest, start=middle, end=middle + PROBE_BYTES, fd=fd))
             finally:
                 os.close(fd)
         return listing

@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from modelcache.ports import ANNOUNCE_BYTES, OnBytes
+from modelcache.ports import ANNOUNCE_BYTES, RangeRead
 from modelcache.sources import answers
-from modelcache.types import CacheError, Cancelled, NoSpace, RemoteFile, SourceError
+from modelcache.types import CacheError, Cancelled, NoSpace, SourceError
 
 SLICE_S = 0.25
 """How long a read waits for more before it takes what there is, and looks whether it is still
@@ -40,53 +40,6 @@ _F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031)
 
 class Stale(Exception):
     """A kept connection turned out to be closed: nothing was answered, so asking again is safe."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RangeRead:
-    """One range to be read, and the callback for its progress."""
-
-    file: RemoteFile
-    start: int
-    end: int
-    fd: int
-    what: str
-    """What it is called in errors; never a signed URL."""
-    hint: str
-    on_bytes: OnBytes
-    cancelled: Callable[[], bool]
-
-    def is_empty(self) -> bool:
-        """Whether there is nothing to read. Raises ``SourceError`` where it is no range of the
-        file, ``Cancelled``."""
-        if not 0 <= self.start <= self.end <= self.file.size_bytes:
-            raise SourceError(
-                f"{self.what}: {self.start}-{self.end} is not within {self.file.size_bytes}"
-            )
-        if self.start < self.end and self.cancelled():
-            raise Cancelled("not wanted any more")
-        return self.start == self.end
-
-    def receive(self, chunks: Iterable[bytes | memoryview]) -> None:
-        """Write a body that comes in chunks into the file, and make sure that it is whole."""
-        at = self.start
-        for chunk in chunks:
-            data = memoryview(chunk)
-            if at + len(data) > self.end:
-                raise SourceError(
-                    f"{self.what}: the source sent more than was asked for", retryable=True
-                )
-            for begin in range(0, len(data), ANNOUNCE_BYTES):
-                part = data[begin : begin + ANNOUNCE_BYTES]
-                write_at(self.fd, part, at)
-                at += len(part)
-                self.on_bytes(len(part))
-            if self.cancelled():
-                raise Cancelled("not wanted any more")
-        if at != self.end:
-            raise SourceError(
-                f"{self.what}: cut off, {self.end - at:,} bytes before the end", retryable=True
-            )
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -259,6 +212,40 @@ def write_at(fd: int, data: memoryview, at: int) -> None:
         while data:
             done = os.pwrite(fd, data, at)
             data, at = data[done:], at + done
+
+
+def is_empty(want: RangeRead) -> bool:
+    """Whether there is nothing to read. Raises ``SourceError`` where it is no range of the file,
+    ``Cancelled``."""
+    if not 0 <= want.start <= want.end <= want.file.size_bytes:
+        raise SourceError(
+            f"{want.what}: {want.start}-{want.end} is not within {want.file.size_bytes}"
+        )
+    if want.start < want.end and want.cancelled():
+        raise Cancelled("not wanted any more")
+    return want.start == want.end
+
+
+def write_chunks(want: RangeRead, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write a body that comes in chunks into the file, and make sure that it is whole."""
+    at = want.start
+    for chunk in chunks:
+        data = memoryview(chunk)
+        if at + len(data) > want.end:
+            raise SourceError(
+                f"{want.what}: the source sent more than was asked for", retryable=True
+            )
+        for begin in range(0, len(data), ANNOUNCE_BYTES):
+            part = data[begin : begin + ANNOUNCE_BYTES]
+            write_at(want.fd, part, at)
+            at += len(part)
+            want.on_bytes(len(part))
+        if want.cancelled():
+            raise Cancelled("not wanted any more")
+    if at != want.end:
+        raise SourceError(
+            f"{want.what}: cut off, {want.end - at:,} bytes before the end", retryable=True
+        )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelcache.cache import ModelCache
-from modelcache.ports import Listing, OnBytes
+from modelcache.ports import Listing, RangeRead
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.partial_files import Partial
 from modelcache.types import (
@@ -70,24 +70,15 @@ class FolderSource:
             raise NotFound(f"{self.ref.url}: there is no revision {self.ref.revision}")
         return Listing(revision=revision, files=tuple(files))
 
-    def fetch(
-        self,
-        file: RemoteFile,
-        start: int,
-        end: int,
-        fd: int,
-        *,
-        on_bytes: OnBytes,
-        cancelled: Callable[[], bool],
-    ) -> None:
-        with open(self.folder / file.path, "rb") as source:
-            for at in range(start, end, WRITE):
-                if cancelled():
+    def fetch(self, want: RangeRead) -> None:
+        with open(self.folder / want.file.path, "rb") as source:
+            for at in range(want.start, want.end, WRITE):
+                if want.cancelled():
                     raise Cancelled("not wanted any more")
-                data = os.pread(source.fileno(), min(WRITE, end - at), at)
-                os.pwrite(fd, data, at)
+                data = os.pread(source.fileno(), min(WRITE, want.end - at), at)
+                os.pwrite(want.fd, data, at)
                 self._note(len(data))
-                on_bytes(len(data))
+                want.on_bytes(len(data))
 
     def _note(self, count: int) -> None:
         if self.log is not None:
@@ -118,7 +109,7 @@ class OneByOne:
             for index in partial.missing():
                 start, end = partial.span(index)
                 source.fetch(
-                    file, start, end, partial.fd, on_bytes=lambda _: None, cancelled=stopped
+                    RangeRead(file=file, start=start, end=end, fd=partial.fd, cancelled=stopped)
                 )
                 partial.commit(index)
                 done += end - start

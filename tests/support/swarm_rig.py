@@ -17,7 +17,7 @@ from modelcache.fetch.download import TransferTimeouts
 from modelcache.fetch.transfer import Transfer
 from modelcache.peers.group import LookUp, PeerGroup, look_up
 from modelcache.peers.piece_inventory import PieceInventory
-from modelcache.ports import ANNOUNCE_BYTES, Listing
+from modelcache.ports import ANNOUNCE_BYTES, Listing, RangeRead
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.layout import Layout, file_key
 from modelcache.store.partial_files import Partial
@@ -81,16 +81,8 @@ class MemorySource:
         digests = {"sha256": sha256_of(data)} if self.publishes else {}
         return RemoteFile(path=path, size_bytes=len(data), version="v1", digests=digests)
 
-    def fetch(
-        self,
-        file: RemoteFile,
-        start: int,
-        end: int,
-        fd: int,
-        *,
-        on_bytes: Callable[[int], None],
-        cancelled: Callable[[], bool],
-    ) -> None:
+    def fetch(self, want: RangeRead) -> None:
+        file, start, end = want.file, want.start, want.end
         index = start // PIECE_BYTES
         with self.lock:
             self.reads[file.path, index] += 1
@@ -101,7 +93,7 @@ class MemorySource:
             self.before(file.path, index)
             data = self.files[file.path]
             for at in range(start, end, ANNOUNCE_BYTES):
-                if cancelled():
+                if want.cancelled():
                     raise Cancelled("not wanted any more")
                 chunk = data[at : min(at + ANNOUNCE_BYTES, end)]
                 if self.rate_bytes_s is not None:
@@ -110,11 +102,11 @@ class MemorySource:
                     file.path, index, nth, (at - start) // ANNOUNCE_BYTES
                 )
                 while time.monotonic() < until_s:
-                    if cancelled():
+                    if want.cancelled():
                         raise Cancelled("not wanted any more")
                     time.sleep(max(0.0, min(0.01, until_s - time.monotonic())))
-                os.pwrite(fd, chunk, at)
-                on_bytes(len(chunk))
+                os.pwrite(want.fd, chunk, at)
+                want.on_bytes(len(chunk))
             self.after(file.path, index)
         finally:
             with self.lock:

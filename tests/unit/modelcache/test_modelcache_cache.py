@@ -327,10 +327,10 @@ def test_a_store_that_fails_on_the_way_costs_what_was_not_there_yet(
 ) -> None:
     fetch = FolderSource.fetch
 
-    def fail(self: FolderSource, file: object, start: int, *rest: object, **more: object) -> None:
-        if start >= 2 * PIECE:
+    def fail(self: FolderSource, want: RangeRead) -> None:
+        if want.start >= 2 * PIECE:
             raise SourceError("reset by peer", retryable=True)
-        fetch(self, file, start, *rest, **more)  # type: ignore[arg-type]
+        fetch(self, want)
 
     monkeypatch.setattr(FolderSource, "fetch", fail)
     with pytest.raises(SourceError, match="reset by peer"):

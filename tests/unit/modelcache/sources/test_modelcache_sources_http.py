@@ -16,7 +16,7 @@ import pytest
 from nginx_server import nginx
 from object_server import IndexedServer, ObjectServer, serving
 
-from modelcache.ports import Listing, Source
+from modelcache.ports import Listing, RangeRead, Source
 from modelcache.refs import parse_ref
 from modelcache.settings import ModelCacheSettings
 from modelcache.sources.opening import open_source
@@ -54,7 +54,7 @@ def fetch(
     target.write_bytes(b"\xaa" * file.size_bytes)
     fd = os.open(target, os.O_RDWR)
     try:
-        source.fetch(file, start, end, fd, on_bytes=lambda n: None, cancelled=lambda: False)
+        source.fetch(RangeRead(file=file, start=start, end=end, fd=fd))
     finally:
         os.close(fd)
     data = target.read_bytes()
@@ -219,9 +219,7 @@ def test_a_full_disk_is_not_the_store_s_fault(server: IndexedServer, chunks: boo
     file = source.list().files[0]
     server.fault = wrong.chunked if chunks else None
     with open("/dev/full", "wb") as full, pytest.raises(CacheError) as raised:
-        source.fetch(
-            file, START, END, full.fileno(), on_bytes=lambda n: None, cancelled=lambda: False
-        )
+        source.fetch(RangeRead(file=file, start=START, end=END, fd=full.fileno()))
     assert not isinstance(raised.value, SourceError)
     assert isinstance(raised.value, NoSpace) or "cannot be written" in str(raised.value)
     source.close()
