@@ -8,6 +8,7 @@ import pytest
 from folder_store import PIECE, FolderSource, Rig, bytes_of, count_bytes, read_tree
 
 from modelcache.cache import ModelCache
+from modelcache.ports import RangeRead
 from modelcache.store.lookup import read_fetching
 from modelcache.types import (
     CacheError,
