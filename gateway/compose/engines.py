@@ -20,8 +20,8 @@ from autoscaler.tiers.preparer import Unpack
 from gateway.compose.cache import cache_dir
 from gateway.settings.schema import Settings
 from loaders.engines.base import EngineCommand, EngineOptions, Placement, engine_of
-from loaders.engines.vllm.command import find_install
 from loaders.engines.vllm.compile_cache import CompileCache
+from loaders.engines.vllm.engine import find_install
 from loaders.settings import LoaderSettings
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from gateway.admin.schema import CacheListing
 from gateway.compose.listeners import AGENT_NAME, Running, read_record
 from gateway.datapath import compiled
 from gateway.settings.schema import Settings
-from loaders.engines.vllm.command import EngineInstall, find_install
+from loaders.engines.vllm.engine import EngineInstall, find_install
 from modelcache.prepare.default_model import MANIFEST, find_damage
 from modelcache.types import CacheError
 

@@ -18,7 +18,7 @@ from gateway.doctor.model_checks import diagnose_cache
 from gateway.settings.schema import Settings
 from gateway.terminal import count
 from loaders.engines.base import engine_of
-from loaders.engines.vllm.command import EngineInstall
+from loaders.engines.vllm.engine import EngineInstall
 
 OLDEST, NEWEST = (3, 11), (3, 13)
 GIB = 1 << 30

@@ -83,18 +83,6 @@ class Capabilities:
     sleep_levels: frozenset[int] = frozenset()
     fork: bool = False
     compile_cache: bool = False
-    kv_events: bool = False
-    lora: bool = False
-    prefill_decode: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadMetrics:
-    """The names of an engine's Prometheus gauges of its load; ``None`` where it has none."""
-
-    requests_running: str | None = None
-    requests_waiting: str | None = None
-    kv_cache_usage_fraction: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +112,6 @@ class Engine(Protocol):
     notice: ClassVar[str] = ""
     """What a user has to know of its answers; empty where a model gives them."""
     capabilities: ClassVar[Capabilities] = Capabilities()
-    load_metrics: ClassVar[LoadMetrics] = LoadMetrics()
     phase_signs: ClassVar[Sequence[tuple[str, re.Pattern[str]]]] = ()
     """What is found in log messages, by the start phase it shows to have begun."""
 

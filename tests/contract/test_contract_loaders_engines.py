@@ -11,7 +11,6 @@ import subprocess
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import astuple
 from pathlib import Path
 from typing import TypeVar
 
@@ -124,11 +123,6 @@ class EngineContract(ABC):
     def test_it_tells_its_models_and_their_limits(self, url: str) -> None:
         models = self.ask(lambda client: self.engine.list_models(client, url, {}))
         assert models == (ServedModel(name=self.model, max_model_len_tokens=MAX_MODEL_LEN_TOKENS),)
-
-    def test_its_load_is_on_its_metrics_page(self, url: str) -> None:
-        page = httpx.get(f"{url}/metrics", trust_env=False, timeout=60).text
-        for metric in filter(None, astuple(self.engine.load_metrics)):
-            assert f"\n{metric}{{" in page
 
     def test_it_sleeps_and_wakes_or_says_that_it_cannot(self, url: str) -> None:
         async def sleep_and_wake(client: EngineClient, level: int) -> None:

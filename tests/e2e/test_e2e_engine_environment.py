@@ -19,7 +19,7 @@ import pytest
 
 from gateway.doctor.machine import Machine
 from loaders.engines.base import EngineOptions, Placement, engine_of
-from loaders.engines.vllm.command import find_install
+from loaders.engines.vllm.engine import find_install
 from loaders.settings import LoaderSettings
 from modelcache.prepare.default_model import find_damage
 

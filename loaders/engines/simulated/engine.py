@@ -16,8 +16,7 @@ from loaders.engines.base import (
     Placement,
 )
 from loaders.engines.client import EngineClient
-from loaders.engines.vllm.command import merge_flags
-from loaders.engines.vllm.engine import VllmEngine
+from loaders.engines.vllm.engine import VllmEngine, merge_flags
 from loaders.settings import LoaderSettings
 
 ROOT = str(Path(__file__).resolve().parents[3])

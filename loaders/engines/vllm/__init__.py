@@ -1,4 +1,4 @@
-"""vLLM: ``engine`` implements the protocol, by its ``command`` line. ``compile_cache`` keeps what
-it compiles, ``load_format`` is our weight reader as a vLLM plugin, and ``forkserver`` is a process
-that has imported vLLM before an engine is needed.
+"""vLLM: ``engine`` implements the protocol, ``compile_cache`` keeps what it compiles,
+``load_format`` is our weight reader as a vLLM plugin, and ``forkserver`` is a process that has
+imported vLLM before an engine is needed.
 """

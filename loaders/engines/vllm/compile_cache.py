@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from loaders.engines.base import EngineCommand
-from loaders.engines.vllm.command import find_install, read_flags, site_packages
+from loaders.engines.vllm.engine import find_install, read_flags, site_packages
 
 log = logging.getLogger("tidegate.bundles")
 

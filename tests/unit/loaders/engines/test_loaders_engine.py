@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loaders.engines.base import ENGINES, EngineCommand, EngineOptions, Placement, engine_of
-from loaders.engines.vllm.command import (
+from loaders.engines.vllm.engine import (
     LAUNCHER,
     Device,
     EngineInstall,
