@@ -11,8 +11,8 @@ the rest. ``loaders.engines.simulated.scheduler`` can be used alone: a pure mode
 virtual time.
 
 ``__main__`` is the process, ``arguments`` its settings, ``http1`` its port. ``application``
-answers, text by way of ``api``, and has a ``generation`` for each answer under way. ``core`` runs
-the ``scheduler`` in time, over KV ``blocks``; ``tokens``, ``faults`` and ``metrics`` are its
+answers, text by way of ``api``. ``generation`` runs the ``scheduler`` in time, over KV ``blocks``,
+and has what belongs to each reply under way; ``tokens``, ``faults`` and ``metrics`` are its
 tokenizer, its scripted failures and what it counts. ``engine`` implements the protocol of
 ``loaders.engines.base``.
 """

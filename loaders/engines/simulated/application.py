@@ -13,19 +13,12 @@ from typing import Any
 import msgspec
 
 from loaders.engines.base import START_PHASES
-from loaders.engines.simulated.api import (
-    chat,
-    completions,
-    messages,
-    pooling,
-    responses,
-)
+from loaders.engines.simulated.api import completions, messages, pooling, responses
 from loaders.engines.simulated.api.answers import Speaker
-from loaders.engines.simulated.api.bodies import RequestError, bad
+from loaders.engines.simulated.api.bodies import Context, Prepare, RequestError, bad
 from loaders.engines.simulated.arguments import EngineSettings
-from loaders.engines.simulated.core import EngineCore
 from loaders.engines.simulated.faults import KINDS, TRIGGERS, Fault, FaultPlan
-from loaders.engines.simulated.generation import Context, Generation, Prepare
+from loaders.engines.simulated.generation import EngineCore, Generation
 from loaders.engines.simulated.http1 import HttpExchange
 from loaders.engines.simulated.metrics import Metrics
 from loaders.engines.simulated.scheduler import QueueFullError, Scheduler
@@ -139,19 +132,17 @@ class Application:
         named = exchange.headers.get(b"x-request-id")
         request_id = named.decode("latin-1") if named else os.urandom(16).hex()
         context = replace(self.context, request_id=request_id, created_s=int(time.time()))
-        prepared = prepare(self.body(exchange), context)
         generation = Generation(
             self.engine,
             exchange,
-            prepared.answers,
-            stream=prepared.stream,
+            prepare(self.body(exchange), context),
             cut_after_chunks=None if cut is None else cut.after_chunks,
             cut_by_reset=cut is not None and cut.how == "reset",
             ended=self._ended,
         )
         self.live.add(generation)
         try:
-            generation.start(prepared.wording(generation))
+            generation.start()
         except QueueFullError as error:
             self.live.discard(generation)
             self.engine.metrics.refused += 1
@@ -363,8 +354,8 @@ def _from_body(
 
 
 ROUTES: Mapping[str, tuple[tuple[str, ...], Endpoint]] = {
-    "/v1/chat/completions": _generated(chat.prepare),
-    "/v1/completions": _generated(completions.prepare),
+    "/v1/chat/completions": _generated(completions.prepare_chat),
+    "/v1/completions": _generated(completions.prepare_completion),
     "/v1/responses": _generated(responses.prepare),
     "/v1/messages": _generated(messages.prepare),
     "/v1/embeddings": _generated(pooling.embeddings),

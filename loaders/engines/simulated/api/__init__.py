@@ -1,5 +1,5 @@
 """The simulated engine's HTTP API, a module for each family of endpoints.
 
-``chat``, ``completions``, ``responses``, ``messages`` and ``pooling`` are endpoints; ``bodies`` and
+``completions``, ``responses``, ``messages`` and ``pooling`` are endpoints; ``bodies`` and
 ``answers`` are what they share.
 """

@@ -1,16 +1,21 @@
-"""Reading the bodies of requests for text, strictly, as vLLM does, and its errors. Pure."""
+"""What the APIs share: a request's body, read as strictly as vLLM does, its errors and its reply.
+Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from loaders.engines.simulated.api.answers import Sampling
+from loaders.engines.simulated.api.answers import GeneratedText, Sampling, Speaker
+from loaders.engines.simulated.scheduler import Sequence
 from loaders.engines.simulated.tokens import token_count
 
+_encode = msgspec.json.Encoder().encode
 _TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
@@ -54,6 +59,76 @@ def bad(message: str, param: str | None = None) -> RequestError:
     """A 400."""
     return RequestError(400, message, param=param)
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """The engine as one request sees it."""
+
+    served_models: tuple[str, ...]
+    max_model_len_tokens: int
+    speaker: Speaker
+    embedding_size: int
+    request_id: str = ""
+    created_s: int = 0
+
+    def model(self, name: str | None) -> str:
+        """The model that a request names, or the one served. Raises the 404."""
+        if name and name not in self.served_models:
+            served = ", ".join(self.served_models)
+            message = f"The model `{name}` does not exist. Valid aliases: {served}."
+            raise RequestError(404, message, param="model")
+        return name or self.served_models[0]
+
+
+class Reply(ABC):
+    """One request that was read, and its reply as its API words it.
+
+    ``prompts`` are answered by ``answers``, one each, which are its choices, numbered from 0;
+    ``sequences`` are what the engine has of them, once they are submitted.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        model: str,
+        answers: list[tuple[bytes, GeneratedText]],
+        *,
+        stream: bool | None = None,
+    ) -> None:
+        self.context, self.model = context, model
+        self.prompts = [prompt for prompt, _ in answers]
+        self.answers = [answer for _, answer in answers]
+        self.stream = bool(stream)
+        self.sequences: list[Sequence] = []
+
+    def begin(self) -> list[bytes]:
+        """The events sent as soon as the request is accepted."""
+        return []
+
+    def token(self, choice: int, text: str, *, first: bool, last: bool) -> list[bytes]:
+        """The events for one token of a choice, which shows ``text``.
+
+        ``first`` before any other, ``last`` where the choice ends with it. An answer that the
+        engine ended itself has a last one without text, which is no token.
+        """
+        return []
+
+    def end(self) -> list[bytes]:
+        """The events that end the stream."""
+        return []
+
+    @abstractmethod
+    def whole(self) -> bytes:
+        """The answer in one piece, as JSON."""
+
+
+def named_event(fields: dict[str, Any]) -> bytes:
+    """One event, named by its ``type``."""
+    return b"event: %s\ndata: %s\n\n" % (str(fields["type"]).encode(), _encode(fields))
+
+
+Prepare = Callable[[dict[str, Any], Context], Reply]
+"""Reads the body of one API's request. Raises ``RequestError``."""
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 Positive = Annotated[int, Meta(ge=1)]

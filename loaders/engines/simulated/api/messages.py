@@ -10,20 +10,16 @@ import msgspec
 
 from loaders.engines.simulated.api.bodies import (
     Content,
+    Context,
+    Reply,
     StopStrings,
     TextRequest,
     bad,
+    named_event,
     read_body,
     text_of,
 )
-from loaders.engines.simulated.api.chat import ChatMessage, Messages, make_answers, render
-from loaders.engines.simulated.generation import (
-    Context,
-    Format,
-    Generation,
-    PreparedRequest,
-    named_event,
-)
+from loaders.engines.simulated.api.completions import ChatMessage, Messages, make_answers, render
 from loaders.engines.simulated.tokens import token_count
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -63,7 +59,7 @@ class MessageRequest(TextRequest, kw_only=True):
         return render([*first, *self.messages], self.tools)
 
 
-def prepare(body: dict[str, Any], context: Context) -> PreparedRequest:
+def prepare(body: dict[str, Any], context: Context) -> Reply:
     """Read a message request. Raises ``RequestError``."""
     request = read_body(body, MessageRequest)
     if request.max_tokens is None:
@@ -78,11 +74,7 @@ def prepare(body: dict[str, Any], context: Context) -> PreparedRequest:
         must_call=choice is not None and choice.type in ("any", "tool"),
         function=choice.name if choice is not None and choice.type == "tool" else None,
     )
-    return PreparedRequest(
-        answers=answers,
-        wording=lambda generation: Message(generation, context, model),
-        stream=bool(request.stream),
-    )
+    return Message(context, model, answers, stream=request.stream)
 
 
 def count_tokens(body: dict[str, Any], context: Context) -> dict[str, Any]:
@@ -93,16 +85,15 @@ def count_tokens(body: dict[str, Any], context: Context) -> dict[str, Any]:
     return {"input_tokens": count, "context_management": {"original_input_tokens": count}}
 
 
-class Message(Format):
-    """The wording of Anthropic's message, whole or in events."""
+class Message(Reply):
+    """Anthropic's message, whole or in events."""
 
-    def __init__(self, generation: Generation, context: Context, model: str) -> None:
-        self._generation = generation
-        self._id = f"msg_{context.request_id}"
-        self._model = model
+    @property
+    def _id(self) -> str:
+        return f"msg_{self.context.request_id}"
 
     def _usage(self) -> dict[str, int]:
-        sequence = self._generation.sequences[0]
+        sequence = self.sequences[0]
         return {"input_tokens": sequence.prompt_tokens, "output_tokens": sequence.produced}
 
     def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
@@ -111,14 +102,14 @@ class Message(Format):
             "type": "message",
             "role": "assistant",
             "content": content,
-            "model": self._model,
+            "model": self.model,
             "stop_reason": None,
             "stop_sequence": None,
             "usage": self._usage(),
         }
 
     def _ending(self) -> dict[str, Any]:
-        answer = self._generation.answers[0]
+        answer = self.answers[0]
         if answer.stop_reason is not None:
             return {"stop_reason": "stop_sequence", "stop_sequence": answer.stop_reason}
         return {
@@ -127,7 +118,7 @@ class Message(Format):
         }
 
     def _block(self, **content: Any) -> dict[str, Any]:
-        tool = self._generation.answers[0].tool
+        tool = self.answers[0].tool
         if tool is None:
             return {"type": "text", "text": content.get("text", "")}
         identity = f"toolu_{zlib.crc32(self._id.encode()):08x}"
@@ -148,7 +139,7 @@ class Message(Format):
             events.append(named_event(block))
         if text:
             delta = {"type": "text_delta", "text": text}
-            if self._generation.answers[0].tool is not None:
+            if self.answers[0].tool is not None:
                 delta = {"type": "input_json_delta", "partial_json": text}
             events.append(named_event({"type": "content_block_delta", "index": 0, "delta": delta}))
         if last:
@@ -162,7 +153,7 @@ class Message(Format):
 
     def whole(self) -> bytes:
         """The message as one object."""
-        answer = self._generation.answers[0]
+        answer = self.answers[0]
         text = answer.text.decode("ascii")
         if answer.tool is None:
             block = self._block(text=text)

@@ -21,15 +21,15 @@ from msgspec import Meta
 from loaders.engines.simulated.api.answers import GeneratedText
 from loaders.engines.simulated.api.bodies import (
     Content,
+    Context,
     Positive,
+    Reply,
     bad,
     read_body,
     text_of,
     too_long,
 )
-from loaders.engines.simulated.api.chat import Messages, render
-from loaders.engines.simulated.api.completions import Prompts, encode_prompts
-from loaders.engines.simulated.generation import Context, Format, Generation, PreparedRequest
+from loaders.engines.simulated.api.completions import Messages, Prompts, encode_prompts, render
 from loaders.engines.simulated.tokens import decode, encode, token_count
 
 _NOTHING = GeneratedText(text=b"", tokens=0, finish_reason="stop")
@@ -66,36 +66,29 @@ class PoolingRequest(msgspec.Struct, kw_only=True):
     tokens: list[int] | None = None
 
 
-class Pooled(Format):
-    """An answer that comes all at once: ``build`` makes it, of the tokens counted, when all is
+class Pooled(Reply):
+    """A reply that comes all at once: ``build`` makes it, of the tokens counted, when all is
     computed."""
 
     def __init__(
-        self, generation: Generation, build: Callable[[dict[str, int]], dict[str, Any]]
+        self,
+        context: Context,
+        model: str,
+        prompts: list[bytes],
+        build: Callable[[dict[str, int]], dict[str, Any]],
     ) -> None:
-        self._generation = generation
+        if len(prompts) > _MAX_INPUTS:
+            raise bad(f"At most {_MAX_INPUTS} inputs to a request, not {len(prompts)}.", "input")
+        for prompt in prompts:
+            if token_count(prompt) > context.max_model_len_tokens:
+                raise too_long(context.max_model_len_tokens, token_count(prompt), 0)
+        super().__init__(context, model, [(prompt, _NOTHING) for prompt in prompts])
         self._build = build
 
     def whole(self) -> bytes:
-        """The answer as one object."""
-        count = sum(sequence.prompt_tokens for sequence in self._generation.sequences)
+        """The reply as one object."""
+        count = sum(sequence.prompt_tokens for sequence in self.sequences)
         return msgspec.json.encode(self._build({"prompt_tokens": count, "total_tokens": count}))
-
-
-def _prepared(
-    prompts: list[bytes],
-    context: Context,
-    build: Callable[[dict[str, int]], dict[str, Any]],
-) -> PreparedRequest:
-    if len(prompts) > _MAX_INPUTS:
-        raise bad(f"At most {_MAX_INPUTS} inputs to a request, not {len(prompts)}.", "input")
-    for prompt in prompts:
-        if token_count(prompt) > context.max_model_len_tokens:
-            raise too_long(context.max_model_len_tokens, token_count(prompt), 0)
-    return PreparedRequest(
-        answers=[(prompt, _NOTHING) for prompt in prompts],
-        wording=lambda generation: Pooled(generation, build),
-    )
 
 
 def vector(text: bytes, size: int) -> list[float]:
@@ -106,7 +99,7 @@ def vector(text: bytes, size: int) -> list[float]:
     return [round(v / length, 7) for v in values]
 
 
-def embeddings(body: dict[str, Any], context: Context) -> PreparedRequest:
+def embeddings(body: dict[str, Any], context: Context) -> Reply:
     """Read a request to ``/v1/embeddings``. Raises ``RequestError``."""
     request = read_body(body, PoolingRequest)
     model = context.model(request.model)
@@ -136,7 +129,7 @@ def embeddings(body: dict[str, Any], context: Context) -> PreparedRequest:
             "usage": {**counts, "completion_tokens": 0, "prompt_tokens_details": None},
         }
 
-    return _prepared(prompts, context, build)
+    return Pooled(context, model, prompts, build)
 
 
 def similarity(one: str, other: str) -> float:
@@ -159,7 +152,7 @@ def _pair_prompts(pairs: Sequence[tuple[str, str]]) -> list[bytes]:
     return [f"{one}\n{other}".encode("utf-8", "replace") for one, other in pairs]
 
 
-def rerank(body: dict[str, Any], context: Context) -> PreparedRequest:
+def rerank(body: dict[str, Any], context: Context) -> Reply:
     """Read a request to ``/v1/rerank``. Raises ``RequestError``."""
     request = read_body(body, PoolingRequest)
     model = context.model(request.model)
@@ -184,10 +177,10 @@ def rerank(body: dict[str, Any], context: Context) -> PreparedRequest:
             "results": results,
         }
 
-    return _prepared(_pair_prompts([(query, one) for one in documents]), context, build)
+    return Pooled(context, model, _pair_prompts([(query, one) for one in documents]), build)
 
 
-def score(body: dict[str, Any], context: Context) -> PreparedRequest:
+def score(body: dict[str, Any], context: Context) -> Reply:
     """Read a request to ``/v1/score``: one text with one or many, or pairs."""
     request = read_body(body, PoolingRequest)
     model = context.model(request.model)
@@ -212,7 +205,7 @@ def score(body: dict[str, Any], context: Context) -> PreparedRequest:
             "usage": counts,
         }
 
-    return _prepared(_pair_prompts(pairs), context, build)
+    return Pooled(context, model, _pair_prompts(pairs), build)
 
 
 def tokenize(body: dict[str, Any], context: Context) -> dict[str, Any]:

@@ -11,25 +11,21 @@ from msgspec import Meta
 from loaders.engines.simulated.api.answers import GeneratedText
 from loaders.engines.simulated.api.bodies import (
     Content,
+    Context,
     Positive,
+    Reply,
     RequestError,
     TextRequest,
     bad,
+    named_event,
     read_body,
 )
-from loaders.engines.simulated.api.chat import (
+from loaders.engines.simulated.api.completions import (
     AnswerFormat,
     ChatMessage,
     Function,
     make_answers,
     render,
-)
-from loaders.engines.simulated.generation import (
-    Context,
-    Format,
-    Generation,
-    PreparedRequest,
-    named_event,
 )
 
 _WHOLE = ("stop", "tool_calls")
@@ -91,7 +87,7 @@ class ResponseRequest(TextRequest, kw_only=True):
         return [*first, *(item.turn() for item in self.input)]
 
 
-def prepare(body: dict[str, Any], context: Context) -> PreparedRequest:
+def prepare(body: dict[str, Any], context: Context) -> Reply:
     """Read a request for a response. Raises ``RequestError``."""
     request = read_body(body, ResponseRequest)
     model = context.model(request.model)
@@ -114,31 +110,31 @@ def prepare(body: dict[str, Any], context: Context) -> PreparedRequest:
         function=choice.name if isinstance(choice, Function) else None,
         answer_format=None if request.text is None else request.text.format,
     )
-    return PreparedRequest(
-        answers=answers,
-        wording=lambda generation: Response(generation, context, model, body),
-        stream=bool(request.stream),
-    )
+    return Response(context, model, answers, body, stream=request.stream)
 
 
-class Response(Format):
-    """The wording of a response: one item, a message or a function call, whole or in events."""
+class Response(Reply):
+    """A response: one item, a message or a function call, whole or in events."""
 
     def __init__(
-        self, generation: Generation, context: Context, model: str, body: Mapping[str, Any]
+        self,
+        context: Context,
+        model: str,
+        answers: list[tuple[bytes, GeneratedText]],
+        body: Mapping[str, Any],
+        *,
+        stream: bool | None,
     ) -> None:
-        self._generation = generation
+        super().__init__(context, model, answers, stream=stream)
         self._id = f"resp_{context.request_id}"
         kind = "msg" if self._answer.tool is None else "fc"
         self._item_id = f"{kind}_{context.request_id}"
-        self._created = context.created_s
-        self._model = model
         self._body = body
         self._number = -1
 
     @property
     def _answer(self) -> GeneratedText:
-        return self._generation.answers[0]
+        return self.answers[0]
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         self._number += 1
@@ -171,9 +167,9 @@ class Response(Format):
         return {
             "id": self._id,
             "object": "response",
-            "created_at": self._created,
+            "created_at": self.context.created_s,
             "status": status,
-            "model": self._model,
+            "model": self.model,
             "output": output,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
@@ -193,7 +189,7 @@ class Response(Format):
         }
 
     def _usage(self) -> dict[str, Any]:
-        sequence = self._generation.sequences[0]
+        sequence = self.sequences[0]
         return {
             "input_tokens": sequence.prompt_tokens,
             "input_tokens_details": {"cached_tokens": sequence.cached_tokens},

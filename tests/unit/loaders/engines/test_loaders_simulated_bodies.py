@@ -8,16 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loaders.engines.simulated.api import (
-    chat,
-    completions,
-    messages,
-    pooling,
-    responses,
-)
+from loaders.engines.simulated.api import completions, messages, pooling, responses
 from loaders.engines.simulated.api.answers import Speaker
-from loaders.engines.simulated.api.bodies import RequestError
-from loaders.engines.simulated.generation import Context, Prepare
+from loaders.engines.simulated.api.bodies import Context, Prepare, RequestError
 from loaders.engines.simulated.tokens import token_count
 
 CONTEXT = Context(
@@ -27,8 +20,8 @@ CONTEXT = Context(
     speaker=Speaker(mean_tokens=20, spread_fraction=0.5, seed=0),
 )
 PREPARES: dict[str, Prepare] = {
-    "chat": chat.prepare,
-    "completions": completions.prepare,
+    "chat": completions.prepare_chat,
+    "completions": completions.prepare_completion,
     "responses": responses.prepare,
     "messages": messages.prepare,
     "embeddings": pooling.embeddings,
@@ -105,9 +98,9 @@ def test_a_body_is_read_or_refused(name: str, data: st.DataObject) -> None:
     fields = data.draw(st.dictionaries(keys, VALUES, min_size=1, max_size=4))
     body = json.loads(json.dumps({**LIKELY, **fields}))
     with contextlib.suppress(RequestError):
-        prepared = PREPARES[name](body, CONTEXT)
-        assert prepared.answers
-        for prompt, answer in prepared.answers:
+        reply = PREPARES[name](body, CONTEXT)
+        assert reply.answers
+        for prompt, answer in zip(reply.prompts, reply.answers, strict=True):
             assert token_count(prompt) >= 1
             assert token_count(prompt) + answer.tokens <= CONTEXT.max_model_len_tokens
             assert len(answer.text) <= 4 * answer.tokens
