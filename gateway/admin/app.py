@@ -15,8 +15,11 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+import logging
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
@@ -24,27 +27,42 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.admin import openapi, schema
-from gateway.admin.metrics_page import render_cache
-from gateway.admin.model_routes import MAX_SLOW, ModelRoutes
-from gateway.admin.models import Models
-from gateway.admin.openapi import METRICS_TYPE
-from gateway.admin.operations import INDEX, OPENAPI, OPERATIONS, Operation
-from gateway.admin.schema import AdminError, AdminRequest
-from gateway.admin.usage_poller import UsagePoller
+from gateway.admin import operations, schema
+from gateway.admin.metrics_page import UsagePoller, render_cache
+from gateway.admin.models import Models, error_of
+from gateway.admin.operations import (
+    INDEX,
+    LINES_TYPE,
+    METRICS_TYPE,
+    OPENAPI,
+    OPERATIONS,
+    VERBS,
+    Operation,
+)
+from gateway.admin.schema import FAULT, AdminError, AdminRequest
 from gateway.settings.schema import LOOPBACK_NAMES, is_loopback
+from modelcache.types import Cancelled, Progress
 
 if TYPE_CHECKING:
     from gateway.admin.control import LiveControl
+
+log = logging.getLogger("tidegate.models")
 
 MAX_BODY_BYTES = 65_536
 """A change is a few words; more is a mistake."""
 BODY_TIMEOUT_S = 10.0
 """Seconds a client has to send its few words."""
+
+BEAT_S = 0.25
+"""Seconds between two lines of progress."""
+SILENCE_S = 5.0
+"""Seconds after which a line is sent although nothing moved, so that no proxy gives up on it."""
+MAX_SLOW = 16
+"""Slow verbs at once; the next is refused. Each has a thread."""
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -91,7 +109,7 @@ def assemble(
         return schema.AdminIndex(endpoints=summaries)
 
     async def describe() -> schema.ApiDocument:
-        return schema.ApiDocument(await asyncio.to_thread(openapi.describe, served, version))
+        return schema.ApiDocument(await asyncio.to_thread(operations.describe, served, version))
 
     every = {"index": index, "openapi": describe, **handlers}
     return Starlette(
@@ -193,7 +211,7 @@ async def _http_error(request: Request, problem: Exception) -> Response:
 
 async def _internal_error(request: Request, problem: Exception) -> Response:
     """The traceback goes to the log, never to the client."""
-    return refusal(AdminError("internal_error", schema.FAULT))
+    return refusal(AdminError("internal_error", FAULT))
 
 
 class BrowserGuard:
@@ -339,3 +357,103 @@ def _known(kind: str, name: str) -> Iterator[None]:
     except TimeoutError:
         text = "It was begun and is not done yet; see /status."
         raise AdminError("timeout", text) from None
+
+
+# ── Models ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ModelRoutes:
+    """The handlers of ``/models…``: the verbs over one ``Models``.
+
+    A verb that takes long answers 200 at once with a stream of JSON lines: progress as it goes, and
+    at the end a result or an error. A client that goes away cancels it; what was fetched by then is
+    kept, and the same request goes on from there.
+    """
+
+    def __init__(self, models: Models, max_slow: int = MAX_SLOW) -> None:
+        self._models = models
+        self._max_slow = max_slow
+        self._slow = 0
+
+    def handlers(self) -> dict[str, Handler]:
+        """Each operation's handler by its name."""
+        return {
+            "models": self.listing,
+            **{
+                verb: partial(self.run_slow if operation.lines else self.run_quick, verb)
+                for verb, operation in VERBS.items()
+            },
+        }
+
+    async def listing(self) -> schema.CacheListing:
+        """The models in the cache, and what they take."""
+        return await asyncio.to_thread(self._models.listing)
+
+    async def run_quick(self, verb: str, body: schema.ModelRequest) -> schema.ModelAnswer:
+        """The answer of a verb that is soon done."""
+        try:
+            return await asyncio.to_thread(self._models.run, verb, body)
+        except Exception as problem:
+            error = error_of(problem)
+            if error is None:
+                raise
+            raise error from None
+
+    async def run_slow(self, verb: str, body: schema.ModelRequest) -> Response:
+        """The lines of a verb that takes long."""
+        try:
+            self._models.resolve(body)
+        except ValueError as problem:
+            raise error_of(problem) or problem from None
+        if self._slow >= self._max_slow:
+            text = f"{self._max_slow} of these run already; try again."
+            raise AdminError("too_many", text, retry_after="5")
+        return StreamingResponse(self._lines(verb, body), media_type=LINES_TYPE)
+
+    async def _lines(self, verb: str, body: schema.ModelRequest) -> AsyncIterator[str]:
+        """The verb's progress and its end, each a line."""
+        latest = Progress(phase="waiting")
+        left = threading.Event()
+
+        def on_progress(progress: Progress) -> None:
+            nonlocal latest
+            latest = progress
+
+        self._slow += 1
+        work = asyncio.create_task(
+            asyncio.to_thread(
+                self._models.run, verb, body, on_progress=on_progress, cancelled=left.is_set
+            )
+        )
+        work.add_done_callback(self._slow_is_over)
+        try:
+            shown: Progress | None = None
+            silent_s = 0.0
+            while not (await asyncio.wait({work}, timeout=BEAT_S))[0]:
+                silent_s += BEAT_S
+                now = latest
+                if now != shown or silent_s >= SILENCE_S:
+                    shown, silent_s = now, 0.0
+                    yield _line(schema.ProgressLine(progress=now))
+            yield _line(await _end_of(work))
+        finally:
+            left.set()  # the client has gone, or it is over anyway
+
+    def _slow_is_over(self, work: asyncio.Task[Any]) -> None:
+        self._slow -= 1
+        if work.cancelled() or isinstance(work.exception(), Cancelled):
+            return
+        problem = work.exception()
+        if isinstance(problem, Exception) and error_of(problem) is None:
+            log.error("a verb of the model cache failed", exc_info=problem)
+
+
+async def _end_of(work: asyncio.Task[schema.ModelAnswer]) -> BaseModel:
+    try:
+        return schema.ResultLine(result=await work)
+    except Exception as problem:  # noqa: BLE001 - answered, and logged above
+        return (error_of(problem) or AdminError("internal_error", FAULT)).answer()
+
+
+def _line(value: BaseModel) -> str:
+    return value.model_dump_json() + "\n"

@@ -1,8 +1,6 @@
 """The ``tidegate`` command.
 
-``main`` runs a verb and turns what ends it into a line and an exit code; before that
-``import_check`` looks whether the packages are Tidegate's own. ``verbs`` has up, agent, status,
-scale, reload, explain and doctor; ``config`` and ``model`` the groups of those names. ``base`` has
-the common options and effects, ``client`` asks the admin API. ``tables``, ``model_tables`` and
-``progress`` print.
+``main`` looks whether the packages are Tidegate's own, runs a verb, and turns what ends it into a
+line and an exit code. ``verbs`` has the verbs, ``model`` those of ``tidegate model``. ``base`` has
+the common options and effects, ``client`` asks the admin API, ``tables`` prints.
 """

@@ -5,6 +5,10 @@ Tidegate to ask; 70 a fault of Tidegate's own; 130 interrupted. Errors are one l
 standard error.
 
 Nothing is imported at the top that takes time: Ctrl-C must be no traceback from the first moment.
+
+The packages' names are plain words (``router``, ``gateway``), so another distribution in the same
+environment, or a folder on ``PYTHONPATH``, could stand before or over them. ``assert_ours`` looks
+at that before anything is imported, because what it causes otherwise is hard to recognise.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,6 +27,15 @@ if TYPE_CHECKING:
 FAULT = 70
 INTERRUPTED = 130
 DEBUG_VARIABLE = "TIDEGATE_DEBUG"
+
+LEAVES = {
+    "gateway": "datapath/worker",
+    "autoscaler": "policy/decide",
+    "loaders": "weights/plan",
+    "modelcache": "refs",
+    "router": "pick",
+}
+"""Each package with a module that it has and a stranger of the same name would not."""
 
 
 def main(arguments: Sequence[str] | None = None, effects: Effects | None = None) -> int:
@@ -32,8 +46,6 @@ def main(arguments: Sequence[str] | None = None, effects: Effects | None = None)
     given = None if arguments is None else list(arguments)
 
     def run() -> int:
-        from gateway.cli.import_check import assert_ours
-
         assert_ours()
         from gateway.cli.base import Effects
         from gateway.cli.verbs import make_command
@@ -75,7 +87,6 @@ def _ended(error: Exception) -> int:
     import typer
 
     from gateway.cli.client import RequestRefused, SettingsRefused, Unreachable
-    from gateway.cli.import_check import NotOursError
     from gateway.terminal import complain
     from modelcache.types import CacheError
 
@@ -130,6 +141,54 @@ def _failed(error: Exception) -> int:
     text = " ".join(f"{type(error).__name__}: {error}".split())
     complain(f"internal error{where}: {text} ({DEBUG_VARIABLE}=1 shows the traceback)")
     return FAULT
+
+
+# ── Whose packages they are ───────────────────────────────────────────────────────────────────────
+
+
+class NotOursError(ImportError):
+    """Another distribution has a package of that name; the message says where it lies."""
+
+
+def assert_ours(
+    root: Path | None = None, locate: Callable[[str], Path | None] | None = None
+) -> None:
+    """Raise ``NotOursError`` unless every package lies where this one does, and has our modules.
+
+    ``root`` is the directory that holds the packages, by default that of this very file; ``locate``
+    finds where a package would be imported from. Nothing is imported.
+    """
+    root = (root or Path(__file__).resolve().parents[2]).resolve()
+    for package, leaf in LEAVES.items():
+        found = (locate or _locate)(package)
+        if found is None:
+            raise NotOursError(
+                f"the package {package!r} of Tidegate cannot be found; install Tidegate again"
+            )
+        if found == root / package and not (found / f"{leaf}.py").is_file():
+            raise NotOursError(
+                f"{found} is not Tidegate's package {package!r}, or incomplete ({leaf}.py is not "
+                "there): another package of that name was installed over it; install Tidegate "
+                "again, in an environment of its own"
+            )
+        if found != root / package:
+            raise NotOursError(
+                f"the package {package!r} would be imported from {found}, which is not Tidegate's "
+                f"({root / package}): give Tidegate an environment of its own, and no PYTHONPATH"
+            )
+
+
+def _locate(package: str) -> Path | None:
+    """The directory a package would be imported from."""
+    import importlib.util
+
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        return None
+    if spec.origin is not None:
+        return Path(spec.origin).resolve().parent
+    places = list(spec.submodule_search_locations or ())
+    return Path(places[0]).resolve() if places else None
 
 
 if __name__ == "__main__":

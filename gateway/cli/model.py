@@ -7,17 +7,23 @@ in use and keeps pages; where none does, the verbs work on the cache's directory
 from __future__ import annotations
 
 import os
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any
 
 import typer
 
-from gateway.cli import model_tables
+from gateway.cli import tables
 from gateway.cli.base import Admin, AsJson, Config, PoolName, Sets, as_text, load, screen
 from gateway.cli.client import model_verbs, name_model
-from gateway.cli.progress import ProgressBar
-from gateway.terminal import out, size
-from modelcache.types import CacheError
+from gateway.terminal import complain, duration, out, size
+from modelcache.types import CacheError, Progress
+
+PLAIN_S = 10.0
+"""Seconds between two lines where there is no terminal."""
 
 model_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -63,7 +69,7 @@ def _do(
     asked: Any = request.model_validate({"model": name, "revision": revision, **given})
     with ProgressBar(f"{verb} {model}") as bar:
         answer = verbs.run(verb, asked, bar.show)
-    out(as_text(answer) if as_json else model_tables.done(answer))
+    out(as_text(answer) if as_json else tables.model_done(answer))
     return answer
 
 
@@ -84,7 +90,7 @@ def model_ls(
     **Examples:** `tidegate model ls`, `tidegate model ls --json | jq '.models[].url'`
     """
     found = model_verbs(admin, load(config, sets).settings, context.obj.open_models).listing()
-    text = model_tables.listing(found, screen(), context.obj.now_s())
+    text = tables.models(found, screen(), context.obj.now_s())
     out(as_text(found) if as_json else text)
     return 0
 
@@ -322,3 +328,84 @@ def model_bundle(
     told = {"pool": given.name, "file": str(file), "size_bytes": file.stat().st_size}
     out(as_text(told) if as_json else f"{file}  ({size(file.stat().st_size)})\n")
     return 0
+
+
+# ── Progress ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class ProgressBar:
+    """Shows on standard error how far one piece of work is, while the ``with`` block lasts: a bar
+    on a terminal, of which nothing stays, a line now and then elsewhere.
+
+    ``show`` may be called as often as one likes, from any thread.
+    """
+
+    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._what = what
+        self._clock = clock
+        self._live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._bar: Any = None
+        self._task: Any = None
+        self._said_s = clock()
+
+    def __enter__(self) -> ProgressBar:
+        if self._live:
+            self._begin()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _begin(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bars
+
+        self._bar = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            console=Console(stderr=True),
+            transient=True,
+            expand=True,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(self._what, total=None, figures="")
+
+    def show(self, progress: Progress) -> None:
+        """Where it is now."""
+        if self._bar is not None:
+            self._bar.update(
+                self._task,
+                description=f"{self._what}: {progress.phase}",
+                completed=progress.bytes_done,
+                total=progress.bytes_total,
+                figures=figures(progress),
+            )
+        elif self._clock() - self._said_s >= PLAIN_S:
+            self._said_s = self._clock()
+            complain(" ".join(f"{self._what}: {progress.phase} {figures(progress)}".split()))
+
+
+def figures(progress: Progress) -> str:
+    """``3.1 of 14.9 GB, 412 MB/s, 29 s left``, as far as it is known."""
+    parts = []
+    if progress.bytes_total:
+        done, total = progress.bytes_done, progress.bytes_total
+        parts.append(f"{size(done)} of {size(total)}")
+    elif progress.bytes_done:
+        parts.append(size(progress.bytes_done))
+    if progress.rate_bytes_s:
+        parts.append(f"{size(progress.rate_bytes_s)}/s")
+        if progress.bytes_total:
+            left_s = (progress.bytes_total - progress.bytes_done) / progress.rate_bytes_s
+            parts.append(f"{duration(left_s)} left")
+    if progress.detail:
+        parts.append(progress.detail)
+    return ", ".join(parts)

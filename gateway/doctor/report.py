@@ -12,9 +12,8 @@ from urllib.parse import urlsplit
 
 from autoscaler.policy.device_assignment import GpuCapacity
 from autoscaler.settings import PoolSettings
-from gateway.doctor.checks import Check, Status, fail, ok, warn
+from gateway.doctor.checks import Check, Status, diagnose_cache, fail, ok, warn
 from gateway.doctor.machine import Machine
-from gateway.doctor.model_checks import diagnose_cache
 from gateway.settings.schema import Settings
 from gateway.terminal import count
 from loaders.engines.base import engine_of

@@ -22,8 +22,9 @@ Everything wrong is found before anything starts and raised together, one line f
 from __future__ import annotations
 
 import os
+import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,32 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from gateway.settings import errors, fields, toml
-from gateway.settings.env import find_misnamed
 from gateway.settings.errors import DEFAULT, Problem
-from gateway.settings.hub_names import through_cache
-from gateway.settings.schema import Settings, find_warnings
+from gateway.settings.schema import Settings, find_warnings, through_cache
 
 ENV_PREFIX = "TIDEGATE__"
+OUR_PREFIX = "TIDEGATE_"
 MAX_FILE_BYTES = 4_194_304
 """A settings file is text that people write; what is larger was named by mistake."""
 
 BUILT_IN = "built in"
 """The origin of a value that Tidegate brings where no layer says anything."""
+
+OURS = frozenset(
+    {
+        "TIDEGATE_COMPILED",
+        "TIDEGATE_CONFIG",
+        "TIDEGATE_DEBUG",
+        "TIDEGATE_ENGINE",
+        "TIDEGATE_ENGINE_PIP_ARGS",
+        "TIDEGATE_PEER_TOKEN",
+        "TIDEGATE_REPLICA_MARK",
+    }
+)
+"""Variables with one underscore that something reads."""
+
+SERVICE_LINKS = ("tcp://", "udp://", "sctp://")
+"""How values begin that Kubernetes puts into a container for a service called ``tidegate-…``."""
 
 Parts = tuple[str, ...]
 
@@ -329,6 +345,41 @@ def _lowered(parts: Parts) -> Parts:
         free = above is not None and above.kind == "table"
         result = (*result, part if free else part.lower())
     return result
+
+
+def find_misnamed(environ: Mapping[str, str], named: Collection[str]) -> Iterator[Problem]:
+    """A warning for each variable that is not read and was probably meant as a setting: one
+    underscore where two belong.
+
+    ``named`` are variables that the settings themselves name, for keys and secrets.
+    """
+    for name in sorted(environ):
+        ours = name in OURS or name in named or environ[name].startswith(SERVICE_LINKS)
+        if ours or not name.startswith(OUR_PREFIX) or name.startswith(ENV_PREFIX):
+            continue
+        meant = _meant(name.removeprefix(OUR_PREFIX))
+        if meant is not None:
+            message = f"is not read; {meant}, with two underscores, is probably meant"
+            yield Problem("", message, f"environment {name}")
+
+
+def _meant(tail: str) -> str | None:
+    """The variable of the setting that a name without its prefix stands for: all of its path, or
+    the last part where only one setting ends so."""
+    words = re.sub(r"_+", "_", tail).lower()
+    ends = []
+    for path, _ in fields.walk(fields.root()):
+        pattern = "_".join("([0-9]+)" if part == "*" else part for part in path)
+        found = re.fullmatch(pattern, words)
+        if found is not None:
+            return _variable(path, *found.groups())
+        if path[-1] == words:
+            ends.append(path)
+    return _variable(ends[0]) if len(ends) == 1 else None
+
+
+def _variable(path: Parts, index: str = "0") -> str:
+    return ENV_PREFIX + "__".join(index if part == "*" else part for part in path).upper()
 
 
 def _read_override(draft: _Draft, text: str) -> None:

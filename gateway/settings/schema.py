@@ -7,14 +7,17 @@ section says itself what its values mean, which are allowed, and which contradic
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from autoscaler.settings import AutoscalerSettings, PoolSettings
 from gateway.datapath.settings import GatewaySettings
+from loaders.engines.base import engine_of
 from loaders.settings import LoaderSettings
+from modelcache.refs import parse_ref
 from modelcache.settings import ModelCacheSettings
 from router.settings import RouterSettings
 
@@ -75,3 +78,50 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def has_hub() -> bool:
+    """Whether what reads a hub is installed."""
+    return find_spec("huggingface_hub") is not None
+
+
+def through_cache(
+    settings: Settings,
+    *,
+    can_read: Callable[[], bool] = has_hub,
+    is_directory: Callable[[str], bool] = lambda name: Path(name).is_dir(),
+) -> Settings:
+    """Settings in which a pool whose model is a hub's ``org/name`` names it by ``hf://``, so that
+    it is fetched into the model cache; the same settings where there is none.
+
+    Engines can fetch such a model themselves. Then it is fetched once for each place they keep it
+    in, by one connection after the other, and none of what the cache knows (pages, leases, quota,
+    peers, a fork server whose engines need no hub) is there for it.
+
+    Left alone are names of directories that exist, pools whose engine fetches its model itself, and
+    all of them where the settings say so or nothing reads a hub.
+    """
+    if not settings.modelcache.hub_names:
+        return settings
+    pools = [_through_cache(pool, settings, is_directory) for pool in settings.pools]
+    if tuple(pools) == settings.pools or not can_read():
+        return settings
+    return settings.model_copy(update={"pools": tuple(pools)})
+
+
+def _through_cache(
+    pool: PoolSettings, settings: Settings, is_directory: Callable[[str], bool]
+) -> PoolSettings:
+    model = pool.model or ""
+    if "://" in model or is_directory(model):
+        return pool
+    if engine_of(pool.engine).fetches_model(pool.engine_args, pool.env, settings.loaders):
+        return pool
+    try:
+        ref = parse_ref(model)
+    except ValueError:
+        return pool  # a name that the engine knows
+    if ref.scheme != "hf" or ref.location.count("/") != 1:
+        return pool
+    revision = "" if ref.revision is None else f"@{ref.revision}"
+    return pool.model_copy(update={"model": f"{ref.url}{revision}"})

@@ -104,7 +104,7 @@ def test_the_environment_is_what_it_says(engine_python: Path, model_dir: Path) -
 
 def test_our_own_packages_are_installed_beside_vllm(engine_python: Path, tmp_path: Path) -> None:
     code = (
-        "import gateway.cli.import_check as o; o.assert_ours(); "
+        "import gateway.cli.main as o; o.assert_ours(); "
         "import loaders, modelcache.prepare.default_model"
     )
     subprocess.run([str(engine_python), "-I", "-c", code], cwd=tmp_path, check=True, timeout=200)

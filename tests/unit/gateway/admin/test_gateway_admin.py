@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from gateway.admin import schema
 from gateway.admin.app import create_app
-from gateway.admin.openapi import METRICS_TYPE
+from gateway.admin.operations import METRICS_TYPE
 from gateway.admin.server import serve_admin
 from gateway.compose.listeners import listen, url
 

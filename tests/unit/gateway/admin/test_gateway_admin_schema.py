@@ -16,8 +16,7 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
 from gateway.admin import schema
-from gateway.admin.openapi import describe
-from gateway.admin.operations import CACHE, OPERATIONS, VERBS, Operation
+from gateway.admin.operations import CACHE, OPERATIONS, VERBS, Operation, describe
 from gateway.settings.changes import PoolChange
 
 ROOT = Path(__file__).resolve().parents[4]

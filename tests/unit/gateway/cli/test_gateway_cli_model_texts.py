@@ -10,8 +10,8 @@ from admin_rig import NOW_S
 from fake_cache import REVISION
 
 from gateway.admin import schema
-from gateway.cli import model_tables
-from gateway.cli.progress import ProgressBar, figures
+from gateway.cli import tables
+from gateway.cli.model import ProgressBar, figures
 from gateway.cli.tables import Screen
 from gateway.terminal import size
 from modelcache.types import Made, ModelEntry, Progress, Tier
@@ -46,7 +46,7 @@ def test_what_preload_says(told: dict[str, Any], text: str) -> None:
         "verb": "preload", "model": "M", "revision": "abc", "size_bytes": 2_000_000, "files": 3,
         "path": "/views/m", "elapsed_s": 5.0, "was_there": False, "prepared": None, "note": "",
     }  # fmt: skip
-    assert model_tables.done(schema.PreloadAnswer(**{**base, **told})) == text
+    assert tables.model_done(schema.PreloadAnswer(**{**base, **told})) == text
 
 
 @pytest.mark.parametrize("prepared", [False, True])
@@ -55,7 +55,7 @@ def test_what_evict_says_is_left(prepared: bool) -> None:
         verb="evict", model="M", revision="b" * 40, revisions=("b" * 40,), left=("a" * 40,),
         freed_bytes=1000, prepared=prepared,
     )  # fmt: skip
-    assert model_tables.done(answer) == (
+    assert tables.model_done(answer) == (
         "Evicted: the prepared results of M bbbbbbbbbbbb, 1 kB freed.\n"
         if prepared
         else "Evicted: M bbbbbbbbbbbb, 1 kB freed.\n"
@@ -91,8 +91,8 @@ def test_what_was_made_of_a_model_stands_below_it() -> None:
     found = schema.CacheListing(
         dir="d", usage=usage, traffic=schema.CacheTraffic(), models=models, pools=()
     )
-    assert "\x1b[" in model_tables.listing(found, Screen(terminal=True, width=120), NOW_S)
-    text = model_tables.listing(found, Screen(terminal=False, width=200), NOW_S)
+    assert "\x1b[" in tables.models(found, Screen(terminal=True, width=120), NOW_S)
+    text = tables.models(found, Screen(terminal=False, width=200), NOW_S)
     head, _, _, *rows = text.splitlines()
     assert head.startswith("d: 9.0 MB used of a quota of 10.0 MB (5.0 MB by prepared results), ")
     name = f"prepared://{key[:12]} (gguf_to_safetensors + cast of "

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from gateway.admin.schema import CacheListing, CacheTraffic, CacheUsage
-from gateway.doctor.checks import Check, Status
+from gateway.doctor.checks import Check, Status, diagnose_cache, find_weights
 from gateway.doctor.machine import ForkAbility, FormatSpeed, Machine, parse_speeds
-from gateway.doctor.model_checks import diagnose_cache, find_weights
 from gateway.settings.schema import Settings
 from modelcache.types import ModelEntry, Tier
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from gateway.settings.hub_names import through_cache
 from gateway.settings.load import load
-from gateway.settings.schema import Settings
+from gateway.settings.schema import Settings, through_cache
 
 
 def settings(model: str, *args: str, **fields: Any) -> Settings:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 
-from gateway.admin.metrics_page import render_cache
-from gateway.admin.usage_poller import FRESH_S, STALE_S, UsagePoller
+from gateway.admin.metrics_page import FRESH_S, STALE_S, UsagePoller, render_cache
 
 
 class Disk:
