@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from typing import Any
 from loaders.weights.checksums import FileSums, find_sums
 from loaders.weights.device import Tensor, TensorTarget, make_target, make_tensor, torch_dtype
 from loaders.weights.files import (
-    Found,
     ModelPath,
     OpenFile,
     choose_tensors,
@@ -34,8 +32,7 @@ from loaders.weights.plan import (
     plan_check,
     usual_cut,
 )
-from loaders.weights.readers import CountCached, How, WeightReader
-from loaders.weights.report import Report, Tally
+from loaders.weights.readers import How, WeightReader
 from loaders.weights.staging_buffers import StagingBuffers
 from modelcache.pagecache.linux_pages import count_by_cachestat
 from modelcache.safetensors_index import BadFile, TensorEntry
@@ -64,7 +61,6 @@ class Options:
     verify: bool | None = None
     sums: Mapping[str, FileSums] | None = None
     staged: bool = False
-    count_cached: CountCached = count_by_cachestat
 
     def __post_init__(self) -> None:
         if not 1 <= self.threads <= 256:
@@ -87,8 +83,21 @@ class Options:
         return found
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """One load: ``size_bytes`` were read, ``tensor_bytes`` are those of tensors, ``direct_bytes``
+    went past the page cache, ``verified_bytes`` agreed with their checksums."""
+
+    files: int
+    tensors: int
+    size_bytes: int
+    tensor_bytes: int
+    direct_bytes: int
+    verified_bytes: int
+
+
 class Loaded(dict[str, Tensor]):
-    """Tensors by name, and the ``report`` of how they were loaded."""
+    """Tensors by name, and the ``report`` of what was read for them."""
 
     def __init__(self, tensors: Mapping[str, Tensor], report: Report) -> None:
         super().__init__(tensors)
@@ -132,7 +141,6 @@ def iterate(
     tensors: Collection[str] | None = None,
     verify: bool | None = None,
     threads: int = THREADS,
-    on_report: Callable[[Report], None] | None = None,
     **more: Any,
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of a model, in the order of the files, read ahead by at most
@@ -143,10 +151,7 @@ def iterate(
     concerned is due.
     """
     options = Options(verify=verify, threads=threads, **more)
-    return _tensors(
-        path, device, tensors, _Ranks(), options,
-        ahead_bytes=options.memory_bytes, on_report=on_report,
-    )  # fmt: skip
+    return _tensors(path, device, tensors, _Ranks(), options, ahead_bytes=options.memory_bytes)
 
 
 def check(
@@ -154,17 +159,14 @@ def check(
 ) -> Report:
     """Read a whole model and check it, keeping nothing. Raises ``BadFile`` for what is wrong."""
     options = Options(verify=verify, threads=threads, **more)
-    began_s = time.perf_counter()
     with ExitStack() as stack:
-        found, files, chosen = _look(stack, path, options)
+        files, chosen = _look(stack, path, options)
         plan = plan_check(
             [FileWant(size_bytes=f.size_bytes, portions=(), verified=bool(f.sums)) for f in files]
         )
-        ring = stack.enter_context(_ring(plan, options, None))
-        pump = _pump(plan, files, options, None, ring.ring, None)
-        pump.run()
-    count = sum(len(entries) for entries in chosen)
-    return _report(began_s, len(found.paths), count, plan, pump, ring.ring)
+        pipeline = _make_pipeline(stack, plan, files, options, None, None)
+        pipeline.run()
+    return _report(chosen, plan, pipeline)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,24 +180,6 @@ class _Ranks:
             raise ValueError(f"rank: {self.rank} is not from 0 to {self.world_size - 1}")
 
 
-class _ring:
-    """A ring for the time of a load, where one is needed."""
-
-    def __init__(self, plan: ReadPlan, options: Options, target: TensorTarget | None) -> None:
-        self.ring: StagingBuffers | None = None
-        if target is None or target.staged:
-            most = max(1, options.memory_bytes // READ_BYTES)
-            slots = min(options.threads * SLOTS_A_THREAD, most, max(1, len(plan.reads)))
-            self.ring = StagingBuffers(slots, READ_BYTES, target.lock_memory if target else None)
-
-    def __enter__(self) -> _ring:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.ring is not None:
-            self.ring.close()
-
-
 def _tensors(
     path: ModelPath,
     device: Any,
@@ -204,11 +188,10 @@ def _tensors(
     options: Options,
     *,
     ahead_bytes: int | None,
-    on_report: Callable[[Report], None] | None,
+    on_report: Callable[[Report], None] = lambda report: None,
 ) -> Iterator[tuple[str, Tensor]]:
-    began_s = time.perf_counter()
     with ExitStack() as stack:
-        found, files, chosen = _look(stack, path, options)
+        files, chosen = _look(stack, path, options)
         chosen = _choose(chosen, names)
         batch_bytes = BATCH_BYTES if ahead_bytes is None else ahead_bytes // BATCHES_AHEAD
         plan = _plan(files, chosen, ranks, batch_bytes)
@@ -220,11 +203,10 @@ def _tensors(
             workers=options.threads,
             staged=options.staged,
         )
-        # Closed in this order: the pump's threads, the ring's copies, the target.
+        # Closed in this order: the pipeline's threads, the ring's copies, the target.
         stack.callback(target.close)
-        ring = stack.enter_context(_ring(plan, options, target))
-        pump = _pump(plan, files, options, target, ring.ring, ahead_bytes)
-        batches = pump.batches()
+        pipeline = _make_pipeline(stack, plan, files, options, target, ahead_bytes)
+        batches = pipeline.batches()
         stack.callback(batches.close)  # type: ignore[attr-defined]
         for arena in batches:
             path_text = str(files[arena.batch.file].path)
@@ -236,19 +218,17 @@ def _tensors(
                 yield portion.name, tensor
                 del tensor
             del arena
-    if on_report is not None:
-        count = sum(len(entries) for entries in chosen)
-        on_report(_report(began_s, len(found.paths), count, plan, pump, ring.ring))
+    on_report(_report(chosen, plan, pipeline))
 
 
 def _look(
     stack: ExitStack, path: ModelPath, options: Options
-) -> tuple[Found, list[OpenFile], list[tuple[TensorEntry, ...]]]:
+) -> tuple[list[OpenFile], list[tuple[TensorEntry, ...]]]:
     """A model's files, open, and the tensors to take from each."""
     found = find_files(path)
     files = stack.enter_context(opened(found, options.find_sums))
     indexes = [read_index(file) for file in files]
-    return found, files, choose_tensors(found, files, indexes)
+    return files, choose_tensors(found, files, indexes)
 
 
 def _choose(
@@ -285,18 +265,25 @@ def _plan(
     return make_plan(wants, batch_bytes=batch_bytes)
 
 
-def _pump(
+def _make_pipeline(
+    stack: ExitStack,
     plan: ReadPlan,
     files: Sequence[OpenFile],
     options: Options,
     target: TensorTarget | None,
-    ring: StagingBuffers | None,
     ahead_bytes: int | None,
 ) -> Pipeline:
+    """The pipeline of a load, with a staging ring where one is needed."""
+    ring: StagingBuffers | None = None
+    if target is None or target.staged:
+        most = max(1, options.memory_bytes // READ_BYTES)
+        slots = min(options.threads * SLOTS_A_THREAD, most, max(1, len(plan.reads)))
+        ring = StagingBuffers(slots, READ_BYTES, target.lock_memory if target else None)
+        stack.callback(ring.close)
     copiers = min(len(usable_cores()), options.threads)
     reader = WeightReader(
         how=options.how,
-        count_cached=options.count_cached,
+        count_cached=count_by_cachestat,
         turns=threading.Semaphore(copiers),
     )
     return Pipeline(
@@ -312,24 +299,13 @@ def _pump(
 
 
 def _report(
-    began_s: float,
-    files: int,
-    tensors: int,
-    plan: ReadPlan,
-    pump: Pipeline,
-    ring: StagingBuffers | None,
+    chosen: Sequence[tuple[TensorEntry, ...]], plan: ReadPlan, pipeline: Pipeline
 ) -> Report:
-    total = Tally.sum(pump.tallies)
     return Report(
-        seconds=time.perf_counter() - began_s,
-        files=files,
-        tensors=tensors,
+        files=len(chosen),
+        tensors=sum(len(entries) for entries in chosen),
         size_bytes=plan.read_bytes,
         tensor_bytes=plan.tensor_bytes,
-        direct_bytes=total.direct_bytes,
-        verified_bytes=total.verified_bytes,
-        threads=len(pump.tallies),
-        staging_bytes=ring.size_bytes if ring else 0,
-        pinned=ring is not None and ring.pinned,
-        stages=total.stages(),
+        direct_bytes=sum(tally.direct_bytes for tally in pipeline.tallies),
+        verified_bytes=sum(tally.verified_bytes for tally in pipeline.tallies),
     )

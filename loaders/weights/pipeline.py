@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,8 +15,7 @@ from dataclasses import dataclass, field
 from loaders.weights.device import Arena, TensorTarget
 from loaders.weights.files import OpenFile
 from loaders.weights.plan import ALIGN_BYTES, Batch, Read, ReadPlan, Segment
-from loaders.weights.readers import ReadBuffer, WeightReader
-from loaders.weights.report import Tally
+from loaders.weights.readers import ReadBuffer, Tally, WeightReader
 from loaders.weights.staging_buffers import StagingBuffers, Stretch
 
 STAND_BACK_S = 0.005
@@ -26,7 +24,7 @@ STAND_BACK_S = 0.005
 
 @dataclass(slots=True, kw_only=True)
 class _Progress:
-    """What is guarded by the pump's lock."""
+    """What is guarded by the pipeline's lock."""
 
     next_read: int = 0
     arenas: dict[int, Arena] = field(default_factory=dict)
@@ -135,7 +133,7 @@ class Pipeline:
         with suppress(OSError):  # a core that went away meanwhile
             os.sched_setaffinity(0, usable_cores())
         try:
-            while (job := self._take(worker, tally)) is not None:
+            while (job := self._take(worker)) is not None:
                 read, arenas = job
                 if self._ring is not None:
                     self._through_ring(self._ring, read, arenas, worker)
@@ -147,10 +145,9 @@ class Pipeline:
                 self._now.error = self._now.error or error
                 self._changed.notify_all()
 
-    def _take(self, worker: int, tally: Tally) -> tuple[Read, dict[int, Arena]] | None:
+    def _take(self, worker: int) -> tuple[Read, dict[int, Arena]] | None:
         """The next read, and the arenas of the batches it meets; ``None`` when all is done."""
         now = self._now
-        began_s = time.perf_counter()
         with self._changed:
             while True:
                 if now.stopped or now.error is not None or now.next_read >= len(self._plan.reads):
@@ -166,7 +163,6 @@ class Pipeline:
             now.next_read += 1
             if now.next_read == len(self._plan.reads):
                 self._changed.notify_all()  # the readers that stood back go on
-            tally.waited_s += time.perf_counter() - began_s
             for number in wanted - now.arenas.keys():
                 batch = self._plan.batches[number]
                 assert self._target is not None, "a plan with batches needs a target"
@@ -216,16 +212,12 @@ class Pipeline:
         self, ring: StagingBuffers, read: Read, arenas: dict[int, Arena], worker: int
     ) -> None:
         """Into a slot, and from there to wherever its segments belong."""
-        tally = self.tallies[worker]
-        began_s = time.perf_counter()
         slot = ring.take()
-        tally.waited_s += time.perf_counter() - began_s
         try:
             place = ReadBuffer(slot.view, read.start - read.start % ALIGN_BYTES)
             whole = Segment(batch=None, start=read.start, end=read.end)
             at_once = Read(file=read.file, piece=read.piece, segments=(whole,))
-            self._reader.fill(self._files[read.file], at_once, (place,), tally)
-            began_s = time.perf_counter()
+            self._reader.fill(self._files[read.file], at_once, (place,), self.tallies[worker])
             for segment in read.segments:
                 if segment.batch is None or self._target is None:
                     continue
@@ -233,8 +225,6 @@ class Pipeline:
                 ticket = self._target.copy(arenas[segment.batch], segment.start, view, worker)
                 # A worker's copies are on one stream, so the last is done when all are.
                 slot.ticket = ticket
-                tally.copied_bytes += len(view)
-            tally.copy_s += time.perf_counter() - began_s
         finally:
             ring.give_back(slot, slot.ticket)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,7 +19,6 @@ import xxhash
 
 from loaders.weights.files import OpenFile
 from loaders.weights.plan import ALIGN_BYTES, Read
-from loaders.weights.report import Tally
 from modelcache.safetensors_index import BadFile
 
 STEP_BYTES = 1024 * 1024
@@ -51,6 +49,16 @@ class ReadBuffer:
 
 
 @dataclass(slots=True, kw_only=True)
+class Tally:
+    """The bytes that one thread has read out of the page cache, past it, and checked. It counts for
+    itself, so that none waits for another to count."""
+
+    cached_bytes: int = 0
+    direct_bytes: int = 0
+    verified_bytes: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
 class WeightReader:
     """Reads for all threads. ``turns`` is how many may copy from the page cache at once: that is
     work for a core, and more than there are cores only get in each other's way."""
@@ -70,9 +78,7 @@ class WeightReader:
         fd = self._choose(file, read)
         try:
             if fd is None or not self._fill_direct(fd, read, places, hasher, tally):
-                began_s = time.perf_counter()
                 with self.turns:
-                    tally.waited_s += time.perf_counter() - began_s
                     for segment, place in zip(read.segments, places, strict=True):
                         self._fill_cached(file.fd, segment.start, segment.end, place, hasher, tally)
             if hasher is not None and file.sums is not None and read.piece is not None:
@@ -106,22 +112,18 @@ class WeightReader:
         """Whether it could be done; where not, nothing has been hashed yet."""
         for index, (segment, place) in enumerate(zip(read.segments, places, strict=True)):
             begin = segment.start - segment.start % ALIGN_BYTES
-            began_s = time.perf_counter()
             try:
                 self._read_aligned(fd, begin, segment.end, place)
             except OSError as error:
                 if index == 0 and error.errno in NO_DIRECT:
                     return False
                 raise
-            ended_s = time.perf_counter()
             tally.direct_bytes += segment.end - segment.start
-            tally.direct_s += ended_s - began_s
             if hasher is not None:
                 view = place.view[segment.start - place.start : segment.end - place.start]
                 for at in range(0, len(view), STEP_BYTES):
                     hasher.update(view[at : at + STEP_BYTES])
                 tally.verified_bytes += len(view)
-                tally.verify_s += time.perf_counter() - ended_s
         return True
 
     def _read_aligned(self, fd: int, begin: int, end: int, place: ReadBuffer) -> None:
@@ -144,19 +146,13 @@ class WeightReader:
         tally: Tally,
     ) -> None:
         at = start
-        began_s = time.perf_counter()
         while at < end:
             view = place.view[at - place.start : min(at + STEP_BYTES, end) - place.start]
             got = self.read_at(fd, [view], at)
             if got == 0:
                 raise BadFile(f"cut short while it was read: it ends at byte {at}")
             at += got
-            ended_s = time.perf_counter()
             tally.cached_bytes += got
-            tally.cached_s += ended_s - began_s
-            began_s = ended_s
             if hasher is not None:
                 hasher.update(view[:got])
-                began_s = time.perf_counter()
                 tally.verified_bytes += got
-                tally.verify_s += began_s - ended_s

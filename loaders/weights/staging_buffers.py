@@ -112,8 +112,7 @@ class Slot:
 class StagingBuffers:
     """``slots`` slots of ``slot_bytes`` each in one stretch of memory.
 
-    ``lock_memory`` may pin the stretch for a device; what it returns undoes that. ``pinned`` says
-    whether it did.
+    ``lock_memory`` may pin the stretch for a device; what it returns undoes that.
     """
 
     def __init__(
@@ -124,11 +123,9 @@ class StagingBuffers:
     ) -> None:
         self._stretch = Stretch(slots * slot_bytes)
         self._unlock = lock_memory(self._stretch) if lock_memory else None
-        self.pinned = self._unlock is not None
         view = self._stretch.view
         self._free = deque(Slot(view[i * slot_bytes : (i + 1) * slot_bytes]) for i in range(slots))
         self._changed = threading.Condition()
-        self.size_bytes = self._stretch.size_bytes
 
     def take(self) -> Slot:
         """A slot that is neither read nor written; waits for one."""

@@ -14,7 +14,6 @@ from safetensors_files import sums_of, write_file
 
 import loaders
 from loaders.weights.load import Options, check, load
-from loaders.weights.report import Report, Stage, Tally
 from modelcache.safetensors_index import BadFile
 from modelcache.types import PIECE_BYTES
 
@@ -39,7 +38,6 @@ def test_a_whole_model_is_read_and_counted(tmp_path: Path, how: str) -> None:
     report = check(tmp_path, how=how, sums=sums, memory_bytes=PIECE_BYTES)
     assert (report.files, report.tensors, report.size_bytes) == (2, 3, len(one) + len(two))
     assert report.verified_bytes == len(one)
-    assert report.staging_bytes == PIECE_BYTES
     if how == "direct":
         assert report.direct_bytes == report.size_bytes
     with pytest.raises(BadFile, match=r"b\.safetensors: there are no checksums"):
@@ -108,19 +106,3 @@ def test_options_that_make_no_sense_are_refused(
         Options(**options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rank: 2"):
         load(tmp_path, rank=2, world_size=2)
-
-
-def test_a_report_says_what_each_stage_did() -> None:
-    tallies = [Tally(cached_bytes=10**9, cached_s=0.5), Tally(direct_bytes=10**9, direct_s=2.0)]
-    total = Tally.sum(tallies)
-    stages = {stage.name: stage for stage in total.stages()}
-    assert stages["read"].gb_s == 2.0
-    assert stages["read past the cache"].gb_s == 0.5
-    assert Stage(name="copy", size_bytes=0, busy_s=0.0).gb_s is None
-    report = Report(
-        seconds=2.0, files=1, tensors=3, size_bytes=2 * 10**9, tensor_bytes=10**9,
-        direct_bytes=10**9, verified_bytes=0, threads=2, staging_bytes=0, pinned=False,
-        stages=total.stages(),
-    )  # fmt: skip
-    assert report.gb_s == 1.0
-    assert "3 tensors, 2.00 GB from 1 files in 2.00 s (1.00 GB/s" in str(report)

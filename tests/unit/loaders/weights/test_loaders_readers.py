@@ -14,8 +14,7 @@ from safetensors_files import sums_of
 
 from loaders.weights.files import OpenFile, find_files, opened
 from loaders.weights.plan import ALIGN_BYTES, Read, Segment
-from loaders.weights.readers import CountCached, How, ReadAt, ReadBuffer, WeightReader
-from loaders.weights.report import Tally
+from loaders.weights.readers import CountCached, How, ReadAt, ReadBuffer, Tally, WeightReader
 from loaders.weights.staging_buffers import Stretch
 from modelcache.safetensors_index import BadFile
 
