@@ -358,8 +358,8 @@ async def _ask_fork_server(python: Path, device: str) -> ForkAbility:
     server = ForkServer(ours)
     try:
         async with asyncio.timeout(PREPARE_TIMEOUT_S):
-            ready = await server.hello(device=device, models=())
-        return ForkAbility(seconds=ready.seconds, memory_bytes=_pss_bytes(process.pid))
+            seconds = await server.hello(device=device, models=())
+        return ForkAbility(seconds=seconds, memory_bytes=_pss_bytes(process.pid))
     except TimeoutError:
         return ForkAbility(problem=f"it was not ready in {PREPARE_TIMEOUT_S:g} s")
     except ServerLost as error:

@@ -31,7 +31,6 @@ from autoscaler.backends.process.family import (
     Family,
     ProcessRecord,
     ProcessRegistry,
-    Sleep,
     trust,
 )
 from autoscaler.backends.process.fork_server import RECORD_ID as FORK_SERVER
@@ -91,7 +90,6 @@ class ProcessBackend:
         list_gpus: Callable[[], Sequence[GpuCapacity] | None] = lambda: None,
         cpus: Sequence[int] | None = None,
         environ: Mapping[str, str] | None = None,
-        sleep: Sleep = asyncio.sleep,
         fork_plan: ForkPlan | None = None,
         on_news: Callable[[str], None] = lambda replica_id: None,
     ) -> None:
@@ -100,7 +98,6 @@ class ProcessBackend:
         self._list_gpus = list_gpus
         self._cpus = sorted(os.sched_getaffinity(0)) if cpus is None else list(cpus)
         self._environ = os.environ if environ is None else environ
-        self._sleep = sleep
         self._logs = state_dir.absolute() / "logs"
         self._registry = ProcessRegistry(
             state_dir.absolute() / "replicas",
@@ -354,7 +351,7 @@ class ProcessBackend:
                 process.kill()
                 await asyncio.to_thread(self._registry.remove, child.mark)
             else:
-                end = child.family.end(grace_s=grace_s, sleep=self._sleep, reap=process.poll)
+                end = child.family.end(grace_s=grace_s, reap=process.poll)
                 seen = await end
             await asyncio.to_thread(process.wait)
             if self._forks is not None:
@@ -370,7 +367,7 @@ class ProcessBackend:
 
     async def adopt(self, wanted: Sequence[ReplicaSpec]) -> list[AdoptedReplica]:
         """Own the state directory, take over what is on record and still wanted, end the rest."""
-        await self._registry.claim_patiently(self._sleep)
+        await self._registry.claim_patiently()
         records = await asyncio.to_thread(self._registry.read)
         found = await asyncio.gather(*(self._take_over(record, wanted) for record in records))
         rest = [record for record, one in zip(records, found, strict=True) if one is None]
@@ -432,7 +429,7 @@ class ProcessBackend:
             family = Family(await asyncio.to_thread(trust, record), self._registry)
             grace_s = 0.0 if record.ending else self._settings.terminate_s
             try:
-                pids = await family.end(grace_s=grace_s, sleep=self._sleep, reap=lambda: None)
+                pids = await family.end(grace_s=grace_s, reap=lambda: None)
             except (StillRunning, OSError) as error:
                 LOG.error("%s, of an earlier run, cannot be ended: %s", record.replica_id, error)
                 return
@@ -445,7 +442,7 @@ class ProcessBackend:
     async def _keep(self) -> None:
         """Rotate logs, and keep the record of each replica's processes up to date."""
         while True:
-            await self._sleep(KEEP_S)
+            await asyncio.sleep(KEEP_S)
             if not self._all():
                 continue
             # A full disk, say, must not end an engine: the next look tries again.

@@ -10,7 +10,7 @@ import fcntl
 import logging
 import os
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -32,7 +32,6 @@ from loaders.engines.base import Placement
 
 LOG = logging.getLogger("tidegate.autoscaler")
 
-Sleep = Callable[[float], Awaitable[None]]
 MARK = re.compile(r"[0-9a-f]{32}")
 RECORD_ID = re.compile(r"[A-Za-z0-9._-]{1,200}")
 VERSION: Final = 2
@@ -110,14 +109,14 @@ class ProcessRegistry:
             raise
         self._lock = lock
 
-    async def claim_patiently(self, sleep: Sleep) -> None:
+    async def claim_patiently(self) -> None:
         """``claim``, tried again for some seconds."""
         for _ in range(CLAIM_TRIES):
             try:
                 self.claim()
                 return
             except StateInUse:
-                await sleep(CLAIM_PAUSE_S)
+                await asyncio.sleep(CLAIM_PAUSE_S)
         self.claim()
 
     def release(self) -> None:
@@ -256,7 +255,7 @@ class Family:
         known = {self._record.leader, *self._record.members}
         return sorted(process.pid for process in known)
 
-    async def end(self, *, grace_s: float, sleep: Sleep, reap: Callable[[], object]) -> set[int]:
+    async def end(self, *, grace_s: float, reap: Callable[[], object]) -> set[int]:
         """SIGTERM, ``grace_s`` seconds, SIGKILL; then off the record. Returns the pids found.
 
         ``reap`` is called before each look, so that an ended child of ours does not count as
@@ -279,8 +278,8 @@ class Family:
 
         left = await asyncio.to_thread(look_closely)
         if left:
-            await end_all(look, grace_s=grace_s, sleep=sleep)
-            left = await end_all(look_closely, grace_s=0.0, sleep=sleep)
+            await end_all(look, grace_s=grace_s)
+            left = await end_all(look_closely, grace_s=0.0)
         if left:
             pids = sorted(process.pid for process in left)
             raise StillRunning(f"{self._record.replica_id}: processes {pids} survive SIGKILL")

@@ -16,12 +16,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from autoscaler.backends.base import StillRunning
-from autoscaler.backends.process.family import Family, ProcessRecord, ProcessRegistry, Sleep
+from autoscaler.backends.process.family import Family, ProcessRecord, ProcessRegistry
 from autoscaler.backends.process.guard import MARK
 from autoscaler.backends.process.logs import ReplicaLog
 from autoscaler.backends.process.procs import (
@@ -33,6 +33,7 @@ from autoscaler.backends.process.procs import (
 )
 from autoscaler.backends.process.replica import guard_argv, to_the_end
 from loaders.engines.base import EngineCommand
+from loaders.engines.vllm.engine import site_packages
 from loaders.engines.vllm.forkserver.client import (
     ForkedProcess,
     ForkError,
@@ -93,17 +94,8 @@ class ForkServerStatus:
 class Forks:
     """One fork server, kept running."""
 
-    def __init__(
-        self,
-        plan: ForkPlan,
-        *,
-        registry: ProcessRegistry,
-        log: ReplicaLog,
-        sleep: Sleep = asyncio.sleep,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, plan: ForkPlan, *, registry: ProcessRegistry, log: ReplicaLog) -> None:
         self._plan, self._registry = plan, registry
-        self._sleep, self._clock = sleep, clock
         self.log = log
         self._state, self._reason = "off", "it has not been started"
         self._process: subprocess.Popen[bytes] | None = None
@@ -180,7 +172,7 @@ class Forks:
             self._settle("unfit", str(error))
             return
         while True:
-            began_s, state = self._clock(), "waiting"
+            began_s, state = time.monotonic(), "waiting"
             try:
                 await self._bring_up()
                 await self._watch()
@@ -191,13 +183,14 @@ class Forks:
             self._crashes += 1
             self._settle(state, self._reason)  # before it is ended: no start may ask it any more
             await to_the_end(self._take_down())
-            if self._clock() - began_s >= STEADY_S:
+            if time.monotonic() - began_s >= STEADY_S:
                 pause_s = self._plan.backoff_s
             LOG.warning("the fork server is %s (%s): engines start plainly", state, self._reason)
-            await self._sleep(pause_s)
+            await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2.0, self._plan.backoff_max_s)
-            while self._state == "unfit" and await asyncio.to_thread(self._same_packages):
-                await self._sleep(IDENTITY_S)
+            # No event tells of packages on a disk.
+            while self._state == "unfit" and await asyncio.to_thread(self._same_packages):  # noqa: ASYNC110
+                await asyncio.sleep(IDENTITY_S)
 
     def _same_packages(self) -> bool:
         return identity(self._plan.python) == self._identity
@@ -216,7 +209,7 @@ class Forks:
             server = ForkServer(ours)
             self._launch(theirs)
             async with asyncio.timeout(self._plan.import_timeout_s):
-                ready = await server.hello(device=self._plan.device, models=self._plan.models)
+                import_s = await server.hello(device=self._plan.device, models=self._plan.models)
         except TimeoutError as error:
             ours.close()
             limit_s = self._plan.import_timeout_s
@@ -226,9 +219,9 @@ class Forks:
             raise
         finally:
             theirs.close()
-        self._server, self._import_s = server, ready.seconds
+        self._server, self._import_s = server, import_s
         self._settle("ready", "")
-        LOG.info("the fork server is ready after %.1f s", ready.seconds)
+        LOG.info("the fork server is ready after %.1f s", import_s)
 
     def _launch(self, channel: socket.socket) -> None:
         """Start it behind a gate, put it on record, open the gate."""
@@ -263,7 +256,7 @@ class Forks:
 
     async def _watch(self) -> None:
         """Return, with the reason noted, when it is gone or no longer of use."""
-        next_look_s = self._clock() + IDENTITY_S
+        next_look_s = time.monotonic() + IDENTITY_S
         while not self._lost.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(WATCH_S):
@@ -275,8 +268,8 @@ class Forks:
             if self._server is None or self._server.broken:
                 self._reason = "it did not answer in time"
                 return
-            if self._clock() >= next_look_s:
-                next_look_s = self._clock() + IDENTITY_S
+            if time.monotonic() >= next_look_s:
+                next_look_s = time.monotonic() + IDENTITY_S
                 if not await asyncio.to_thread(self._same_packages):
                     self._reason = "the engine's packages have changed"
                     return
@@ -299,7 +292,7 @@ class Forks:
             process.kill()
         else:
             with contextlib.suppress(StillRunning, OSError):
-                ended = await family.end(grace_s=1.0, sleep=asyncio.sleep, reap=process.poll)
+                ended = await family.end(grace_s=1.0, reap=process.poll)
                 reap_orphans({process.pid}, ended, await asyncio.to_thread(list_stats))
         await asyncio.to_thread(process.wait)
 
@@ -329,9 +322,8 @@ def _end_late(guard: int, engine: int) -> None:
 def identity(python: Path) -> str:
     """A digest of what decides which code an engine runs: its interpreter, and what is installed
     beside it. Reads names and times only."""
-    root = python.absolute().parent.parent
     seen = [str(python.absolute()), str(python.resolve())]
-    for site in sorted(root.glob("lib/python3*/site-packages")):
+    for site in site_packages(python):
         with os.scandir(site) as entries:
             found = [one for one in entries if one.name.endswith(".dist-info")]
         for entry in sorted(found, key=lambda one: one.name):

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,12 +147,7 @@ def send_signal(process: ProcessId, number: signal.Signals) -> None:
         os.close(handle)
 
 
-async def end_all(
-    find: Callable[[], set[ProcessId]],
-    *,
-    grace_s: float,
-    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-) -> set[ProcessId]:
+async def end_all(find: Callable[[], set[ProcessId]], *, grace_s: float) -> set[ProcessId]:
     """SIGTERM to all that ``find`` finds, SIGKILL to what is left after ``grace_s``.
 
     Those that appear meanwhile are included. Returns what survived: nothing, unless it hangs in
@@ -167,12 +162,12 @@ async def end_all(
         for process in left - asked:
             send_signal(process, signal.SIGTERM)
         asked |= left
-        await sleep(POLL_S)
+        await asyncio.sleep(POLL_S)
     for _ in range(KILL_ROUNDS):
         left = await asyncio.to_thread(find)
         if not left:
             return left
         for process in left:
             send_signal(process, signal.SIGKILL)
-        await sleep(POLL_S)
+        await asyncio.sleep(POLL_S)
     return await asyncio.to_thread(find)

@@ -11,7 +11,7 @@ the rest. ``loaders.engines.simulated.scheduler`` can be used alone: a pure mode
 virtual time.
 
 ``__main__`` is the process, ``arguments`` its settings, ``http1`` its port. ``application``
-answers, text by way of ``api``. ``generation`` runs the ``scheduler`` in time, over KV ``blocks``,
+answers, text by way of ``api``. ``generation`` runs the ``scheduler``, with its KV blocks, in time,
 and has what belongs to each reply under way; ``tokens``, ``faults`` and ``metrics`` are its
 tokenizer, its scripted failures and what it counts. ``engine`` implements the protocol of
 ``loaders.engines.base``.

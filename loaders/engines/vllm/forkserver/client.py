@@ -44,15 +44,6 @@ class Unfit(ServerLost):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ready:
-    """A fork server that has imported all it can: how long that took, and how much it is."""
-
-    seconds: float
-    modules: int
-    missing: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ForkRequest:
     """An engine to fork. ``mark`` is the variable, with its value, that tells its processes from
     others, ``guard`` the command of its guard, in which ``{engine}`` stands for the engine's pid;
@@ -156,17 +147,13 @@ class ForkServer:
         self._lock = asyncio.Lock()
         self._broken = False
 
-    async def hello(self, *, device: str, models: Sequence[str]) -> Ready:
-        """Have it import everything; returns when it can fork. Raises ``Unfit`` or
-        ``ServerLost``."""
+    async def hello(self, *, device: str, models: Sequence[str]) -> float:
+        """Have it import everything; returns when it can fork, the seconds that took. Raises
+        ``Unfit`` or ``ServerLost``."""
         answer = await self._ask({"device": device, "models": list(models)})
         if answer.get("kind") != "ready":
             raise Unfit(str(answer.get("reason", "it answered something else")))
-        return Ready(
-            seconds=float(answer["seconds"]),
-            modules=int(answer["modules"]),
-            missing=tuple(answer["missing"]),
-        )
+        return float(answer["seconds"])
 
     async def fork(self, request: ForkRequest, log: int, *, timeout_s: float) -> ForkedProcess:
         """Fork an engine whose output goes to ``log``; it waits behind its gate.

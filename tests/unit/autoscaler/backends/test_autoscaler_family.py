@@ -234,7 +234,7 @@ def test_end_of_a_family_that_is_gone_is_quick(tmp_path: Path) -> None:
         gone = record(MARKS[0], leader=ProcessId(2**22 + 1, 1))
         registry.write(gone)
         family = Family(gone, registry)
-        assert await family.end(grace_s=60.0, sleep=asyncio.sleep, reap=lambda: None) == set()
+        assert await family.end(grace_s=60.0, reap=lambda: None) == set()
         assert registry.read() == []
         registry.release()
 

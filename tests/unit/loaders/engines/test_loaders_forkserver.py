@@ -23,7 +23,7 @@ from loaders.engines.vllm.load_format import read_files
 
 RESTAMP = """
 import os, sys
-from loaders.engines.vllm.forkserver.child import restamp
+from loaders.engines.vllm.forkserver.server import restamp
 child = os.fork()
 if child:
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

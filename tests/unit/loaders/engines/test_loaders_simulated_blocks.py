@@ -2,7 +2,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from loaders.engines.simulated.blocks import BlockPool, BlockTable
+from loaders.engines.simulated.scheduler import BlockPool, BlockTable
 
 CAPACITY = 12
 

@@ -134,7 +134,6 @@ def test_when_blocks_run_out_the_youngest_is_preempted_and_still_finishes() -> N
     scheduler.submit(young, 0.0)
     finished, _ = run_out(scheduler)
     assert finished == [old, young]
-    assert (old.preemptions, young.preemptions) == (0, 1)
     assert scheduler.preemptions == 1
     assert young.produced == 150
     assert scheduler.blocks.used == 0
