@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from modelcache.sources.answers import SourceResponse
 from modelcache.types import CacheError
 
 MOST_HEAD_BYTES = 16_384
@@ -38,7 +39,7 @@ class BadMessage(CacheError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerHead:
-    """A request's or an answer's first line, and its headers with lower-case names."""
+    """A request's first line, and its headers with lower-case names."""
 
     first: str
     second: str
@@ -51,13 +52,6 @@ class PeerHead:
         if not (text.isascii() and text.isdigit() and len(text) < 16):
             raise BadMessage("a body whose length is not said")
         return int(text)
-
-    @property
-    def status(self) -> int:
-        """Of an answer."""
-        if not (self.second.isascii() and self.second.isdigit() and len(self.second) == 3):
-            raise BadMessage(f"a status that is none: {self.second[:20]!r}")
-        return int(self.second)
 
 
 def parse_head(data: bytes) -> PeerHead:
@@ -157,7 +151,7 @@ class Keyring:
             "x-tidegate-signature": self._sign("answer", nonce, status, length, digest),
         }
 
-    def check_answer(self, head: PeerHead, nonce: str) -> str:
+    def check_answer(self, head: SourceResponse, nonce: str) -> str:
         """The digest that the body of an answer must have. Raises ``BadMessage`` unless it was
         made by a node with the secret, for the request with ``nonce``."""
         digest = head.headers.get("x-tidegate-digest", "")

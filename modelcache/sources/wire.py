@@ -1,4 +1,5 @@
-"""Ranges of HTTP bodies into files, with as little of the machine as can be.
+"""HTTP over plain sockets: ranges of bodies into files with as little of the machine as can be, and
+bodies into memory.
 
 A connection is a plain socket. Over ``http`` the kernel moves the body from the socket through a
 pipe into the file (``splice``) and no byte passes through this process; over ``https`` it is
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from modelcache.ports import ANNOUNCE_BYTES, RangeRead
+from modelcache.ports import ANNOUNCE_BYTES, IsCancelled, OnBytes, RangeRead
 from modelcache.sources import answers
 from modelcache.types import CacheError, Cancelled, NoSpace, SourceError
 
@@ -49,6 +50,7 @@ class HttpConnection:
     origin: tuple[str, str, int]
     sock: socket.socket
     timeout_s: float
+    slice_s: float = SLICE_S
     used: bool = False
     idle_since_s: float = 0.0
     _pipe: tuple[int, int] | None = None
@@ -90,7 +92,7 @@ class HttpConnection:
     def _receive_some(self, cancelled: Callable[[], bool]) -> bytes:
         """Up to 4 KiB: a head and little more, so that most of the body is left to ``splice``."""
         deadline_s = time.monotonic() + self.timeout_s
-        self.sock.settimeout(SLICE_S)
+        self.sock.settimeout(self.slice_s)
         while True:
             try:
                 return self.sock.recv(4_096)
@@ -115,6 +117,32 @@ class HttpConnection:
             self._receive_tls(self.sock, want, at)
         else:
             self._receive_plain(want, at)
+
+    def fill(
+        self, into: memoryview, first: bytes, on_bytes: OnBytes, cancelled: IsCancelled
+    ) -> None:
+        """Read a body of exactly so many bytes into memory: ``first``, then the rest from the
+        socket."""
+        if len(first) > len(into):
+            raise SourceError("the server sent more than it said")
+        at = len(first)
+        into[:at] = first
+        on_bytes(at)
+        self.sock.settimeout(self.slice_s)
+        deadline_s = time.monotonic() + self.timeout_s
+        while at < len(into):
+            try:
+                got = self.sock.recv_into(into[at : at + ANNOUNCE_BYTES])
+            except TimeoutError:
+                self._still_wanted(deadline_s, cancelled)
+                continue
+            if got == 0:
+                raise ConnectionResetError(f"cut off, {len(into) - at:,} bytes before the end")
+            at += got
+            on_bytes(got)
+            if cancelled():
+                raise Cancelled("not wanted any more")
+            deadline_s = time.monotonic() + self.timeout_s
 
     def _receive_plain(self, want: RangeRead, at: int) -> None:
         if self._pipe is None:
@@ -256,6 +284,8 @@ class HttpConnections:
     most_idle: int
     context: Callable[[], ssl.SSLContext]
     """Makes the TLS context when the first ``https`` server is met."""
+    connect_s: float = CONNECT_S
+    slice_s: float = SLICE_S
     receive_bytes: int | None = None
     """Size of each socket's receive buffer, where bandwidth is limited: what the kernel takes in
     ahead of the reader is not counted by the reader."""
@@ -271,7 +301,10 @@ class HttpConnections:
             kept = self._take_idle(origin)
             if kept is not None:
                 return kept
-        return HttpConnection(origin=origin, sock=self._connect(origin), timeout_s=self.timeout_s)
+        sock = self._connect(origin)
+        return HttpConnection(
+            origin=origin, sock=sock, timeout_s=self.timeout_s, slice_s=self.slice_s
+        )
 
     def _take_idle(self, origin: tuple[str, str, int]) -> HttpConnection | None:
         now_s, old, found = time.monotonic(), [], None
@@ -304,7 +337,7 @@ class HttpConnections:
             try:
                 if self.receive_bytes is not None:  # counts only when set before connecting
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_bytes)
-                sock.settimeout(min(CONNECT_S, self.timeout_s))
+                sock.settimeout(min(self.connect_s, self.timeout_s))
                 sock.connect(address)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if scheme == "https":

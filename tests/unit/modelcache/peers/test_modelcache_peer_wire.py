@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+from collections.abc import Mapping
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,7 @@ from modelcache.peers.wire import (
     format_head,
     parse_head,
 )
+from modelcache.sources.answers import SourceResponse
 
 TOKEN = "a secret of the whole cluster"
 OURS, OTHERS = Keyring(TOKEN), Keyring(TOKEN + "!")
@@ -43,6 +45,10 @@ def sent(request: PeerRequest, keyring: Keyring = OURS) -> PeerHead:
             b"\r\n\r\n"
         )
     )
+
+
+def answer(status: int, headers: Mapping[str, str]) -> SourceResponse:
+    return SourceResponse(status=status, headers=headers, persistent=True)
 
 
 def test_a_request_arrives_as_it_was_meant() -> None:
@@ -80,7 +86,7 @@ def test_neither_target_nor_method_nor_body_can_be_changed() -> None:
 
 def test_another_clusters_node_is_not_believed() -> None:
     assert OURS.read_request(sent(ask(), OTHERS), b"") is None
-    head = PeerHead(first="HTTP/1.1", second="200", headers=OTHERS.answer_headers("n", 200, 5, "d"))
+    head = answer(200, OTHERS.answer_headers("n", 200, 5, "d"))
     with pytest.raises(BadMessage, match="not signed with the peers' token"):
         OURS.check_answer(head, "n")
 
@@ -88,21 +94,21 @@ def test_another_clusters_node_is_not_believed() -> None:
 @pytest.mark.parametrize(
     ("nonce", "status", "changes"),
     [
-        ("other", "200", {}),
-        ("n", "404", {}),
-        ("n", "200", {"content-length": "6"}),
-        ("n", "200", {"x-tidegate-digest": "e"}),
-        ("n", "200", {"x-tidegate-signature": "é"}),
+        ("other", 200, {}),
+        ("n", 404, {}),
+        ("n", 200, {"content-length": "6"}),
+        ("n", 200, {"content-length": "5, 5"}),
+        ("n", 200, {"x-tidegate-digest": "e"}),
+        ("n", 200, {"x-tidegate-signature": "é"}),
     ],
 )
 def test_no_part_of_an_answer_can_be_changed(
-    nonce: str, status: str, changes: dict[str, str]
+    nonce: str, status: int, changes: dict[str, str]
 ) -> None:
     headers = OURS.answer_headers("n", 200, 5, "d")
-    assert OURS.check_answer(PeerHead(first="HTTP/1.1", second="200", headers=headers), "n") == "d"
-    changed = PeerHead(first="HTTP/1.1", second=status, headers={**headers, **changes})
+    assert OURS.check_answer(answer(200, headers), "n") == "d"
     with pytest.raises(BadMessage):
-        OURS.check_answer(changed, nonce)
+        OURS.check_answer(answer(status, {**headers, **changes}), nonce)
 
 
 def test_the_secret_is_not_shown_and_must_be_one() -> None:
@@ -170,7 +176,7 @@ def test_a_length_is_digits(length: str) -> None:
 def test_no_bytes_break_the_parser(data: bytes) -> None:
     try:
         head = parse_head(data)
-        _ = head.length, head.status
+        _ = head.length
     except BadMessage:
         return
     assert OURS.read_request(head, b"") is None
