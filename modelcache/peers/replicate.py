@@ -97,13 +97,16 @@ class ReplicationJobs:
         return {"order": name}
 
     def look(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """How far an order is, after ``LOOK_S`` at most. ``KeyError`` where it is not known."""
+        """How far an order is, after ``LOOK_S`` at most. ``KeyError`` where it is not known, or
+        this agent ends: the client asks for it again once the agent was started anew."""
         name = body.get("order")
         if not isinstance(name, str):
             raise ValueError("order: must be the name that the order was given")
         with self._changed:
             order = self._orders[name]
             self._changed.wait_for(lambda: order.state != "running" or self._closing, LOOK_S)
+            if self._closing:
+                raise KeyError(name)
             return {"state": order.state, "progress": asdict(order.progress), **order.told}
 
     def close(self) -> None:
