@@ -31,9 +31,6 @@ MOST_REMEMBERED = 1_024
 """Files of which is remembered which peer gave which piece."""
 
 
-TICK_S = 0.1
-"""Seconds between two looks at whether it is still wanted, and at the owners of pieces."""
-
 TELL_S = 0.25
 RATE_S = 5.0
 GENTLE_S = 1.0
@@ -62,6 +59,8 @@ class TransferTimeouts:
     """The longest wait for a peer's piece, where pieces do come sooner than that."""
     straggler_s: float = 10.0
     """What a connection to the source has at the least, however fast the others are."""
+    tick_s: float = 0.1
+    """Real time between two looks at whether it is still wanted, and at the owners of pieces."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,7 +328,7 @@ class Download:
                 if self._check():
                     break
                 self._settle()
-                self.watcher.wait(TICK_S)
+                self.watcher.wait(self.shared.timeouts.tick_s)
             if self.clock() - told_s >= TELL_S:
                 told_s = self.clock()
                 self._on_progress(self._progress())
@@ -401,7 +400,7 @@ class Download:
                 thread.join(max(0.0, until_s - self.clock()))
         with self.watcher:
             while self._committing:
-                self.watcher.wait(TICK_S)
+                self.watcher.wait(self.shared.timeouts.tick_s)
         for job in self.jobs:
             job.fetching_file.close()
 

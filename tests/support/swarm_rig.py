@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -9,7 +10,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from modelcache.store.layout import Layout, file_key
 from modelcache.store.partial_files import Partial
 from modelcache.types import PIECE_BYTES, Cancelled, ModelRef, RemoteFile, SourceError
 
-PATIENT = TransferTimeouts(census_s=30.0)
+PATIENT = TransferTimeouts(census_s=30.0, tick_s=0.02)
 """Whoever answers is waited for, however busy this machine is."""
 
 TOKEN = "the secret of a small cluster"
@@ -51,6 +52,47 @@ def sha256_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+class SourceClock:
+    """Time that passes only while all who read from a source wait for it to: however busy the
+    machine is, what a test says takes one second takes one second. It goes on by ``STEP_S`` when
+    the thread that made it, which watches the download, looks at it."""
+
+    STEP_S = 1.0
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.reading = 0
+        self.due: list[float] = []
+        self.watcher = threading.current_thread()
+        self.moved = threading.Condition()
+
+    def __call__(self) -> float:
+        with self.moved:
+            idle = len(self.due) == self.reading and all(at_s > self.now_s for at_s in self.due)
+            if idle and threading.current_thread() is self.watcher:
+                self.now_s += self.STEP_S
+                self.moved.notify_all()
+            return self.now_s
+
+    @contextlib.contextmanager
+    def reads(self) -> Iterator[None]:
+        with self.moved:
+            self.reading += 1
+        try:
+            yield
+        finally:
+            with self.moved:
+                self.reading -= 1
+
+    def wait(self, seconds: float, cancelled: Callable[[], bool]) -> None:
+        with self.moved:
+            due_s = self.now_s + seconds
+            self.due.append(due_s)
+            while self.now_s < due_s and not cancelled():
+                self.moved.wait(0.05)
+            self.due.remove(due_s)
+
+
 @dataclass
 class MemorySource:
     """A store in memory. ``before`` is called ahead of every range, ``after`` when all of its bytes
@@ -62,8 +104,9 @@ class MemorySource:
     after: Callable[[str, int], None] = lambda path, index: None
     rate_bytes_s: float | None = None
     """Of each range."""
+    clock: SourceClock = field(default_factory=SourceClock)
     chunk_s: Callable[[str, int, int, int], float] = lambda path, index, nth, chunk: 0.0
-    """Seconds that a chunk takes beyond that, infinity to hang: by piece, which reading of it this
+    """Seconds of ``clock`` that a chunk takes, infinity to hang: by piece, which reading of it this
     is (from 1), and the chunk's place in it."""
     reads: Counter[tuple[str, int]] = field(default_factory=Counter)
     at_once: int = 0
@@ -82,32 +125,34 @@ class MemorySource:
         return RemoteFile(path=path, size_bytes=len(data), version="v1", digests=digests)
 
     def fetch(self, want: RangeRead) -> None:
-        file, start, end = want.file, want.start, want.end
-        index = start // PIECE_BYTES
+        index = want.start // PIECE_BYTES
         with self.lock:
-            self.reads[file.path, index] += 1
-            nth = self.reads[file.path, index]
+            self.reads[want.file.path, index] += 1
+            nth = self.reads[want.file.path, index]
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
+        with self.clock.reads():
+            self.read(want, index, nth)
+
+    def read(self, want: RangeRead, index: int, nth: int) -> None:
+        path = want.file.path
         try:
-            self.before(file.path, index)
-            data = self.files[file.path]
-            for at in range(start, end, ANNOUNCE_BYTES):
+            self.before(path, index)
+            data = self.files[path]
+            for at in range(want.start, want.end, ANNOUNCE_BYTES):
                 if want.cancelled():
                     raise Cancelled("not wanted any more")
-                chunk = data[at : min(at + ANNOUNCE_BYTES, end)]
+                chunk = data[at : min(at + ANNOUNCE_BYTES, want.end)]
                 if self.rate_bytes_s is not None:
                     time.sleep(len(chunk) / self.rate_bytes_s)
-                until_s = time.monotonic() + self.chunk_s(
-                    file.path, index, nth, (at - start) // ANNOUNCE_BYTES
-                )
-                while time.monotonic() < until_s:
+                took_s = self.chunk_s(path, index, nth, (at - want.start) // ANNOUNCE_BYTES)
+                if took_s:
+                    self.clock.wait(took_s, want.cancelled)
                     if want.cancelled():
                         raise Cancelled("not wanted any more")
-                    time.sleep(max(0.0, min(0.01, until_s - time.monotonic())))
                 os.pwrite(want.fd, chunk, at)
                 want.on_bytes(len(chunk))
-            self.after(file.path, index)
+            self.after(path, index)
         finally:
             with self.lock:
                 self.at_once -= 1
