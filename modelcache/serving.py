@@ -15,7 +15,7 @@ from typing import Any
 
 from modelcache.fetch.transfer import Transfer
 from modelcache.peers.group import PeerGroup
-from modelcache.peers.replicate import Cache, ReplicationJobs
+from modelcache.peers.replicate import LOOK_S, Cache, ReplicationJobs
 from modelcache.settings import ModelCacheSettings
 from modelcache.types import CacheError
 
@@ -38,14 +38,18 @@ class Serving:
 
 
 def start_serving(
-    settings: ModelCacheSettings, peers: PeerGroup | None, cache: Cache
+    settings: ModelCacheSettings,
+    peers: PeerGroup | None,
+    cache: Cache,
+    *,
+    look_s: float = LOOK_S,
 ) -> Serving | None:
     """Give this node's pieces to its peers, and take orders from other sites, if
     ``modelcache.peer_port`` says so. Raises ``CacheError`` where the address cannot be had.
     """
     if peers is None or settings.peer_port is None:
         return None
-    orders = ReplicationJobs(cache)
+    orders = ReplicationJobs(cache, look_s=look_s)
     host = settings.peer_host.strip("[]")
     try:
         port = peers.serve(host, settings.peer_port, orders.verbs())

@@ -71,8 +71,11 @@ class ReplicationJob:
 class ReplicationJobs:
     """What other sites have asked for. Thread-safe."""
 
-    def __init__(self, cache: Cache, *, most_running: int = MOST_RUNNING) -> None:
+    def __init__(
+        self, cache: Cache, *, most_running: int = MOST_RUNNING, look_s: float = LOOK_S
+    ) -> None:
         self._cache = cache
+        self._look_s = look_s
         self._orders: OrderedDict[str, ReplicationJob] = OrderedDict()
         self._changed = threading.Condition()
         self._turns = threading.BoundedSemaphore(most_running)
@@ -97,14 +100,14 @@ class ReplicationJobs:
         return {"order": name}
 
     def look(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """How far an order is, after ``LOOK_S`` at most. ``KeyError`` where it is not known, or
+        """How far an order is, after ``look_s`` at most. ``KeyError`` where it is not known, or
         this agent ends: the client asks for it again once the agent was started anew."""
         name = body.get("order")
         if not isinstance(name, str):
             raise ValueError("order: must be the name that the order was given")
         with self._changed:
             order = self._orders[name]
-            self._changed.wait_for(lambda: order.state != "running" or self._closing, LOOK_S)
+            self._changed.wait_for(lambda: order.state != "running" or self._closing, self._look_s)
             if self._closing:
                 raise KeyError(name)
             return {"state": order.state, "progress": asdict(order.progress), **order.told}

@@ -208,7 +208,7 @@ def test_an_idle_connection_is_closed_and_a_busy_one_is_not() -> None:
         assert (await answer(reader))[1] == b"ok"
         assert await reader.read() == b""
 
-    talk(conversation, waiting.put_nowait, HttpLimits(keepalive_s=0.3, request_timeout_s=0.3))
+    talk(conversation, waiting.put_nowait, HttpLimits(keepalive_s=0.3, request_timeout_s=0.6))
 
 
 def test_the_handler_learns_that_the_client_left() -> None:

@@ -40,7 +40,7 @@ def cold(path: Path, size_bytes: int = MIB) -> FileRange:
     return file
 
 
-def until(check: Callable[[], bool], limit_s: float = 30.0) -> None:
+def until(check: Callable[[], bool], limit_s: float = 60.0) -> None:
     end_s = time.monotonic() + limit_s
     while not check():
         assert time.monotonic() < end_s, "it did not come about"

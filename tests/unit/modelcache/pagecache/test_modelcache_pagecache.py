@@ -233,10 +233,12 @@ def test_a_file_cut_short_is_reported_and_ends_the_reading(disk: Path) -> None:
 
 
 def test_prewarm_stops_when_called_off_and_keeps_what_it_read(disk: Path) -> None:
-    path = make(disk / "file", 20 * PIECE)
+    path = make(disk / "file", 6 * PIECE)
     seen: list[Progress] = []
     with pytest.raises(Cancelled):
-        residency.prewarm([whole(path)], cancelled=lambda: len(seen) >= 2, on_progress=seen.append)
+        residency.prewarm(
+            [whole(path)], cancelled=lambda: len(seen) >= 2, on_progress=seen.append, streams=1
+        )
     assert pages_cached(path)[0]
     assert not all(pages_cached(path))
 

@@ -18,7 +18,7 @@ from modelcache.settings import ModelCacheSettings
 from modelcache.store.layout import Layout
 from modelcache.types import PIECE_BYTES, SourceError
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 NAME = "nodes.example"
 
 

@@ -10,7 +10,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def fetch_all(nodes: list[Node], sources: list[MemorySource]) -> None:
 
 
 def test_nodes_that_begin_together_read_the_store_about_once(tmp_path: Path) -> None:
-    content = {"w": make_content(20 * PIECE_BYTES), "config.json": b"{}" * 100}
+    content = {"w": make_content(8 * PIECE_BYTES), "config.json": b"{}" * 100}
     sources = [MemorySource(content, rate_bytes_s=16 * MIB) for _ in range(4)]
     cluster = make_cluster(tmp_path, 4)
     try:
@@ -354,9 +354,9 @@ def test_a_lie_that_only_the_whole_file_shows_is_found_out_and_its_author_left_a
 def test_a_slow_peer_does_not_hold_up_what_others_have(
     tmp_path: Path, nodes: Callable[..., Node]
 ) -> None:
-    data = make_content(12 * PIECE_BYTES)
-    slow = BadPeer(12, data, "trickle")
-    timeouts = replace(PATIENT, peer_piece_s=0.5, slow_s=1.0)
+    data = make_content(8 * PIECE_BYTES)
+    slow = BadPeer(8, data, "trickle")
+    timeouts = replace(PATIENT, peer_piece_s=0.2, slow_s=0.5)
     good = nodes(tmp_path / "good")
     good.fetch(MemorySource({"w": data}))
     try:
@@ -364,14 +364,14 @@ def test_a_slow_peer_does_not_hold_up_what_others_have(
         node = nodes(tmp_path / "node", peers=(slow.url, good.url), timeouts=timeouts)
         node.fetch(source)
         assert node.read(source, "w") == data
-        # A few pieces were being read from the slow one; those, the store gave in the end.
-        assert node.transfer.totals().peer_bytes >= 4 * PIECE_BYTES
+        # What was being read from the slow one the store gave in the end, and on a busy machine more.
+        assert node.transfer.totals().peer_bytes >= PIECE_BYTES
     finally:
         slow.close()
 
 
 def test_a_node_that_dies_in_the_middle_is_made_up_for(tmp_path: Path) -> None:
-    content = {"w": make_content(12 * PIECE_BYTES)}
+    content = {"w": make_content(6 * PIECE_BYTES)}
     cluster = make_cluster(tmp_path, 3)
     sources = [MemorySource(content, rate_bytes_s=20 * MIB) for _ in cluster]
     dead = cluster[1]
@@ -405,7 +405,7 @@ def test_a_peer_that_starts_anew_is_believed_again(
     anew = nodes(tmp_path / "anew", serve=False, peers=(node.url,))
     anew.fetch(MemorySource({"x": data}))
     assert anew.group is not None
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + 60
     while True:
         try:
             anew.group.serve("127.0.0.1", port)
@@ -443,7 +443,7 @@ def make_client(port: int) -> PeerClient:
 
 
 def raw(port: int, data: bytes) -> bytes:
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(data)
         with contextlib.suppress(ConnectionError):
             return connection.recv(65_536)
@@ -517,28 +517,43 @@ def test_connections_and_pieces_on_their_way_are_bounded(tmp_path: Path) -> None
             port, signed(f"{wire.PIECE}?key={key}&index=0", to="a" * 32, nonce="5" * 32)
         )
         # The second one may not be gone yet, so any of the next may be the first beyond the limit.
-        others = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(4)]
-        cut, _, _ = select.select(others, [], [], 20)
+        others = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(4)]
+        cut, _, _ = select.select(others, [], [], 60)
         assert cut
         for one in (holding, *others):
             one.close()
 
 
-def test_questions_that_wait_end_with_the_server(tmp_path: Path) -> None:
-    with serving(tmp_path) as (server, port, _node):
-        client = make_client(port)
-        ended = threading.Event()
+class EndlessInventory(PieceInventory):
+    """Of which a question waits until it is stopped."""
 
-        def ask() -> None:
-            with contextlib.suppress(PeerUnavailable, PeerIntegrityError):
-                client.states(["a" * 40], 1 << 60, 9.0, never)
-            ended.set()
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = threading.Event()
 
-        threading.Thread(target=ask).start()
-        while not server._connections:
-            time.sleep(0.01)
-        server.close()
-        assert ended.wait(8)
+    def wait(
+        self, keys: Sequence[str], since: int, wait_s: float, stopped: Callable[[], bool]
+    ) -> int:
+        self.asked.set()
+        return super().wait(keys, since, 3_600.0, stopped)
+
+
+def test_questions_that_wait_end_with_the_server() -> None:
+    inventory = EndlessInventory()
+    server = PeerServer(inventory, wire.Keyring(TOKEN), node="a" * 32)
+    client = make_client(server.start("127.0.0.1", 0))
+
+    def ask() -> None:
+        with contextlib.suppress(PeerUnavailable, PeerIntegrityError):
+            client.states(["a" * 40], 1 << 60, 9.0, never)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    assert inventory.asked.wait(60)
+    server.close()
+    asking.join(60)
+    assert not asking.is_alive()
+    assert not [one for one in threading.enumerate() if one.name == "peer" and one.is_alive()]
 
 
 def test_a_blob_whose_digests_are_damaged_is_not_given(tmp_path: Path) -> None:
@@ -553,7 +568,7 @@ def test_a_blob_whose_digests_are_damaged_is_not_given(tmp_path: Path) -> None:
         client = make_client(port)
         assert client.states([key], 0, 0.0, never)[1] == {}
         with pytest.raises(PieceNotFound):
-            client.piece(key, 0, memoryview(bytearray(PIECE_BYTES)), timeout_s=20,
+            client.piece(key, 0, memoryview(bytearray(PIECE_BYTES)), timeout_s=60,
                          cancelled=never, on_bytes=lambda n: None)  # fmt: skip
 
 
@@ -570,7 +585,7 @@ def test_a_bit_that_flipped_on_the_peers_disk_is_seen_by_who_receives_it(tmp_pat
             file.seek(1_000)
             file.write(bytes([byte[0] ^ 4]))
         with pytest.raises(PeerIntegrityError, match="not what it says it is"):
-            make_client(port).piece(key, 0, memoryview(bytearray(PIECE_BYTES)), timeout_s=20,
+            make_client(port).piece(key, 0, memoryview(bytearray(PIECE_BYTES)), timeout_s=60,
                                     cancelled=never, on_bytes=lambda n: None)  # fmt: skip
 
 
@@ -595,7 +610,7 @@ def test_news_of_a_piece_ends_a_question_that_waits(tmp_path: Path) -> None:
             asking.join(30)
             assert found[0][partial.key].has == 1
             into = bytearray(PIECE_BYTES)
-            client.piece(partial.key, 0, memoryview(into), timeout_s=20, cancelled=never,
+            client.piece(partial.key, 0, memoryview(into), timeout_s=60, cancelled=never,
                          on_bytes=lambda n: None)  # fmt: skip
             assert into == source.files["w"][:PIECE_BYTES]
             holding.close()

@@ -92,7 +92,7 @@ def sites(tmp_path: Path) -> Iterator[Callable[..., Site]]:
     def make(port: int = 0) -> Site:
         cache = SlowCache()
         group = PeerGroup((), TOKEN, inventory=PieceInventory())
-        serving = start_serving(ModelCacheSettings(peer_port=port), group, cache)
+        serving = start_serving(ModelCacheSettings(peer_port=port), group, cache, look_s=0.05)
         assert serving is not None
         made.append(Site(cache, serving))
         return made[-1]
@@ -163,7 +163,7 @@ def test_asking_twice_joins_what_is_under_way(sites: Callable[..., Site]) -> Non
     joined.wait()
     eu.cache.go.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert [one["eu"].done for one in found] == [True] * 3
     assert len(eu.cache.asked) == 1
 
@@ -191,7 +191,7 @@ def test_an_agent_that_was_started_anew_is_asked_again(sites: Callable[..., Site
     def note(progress: Progress) -> None:
         if progress.bytes_done and not anew:
             eu.serving.close()
-            assert eu.cache.called_off.wait(30)
+            assert eu.cache.called_off.wait(60)
             anew.append(sites(eu.serving.port))
             anew[0].cache.go.set()
 
