@@ -283,7 +283,7 @@ def test_a_stream_that_stalls_is_cut(served: Gateway) -> None:
 
     with (
         ScriptedReplica(script) as replica,
-        gateway(upstream_idle_timeout_s=2.0) as quick,  # its first bytes must come sooner
+        gateway(upstream_idle_timeout_s=5.0) as quick,  # its first bytes must come sooner
         quick.connect() as client,
     ):
         quick.publish(replica)
@@ -505,7 +505,7 @@ def test_a_replica_that_leaves_finishes_its_streams_and_its_connections_close(
     def script(asked: Asked) -> None:
         while asked.request() is not None:
             asked.send(STREAM + chunks(EVENT))
-            go.wait(30)
+            go.wait(WAIT_S)
             asked.send(chunks(EVENT) + b"0\r\n\r\n")
 
     with ScriptedReplica(script) as replica, served.connect() as client:

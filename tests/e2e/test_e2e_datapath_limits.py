@@ -254,7 +254,7 @@ def test_an_answer_that_takes_too_long_is_504(short_request: Gateway) -> None:
     assert (answer.status, answer.reason) == (504, "request_timeout")
 
 
-def test_a_stream_that_takes_too_long_is_cut(short_request: Gateway) -> None:
+def test_a_stream_that_takes_too_long_is_cut() -> None:
     def script(asked: Asked) -> None:
         asked.request()
         asked.send(STREAM)
@@ -262,8 +262,12 @@ def test_a_stream_that_takes_too_long_is_cut(short_request: Gateway) -> None:
             asked.send(chunks(b"data: {}\n\n"))
             time.sleep(0.1)
 
-    with ScriptedReplica(script) as slow, short_request.connect() as client:
-        short_request.publish(slow)
+    with (
+        ScriptedReplica(script) as slow,
+        gateway(request_timeout_s=5.0) as quick,  # its first bytes must come sooner
+        quick.connect() as client,
+    ):
+        quick.publish(slow)
         client.send(post({"model": "m", "stream": True}))
         rest = client.rest()
     assert b'"code":"replica_cut"' in rest

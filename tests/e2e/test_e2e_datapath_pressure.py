@@ -274,7 +274,7 @@ def test_an_upload_whose_connection_failed_goes_on_over_a_kept_one() -> None:
 
     def script(asked: Asked) -> None:
         while asked.request() is not None:
-            go.wait(30)
+            go.wait(WAIT_S)
             asked.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
 
     body = b'{"model":"m","p":"' + b"x" * 400_000 + b'"}'

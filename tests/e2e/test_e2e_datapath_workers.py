@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from datapath_rig import (
     STREAM,
+    WAIT_S,
     Asked,
     Gateway,
     Raw,
@@ -60,7 +61,7 @@ def test_each_worker_sees_the_others_inflight_tokens() -> None:
 
     def script(asked: Asked) -> None:
         while asked.request() is not None:
-            go.wait(30)
+            go.wait(WAIT_S)
             asked.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
 
     with (
@@ -174,12 +175,12 @@ def test_drain_finishes_streams_answers_who_is_held_and_closes_the_rest() -> Non
     def script(asked: Asked) -> None:
         while asked.request() is not None:
             asked.send(STREAM + chunks(EVENT))
-            go.wait(30)
+            go.wait(WAIT_S)
             asked.send(chunks(EVENT) + b"0\r\n\r\n")
 
     def slow(asked: Asked) -> None:
         asked.request()
-        go.wait(30)
+        go.wait(WAIT_S)
         asked.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
 
     with (

@@ -364,7 +364,7 @@ def test_a_slow_peer_does_not_hold_up_what_others_have(
         node = nodes(tmp_path / "node", peers=(slow.url, good.url), timeouts=timeouts)
         node.fetch(source)
         assert node.read(source, "w") == data
-        # What was being read from the slow one the store gave in the end, and on a busy machine more.
+        # What was being read from the slow one the store gave in the end; if busy, more than that.
         assert node.transfer.totals().peer_bytes >= PIECE_BYTES
     finally:
         slow.close()
