@@ -1,7 +1,7 @@
 """The model cache of a node: everything that is asked of it, in one place.
 
 Blocking, and safe to use from many threads and processes at once. What is asked by URL is
-answered from what is on disk; only ``preload`` (and a repair) goes to a store.
+answered from what is on disk; only ``preload`` (and a repair) goes to a source.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class ModelCache:
     ) -> CachedModel:
         """Bring a model to the disk, unless it is there; blocks as long as that takes.
 
-        A name that moves (``main``, or no revision) is looked up at the store; where that cannot
+        A name that moves (``main``, or no revision) is looked up at the source; where that cannot
         be asked, what is here is used, and ``note`` says so. Callers that want the same model
         at the same time, in any process, wait for the one that fetches it. ``include`` and
         ``exclude`` are shell patterns over paths; without, those of the settings apply.
@@ -147,7 +147,7 @@ class ModelCache:
             return self._expecting(self._make(want, source), expected_use_at_s)
 
     def find(self, url: str, revision: str | None = None) -> CachedModel | None:
-        """A model that is on the disk, whole; asks no store. ``None`` if it is not here.
+        """A model that is on the disk, whole; asks no source. ``None`` if it is not here.
 
         Without a revision: what the newest was when it was last asked for. The beginning of one
         that is here will do; raises ``Ambiguous`` where several begin so.
@@ -176,7 +176,7 @@ class ModelCache:
     ) -> CachedModel:
         """Make a directory of files, on the same disk, a model of the cache without copying.
 
-        ``url`` need be no store's; ``made`` is what it was made of. The files must not be written
+        ``url`` need be no source's; ``made`` is what it was made of. The files must not be written
         to any more.
         """
         files = tuple(
@@ -330,7 +330,7 @@ class ModelCache:
     def _offline(
         self, ref: ModelRef, error: SourceError, tell: OnProgress, stopped: IsCancelled
     ) -> CachedModel:
-        """What is here of a model whose store cannot be asked. Raises ``error`` if nothing is."""
+        """What is here of a model whose source cannot be asked. Raises ``error`` if nothing is."""
         model = self.lookup.open(self.lookup.resolve(ref))
         if model is None:
             snapshot = self.local_files.snapshot(ref)
@@ -347,7 +347,7 @@ class ModelCache:
                 model = self._make(want, None)
             except (NotFound, Damaged):
                 raise error from None
-        note = f"revision {model.revision} from this disk; its store cannot be asked: {error}"
+        note = f"revision {model.revision} from this disk; its source cannot be asked: {error}"
         LOG.warning("%s: %s", ref.url, note)
         return replace(model, note=note)
 

@@ -90,7 +90,7 @@ class RangeRead:
 
 @runtime_checkable
 class Source(Protocol):
-    """One model in one store. Safe to use from many threads at once."""
+    """One model in one source. Safe to use from many threads at once."""
 
     ref: ModelRef
 

@@ -61,7 +61,7 @@ def start_serving(
 
 
 def describe(peers: PeerGroup | None, transfer: Transfer) -> dict[str, Any]:
-    """Bytes read from stores and from peers, bytes given, and every peer; as JSON has it."""
+    """Bytes read from sources and from peers, bytes given, and every peer; as JSON has it."""
     told: dict[str, Any] = asdict(transfer.totals())
     told["sent_bytes"] = 0 if peers is None else peers.sent_bytes
     told["peers"] = [] if peers is None else [asdict(one) for one in peers.status()]

@@ -112,7 +112,7 @@ class ModelCacheSettings(BaseModel):
     system's own needs alive."""
 
     connections: int = Field(default=16, ge=1, le=256)
-    """Ranges read at once from one store. Object stores give some 60 MB/s to a connection: 16
+    """Ranges read at once from one source. Object stores give some 60 MB/s to a connection: 16
     fill a 10 Gbit/s line."""
 
     peer_connections: int = Field(default=8, ge=1, le=256)
@@ -129,10 +129,10 @@ class ModelCacheSettings(BaseModel):
     """Seconds without one byte before a read counts as failed."""
 
     bandwidth_bytes_s: int | None = Field(default=None, ge=65_536)
-    """Most bytes a second this node reads from stores, all models together. Unset: no limit."""
+    """Most bytes a second this node reads from sources, all models together. Unset: no limit."""
 
     source_bandwidth_bytes_s: dict[str, int] = Field(default_factory=dict)
-    """Most bytes a second from one store, by the beginning of its URL (``"oss://models"``); the
+    """Most bytes a second from one source, by the beginning of its URL (``"oss://models"``); the
     longest that fits applies."""
 
     page_budget_bytes: int | None = Field(default=None, ge=0)
@@ -156,7 +156,7 @@ class ModelCacheSettings(BaseModel):
     says where the hub is or which token to use."""
 
     peers: tuple[BaseUrl, ...] = ()
-    """Other nodes' caches (``http://10.0.0.7:8002``), asked for pieces before the store."""
+    """Other nodes' caches (``http://10.0.0.7:8002``), asked for pieces before the source."""
 
     peer_names: tuple[NameUrl, ...] = ()
     """The same by host names that stand for many nodes, one for each address of the name

@@ -122,9 +122,9 @@ class TransferState:
         """The connections to the source that ``url`` lies in, shared by all its models."""
         parts = urlsplit(url)
         # A hub's models all lie in one source; elsewhere the host or bucket is one.
-        store = parts.scheme if parts.scheme == "hf" else f"{parts.scheme}://{parts.netloc}"
+        source = parts.scheme if parts.scheme == "hf" else f"{parts.scheme}://{parts.netloc}"
         with self._lock:
-            return self._slots.setdefault(store, Slots(self.settings.connections))
+            return self._slots.setdefault(source, Slots(self.settings.connections))
 
     def note_given(self, key: str, index: int, node: str, digest: bytes) -> None:
         """A piece was taken from a peer."""
@@ -203,13 +203,13 @@ class Download:
         self.clock = shared.clock
         self.lock = threading.Lock()
         self.watcher = threading.Condition(self.lock)
-        self.store_work = threading.Condition(self.lock)
+        self.source_work = threading.Condition(self.lock)
         self.peer_work = threading.Condition(self.lock)
         self.reading: set[Attempt] = set()
         self.asking: set[Attempt] = set()
-        self.store_throughput = Throughput()
+        self.source_throughput = Throughput()
         self.peer_throughput = Throughput()
-        self.store_limit = self.settings.connections
+        self.source_limit = self.settings.connections
         self.problem: BaseException | None = None
         self.over = False
         self._began_s = self.clock()
@@ -350,7 +350,7 @@ class Download:
         compare(self.reading, now_s)
         for one in self.asking:
             one.note(now_s)
-        usual_s = self.store_throughput.expected_s(self._piece_bytes)
+        usual_s = self.source_throughput.expected_s(self._piece_bytes)
         oldest_s = max((now_s - one.began_s for one in self.reading), default=None)
         if usual_s is not None or oldest_s is not None:
             board.piece_s = max(usual_s or 0.0, oldest_s or 0.0)
@@ -358,11 +358,11 @@ class Download:
         connections = self.settings.connections
         # Together the nodes keep about as many connections as one alone, so that pieces come whole
         # one after another, for others to have, and not all at the very end.
-        self.store_limit = max(2, -(-connections // nodes)) if nodes > 1 else connections
+        self.source_limit = max(2, -(-connections // nodes)) if nodes > 1 else connections
         if board.expects_others and nodes == 1 and now_s - self._began_s < GENTLE_S:
-            self.store_limit = min(connections, GENTLE_CONNECTIONS)
-        if self.store_limit > len(self.reading):
-            self.store_work.notify(self.store_limit - len(self.reading))
+            self.source_limit = min(connections, GENTLE_CONNECTIONS)
+        if self.source_limit > len(self.reading):
+            self.source_work.notify(self.source_limit - len(self.reading))
         self.peer_work.notify()
 
     def _progress(self) -> Progress:
@@ -390,7 +390,7 @@ class Download:
     def _stop(self) -> None:
         with self.lock:
             self.over = True
-            for condition in (self.watcher, self.store_work, self.peer_work):
+            for condition in (self.watcher, self.source_work, self.peer_work):
                 condition.notify_all()
         if self.peers is not None:
             self.peers.wake()
@@ -439,14 +439,14 @@ class Download:
             raise CacheError(f"{job.remote.path}: {error.strerror}") from error
 
     def done(self, attempt: Attempt, size_bytes: int, *, given: bool) -> None:
-        """A piece is there, from a peer (``given``) or from the store."""
+        """A piece is there, from a peer (``given``) or from the source."""
         with self.lock:
             self.board.done(attempt.job.file, attempt.index)
             self.reading.discard(attempt)  # or it would be counted twice
             self.asking.discard(attempt)
             self._done_bytes += size_bytes
             self._given_bytes += size_bytes if given else 0
-            pace = self.peer_throughput if given else self.store_throughput
+            pace = self.peer_throughput if given else self.source_throughput
             pace.learn(size_bytes, self.clock() - attempt.began_s)
         if given:
             self.shared.count(peer_bytes=size_bytes)

@@ -154,7 +154,7 @@ class Board:
         return max(STALL_S, STALL_FACTOR * (self.piece_s if self.piece_s is not None else 2.5))
 
     def settle(self, now_s: float) -> int:
-        """Work out the owners from the nodes that are there; how many nodes read from the store."""
+        """Work out the owners from the nodes that are there; how many read from the source."""
         most = 1
         for file in self.files:
             if not file.missing:
@@ -232,7 +232,7 @@ class Board:
         return not file.owners or any(s.failed >> index & 1 for s in file.peers.values())
 
     def _begun(self, file: PlannedFile) -> int:
-        """Pieces that a peer which is alive reads from the store."""
+        """Pieces that a peer which is alive reads from the source."""
         mask = 0
         for node, seen in file.peers.items():
             if node not in self.away and node not in file.stalled:

@@ -59,7 +59,7 @@ MOST_CUTS = 2
 
 
 class SourceReader:
-    """Reads pieces from the store."""
+    """Reads pieces from the source."""
 
     def __init__(self, download: Download) -> None:
         self.download = download
@@ -91,8 +91,8 @@ class SourceReader:
         """Whether one more may read; waits a little if not."""
         own = self.download
         with own.lock:
-            if self._waiting >= own.store_limit or not own.board.left:
-                own.store_work.wait(WAIT_S)
+            if self._waiting >= own.source_limit or not own.board.left:
+                own.source_work.wait(WAIT_S)
                 return False
             self._waiting += 1
             return True
@@ -102,7 +102,7 @@ class SourceReader:
         with own.lock:
             self._waiting -= 1
             if idle and not own.over:
-                own.store_work.wait(WAIT_S)
+                own.source_work.wait(WAIT_S)
 
     def _pick(self) -> Attempt | None:
         own = self.download
@@ -125,7 +125,7 @@ class SourceReader:
                 timeouts.slow_s,
                 SLOW_FACTOR * (timeouts.peer_piece_s if usual_s is None else usual_s),
             )
-            if one.lost(now_s, own.store_throughput.expected_s(one.size_bytes) or 0.0, limit_s):
+            if one.lost(now_s, own.source_throughput.expected_s(one.size_bytes) or 0.0, limit_s):
                 slow.append((one.job.file, one.index))
         return slow
 
@@ -146,7 +146,7 @@ class SourceReader:
                 continue
             fresh_s, factor = one.fresh_s(), SLOW_FACTOR
             if fresh_s is None and len(own.reading) == 1 and not cuts:
-                fresh_s, factor = own.store_throughput.slowest_s(one.size_bytes), LOST_FACTOR
+                fresh_s, factor = own.source_throughput.slowest_s(one.size_bytes), LOST_FACTOR
             if fresh_s is not None:
                 limit_s = max(self.shared.timeouts.straggler_s, factor * fresh_s)
                 one.given_up = one.lost(now_s, SLOW_FACTOR * fresh_s, limit_s)

@@ -37,7 +37,7 @@ RESULT = "made"
 def file_key(url: str, file: RemoteFile, revision: str) -> str:
     """One name for one content of one remote file, the same on every node.
 
-    A file whose store gives it neither a version nor a digest could change without a sign, so
+    A file whose source gives it neither a version nor a digest could change without a sign, so
     its key holds for one revision of the model only.
     """
     versioned = bool(file.version or file.digests)

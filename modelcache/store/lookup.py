@@ -1,4 +1,4 @@
-"""Finding what is asked for among what is on this disk. Asks no store, and changes nothing."""
+"""Finding what is asked for among what is on this disk. Asks no source, and changes nothing."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Lookup:
         )
 
     def made(self, ref: ModelRef) -> CachedModel:
-        """A result of preparation steps, which no store has. Raises ``NotFound``."""
+        """A result of preparation steps, which no source has. Raises ``NotFound``."""
         found = self.open(self.resolve(ref))
         if found is None:
             raise NotFound(f"{ref.url} is not on this disk: it is made by preloading its model")

@@ -199,7 +199,7 @@ class Partial:
             return self._pieces.get(index)
 
     def finish(self, expected: Mapping[str, str], *, replace: bool = False) -> str:
-        """Check the whole against what its store published, and make it a blob; its tree digest.
+        """Check the whole against what its source published, and make it a blob; its tree digest.
 
         ``expected`` gives digests by algorithm (``sha256``, ``md5``, ``git-sha1``,
         ``tidegate-tree``); others are not checked. ``replace`` puts it in the place of a blob
@@ -354,7 +354,7 @@ def compare_digests(fd: int, size_bytes: int, tree: str, expected: Mapping[str, 
             continue
         found = whole_digest(fd, size_bytes, algorithm)
         if found != wanted.lower():
-            return f"its {algorithm} is {found}, its store says {wanted}"
+            return f"its {algorithm} is {found}, its source says {wanted}"
         return None
     return None
 

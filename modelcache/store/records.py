@@ -126,10 +126,10 @@ def check_listing(files: tuple[RemoteFile, ...]) -> None:
         raise CacheError("the model has no files")
     problem = find_path_problem([file.path for file in files])
     if problem is not None:
-        raise CacheError(f"its store {problem}")
+        raise CacheError(f"its source {problem}")
     for file in files:
         if file.size_bytes < 0:
-            raise CacheError(f"its store says that {file.path} has {file.size_bytes} bytes")
+            raise CacheError(f"its source says that {file.path} has {file.size_bytes} bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -256,7 +256,7 @@ def hash_file(
 
 
 def compare_file(path: Path, tree: str, expected: Mapping[str, str]) -> str | None:
-    """What is wrong with a file by the digests its store published, if anything is."""
+    """What is wrong with a file by the digests its source published, if anything is."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return compare_digests(fd, os.fstat(fd).st_size, tree, expected)

@@ -93,7 +93,7 @@ def test_where_the_store_cannot_be_asked_what_is_here_is_used(
     offline = cache.preload(url, expected_use_at_s=9.0)
     assert offline.path == model.path
     assert offline.note == (
-        f"revision {model.revision} from this disk; its store cannot be asked: the line is dead"
+        f"revision {model.revision} from this disk; its source cannot be asked: the line is dead"
     )
     assert cache.ls()[0].expected_use_at_s == 9.0
     with pytest.raises(SourceError, match="the line is dead"):

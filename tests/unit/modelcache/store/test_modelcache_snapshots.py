@@ -213,7 +213,7 @@ def test_without_the_hub_its_cache_is_enough(rig: Rig) -> None:
     model = cache.preload(URL)
     assert model.revision == COMMIT
     assert read_tree(model.path) == FILES
-    assert "its store cannot be asked: the line is dead" in model.note
+    assert "its source cannot be asked: the line is dead" in model.note
     found = cache.find(URL)
     assert found is not None
     assert found.note == ""
