@@ -151,8 +151,10 @@ def populate(files: Files) -> None:
     """``MADV_POPULATE_READ``, 64 MiB at a time."""
     for file in files:
         with open(file.path, "rb", buffering=0) as source:
-            if not linux_pages.populate(source.fileno(), 0, os.stat(file.path).st_size):
-                raise OSError("this kernel has no MADV_POPULATE_READ")
+            for at, size in linux_pages.windows(0, os.stat(file.path).st_size):
+                with linux_pages.Mapping(source.fileno(), at, size) as mapping:
+                    if not mapping.populate(0, size):
+                        raise OSError("this kernel has no MADV_POPULATE_READ")
 
 
 def touch(files: Files) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelcache.pagecache import linux_pages, pressure
-from modelcache.pagecache.residency import FileSpan, Opened, merge, pull
+from modelcache.pagecache.residency import FileSpan, merge, opened, pull
 from modelcache.types import CacheError, FileRange
 
 Identity = tuple[int, int, int]
@@ -113,13 +113,13 @@ class HeldPages:
         if kept.mapped:
             return
         for span in merge(kept.files):
-            with Opened(span.path) as file:
-                found = os.fstat(file.fd)
+            with opened(span.path) as fd:
+                found = os.fstat(fd)
                 identity = (found.st_dev, found.st_ino, found.st_size)
                 for start, end in span.ranges:
                     at = start - start % linux_pages.PAGE_BYTES
                     try:
-                        mapping = linux_pages.Mapping(file.fd, at, end - at)
+                        mapping = linux_pages.Mapping(fd, at, end - at)
                     except OSError as error:
                         raise CacheError(f"cannot map {span.path}: {error.strerror}") from error
                     kept.held.append(
@@ -158,10 +158,10 @@ class HeldPages:
         try:
             if held.mapping.populate(at, size):
                 return
-            with Opened(held.span.path) as file, open("/dev/null", "wb") as nowhere:
+            with opened(held.span.path) as fd, open("/dev/null", "wb") as nowhere:
                 done = 0
                 while done < size:
-                    moved = pull(nowhere.fileno(), file.fd, held.start + at + done, size - done)
+                    moved = pull(nowhere.fileno(), fd, held.start + at + done, size - done)
                     if not moved:
                         return
                     done += moved

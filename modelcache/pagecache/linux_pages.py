@@ -90,16 +90,6 @@ COUNTERS = (count_by_cachestat, count_by_mincore)
 """Ways to count cached pages, quickest first."""
 
 
-def populate(fd: int, start: int, length: int) -> bool:
-    """Have the kernel read what is missing of a range and mark all of it as used, through
-    mappings that are undone at once. ``False`` and errors as ``Mapping.populate`` has them."""
-    for at, size in windows(start, start + length):
-        with Mapping(fd, at, size) as mapping:
-            if not mapping.populate(0, size):
-                return False
-    return True
-
-
 class Mapping:
     """A shared read-only mapping of ``length`` bytes of a file from ``start``, which must be at a
     page. It stays valid when the file is closed. Nothing ever reads through it."""

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from modelcache.pagecache import linux_pages
@@ -53,20 +53,17 @@ class FileSpan:
         return sum(end - start for start, end in self.ranges)
 
 
-class Opened:
-    """A file open for reading. Raises ``CacheError`` where it cannot be."""
-
-    def __init__(self, path: str) -> None:
-        try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CacheError(f"cannot look at {path}: {error.strerror}") from error
-
-    def __enter__(self) -> Opened:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.fd)
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[int]:
+    """A file open for reading, as its descriptor. Raises ``CacheError`` where it cannot be."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CacheError(f"cannot look at {path}: {error.strerror}") from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def merge(files: Sequence[FileRange]) -> list[FileSpan]:
@@ -117,9 +114,9 @@ def residency(
     cached = 0
     used: dict[str, None] = {}
     for span in spans:
-        with Opened(span.path) as file:
+        with opened(span.path) as fd:
             for start, end in span.ranges:
-                found, how = count(file.fd, start, end, counters)
+                found, how = count(fd, start, end, counters)
                 if found is None:
                     return Residency(bytes_total=total, bytes_cached=None)
                 cached += found
@@ -134,10 +131,10 @@ def drop(files: Sequence[FileRange]) -> Residency:
     ones at an edge of a range that the kernel handles together with some beyond it (up to 2 MiB).
     """
     for span in merge(files):
-        with Opened(span.path) as file:
-            os.fsync(file.fd)
+        with opened(span.path) as fd:
+            os.fsync(fd)
             for start, end in span.ranges:
-                os.posix_fadvise(file.fd, start, end - start, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)
     return residency(files)
 
 
@@ -214,10 +211,10 @@ def _plan(spans: Sequence[FileSpan]) -> tuple[deque[tuple[str, int, int]], int]:
     runs: deque[tuple[str, int, int]] = deque()
     skipped = 0
     for span in spans:
-        with Opened(span.path) as file:
+        with opened(span.path) as fd:
             for start, end in span.ranges:
                 skipped += end - start
-                for begin, until in missing_ranges(file.fd, start, end):
+                for begin, until in missing_ranges(fd, start, end):
                     skipped -= until - begin
                     for at in range(begin, until, RUN_BYTES):
                         runs.append((span.path, at, min(until, at + RUN_BYTES)))
@@ -275,12 +272,12 @@ class _Work:
             path, at, end = self._runs.popleft()
         except IndexError:
             return
-        with Opened(path) as file:
-            os.posix_fadvise(file.fd, at, end - at, os.POSIX_FADV_SEQUENTIAL)
+        with opened(path) as fd:
+            os.posix_fadvise(fd, at, end - at, os.POSIX_FADV_SEQUENTIAL)
             while at < end and self.error is None:
                 self._stand_back()
                 try:
-                    moved = pull(nowhere, file.fd, at, min(PIECE_BYTES, end - at), self._sendfile)
+                    moved = pull(nowhere, fd, at, min(PIECE_BYTES, end - at), self._sendfile)
                 except OSError as error:
                     raise CacheError(
                         f"cannot read {path} at byte {at}: {error.strerror}"

@@ -212,7 +212,6 @@ class PeerGroup:
         names: Sequence[str] = (),
         look_up: LookUp = look_up,
         clock: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
         answer_s: float = ANSWER_S,
         look_s: float = LOOK_S,
         soon_s: float = SOON_S,
@@ -223,7 +222,6 @@ class PeerGroup:
         self._name = secrets.token_hex(16)
         self._keyring = Keyring(token)
         self._clock = clock
-        self._wall = wall
         self._answer_s = answer_s
         # Replaced and never changed, so that it can be read at any time.
         self._peers = [Peer(self.client(url)) for url in dict.fromkeys(urls)]
@@ -242,7 +240,6 @@ class PeerGroup:
             node=self._name,
             on_heard=self.heard,
             verbs=verbs,
-            clock=self._wall,
         )
         bound = server.start(host, port)
         self._server, self.me = server, self._name
@@ -265,7 +262,7 @@ class PeerGroup:
 
     def client(self, url: str) -> PeerClient:
         """For asking a node that is no peer, such as another site's. The caller closes it."""
-        return PeerClient(url.rstrip("/"), self._keyring, self._name, self._wall, self._answer_s)
+        return PeerClient(url.rstrip("/"), self._keyring, self._name, answer_s=self._answer_s)
 
     def status(self) -> list[PeerStatus]:
         """Every peer but ourselves."""
@@ -438,7 +435,8 @@ class PeerGroup:
                     follower.on_lost(known)
             finally:
                 follower.asked.add(peer.client.url)
-            self._sleep(GAP_S, follower)
+            if not follower.stopped():
+                time.sleep(GAP_S)
         if peer.gone and known is not None:
             follower.on_lost(known)
 
@@ -460,10 +458,6 @@ class PeerGroup:
                 follower.asked.add(peer.client.url)
                 self._changed.wait(min(left_s, 1.0))
         return False
-
-    def _sleep(self, for_s: float, follower: Follower) -> None:
-        if not follower.stopped():
-            time.sleep(for_s)
 
     def _failed(self, peer: Peer, error: Exception) -> None:
         with self._changed:

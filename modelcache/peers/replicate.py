@@ -71,14 +71,12 @@ class ReplicationJob:
 class ReplicationJobs:
     """What other sites have asked for. Thread-safe."""
 
-    def __init__(
-        self, cache: Cache, *, most_running: int = MOST_RUNNING, look_s: float = LOOK_S
-    ) -> None:
+    def __init__(self, cache: Cache, *, look_s: float = LOOK_S) -> None:
         self._cache = cache
         self._look_s = look_s
         self._orders: OrderedDict[str, ReplicationJob] = OrderedDict()
         self._changed = threading.Condition()
-        self._turns = threading.BoundedSemaphore(most_running)
+        self._turns = threading.BoundedSemaphore(MOST_RUNNING)
         self._closing = False
 
     def verbs(self) -> dict[str, Verb]:

@@ -58,12 +58,9 @@ def find_source() -> Path:
     raise ModelError(f"the installed {DISTRIBUTION} {installed.version} has no {GGUF}")
 
 
-def find_damage(directory: Path, *, hashes: bool = True) -> list[str]:
-    """What is wrong with a checkpoint, one line each; nothing when it is whole.
-
-    ``hashes=False`` compares sizes only: microseconds where hashing takes a second or so, and
-    enough to notice a copy that was cut short.
-    """
+def find_damage(directory: Path) -> list[str]:
+    """What is wrong with a checkpoint, one line each; nothing when it is whole. Hashes all of it,
+    which takes a second or so."""
     if not directory.is_dir():
         return [f"{directory} is not there"]
     try:
@@ -80,7 +77,7 @@ def find_damage(directory: Path, *, hashes: bool = True) -> list[str]:
         return [f"{MANIFEST} has format {written_as!r} and {len(entries)} files"]
     found = []
     for path, size_bytes, digest in entries:
-        problem = _compare(directory / path, size_bytes, digest if hashes else None)
+        problem = _compare(directory / path, size_bytes, digest)
         if problem:
             found.append(f"{path} {problem}")
     return found
@@ -175,12 +172,12 @@ def _alone(directory: Path) -> Iterator[None]:
         yield
 
 
-def _compare(path: Path, size_bytes: int, digest: str | None) -> str | None:
+def _compare(path: Path, size_bytes: int, digest: str) -> str | None:
     try:
         actual = path.stat().st_size
         if actual != size_bytes:
             return f"has {actual} bytes instead of {size_bytes}"
-        if digest is not None and _digest(path) != digest:
+        if _digest(path) != digest:
             return "has other content than when it was made"
     except FileNotFoundError:
         return "is missing"

@@ -164,9 +164,9 @@ class Capacity:
     def evict(
         self,
         records: Sequence[Record],
-        unfinished: Sequence[UnfinishedResult] = (),
+        unfinished: Sequence[UnfinishedResult],
         *,
-        force: bool = False,
+        force: bool,
     ) -> int:
         """Remove revisions, whole or not, and unfinished results; the bytes freed.
 
@@ -183,9 +183,7 @@ class Capacity:
         self._remove(records, unfinished)
         return before - self._used()
 
-    def _remove(
-        self, records: Sequence[Record], unfinished: Sequence[UnfinishedResult] = ()
-    ) -> None:
+    def _remove(self, records: Sequence[Record], unfinished: Sequence[UnfinishedResult]) -> None:
         """Remove revisions and whatever only they had, and unfinished results."""
         for result in unfinished:
             LOG.info("evicted: %s", result.name)

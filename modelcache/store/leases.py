@@ -26,9 +26,9 @@ class Lease:
     ``holder`` is the user's name, for people. Releasing twice is harmless.
     """
 
-    def __init__(self, holder: str, release: Callable[[], None] | None = None) -> None:
+    def __init__(self, holder: str, release: Callable[[], None]) -> None:
         self.holder = holder
-        self._release = release
+        self._release: Callable[[], None] | None = release
         self._lock = threading.Lock()
 
     def __enter__(self) -> Lease:

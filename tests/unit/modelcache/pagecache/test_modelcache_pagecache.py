@@ -323,11 +323,10 @@ def test_pages_under_an_overlay_are_counted(disk: Path, monkeypatch: pytest.Monk
 def test_populate_of_a_file_cut_short_is_an_error_not_a_signal(disk: Path) -> None:
     path = make(disk / "file", 4 * MIB)
     fd = os.open(path, os.O_RDONLY)
-    try:
-        assert linux_pages.populate(fd, 0, 4 * MIB)
+    with linux_pages.Mapping(fd, 0, 4 * MIB) as mapping:
+        os.close(fd)
+        assert mapping.populate(0, 4 * MIB)
         assert all(pages_cached(path))
         os.truncate(path, MIB)
         with pytest.raises(OSError, match="Bad address"):
-            linux_pages.populate(fd, 0, 4 * MIB)
-    finally:
-        os.close(fd)
+            mapping.populate(0, 4 * MIB)

@@ -110,17 +110,6 @@ def test_damage_is_found_and_mended(
     assert {path.name for path in model.parent.iterdir()} == {"small", ".small.lock"}
 
 
-def test_sizes_alone_find_a_short_copy_and_not_a_flipped_bit(
-    maker: Callable[[Convert], None], tmp_path: Path
-) -> None:
-    model = tmp_path / "small"
-    make_model(model, say=lambda _: None)
-    flip_a_bit(model)
-    assert find_damage(model, hashes=False) == []
-    cut_short(model)
-    assert find_damage(model, hashes=False)
-
-
 def test_a_conversion_that_fails_leaves_what_was_there(
     maker: Callable[[Convert], None], tmp_path: Path
 ) -> None:
