@@ -14,14 +14,16 @@ loopback, a web page in a local browser:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
+import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import uvicorn
 from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -56,6 +58,10 @@ MAX_BODY_BYTES = 65_536
 """A change is a few words; more is a mistake."""
 BODY_TIMEOUT_S = 10.0
 """Seconds a client has to send its few words."""
+
+KEEPALIVE_S = 5
+MAX_CONNECTIONS = 256
+MAX_HEAD_BYTES = 32_768
 
 BEAT_S = 0.25
 """Seconds between two lines of progress."""
@@ -344,7 +350,7 @@ def readiness(ready: bool, reason: str) -> schema.Readiness:
     return schema.Readiness(ready=True, reason=reason)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _known(kind: str, name: str) -> Iterator[None]:
     """What ``LiveControl`` raises as the error that is answered."""
     try:
@@ -457,3 +463,51 @@ async def _end_of(work: asyncio.Task[schema.ModelAnswer]) -> BaseModel:
 
 def _line(value: BaseModel) -> str:
     return value.model_dump_json() + "\n"
+
+
+# ── The server ────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the control process decides when to stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve_admin(
+    listener: socket.socket, app: ASGIApp, stop: asyncio.Event, *, shutdown_s: int = 3
+) -> None:
+    """Serve on a listening socket until ``stop`` is set, then finish what is under way for at most
+    ``shutdown_s``. The socket is closed at the end."""
+    server = _Server(
+        uvicorn.Config(
+            app,
+            access_log=False,
+            log_config=None,
+            log_level="warning",
+            lifespan="off",
+            ws="none",
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEPALIVE_S,
+            timeout_graceful_shutdown=shutdown_s,
+            limit_concurrency=MAX_CONNECTIONS,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        )
+    )
+    serving = asyncio.create_task(server.serve(sockets=[listener]), name="admin server")
+    stopping = asyncio.create_task(stop.wait(), name="admin stop")
+    try:
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+        server.should_exit = True
+        try:
+            async with asyncio.timeout(shutdown_s + 2):
+                await asyncio.shield(serving)
+        except TimeoutError:
+            serving.cancel()
+        finally:
+            listener.close()

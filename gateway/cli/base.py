@@ -95,7 +95,7 @@ def load(config: Path | None, sets: list[str] | None) -> LoadedSettings:
     """The settings ``tidegate up`` would use; raises ``ConfigError``."""
     from gateway.settings import defaults
 
-    return defaults.load_for_up(config, os.environ, sets or (), defaults.UpFlags())
+    return defaults.load_for_up(config, os.environ, sets or ())
 
 
 def address(admin: str | None, config: Path | None, sets: list[str] | None) -> str:

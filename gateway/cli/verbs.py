@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import asdict
 from functools import cache
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,9 @@ from gateway.cli.model import model_app
 from gateway.terminal import complain, out
 from gateway.terminal import version as installed_version
 from loaders.engines.base import EngineName
+
+if TYPE_CHECKING:
+    from gateway.settings.load import Flag
 
 CLEAR = "\x1b[H\x1b[2J"
 HELP_NAMES = ["-h", "--help"]
@@ -89,6 +92,13 @@ def tidegate(
     """
 
 
+def _flags(*given: tuple[str, str | int | None, str]) -> list[Flag]:
+    """The settings that have a flag of their own (field, value, flag), where it was given."""
+    from gateway.settings.load import Flag
+
+    return [Flag(*one) for one in given if one[1] is not None]
+
+
 @app.command()
 def up(
     context: typer.Context,
@@ -140,19 +150,17 @@ def up(
     from gateway.settings import defaults
     from gateway.settings.load import LoadedSettings
 
-    flags = defaults.UpFlags(
-        engine=engine,
-        model=model,
-        host=host,
-        port=port,
-        admin_port=admin_port,
-        workers=workers,
+    flags = _flags(
+        ("gateway.host", host, "--host"),
+        ("gateway.port", port, "--port"),
+        ("gateway.admin_port", admin_port, "--admin-port"),
+        ("gateway.workers", workers, "--workers"),
     )
     environ = dict(os.environ)
     config = defaults.find_config(config)  # the file of the start: without it a reload fails
 
     def read() -> LoadedSettings:
-        found = defaults.load_for_up(config, environ, sets or (), flags)
+        found = defaults.load_for_up(config, environ, sets or (), flags, engine=engine, model=model)
         defaults.check_installed(found)
         return found
 
@@ -189,17 +197,12 @@ def agent(
     - `tidegate agent -c node.toml`
     """
     from gateway.settings import defaults
-    from gateway.settings.load import Flag
 
-    flags = [
-        Flag(field, value, flag)
-        for field, value, flag in (
-            ("gateway.admin_port", admin_port, "--admin-port"),
-            ("modelcache.peer_port", peer_port, "--peer-port"),
-        )
-        if value is not None
-    ]
-    loaded = defaults.load_for_agent(config, os.environ, sets or (), flags)
+    flags = _flags(
+        ("gateway.admin_port", admin_port, "--admin-port"),
+        ("modelcache.peer_port", peer_port, "--peer-port"),
+    )
+    loaded = defaults.load_for_up(config, os.environ, sets or (), flags)
     for warning in loaded.warnings:
         complain(f"warning: {warning.as_warning()}")
     code: int = context.obj.agent(loaded)
@@ -308,21 +311,13 @@ def reload(
     **Examples:** `tidegate reload`, `tidegate reload --json | jq .needs_restart`
     """
     from gateway.admin.operations import RELOAD
-    from gateway.admin.schema import ReloadAnswer
     from gateway.settings.changes import describe
 
-    answer: ReloadAnswer = client.ask(address(admin, config, sets), RELOAD)
+    answer = client.ask(address(admin, config, sets), RELOAD)
     if as_json:
         out(as_text(answer))
         return 0
-    lines = describe(
-        added=answer.added,
-        changed=answer.changed,
-        removed=answer.removed,
-        applied=answer.applied,
-        needs_restart=answer.needs_restart,
-    )
-    out("".join(f"{line}\n" for line in lines))
+    out("".join(f"{line}\n" for line in describe(**dict(answer))))
     return 0
 
 
@@ -396,13 +391,12 @@ def config_check(config: Config = None, sets: Sets = None, as_json: AsJson = Fal
 
     **Examples:** `tidegate config check`, `tidegate config check -c prod.toml -s gateway.port=0`
     """
-    from gateway.settings.defaults import find_missing
+    from gateway.settings.defaults import check_installed
     from gateway.settings.load import ConfigError
 
     try:
         loaded = load(config, sets)
-        if missing := find_missing(loaded, given_only=True):
-            raise ConfigError(missing)
+        check_installed(loaded, given_only=True)
     except ConfigError as error:
         if as_json:
             out(as_text({"ok": False, "problems": [one._asdict() for one in error.problems]}))

@@ -19,12 +19,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.admin import schema
-from gateway.admin.app import Handler, ModelRoutes, assemble, healthz, readiness
+from gateway.admin.app import Handler, ModelRoutes, assemble, healthz, readiness, serve_admin
 from gateway.admin.metrics_page import UsagePoller, render_agent, render_cache
 from gateway.admin.models import Models
 from gateway.admin.operations import METRICS_TYPE
 from gateway.admin.schema import AdminError
-from gateway.admin.server import serve_admin
 from gateway.compose.cache import NodeCache, make_models, make_page_holder, open_cache
 from gateway.compose.listeners import (
     AGENT_NAME,

@@ -79,10 +79,10 @@ def _problem(field: str, host: str, port: int, error: OSError) -> Problem:
     return Problem(field, f"cannot listen on {where}: {why}", "at start", str(port))
 
 
-def url(listener: socket.socket, scheme: str = "http") -> str:
+def url(listener: socket.socket) -> str:
     """Where a listening socket is reached from this machine."""
     host, port = listener.getsockname()[:2]
-    return make_url(host, port, scheme)
+    return make_url(host, port)
 
 
 def make_url(host: str, port: int, scheme: str = "http") -> str:

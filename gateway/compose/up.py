@@ -184,9 +184,8 @@ class _Tidegate:
 
     async def serve_admin(self, stop: asyncio.Event) -> None:
         """Serve the admin API until ``stop`` is set."""
-        from gateway.admin.app import create_app
+        from gateway.admin.app import create_app, serve_admin
         from gateway.admin.control import LiveControl
-        from gateway.admin.server import serve_admin
 
         gateway = self.settings.gateway
         models = make_models(
@@ -227,7 +226,14 @@ class _Tidegate:
             set_up_logging(settings.gateway.log_level)
             self.settings = settings
             self.process.use_fork_plan(plan)
-        log.info("the settings were read again: %s", "; ".join(describe_changes(changes)))
+        said = describe(
+            added=changes.added,
+            changed=changes.changed,
+            removed=changes.removed,
+            applied=changes.applied,
+            needs_restart=changes.needs_restart,
+        )
+        log.info("the settings were read again: %s", "; ".join(said))
         return changes
 
     def _find_changes(self) -> tuple[SettingsChanges, dict[str, str]]:
@@ -261,10 +267,6 @@ class _Tidegate:
                 log.error("the settings were not reloaded: %s", problem)
         except Exception:
             log.exception("the settings were not reloaded")
-
-    def banner(self) -> str:
-        """What is printed once requests are accepted."""
-        return banner(self.url, self.admin_url, self.settings.pools)
 
 
 def load_wake_times(settings: Settings) -> WakeTimes:
@@ -301,17 +303,6 @@ def replica_slots(pools: Sequence[PoolSettings]) -> int:
     """Replicas that these pools may have at once, with those that drain."""
     return _SPARE_REPLICA_SLOTS + sum(
         2 * max(one.max_replicas, len(one.static.urls)) for one in pools
-    )
-
-
-def describe_changes(changes: SettingsChanges) -> list[str]:
-    """The changes in words."""
-    return describe(
-        added=changes.added,
-        changed=changes.changed,
-        removed=changes.removed,
-        applied=changes.applied,
-        needs_restart=changes.needs_restart,
     )
 
 
@@ -381,7 +372,7 @@ async def _live(tidegate: _Tidegate) -> int:
             looping = asyncio.create_task(tidegate.loop.run())
             running = Running(pid=os.getpid(), url=tidegate.url, admin_url=tidegate.admin_url)
             leave_record(state_dir, running)
-            out(tidegate.banner())
+            out(banner(tidegate.url, tidegate.admin_url, tidegate.settings.pools))
             await _first(asyncio.create_task(stop.wait()), looping, admin)
         if not stop.is_set():
             status = 1

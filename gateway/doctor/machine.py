@@ -24,10 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoscaler.backends.process.placement import list_gpus
+from autoscaler.backends.process.procs import read_pss_bytes
 from autoscaler.policy.device_assignment import GpuCapacity
 from gateway.admin.schema import CacheListing
-from gateway.compose.listeners import AGENT_NAME, Running, read_record
+from gateway.compose.listeners import AGENT_NAME, Running, listen, read_record
 from gateway.datapath import compiled
+from gateway.settings.load import ConfigError
 from gateway.settings.schema import Settings
 from loaders.engines.vllm.engine import EngineInstall, find_install
 from modelcache.prepare.default_model import MANIFEST, find_damage
@@ -160,13 +162,10 @@ class Machine:
     def can_listen(self, host: str, port: int) -> str | None:
         """Why nothing could listen there now; ``None`` when it could."""
         try:
-            family, kind, protocol, _, address = _resolve(host, port)
-            with socket.socket(family, kind, protocol) as listener:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                listener.bind(address)
-                listener.listen(1)
-        except OSError as error:
-            return error.strerror or str(error)
+            for listener in listen(host, port, field="port"):
+                listener.close()
+        except ConfigError as error:
+            return error.problems[0].message
         return None
 
     def can_connect(self, host: str, port: int) -> str | None:
@@ -305,13 +304,6 @@ def _nearest(path: Path) -> Path:
     return path
 
 
-def _resolve(
-    host: str, port: int
-) -> tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[object, ...]]:
-    flags = socket.AI_PASSIVE
-    return socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=flags)[0]
-
-
 def _cgroup_cores() -> float | None:
     """A container's CPU quota in cores (control groups 2), ``None`` without one."""
     try:
@@ -359,7 +351,7 @@ async def _ask_fork_server(python: Path, device: str) -> ForkAbility:
     try:
         async with asyncio.timeout(PREPARE_TIMEOUT_S):
             seconds = await server.hello(device=device, models=())
-        return ForkAbility(seconds=seconds, memory_bytes=_pss_bytes(process.pid))
+        return ForkAbility(seconds=seconds, memory_bytes=read_pss_bytes(process.pid))
     except TimeoutError:
         return ForkAbility(problem=f"it was not ready in {PREPARE_TIMEOUT_S:g} s")
     except ServerLost as error:
@@ -369,17 +361,6 @@ async def _ask_fork_server(python: Path, device: str) -> ForkAbility:
         if process.returncode is None:
             process.kill()
         await process.wait()
-
-
-def _pss_bytes(pid: int) -> int | None:
-    """A process's share of the memory it uses."""
-    try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) << 10
-    except (OSError, ValueError):
-        return None
-    return None
 
 
 def _engine_environment() -> dict[str, str]:

@@ -348,7 +348,7 @@ def _port(name: str, host: str, port: int, machine: Machine, holder: str | None)
     if holder is not None:
         return ok(name, f"{host}:{port} is held by {holder}")
     flag = "--port" if name == "port" else "--admin-port"
-    return fail(name, f"{host}:{port}: {problem}", f"free it, or choose another with {flag}")
+    return fail(name, problem, f"free it, or choose another with {flag}")
 
 
 def _open_files(settings: Settings, machine: Machine) -> Check:

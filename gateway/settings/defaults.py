@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,64 +25,40 @@ DEFAULT_MODEL_LEN_TOKENS = 2048
 """What the default model is served with: its cache then fits beside it on a small machine."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpFlags:
-    """The flags of ``tidegate up`` that stand for settings; ``None`` where not given."""
-
-    engine: str | None = None
-    model: str | None = None
-    host: str | None = None
-    port: int | None = None
-    admin_port: int | None = None
-    workers: int | None = None
-
-
-def find_config(given: Path | None, directory: Path = Path()) -> Path | None:
-    """The file to read: the one given, else ``tidegate.toml`` of the directory if it is there."""
+def find_config(given: Path | None) -> Path | None:
+    """The file to read: the one given, else ``tidegate.toml`` of the working directory if it is
+    there."""
     if given is not None:
         return given
-    here = directory / CONFIG_NAME
+    here = Path(CONFIG_NAME)
     return here if here.exists() else None
 
 
 def load_for_up(
-    config: Path | None, environ: Mapping[str, str], overrides: Sequence[str], up: UpFlags
+    config: Path | None,
+    environ: Mapping[str, str],
+    overrides: Sequence[str],
+    flags: Sequence[Flag] = (),
+    *,
+    engine: str | None = None,
+    model: str | None = None,
 ) -> LoadedSettings:
     """Settings as ``tidegate up`` uses them; raises ``ConfigError`` as ``load`` does.
 
     Without a pool from any layer there is a built-in one: the simulated engine with ``--engine
-    simulated``, else the default model. ``--model`` replaces all pools by one for that model.
-    ``--engine`` applies to every pool whose engines are ours to start.
+    simulated``, else the default model. ``model`` (``--model``) replaces all pools by one for that
+    model. ``engine`` (``--engine``) applies to every pool whose engines are ours to start.
     """
     path = find_config(config)
-    flags = _flags(up)
-    if up.model is not None:
-        model = model_pool(up.model, up.engine or DEFAULT_ENGINE)
-        return load(path, environ, overrides, flags=[*flags, Flag("pools", [model], "--model")])
-    base = {"pools": [built_in_pool(up.engine)]}
+    if model is not None:
+        pool = model_pool(model, engine or DEFAULT_ENGINE)
+        return load(path, environ, overrides, flags=[*flags, Flag("pools", [pool], "--model")])
+    base = {"pools": [built_in_pool(engine)]}
     loaded = load(path, environ, overrides, base=base, flags=flags)
-    if up.engine is None:
+    if engine is None:
         return loaded
-    flags += _engine_flags(loaded, up.engine)
+    flags = [*flags, *_engine_flags(loaded, engine)]
     return load(path, environ, overrides, base=base, flags=flags)
-
-
-def load_for_agent(
-    config: Path | None, environ: Mapping[str, str], overrides: Sequence[str], flags: Sequence[Flag]
-) -> LoadedSettings:
-    """Settings as ``tidegate agent`` uses them; raises ``ConfigError``. Pools are of no account."""
-    base = {"pools": [built_in_pool(None)]}
-    return load(find_config(config), environ, overrides, base=base, flags=list(flags))
-
-
-def _flags(up: UpFlags) -> list[Flag]:
-    named = {
-        "gateway.host": ("--host", up.host),
-        "gateway.port": ("--port", up.port),
-        "gateway.admin_port": ("--admin-port", up.admin_port),
-        "gateway.workers": ("--workers", up.workers),
-    }
-    return [Flag(field, value, flag) for field, (flag, value) in named.items() if value is not None]
 
 
 def _engine_flags(loaded: LoadedSettings, engine: str) -> list[Flag]:
@@ -141,20 +116,19 @@ def _known_as(model: str) -> str:
     return ref.location if ref.scheme == "hf" else model
 
 
-def check_installed(loaded: LoadedSettings) -> None:
-    """Raise ``ConfigError`` where a file or directory that the settings name cannot be used."""
-    found = find_missing(loaded)
-    if found:
-        raise ConfigError(found)
-
-
-def find_missing(loaded: LoadedSettings, *, given_only: bool = False) -> list[Problem]:
-    """What the settings name and is not there, or not what it should be.
+def check_installed(loaded: LoadedSettings, *, given_only: bool = False) -> None:
+    """Raise ``ConfigError`` where a file or directory that the settings name cannot be used: it is
+    not there, or not what it should be.
 
     A pool without its engine or model would look well at zero, and fail its first request a minute
     later. With ``given_only`` the built-in pool is left out.
     """
-    found = list(_find_tls(loaded))
+    if found := [*_find_tls(loaded), *_find_missing(loaded, given_only)]:
+        raise ConfigError(found)
+
+
+def _find_missing(loaded: LoadedSettings, given_only: bool) -> Iterator[Problem]:
+    """Engines and models of pools that are not there."""
     settings = loaded.settings
     pools = [
         (index, pool)
@@ -164,7 +138,7 @@ def find_missing(loaded: LoadedSettings, *, given_only: bool = False) -> list[Pr
     ]
     python = settings.loaders.engine_python.expanduser()
     if pools and not python.exists():
-        found.append(
+        yield (
             Problem(
                 "loaders.engine_python",
                 "there is no such program; `make run` sets up the engine, "
@@ -179,10 +153,7 @@ def find_missing(loaded: LoadedSettings, *, given_only: bool = False) -> list[Pr
             continue
         field = f"pools.{index}.model"
         hint = "; `make run` makes it" if Path(model).name == DEFAULT_MODEL else ""
-        found.append(
-            Problem(field, f"there is no such directory{hint}", loaded.origins[field], model)
-        )
-    return found
+        yield (Problem(field, f"there is no such directory{hint}", loaded.origins[field], model))
 
 
 def _find_tls(loaded: LoadedSettings) -> Iterator[Problem]:

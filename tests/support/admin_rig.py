@@ -11,9 +11,8 @@ import httpx
 from starlette.types import ASGIApp
 
 from gateway.admin import schema
-from gateway.admin.app import create_app
+from gateway.admin.app import create_app, serve_admin
 from gateway.admin.models import Models
-from gateway.admin.server import serve_admin
 from gateway.compose.listeners import listen, url
 
 NOW_S = 1_800_000_000.0

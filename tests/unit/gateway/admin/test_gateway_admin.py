@@ -18,9 +18,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.admin import schema
-from gateway.admin.app import create_app
+from gateway.admin.app import create_app, serve_admin
 from gateway.admin.operations import METRICS_TYPE
-from gateway.admin.server import serve_admin
 from gateway.compose.listeners import listen, url
 
 JSON = {"content-type": "application/json"}

@@ -322,7 +322,7 @@ def test_a_taken_port_is_seen() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen(1)
         port = taken.getsockname()[1]
-        assert Machine().can_listen("127.0.0.1", port) == "Address already in use"
+        assert str(port) in (Machine().can_listen("127.0.0.1", port) or "")
         assert Machine().can_connect("127.0.0.1", port) is None
     assert Machine().can_listen("127.0.0.1", port) is None
     assert Machine().can_connect("127.0.0.1", port) == "Connection refused"
