@@ -31,6 +31,7 @@ from autoscaler.backends.process.family import (
     Family,
     ProcessRecord,
     ProcessRegistry,
+    describe_process,
     trust,
 )
 from autoscaler.backends.process.fork_server import RECORD_ID as FORK_SERVER
@@ -43,12 +44,10 @@ from autoscaler.backends.process.procs import (
     boot_id,
     carries,
     list_stats,
-    read_stat,
     reap_orphans,
 )
 from autoscaler.backends.process.replica import (
     AdoptedProcess,
-    Process,
     ReplicaProcess,
     Standby,
     describe_end,
@@ -57,6 +56,7 @@ from autoscaler.backends.process.replica import (
     find_engine,
     make_env,
     make_probe,
+    open_gate,
     spawn_plainly,
     to_the_end,
 )
@@ -264,28 +264,18 @@ class ProcessBackend:
             MARK: child.mark,
         }
         process = child.process = await self._begin(child, env, parked=parked)
-        stat = read_stat(process.pid)
-        if stat is None or process.stdin is None:
-            raise BackendError(f"{spec.id} ended while it was being launched")
-        record = ProcessRecord(
-            replica_id=spec.id,
-            boot_id=boot_id(),
-            leader=stat.id,
-            mark=child.mark,
-            engine=describe_engine(spec, child.placement, child.log),
-        )
+        engine = describe_engine(spec, child.placement, child.log)
+        record = describe_process(process.pid, replica_id=spec.id, mark=child.mark, engine=engine)
         await to_the_end(asyncio.to_thread(self._registry.write, record))
         child.family = Family(record, self._registry)
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(b"!")
-        process.stdin.close()
+        open_gate(process)
         if isinstance(process, ForkedProcess):
             child.pid = process.engine
             asyncio.get_running_loop().add_reader(process.marks, self._hear, child, process.marks)
 
     async def _begin(
         self, child: ReplicaProcess, env: Mapping[str, str], *, parked: bool
-    ) -> Process:
+    ) -> subprocess.Popen[bytes] | ForkedProcess:
         """Fork the engine where that is possible, else start it the plain way and keep why."""
         if self._forks is not None and engine_of(child.spec.pool.engine).capabilities.fork:
             output = child.log.open()

@@ -22,11 +22,13 @@ from autoscaler.backends.process import guard
 from autoscaler.backends.process.procs import (
     ProcessId,
     ProcessStat,
+    boot_id,
     carries,
     end_all,
     find_family,
     find_marked,
     list_stats,
+    read_stat,
 )
 from loaders.engines.base import Placement
 
@@ -75,6 +77,19 @@ class ProcessRecord:
     def variable(self) -> str:
         """The mark as it stands in an environment."""
         return f"{guard.MARK}={self.mark}"
+
+
+def describe_process(
+    pid: int, *, replica_id: str, mark: str, engine: StartedEngine | None = None
+) -> ProcessRecord:
+    """What is put on record of a process that was just launched. Raises ``OSError`` when it has
+    ended."""
+    stat = read_stat(pid)
+    if stat is None:
+        raise ProcessLookupError("it ended while it was being launched")
+    return ProcessRecord(
+        replica_id=replica_id, boot_id=boot_id(), leader=stat.id, mark=mark, engine=engine
+    )
 
 
 class ProcessRegistry:

@@ -21,17 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoscaler.backends.base import StillRunning
-from autoscaler.backends.process.family import Family, ProcessRecord, ProcessRegistry
+from autoscaler.backends.process.family import Family, ProcessRegistry, describe_process
 from autoscaler.backends.process.guard import MARK
 from autoscaler.backends.process.logs import ReplicaLog
-from autoscaler.backends.process.procs import (
-    boot_id,
-    list_stats,
-    read_pss_bytes,
-    read_stat,
-    reap_orphans,
-)
-from autoscaler.backends.process.replica import guard_argv, to_the_end
+from autoscaler.backends.process.procs import list_stats, read_pss_bytes, reap_orphans
+from autoscaler.backends.process.replica import guard_argv, open_gate, spawn_guard, to_the_end
 from loaders.engines.base import EngineCommand
 from loaders.engines.vllm.engine import site_packages
 from loaders.engines.vllm.forkserver.client import (
@@ -227,32 +221,13 @@ class Forks:
         """Start it behind a gate, put it on record, open the gate."""
         value = secrets.token_hex(16)
         env = {**self._plan.env, MARK: value, "SPT_NOENV": "1"}
-        gate = guard_argv("tie", str(os.getpid()), "-")
         argv = server_argv(str(self._plan.python.absolute()), ROOT, channel.fileno())
-        output = self.log.open()
-        try:
-            process = subprocess.Popen(
-                [*gate, *argv],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                env=env,
-                pass_fds=[channel.fileno()],
-                start_new_session=True,
-                bufsize=0,
-            )
-        finally:
-            os.close(output)
-        self._process = process
-        stat = read_stat(process.pid)
-        if stat is None or process.stdin is None:
-            raise OSError("it ended while it was being launched")
-        record = ProcessRecord(replica_id=RECORD_ID, boot_id=boot_id(), leader=stat.id, mark=value)
+        tie = ("tie", str(os.getpid()), "-", *argv)
+        process = self._process = spawn_guard(tie, env, self.log, [channel.fileno()])
+        record = describe_process(process.pid, replica_id=RECORD_ID, mark=value)
         self._registry.write(record)
         self._family = Family(record, self._registry)
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(b"!")
-        process.stdin.close()
+        open_gate(process)
 
     async def _watch(self) -> None:
         """Return, with the reason noted, when it is gone or no longer of use."""

@@ -42,6 +42,8 @@ LOCK = "lock"
 POLL_S = 0.2
 END_POLL_S = 0.05
 KILL_ROUNDS = 100
+GONE = b"ZXx"
+"""States of processes that have ended."""
 TERMS_BYTES = 64
 """What the lock file holds: ``KEEP_S GRACE_S``, filled up with blanks to this length, so that it
 is always replaced as a whole."""
@@ -205,7 +207,7 @@ def descendants(root: int) -> set[tuple[int, int]]:
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         fields = read_stat(entry) if entry.isdigit() else None
-        if fields is not None and fields[0] not in b"ZXx":
+        if fields is not None and fields[0] not in GONE:
             started[int(entry)] = int(fields[19])
             children.setdefault(int(fields[1]), []).append(int(entry))
     found: set[tuple[int, int]] = set()

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from autoscaler.backends.process import guard
+
 PROC = Path("/proc")
-GONE = frozenset("ZXx")
 POLL_S = 0.05
 KILL_ROUNDS = 100
 """Looks after the first SIGKILL, each followed by another: some 5 s in all."""
@@ -42,17 +43,14 @@ def boot_id() -> str:
 
 def read_stat(pid: int) -> ProcessStat | None:
     """A process; ``None`` if there is none with this pid, or it is hidden from us."""
-    try:
-        text = (PROC / str(pid) / "stat").read_bytes()
-    except OSError:
+    fields = guard.read_stat(pid)
+    if fields is None:
         return None
-    # The command in parentheses may itself contain parentheses and spaces.
-    fields = text[text.rindex(b")") + 2 :].split()
     return ProcessStat(
         id=ProcessId(pid, int(fields[19])),
         parent=int(fields[1]),
         session=int(fields[3]),
-        gone=fields[0].decode() in GONE,
+        gone=fields[0] in guard.GONE,
     )
 
 
@@ -133,18 +131,7 @@ def find_marked(mark: str, stats: Iterable[ProcessStat], own_pid: int) -> set[Pr
 
 def send_signal(process: ProcessId, number: signal.Signals) -> None:
     """Signal exactly this process; nothing happens if it is gone and its pid is another's."""
-    try:
-        handle = os.pidfd_open(process.pid)
-    except ProcessLookupError:
-        return
-    try:
-        stat = read_stat(process.pid)
-        if stat is not None and stat.id == process:
-            signal.pidfd_send_signal(handle, number)
-    except ProcessLookupError:
-        return
-    finally:
-        os.close(handle)
+    guard.send((process.pid, process.start_ticks), number)
 
 
 async def end_all(find: Callable[[], set[ProcessId]], *, grace_s: float) -> set[ProcessId]:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,24 +151,46 @@ def guard_argv(*arguments: str) -> list[str]:
     return [sys.executable, "-I", "-S", guard.__file__, *arguments]
 
 
-def spawn_plainly(child: ReplicaProcess, env: Mapping[str, str], directory: Path) -> Process:
-    """Start the guard, which starts the engine after its gate opens; ``directory`` has its record.
-    Raises ``OSError``."""
+def spawn_guard(
+    arguments: Sequence[str],
+    env: Mapping[str, str],
+    log: ReplicaLog,
+    pass_fds: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
+    """Start a guard behind its gate, in a session of its own. Raises ``OSError``."""
     # Not through asyncio: a cancelled start could lose the process between its birth and us.
-    cores = ",".join(map(str, child.placement.cpus)) or "-"
-    output = child.log.open()
+    output = log.open()
     try:
         return subprocess.Popen(
-            [*guard_argv("start", str(os.getpid()), str(directory), cores), *child.command.argv],
+            guard_argv(*arguments),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
             env=dict(env),
+            pass_fds=pass_fds,
             start_new_session=True,
             bufsize=0,
         )
     finally:
         os.close(output)
+
+
+def open_gate(process: subprocess.Popen[bytes] | ForkedProcess) -> None:
+    """Let what has been put on record begin."""
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(b"!")
+        process.stdin.close()
+
+
+def spawn_plainly(
+    child: ReplicaProcess, env: Mapping[str, str], directory: Path
+) -> subprocess.Popen[bytes]:
+    """Start the guard, which starts the engine after its gate opens; ``directory`` has its record.
+    Raises ``OSError``."""
+    cores = ",".join(map(str, child.placement.cpus)) or "-"
+    arguments = ("start", str(os.getpid()), str(directory), cores, *child.command.argv)
+    return spawn_guard(arguments, env, child.log)
 
 
 def find_engine(guard_pid: int) -> int | None:
