@@ -237,8 +237,6 @@ class ReplicaReport:
     served_model: str | None = None
     gpus: tuple[int, ...] = ()
     cpus: tuple[int, ...] = ()
-    inflight_requests: int | None = None
-    inflight_tokens: int | None = None
     error: str | None = None
     outdated: bool = False
     """It was started with other arguments than its pool has now, and is to be replaced."""
@@ -263,7 +261,6 @@ class PoolReport:
     draining: int
     sleeping: int
     wake_eta_s: float | None
-    demand: PoolDemand | None
     last_decision: Decision | None
     replicas: tuple[ReplicaReport, ...]
     failures: int = 0

@@ -73,7 +73,7 @@ class Sink:
 
 
 def _sums(model: dict[str, Any]) -> dict[str, Any]:
-    from loaders.weights.checksums import FileSums
+    from loaders.weights.files import FileSums
 
     return {
         file: FileSums(size_bytes=os.path.getsize(file), piece_bytes=RING_BYTES, xxh3=tuple(xxh3))

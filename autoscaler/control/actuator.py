@@ -77,15 +77,15 @@ class Actuator:
 
     def apply(
         self, pool: PoolRecord, record: ReplicaRecord, event: Event, detail: str = ""
-    ) -> bool:
-        """Take a replica one step further; says whether the event changed anything."""
+    ) -> None:
+        """Take a replica one step further, where the event changes anything."""
         try:
             found = step(record.state, event)
         except InvalidTransition as error:
             self._errors.add("lifecycle", error)
-            return False
+            return
         if found is None:
-            return False
+            return
         now_s = self._clock()
         LOG.info("%s: %s -> %s (%s)", record.id, record.state, found.state, event)
         if found.state is not record.state:
@@ -101,9 +101,8 @@ class Actuator:
         for action in found.actions:
             self._perform(pool, record, action, now_s)
         if found.state is State.READY and event in {Event.BECAME_READY, Event.WOKEN}:
-            record.ready_at_s = pool.ready_at_s = now_s
+            pool.ready_at_s = now_s
         self._on_change()
-        return True
 
     def _perform(
         self, pool: PoolRecord, record: ReplicaRecord, action: Action, now_s: float
@@ -211,7 +210,7 @@ class Actuator:
             await self._release(pool, record)
         elif prepared.pool.model != runs_from:
             LOG.info("%s: its model is at %s now; it is replaced", record.id, prepared.pool.model)
-            record.digest = ""
+            record.spec = replace(record.spec, digest="")
             self._on_change()
 
     async def _release(self, pool: PoolRecord, record: ReplicaRecord) -> None:

@@ -427,7 +427,7 @@ class ControlLoop:
         record.override = replicas
         record.sleep_requested = False
         self._awake.set()
-        return report_pool(record, self._observation.replicas)
+        return report_pool(record)
 
     async def sleep(self, pool: str, level: int = 1) -> PoolReport:
         """Put a pool's ready replicas to sleep once they are idle; the next request wakes it.
@@ -447,7 +447,7 @@ class ControlLoop:
         ready = [one for one in record.replicas.values() if one.state is State.READY]
         if not ready and any(one.state is State.SLEEPING for one in record.replicas.values()):
             record.sleep_requested = True
-            return report_pool(record, self._observation.replicas)
+            return report_pool(record)
         if not ready:
             raise ValueError(f"{pool} has no ready replica that could be put to sleep")
         record.sleep_requested = True
@@ -461,7 +461,7 @@ class ControlLoop:
             if one.sleep_error is not None and one.state is not State.SLEEPING:
                 record.sleep_requested = False
                 raise one.sleep_error
-        return report_pool(record, self._observation.replicas)
+        return report_pool(record)
 
     async def wake(self, pool: str) -> PoolReport:
         """Wake what sleeps, or start one at zero; take drained static servers back into use.
@@ -481,9 +481,9 @@ class ControlLoop:
             elif one.state is State.DRAINING_TO_SLEEP or (one.state is State.DRAINING and static):
                 self._actuator.apply(record, one, Event.KEEP)
         self._awake.set()
-        return report_pool(record, self._observation.replicas)
+        return report_pool(record)
 
-    async def drain(self, replica_id: str) -> PoolReport:
+    async def drain(self, replica_id: str) -> None:
         """Give a replica no more requests, and stop it when it has none left (a static one is
         only kept out of use, until ``wake``). Returns at once. Raises ``KeyError`` for an unknown
         replica, ``ValueError`` for one that has failed."""
@@ -496,7 +496,7 @@ class ControlLoop:
             record.recallable = False
             self._actuator.apply(pool, record, Event.STOP)
             self._publish_changes()
-            return report_pool(pool, self._observation.replicas)
+            return
         raise KeyError(replica_id)
 
     # -- reports ---------------------------------------------------------------------------
@@ -527,9 +527,7 @@ class ControlLoop:
         """All pools as they are now. Times in it are on the loop's clock; ``at_s`` is now."""
         return FleetReport(
             at_s=self._clock(),
-            pools=tuple(
-                report_pool(pool, self._observation.replicas) for pool in self._pools.values()
-            ),
+            pools=tuple(map(report_pool, self._pools.values())),
             decisions={
                 (name, reason): count
                 for name, record in self._pools.items()

@@ -38,14 +38,13 @@ class ReplicaRecord:
     ``not_before_s`` is the earliest time of its start. ``ended`` says that its processes are gone
     for sure, ``launched`` that the backend has taken it. ``operation`` is its newest call to the
     backend; calls follow one another. ``prepared`` is its spec with the model on this node,
-    ``woken_from`` the tier its start or wake began from. ``digest`` is that of what it is started
-    with. ``no_capacity``: its start was put off because no GPU is free.
+    ``woken_from`` the tier its start or wake began from. ``no_capacity``: its start was put off
+    because no GPU is free.
     """
 
     id: str
     spec: ReplicaSpec
     backend: Backend
-    digest: str
     since_s: float
     not_before_s: float
     state: State = State.SCHEDULED
@@ -53,7 +52,6 @@ class ReplicaRecord:
     error: str | None = None
     health_failures: int = 0
     begun_at_s: float | None = None
-    ready_at_s: float | None = None
     drain_at_s: float | None = None
     no_capacity: bool = False
     recallable: bool = False
@@ -174,7 +172,7 @@ class PoolRecord:
         if self.override is not None:
             self.override = min(self.override, pool.max_replicas)
         for record in self.replicas.values():
-            if record.digest == digest:
+            if record.spec.digest == digest:
                 record.spec = replace(record.spec, pool=pool)
             if self.removed and record.state is State.DRAINING:
                 record.recallable = True  # it drains because the pool was removed
@@ -189,7 +187,7 @@ class PoolRecord:
         """Whether a replica that has not ended is not what would be started for the pool now."""
         if record.state in ENDED_STATES:
             return False
-        return record.digest != self.digest or (
+        return record.spec.digest != self.digest or (
             record.spec.url is not None and record.spec.url not in self.pool.static.urls
         )
 
@@ -211,21 +209,18 @@ class PoolRecord:
         self.window = DemandWindow(self.policy)
         self.decide_state = DecideState(arrivals_total=self.decide_state.arrivals_total)
 
-    def add_replica(self, now_s: float, *, url: str | None = None) -> ReplicaRecord:
+    def add_replica(self, now_s: float, *, url: str | None = None) -> None:
         """A new replica, scheduled, with an id this loop has not used before."""
         self._numbers[self.slug] += 1
         name = f"{self.slug}-{self._numbers[self.slug]}"
         not_before_s = now_s if self.retry_at_s is None else max(now_s, self.retry_at_s)
-        record = ReplicaRecord(
+        self.replicas[name] = ReplicaRecord(
             id=name,
             spec=ReplicaSpec(id=name, pool=self.pool, url=url, digest=self.digest),
             backend=self.backend,
-            digest=self.digest,
             since_s=now_s,
             not_before_s=not_before_s,
         )
-        self.replicas[name] = record
-        return record
 
     def adopt_replica(
         self, found: AdoptedReplica, backend: Backend, now_s: float, *, asleep: bool
@@ -240,13 +235,11 @@ class PoolRecord:
             id=found.spec.id,
             spec=replace(found.spec, pool=self.pool) if is_current else found.spec,
             backend=backend,
-            digest=found.spec.digest,
             since_s=now_s,
             not_before_s=now_s,
             state=State.SLEEPING if asleep else State.READY,
             sleep_level=2,  # how deep it sleeps is not known, and waking from 2 serves for both
             probe=found.probe,
-            ready_at_s=None if asleep else now_s,
             launched=True,
             prepared=found.spec,
         )
@@ -411,7 +404,7 @@ def publish_pool(pool: PoolRecord) -> Pool:
     )
 
 
-def report_pool(pool: PoolRecord, loads: Mapping[str, ReplicaLoad]) -> PoolReport:
+def report_pool(pool: PoolRecord) -> PoolReport:
     """One pool as ``tidegate status`` shows it."""
     states = Counter(PUBLIC[record.state] for record in pool.replicas.values())
     decision = pool.history.latest
@@ -425,11 +418,9 @@ def report_pool(pool: PoolRecord, loads: Mapping[str, ReplicaLoad]) -> PoolRepor
         draining=states[ReplicaState.DRAINING],
         sleeping=states[ReplicaState.SLEEPING],
         wake_eta_s=pool.estimate_wake_s(),
-        demand=pool.window.latest,
         last_decision=decision,
         replicas=tuple(
-            report_replica(one, loads.get(one.id), outdated=pool.is_outdated(one))
-            for one in pool.replicas.values()
+            report_replica(one, outdated=pool.is_outdated(one)) for one in pool.replicas.values()
         ),
         failures=pool.failures,
         retry_at_s=pool.retry_at_s if pool.failures else None,
@@ -441,9 +432,7 @@ def report_pool(pool: PoolRecord, loads: Mapping[str, ReplicaLoad]) -> PoolRepor
     )
 
 
-def report_replica(
-    record: ReplicaRecord, load: ReplicaLoad | None, *, outdated: bool
-) -> ReplicaReport:
+def report_replica(record: ReplicaRecord, *, outdated: bool) -> ReplicaReport:
     """One replica as ``tidegate status`` shows it."""
     probe = record.probe
     return ReplicaReport(
@@ -460,8 +449,6 @@ def report_replica(
         served_model=probe.served_model,
         gpus=probe.gpus,
         cpus=probe.cpus,
-        inflight_requests=None if load is None else load.inflight_requests,
-        inflight_tokens=None if load is None else load.inflight_tokens,
         error=record.error,
         outdated=outdated,
     )

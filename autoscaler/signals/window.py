@@ -45,11 +45,6 @@ class DemandWindow:
             self._expire(self._latest.observed_at_s)
         self._trim()
 
-    @property
-    def latest(self) -> PoolDemand | None:
-        """The newest observation, however old."""
-        return self._latest
-
     def add(self, demand: PoolDemand) -> None:
         """Take in an observation. One that is older than the newest is ignored."""
         last = self._latest

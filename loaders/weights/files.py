@@ -1,19 +1,27 @@
-"""Finding a model's safetensors files, opening them, and noticing when they change.
+"""Finding a model's safetensors files, opening them, noticing when they change, and the checksums
+that the model cache has of them.
 
 Every file is opened once, before anything is read, and stays the same file whatever happens to its
 name. What was seen of it then (size, time of change, inode) must still hold when bytes are used.
+
+A model in the cache is a directory of links to blobs, and each blob has a file with the digests of
+its pieces beside it. Checking their XXH3-64 costs less than the reading it is done beside.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from loaders.weights.checksums import FileSums
+import xxhash
+
 from modelcache.safetensors_index import (
     LENGTH_BYTES,
     WEIGHT_MAP_LIMIT_BYTES,
@@ -25,9 +33,13 @@ from modelcache.safetensors_index import (
     parse_header,
     parse_weight_map,
 )
+from modelcache.store.digest import PieceDigests, read_pieces
+from modelcache.store.layout import Layout
+from modelcache.types import Damaged
 
 SINGLE = "model.safetensors"
 INDEX_ENDING = ".safetensors.index.json"
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 ModelPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """A model's directory, one safetensors file, or several."""
@@ -39,6 +51,31 @@ class Found:
 
     paths: tuple[Path, ...]
     weight_map: Mapping[str, Path] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSums:
+    """The XXH3-64 of each piece of a file of ``size_bytes``."""
+
+    size_bytes: int
+    piece_bytes: int
+    xxh3: tuple[int, ...]
+
+    def cover(self, end: int) -> int:
+        """The end of the piece that byte ``end - 1`` is in."""
+        return min(-(-end // self.piece_bytes) * self.piece_bytes, self.size_bytes)
+
+    def check(self, piece: int, digest: int) -> None:
+        """Raises ``BadFile`` unless ``digest`` is that of piece ``piece``."""
+        if self.xxh3[piece] != digest:
+            start = piece * self.piece_bytes
+            end = min(start + self.piece_bytes, self.size_bytes)
+            raise BadFile(f"damaged: bytes {start} to {end} are not what was stored", piece=piece)
+
+    def check_beginning(self, data: bytes) -> None:
+        """Check the whole pieces that ``data``, the file's beginning, consists of."""
+        for piece, start in enumerate(range(0, len(data), self.piece_bytes)):
+            self.check(piece, xxhash.xxh3_64_intdigest(data[start : start + self.piece_bytes]))
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -203,3 +240,58 @@ def _read(file: OpenFile, length: int) -> bytes:
 
 def _identity(seen: os.stat_result) -> tuple[int, int, int, int]:
     return seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns
+
+
+def of_pieces(pieces: PieceDigests) -> FileSums:
+    """The checksums among a blob's digests."""
+    return FileSums(
+        size_bytes=pieces.size_bytes,
+        piece_bytes=pieces.piece_bytes,
+        xxh3=tuple(xxh3 for _, xxh3 in pieces.pieces),
+    )
+
+
+def find_sums(path: Path) -> FileSums | None:
+    """The checksums the model cache has of a file in one of its views; ``None`` where the file is
+    not in one. Raises ``BadFile`` where they are there and cannot be used."""
+    place = path.absolute()
+    found = _find_in_view(place) or _find_by_blob(place)
+    if found is None:
+        return None
+    layout, digest, size_bytes = found
+    try:
+        return of_pieces(read_pieces(layout.pieces(digest), digest, size_bytes))
+    except Damaged as error:
+        raise BadFile(f"cannot be verified: {error}", path=str(path)) from None
+
+
+def _find_in_view(place: Path) -> tuple[Layout, str, int] | None:
+    """A file of ``views/<model key>/<revision>/``: its digest is in that revision's manifest."""
+    for view in place.parents:
+        if len(view.parents) > 2 and view.parent.parent.name == "views":
+            break
+    else:
+        return None
+    root = view.parents[2]
+    manifest = root / "models" / view.parent.name / view.name / "manifest.json"
+    try:
+        document: Any = json.loads(manifest.read_bytes())
+        files: Mapping[str, Any] = {entry["path"]: entry for entry in document["files"]}
+        entry = files[place.relative_to(view).as_posix()]
+        return Layout(root), str(entry["digest"]), int(entry["size_bytes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _find_by_blob(place: Path) -> tuple[Layout, str, int] | None:
+    """A file that is, or links to, ``blobs/<aa>/<digest>``."""
+    try:
+        blob = place.resolve(strict=True)
+        size_bytes = blob.stat().st_size
+    except (OSError, RuntimeError):
+        return None
+    if not DIGEST.fullmatch(blob.name) or blob.parent.parent.name != "blobs":
+        return None
+    if not blob.with_name(f"{blob.name}.pieces").exists():
+        return None
+    return Layout(blob.parents[2]), blob.name, size_bytes

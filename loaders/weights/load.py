@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loaders.weights.checksums import FileSums, find_sums
 from loaders.weights.device import Tensor, TensorTarget, make_target, make_tensor, torch_dtype
 from loaders.weights.files import (
+    FileSums,
     ModelPath,
     OpenFile,
     choose_tensors,
     find_files,
+    find_sums,
     opened,
     read_index,
 )

@@ -186,8 +186,7 @@ class Story:
         await world.until(lambda: len(self.awake()) <= self.min_replicas, 300.0)
         await asyncio.sleep(2 * SETTINGS.tick_s)
         self.check()
-        demand = world.loop.status().pools[0].demand
-        assert demand is not None
+        demand = world.observe().pools["m"]
         assert (demand.inflight_requests, demand.queued_requests) == (0, 0)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loaders.weights.checksums import FileSums, of_pieces
+from loaders.weights.files import FileSums, of_pieces
 from modelcache.store.digest import PieceDigests, digest_piece
 from modelcache.types import PIECE_BYTES
 

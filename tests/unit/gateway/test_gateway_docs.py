@@ -201,7 +201,6 @@ def metric_families() -> list[Any]:
         draining=0,
         sleeping=0,
         wake_eta_s=1.0,
-        demand=None,
         last_decision=None,
         replicas=(replica,),
         tier=Tier.REMOTE,

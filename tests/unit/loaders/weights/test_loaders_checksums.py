@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors_files import sums_of, write_file
 
-from loaders.weights.checksums import find_sums
+from loaders.weights.files import find_sums
 from modelcache.safetensors_index import BadFile
 from modelcache.store.digest import PieceDigests, digest_piece
 from modelcache.store.layout import Layout
