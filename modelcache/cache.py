@@ -100,15 +100,12 @@ class ModelCache:
         on_progress: OnProgress | None = None,
         cancelled: IsCancelled | None = None,
         expected_use_at_s: float | None = None,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
     ) -> CachedModel:
         """Bring a model to the disk, unless it is there; blocks as long as that takes.
 
         A name that moves (``main``, or no revision) is looked up at the source; where that cannot
         be asked, what is here is used, and ``note`` says so. Callers that want the same model
-        at the same time, in any process, wait for the one that fetches it. ``include`` and
-        ``exclude`` are shell patterns over paths; without, those of the settings apply.
+        at the same time, in any process, wait for the one that fetches it.
 
         Raises ``ValueError`` for a URL that is none; ``NoSpace`` before anything is fetched;
         ``NotFound``, ``SourceError``, ``Damaged``, ``Cancelled``.
@@ -119,9 +116,7 @@ class ModelCache:
             return here
         if ref.scheme == PREPARED:
             return self._expecting(self.lookup.made(ref), expected_use_at_s)
-        if not include and not exclude:
-            include, exclude = self.settings.files_for(ref.url)
-        if ref.revision is not None and not include:
+        if ref.revision is not None and not self.settings.files_for(ref.url)[0]:
             # An exact revision never changes: no need to ask for it.
             exact = self.lookup.open(self.lookup.read(ref.url, ref.revision))
             if exact is not None:
@@ -138,7 +133,7 @@ class ModelCache:
                 return self._expecting(self._offline(ref, error, tell, stopped), expected_use_at_s)
             want = FetchRequest(
                 ref=ref,
-                listing=self._select(ref, listing, include, exclude),
+                listing=self._select(ref, listing),
                 priority=priority,
                 find_local=lambda file: self.local_files.find(ref, file),
                 on_progress=tell,
@@ -154,15 +149,6 @@ class ModelCache:
         """
         ref = self.lookup.ref(url, revision)
         return self.lookup.in_place(ref) or self.lookup.open(self.lookup.resolve(ref))
-
-    def name(self, url: str, revision: str | None = None) -> tuple[str, str | None]:
-        """The canonical URL and the exact revision that are meant, by what is on this disk; no
-        revision where it is not known which: nothing is here, or nothing whole."""
-        return self.lookup.name(url, revision)
-
-    def revisions(self, url: str) -> list[str]:
-        """The revisions of a model that are here, whole or not, the newest last."""
-        return self.lookup.revisions(url)
 
     def publish(
         self,
@@ -338,7 +324,7 @@ class ModelCache:
                 raise error
             want = FetchRequest(
                 ref=ref,
-                listing=self._select(ref, snapshot, *self.settings.files_for(ref.url)),
+                listing=self._select(ref, snapshot),
                 find_local=lambda file: self.local_files.find(ref, file),
                 on_progress=tell,
                 cancelled=stopped,
@@ -372,12 +358,10 @@ class ModelCache:
             )
             self._make(want, source)
 
-    def _select(
-        self, ref: ModelRef, listing: Listing, include: Sequence[str], exclude: Sequence[str]
-    ) -> Listing:
+    def _select(self, ref: ModelRef, listing: Listing) -> Listing:
         """The files wanted, with those that were wanted earlier: asking for fewer loses none."""
         earlier = self.lookup.read(ref.url, listing.revision)
-        return narrow(listing, ref.url, earlier, include, exclude)
+        return narrow(listing, ref.url, earlier, *self.settings.files_for(ref.url))
 
     def _expecting(self, model: CachedModel, at_s: float | None) -> CachedModel:
         if at_s is not None:

@@ -149,7 +149,7 @@ class Models:
     def _exact(self, url: str, revision: str | None) -> tuple[str, str | None]:
         """The exact revision that is meant, the newest where none is named, as far as it is known
         on this disk; else what was given."""
-        whole, exact = self.cache.name(url, revision)
+        whole, exact = self.cache.lookup.name(url, revision)
         return whole, exact or revision
 
     def _evict(
@@ -161,7 +161,7 @@ class Models:
             raise ValueError(f"all: one revision is named too, {revision}")
         if not asked.all:
             url, revision = self._exact(url, revision)
-        before = self.cache.revisions(url)
+        before = self.cache.lookup.revisions(url)
         gone = before if revision is None else [revision]
         return schema.EvictAnswer(
             verb="evict",

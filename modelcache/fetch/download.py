@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from modelcache.bandwidth.throughput import PieceRead, Throughput, compare
 from modelcache.fetch.plan import Board, PlannedFile, Seen, mask_of
 from modelcache.peers.group import Follower, PeerGroup
 from modelcache.peers.piece_inventory import FetchingFile, PieceInventory, PieceState
-from modelcache.ports import IsCancelled, Source
+from modelcache.ports import IsCancelled, OnProgress, Source
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.digest import count_pieces
 from modelcache.store.partial_files import Partial
@@ -90,14 +89,13 @@ class TransferState:
         self,
         settings: ModelCacheSettings,
         *,
-        budget: Budget | None = None,
-        peers: PeerGroup | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        timeouts: TransferTimeouts = TransferTimeouts(),
+        peers: PeerGroup | None,
+        clock: Callable[[], float],
+        timeouts: TransferTimeouts,
     ) -> None:
         self.settings = settings
         self.timeouts = timeouts
-        self.budget = budget if budget is not None else Budget(settings)
+        self.budget = Budget(settings)
         self.peers = peers
         self.clock = clock
         self.memory = Slots(settings.memory_bytes)
@@ -189,7 +187,7 @@ class Download:
         files: Sequence[tuple[RemoteFile, Partial]],
         *,
         priority: Priority,
-        on_progress: Callable[[Progress], None],
+        on_progress: OnProgress,
         cancelled: IsCancelled,
     ) -> None:
         self.shared = shared

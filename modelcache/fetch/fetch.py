@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Protocol
 
-from modelcache.ports import Listing, OnProgress, Source
+from modelcache.ports import IsCancelled, Listing, OnProgress, Source
 from modelcache.store.digest import RECORD, PieceDigests, count_pieces
 from modelcache.store.files import copy_range, link, link_or_clone, remove, remove_empty
 from modelcache.store.layout import file_key
@@ -70,7 +70,7 @@ class PieceTransfer(Protocol):
         *,
         priority: Priority = ...,
         on_progress: OnProgress | None = ...,
-        cancelled: Callable[[], bool] | None = ...,
+        cancelled: IsCancelled | None = ...,
     ) -> None:
         """Commit every missing piece of ``files``. Its progress is of all their bytes, those that
         were there before included. Raises ``Damaged`` where ``Partial.on_whole`` did."""
@@ -102,7 +102,7 @@ class FetchRequest:
     given: bool = False
     made: Made | None = None
     on_progress: OnProgress = lambda progress: None
-    cancelled: Callable[[], bool] = lambda: False
+    cancelled: IsCancelled = lambda: False
 
 
 def select_files(

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from modelcache.bandwidth.budget import Budget
 from modelcache.fetch.download import (
     Attempt,
     Download,
@@ -27,7 +26,7 @@ from modelcache.fetch.plan import PlannedFile
 from modelcache.peers.client import PeerBusy
 from modelcache.peers.group import PeerGroup
 from modelcache.peers.piece_inventory import FetchingFile
-from modelcache.ports import ANNOUNCE_BYTES, IsCancelled, RangeRead, Source
+from modelcache.ports import ANNOUNCE_BYTES, IsCancelled, OnProgress, RangeRead, Source
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.partial_files import Partial
 from modelcache.types import (
@@ -36,7 +35,6 @@ from modelcache.types import (
     Cancelled,
     Damaged,
     Priority,
-    Progress,
     RemoteFile,
     SourceError,
 )
@@ -207,7 +205,7 @@ class SourceReader:
                 os.close(fd)
 
     @contextlib.contextmanager
-    def _memory(self, stopped: Callable[[], bool]) -> Iterator[None]:
+    def _memory(self, stopped: IsCancelled) -> Iterator[None]:
         own = self.download
         self.shared.memory.take(own.model, own.priority, STREAM_BYTES, stopped)
         try:
@@ -416,14 +414,11 @@ class Transfer:
         self,
         settings: ModelCacheSettings,
         *,
-        budget: Budget | None = None,
         peers: PeerGroup | None = None,
         clock: Callable[[], float] = time.monotonic,
         timeouts: TransferTimeouts = TransferTimeouts(),  # noqa: B008 - it is frozen
     ) -> None:
-        self.state = TransferState(
-            settings, budget=budget, peers=peers, clock=clock, timeouts=timeouts
-        )
+        self.state = TransferState(settings, peers=peers, clock=clock, timeouts=timeouts)
         self._running: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -433,7 +428,7 @@ class Transfer:
         files: Sequence[tuple[RemoteFile, Partial]],
         *,
         priority: Priority = Priority.PRELOAD,
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: OnProgress | None = None,
         cancelled: IsCancelled | None = None,
     ) -> None:
         """Fetch every missing piece of ``files``; blocks until all are committed.

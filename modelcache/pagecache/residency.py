@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from modelcache.pagecache import linux_pages
+from modelcache.ports import IsCancelled, OnProgress
 from modelcache.types import PIECE_BYTES, CacheError, Cancelled, FileRange, Progress, Residency
 
 RUN_BYTES = 1024 * 1024 * 1024
@@ -162,8 +163,8 @@ class PrewarmReport:
 def prewarm(
     files: Sequence[FileRange],
     *,
-    cancelled: Callable[[], bool] = lambda: False,
-    on_progress: Callable[[Progress], None] | None = None,
+    cancelled: IsCancelled = lambda: False,
+    on_progress: OnProgress | None = None,
     yield_to: Callable[[], bool] | None = None,
     streams: int = STREAMS,
     yield_most_s: float = YIELD_MOST_S,
@@ -229,8 +230,8 @@ class _Work:
         spans: Sequence[FileSpan],
         runs: deque[tuple[str, int, int]],
         skipped: int,
-        cancelled: Callable[[], bool],
-        on_progress: Callable[[Progress], None] | None,
+        cancelled: IsCancelled,
+        on_progress: OnProgress | None,
         yield_to: Callable[[], bool] | None,
         yield_most_s: float,
         sendfile: SendFile,

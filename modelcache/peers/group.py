@@ -29,7 +29,7 @@ from modelcache.peers.client import (
 from modelcache.peers.piece_inventory import PieceInventory, PieceState
 from modelcache.peers.server import PeerServer, Verb
 from modelcache.peers.wire import Keyring
-from modelcache.ports import IsCancelled
+from modelcache.ports import IsCancelled, OnBytes
 from modelcache.settings import ModelCacheSettings
 from modelcache.types import Cancelled
 
@@ -479,7 +479,7 @@ class PeerGroup:
         *,
         timeout_s: float,
         cancelled: IsCancelled,
-        on_bytes: Callable[[int], None],
+        on_bytes: OnBytes,
     ) -> bytes | None:
         """A piece from a peer into memory, checked: its BLAKE3. ``None`` where it did not come,
         for whatever reason: the peer is dealt with here, and the caller looks elsewhere. Raises

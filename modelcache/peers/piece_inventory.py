@@ -11,9 +11,10 @@ import contextlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from modelcache.ports import IsCancelled
 from modelcache.store.digest import PieceDigests, piece_span, read_pieces
 from modelcache.store.layout import Layout
 from modelcache.store.partial_files import Partial
@@ -134,9 +135,7 @@ class PieceInventory:
             self._moved.popitem(last=False)
         self.changed.notify_all()
 
-    def wait(
-        self, keys: Sequence[str], since: int, wait_s: float, stopped: Callable[[], bool]
-    ) -> int:
+    def wait(self, keys: Sequence[str], since: int, wait_s: float, stopped: IsCancelled) -> int:
         """Wait until one of the files has moved on from ``since``, or so long; where it is now."""
         with self.changed:
             self.changed.wait_for(

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from modelcache.peers.client import PeerClient, PeerIntegrityError, PeerRefused, PeerUnavailable
 from modelcache.peers.server import Verb
 from modelcache.peers.wire import Keyring
-from modelcache.ports import CachedModel, IsCancelled
+from modelcache.ports import CachedModel, IsCancelled, OnProgress
 from modelcache.refs import PATH, parse_ref
 from modelcache.settings import ModelCacheSettings
 from modelcache.types import PREPARED, CacheError, Cancelled, Priority, Progress
@@ -46,7 +46,7 @@ class Cache(Protocol):
         *,
         revision: str | None = None,
         priority: Priority = Priority.PRELOAD,
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: OnProgress | None = None,
         cancelled: IsCancelled | None = None,
     ) -> CachedModel:
         """Fetch it, unless it is here. Raises ``CacheError``."""
@@ -193,7 +193,7 @@ def replicate(
     revision: str | None,
     sites: Mapping[str, PeerClient],
     *,
-    on_progress: Callable[[Progress], None],
+    on_progress: OnProgress,
     cancelled: IsCancelled,
     give_up_s: float = GIVE_UP_S,
 ) -> dict[str, Outcome]:
@@ -229,9 +229,7 @@ def replicate(
 
 def make_replicator(
     settings: ModelCacheSettings, environ: Mapping[str, str]
-) -> Callable[
-    [str, str | None, Sequence[str], Callable[[Progress], None], IsCancelled], Mapping[str, Outcome]
-]:
+) -> Callable[[str, str | None, Sequence[str], OnProgress, IsCancelled], Mapping[str, Outcome]]:
     """:func:`replicate` to sites of the settings, by name.
 
     What it returns raises ``CacheError`` where the cluster's secret is missing, ``ValueError``
@@ -242,7 +240,7 @@ def make_replicator(
         url: str,
         revision: str | None,
         names: Sequence[str],
-        on_progress: Callable[[Progress], None],
+        on_progress: OnProgress,
         cancelled: IsCancelled,
     ) -> Mapping[str, Outcome]:
         token = environ.get(settings.peer_token_env, "")

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from modelcache.cache import ModelCache
-from modelcache.ports import CachedModel
+from modelcache.ports import CachedModel, IsCancelled, OnProgress
 from modelcache.prepare.built_in_steps import expect_bytes
 from modelcache.prepare.step_process import Run, StepFailed, bytes_under, run_step
 from modelcache.refs import check_file_path
@@ -163,8 +163,8 @@ class Results:
         holder: str,
         *,
         final: bool,
-        on_progress: Callable[[Progress], None],
-        cancelled: Callable[[], bool],
+        on_progress: OnProgress,
+        cancelled: IsCancelled,
     ) -> LeasedModel:
         """Take a finished result into the cache, leased before it could be evicted."""
         url, layout = result_url(key), self._layout
@@ -248,8 +248,8 @@ class PrepareRequest:
     """The caller of a result: its progress callback, and whether it has cancelled."""
 
     holder: str
-    on_progress: Callable[[Progress], None]
-    cancelled: Callable[[], bool]
+    on_progress: OnProgress
+    cancelled: IsCancelled
 
 
 @dataclass(slots=True, kw_only=True)
@@ -275,8 +275,8 @@ class Preparation:
         model: str,
         revision: str,
         holder: str = "preparing",
-        on_progress: Callable[[Progress], None] = lambda progress: None,
-        cancelled: Callable[[], bool] = lambda: False,
+        on_progress: OnProgress = lambda progress: None,
+        cancelled: IsCancelled = lambda: False,
     ) -> LeasedModel:
         """The model in ``source``, whose ``input_digest`` is ``digest``, after all steps (one at
         least); leased for ``holder``. ``model`` and ``revision`` say which it is.

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from modelcache.ports import IsCancelled, OnProgress
 from modelcache.types import CacheError, Cancelled, NoSpace, Progress
 
 LOG_MOST_BYTES = 16 * 1024 * 1024
@@ -59,9 +60,7 @@ class Run:
     on_size: Callable[[int], None] = lambda size_bytes: None
 
 
-def run_step(
-    run: Run, *, on_progress: Callable[[Progress], None], cancelled: Callable[[], bool]
-) -> None:
+def run_step(run: Run, *, on_progress: OnProgress, cancelled: IsCancelled) -> None:
     """Run it to its end. Raises ``StepFailed`` with its last lines, ``NoSpace`` where those say
     that a disk is full and its output's is, ``Cancelled``."""
     run.log.parent.mkdir(parents=True, exist_ok=True)
@@ -92,8 +91,8 @@ def run_step(
 def _watch(
     process: subprocess.Popen[bytes],
     run: Run,
-    on_progress: Callable[[Progress], None],
-    cancelled: Callable[[], bool],
+    on_progress: OnProgress,
+    cancelled: IsCancelled,
 ) -> None:
     began_s = measured_s = time.monotonic()
     size = 0

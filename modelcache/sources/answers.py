@@ -80,17 +80,15 @@ def check_status(status: int, headers: Mapping[str, str], what: str, hint: str =
     )
 
 
-def retry_after(headers: Mapping[str, str], now_s: float | None = None) -> float | None:
+def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds the server asks to wait, bounded; ``None`` where it does not say. A date counts
-    from ``now_s``, or else from the answer's own ``Date``."""
+    from the answer's own ``Date``."""
     text = headers.get("retry-after", "").strip()
     if not text:
         return None
     if text.isascii() and text.isdigit():
         return min(float(text[:9]), MOST_RETRY_AFTER_S)
-    until_s, from_s = _date_s(text), now_s
-    if from_s is None:
-        from_s = _date_s(headers.get("date", ""))
+    until_s, from_s = _date_s(text), _date_s(headers.get("date", ""))
     if until_s is None or from_s is None:
         return None
     return min(max(0.0, until_s - from_s), MOST_RETRY_AFTER_S)

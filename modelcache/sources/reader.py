@@ -98,7 +98,7 @@ class HttpReader:
         """One request; where it redirects to, or ``None`` when the range is written."""
         if self._proxy_of(url):
             return self._read_by_httpx(url, headers, want)
-        bytes_ = wire.format_request("GET", url, headers)
+        bytes_ = wire.format_request(url, headers)
         try:
             connection = self.connections.take(url)
             answer = self._ask(connection, bytes_, want)

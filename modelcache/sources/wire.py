@@ -57,9 +57,7 @@ class HttpConnection:
     _buffer: memoryview | None = None
     _low_bytes: int = 1
 
-    def ask(
-        self, request: bytes, cancelled: Callable[[], bool]
-    ) -> tuple[answers.SourceResponse, bytes]:
+    def ask(self, request: bytes, cancelled: IsCancelled) -> tuple[answers.SourceResponse, bytes]:
         """Send ``request``; the answer's head, and what came of its body with it."""
         try:
             self._send(request)
@@ -75,7 +73,7 @@ class HttpConnection:
         self.sock.settimeout(self.timeout_s)
         self.sock.sendall(request)
 
-    def _read_head(self, cancelled: Callable[[], bool]) -> bytes:
+    def _read_head(self, cancelled: IsCancelled) -> bytes:
         self._wait_for(1)
         data = b""
         while b"\r\n\r\n" not in data:
@@ -89,7 +87,7 @@ class HttpConnection:
                 data = data.partition(b"\r\n\r\n")[2]
         return data
 
-    def _receive_some(self, cancelled: Callable[[], bool]) -> bytes:
+    def _receive_some(self, cancelled: IsCancelled) -> bytes:
         """Up to 4 KiB: a head and little more, so that most of the body is left to ``splice``."""
         deadline_s = time.monotonic() + self.timeout_s
         self.sock.settimeout(self.slice_s)
@@ -99,7 +97,7 @@ class HttpConnection:
             except TimeoutError:
                 self._still_wanted(deadline_s, cancelled)
 
-    def _still_wanted(self, deadline_s: float, cancelled: Callable[[], bool]) -> None:
+    def _still_wanted(self, deadline_s: float, cancelled: IsCancelled) -> None:
         if cancelled():
             raise Cancelled("not wanted any more")
         if time.monotonic() > deadline_s:
@@ -373,12 +371,12 @@ def origin_of(url: str) -> tuple[str, str, int]:
     return parts.scheme, host or parts.hostname, parts.port or (443, 80)[parts.scheme == "http"]
 
 
-def format_request(method: str, url: str, headers: Mapping[str, str]) -> bytes:
-    """The bytes of a request without a body."""
+def format_request(url: str, headers: Mapping[str, str]) -> bytes:
+    """The bytes of a ``GET``."""
     parts = urlsplit(url)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     host = parts.netloc.rpartition("@")[2]
-    lines = [f"{method} {target} HTTP/1.1", f"Host: {host}"]
+    lines = [f"GET {target} HTTP/1.1", f"Host: {host}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     if " " in target or any(not line.isascii() or not line.isprintable() for line in lines):
         raise SourceError("a request to the source would be malformed")

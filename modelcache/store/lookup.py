@@ -131,7 +131,8 @@ class Lookup:
 
     def name(self, url: str, revision: str | None) -> tuple[str, str | None]:
         """The canonical URL and the exact revision that are meant, by what is on this disk; no
-        revision where it is not known which. Raises ``Ambiguous``."""
+        revision where it is not known which: nothing is here, or nothing whole. Raises
+        ``Ambiguous``."""
         ref = self.ref(url, revision)
         if ref.scheme == PATH:
             return url, None

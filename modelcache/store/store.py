@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from modelcache.ports import IsCancelled, OnBytes
 from modelcache.store import leases
 from modelcache.store.capacity import Capacity
 from modelcache.store.digest import (
@@ -227,8 +228,8 @@ def hash_file(
     path: Path,
     *,
     piece_bytes: int,
-    on_bytes: Callable[[int], None] = lambda count: None,
-    cancelled: Callable[[], bool] = lambda: False,
+    on_bytes: OnBytes = lambda count: None,
+    cancelled: IsCancelled = lambda: False,
 ) -> PieceDigests:
     """The digests of a file's pieces, by a few threads. Raises ``Cancelled``."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -282,8 +283,8 @@ def check_files(
     store: Store,
     manifest: Manifest,
     *,
-    on_bytes: Callable[[int], None] = lambda count: None,
-    cancelled: Callable[[], bool] = lambda: False,
+    on_bytes: OnBytes = lambda count: None,
+    cancelled: IsCancelled = lambda: False,
 ) -> Iterator[Damage]:
     """Read every byte of a revision; what is not as it was."""
     checked: set[str] = set()
@@ -297,8 +298,8 @@ def check_blob(
     store: Store,
     file: FileEntry,
     *,
-    on_bytes: Callable[[int], None] = lambda count: None,
-    cancelled: Callable[[], bool] = lambda: False,
+    on_bytes: OnBytes = lambda count: None,
+    cancelled: IsCancelled = lambda: False,
 ) -> Iterator[Damage]:
     """What is wrong with one blob and with the digests beside it."""
     blob = store.layout.blob(file.digest)
