@@ -106,6 +106,10 @@ class FakeCache:
     def find(self, url: str, revision: str | None = None) -> FakeCached | None:
         return self.models.get(url)
 
+    @property
+    def lookup(self) -> FakeCache:
+        return self
+
     def name(self, url: str, revision: str | None = None) -> tuple[str, str | None]:
         return url, self.models[url].revision if url in self.models else None
 
