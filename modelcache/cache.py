@@ -21,7 +21,7 @@ from modelcache.fetch.fetch import (
     narrow,
     plan_salvage,
 )
-from modelcache.ports import CachedModel, IsCancelled, Listing, OnProgress, Source
+from modelcache.ports import CachedModel, IsCancelled, OnProgress, Source
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.capacity import Usage
 from modelcache.store.files import open_lock, try_lock
@@ -35,6 +35,7 @@ from modelcache.types import (
     CacheError,
     Cancelled,
     Damaged,
+    Listing,
     Made,
     Manifest,
     ModelEntry,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from modelcache.types import FileRange, Manifest, ModelRef, Progress, RemoteFile
+from modelcache.types import FileRange, Listing, Manifest, ModelRef, Progress, RemoteFile
 
 ANNOUNCE_BYTES = 1 << 20
 """Most bytes that a source reads between two calls of ``on_bytes``."""
@@ -51,20 +51,6 @@ Transform = Callable[
 """The model that a pool names, after its preparation steps, from what the cache has of it; leased
 for the holder that is named as long as its context is open. The same model where there are no
 steps. Blocks."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Listing:
-    """The files of one revision of a model. ``revision`` is exact: it names these bytes and no
-    others, where what was asked for (a branch, nothing at all) may mean others tomorrow."""
-
-    revision: str
-    files: tuple[RemoteFile, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        """The sum of its files."""
-        return sum(file.size_bytes for file in self.files)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

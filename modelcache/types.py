@@ -118,6 +118,20 @@ class RemoteFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """The files of one revision of a model. ``revision`` is exact: it names these bytes and no
+    others, where what was asked for (a branch, nothing at all) may mean others tomorrow."""
+
+    revision: str
+    files: tuple[RemoteFile, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """The sum of its files."""
+        return sum(file.size_bytes for file in self.files)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
     """One file of a manifest. ``digest`` is the tree digest."""
 

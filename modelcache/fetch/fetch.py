@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Protocol
 
-from modelcache.ports import IsCancelled, Listing, OnProgress, Source
+from modelcache.ports import IsCancelled, OnProgress, Source
 from modelcache.store.digest import RECORD, PieceDigests, count_pieces
 from modelcache.store.files import copy_range, link, link_or_clone, remove, remove_empty
 from modelcache.store.layout import file_key
@@ -30,6 +30,7 @@ from modelcache.types import (
     Cancelled,
     Damaged,
     FileEntry,
+    Listing,
     Made,
     Manifest,
     ModelRef,

@@ -2,6 +2,5 @@
 
 ``opening`` makes the source of a reference. ``hf``, ``s3``, ``gs``, ``oss``, ``http`` and ``file``
 are the kinds. ``reader`` reads ranges over HTTP through ``wire``, and ``answers`` judges what
-servers say (pure); ``listings`` makes listings of what sources
-list; ``obstore_client`` is shared by the sources that obstore reads.
+servers say and sources list (pure); ``obstore_client`` is shared by the sources that obstore reads.
 """

@@ -1,14 +1,16 @@
-"""What a server answers, judged before a byte of it is believed. Pure: text in, verdicts out."""
+"""What a server answers and a source lists, judged before a byte of it is believed. Pure."""
 
 from __future__ import annotations
 
 import email.utils
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
-from modelcache.types import NotFound, RemoteFile, SourceError
+from modelcache.refs import find_path_problem
+from modelcache.types import Listing, ModelRef, NotFound, RemoteFile, SourceError
 
 MOST_HEAD_BYTES = 65_536
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -16,6 +18,7 @@ PASSING = (408, 425, 429, 500, 502, 503, 504)
 """Statuses that may be others the next time."""
 
 MOST_RETRY_AFTER_S = 600.0
+MOST_FILES = 100_000
 
 _STATUS = re.compile(rb"^HTTP/1\.([01]) ([1-5][0-9][0-9])(?: |$)")
 _CONTENT_RANGE = re.compile(r"^bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)$")
@@ -200,3 +203,38 @@ def same_origin(one: str, other: str) -> bool:
     """Whether two URLs are served by the same server: only then may credentials go along."""
     a, b = urlsplit(one), urlsplit(other)
     return (a.scheme, a.hostname, a.port) == (b.scheme, b.hostname, b.port)
+
+
+def make_listing(
+    ref: ModelRef, files: Iterable[RemoteFile], *, revision: str | None = None
+) -> Listing:
+    """The listing of ``ref``. ``revision`` is the source's own exact one; without it the revision
+    is a digest of what is listed, and one that was asked for must be that.
+
+    Raises ``NotFound`` where nothing is listed or it is another revision, ``SourceError`` where a
+    path could not become a file below a directory.
+    """
+    ordered = sorted(files, key=lambda file: file.path)
+    if not ordered:
+        raise NotFound(f"{ref.url}: there is nothing there")
+    if len(ordered) > MOST_FILES:
+        raise SourceError(f"{ref.url}: it has more than {MOST_FILES:,} files; is it one model?")
+    problem = find_path_problem([file.path for file in ordered])
+    if problem is not None:
+        raise SourceError(f"{ref.url}: the source {problem}")
+    if revision is None:
+        revision = digest_of(ordered)
+        if ref.revision is not None and ref.revision != revision:
+            raise NotFound(
+                f"{ref.url}: the source has revision {revision} of it now, not {ref.revision}"
+            )
+    return Listing(revision=revision, files=tuple(ordered))
+
+
+def digest_of(files: Iterable[RemoteFile]) -> str:
+    """40 hexadecimal digits that change with any file's path, size, version or digest."""
+    found = hashlib.sha256(b"tidegate-listing-1\n")
+    for file in files:
+        digests = sorted(file.digests.items())
+        found.update(repr((file.path, file.size_bytes, file.version, digests)).encode())
+    return found.hexdigest()[:40]

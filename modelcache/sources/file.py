@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from modelcache.ports import ANNOUNCE_BYTES, Listing, RangeRead
-from modelcache.sources import wire
-from modelcache.sources.listings import make_listing
-from modelcache.types import Cancelled, ModelRef, NotFound, RemoteFile, SourceError
+from modelcache.ports import ANNOUNCE_BYTES, RangeRead
+from modelcache.sources import answers, wire
+from modelcache.types import Cancelled, Listing, ModelRef, NotFound, RemoteFile, SourceError
 
 _NOT_HERE = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 """What ``copy_file_range`` says where two file systems cannot do it between them."""
@@ -31,7 +30,7 @@ class FileSource:
         try:
             if self._root.is_file():
                 name = self._root.name
-                return make_listing(self.ref, [_file_of(self._root, name)])
+                return answers.make_listing(self.ref, [_file_of(self._root, name)])
             files = [
                 _file_of(path, path.relative_to(self._root).as_posix())
                 for path in _walk(self._root)
@@ -40,7 +39,7 @@ class FileSource:
             raise NotFound(f"{self.ref.url}: there is no such file or directory") from None
         except OSError as error:
             raise SourceError(f"{self.ref.url}: {error.strerror}: {error.filename}") from None
-        return make_listing(self.ref, files)
+        return answers.make_listing(self.ref, files)
 
     def fetch(self, want: RangeRead) -> None:
         """See ``Source.fetch``."""

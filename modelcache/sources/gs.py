@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from modelcache.ports import ANNOUNCE_BYTES, Listing, RangeRead
+from modelcache.ports import ANNOUNCE_BYTES, RangeRead
 from modelcache.refs import SCHEMES
 from modelcache.sources import answers, wire
-from modelcache.sources.listings import make_listing
 from modelcache.sources.obstore_client import (
     ObjectStoreAccess,
     list_objects,
@@ -24,7 +23,7 @@ from modelcache.sources.obstore_client import (
     open_bucket,
 )
 from modelcache.sources.reader import home_of
-from modelcache.types import ModelRef, RemoteFile, SourceError
+from modelcache.types import Listing, ModelRef, RemoteFile, SourceError
 
 METADATA_WAIT_S = 1.0
 HINT = SCHEMES["gs"].credentials
@@ -47,7 +46,7 @@ class GsSource:
         """See ``Source.list``."""
         with obstore_errors(self.ref.url, HINT, ()):
             metas, self._below = list_objects(self._store, self._prefix)
-        return make_listing(self.ref, [_file_of(meta, self._below) for meta in metas])
+        return answers.make_listing(self.ref, [_file_of(meta, self._below) for meta in metas])
 
     def fetch(self, want: RangeRead) -> None:
         """See ``Source.fetch``."""

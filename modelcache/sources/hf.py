@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from modelcache.ports import Listing
 from modelcache.refs import SCHEMES, redact
 from modelcache.sources import answers
-from modelcache.sources.listings import make_listing
 from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, home_of
-from modelcache.types import ModelRef, NotFound, RemoteFile, SourceError
+from modelcache.types import Listing, ModelRef, NotFound, RemoteFile, SourceError
 
 ENDPOINT = "https://huggingface.co"
 HINT = SCHEMES["hf"].credentials
@@ -50,7 +48,7 @@ class HfSource(RangedSource):
             for sibling in info.siblings or ()
             if sibling.rfilename.startswith(below)
         ]
-        return self.probed(make_listing(self.ref, files, revision=self._commit))
+        return self.probed(answers.make_listing(self.ref, files, revision=self._commit))
 
     def _ask(self) -> Any:
         from huggingface_hub import HfApi

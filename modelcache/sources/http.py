@@ -12,12 +12,10 @@ from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
-from modelcache.ports import Listing
 from modelcache.refs import SCHEMES
 from modelcache.sources import answers
-from modelcache.sources.listings import ask_each, make_listing
-from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, home_of
-from modelcache.types import ModelRef, NotFound, RemoteFile, SourceError
+from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, ask_each, home_of
+from modelcache.types import Listing, ModelRef, NotFound, RemoteFile, SourceError
 
 MOST_DEPTH = 5
 MOST_FOLDERS = 200
@@ -65,12 +63,12 @@ class HttpSource(RangedSource):
             single = self._stat_single(url)
             if single is not None:
                 self._single = True
-                return self.probed(make_listing(self.ref, [single]))
+                return self.probed(answers.make_listing(self.ref, [single]))
             url += "/"
         self._single = False
         found = self._walk(url)
         files = self._stat_all(url, found) if found else self._usual(url)
-        return self.probed(make_listing(self.ref, self._with_checksums(url, files)))
+        return self.probed(answers.make_listing(self.ref, self._with_checksums(url, files)))
 
     def request_of(self, file: RemoteFile) -> HttpRequest:
         """See ``RangedSource.request_of``."""

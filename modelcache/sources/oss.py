@@ -18,12 +18,10 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from modelcache.ports import Listing
 from modelcache.refs import SCHEMES, redact
 from modelcache.sources import answers
-from modelcache.sources.listings import ask_each, make_listing
-from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, home_of
-from modelcache.types import ModelRef, NotFound, RemoteFile, SourceError
+from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, ask_each, home_of
+from modelcache.types import Listing, ModelRef, NotFound, RemoteFile, SourceError
 
 if TYPE_CHECKING:
     import oss2
@@ -74,7 +72,7 @@ class OssSource(RangedSource):
             files = ask_each(
                 lambda name: _file_of(bucket, name.partition("/")[2], name[cut:]), paths
             )
-        return self.probed(make_listing(self.ref, files))
+        return self.probed(answers.make_listing(self.ref, files))
 
     def _find(self, keys: OssKeys) -> Mapping[str, Any]:
         """Every object below the prefix, by ``bucket/key``."""

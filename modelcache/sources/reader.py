@@ -14,15 +14,16 @@ import ssl
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
-from modelcache.ports import ANNOUNCE_BYTES, Listing, RangeRead
+from modelcache.ports import ANNOUNCE_BYTES, RangeRead
 from modelcache.refs import redact
 from modelcache.sources import answers, wire
-from modelcache.types import PIECE_BYTES, ModelRef, RemoteFile, SourceError
+from modelcache.types import PIECE_BYTES, Listing, ModelRef, RemoteFile, SourceError
 
 if TYPE_CHECKING:
     import httpx
@@ -39,6 +40,10 @@ AHEAD_S = 0.03
 
 
 PROBE_BYTES = 8
+ASKED_AT_ONCE = 16
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,6 +323,14 @@ def _plain(request: HttpRequest) -> dict[str, str]:
 def home_of(environ: Mapping[str, str]) -> str:
     """The home directory, by the environment first."""
     return environ.get("HOME") or os.path.expanduser("~")
+
+
+def ask_each(ask: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """``ask`` of every item, several at once, in order. The first error is raised."""
+    if len(items) < 2:
+        return [ask(item) for item in items]
+    with ThreadPoolExecutor(min(ASKED_AT_ONCE, len(items)), "listing") as threads:
+        return list(threads.map(ask, items))
 
 
 class RangedSource(ABC):

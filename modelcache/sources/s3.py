@@ -13,18 +13,16 @@ from datetime import timedelta
 from typing import Any
 from urllib.parse import quote
 
-from modelcache.ports import Listing
 from modelcache.refs import SCHEMES
 from modelcache.sources import answers
-from modelcache.sources.listings import ask_each, make_listing
 from modelcache.sources.obstore_client import (
     ObjectStoreAccess,
     list_objects,
     obstore_errors,
     open_bucket,
 )
-from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, home_of
-from modelcache.types import ModelRef, RemoteFile, SourceError
+from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, ask_each, home_of
+from modelcache.types import Listing, ModelRef, RemoteFile, SourceError
 
 SIGNED_FOR = timedelta(hours=1)
 DEFAULT_REGION = "us-east-1"
@@ -74,7 +72,7 @@ class S3Source(RangedSource):
             metas, below = list_objects(self._store, self._prefix)
         self._below = below
         files = ask_each(lambda meta: self._file_of(meta, below), metas)
-        return self.probed(make_listing(self.ref, files))
+        return self.probed(answers.make_listing(self.ref, files))
 
     def _file_of(self, meta: Mapping[str, Any], below: str) -> RemoteFile:
         path, etag = str(meta["path"]), answers.plain_etag(meta["e_tag"] or "")

@@ -8,11 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelcache.ports import Listing
 from modelcache.store.files import link, remove_empty, remove_tree, write_whole
 from modelcache.store.layout import Layout
 from modelcache.store.records import check_listing
-from modelcache.types import CacheError, FileEntry, Manifest, ModelRef, RemoteFile
+from modelcache.types import CacheError, FileEntry, Listing, Manifest, ModelRef, RemoteFile
 
 SHA1_CHARACTERS = 40
 SHA256_CHARACTERS = 64

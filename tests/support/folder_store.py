@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelcache.cache import ModelCache
-from modelcache.ports import Listing, RangeRead
+from modelcache.ports import RangeRead
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.partial_files import Partial
 from modelcache.types import (
     Cancelled,
+    Listing,
     ModelRef,
     NotFound,
     Priority,

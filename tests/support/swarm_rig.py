@@ -18,11 +18,11 @@ from modelcache.fetch.download import TransferTimeouts
 from modelcache.fetch.transfer import Transfer
 from modelcache.peers.group import LookUp, PeerGroup, look_up
 from modelcache.peers.piece_inventory import PieceInventory
-from modelcache.ports import ANNOUNCE_BYTES, Listing, RangeRead
+from modelcache.ports import ANNOUNCE_BYTES, RangeRead
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.layout import Layout, file_key
 from modelcache.store.partial_files import Partial
-from modelcache.types import PIECE_BYTES, Cancelled, ModelRef, RemoteFile, SourceError
+from modelcache.types import PIECE_BYTES, Cancelled, Listing, ModelRef, RemoteFile, SourceError
 
 PATIENT = TransferTimeouts(census_s=30.0, tick_s=0.02)
 """Whoever answers is waited for, however busy this machine is."""

@@ -11,7 +11,6 @@ import pytest
 from object_server import IndexedServer, ObjectServer, serving
 from store_servers import GcsServer, HubServer, OssServer
 
-from modelcache.ports import Listing
 from modelcache.refs import SCHEMES, Scheme, parse_ref
 from modelcache.settings import ModelCacheSettings
 from modelcache.sources import gs, hf, http, s3
@@ -19,7 +18,7 @@ from modelcache.sources.obstore_client import ObjectStoreAccess
 from modelcache.sources.opening import ExtraMissing, open_source, rate_of
 from modelcache.sources.oss import find_access as find_oss_access
 from modelcache.sources.reader import is_direct, make_reader
-from modelcache.types import ModelRef, NotFound, SourceError
+from modelcache.types import Listing, ModelRef, NotFound, SourceError
 
 KEY, SECRET, TOKEN = "AKIATESTTESTTEST", "wJalr/test+secret", "session/token=="
 

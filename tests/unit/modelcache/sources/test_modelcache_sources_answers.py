@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from modelcache.refs import parse_ref
 from modelcache.sources import answers, http, wire
+from modelcache.sources.answers import digest_of, make_listing
 from modelcache.sources.file import FileSource
-from modelcache.sources.listings import digest_of, make_listing
 from modelcache.types import NotFound, RemoteFile, SourceError
 
 REF = parse_ref("s3://models/tiny")

@@ -16,11 +16,11 @@ import pytest
 from nginx_server import nginx
 from object_server import IndexedServer, ObjectServer, serving
 
-from modelcache.ports import Listing, RangeRead, Source
+from modelcache.ports import RangeRead, Source
 from modelcache.refs import parse_ref
 from modelcache.settings import ModelCacheSettings
 from modelcache.sources.opening import open_source
-from modelcache.types import CacheError, NoSpace, NotFound, RemoteFile, SourceError
+from modelcache.types import CacheError, Listing, NoSpace, NotFound, RemoteFile, SourceError
 
 SIZE = 3_000_001
 BODY = Random(7).randbytes(SIZE)

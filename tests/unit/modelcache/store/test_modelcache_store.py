@@ -12,10 +12,10 @@ from folder_store import PIECE, OneByOne, Rig, bytes_of, count_bytes, flip_bit, 
 
 from modelcache.cache import ModelCache
 from modelcache.fetch.fetch import Fetch, FetchRequest
-from modelcache.ports import CachedModel, Listing
+from modelcache.ports import CachedModel
 from modelcache.store import files
 from modelcache.store.records import scan
-from modelcache.types import Cancelled, Damaged, Manifest, ModelRef, RemoteFile
+from modelcache.types import Cancelled, Damaged, Listing, Manifest, ModelRef, RemoteFile
 
 SAME = bytes_of(3 * PIECE + 7, 1)
 OWN = bytes_of(2 * PIECE, 2)
