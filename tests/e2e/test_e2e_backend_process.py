@@ -71,7 +71,7 @@ def spec(*engine_args: str, replica_id: str = "r-1", **fields: object) -> Replic
 
 
 async def wait_gone(pids: list[int]) -> None:
-    for _ in range(400):
+    for _ in range(1_200):
         if not any(is_alive(pid) for pid in pids):
             return
         await asyncio.sleep(0.05)
@@ -168,7 +168,7 @@ def test_engines_end_by_themselves_when_no_control_process_comes(
         await backend.close(keep=True)
         await wait_gone(family)
         assert time.monotonic() - began_s >= keep_s
-        for _ in range(400):
+        for _ in range(1_200):
             if record_files(tmp_path) == []:
                 break
             await asyncio.sleep(0.05)
@@ -451,7 +451,7 @@ def test_logs_are_rotated_while_the_engine_writes(
         await backend.start(spec("--chatty-bytes", "50000"))
         url = (await wait_ready(backend, "r-1")).url
         folder = tmp_path / "logs" / "tiny"
-        for _ in range(400):
+        for _ in range(1_200):
             ask(f"{url}/shout")
             await asyncio.sleep(0.03)
             # What was written before serving may fill two files, or one and a part of another.
@@ -491,7 +491,7 @@ def test_the_registry_keeps_up_with_the_family(
         pid = (await wait_ready(backend, "r-1")).pid
         assert pid is not None
         record = record_of(tmp_path, "r-1")
-        for _ in range(400):
+        for _ in range(1_200):
             stored = json.loads(record.read_text())
             members = {pair[0] for pair in stored["members"]}
             if members == {stored["leader"][0], pid, *children_of(pid)}:

@@ -151,7 +151,7 @@ def test_sigquit_finishes_what_there_is_and_leaves_the_engines(tmp_path: Path) -
         before = scale_up(first, "one", 1)
 
         async def story(http: httpx.AsyncClient) -> httpx.Response:
-            asked = spawn(ask(http, chat("one", max_tokens=40, ignore_eos=True)))
+            asked = spawn(ask(http, chat("one", max_tokens=80, ignore_eos=True)))
             await asyncio.to_thread(
                 first.wait, "a request", lambda: first.pool("one")["inflight_requests"]
             )

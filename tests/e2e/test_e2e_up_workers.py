@@ -22,7 +22,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tidegate]:
     pools = [
         simulated("held", *SHUT),
         simulated("spread", *SLOW, max_replicas=2),
-        simulated("dies", *SLOW, idle_to_zero_s=3),
+        simulated("dies", *SLOW, idle_to_zero_s=6),
     ]
     holding = {"max_requests": MAX_HELD, "keepalive_s": 0.3, "release_initial": 64}
     with up(
