@@ -33,6 +33,7 @@ for name, same in (("tidegate", True), ("explore", False)):
         name,
         deadline=None,
         derandomize=same,
+        max_examples=50 if same else 500,
         suppress_health_check=[HealthCheck.too_slow],
         print_blob=True,
     )

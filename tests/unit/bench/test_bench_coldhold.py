@@ -36,7 +36,7 @@ def answer_to(raw: bytes, *, stream: bool) -> Answer:
         port = server.sockets[0].getsockname()[1]
         try:
             made = Answer(index=0, stream=stream)
-            return await ask(port, b"POST / HTTP/1.1\r\n\r\n", made, limit_s=10)
+            return await ask(port, b"POST / HTTP/1.1\r\n\r\n", made, limit_s=60)
         finally:
             server.close()
 
