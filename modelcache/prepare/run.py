@@ -25,7 +25,14 @@ from pathlib import Path
 from modelcache.cache import ModelCache
 from modelcache.ports import CachedModel, IsCancelled, OnProgress
 from modelcache.prepare.built_in_steps import expect_bytes
-from modelcache.prepare.step_process import Run, StepFailed, bytes_under, run_step
+from modelcache.prepare.step_process import (
+    DEFAULT_LIMITS,
+    Run,
+    StepFailed,
+    StepLimits,
+    bytes_under,
+    run_step,
+)
 from modelcache.refs import check_file_path
 from modelcache.settings import PreparationStep, StepKind
 from modelcache.store.files import has_name, open_lock, remove_empty, remove_tree, try_lock
@@ -261,6 +268,7 @@ class Preparation:
     python: Path
     environ: Mapping[str, str]
     ask_versions: AskVersions | None = None
+    limits: StepLimits = DEFAULT_LIMITS
     results: Results = field(init=False)
 
     def __post_init__(self) -> None:
@@ -368,6 +376,7 @@ class Preparation:
             reserve_bytes=self.cache.store.capacity.reserve_bytes,
             hold=(lock,),
             on_size=lambda size_bytes: self.results.check_room(key, size_bytes),
+            limits=self.limits,
         )
         try:
             run_step(run, on_progress=asked.on_progress, cancelled=asked.cancelled)

@@ -19,16 +19,8 @@ from types import FrameType
 from modelcache.ports import IsCancelled, OnProgress
 from modelcache.types import CacheError, Cancelled, NoSpace, Progress
 
-LOG_MOST_BYTES = 16 * 1024 * 1024
-"""A log longer than this loses its beginning."""
-
-LOG_TAIL_BYTES = 1024 * 1024
 WATCH_S = 0.1
-MEASURE_S = 2.0
 GRACE_S = 10.0
-NEARLY_FULL_BYTES = 64 * 1024 * 1024
-"""What a disk may have left that a step has found full: less than its next write."""
-
 FAILURE_LINES = 12
 LINE_CHARACTERS = 200
 
@@ -39,6 +31,22 @@ NOT_STARTED = 127
 
 class StepFailed(CacheError):
     """A step ended without its result; the message has its last lines and where its log is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepLimits:
+    """What is looked at while a step runs, and when it has failed."""
+
+    measure_s: float = 2.0
+    """Between two looks at the sizes of its output and its log."""
+    log_bytes: int = 16 * 1024 * 1024
+    """A log longer than this loses its beginning."""
+    log_tail_bytes: int = 1024 * 1024
+    nearly_full_bytes: int = 64 * 1024 * 1024
+    """What a disk may have left that a step has found full: less than its next write."""
+
+
+DEFAULT_LIMITS = StepLimits()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +66,7 @@ class Run:
     reserve_bytes: int
     hold: tuple[int, ...] = ()
     on_size: Callable[[int], None] = lambda size_bytes: None
+    limits: StepLimits = DEFAULT_LIMITS
 
 
 def run_step(run: Run, *, on_progress: OnProgress, cancelled: IsCancelled) -> None:
@@ -105,9 +114,9 @@ def _watch(
             raise Cancelled(f"{run.name} was cancelled")
         if now_s - began_s > run.timeout_s:
             raise StepFailed(f"{run.name} took longer than {run.timeout_s:g} s; log: {run.log}")
-        if now_s - measured_s >= MEASURE_S:
+        if now_s - measured_s >= run.limits.measure_s:
             measured_s, size = now_s, bytes_under(run.output)
-            _bound(run.log)
+            _bound(run.log, run.limits)
             run.on_size(size)
         line = next(reversed(_tail(run.log, 4096)), "")
         on_progress(
@@ -121,7 +130,7 @@ def _explain(run: Run, code: int) -> StepFailed | NoSpace:
     if os.strerror(errno.ENOSPC) not in failure:
         return StepFailed(failure)
     free_bytes = run.free_bytes()
-    if free_bytes <= max(run.reserve_bytes, NEARLY_FULL_BYTES):
+    if free_bytes <= max(run.reserve_bytes, run.limits.nearly_full_bytes):
         return NoSpace(f"the disk of {run.output} is full ({free_bytes} bytes free): {failure}")
     return StepFailed(
         f"{run.name} says that a disk is full, perhaps that of its temporary files; the disk of "
@@ -144,12 +153,12 @@ def _tail(log: Path, length: int) -> list[str]:
     return [line[:LINE_CHARACTERS] for line in lines if line and not line.startswith("$ ")]
 
 
-def _bound(log: Path) -> None:
+def _bound(log: Path, limits: StepLimits) -> None:
     """Cut a log that has grown too long; its writer appends, so what comes next follows."""
-    if log.stat().st_size <= LOG_MOST_BYTES:
+    if log.stat().st_size <= limits.log_bytes:
         return
     with log.open("r+b") as file:
-        file.seek(-LOG_TAIL_BYTES, os.SEEK_END)
+        file.seek(-limits.log_tail_bytes, os.SEEK_END)
         tail = file.read()
         file.truncate(0)
         file.seek(0)

@@ -18,7 +18,6 @@ import pytest
 from folder_store import Rig
 from pydantic import ValidationError
 
-from modelcache.prepare import step_process
 from modelcache.prepare.run import (
     LeasedModel,
     Preparation,
@@ -26,7 +25,7 @@ from modelcache.prepare.run import (
     input_digest,
     step_key,
 )
-from modelcache.prepare.step_process import StepFailed
+from modelcache.prepare.step_process import StepFailed, StepLimits
 from modelcache.settings import ModelCacheSettings, PreparationStep
 from modelcache.store.layout import result_url
 from modelcache.types import Cancelled, FileEntry, Progress
@@ -323,24 +322,30 @@ def test_what_waits_for_another_process_can_be_called_off(
     assert seen[0].detail == "another process does it"
 
 
-def test_a_log_is_bounded(
-    source: Path, preparation: Preparation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(step_process, "LOG_MOST_BYTES", 100_000)
-    monkeypatch.setattr(step_process, "LOG_TAIL_BYTES", 10_000)
-    monkeypatch.setattr(step_process, "MEASURE_S", 0.0)
+def test_a_log_is_bounded(tmp_path: Path, source: Path, preparation: Preparation) -> None:
+    preparation.limits = StepLimits(measure_s=0.0, log_bytes=100_000, log_tail_bytes=10_000)
+    written, seen = tmp_path / "written", tmp_path / "seen"
     text = """
-import pathlib, time
+import os, pathlib, time
 pathlib.Path("made").write_text("x")
 for n in range(30):
     print("line " * 2000, n, flush=True)
-    time.sleep(0.03)
+pathlib.Path(os.environ["WRITTEN"]).touch()
+while not os.path.exists(os.environ["SEEN"]):
+    time.sleep(0.01)
 print("the end", flush=True)
-time.sleep(0.5)
 """
-    make(preparation, source, [script(text)])
-    log = preparation.cache.store.layout.step_log(preparation.keys("d", [script(text)])[0])
-    assert log.stat().st_size < 120_000
+    step = PreparationStep(
+        kind="command", argv=(PYTHON, "-c", text),
+        env={"WRITTEN": str(written), "SEEN": str(seen)},
+    )  # fmt: skip
+    log = preparation.cache.store.layout.step_log(preparation.keys("d", [step])[0])
+
+    def look(progress: Progress) -> None:
+        if written.exists() and log.stat().st_size <= 100_000:
+            seen.touch()
+
+    make(preparation, source, [step], on_progress=look)
     lines = log.read_text().splitlines()
     assert "[the beginning was cut off]" in lines
     assert lines[-1] == "the end"

@@ -12,9 +12,8 @@ from folder_store import PIECE, Rig, bytes_of, count_bytes, make_room, read_tree
 
 from modelcache.cache import ModelCache
 from modelcache.ports import CachedModel
-from modelcache.prepare import step_process
 from modelcache.prepare.run import LeasedModel, Preparation, PrepareRequest, Results, input_digest
-from modelcache.prepare.step_process import StepFailed
+from modelcache.prepare.step_process import DEFAULT_LIMITS, StepFailed, StepLimits
 from modelcache.settings import PreparationStep
 from modelcache.store.layout import result_url
 from modelcache.store.records import StepRecord
@@ -61,13 +60,14 @@ def writes(letter: str, size_bytes: int = SIZE, **fields: Any) -> PreparationSte
 
 
 def prepare(
-    cache: ModelCache, model: CachedModel, *steps: PreparationStep, **asked: Any
-) -> LeasedModel:
+    cache: ModelCache, model: CachedModel, *steps: PreparationStep,
+    limits: StepLimits = DEFAULT_LIMITS, **asked: Any,
+) -> LeasedModel:  # fmt: skip
     """A model after some steps, held."""
     assert model.manifest is not None
     return Preparation(
         cache=cache, python=Path(sys.executable), environ=dict(os.environ),
-        ask_versions=lambda python, names: dict.fromkeys(names, "1"),
+        ask_versions=lambda python, names: dict.fromkeys(names, "1"), limits=limits,
     ).prepare(
         model.path, input_digest(model.manifest.files), steps,
         model=model.url, revision=model.revision, **asked,
@@ -340,10 +340,7 @@ def test_a_disk_s_room_is_promised_once_too(rig: Rig) -> None:
     fetch(rig, cache, "a", 2 * SIZE)
 
 
-def test_a_command_that_grows_past_the_quota_is_ended(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(step_process, "MEASURE_S", 0.0)
+def test_a_command_that_grows_past_the_quota_is_ended(rig: Rig) -> None:
     cache = rig.cache(quota_bytes=4 * SIZE)
     old, model = fetch(rig, cache, "old"), fetch(rig, cache, "a")
     grows = (
@@ -355,7 +352,7 @@ def test_a_command_that_grows_past_the_quota_is_ended(
         cache.lease(model, "preparation"),
         pytest.raises(NoSpace, match=r"command of s3://models/a .* of its quota"),
     ):
-        prepare(cache, model, step)
+        prepare(cache, model, step, limits=StepLimits(measure_s=0.0))
     assert old.url not in entries(cache), "what may go went first"
     assert model.url in entries(cache)
     assert not list((cache.dir / "prepared/work").iterdir()), "it could not be gone on with"

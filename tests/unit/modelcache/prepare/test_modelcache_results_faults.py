@@ -17,9 +17,8 @@ from folder_store import PIECE, Rig, bytes_of
 
 from modelcache.cache import ModelCache
 from modelcache.ports import CachedModel
-from modelcache.prepare import step_process
 from modelcache.prepare.run import LeasedModel, Preparation, PrepareRequest, Results, input_digest
-from modelcache.prepare.step_process import NEARLY_FULL_BYTES, StepFailed
+from modelcache.prepare.step_process import DEFAULT_LIMITS, StepFailed, StepLimits
 from modelcache.settings import PreparationStep
 from modelcache.store.files import open_lock, try_lock
 from modelcache.store.records import StepRecord
@@ -54,15 +53,18 @@ def python(text: str, *arguments: str) -> PreparationStep:
 STEP = python("open('made', 'w').write('made here')")
 
 
-def preparation_of(cache: ModelCache) -> Preparation:
-    return Preparation(cache=cache, python=Path(sys.executable), environ=dict(os.environ))
+def preparation_of(cache: ModelCache, limits: StepLimits = DEFAULT_LIMITS) -> Preparation:
+    return Preparation(
+        cache=cache, python=Path(sys.executable), environ=dict(os.environ), limits=limits
+    )
 
 
 def prepare(
-    cache: ModelCache, model: CachedModel, step: PreparationStep = STEP, **asked: Any
-) -> LeasedModel:
+    cache: ModelCache, model: CachedModel, step: PreparationStep = STEP, *,
+    limits: StepLimits = DEFAULT_LIMITS, **asked: Any,
+) -> LeasedModel:  # fmt: skip
     assert model.manifest is not None
-    return preparation_of(cache).prepare(
+    return preparation_of(cache, limits).prepare(
         model.path, input_digest(model.manifest.files), [step],
         model=model.url, revision=model.revision, **asked,
     )  # fmt: skip
@@ -236,7 +238,7 @@ def test_a_file_of_a_name_that_no_model_may_have_is_the_step_s_error(rig: Rig, n
 def test_a_disk_is_full_where_it_is(rig: Rig) -> None:
     cache = rig.cache()
     model = fetch(rig, cache)
-    rig.free_bytes = NEARLY_FULL_BYTES - 1
+    rig.free_bytes = DEFAULT_LIMITS.nearly_full_bytes - 1
     said = rf"(?s)the disk of .* is full \({rig.free_bytes} bytes free\): command failed"
     with pytest.raises(NoSpace, match=said):
         prepare(cache, model, python(SAYS_FULL))
@@ -244,9 +246,9 @@ def test_a_disk_is_full_where_it_is(rig: Rig) -> None:
 
 @pytest.mark.parametrize(("reserve_bytes", "error"), [(0, StepFailed), (SIZE, NoSpace)])
 def test_a_disk_is_full_where_only_its_reserve_is_left(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, reserve_bytes: int, error: type[Exception]
+    rig: Rig, reserve_bytes: int, error: type[Exception]
 ) -> None:
-    monkeypatch.setattr(step_process, "NEARLY_FULL_BYTES", 1)
+    limits = StepLimits(nearly_full_bytes=1)
     cache = rig.cache(reserve_bytes=reserve_bytes)
     model = fetch(rig, cache)
     go = rig.root / "go"
@@ -257,7 +259,7 @@ def test_a_disk_is_full_where_only_its_reserve_is_left(
 
     wait = f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)\n{SAYS_FULL}"
     with pytest.raises(error):
-        prepare(cache, model, python(wait), on_progress=fill)
+        prepare(cache, model, python(wait), limits=limits, on_progress=fill)
 
 
 def test_another_disk_that_is_full_is_not_the_cache_s(rig: Rig) -> None:
@@ -268,10 +270,7 @@ def test_another_disk_that_is_full_is_not_the_cache_s(rig: Rig) -> None:
     assert f"has {rig.free_bytes} bytes free" in str(said.value)
 
 
-def test_what_has_grown_too_large_is_told_how_large_and_for_what(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(step_process, "MEASURE_S", 0.0)
+def test_what_has_grown_too_large_is_told_how_large_and_for_what(rig: Rig) -> None:
     cache = rig.cache(quota_bytes=4 * SIZE)
     model = fetch(rig, cache)
     write = python(f"open('made', 'wb').write(bytes({8 * SIZE}))")
@@ -279,7 +278,7 @@ def test_what_has_grown_too_large_is_told_how_large_and_for_what(
         cache.lease(model, "preparation"),
         pytest.raises(NoSpace, match=r"command of s3://models/a .* has grown to \d+ bytes") as said,
     ):
-        prepare(cache, model, write)
+        prepare(cache, model, write, limits=StepLimits(measure_s=0.0))
     assert f"more than modelcache.quota_bytes ({4 * SIZE}) leaves it" in str(said.value)
     assert "needs" not in str(said.value)
     reserved = rig.cache(reserve_bytes=SIZE)
