@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 import typer
@@ -136,21 +136,8 @@ def _no_answer(base: str) -> str:
 # ── tidegate model ────────────────────────────────────────────────────────────────────────────────
 
 
-class ModelVerbs(Protocol):
-    """The verbs over a model cache, of this process or of one that runs already."""
-
-    def listing(self) -> CacheListing:
-        """The models in the cache."""
-        ...
-
-    def run(self, verb: str, asked: ModelRequest, on_progress: OnProgress) -> ModelAnswer:
-        """Do it. Wrong values are a usage error, what could not be done ``RequestRefused`` or
-        ``CacheError``."""
-        ...
-
-
 class RemoteVerbs:
-    """Those of an admin listener."""
+    """The verbs over the model cache of an admin listener."""
 
     def __init__(self, base: str) -> None:
         self._base = base
@@ -163,7 +150,8 @@ class RemoteVerbs:
         return found
 
     def run(self, verb: str, asked: ModelRequest, on_progress: OnProgress) -> ModelAnswer:
-        """Do it. The connection keeps slow work going: closing it cancels it."""
+        """Do it. The connection keeps slow work going: closing it cancels it. Wrong values are a
+        usage error, what could not be done is ``RequestRefused``."""
         from gateway.admin import schema
         from gateway.admin.operations import VERBS
 
@@ -191,7 +179,7 @@ class RemoteVerbs:
 
 
 class LocalVerbs:
-    """Those of this process, on the cache's directory."""
+    """The same verbs in this process, on the cache's directory."""
 
     def __init__(self, models: Models) -> None:
         self._models = models
@@ -204,7 +192,8 @@ class LocalVerbs:
             raise CacheError(str(error)) from error
 
     def run(self, verb: str, asked: ModelRequest, on_progress: OnProgress) -> ModelAnswer:
-        """Do it. Ctrl-C cancels it in good order first."""
+        """Do it. Ctrl-C cancels it in good order first. Wrong values are a usage error, what could
+        not be done is ``CacheError``."""
         left, running = threading.Event(), threading.Lock()
         ends: list[ModelAnswer | BaseException] = []
 
@@ -241,7 +230,7 @@ class LocalVerbs:
 
 def model_verbs(
     admin: str | None, settings: Settings, open_models: Callable[[Settings], Models]
-) -> ModelVerbs:
+) -> RemoteVerbs | LocalVerbs:
     """Those of the listener that is named, of what runs with this state directory, or else of this
     process."""
     if admin is not None:

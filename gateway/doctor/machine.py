@@ -29,6 +29,7 @@ from autoscaler.policy.device_assignment import GpuCapacity
 from gateway.admin.schema import CacheListing
 from gateway.compose.listeners import AGENT_NAME, Running, listen, read_record
 from gateway.datapath import compiled
+from gateway.settings.defaults import find_bad_tls
 from gateway.settings.load import ConfigError
 from gateway.settings.schema import Settings
 from loaders.engines.vllm.engine import EngineInstall, find_install
@@ -193,13 +194,9 @@ class Machine:
         except OSError as error:
             return error.strerror or str(error)
 
-    def can_read(self, path: Path) -> str | None:
-        """Why a file cannot be read; ``None`` when it can."""
-        try:
-            with path.open("rb"):
-                return None
-        except OSError as error:
-            return error.strerror or str(error)
+    def bad_tls(self, settings: Settings) -> list[tuple[Path, str]]:
+        """Files of the API's certificate that cannot be used, and why."""
+        return [(path, why) for _, path, why in find_bad_tls(settings.gateway)]
 
     def shares_ports(self) -> bool:
         """Whether two sockets can listen on one port (``SO_REUSEPORT``)."""

@@ -374,14 +374,13 @@ def _state(settings: Settings, machine: Machine) -> Check:
 
 
 def _tls(settings: Settings, machine: Machine) -> Iterator[Check]:
-    for path in (settings.gateway.tls_certificate, settings.gateway.tls_key):
-        if path is None:
-            continue
-        problem = machine.can_read(path)
-        if problem is None:
-            yield ok("tls", f"{path} can be read")
-        else:
-            yield fail("tls", f"{path}: {problem}", "name a PEM file that this user can read")
+    if settings.gateway.tls_certificate is None:
+        return
+    found = machine.bad_tls(settings)
+    for path, why in found:
+        yield fail("tls", f"{path}: {why}", "name PEM files that this user can read")
+    if not found:
+        yield ok("tls", f"{settings.gateway.tls_certificate} can be used")
 
 
 def _path(path: Path) -> Path:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gateway.datapath.settings import GatewaySettings
 from gateway.settings.errors import Problem
 from gateway.settings.load import BUILT_IN, ConfigError, Flag, LoadedSettings, load
 from loaders.engines.base import DEFAULT_ENGINE, engine_of
@@ -123,7 +124,11 @@ def check_installed(loaded: LoadedSettings, *, given_only: bool = False) -> None
     A pool without its engine or model would look well at zero, and fail its first request a minute
     later. With ``given_only`` the built-in pool is left out.
     """
-    if found := [*_find_tls(loaded), *_find_missing(loaded, given_only)]:
+    found = [
+        Problem(field, why, loaded.origins[field], str(path))
+        for field, path, why in find_bad_tls(loaded.settings.gateway)
+    ]
+    if found := [*found, *_find_missing(loaded, given_only)]:
         raise ConfigError(found)
 
 
@@ -138,14 +143,12 @@ def _find_missing(loaded: LoadedSettings, given_only: bool) -> Iterator[Problem]
     ]
     python = settings.loaders.engine_python.expanduser()
     if pools and not python.exists():
-        yield (
-            Problem(
-                "loaders.engine_python",
-                "there is no such program; `make run` sets up the engine, "
-                "`--engine simulated` needs none",
-                loaded.origins["loaders.engine_python"],
-                str(python),
-            )
+        yield Problem(
+            "loaders.engine_python",
+            "there is no such program; `make run` sets up the engine, "
+            "`--engine simulated` needs none",
+            loaded.origins["loaders.engine_python"],
+            str(python),
         )
     for index, pool in pools:
         model = pool.model or ""
@@ -153,23 +156,21 @@ def _find_missing(loaded: LoadedSettings, given_only: bool) -> Iterator[Problem]
             continue
         field = f"pools.{index}.model"
         hint = "; `make run` makes it" if Path(model).name == DEFAULT_MODEL else ""
-        yield (Problem(field, f"there is no such directory{hint}", loaded.origins[field], model))
+        yield Problem(field, f"there is no such directory{hint}", loaded.origins[field], model)
 
 
-def _find_tls(loaded: LoadedSettings) -> Iterator[Problem]:
-    """What is wrong with the files of the API's certificate."""
-    gateway = loaded.settings.gateway
+def find_bad_tls(gateway: GatewaySettings) -> Iterator[tuple[str, Path, str]]:
+    """What is wrong with the files of the API's certificate: the setting, the file and why."""
     whole = True
     for name in ("tls_certificate", "tls_key"):
         path: Path | None = getattr(gateway, name)
-        field = f"gateway.{name}"
+        if path is None:
+            continue
         try:
-            if path is not None:
-                path.open("rb").close()
+            path.open("rb").close()
         except OSError as error:
             whole = False
-            why = f"cannot be read: {error.strerror or error}"
-            yield Problem(field, why, loaded.origins[field], str(path))
+            yield f"gateway.{name}", path, f"cannot be read: {error.strerror or error}"
     if gateway.tls_certificate is None or gateway.tls_key is None or not whole:
         return
     try:
@@ -177,6 +178,5 @@ def _find_tls(loaded: LoadedSettings) -> Iterator[Problem]:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(gateway.tls_certificate, gateway.tls_key, password="")
     except (OSError, ValueError) as error:
-        field = "gateway.tls_certificate"
         why = f"is no certificate in PEM with its key in {gateway.tls_key}: {error}"
-        yield Problem(field, why, loaded.origins[field], str(gateway.tls_certificate))
+        yield "gateway.tls_certificate", gateway.tls_certificate, why

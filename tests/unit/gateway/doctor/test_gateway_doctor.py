@@ -51,7 +51,7 @@ class Answers:
     closed_ports: tuple[int, ...] = ()
     files: tuple[int, int] = (1 << 20, 1 << 20)
     unwritable: str | None = None
-    unreadable: str | None = None
+    bad_files: Sequence[str] = ()
     reuse: bool = True
     running: int | None = None
     running_agent: int | None = None
@@ -99,8 +99,8 @@ class Answers:
     def can_write(self, path: Path) -> str | None:
         return self.unwritable
 
-    def can_read(self, path: Path) -> str | None:
-        return self.unreadable
+    def bad_tls(self, settings: Settings) -> list[tuple[Path, str]]:
+        return [(Path(one), "cannot be read: Permission denied") for one in self.bad_files]
 
     def shares_ports(self) -> bool:
         return self.reuse
@@ -269,12 +269,13 @@ def test_one_is_no_plural() -> None:
     assert "0 to 1 replica on CPU" in look(make_settings(POOL), WELL)["pool p"].finding
 
 
-def test_certificates_must_be_readable() -> None:
+def test_certificates_must_be_usable() -> None:
     tls = {"tls_certificate": "/c.pem", "tls_key": "/k.pem"}
     settings = make_settings(SIMULATED, gateway=tls)
-    checks = diagnose(settings, replace(WELL, unreadable="Permission denied"))
+    checks = diagnose(settings, replace(WELL, bad_files=("/c.pem", "/k.pem")))
     assert [c.status for c in checks if c.name == "tls"] == [Status.FAIL, Status.FAIL]
     assert look(settings, WELL)["tls"].status is Status.OK
+    assert [str(path) for path, _ in Machine().bad_tls(settings)] == ["/c.pem", "/k.pem"]
 
 
 def test_a_port_of_the_systems_choice_is_not_tried() -> None:
