@@ -133,7 +133,8 @@ def _route(operation: Operation, handler: Handler, body_timeout_s: float) -> Rou
     async def answer(request: Request) -> Response:
         given: dict[str, Any] = dict(request.path_params)
         if operation.query is not None:
-            given["query"] = _query(operation.query, request)
+            kind, text = operation.query, dict(request.query_params)
+            given["query"] = _validated(lambda: kind.model_validate_strings(text))
         if operation.request is not None:
             data = await _body(request, body_timeout_s)
             given["body"] = _parsed(operation.request, data)
@@ -150,15 +151,6 @@ def as_response(answer: BaseModel, status: int = 200, **headers: str) -> Respons
     return Response(
         answer.model_dump_json(), status, headers or None, media_type="application/json"
     )
-
-
-def _query(kind: type[AdminRequest], request: Request) -> AdminRequest:
-    """The query, whose values are text: digits alone are a number."""
-    given = {
-        name: int(value) if value.isascii() and value.isdigit() else value
-        for name, value in request.query_params.items()
-    }
-    return _validated(lambda: kind.model_validate(given, strict=True))
 
 
 def _parsed(kind: type[AdminRequest], data: bytes) -> AdminRequest:
