@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -43,7 +44,8 @@ def start_stranger(**env: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(argv, env={**os.environ, **env})
 
 
-MARKS = [letter * 32 for letter in "abcdef"]
+MARKS = sorted(secrets.token_hex(16) for _ in range(6))
+"""By which processes are found on the whole machine, where other tests may run."""
 
 
 def test_a_record_does_not_make_a_process_ours(tmp_path: Path) -> None:
