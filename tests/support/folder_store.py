@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +43,8 @@ class FolderSource:
     log: Path | None = None
     digests: bool = True
     down: bool = False
+    before: Callable[[RangeRead], None] = lambda want: None
+    revisions: Iterator[str] | None = None
 
     @property
     def folder(self) -> Path:
@@ -67,11 +69,14 @@ class FolderSource:
             )
         listed = json.dumps([(file.path, file.version) for file in files])
         revision = hashlib.sha256(listed.encode()).hexdigest()[:40]
+        if self.revisions is not None:
+            revision = next(self.revisions)
         if self.ref.revision not in (None, "main", revision):
             raise NotFound(f"{self.ref.url}: there is no revision {self.ref.revision}")
         return Listing(revision=revision, files=tuple(files))
 
     def fetch(self, want: RangeRead) -> None:
+        self.before(want)
         with open(self.folder / want.file.path, "rb") as source:
             for at in range(want.start, want.end, WRITE):
                 if want.cancelled():
@@ -127,6 +132,10 @@ class Rig:
     down: bool = False
     digests: bool = True
     clock: Callable[[], float] = time.time
+    before: Callable[[RangeRead], None] = lambda want: None
+    """Called ahead of every range that is fetched; may raise."""
+    revisions: Iterator[str] | None = None
+    """What the revisions of models are, one after the other as they are listed."""
     sources: list[ModelRef] = field(default_factory=list)
 
     @property
@@ -145,8 +154,9 @@ class Rig:
     def source(self, ref: ModelRef) -> FolderSource:
         self.sources.append(ref)
         return FolderSource(
-            ref=ref, root=self.models, log=self.log, down=self.down, digests=self.digests
-        )
+            ref=ref, root=self.models, log=self.log, down=self.down, digests=self.digests,
+            before=self.before, revisions=self.revisions,
+        )  # fmt: skip
 
     def cache(self, name: str = "cache", **settings: object) -> ModelCache:
         given = {"hub_dirs": (self.root / "hub",), "reserve_bytes": 0, **settings}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from folder_store import PIECE, FolderSource, Rig, bytes_of, count_bytes, read_tree
+from folder_store import PIECE, Rig, bytes_of, count_bytes, read_tree
 
 from modelcache.cache import ModelCache
 from modelcache.ports import RangeRead
@@ -324,19 +324,16 @@ def test_what_was_stopped_goes_on(rig: Rig, cache: ModelCache, url: str) -> None
 
 
 def test_a_store_that_fails_on_the_way_costs_what_was_not_there_yet(
-    rig: Rig, cache: ModelCache, url: str, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, cache: ModelCache, url: str
 ) -> None:
-    fetch = FolderSource.fetch
-
-    def fail(self: FolderSource, want: RangeRead) -> None:
+    def fail(want: RangeRead) -> None:
         if want.start >= 2 * PIECE:
             raise SourceError("reset by peer", retryable=True)
-        fetch(self, want)
 
-    monkeypatch.setattr(FolderSource, "fetch", fail)
+    rig.before = fail
     with pytest.raises(SourceError, match="reset by peer"):
         cache.preload(url)
-    monkeypatch.undo()
+    rig.before = lambda want: None
     assert read_tree(cache.preload(url).path) == FILES
     assert rig.fetched_bytes == SIZE, "every byte came once"
 

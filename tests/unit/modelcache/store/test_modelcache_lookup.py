@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from folder_store import FolderSource, Rig
+from folder_store import Rig
 
 from modelcache.cache import ModelCache
 from modelcache.store.lookup import Ambiguous
@@ -28,19 +27,13 @@ def url(rig: Rig) -> str:
     return rig.put("models/a", {"model.safetensors": b"weights"})
 
 
-def test_the_beginning_of_a_revision_names_it(
-    rig: Rig, cache: ModelCache, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = iter(["abcdef1" + "0" * 33, "abcdef2" + "0" * 33])
-    listed = FolderSource.list
-    monkeypatch.setattr(
-        FolderSource, "list", lambda self: replace(listed(self), revision=next(names))
-    )
+def test_the_beginning_of_a_revision_names_it(rig: Rig, cache: ModelCache, url: str) -> None:
+    rig.revisions = iter(["abcdef1" + "0" * 33, "abcdef2" + "0" * 33])
     first, second = cache.preload(url), cache.preload(url)
     for model in (first, second):
         assert cache.find(url, model.revision[:7]) == model
-        assert cache.name(url, model.revision[:7]) == (url, model.revision)
-    assert cache.name(url) == (url, second.revision)
+        assert cache.lookup.name(url, model.revision[:7]) == (url, model.revision)
+    assert cache.lookup.name(url, None) == (url, second.revision)
     assert cache.find(url, "abcde") is None, "too short to be anybody's"
     for ask in (cache.find, cache.pin, cache.unpin, cache.evict, cache.verify):
         with pytest.raises(Ambiguous, match=f"{first.revision}, {second.revision}"):
@@ -53,7 +46,7 @@ def test_the_beginning_of_a_revision_names_it(
         with pytest.raises(NotFound, match=f"{url} has no revision v9 here .it has: abcdef1"):
             ask(url, "v9")  # type: ignore[operator]
     cache.evict(url, "abcdef1")
-    assert cache.revisions(url) == [second.revision]
+    assert cache.lookup.revisions(url) == [second.revision]
     assert cache.find(url, "abcdef") == second
 
 
