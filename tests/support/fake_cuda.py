@@ -103,6 +103,7 @@ class FakeCuda:
         assert address % 4096 == 0
         assert flags == 0
         self.torch.pinned_bytes += size
+        self.torch.most_pinned_bytes = max(self.torch.most_pinned_bytes, self.torch.pinned_bytes)
         self.torch.pins[address] = size
         return 0
 
@@ -151,7 +152,7 @@ class FakeTorch:
         self.uint8 = real.uint8
         self.frombuffer = real.frombuffer
         self.pins: dict[int, int] = {}
-        self.pinned_bytes = 0
+        self.pinned_bytes = self.most_pinned_bytes = 0
         self.late_copies = 0
         self.cuda = FakeCuda(self, seed)
 

@@ -279,11 +279,11 @@ def check_device_copies_are_waited_for(model: Path) -> None:
                     loaded = loaders.load(place, "cuda", memory_bytes=memory, threads=4)
                     fake.cuda.current_stream().synchronize()
                     must_be(loaded, expected)
-                    assert loaded.report.pinned
                     for name, tensor in loaders.iterate(place, device="cuda", memory_bytes=memory):
                         fake.cuda.current_stream().synchronize()
                         assert same(tensor, expected[name]), name
                         del tensor
+                assert fake.most_pinned_bytes > 0
                 assert fake.pinned_bytes == 0, "everything is unpinned again"
                 assert fake.late_copies > 0
         finally:

@@ -348,15 +348,12 @@ def _place_hold(hold: Hold, device: str) -> None:
     GPU before the first touch of it, so that its memory stays free."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
     from vllm.v1.executor.multiproc_executor import WorkerProc
-    from vllm.v1.worker.gpu_worker import Worker
 
     owner: Any
-    if device != "cpu":
-        owner, name = WorkerProc, "worker_main"
-    elif os.environ.get("TIDEGATE_HOLD") == "model":
-        owner, name = Worker, "load_model"
-    else:
+    if device == "cpu":
         owner, name = DefaultModelLoader, "load_weights"
+    else:
+        owner, name = WorkerProc, "worker_main"
     original = getattr(owner, name)
 
     @functools.wraps(original)
