@@ -125,11 +125,6 @@ class Listing:
     revision: str
     files: tuple[RemoteFile, ...]
 
-    @property
-    def size_bytes(self) -> int:
-        """The sum of its files."""
-        return sum(file.size_bytes for file in self.files)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:

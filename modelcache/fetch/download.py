@@ -16,9 +16,10 @@ from urllib.parse import urlsplit
 
 from modelcache.bandwidth.budget import Budget, Slots
 from modelcache.bandwidth.throughput import PieceRead, Throughput, compare
-from modelcache.fetch.plan import Board, PlannedFile, Seen, mask_of
+from modelcache.fetch.plan import Board, PlannedFile, mask_of
 from modelcache.peers.group import Follower, PeerGroup
-from modelcache.peers.piece_inventory import FetchingFile, PieceInventory, PieceState
+from modelcache.peers.piece_inventory import FetchingFile, PieceInventory
+from modelcache.peers.wire import PieceState
 from modelcache.ports import IsCancelled, OnProgress, Source
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.digest import count_pieces
@@ -286,18 +287,9 @@ class Download:
         return [key for key in keys if not self.shared.doubted(key)]
 
     def _on_states(self, node: str, states: Mapping[str, PieceState]) -> None:
-        counts = {job.file.key: job.file.count for job in self.jobs}
-        seen = {
-            key: Seen(
-                has=state.has & (1 << counts[key]) - 1,
-                fetching=state.fetching & (1 << counts[key]) - 1,
-                active=state.active,
-            )
-            for key, state in states.items()
-            if key in counts and not self.shared.doubted(key)
-        }
+        believed = {key: one for key, one in states.items() if not self.shared.doubted(key)}
         with self.lock:
-            if self.board.learn(node, seen, self.clock()):
+            if self.board.learn(node, believed, self.clock()):
                 self.peer_work.notify(self.settings.peer_connections)
 
     def _on_lost(self, node: str) -> None:

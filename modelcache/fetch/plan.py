@@ -16,6 +16,8 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from modelcache.peers.wire import PieceState
+
 STEAL_STEP_S = 0.25
 """Seconds between one node's turn to take over a piece and the next one's: as long as the news of
 it needs."""
@@ -56,8 +58,7 @@ def rank(key: str, index: int, node: str, nodes: Iterable[str]) -> int:
 
 @dataclass(slots=True, kw_only=True)
 class Seen:
-    """What a node has of one file, as it last said. ``has`` it may be asked for; ``fetching`` it
-    reads from the source now; ``active`` while it fetches the file at all."""
+    """What a node has of one file, as it last said: see ``PieceState``."""
 
     has: int = 0
     fetching: int = 0
@@ -119,22 +120,20 @@ class Board:
     delays_s: dict[tuple[int, int], float] = field(default_factory=dict)
     """Until when a piece that failed is left alone."""
 
-    def learn(self, node: str, states: Mapping[str, Seen], now_s: float) -> bool:
+    def learn(self, node: str, states: Mapping[str, PieceState], now_s: float) -> bool:
         """Take in what a peer said of the files; whether anything changed."""
         changed = False
         for file in self.files:
-            new, old = states.get(file.key), file.peers.get(node)
-            if new is None:
+            state, seen = states.get(file.key), file.peers.get(node)
+            if state is None:
                 changed |= file.peers.pop(node, None) is not None
                 continue
-            if old is None:
-                new.moved_at_s = now_s
-                file.peers[node] = new
-                changed = True
-                continue
-            if (old.has, old.fetching, old.active) != (new.has, new.fetching, new.active):
-                old.has, old.fetching, old.active = new.has, new.fetching, new.active
-                old.moved_at_s = now_s
+            everything = (1 << file.count) - 1
+            told = (state.has & everything, state.fetching & everything, state.active)
+            if seen is None or (seen.has, seen.fetching, seen.active) != told:
+                seen = file.peers.setdefault(node, Seen())
+                seen.has, seen.fetching, seen.active = told
+                seen.moved_at_s = now_s
                 changed = True
         return changed
 

@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 import blake3
 
 from modelcache.peers import wire as wire
-from modelcache.peers.piece_inventory import PieceState
 from modelcache.ports import IsCancelled, OnBytes
 from modelcache.sources.answers import SourceResponse
 from modelcache.sources.wire import HttpConnections, Stale
@@ -87,7 +86,7 @@ class PeerClient:
 
     def states(
         self, keys: Sequence[str], since: int, wait_s: float, cancelled: IsCancelled
-    ) -> tuple[int, dict[str, PieceState]]:
+    ) -> tuple[int, dict[str, wire.PieceState]]:
         """What it has of these files, as soon as that differs from ``since`` or after ``wait_s``;
         and what to give as ``since`` next time."""
         body = json.dumps({"keys": list(keys), "since": since, "wait_s": wait_s}).encode()
@@ -96,7 +95,7 @@ class PeerClient:
         )
         try:
             files = {
-                str(key): PieceState(
+                str(key): wire.PieceState(
                     has=int(one["has"], 16),
                     fetching=int(one["fetching"], 16),
                     active=one["active"] is True,

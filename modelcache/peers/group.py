@@ -26,9 +26,9 @@ from modelcache.peers.client import (
     PeerUnavailable,
     PieceNotFound,
 )
-from modelcache.peers.piece_inventory import PieceInventory, PieceState
+from modelcache.peers.piece_inventory import PieceInventory
 from modelcache.peers.server import PeerServer, Verb
-from modelcache.peers.wire import Keyring
+from modelcache.peers.wire import Keyring, PieceState
 from modelcache.ports import IsCancelled, OnBytes
 from modelcache.settings import ModelCacheSettings
 from modelcache.types import Cancelled

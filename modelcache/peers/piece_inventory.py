@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from modelcache.peers.wire import PieceState
 from modelcache.ports import IsCancelled
 from modelcache.store.digest import PieceDigests, piece_span, read_pieces
 from modelcache.store.layout import Layout
@@ -23,16 +24,6 @@ from modelcache.types import Cancelled, Damaged
 MOST_REMEMBERED = 4_096
 MOST_OPEN = 64
 """Whole blobs whose pieces' digests are kept in memory."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PieceState:
-    """What a node has of one file. ``has`` and ``fetching`` are sets of pieces as bits."""
-
-    has: int
-    fetching: int
-    active: bool
-    """Whether it fetches it now, and so may own pieces of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +149,7 @@ class PieceInventory:
             }
         for key in keys:
             if key not in found and (whole := self._find_whole(key)) is not None:
-                found[key] = PieceState(has=whole.all_pieces, fetching=0, active=False)
+                found[key] = PieceState(has=whole.all_pieces)
         return found
 
     @contextlib.contextmanager

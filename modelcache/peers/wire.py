@@ -38,6 +38,17 @@ class BadMessage(CacheError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PieceState:
+    """What a node has of one file. ``has`` (it may be asked for them) and ``fetching`` (it reads
+    them from the source now) are sets of pieces as bits; ``active`` while it fetches the file at
+    all, and so may own pieces of it."""
+
+    has: int = 0
+    fetching: int = 0
+    active: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PeerHead:
     """A request's first line, and its headers with lower-case names."""
 

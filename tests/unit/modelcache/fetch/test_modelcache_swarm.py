@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelcache.fetch.plan import Board, PlannedFile, Seen, bits, mask_of, rank, weight
+from modelcache.fetch.plan import Board, PlannedFile, bits, mask_of, rank, weight
+from modelcache.peers.wire import PieceState
 
 PIECES = 60
 NEWS_S = 0.1
@@ -36,8 +37,8 @@ class Node:
     def file(self) -> PlannedFile:
         return self.board.files[0]
 
-    def shown(self) -> Seen:
-        return Seen(has=self.vouches, fetching=self.file.storing, active=self.done_s is None)
+    def shown(self) -> PieceState:
+        return PieceState(has=self.vouches, fetching=self.file.storing, active=self.done_s is None)
 
 
 def make_node(name: str, **more: float) -> Node:
@@ -171,7 +172,7 @@ def test_whatever_dies_stalls_or_lags_the_others_finish(seed: int) -> None:
 def test_a_node_that_serves_nobody_owns_nothing_while_others_do() -> None:
     file = PlannedFile(key="k", count=4, missing=0b1111)
     board = Board(me=None, files=[file])
-    board.learn("a", {"k": Seen(active=True, fetching=1)}, 0.0)
+    board.learn("a", {"k": PieceState(active=True, fetching=1)}, 0.0)
     board.settle(0.0)
     assert board.next_from_source(0.0) is None
     assert board.next_from_source(2.0) is None
@@ -183,7 +184,7 @@ def test_a_node_that_serves_nobody_owns_nothing_while_others_do() -> None:
 def test_a_peer_with_the_whole_file_is_asked_and_the_store_is_not() -> None:
     file = PlannedFile(key="k", count=4, missing=0b1111)
     board = Board(me="me", files=[file])
-    board.learn("whole", {"k": Seen(has=0b1111)}, 0.0)
+    board.learn("whole", {"k": PieceState(has=0b1111)}, 0.0)
     board.settle(0.0)
     assert board.next_from_source(0.0) is None
     assert board.next_from_source(60.0) is None
@@ -197,7 +198,7 @@ def test_a_peer_with_the_whole_file_is_asked_and_the_store_is_not() -> None:
 def test_a_peer_that_is_away_is_not_asked_and_not_waited_for() -> None:
     file = PlannedFile(key="k", count=2, missing=0b11)
     board = Board(me=None, files=[file], away=frozenset({"whole"}))
-    board.learn("whole", {"k": Seen(has=0b11)}, 0.0)
+    board.learn("whole", {"k": PieceState(has=0b11)}, 0.0)
     board.settle(0.0)
     assert board.next_peer({}, 8, {}) is None
     assert board.next_from_source(0.0) == (file, 0)

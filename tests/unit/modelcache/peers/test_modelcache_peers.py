@@ -21,7 +21,7 @@ from swarm_rig import PATIENT, TOKEN, MemorySource, Node, key_of, make_content, 
 from modelcache.peers import wire as wire
 from modelcache.peers.client import PeerClient, PeerIntegrityError, PeerUnavailable, PieceNotFound
 from modelcache.peers.group import MOST_HEARD, PeerGroup, make_peers
-from modelcache.peers.piece_inventory import PieceInventory, PieceState
+from modelcache.peers.piece_inventory import PieceInventory
 from modelcache.peers.server import PeerServer, read_request
 from modelcache.settings import ModelCacheSettings
 from modelcache.types import PIECE_BYTES
@@ -161,7 +161,7 @@ def test_what_came_from_a_peer_is_passed_on_only_once_it_is_whole_and_right(
     second = nodes(tmp_path / "b", peers=(first.url,))
     assert second.group is not None
     (file, partial), *_ = second.open(source)
-    shown: list[PieceState | None] = []
+    shown: list[wire.PieceState | None] = []
 
     def note(progress: object) -> None:
         shown.append(second.group.inventory.states([partial.key]).get(partial.key))  # type: ignore[union-attr]
@@ -171,7 +171,7 @@ def test_what_came_from_a_peer_is_passed_on_only_once_it_is_whole_and_right(
     assert all(state is not None and state.has == 0 for state in shown)
     partial.finish(file.digests)
     state = second.group.inventory.states([key_of(file)])[key_of(file)]
-    assert state == PieceState(has=0b111, fetching=0, active=False)
+    assert state == wire.PieceState(has=0b111, fetching=0, active=False)
 
 
 # -- peers that are slow, dead or liars ----------------------------------------------------------
@@ -598,8 +598,8 @@ def test_news_of_a_piece_ends_a_question_that_waits(tmp_path: Path) -> None:
         with partial:
             holding = node.group.inventory.open(partial)
             since, states = client.states([partial.key], 0, 0.0, never)
-            assert states[partial.key] == PieceState(has=0, fetching=0, active=True)
-            found: list[dict[str, PieceState]] = []
+            assert states[partial.key] == wire.PieceState(has=0, fetching=0, active=True)
+            found: list[dict[str, wire.PieceState]] = []
             asking = threading.Thread(
                 target=lambda: found.append(client.states([partial.key], since, 9.0, never)[1])
             )
