@@ -159,7 +159,7 @@ def make_transform(
         cancelled: IsCancelled,
     ) -> LeasedModel:
         """The last step's result, leased; made with its source leased, unless it is there."""
-        digest = input_digest(list_entries(source))
+        digest = input_digest(_files_of(source))
         held = preparation.results.hold(preparation.keys(digest, steps)[-1], holder, final=True)
         if held is not None:
             return held
@@ -198,7 +198,7 @@ def make_transform(
     return transform
 
 
-def list_entries(model: CachedModel) -> Sequence[FileEntry]:
+def _files_of(model: CachedModel) -> Sequence[FileEntry]:
     """What a model consists of: its manifest, or for a directory that was not fetched its files by
     size and time of change, so that it need not be read."""
     if model.manifest is not None:

@@ -53,8 +53,8 @@ def engine_command(
 def fork_plan(
     settings: Settings,
     environ: Mapping[str, str],
-    compiled: CompileCache | None = None,
-    find: Callable[[str], str | None] = lambda model: None,
+    compiled: CompileCache | None,
+    find: Callable[[str], str | None],
 ) -> ForkPlan | None:
     """What the fork server imports, for the first pool whose engine can be forked; ``None`` without
     one, or where the settings want none. Pools whose environment differs are started the plain way.
