@@ -154,26 +154,26 @@ class NodePreparer:
     """A ``Preparer`` over the parts of this node.
 
     ``prewarm`` reads for replicas, ``prewarm_behind`` for pools at zero: no client waits for it,
-    so it gives way to other readers. Without a ``cache`` no URL can be fetched; without a
-    ``page_holder`` there is no tier ``paged``, and without ``standbys`` no tier ``forked``.
-    ``threads`` run what blocks, and are shut down by ``close``.
+    so it gives way to other readers. Without a ``page_holder`` there is no tier ``paged``, and
+    without ``standbys`` no tier ``forked``. ``threads`` run what blocks, and are shut down by
+    ``close``.
     """
 
     def __init__(
         self,
         *,
-        cache: ModelCache | None = None,
+        cache: ModelCache,
+        prewarm: Prewarm,
+        prewarm_behind: Prewarm,
         page_holder: PageHolder | None = None,
         standbys: Standbys | None = None,
-        prewarm: Prewarm | None = None,
-        prewarm_behind: Prewarm | None = None,
         transform: Transform | None = None,
         unpack: Unpack | None = None,
         threads: ThreadPoolExecutor | None = None,
     ) -> None:
         self._cache, self._page_holder, self._standbys = cache, page_holder, standbys
-        self._prewarm, self._transform, self._unpack = prewarm, transform, unpack
-        self._prewarm_behind = prewarm_behind or prewarm
+        self._prewarm, self._prewarm_behind = prewarm, prewarm_behind
+        self._transform, self._unpack = transform, unpack
         self._leases = Leases()
         self._models: dict[tuple[str, str], PoolModel] = {}
         self._holds: dict[str, ReplicaHold] = {}
@@ -226,9 +226,11 @@ class NodePreparer:
             here = Path(pool.model) if pool.model else None
             is_there = here is not None and await self._run(lambda _: here.is_dir())
             self._found(model, CachedModel.in_place(here) if here and is_there else None)
-        elif self._cache is not None:
-            cache, ref = self._cache, model.ref
-            self._found(model, await self._run(lambda _: cache.find(ref.url, ref.revision)))
+        else:
+            self._found(model, await self._find(model.ref))
+
+    async def _find(self, ref: ModelRef) -> CachedModel | None:
+        return await self._run(lambda _: self._cache.find(ref.url, ref.revision))
 
     def _found(self, model: PoolModel, cached: CachedModel | None) -> None:
         """What is here now, ``None`` for nothing; pages of another place are released."""
@@ -248,7 +250,7 @@ class NodePreparer:
         if model.ref is None:
             await self.refresh(spec.pool)
         else:
-            await self._fetch(model, hold, spec.id, tell)
+            await self._fetch(model, model.ref, hold, spec.id, tell)
         path = await self._make_for(model, hold, spec.id, tell)
         await self._unpack_compiled(model, path)
         model.standby = False  # the backend takes it for this start, or ends it
@@ -264,15 +266,15 @@ class NodePreparer:
     ) -> Path | None:
         """Where the model is after its preparation steps, which are run where they were not. Their
         result is held in ``leases``: it must not be evicted under its reader."""
-        transform, cached, cache, path = self._transform, model.cached, self._cache, model.path
+        transform, cached, path = self._transform, model.cached, model.path
         if cached is None or path is None or transform is None:
             return path
         known = model.made[1] if model.made is not None and model.made[0] == path else None
         if known is not None and known.path == path:
             return path  # there are no steps, and the model itself is leased
-        if known is not None and cache is not None:
+        if known is not None:
             with contextlib.suppress(CacheError):  # it was evicted: it is made again
-                await self._run(lambda _: leases.enter(cache.lease(known, holder)))
+                await self._run(lambda _: leases.enter(self._cache.lease(known, holder)))
                 return known.path
         name = model.pool.model or ""
         # Entered in the thread, which may go on when this is cancelled.
@@ -299,15 +301,12 @@ class NodePreparer:
             await self._run(lambda _: unpack(model.pool, path))
 
     async def _fetch(
-        self, model: PoolModel, hold: ReplicaHold, holder: str, tell: OnProgress
+        self, model: PoolModel, ref: ModelRef, hold: ReplicaHold, holder: str, tell: OnProgress
     ) -> None:
         """Have the model here, and leased for a replica."""
-        cache, ref = self._cache, model.ref
-        if cache is None or ref is None:
-            raise Unsupported(f"{model.pool.name}: a model with a URL needs the model cache")
 
         def fetch(cancelled: IsCancelled) -> CachedModel:
-            return cache.preload(
+            return self._cache.preload(
                 ref.url,
                 revision=ref.revision,
                 priority=Priority.WAKE,
@@ -315,7 +314,7 @@ class NodePreparer:
                 cancelled=cancelled,
             )
 
-        cached = await self._run(lambda _: cache.find(ref.url, ref.revision))
+        cached = await self._find(ref)
         if cached is not None:
             try:
                 await self._lease(hold, cached, holder)
@@ -327,13 +326,12 @@ class NodePreparer:
         self._found(model, cached)
 
     async def _lease(self, hold: ReplicaHold, cached: CachedModel, holder: str) -> None:
-        cache = self._cache
-        if cache is None or hold.leased == cached.path:
+        if hold.leased == cached.path:
             return
         before, hold.model, hold.leased = hold.model, hold.leases.part(), None
         await self._let_go(before)
         leases = hold.model
-        await self._run(lambda _: leases.enter(cache.lease(cached, holder)))
+        await self._run(lambda _: leases.enter(self._cache.lease(cached, holder)))
         hold.leased = cached.path
 
     async def _page_beside(
@@ -398,29 +396,29 @@ class NodePreparer:
     async def _hold_for_pool(self, model: PoolModel) -> Path | None:
         """Warmer than on disk, a pool's model is leased, and what steps have made of it: what is
         kept warm is not evicted. Returns where it is; earlier leases are released only then."""
-        cache, ref, holder = self._cache, model.ref, f"{model.slug}, at zero"
+        holder = f"{model.slug}, at zero"
         before, model.leases = model.leases, self._leases.part()
         leases = model.leases
         try:
-            if ref is not None and cache is not None:
-                cached = await self._run(lambda _: cache.find(ref.url, ref.revision))
+            if model.ref is not None:
+                cached = await self._find(model.ref)
                 if cached is None:
                     self._found(model, None)
                     raise BackendError(f"{model.pool.name}: its model is not on this disk any more")
-                await self._run(lambda _: leases.enter(cache.lease(cached, holder)))
+                await self._run(lambda _: leases.enter(self._cache.lease(cached, holder)))
                 self._found(model, cached)
             return await self._make(model, leases, holder, ignore_progress)
         finally:
             await self._let_go(before)
 
     async def _evict(self, model: PoolModel) -> None:
-        cache, ref = self._cache, model.ref
-        if cache is None or ref is None:
+        ref = model.ref
+        if ref is None:
             raise Unsupported("a model in a directory is not removed")
         others = [one for one in self._models.values() if one is not model and one.ref == ref]
         if any(one.path is not None for one in others):
             raise BackendError(f"its model is that of {others[0].pool.name} too")
-        await self._run(lambda _: cache.evict(ref.url, ref.revision))
+        await self._run(lambda _: self._cache.evict(ref.url, ref.revision))
         self._found(model, None)
 
     async def forget(self, pool: PoolSettings) -> None:
@@ -440,7 +438,7 @@ class NodePreparer:
         return Tier.PAGED in self.tiers(model.pool) and model.pool.tiers.keeps_pages
 
     async def _page(
-        self, model: PoolModel, path: Path | None, tell: OnProgress, prewarm: Prewarm | None
+        self, model: PoolModel, path: Path | None, tell: OnProgress, prewarm: Prewarm
     ) -> None:
         """Bring a model into the page cache, and have it held there. Raises ``NoSpace`` where it
         exceeds the budget."""
@@ -454,8 +452,7 @@ class NodePreparer:
             # First, so that nothing is read in vain; the holder then finds the reading done.
             await self._run(lambda _: holder.keep(model.slug, files))
             try:
-                if prewarm is not None:
-                    await self._run(lambda cancelled: prewarm(files, tell, cancelled))
+                await self._run(lambda cancelled: prewarm(files, tell, cancelled))
             except BaseException:
                 holder.drop(model.slug)
                 raise

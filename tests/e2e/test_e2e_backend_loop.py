@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from fake_models import NullPreparer
 from process_fixtures import SETTINGS, ask, children_of, is_alive, tiny_backend, tiny_pool
 
 from autoscaler.control.loop import ControlLoop
-from autoscaler.tiers.preparer import NodePreparer
 from autoscaler.tiers.wake_times import WakeTimes
 from autoscaler.types import Observation, PoolDemand, PoolReport, ReplicaLoad
 from router.types import Pool, Replica, ReplicaState
@@ -76,7 +76,7 @@ def test_from_zero_to_one_through_a_crash_to_sleep_to_zero_to_the_end(tmp_path: 
             observe=gateway.observe,
             publish=gateway.publish,
             digests={"tiny": "as it is"},
-            preparer=NodePreparer(),
+            preparer=NullPreparer(),
             wake_times=WakeTimes(samples=8),
         )
         running = asyncio.create_task(loop.run())
@@ -134,7 +134,7 @@ def test_an_engine_that_cannot_start_is_quoted_in_the_status(tmp_path: Path) -> 
             observe=gateway.observe,
             publish=gateway.publish,
             digests={"tiny": "as it is"},
-            preparer=NodePreparer(),
+            preparer=NullPreparer(),
             wake_times=WakeTimes(samples=8),
         )
         running = asyncio.create_task(loop.run())

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 from fake_fleet import FakeBackend, World, process_pool
+from fake_models import FakePreparer
 from virtual_time import now, run_virtual
 
 from autoscaler.backends.base import BackendError, Unsupported
 from autoscaler.policy.lifecycle import State
 from autoscaler.settings import AutoscalerSettings, PoolSettings
-from autoscaler.tiers.preparer import NodePreparer
 from autoscaler.types import ScaleReason
 from router.types import ReplicaState
 
@@ -243,11 +243,12 @@ def test_static_servers_models_are_not_prepared() -> None:
 
     async def story() -> None:
         backend = FakeBackend(owns_replicas=False, start_s=0.0)
-        preparer = NodePreparer()
+        preparer = FakePreparer()
         async with World([static_pool()], QUICK, backend, preparer=preparer) as world:
             await world.until(lambda: len(world.ready("s")) == 2)
             await asyncio.sleep(1_000.0)
             assert len(world.ready("s")) == 2
+        assert (preparer.prepared, preparer.moved, preparer.refreshes) == ([], [], 0)
 
     run_virtual(story())
 

@@ -152,6 +152,7 @@ class Node:
             "page_holder": self.page_holder,
             "standbys": self.standbys,
             "prewarm": self.prewarm,
+            "prewarm_behind": parts.get("prewarm", self.prewarm),
         }
         self.preparer = NodePreparer(**{**fakes, **parts})
 

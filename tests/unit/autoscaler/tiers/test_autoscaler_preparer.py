@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from fake_node import URL, Node, pool, run, until
 
-from autoscaler.backends.base import BackendError, ReplicaSpec, Unsupported
-from autoscaler.tiers.preparer import NodePreparer, list_files
+from autoscaler.backends.base import BackendError, Unsupported
+from autoscaler.tiers.preparer import list_files
 from modelcache.ports import IsCancelled, OnProgress
 from modelcache.types import FileRange, NoSpace, Priority, Tier
 
@@ -106,18 +106,6 @@ def test_a_failed_download_says_why_and_holds_nothing(tmp_path: Path) -> None:
         assert node.preparer.tier(remote) is Tier.REMOTE
 
     run(node, story)
-
-
-def test_without_a_cache_a_url_cannot_be_had(tmp_path: Path) -> None:
-    remote = pool()
-
-    async def story() -> None:
-        preparer = NodePreparer()
-        with pytest.raises(Unsupported, match="needs the model cache"):
-            await preparer.prepare(ReplicaSpec(id="m-1", pool=remote), lambda progress: None)
-        await preparer.close()
-
-    asyncio.run(story())
 
 
 def test_a_directory_is_used_where_it_lies(tmp_path: Path) -> None:
