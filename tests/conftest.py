@@ -151,7 +151,9 @@ class Summary:
         # Each worker collects, and deselects, the same.
         self.deselected |= Counter(getattr(node, "workeroutput", {}).get("deselected", {}))
 
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+    def pytest_terminal_summary(
+        self, terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+    ) -> None:
         """The table by folder, and what of the suite was not run and why."""
         ran, left = self.outcomes, self.deselected
         if not ran and not left:
@@ -166,6 +168,8 @@ class Summary:
         if total:
             options = " ".join(sys.argv[1:])
             write(f"{total} tests were not run because they were not chosen ({options}).")
+        elif exitstatus == pytest.ExitCode.INTERRUPTED or (exitstatus and config.option.maxfail):
+            write("It was stopped before every test had run.")
         else:
             write("Every test that was collected ran; nothing was skipped.")
 
