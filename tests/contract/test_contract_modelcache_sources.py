@@ -59,7 +59,9 @@ class Store:
             source.close()
 
 
-def read(source: Source, file: RemoteFile, start: int, end: int, fd: int, **asked: Any) -> None:
+def read_range(
+    source: Source, file: RemoteFile, start: int, end: int, fd: int, **asked: Any
+) -> None:
     source.fetch(RangeRead(file=file, start=start, end=end, fd=fd, **asked))
 
 
@@ -121,7 +123,7 @@ class SourceContract:
 
             def fetch(start: int) -> None:
                 end = min(start + 300_007, len(whole))
-                read(source, file, start, end, fd)
+                read_range(source, file, start, end, fd)
 
             with ThreadPoolExecutor(8) as threads:
                 list(threads.map(fetch, starts))
@@ -131,7 +133,7 @@ class SourceContract:
         with store.opened() as source:
             for file in source.list().files:
                 with filled(tmp_path / "out", file.size_bytes) as fd:
-                    read(source, file, 0, file.size_bytes, fd)
+                    read_range(source, file, 0, file.size_bytes, fd)
                 assert (tmp_path / "out").read_bytes() == FILES[file.path]
 
     @pytest.mark.parametrize(
@@ -144,7 +146,7 @@ class SourceContract:
         told: list[int] = []
         with store.opened() as source, filled(tmp_path / "out", 1_000_010) as fd:
             file = file_of(source, path)
-            read(source, file, start, end, fd, on_bytes=told.append)
+            read_range(source, file, start, end, fd, on_bytes=told.append)
         written = (tmp_path / "out").read_bytes()
         assert written[start:end] == FILES[path][start:end]
         assert set(written[:start] + written[end:]) == {UNTOUCHED}
@@ -157,7 +159,7 @@ class SourceContract:
         with store.opened() as source, filled(tmp_path / "out", 10) as fd:
             file = file_of(source, "model-00002-of-00002.safetensors")
             with pytest.raises(SourceError):
-                read(source, file, start, end, fd)
+                read_range(source, file, start, end, fd)
 
     def test_nothing_is_read_far_ahead_of_who_counts(self, store: Store, tmp_path: Path) -> None:
         size, counted, ahead = len(FILES[BIG]), 0, []
@@ -172,7 +174,7 @@ class SourceContract:
                 ahead.append(rest.count(UNTOUCHED) == len(rest))
                 counted += n
 
-            read(source, file, 0, size, fd, on_bytes=on_bytes)
+            read_range(source, file, 0, size, fd, on_bytes=on_bytes)
         assert counted == size
         assert all(ahead)
 
@@ -181,17 +183,17 @@ class SourceContract:
         with store.opened() as source, filled(tmp_path / "out", size) as fd:
             file = file_of(source, BIG)
             with pytest.raises(Cancelled):
-                read(source, file, 0, size, fd, cancelled=lambda: True)
+                read_range(source, file, 0, size, fd, cancelled=lambda: True)
 
             def count(n: int) -> None:
                 told[0] += n
 
             with pytest.raises(Cancelled):
-                read(
+                read_range(
                     source, file, 0, size, fd, on_bytes=count, cancelled=lambda: told[0] > 1_000_000
                 )
             assert told[0] < 4_000_000
-            read(source, file, 0, size, fd)  # and begins anew
+            read_range(source, file, 0, size, fd)  # and begins anew
         assert (tmp_path / "out").read_bytes() == FILES[BIG]
 
     def test_who_counts_may_refuse(self, store: Store, tmp_path: Path) -> None:
@@ -201,7 +203,7 @@ class SourceContract:
         with store.opened() as source, filled(tmp_path / "out", len(FILES[BIG])) as fd:
             file = file_of(source, BIG)
             with pytest.raises(RuntimeError, match="enough"):
-                read(source, file, 0, file.size_bytes, fd, on_bytes=refuse)
+                read_range(source, file, 0, file.size_bytes, fd, on_bytes=refuse)
 
     def test_a_file_that_changed_is_an_error_and_no_data(
         self, store: Store, tmp_path: Path
@@ -211,14 +213,14 @@ class SourceContract:
             file = file_of(source, "config.json")
             store.put("config.json", data + b"longer")
             with pytest.raises(SourceError):
-                read(source, file, 0, len(data), fd)
+                read_range(source, file, 0, len(data), fd)
 
     def test_what_is_not_there_is_not_found(self, store: Store, tmp_path: Path) -> None:
         with store.opened() as source, filled(tmp_path / "out", 100) as fd:
             file = file_of(source, "config.json")
             store.remove("config.json")
             with pytest.raises(NotFound):
-                read(source, file, 0, file.size_bytes, fd)
+                read_range(source, file, 0, file.size_bytes, fd)
         elsewhere = store.url.rstrip("/") + "-that-is-not-there"
         with store.opened(elsewhere) as source, pytest.raises(NotFound):
             source.list()
@@ -234,7 +236,7 @@ class SourceContract:
             store.remove(BIG)
             for one in (file, dataclasses.replace(file, path=BIG)):
                 with pytest.raises(SourceError) as raised:
-                    read(source, one, 0, 8, fd)
+                    read_range(source, one, 0, 8, fd)
                 said += [str(raised.value), repr(raised.value.__cause__), repr(source)]
         ours = [r.getMessage() for r in caplog.records if r.name.startswith("modelcache")]
         text = "\n".join([*said, *ours])
@@ -451,7 +453,7 @@ class TestHf(SourceContract):
             file = file_of(source, BIG)
             for start in range(0, size, 1_000_000):
                 end = min(start + 1_000_000, size)
-                read(source, file, start, end, fd)
+                read_range(source, file, start, end, fd)
         assert (tmp_path / "out").read_bytes() == FILES[BIG]
         assert hub.redirected == 1
         reads = hub.elsewhere.reads()
@@ -476,7 +478,7 @@ def test_sources_are_used_by_many_at_once(tmp_path: Path) -> None:
                 start = random.randrange(file.size_bytes)
                 end = min(file.size_bytes, start + random.randrange(1, 50_000))
                 with filled(tmp_path / f"{number}", end) as fd:
-                    read(source, file, start, end, fd)
+                    read_range(source, file, start, end, fd)
                     if os.pread(fd, end, start) != FILES[file.path][start:end]:
                         wrong.append((number, turn))
 
