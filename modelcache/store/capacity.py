@@ -32,7 +32,7 @@ from modelcache.store.records import (
     read_known,
     scan,
 )
-from modelcache.store.snapshots import hub_place, remove_snapshot, snapshot_path, sweep_hub
+from modelcache.store.snapshots import hub_place, remove_snapshot, sweep_hub
 from modelcache.store.unfinished_results import (
     UnfinishedResult,
     read_unfinished_results,
@@ -237,7 +237,7 @@ class Capacity:
     def _sweep_views(self, records: Sequence[Record]) -> None:
         layout = self.layout
         whole = [record.manifest for record in records if record.manifest is not None]
-        views = {snapshot_path(layout, manifest) for manifest in whole}
+        views = {layout.snapshot(manifest.url, manifest.revision) for manifest in whole}
         for view in _grandchildren(layout.root / "views"):
             held = leases.holders(layout.root / "leases" / view.parent.name / view.name)
             if view not in views and not held:

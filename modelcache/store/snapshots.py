@@ -17,11 +17,6 @@ SHA1_CHARACTERS = 40
 SHA256_CHARACTERS = 64
 
 
-def snapshot_path(layout: Layout, manifest: Manifest) -> Path:
-    """Where the view of a revision is."""
-    return layout.snapshot(manifest.url, manifest.revision)
-
-
 def snapshot_is_whole(layout: Layout, directory: Path, files: Sequence[FileEntry]) -> bool:
     """Whether every name in the view still stands for the blob that it should."""
     try:

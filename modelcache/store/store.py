@@ -50,7 +50,7 @@ from modelcache.store.records import (
     read_use,
     seal,
 )
-from modelcache.store.snapshots import build_snapshot, show_in_hub, snapshot_is_whole, snapshot_path
+from modelcache.store.snapshots import build_snapshot, show_in_hub, snapshot_is_whole
 from modelcache.types import PIECE_BYTES, Cancelled, Damaged, FileEntry, Manifest, RemoteFile
 
 LOG = logging.getLogger("tidegate.modelcache")
@@ -114,7 +114,7 @@ class Store:
 
     def open_snapshot(self, manifest: Manifest) -> Path:
         """The directory of a revision, made again where it was changed."""
-        directory = snapshot_path(self.layout, manifest)
+        directory = self.layout.snapshot(manifest.url, manifest.revision)
         if not snapshot_is_whole(self.layout, directory, manifest.files):
             with self.lock():
                 if not snapshot_is_whole(self.layout, directory, manifest.files):
@@ -133,7 +133,7 @@ class Store:
         directory = self.layout.revision(manifest.url, manifest.revision)
         sealed = seal(manifest)
         write_whole(directory / SPARE, sealed, tmp=self.layout.tmp)
-        view = snapshot_path(self.layout, manifest)
+        view = self.layout.snapshot(manifest.url, manifest.revision)
         if not snapshot_is_whole(self.layout, view, manifest.files):
             build_snapshot(self.layout, view, manifest.files)
         write_whole(directory / MANIFEST, sealed, tmp=self.layout.tmp)
