@@ -24,7 +24,7 @@ Spawn = Callable[[Awaitable[None], str], asyncio.Task[None]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unavailable:
-    """Why a pool cannot be in a tier: until a time on the loop's clock, or (``None``) for good."""
+    """Why a pool cannot be in a tier: until a time on the loop's clock, or always (``None``)."""
 
     reason: str
     until_s: float | None
@@ -90,7 +90,7 @@ class TierManager:
         return pick_tier(self._stays_s, available, {}).tier is Tier.SLEEPING
 
     def exclude(self, tier: Tier, reason: str, until_s: float | None) -> None:
-        """Leave out a tier, until a time or (``None``) for good."""
+        """Leave out a tier, until a time or (``None``) permanently."""
         self._unavailable[tier] = Unavailable(reason=reason, until_s=until_s)
 
     def choose(

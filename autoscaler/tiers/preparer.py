@@ -449,7 +449,7 @@ class NodePreparer:
             if model.paged:
                 return
             files = await self._run(lambda _: list_files(path))
-            # First, so that nothing is read in vain; the holder then finds the reading done.
+            # First, so that nothing is read twice; the holder then finds the reading done.
             await self._run(lambda _: holder.keep(model.slug, files))
             try:
                 await self._run(lambda cancelled: prewarm(files, tell, cancelled))

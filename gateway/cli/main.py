@@ -35,7 +35,7 @@ LEAVES = {
     "modelcache": "refs",
     "router": "pick",
 }
-"""Each package with a module that it has and a stranger of the same name would not."""
+"""Each package with a module that it has and another package of the same name would not."""
 
 
 def main(arguments: Sequence[str] | None = None, effects: Effects | None = None) -> int:

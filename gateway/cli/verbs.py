@@ -289,7 +289,7 @@ def scale(
     if as_json:
         out(as_text(answer))
     elif count is None:
-        out(f"{pool} is the autoscaler's again.\n")
+        out(f"{pool} is scaled by the autoscaler again.\n")
     else:
         out(f"{pool} is held at {count}; `tidegate scale {pool} auto` gives it back.\n")
     return 0

@@ -70,7 +70,7 @@ def diagnose(settings: Settings, machine: Machine) -> list[Check]:
 
 
 def _diagnose_agent(settings: Settings, machine: Machine, pid: int) -> list[Check]:
-    """Of a node where a cache agent runs and no gateway; its pools are of no account."""
+    """Of a node where a cache agent runs and no gateway; its pools are ignored."""
     holder = f"the cache agent that runs here (pid {pid})"
     text = f"a cache agent runs here (pid {pid}): engine, pools and API port are not looked at"
     gateway = settings.gateway

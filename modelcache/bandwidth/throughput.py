@@ -92,7 +92,7 @@ class PieceRead:
         return min(lately, always, self.most_bytes_s(now_s))
 
     def most_bytes_s(self, now_s: float) -> float:
-        """What it moves a second at the most: bytes are told of only ``ANNOUNCE_BYTES`` later."""
+        """What it moves a second at the most: bytes are reported only ``ANNOUNCE_BYTES`` later."""
         may_be = self.moved_bytes + min(ANNOUNCE_BYTES, self.size_bytes - self.moved_bytes)
         since = ((self.began_s, 0), self._older, self._last)
         rates = [(may_be - bytes_) / (now_s - at_s) for at_s, bytes_ in since if at_s < now_s]

@@ -64,7 +64,7 @@ class Seen:
     fetching: int = 0
     active: bool = False
     failed: int = 0
-    """Pieces that were asked for in vain."""
+    """Pieces that a peer did not have after all."""
     moved_at_s: float = 0.0
     """When ``has`` or ``fetching`` last changed."""
 

@@ -1,4 +1,4 @@
-"""The other nodes: which there are, what they have, and which are avoided for a while or for good.
+"""The other nodes: which there are, what they have, and which are avoided for a while or always.
 
 One that cannot be reached is asked again after a pause that grows; one that is slow is asked for
 no pieces for a while; one that gave bytes which were not what it said, or what the source says, is
@@ -40,7 +40,7 @@ LOOK_S = 10.0
 """Seconds between two looks."""
 
 SOON_S = 2.0
-"""Seconds between two looks at the least: each stranger that asks us something brings one."""
+"""Seconds between two looks at the least: each request from an unknown node causes one."""
 
 MOST_ADDRESSES = 1_024
 """Addresses of one name that are used."""
@@ -282,7 +282,7 @@ class PeerGroup:
     def heard(self, node: str) -> None:
         """A node has asked us something. If it is one that we wait to reach, now is the time: it,
         or one that is not reached and may have begun anew under this name. Once for each name, for
-        there may be strangers that are no peers of ours and ask again and again."""
+        nodes that are not peers may send requests again and again."""
         with self._changed:
             waited_for = [peer for peer in self._peers if peer.node == node and peer.failures]
             if not waited_for:

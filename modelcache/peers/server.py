@@ -28,7 +28,7 @@ log = logging.getLogger("tidegate.modelcache.peers")
 
 MOST_CONNECTIONS = 256
 MOST_SENDING = 32
-"""Pieces on their way at once; a further request is told to come again."""
+"""Pieces on their way at once; a further request is answered 503."""
 
 MOST_KEYS = 20_000
 MOST_WAIT_S = 10.0

@@ -53,7 +53,7 @@ DEFAULT_LIMITS = StepLimits()
 class Run:
     """What is run: its name for people, the command, its whole environment, where its output and
     its log go, the seconds it may take, and descriptors (a lock's) it keeps open to its end.
-    ``on_size`` is told now and then what the output takes; what it raises ends the step.
+    ``on_size`` gets the size of the output now and then; what it raises ends the step.
     ``free_bytes`` says what the output's disk has left, of which ``reserve_bytes`` stay free."""
 
     name: str

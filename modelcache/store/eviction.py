@@ -52,7 +52,7 @@ class Choice:
 
 
 def choose(candidates: Sequence[EvictionCandidate], bytes_needed: int, now_s: float) -> Choice:
-    """The least valuable candidates that together free ``bytes_needed``, none of them in vain."""
+    """The least valuable candidates that together free ``bytes_needed``, each of them needed."""
     kept = {
         candidate.key: candidate.kept_because for candidate in candidates if candidate.kept_because
     }

@@ -168,7 +168,7 @@ class Record:
 
     @property
     def name(self) -> str:
-        """What people are told it is."""
+        """How messages name it."""
         key = self.result_key
         return self.key if key is None else name_result(key, self.made)
 
@@ -189,7 +189,7 @@ class Record:
 
 
 def name_result(key: str, made: Made | None) -> str:
-    """What people are told a result of preparation steps is."""
+    """How messages name a result of preparation steps."""
     short = result_url(key[:SHORT_CHARACTERS])
     return short if made is None else f"{' + '.join(made.steps)} of {made.model} ({short})"
 

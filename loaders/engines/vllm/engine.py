@@ -86,7 +86,7 @@ FETCH_FLAGS = frozenset(
         *("--hf-token", "--hf-overrides", "-sc"),
     }
 )
-"""Arguments by which vLLM is told what to fetch, from where, or where to keep it."""
+"""Arguments that name what vLLM fetches, from where, or where it keeps it."""
 
 UNCACHED_FORMATS = frozenset({"dummy", "pt", "npcache"})
 """Load formats that make weights up, or want files which are not fetched beside safetensors."""

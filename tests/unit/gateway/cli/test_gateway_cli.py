@@ -239,7 +239,7 @@ def test_a_record_that_cannot_be_left_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("count", "expected", "says"),
-    [("2", 2, "held at 2"), ("0", 0, "held at 0"), ("auto", None, "the autoscaler's again")],
+    [("2", 2, "held at 2"), ("0", 0, "held at 0"), ("auto", None, "by the autoscaler again")],
 )
 def test_scale(
     served: Served,
