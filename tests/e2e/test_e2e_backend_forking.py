@@ -378,6 +378,27 @@ def test_a_standby_for_something_else_is_ended(tmp_path: Path) -> None:
     run(tmp_path, story)
 
 
+def test_a_standby_that_is_cancelled_while_a_replica_takes_it_is_ended_once(tmp_path: Path) -> None:
+    async def story(backend: ProcessBackend) -> None:
+        await until(lambda: backend.fork_server().state == "ready")  # type: ignore[union-attr]
+        for number in range(40):
+            standing = asyncio.create_task(backend.standby(replica(f"s-{number}")))
+            await asyncio.sleep(number / 1_000)
+            starting = asyncio.create_task(backend.start(replica(f"r-{number}")))
+            for _ in range(number % 4):
+                await asyncio.sleep(0.0)
+            standing.cancel()
+            await asyncio.wait({standing, starting})
+            assert standing.cancelled() or standing.exception() is None
+            assert starting.exception() is None
+            assert (await backend.probe(f"r-{number}")).alive
+            await backend.stop(f"r-{number}", grace_s=0.0)
+            await backend.end_standby("tiny")
+        assert backend.standbys() == ()
+
+    run(tmp_path, story)
+
+
 def test_stop_ends_the_family_of_a_forked_engine(tmp_path: Path) -> None:
     async def story(backend: ProcessBackend) -> None:
         await backend.start(replica("r-1", "--family", "--stubborn"))

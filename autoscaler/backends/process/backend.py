@@ -132,9 +132,10 @@ class ProcessBackend:
         self._registry.claim()
         standby = self._standbys.pop(spec.pool.name, None)
         if standby is not None:
-            if await self._wake_standby(standby, spec):
-                return
-            await self._end(standby, grace_s=0.0)
+            async with standby.lock:
+                if await self._wake_standby(standby, spec):
+                    return
+                await self._end(standby, grace_s=0.0)
         await self._start(spec, self._children, spec.id)
 
     async def _start(
@@ -167,17 +168,18 @@ class ProcessBackend:
         shelf[key] = child
         try:
             async with child.lock:
-                living = {one.log.path for one in self._all()}
-                await asyncio.to_thread(
-                    prune, directory, keep=self._settings.log_replicas, living=living
-                )
-                await self._launch(child, parked=parked)
-        except BaseException as error:
-            with contextlib.suppress(StillRunning):
-                await self._end(child, grace_s=0.0)
-            if isinstance(error, OSError | ValueError):
-                raise BackendError(f"{spec.id} was not started: {error}") from error
-            raise
+                try:
+                    living = {one.log.path for one in self._all()}
+                    await asyncio.to_thread(
+                        prune, directory, keep=self._settings.log_replicas, living=living
+                    )
+                    await self._launch(child, parked=parked)
+                except BaseException:
+                    with contextlib.suppress(StillRunning):
+                        await self._end(child, grace_s=0.0)
+                    raise
+        except (OSError, ValueError) as error:
+            raise BackendError(f"{spec.id} was not started: {error}") from error
         self._start_upkeep()
 
     def _start_upkeep(self) -> None:
@@ -236,25 +238,24 @@ class ProcessBackend:
         return free and tuple(command.argv) == tuple(child.command.argv) and env == kept
 
     async def _wake_standby(self, child: ReplicaProcess, spec: ReplicaSpec) -> bool:
-        """Make a pool's standby its replica; false if it cannot be."""
+        """Make a pool's standby its replica, under its lock; false if it cannot be."""
         process, family = child.process, child.family
-        async with child.lock:
-            if not isinstance(process, ForkedProcess) or family is None or child.ended:
-                return False
-            if process.poll() is not None or not self._fits(child, spec):
-                return False
-            log = self._make_log(child.log.path.with_name(f"{spec.id}.log"))
-            engine = describe_engine(spec, child.placement, log)
-            try:
-                await to_the_end(asyncio.to_thread(family.rename, spec.id, engine))
-                child.log.path.rename(log.path)
-                process.go()
-            except OSError as error:
-                LOG.info("%s: its standby is of no use: %s", spec.pool.name, error)
-                return False
-            child.spec, child.log = spec, log
-            self._children[spec.id] = child
-            return True
+        if not isinstance(process, ForkedProcess) or family is None or child.ended:
+            return False
+        if process.poll() is not None or not self._fits(child, spec):
+            return False
+        log = self._make_log(child.log.path.with_name(f"{spec.id}.log"))
+        engine = describe_engine(spec, child.placement, log)
+        try:
+            await to_the_end(asyncio.to_thread(family.rename, spec.id, engine))
+            child.log.path.rename(log.path)
+            process.go()
+        except OSError as error:
+            LOG.info("%s: its standby is of no use: %s", spec.pool.name, error)
+            return False
+        child.spec, child.log = spec, log
+        self._children[spec.id] = child
+        return True
 
     async def _launch(self, child: ReplicaProcess, *, parked: bool = False) -> None:
         """Start the gate, put it on record, open it."""
@@ -330,6 +331,7 @@ class ProcessBackend:
                 await self._end(child, grace_s=grace_s)
 
     async def _end(self, child: ReplicaProcess, *, grace_s: float) -> None:
+        """End what there is of a replica, under its lock: two that end it would close twice."""
         process = child.process
         if child.ended:
             return
