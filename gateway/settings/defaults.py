@@ -84,7 +84,8 @@ def _engine_flags(loaded: LoadedSettings, engine: str) -> list[Flag]:
 def built_in_pool(engine: str | None) -> dict[str, Any]:
     """The pool of a Tidegate without configured pools."""
     if engine is not None and not engine_of(engine).capabilities.loads_weights:
-        return {"name": engine, "engine": engine, "model": engine}
+        # More than one, so that scaling out can be tried where it costs nothing.
+        return {"name": engine, "engine": engine, "model": engine, "max_replicas": 4}
     return {
         "name": DEFAULT_POOL,
         "aliases": [DEFAULT_MODEL],

@@ -343,6 +343,7 @@ def test_up_simulated_needs_nothing(effects: Recorded) -> None:
     (loaded,) = effects.started
     (pool,) = loaded.settings.pools
     assert (pool.name, pool.engine, pool.min_replicas) == ("simulated", "simulated", 0)
+    assert pool.max_replicas > 1  # or scaling out cannot be tried
     assert (loaded.settings.gateway.port, loaded.origins["gateway.port"]) == (0, "--port")
 
 
