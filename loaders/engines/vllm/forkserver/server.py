@@ -54,6 +54,8 @@ USUAL = (
     "compressed_tensors",
     "fastapi.routing",
     "httptools",
+    "loaders.engines.vllm.load_format",
+    "loaders.weights.load",
     "model_hosting_container_standards.sagemaker",
     "multiprocessing.popen_fork",
     "pydantic.v1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -14,12 +15,13 @@ import pytest
 from loaders.engines.vllm.forkserver import wire
 from loaders.engines.vllm.forkserver.patches import may_have_processor
 from loaders.engines.vllm.forkserver.server import (
+    USUAL,
     differences,
     watched_environment,
     with_added,
 )
 from loaders.engines.vllm.forkserver.wire import Marks, read_marks
-from loaders.engines.vllm.load_format import read_files
+from loaders.engines.vllm.load_format import ENTRY_POINT, read_files
 
 RESTAMP = """
 import os, sys
@@ -35,6 +37,13 @@ try:
 except RuntimeError as error:
     print(error)
 """
+
+
+def test_the_load_format_is_imported_before_the_fork() -> None:
+    """A name that no longer exists would be passed over, and every engine import it for itself."""
+    ours = [name for name in USUAL if name.startswith("loaders.")]
+    assert ENTRY_POINT.partition(":")[0] in ours
+    assert all(importlib.util.find_spec(name) for name in ours)
 
 
 def test_messages_carry_file_descriptors() -> None:
