@@ -162,9 +162,10 @@ def test_a_worker_may_open_as_many_files_as_the_machine_allows() -> None:
 
 
 def test_a_signal_to_the_group_does_not_stop_a_worker() -> None:
+    r"""A terminal sends Ctrl-C and Ctrl-\ to all that runs in it."""
     with gateway() as served:
-        os.kill(served.pids()[0], signal.SIGTERM)
-        os.kill(served.pids()[0], signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            os.kill(served.pids()[0], number)
         time.sleep(0.1)
         assert served.ask(get(b"/health")).status == 200
         assert served.workers.status()[0]["restarts"] == 0
