@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from process_fixtures import ask, is_alive, record_of, tiny_backend, wait_for_pr
 from autoscaler.backends.base import BackendError, ReplicaSpec, Unsupported
 from autoscaler.backends.process import fork_server
 from autoscaler.backends.process.backend import ProcessBackend
+from autoscaler.backends.process.family import Family, StartedEngine
 from autoscaler.backends.process.fork_server import ForkPlan
 from autoscaler.backends.process.procs import carries, list_stats
 from autoscaler.settings import PoolSettings
@@ -451,5 +453,34 @@ def test_a_forked_engine_outlives_tidegate_and_its_fork_server(tmp_path: Path) -
         assert not any(map(is_alive, {pid, *family}))
         # Here only it is the child of the one that adopted its engine.
         await asyncio.to_thread(os.waitpid, guard, 0)
+
+    run(tmp_path, story)
+
+
+def test_a_start_that_is_cancelled_while_it_takes_the_standby_leaves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Family.rename
+
+    def slowly(family: Family, replica_id: str, engine: StartedEngine) -> None:
+        time.sleep(0.3)
+        rename(family, replica_id, engine)
+
+    async def story(backend: ProcessBackend) -> None:
+        await backend.standby(replica("s-1"))
+        (standby,) = backend.standbys()
+        monkeypatch.setattr(Family, "rename", slowly)
+        starting = asyncio.create_task(backend.start(replica("r-1")))
+        await asyncio.sleep(0.1)
+        starting.cancel()
+        await asyncio.wait({starting})
+        assert starting.cancelled()
+        assert [one.pid for one in backend.standbys()] == [standby.pid]
+        taking = asyncio.create_task(backend.start(replica("r-2")))
+        await asyncio.sleep(0.1)
+        await backend.end_standby("tiny")  # too late: it is a replica by then
+        await taking
+        assert await pid_of(backend, "r-2") == standby.pid
+        assert backend.standbys() == ()
 
     run(tmp_path, story)

@@ -130,12 +130,13 @@ class ProcessBackend:
         if spec.id in self._children:
             raise BackendError(f"{spec.id} has been started already")
         self._registry.claim()
-        standby = self._standbys.pop(spec.pool.name, None)
+        standby = self._standbys.get(spec.pool.name)
         if standby is not None:
             async with standby.lock:
-                if await self._wake_standby(standby, spec):
-                    return
-                await self._end(standby, grace_s=0.0)
+                if self._is_standby(standby):  # else another start has taken it
+                    if await self._wake_standby(standby, spec):
+                        return
+                    await self._end(standby, grace_s=0.0)
         await self._start(spec, self._children, spec.id)
 
     async def _start(
@@ -214,7 +215,11 @@ class ProcessBackend:
         child = self._standbys.get(pool)
         if child is not None:
             async with child.lock:
-                await self._end(child, grace_s=0.0)
+                if self._is_standby(child):  # else a start has taken it
+                    await self._end(child, grace_s=0.0)
+
+    def _is_standby(self, child: ReplicaProcess) -> bool:
+        return any(one is child for one in self._standbys.values())
 
     def standbys(self) -> tuple[Standby, ...]:
         """The standbys that live, with what they cost."""
@@ -253,6 +258,7 @@ class ProcessBackend:
         except OSError as error:
             LOG.info("%s: its standby is of no use: %s", spec.pool.name, error)
             return False
+        del self._standbys[spec.pool.name]  # not before: a cancelled start leaves it a standby
         child.spec, child.log = spec, log
         self._children[spec.id] = child
         return True
