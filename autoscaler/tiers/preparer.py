@@ -39,6 +39,8 @@ LOG = logging.getLogger("tidegate.autoscaler")
 THREADS = 32
 """Calls that may block at once: downloads, prewarms, look-ups."""
 REPORT_S = 0.1
+KEEP_S = 5.0
+"""Longest time that is waited for a page holder that is asked for pages nobody wants any more."""
 SMALL_BYTES = 64 * 1024 * 1024
 """Files of up to this size beside the weights (tokenizer, configuration) are kept warm too."""
 
@@ -450,10 +452,13 @@ class NodePreparer:
                 return
             files = await self._run(lambda _: list_files(path))
             # First, so that nothing is read twice; the holder then finds the reading done.
-            await self._run(lambda _: holder.keep(model.slug, files))
+            keeping = asyncio.ensure_future(self._run(lambda _: holder.keep(model.slug, files)))
             try:
+                await asyncio.shield(keeping)
                 await self._run(lambda cancelled: prewarm(files, tell, cancelled))
             except BaseException:
+                # Its thread goes on when this is cancelled, and would keep them after the drop.
+                await asyncio.wait({keeping}, timeout=KEEP_S)
                 holder.drop(model.slug)
                 raise
             model.paged = True

@@ -238,6 +238,37 @@ def test_pages_that_one_replica_lets_go_of_are_not_taken_for_kept(tmp_path: Path
     run(node, story)
 
 
+def test_pages_are_not_kept_for_a_move_that_was_cancelled_as_it_asked_for_them(
+    tmp_path: Path,
+) -> None:
+    """What asks for them looks at the disk first, in a thread that cannot be cancelled."""
+    remote = pool()
+    asking, go = threading.Event(), threading.Event()
+    node = Node(tmp_path)
+    node.cache.here = True
+    keep = node.page_holder.keep
+
+    def slowly(key: str, files: Sequence[FileRange]) -> None:
+        asking.set()
+        go.wait(60)
+        keep(key, files)
+
+    node.page_holder.keep = slowly  # type: ignore[method-assign]
+
+    async def story() -> None:
+        move = asyncio.create_task(node.preparer.move_to(remote, Tier.PAGED))
+        assert await asyncio.to_thread(asking.wait, 60)
+        move.cancel()
+        await node.preparer.forget(remote)
+        go.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await move
+        await asyncio.sleep(0.05)
+        assert node.page_holder.kept == {}
+
+    run(node, story)
+
+
 def test_a_model_of_two_pools_stays_for_the_other(tmp_path: Path) -> None:
     one, other = pool(), pool(name="n")
     node = Node(tmp_path)
