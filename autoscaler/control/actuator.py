@@ -180,6 +180,9 @@ class Actuator:
 
         record.progress = None
         try:
+            if record.woken_from is Tier.REMOTE:  # or its model has not been looked for yet
+                await self._preparer.refresh(record.spec.pool)
+                record.woken_from = pool.start_tier()
             prepared = await self._preparer.prepare(record.spec, report)
         except Exception as error:  # noqa: BLE001 -- whatever it is, there is nothing to start
             record.preparation = record.progress = None

@@ -4,6 +4,7 @@ down while there is demand."""
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -100,6 +101,30 @@ def test_each_wake_is_measured_for_the_tier_it_began_from(idle_s: float, tier: s
             assert measured.pop(tier) == pytest.approx(expected_s, abs=0.7)
             # The pool's first start was from the fork server, which begins with the pool.
             assert set(measured) <= {"on_disk", "forked"}
+
+    run_virtual(story())
+
+
+@dataclass
+class NotLookedFor(FakePreparer):
+    """Its model is on the disk, which it knows only when it has looked."""
+
+    def tier(self, pool: PoolSettings) -> Tier:
+        return self.here if self.refreshes else Tier.REMOTE
+
+    def tiers(self, pool: PoolSettings) -> frozenset[Tier]:
+        return self.possible if self.refreshes else frozenset({Tier.REMOTE})
+
+
+def test_a_start_before_its_model_was_looked_for_is_not_measured_as_one_with_a_download() -> None:
+    """A pool that is never at zero, and any other for a moment after a reload."""
+
+    async def story() -> None:
+        pool = warm().model_copy(update={"min_replicas": 1})
+        async with World([pool], QUICK, preparer=NotLookedFor()) as world:
+            await world.until(lambda: len(world.ready()) == 1)
+            assert [one.woken_from for one in look(world).replicas] == [Tier.ON_DISK]
+            assert [one.tier for one in look(world).tiers if one.wakes] == [Tier.ON_DISK]
 
     run_virtual(story())
 
