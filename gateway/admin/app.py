@@ -311,11 +311,11 @@ class _PoolRoutes:
         return schema.ExplainAnswer(pool=pool, decisions=tuple(newest))
 
     async def scale(self, pool: str, body: schema.ScaleRequest) -> schema.ScaleAnswer:
-        with _known("pool", pool):
+        with _known("pool", pool, "replicas"):
             return await self.control.scale(pool, body.replicas)
 
     async def sleep(self, pool: str, body: schema.SleepRequest) -> schema.SleepAnswer:
-        with _known("pool", pool):
+        with _known("pool", pool, "level"):
             return await self.control.sleep(pool, body.level)
 
     async def wake(self, pool: str, body: schema.NoFields) -> schema.WakeAnswer:
@@ -343,15 +343,17 @@ def readiness(ready: bool, reason: str) -> schema.Readiness:
 
 
 @contextlib.contextmanager
-def _known(kind: str, name: str) -> Iterator[None]:
-    """What ``LiveControl`` raises as the error that is answered."""
+def _known(kind: str, name: str, field: str = "") -> Iterator[None]:
+    """What ``LiveControl`` raises as the error that is answered; one about ``field`` of the body
+    begins with its name."""
     try:
         yield
     except KeyError:
         text = f"There is no {kind} {name!r}."
         raise AdminError(f"{kind}_not_found", text, param=kind) from None
     except ValueError as problem:
-        raise AdminError("bad_value", str(problem)) from None
+        is_field = str(problem).partition(" ")[0] == field
+        raise AdminError("bad_value", str(problem), param=field if is_field else kind) from None
     except TimeoutError:
         text = "It was begun and is not done yet; see /status."
         raise AdminError("timeout", text) from None

@@ -171,9 +171,9 @@ def _add_fleet(page: _Page, report: FleetReport) -> None:
                 page.add(metrics.STARTING_REPLICAS, steps.count(step), pool=name, step=step)
         coming = [one.progress for one in pool.replicas if one.progress is not None]
         if coming:
-            total = sum(one.bytes_total or 0 for one in coming)
+            totals = [one.bytes_total for one in coming if one.bytes_total is not None]
             page.add(metrics.PREPARED_BYTES, sum(one.bytes_done for one in coming), pool=name)
-            page.add(metrics.PREPARE_BYTES, total, pool=name)
+            page.add(metrics.PREPARE_BYTES, sum(totals) if totals else None, pool=name)
     for (name, reason), count in sorted(report.decisions.items()):
         page.add(metrics.DECISIONS, count, pool=name, reason=reason.value)
     for where, count in sorted(report.errors.items()):

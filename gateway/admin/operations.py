@@ -172,7 +172,7 @@ DRAIN = Operation(
     summary="Give a replica no more requests, and stop it when it has finished.",
     request=NoFields,
     answer=DrainAnswer,
-    errors=("replica_not_found", "timeout"),
+    errors=("replica_not_found", "bad_value", "timeout"),
 )
 RELOAD = Operation(
     name="reload",

@@ -20,7 +20,7 @@ import os
 import shlex
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from autoscaler.backends.base import BackendError
@@ -217,7 +217,9 @@ class _Tidegate:
         """Read the settings again, and apply what is different in them. Raises ``ConfigError``,
         with nothing changed, where they cannot be used."""
         async with self._reloading:
-            changes, digests = await asyncio.to_thread(self._find_changes)
+            changes, digests = await asyncio.to_thread(
+                self._find_changes, frozenset(self.loop.pools()), self.loop.digests()
+            )
             settings = changes.settings
             plan = await asyncio.to_thread(self._fork_plan, settings)
             self.loop.set_pools(settings.pools, digests, settings.autoscaler)
@@ -236,8 +238,11 @@ class _Tidegate:
         log.info("the settings were read again: %s", "; ".join(said))
         return changes
 
-    def _find_changes(self) -> tuple[SettingsChanges, dict[str, str]]:
-        """What is different, and the digests of what pools' replicas are started with now."""
+    def _find_changes(
+        self, pools: frozenset[str], old_digests: Mapping[str, str]
+    ) -> tuple[SettingsChanges, dict[str, str]]:
+        """What is different, and the digests of what pools' replicas are started with now. In a
+        thread, so it is given which ``pools`` there are, with those removed that still serve."""
         loaded = self._read_again()
         for warning in loaded.warnings:
             log.warning("%s", warning.as_warning())
@@ -250,12 +255,12 @@ class _Tidegate:
                 f"{self.shared.max_replicas}; a restart makes room"
             )
             problems.append(Problem("pools", text, "reload"))
-        if len({*self.loop.pools(), *(pool.name for pool in loaded.settings.pools)}) > _MAX_POOLS:
+        if len(pools.union(pool.name for pool in loaded.settings.pools)) > _MAX_POOLS:
             text = f"are more than {_MAX_POOLS} with those removed before that still serve"
             problems.append(Problem("pools", text, "reload"))
         if problems:
             raise ConfigError(problems)
-        changes = find_changes(self.settings, loaded.settings, self.loop.digests(), digests)
+        changes = find_changes(self.settings, loaded.settings, old_digests, digests)
         return changes, digests
 
     async def reload_on_signal(self) -> None:

@@ -259,12 +259,13 @@ async def to_the_end(work: Coroutine[Any, Any, None]) -> None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standby:
     """An engine that is forked and waits for its weights. ``parked`` is false until it has come
-    so far; ``pss_bytes`` is the memory of its processes, of what they share only their part."""
+    so far; ``pss_bytes`` is the memory of its processes, of what they share only their part;
+    ``None`` where it cannot be told."""
 
     pool: str
     pid: int
     parked: bool
-    pss_bytes: int
+    pss_bytes: int | None
 
 
 def describe_standby(child: ReplicaProcess) -> Standby | None:
@@ -272,11 +273,12 @@ def describe_standby(child: ReplicaProcess) -> Standby | None:
     if child.process is None or child.family is None or child.process.poll() is not None:
         return None
     child.listen()
+    sizes = [size for pid in child.family.pids() if (size := read_pss_bytes(pid)) is not None]
     return Standby(
         pool=child.spec.pool.name,
         pid=child.pid or child.process.pid,
         parked=child.is_parked,
-        pss_bytes=sum(read_pss_bytes(pid) or 0 for pid in child.family.pids()),
+        pss_bytes=sum(sizes) if sizes else None,
     )
 
 

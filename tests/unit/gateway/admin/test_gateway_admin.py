@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from gateway.admin import schema
 from gateway.admin.app import create_app, serve_admin
-from gateway.admin.operations import METRICS_TYPE
+from gateway.admin.operations import METRICS_TYPE, OPERATIONS
 from gateway.compose.listeners import listen, url
 
 JSON = {"content-type": "application/json"}
@@ -59,7 +59,7 @@ class RecordingControl:
     async def scale(self, pool: str, replicas: int | None) -> schema.ScaleAnswer:
         self._check(pool)
         if replicas is not None and replicas > 4:
-            raise ValueError("max_replicas is 4")
+            raise ValueError("replicas must be 0 to 4")
         self.calls.append(("scale", pool, replicas))
         return schema.ScaleAnswer(pool=pool, override=replicas)
 
@@ -243,7 +243,25 @@ def test_the_message_of_a_bad_value_is_shown(app: Starlette) -> None:
     body = check_error(
         call(app, "POST", "/pools/chat/scale", json={"replicas": 9}), 400, "bad_value"
     )
-    assert body["message"] == "max_replicas is 4"
+    assert (body["message"], body["param"]) == ("replicas must be 0 to 4", "replicas")
+
+
+@pytest.mark.parametrize(
+    ("path", "param"),
+    [
+        ("/pools/chat/sleep", "pool"),
+        ("/pools/chat/wake", "pool"),
+        ("/replicas/chat/drain", "replica"),
+    ],
+)
+def test_what_cannot_be_done_now_names_what_it_is_about(
+    app: Starlette, control: RecordingControl, path: str, param: str
+) -> None:
+    control.failure = ValueError("chat has failed; there is nothing to drain")
+    body = check_error(call(app, "POST", path, headers=JSON), 400, "bad_value")
+    assert body["param"] == param
+    operation = next(one for one in OPERATIONS if one.name == path.rpartition("/")[2])
+    assert "bad_value" in operation.errors
 
 
 def test_a_body_that_never_ends_is_given_up(control: RecordingControl) -> None:

@@ -1,11 +1,42 @@
-"""What the cache takes is told from time to time, whatever its disk does."""
+"""The metrics page: what is unknown is left out, and what the cache takes is told now and then."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 
-from gateway.admin.metrics_page import FRESH_S, STALE_S, UsagePoller, render_cache
+from autoscaler.types import FleetReport, PoolReport, ReplicaReport
+from gateway.admin.metrics_page import FRESH_S, STALE_S, UsagePoller, render, render_cache
+from gateway.datapath.shared import Shared
+from modelcache.types import Progress
+from router.types import ReplicaState
+
+
+def test_bytes_to_fetch_that_are_not_known_are_left_out() -> None:
+    def page(*totals: int | None) -> str:
+        replicas = tuple(
+            ReplicaReport(
+                id=f"p-{number}",
+                pool="p",
+                state=ReplicaState.STARTING,
+                since_s=0.0,
+                progress=Progress(phase="fetching", bytes_done=3, bytes_total=total),
+            )
+            for number, total in enumerate(totals)
+        )
+        pool = PoolReport(
+            name="p", desired=1, override=None, ready=0, starting=1, unhealthy=0, draining=0,
+            sleeping=0, wake_eta_s=None, last_decision=None, replicas=replicas,
+        )  # fmt: skip
+        shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
+        report = FleetReport(at_s=0.0, pools=(pool,), decisions={}, errors={})
+        text = render(shared=shared, pools={}, report=report, version="1", traffic={})
+        shared.close()
+        return text.decode()
+
+    assert 'tidegate_prepare_bytes{pool="p"} 7.0' in page(7, None)
+    assert 'tidegate_prepared_bytes{pool="p"} 3.0' in page(None)
+    assert "tidegate_prepare_bytes" not in page(None)
 
 
 class Disk:
