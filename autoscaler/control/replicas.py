@@ -169,7 +169,9 @@ class PoolRecord:
         self.pool, self.backend, self.digest = pool, backend, digest
         self._use(settings)
         self.window.resize(self.policy)
-        if self.override is not None:
+        if not backend.owns_replicas:
+            self.override, self.sleep_requested = None, False
+        elif self.override is not None:
             self.override = min(self.override, pool.max_replicas)
         for record in self.replicas.values():
             if record.spec.digest == digest:

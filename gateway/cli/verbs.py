@@ -274,8 +274,9 @@ def scale(
 ) -> int:
     """Hold a pool at N replicas, or give it back to the autoscaler with `auto`.
 
-    The pool's own min_replicas and max_replicas still hold, and nothing is taken from a request:
-    replicas that go finish what they have.
+    N is from 0 to the pool's max_replicas, and may be less than its min_replicas. Nothing is taken
+    from a request: replicas that go finish what they have, and at 0 the next request still wakes
+    the pool.
 
     **Examples:** `tidegate scale smollm2 2`, `tidegate scale smollm2 0`,
     `tidegate scale smollm2 auto`

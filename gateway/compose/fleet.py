@@ -15,7 +15,7 @@ import msgspec
 from autoscaler.types import Observation, PoolDemand, ReplicaLoad
 from gateway.datapath import metrics
 from gateway.datapath.shared import Shared
-from router.types import Fleet, Pool, Replica, ReplicaState
+from router.types import Fleet, Pool, Replica
 
 
 class FleetBook:
@@ -57,8 +57,6 @@ class FleetBook:
 
     def _slot(self, replica: Replica) -> int | None:
         slot = self._slots.get(replica.id)
-        if slot is None and replica.state in (ReplicaState.STOPPED, ReplicaState.FAILED):
-            return None
         if slot is None:
             used = set(self._slots.values()) | self._retiring
             free = (index for index in range(self._shared.max_replicas) if index not in used)

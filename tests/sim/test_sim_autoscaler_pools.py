@@ -303,7 +303,9 @@ def test_a_pool_may_change_its_backend() -> None:
         world = World([process_pool(min_replicas=1)], QUICK, more_backends={"static": outside})
         async with world:
             await world.until(lambda: len(world.ready()) == 1)
+            world.loop.set_replicas("m", 2)
             world.set_pools(static_pool("1", name="m"))
+            assert world.loop.status().pools[0].override is None
             await world.until(lambda: [view.id for view in world.ready()] == ["m-2"], 20.0)
             await world.until(lambda: world.backend.living() == [], 20.0)
             world.set_pools(process_pool(min_replicas=1))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +21,11 @@ from process_fixtures import (
 )
 
 from autoscaler.backends.base import ReplicaSpec
-from autoscaler.backends.process import guard, procs
+from autoscaler.backends.process import guard, procs, replica
 from autoscaler.backends.process.family import Family, ProcessRecord, ProcessRegistry, StartedEngine
+from autoscaler.backends.process.logs import ReplicaLog
 from autoscaler.backends.process.procs import ProcessId
-from loaders.engines.base import Placement
+from loaders.engines.base import EngineCommand, Placement
 
 STARTED = StartedEngine(
     pool="tiny",
@@ -46,6 +48,28 @@ def start_stranger(**env: str) -> subprocess.Popen[bytes]:
 
 MARKS = sorted(secrets.token_hex(16) for _ in range(6))
 """By which processes are found on the whole machine, where other tests may run."""
+
+
+@pytest.mark.parametrize(("sizes", "told"), [({}, None), ({1: 5}, 5), ({1: 5, 2: 7}, 12)])
+def test_memory_of_a_standby_that_cannot_be_read_is_not_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[int, int], told: int | None
+) -> None:
+    monkeypatch.setattr(replica, "read_pss_bytes", sizes.get)
+    parts: Any = {
+        "process": SimpleNamespace(pid=1, poll=lambda: None),
+        "family": SimpleNamespace(pids=lambda: [1, 2]),
+    }
+    child = replica.ReplicaProcess(
+        spec=ReplicaSpec(id="s-1", pool=tiny_pool()),
+        placement=Placement(host="127.0.0.1", port=1),
+        mark=MARKS[5],
+        log=ReplicaLog(tmp_path / "s-1.log", max_bytes=1, files=1),
+        command=EngineCommand(argv=(), env={}),
+        **parts,
+    )
+    standby = replica.describe_standby(child)
+    assert standby is not None
+    assert standby.pss_bytes == told
 
 
 def test_a_record_does_not_make_a_process_ours(tmp_path: Path) -> None:
