@@ -33,6 +33,7 @@ from autoscaler.types import (
     Observation,
     PastDecision,
     PoolReport,
+    ReplicaLoad,
     ScaleReason,
 )
 from loaders.engines.base import engine_of
@@ -66,13 +67,16 @@ class ControlLoop:
         preparer: Preparer,
         wake_times: WakeTimes,
         engine_client: EngineClient | None = None,
+        earlier_drain_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """``backends`` by the name pools call them. ``digests`` are those of what each pool's
         replicas are started with: replicas with another are replaced. ``observe`` reads the data
         path now, on the same clock; ``publish`` is called with the pools and their replicas
-        whenever they change. ``preparer`` brings models near, and is closed with the loop."""
+        whenever they change. ``preparer`` brings models near, and is closed with the loop.
+        ``earlier_drain_s`` is how long the workers of an earlier control process finish requests
+        with replicas that are taken over."""
         self._settings = settings
         self._observe = observe
         self._publish = publish
@@ -82,6 +86,7 @@ class ControlLoop:
         self._backends = dict(backends)
         self._preparer = preparer
         self._wake_times = wake_times
+        self._earlier_drain_s = earlier_drain_s
         self._errors = ErrorCounts()
         self._actuator = Actuator(
             settings=settings,
@@ -154,6 +159,7 @@ class ControlLoop:
             if not self._pools[name].removed:
                 LOG.info("%s: removed; it serves the requests it has, and ends", name)
             self._pools[name].remove()
+            self._pools[name].tiers.cancel_move()
         self._pools = {name: self._pools[name] for name in [*names, *gone]}
         if self._opened:
             self._register_static()
@@ -194,7 +200,13 @@ class ControlLoop:
             asleep = await asyncio.gather(*map(self._actuator.is_asleep, found))
             for replica, sleeps in zip(found, asleep, strict=True):
                 pool = self._pools[replica.spec.pool.name]
-                record = pool.adopt_replica(replica, backend, self._clock(), asleep=sleeps)
+                record = pool.adopt_replica(
+                    replica,
+                    backend,
+                    self._clock(),
+                    asleep=sleeps,
+                    earlier_drain_s=self._earlier_drain_s,
+                )
                 self._actuator.adopt(pool, record)
         self._opened = True
         self._register_static()
@@ -292,10 +304,11 @@ class ControlLoop:
         demand = self._observation.pools.get(pool.pool.name)
         if demand is not None:
             pool.window.add(demand)
-        self._actuator.apply_time_limits(pool, self._observation.replicas, now_s)
+        loads = pool.known_loads(self._observation.replicas, now_s)
+        self._actuator.apply_time_limits(pool, loads, now_s)
         decision = self._decide(pool, now_s)
         self._note_decision(pool, decision)
-        self._carry_out(pool, decision, now_s)
+        self._carry_out(pool, decision, loads, now_s)
         self._actuator.start_due(pool, now_s)
         if pool.backend.owns_replicas and not pool.removed and not self._closing:
             self._advance_tiers(pool, decision, now_s)
@@ -336,12 +349,18 @@ class ControlLoop:
             )
         pool.history.add(decision)
 
-    def _carry_out(self, pool: PoolRecord, decision: Decision, now_s: float) -> None:
+    def _carry_out(
+        self,
+        pool: PoolRecord,
+        decision: Decision,
+        loads: Mapping[str, ReplicaLoad],
+        now_s: float,
+    ) -> None:
         closing = self._closing
         to_zero = pool.override == 0 and decision.reason is not ScaleReason.SLEEP_REQUESTED
         plan = make_plan(
             decision.desired,
-            pool.make_statuses(self._observation.replicas),
+            pool.make_statuses(loads),
             max_replicas=pool.pool.max_replicas if pool.backend.owns_replicas else None,
             may_stop_loading=closing or pool.removed or decision.reason is ScaleReason.OVERRIDE,
             may_stop_sleeping=closing or pool.removed or to_zero,

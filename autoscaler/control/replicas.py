@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,8 @@ class ReplicaRecord:
     for sure, ``launched`` that the backend has taken it. ``operation`` is its newest call to the
     backend; calls follow one another. ``prepared`` is its spec with the model on this node,
     ``woken_from`` the tier its start or wake began from. ``no_capacity``: its start was put off
-    because no GPU is free.
+    because no GPU is free. ``load_known_at_s`` is when its load begins to be known: before that,
+    workers of an earlier control process may have requests with it that no other process sees.
     """
 
     id: str
@@ -65,6 +67,7 @@ class ReplicaRecord:
     prepared: ReplicaSpec | None = None
     progress: Progress | None = None
     woken_from: Tier | None = None
+    load_known_at_s: float = -math.inf
 
     @property
     def pool(self) -> str:
@@ -225,9 +228,16 @@ class PoolRecord:
         )
 
     def adopt_replica(
-        self, found: AdoptedReplica, backend: Backend, now_s: float, *, asleep: bool
+        self,
+        found: AdoptedReplica,
+        backend: Backend,
+        now_s: float,
+        *,
+        asleep: bool,
+        earlier_drain_s: float,
     ) -> ReplicaRecord:
-        """A replica that an earlier control process started, as it is, under the id it has."""
+        """A replica that an earlier control process started, as it is, under the id it has. That
+        one's workers finish their requests with it within ``earlier_drain_s``."""
         is_current = found.spec.digest == self.digest  # a reload may have come meanwhile
         # Its pool's slug may have been another then, and be another pool's now.
         slug, _, number = found.spec.id.rpartition("-")
@@ -244,6 +254,7 @@ class PoolRecord:
             probe=found.probe,
             launched=True,
             prepared=found.spec,
+            load_known_at_s=now_s + earlier_drain_s,
         )
         self.replicas[record.id] = record
         # Until the scale-down delay has passed, what the earlier one found necessary counts.
@@ -251,6 +262,16 @@ class PoolRecord:
         self.ready_at_s = now_s if count else None
         self.decide_state = remember_recommendation(self.policy, self.decide_state, count, now_s)
         return record
+
+    def known_loads(
+        self, loads: Mapping[str, ReplicaLoad], now_s: float
+    ) -> Mapping[str, ReplicaLoad]:
+        """The loads of its replicas, as far as they are known."""
+        return {
+            record.id: loads[record.id]
+            for record in self.replicas.values()
+            if record.id in loads and now_s >= record.load_known_at_s
+        }
 
     def count(self, *states: State) -> int:
         """How many replicas are in one of these states."""

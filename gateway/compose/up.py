@@ -132,6 +132,7 @@ class _Tidegate:
             publish=self._publish,
             preparer=self._preparer(),
             wake_times=load_wake_times(settings),
+            earlier_drain_s=settings.gateway.drain_s,
         )
         self.workers = Workers(
             worker_config(settings),

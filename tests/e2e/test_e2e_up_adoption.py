@@ -95,6 +95,32 @@ def test_engines_are_taken_over_under_load_and_no_stream_is_lost(tmp_path: Path)
         wait_gone(first)
 
 
+def test_a_stream_of_the_killed_one_is_not_cut_because_the_next_sees_no_request(
+    tmp_path: Path,
+) -> None:
+    """The workers of the first finish it, and only they know of it."""
+    pools = [simulated("one", *SLOW, idle_to_zero_s=0.2)]
+    settings = {"autoscaler": {"terminate_s": 0.2}}
+
+    async def story(http: httpx.AsyncClient) -> None:
+        body = chat("one", stream=True, max_tokens=200, ignore_eos=True)
+        lines: list[str] = []
+        async with http.stream("POST", CHAT, json=body) as answer:
+            await asyncio.to_thread(kill, first)
+            entered = up(tmp_path, pools=pools, **settings)
+            second = await asyncio.to_thread(entered.__enter__)
+            async for line in answer.aiter_lines():
+                lines.append(line)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert second.starts("one") == 0
+        await asyncio.to_thread(entered.__exit__, None, None, None)
+
+    with up(tmp_path, pools=pools, **settings) as first:
+        scale_up(first, "one", 1)
+        run(first, story)
+        wait_gone(first)
+
+
 def test_new_settings_decide_which_engines_are_taken_over(tmp_path: Path) -> None:
     """By pool: the same, started otherwise, fewer replicas, gone; and ids go on where they were."""
     names = ("same", "other", "fewer", "gone")

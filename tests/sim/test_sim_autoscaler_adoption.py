@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from fake_fleet import FakeBackend, World, process_pool
 from fake_models import FakePreparer, NullPreparer
 from virtual_time import run_virtual
@@ -66,6 +67,25 @@ def test_a_pool_is_not_sent_to_zero_at_once_but_after_its_time() -> None:
             assert len(world.ready()) == 1
             await world.until(lambda: not world.views)
             assert backend.stopped == ["m-1"]
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize("fields", [{}, {"tiers": {"sleeping_s": 600}}])
+def test_a_replica_with_requests_of_the_earlier_workers_is_neither_stopped_nor_put_to_sleep(
+    fields: dict[str, Any],
+) -> None:
+    """This loop's own workers know nothing of them, and say that it has none."""
+
+    async def story() -> None:
+        pool = process_pool(idle_to_zero_s=1.0, **fields)
+        left = await leave(pool)
+        async with adopting(left, pool, earlier_drain_s=30.0) as (world, backend):
+            before = list(backend.calls)
+            await asyncio.sleep(29.0)
+            assert backend.calls == before
+            await world.until(lambda: backend.calls != before, 5.0)
+            assert backend.started == []
 
     run_virtual(story())
 

@@ -199,6 +199,7 @@ class World:
     """The data path reports nothing, not even unknown demand."""
     observe_error: Exception | None = None
     publish_error: Exception | None = None
+    earlier_drain_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.loop = ControlLoop(
@@ -214,6 +215,7 @@ class World:
                 timeout_s=self.settings.call_timeout_s,
                 transport=httpx.MockTransport(self.backend.answer),
             ),
+            earlier_drain_s=self.earlier_drain_s,
             clock=now,
             sleep=asyncio.sleep,
         )
