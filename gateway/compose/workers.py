@@ -181,8 +181,8 @@ class Workers:
     @staticmethod
     def _spawn(command: list[str], fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
         # A fork and exec of a small process: a millisecond, so it need not leave the loop.
-        # Ctrl-C and Ctrl-\ reach the whole process group, and a worker ignores signals. Until it has
-        # said so itself they are blocked, which it inherits; one for this process comes after.
+        # Ctrl-C and Ctrl-\ reach the whole process group, and a worker ignores signals. Until it
+        # has said so itself they are blocked, which it inherits; one for this process comes after.
         held_back = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
         try:
