@@ -33,6 +33,7 @@ from gateway.compose.listeners import (
     leave_record,
     listen,
     make_url,
+    naming_origins,
     remove_record,
     url,
 )
@@ -55,7 +56,7 @@ def run(loaded: LoadedSettings) -> int:
         node = open_cache(settings, os.environ)
         check_writable(loaded, "state_dir", settings.state_dir, may_be_full=True)
         check_writable(loaded, "modelcache.dir", node.cache.dir, may_be_full=True)
-        with claim_for_agent(settings.state_dir):
+        with naming_origins(loaded), claim_for_agent(settings.state_dir):
             return asyncio.run(_run(settings, node))
     except (CacheError, ClaimError) as error:
         complain(" ".join(str(error).split()))

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gateway.settings.errors import Problem
-from gateway.settings.load import ConfigError
+from gateway.settings.errors import Problem, show
+from gateway.settings.load import ConfigError, LoadedSettings
 
 BACKLOG = 4096
 RECORD_NAME = "running.json"
@@ -33,8 +33,8 @@ def listen(
     """Listening TCP sockets on one port (0: of the system's choice): one, or with ``shared_by`` so
     many that share it (SO_REUSEPORT).
 
-    Raises ``ConfigError``, naming ``field``, where the address cannot be had: in use, not of this
-    machine, not permitted.
+    ``field`` is that of the port. Raises ``ConfigError`` where the address cannot be had: in use,
+    not permitted, or not of this machine, which is laid to the host beside that port.
     """
     listeners: list[socket.socket] = []
     try:
@@ -67,16 +67,30 @@ def listen(
 
 
 def _problem(field: str, host: str, port: int, error: OSError) -> Problem:
+    value = str(port)
     if error.errno == errno.EADDRINUSE:
         why = "another program listens there; stop it, or choose another port"
     elif error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
+        field, value = field.replace("port", "host"), show(host)
         why = "this machine has no such address"
     elif error.errno in {errno.EACCES, errno.EPERM}:
         why = "not permitted (ports below 1024 need a privilege)"
     else:
         why = error.strerror or str(error)
     where = f"[{host.strip('[]')}]:{port}" if ":" in host else f"{host}:{port}"
-    return Problem(field, f"cannot listen on {where}: {why}", "at start", str(port))
+    return Problem(field, f"cannot listen on {where}: {why}", "at start", value)
+
+
+@contextlib.contextmanager
+def naming_origins(loaded: LoadedSettings) -> Iterator[None]:
+    """Settings that turn out not to be usable at the start: the error says where they came from."""
+    try:
+        yield
+    except ConfigError as error:
+        problems = [
+            one._replace(origin=loaded.origins.get(one.field, one.origin)) for one in error.problems
+        ]
+        raise ConfigError(problems) from error
 
 
 def url(listener: socket.socket) -> str:

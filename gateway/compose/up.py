@@ -49,7 +49,15 @@ from gateway.compose.engines import (
     start_digest,
 )
 from gateway.compose.fleet import FleetBook
-from gateway.compose.listeners import Running, leave_record, listen, make_url, remove_record, url
+from gateway.compose.listeners import (
+    Running,
+    leave_record,
+    listen,
+    make_url,
+    naming_origins,
+    remove_record,
+    url,
+)
 from gateway.compose.process import check_writable, set_up_logging, take_signals
 from gateway.compose.workers import Workers
 from gateway.datapath.messages import WorkerConfig
@@ -85,7 +93,8 @@ def run(loaded: LoadedSettings, read_again: Callable[[], LoadedSettings]) -> int
     set_up_logging(settings.gateway.log_level)
     check_writable(loaded, "state_dir", Path(settings.state_dir))
     try:
-        return asyncio.run(_run(settings, read_again))
+        with naming_origins(loaded):
+            return asyncio.run(_run(settings, read_again))
     except (BackendError, CacheError) as error:
         complain(str(error))
         return 2

@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from gateway.compose.listeners import listen
-from gateway.settings.load import ConfigError
+from gateway.compose.listeners import listen, naming_origins
+from gateway.settings.load import ConfigError, load
 
 
 @pytest.mark.parametrize("shared_by", [None, 2])
@@ -23,8 +23,18 @@ def test_a_port_in_use_is_one_clear_line(shared_by: int | None) -> None:
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
 def test_an_address_that_is_not_ours(host: str) -> None:
-    with pytest.raises(ConfigError, match="no such address"):
-        listen(host, 0, field="gateway.port")
+    with pytest.raises(ConfigError, match="no such address") as caught:
+        listen(host, 0, field="gateway.admin_port")
+    (problem,) = caught.value.problems
+    assert (problem.field, problem.value) == ("gateway.admin_host", f'"{host}"')
+
+
+def test_it_says_where_the_address_came_from() -> None:
+    loaded = load(None, {}, ["gateway.host=192.0.2.1"])
+    with pytest.raises(ConfigError) as caught, naming_origins(loaded):
+        listen(loaded.settings.gateway.host, 0, field="gateway.port")
+    (problem,) = caught.value.problems
+    assert (problem.field, problem.origin) == ("gateway.host", "--set gateway.host=192.0.2.1")
 
 
 def test_the_same_port_can_be_had_again_at_once() -> None:
