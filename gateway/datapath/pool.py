@@ -122,9 +122,11 @@ class PoolRuntime:
             learning_rate=router.learning_rate,
         )
 
-    def configure(self) -> None:
-        """The worker's settings have changed. What was learned of tokens is learned again."""
-        self.estimator = self._new_estimator()
+    def configure(self, *, learn_again: bool) -> None:
+        """The worker's settings have changed. ``learn_again``: also those that what was learned of
+        tokens began with."""
+        if learn_again:
+            self.estimator = self._new_estimator()
         for endpoint in self.endpoints.values():
             endpoint.publish(self.context, endpoint.replica)
         self._renew_ready()
@@ -406,10 +408,10 @@ class PoolDirectory:
             if slot not in taken:
                 self._context.shared.clear_pool(self._context.index, slot)
 
-    def configure(self) -> None:
-        """The worker's settings have changed."""
+    def configure(self, *, learn_again: bool) -> None:
+        """The worker's settings have changed; see ``PoolRuntime.configure``."""
         for runtime in self.by_name.values():
-            runtime.configure()
+            runtime.configure(learn_again=learn_again)
 
     def find(self, model: str) -> PoolRuntime:
         """The pool that a model name or alias stands for. Raises ``ApiError`` 404."""

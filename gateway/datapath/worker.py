@@ -98,8 +98,9 @@ class Worker:
     def configure(self, config: WorkerConfig) -> None:
         """Take other settings from now on. What a listener or a certificate was opened with stays;
         a connection that is open keeps the limits it began with."""
+        is_other_router = config.router != self.context.router
         self.context.configure(config)
-        self.pools.configure()
+        self.pools.configure(learn_again=is_other_router)
 
     async def listen(self, listener: socket.socket) -> None:
         """Take connections from now on."""
