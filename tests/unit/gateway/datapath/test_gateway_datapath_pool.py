@@ -233,9 +233,7 @@ def test_other_settings_apply_to_what_is_there(loop: Loop) -> None:
     upstream = runtime.endpoints["r0"].upstream
     runtime.endpoints["r0"].answered()
     learned = runtime.estimator
-    worker.configure(
-        configure(max_inflight_requests=4, default_output_tokens=10, keepalive_s=7.0)
-    )
+    worker.configure(configure(max_inflight_requests=4, default_output_tokens=10, keepalive_s=7.0))
     assert runtime.estimator is learned  # the router's settings are the same
     worker.configure(
         configure(max_inflight_requests=9, default_output_tokens=20, release_initial=8)
