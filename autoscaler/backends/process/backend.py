@@ -424,9 +424,9 @@ class ProcessBackend:
         its processes are tried again by the next start."""
 
         async def end(record: ProcessRecord) -> None:
-            family = Family(await asyncio.to_thread(trust, record), self._registry)
             grace_s = 0.0 if record.ending else self._settings.terminate_s
             try:
+                family = Family(await asyncio.to_thread(trust, record), self._registry)
                 pids = await family.end(grace_s=grace_s, reap=lambda: None)
             except (StillRunning, OSError) as error:
                 LOG.error("%s, of an earlier run, cannot be ended: %s", record.replica_id, error)

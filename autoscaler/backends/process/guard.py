@@ -44,6 +44,9 @@ END_POLL_S = 0.05
 KILL_ROUNDS = 100
 GONE = b"ZXx"
 """States of processes that have ended."""
+NOT_THERE = (FileNotFoundError, ProcessLookupError, PermissionError)
+"""How ``/proc`` says that a process is gone, or hidden from us. Any other error (no descriptor, no
+memory) says nothing of it."""
 TERMS_BYTES = 64
 """What the lock file holds: ``KEEP_S GRACE_S``, filled up with blanks to this length, so that it
 is always replaced as a whole."""
@@ -105,8 +108,9 @@ def guard(engine: int, directory: str) -> int:
             left_s = now_s if left_s is None else left_s
             keep_s, grace_s = owner.terms()
             if status is not None or (now_s - left_s >= keep_s and owner.take_leave()):
-                status = end_family(engine, status, grace_s)
-                owner.forget()
+                status, ended = end_family(engine, status, grace_s)
+                if ended:
+                    owner.forget()
                 return end_like(status)
         signal.sigtimedwait({signal.SIGCHLD}, POLL_S)
 
@@ -178,27 +182,33 @@ def reap(engine: int) -> int | None:
     return found
 
 
-def end_family(engine: int, status: int | None, grace_s: float) -> int:
-    """SIGTERM to every descendant, SIGKILL after ``grace_s``; returns the engine's wait status.
+def end_family(engine: int, status: int | None, grace_s: float) -> tuple[int, bool]:
+    """SIGTERM to every descendant, SIGKILL after ``grace_s``; returns the engine's wait status, and
+    whether all of them are gone. What is not (it hangs in the kernel) is the next control
+    process's, by the record.
 
     Since orphans of descendants become children of the guard, descendants are all there is.
     """
+    ended = False
     asked: set[tuple[int, int]] = set()
     kill_at_s = time.monotonic() + grace_s
     rounds = 0
     while rounds < KILL_ROUNDS:
         found = reap(engine)
         status = found if status is None else status
-        left = descendants(os.getpid())
-        if not left:
-            break
         forced = time.monotonic() >= kill_at_s
         rounds += forced
+        left: set[tuple[int, int]] = set()
+        with contextlib.suppress(OSError):  # who is left is not known: the next look tells
+            left = descendants(os.getpid())
+            ended = not left
+        if ended:
+            break
         for process in left if forced else left - asked:
             send(process, signal.SIGKILL if forced else signal.SIGTERM)
         asked |= left
         signal.sigtimedwait({signal.SIGCHLD}, END_POLL_S)
-    return signal.SIGKILL if status is None else status
+    return signal.SIGKILL if status is None else status, ended
 
 
 def descendants(root: int) -> set[tuple[int, int]]:
@@ -220,11 +230,12 @@ def descendants(root: int) -> set[tuple[int, int]]:
 
 
 def read_stat(pid: object) -> list[bytes] | None:
-    """The fields of ``/proc/PID/stat`` after the command's name; ``None`` for one that is gone."""
+    """The fields of ``/proc/PID/stat`` after the command's name; ``None`` for one that is gone, or
+    hidden. Raises ``OSError`` where it cannot be told."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             text = file.read()
-    except OSError:
+    except NOT_THERE:
         return None
     return text[text.rindex(b")") + 2 :].split()
 

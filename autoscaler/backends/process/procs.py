@@ -42,7 +42,8 @@ def boot_id() -> str:
 
 
 def read_stat(pid: int) -> ProcessStat | None:
-    """A process; ``None`` if there is none with this pid, or it is hidden from us."""
+    """A process; ``None`` if there is none with this pid, or it is hidden from us. Raises
+    ``OSError`` where it cannot be told."""
     fields = guard.read_stat(pid)
     if fields is None:
         return None
@@ -88,12 +89,13 @@ def reap_orphans(
 
 
 def carries(process: ProcessId, mark: str) -> bool:
-    """Whether this process is our user's, and was started with ``mark`` in its environment."""
+    """Whether this process is our user's, and was started with ``mark`` in its environment. Raises
+    ``OSError`` where it cannot be told."""
     try:
         with (PROC / str(process.pid) / "environ").open("rb") as file:
             ours = os.fstat(file.fileno()).st_uid == os.geteuid()
             marked = ours and mark.encode() in file.read().split(b"\0")
-    except OSError:
+    except guard.NOT_THERE:
         return False
     stat = read_stat(process.pid) if marked else None
     return stat is not None and stat.id == process

@@ -50,7 +50,11 @@ class AdoptedProcess:
         """Raises ``OSError`` when this process is gone."""
         self.pid = guard.pid
         self._handle = os.pidfd_open(guard.pid)
-        stat = read_stat(guard.pid)
+        try:
+            stat = read_stat(guard.pid)
+        except OSError:
+            self.close()
+            raise
         if stat is None or stat.id != guard or stat.gone:
             self.close()
             raise ProcessLookupError(f"process {guard.pid} is gone")

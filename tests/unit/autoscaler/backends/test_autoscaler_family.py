@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import secrets
 import signal
 import subprocess
@@ -156,6 +157,49 @@ def test_the_last_owner_says_how_long_an_engine_is_kept(tmp_path: Path) -> None:
     second.release()
     assert process.wait(60) == -signal.SIGTERM
     assert [path.name for path in directory.iterdir()] == [guard.LOCK]
+
+
+def test_a_guard_that_cannot_end_its_engine_leaves_it_on_record(tmp_path: Path) -> None:
+    """For the next control process: its GPU is not free, whatever keeps it alive."""
+    directory = tmp_path / "replicas"
+    first = ProcessRegistry(directory, keep_s=0.0, grace_s=0.0)
+    first.claim()
+    first.write(record(MARKS[0]))
+    script = f"ulimit -Sn 64; trap '' TERM; echo $$ > {tmp_path}/pid; while :; do sleep 0.2; done"
+    argv = gate("start", os.getpid(), directory, "/bin/sh", "-c", script)
+    env = {"PATH": os.environ["PATH"], guard.MARK: MARKS[0]}
+    # Five descriptors: enough to look at processes, one too few to signal one.
+    few = ["/bin/sh", "-c", 'ulimit -Sn 5; exec "$@"', "sh", *argv]
+    process = subprocess.Popen(few, stdin=subprocess.PIPE, env=env)
+    try:
+        assert process.stdin is not None
+        process.stdin.write(b"!")
+        process.stdin.close()
+        deadline_s = time.monotonic() + 30
+        while not (pid := tmp_path / "pid").exists() or not pid.read_text():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        first.release()
+        assert process.wait(60) == -signal.SIGKILL
+        assert [one.ending for one in ProcessRegistry(directory).read()] == [True]
+    finally:
+        process.kill()
+        process.wait()
+        if (tmp_path / "pid").exists():
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+def test_a_process_that_cannot_be_looked_at_is_not_gone() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            procs.read_stat(os.getpid())
+        with pytest.raises(OSError, match="Too many open files"):
+            procs.carries(ProcessId(os.getpid(), 1), "A=b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert procs.read_stat(2**22 + 1) is None
 
 
 def test_a_record_that_cannot_be_read_is_still_a_mark(tmp_path: Path) -> None:
