@@ -28,7 +28,7 @@ from modelcache.peers.client import (
 )
 from modelcache.peers.piece_inventory import PieceInventory
 from modelcache.peers.server import PeerServer, Verb
-from modelcache.peers.wire import Keyring, PieceState
+from modelcache.peers.wire import Keyring, PieceState, read_token
 from modelcache.ports import IsCancelled, OnBytes
 from modelcache.settings import ModelCacheSettings
 from modelcache.types import Cancelled
@@ -525,7 +525,7 @@ def make_peers(
     """
     if not settings.peers and not settings.peer_names and settings.peer_port is None:
         return None
-    token = environ.get(settings.peer_token_env, "")
+    token = read_token(environ, settings.peer_token_env)
     if not token:
         raise ValueError(
             f"modelcache.peers, peer_names and peer_port need the environment variable "

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from modelcache.peers.client import PeerClient, PeerIntegrityError, PeerRefused, PeerUnavailable
 from modelcache.peers.server import Verb
-from modelcache.peers.wire import Keyring
+from modelcache.peers.wire import Keyring, read_token
 from modelcache.ports import CachedModel, IsCancelled, OnProgress
 from modelcache.refs import PATH, parse_ref
 from modelcache.settings import ModelCacheSettings
@@ -243,7 +243,7 @@ def make_replicator(
         on_progress: OnProgress,
         cancelled: IsCancelled,
     ) -> Mapping[str, Outcome]:
-        token = environ.get(settings.peer_token_env, "")
+        token = read_token(environ, settings.peer_token_env)
         if not token:
             raise CacheError(
                 f"other sites' agents want the cluster's secret: set {settings.peer_token_env}"

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from modelcache.sources.answers import SourceResponse
 from modelcache.types import CacheError
 
+LEAST_TOKEN_CHARACTERS = 16
 MOST_HEAD_BYTES = 16_384
 MOST_BODY_BYTES = 8 * 1024 * 1024
 """Of a request, and of an answer that is not a piece."""
@@ -103,12 +104,21 @@ class PeerRequest:
     body: bytes = b""
 
 
+def read_token(environ: Mapping[str, str], name: str) -> str:
+    """The cluster's secret from the environment variable ``name``; empty where it is not set.
+    Raises ``ValueError`` where it is too short."""
+    token = environ.get(name, "")
+    if 0 < len(token) < LEAST_TOKEN_CHARACTERS:
+        raise ValueError(f"{name} must have {LEAST_TOKEN_CHARACTERS} characters or more")
+    return token
+
+
 class Keyring:
     """Signs and checks with the cluster's secret, which it does not show."""
 
     def __init__(self, token: str) -> None:
-        if len(token) < 16:
-            raise ValueError("the peers' token must have 16 characters or more")
+        if len(token) < LEAST_TOKEN_CHARACTERS:
+            raise ValueError(f"a token must have {LEAST_TOKEN_CHARACTERS} characters or more")
         self._key = hashlib.sha256(b"tidegate-peers-1\0" + token.encode()).digest()
 
     def __repr__(self) -> str:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from modelcache.safetensors_index import (
     LENGTH_BYTES,
+    BadFile,
     Index,
     TensorEntry,
     find_header_end,
@@ -70,9 +71,12 @@ def read_index(path: Path) -> Index:
     """What a safetensors file holds, from its header alone. Raises ``CacheError``."""
     with path.open("rb") as file:
         size_bytes = os.fstat(file.fileno()).st_size
-        first = file.read(LENGTH_BYTES)
-        header_end = find_header_end(first, size_bytes)
-        return parse_header(first + file.read(header_end - len(first)), size_bytes)
+        try:
+            first = file.read(LENGTH_BYTES)
+            header_end = find_header_end(first, size_bytes)
+            return parse_header(first + file.read(header_end - len(first)), size_bytes)
+        except BadFile as error:
+            raise BadFile(error.message, path=str(path)) from None
 
 
 def cast(source: Path, target: Path, dtype: str) -> None:
@@ -117,7 +121,9 @@ def _cast_file(source: Path, target: Path, code: str) -> None:
         writer.write(len(text).to_bytes(8, "little") + text)
         for number, entry in enumerate(entries, 1):
             reader.seek(entry.start)
-            data = bytearray(reader.read(entry.end - entry.start))
+            data = bytearray(entry.end - entry.start)
+            if reader.readinto(data) != len(data):
+                raise BadFile("cut short while it was read", path=str(source))
             if entry.dtype in TORCH_NAMES and entry.dtype != code and data:
                 data = _cast_bytes(entry, data, code)
             writer.write(data)

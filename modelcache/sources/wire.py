@@ -82,6 +82,8 @@ class HttpConnection:
             more = self._receive_some(cancelled)
             if not more:
                 raise ConnectionResetError("closed before an answer")
+            if cancelled():  # a head that comes byte by byte never makes a read wait
+                raise Cancelled("not wanted any more")
             data += more
             if data.startswith(b"HTTP/1.1 100 ") and b"\r\n\r\n" in data:
                 data = data.partition(b"\r\n\r\n")[2]

@@ -617,6 +617,28 @@ def test_news_of_a_piece_ends_a_question_that_waits(tmp_path: Path) -> None:
         assert file.path == "w"
 
 
+def test_an_answer_that_comes_byte_by_byte_is_not_waited_for() -> None:
+    def trickle(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65_536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\n")
+            for _ in range(1_000):
+                connection.sendall(b"x")
+                time.sleep(0.02)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(30)
+        serving = threading.Thread(target=lambda: trickle(server.accept()[0]), daemon=True)
+        serving.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        client = PeerClient(url, wire.Keyring(TOKEN), "me", answer_s=0.3)
+        began_s = time.monotonic()
+        with pytest.raises(PeerUnavailable, match="no answer within"):
+            client.hello(never)
+        assert time.monotonic() - began_s < 10
+        serving.join(30)
+
+
 # -- settings ------------------------------------------------------------------------------------
 
 
@@ -624,7 +646,7 @@ def test_peers_need_the_clusters_secret() -> None:
     wanted = ModelCacheSettings(peers=("http://10.0.0.1:8002",))
     with pytest.raises(ValueError, match="TIDEGATE_PEER_TOKEN"):
         make_peers(wanted, {}, PieceInventory())
-    with pytest.raises(ValueError, match="16 characters"):
+    with pytest.raises(ValueError, match=r"TIDEGATE_PEER_TOKEN.* 16 characters"):
         make_peers(wanted, {"TIDEGATE_PEER_TOKEN": "short"}, PieceInventory())
     assert make_peers(ModelCacheSettings(), {}, PieceInventory()) is None
     assert isinstance(

@@ -247,6 +247,10 @@ def test_sites_are_named_in_the_settings_and_need_the_secret(sites: Callable[...
         run(URL, None, ["mars"], lambda p: None, never)
     with pytest.raises(CacheError, match="TIDEGATE_PEER_TOKEN"):
         make_replicator(settings, {})(URL, None, ["eu"], lambda p: None, never)
+    with pytest.raises(ValueError, match=r"TIDEGATE_PEER_TOKEN.* 16 characters"):
+        make_replicator(settings, {"TIDEGATE_PEER_TOKEN": "short"})(
+            URL, None, ["eu"], lambda p: None, never
+        )
 
 
 # -- the agent -----------------------------------------------------------------------------------

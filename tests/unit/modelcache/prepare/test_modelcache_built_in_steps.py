@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -71,3 +74,35 @@ def test_a_model_that_cannot_be_cast_is_an_error(model: Path, tmp_path: Path) ->
     (model / "config.json").write_text("{}")
     (model / "model-1.safetensors").write_bytes(b"nonsense")
     assert main(arguments) == 1
+
+
+def test_a_file_that_is_none_is_named(model: Path, tmp_path: Path) -> None:
+    (model / "model-1.safetensors").write_bytes(b"nonsense, and more of it")
+    with pytest.raises(CacheError, match=r"in/model-1\.safetensors: "):
+        cast(model, tmp_path / "out", "bfloat16")
+
+
+def test_a_file_that_is_cut_short_while_it_is_cast_gives_no_result(tmp_path: Path) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    target.mkdir()
+    size = 1 << 20
+    tensors = {
+        name: {"dtype": "U8", "shape": [size], "data_offsets": [at * size, (at + 1) * size]}
+        for at, name in enumerate(("a", "b"))
+    }
+    text = json.dumps(tensors).encode()
+    file = source / "model.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(2 * size))
+    (source / "config.json").write_text("{}")
+
+    class Cutting(StringIO):
+        """Cuts the file when the step says that it has the first tensor."""
+
+        def write(self, line: str) -> int:
+            os.truncate(file, size + size // 2)
+            return super().write(line)
+
+    with redirect_stdout(Cutting()), pytest.raises(CacheError, match=r"model\.safetensors: cut"):
+        cast(source, target, "bfloat16")
+    assert not (target / file.name).exists()
