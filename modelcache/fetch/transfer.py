@@ -8,6 +8,7 @@ One ``Transfer`` serves a process: its downloads share a ``TransferState``.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import threading
@@ -39,6 +40,8 @@ from modelcache.types import (
     SourceError,
 )
 
+LOG = logging.getLogger("tidegate.modelcache")
+
 STREAM_BYTES = 2 * ANNOUNCE_BYTES
 """Memory that is set aside for a range from a source: what is read ahead, and a copy of it."""
 
@@ -68,6 +71,10 @@ class SourceReader:
 
     def run(self) -> None:
         """What each of its threads does."""
+        with _told(self.download):
+            self._run()
+
+    def _run(self) -> None:
         own = self.download
         while not own.over:
             if not self._enter():
@@ -77,6 +84,7 @@ class SourceReader:
             except Cancelled:
                 self._leave()
                 continue
+            attempt = None
             try:
                 attempt = self._pick()
                 if attempt is not None:
@@ -255,6 +263,10 @@ class PeerReader:
 
     def run(self) -> None:
         """What each of its threads does."""
+        with _told(self.download):
+            self._run()
+
+    def _run(self) -> None:
         own = self.download
         buffer: bytearray | None = None
         try:
@@ -390,6 +402,19 @@ class PeerReader:
                 raise CacheError(f"{job.remote.path}: the disk does not give back what is written")
             own.done(attempt, len(into), given=True)
         return True
+
+
+@contextlib.contextmanager
+def _told(download: Download) -> Iterator[None]:
+    """What nobody has foreseen (a source's library fails in a way of its own) ends the download:
+    without the thread that it ended, a piece would be waited for without end."""
+    try:
+        yield
+    except BaseException as error:
+        LOG.exception("fetching %s", download.model)
+        problem = CacheError(f"fetching {download.model} failed: {type(error).__name__}: {error}")
+        problem.__cause__ = error
+        download.fail(problem)
 
 
 def _disk(job: DownloadJob, error: OSError) -> CacheError:

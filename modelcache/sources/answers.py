@@ -190,10 +190,16 @@ def version_of(headers: Mapping[str, str]) -> str:
 
 def next_url(url: str, head: SourceResponse, what: str) -> str:
     """Where a redirect leads. Raises ``SourceError`` where it may not be followed."""
-    target = urljoin(url, head.headers.get("location", ""))
-    before, after = urlsplit(url), urlsplit(target)
-    if not head.headers.get("location") or after.scheme not in ("http", "https"):
-        raise SourceError(f"{what}: the source redirects to nowhere ({head.status})")
+    nowhere = SourceError(f"{what}: the source redirects to nowhere ({head.status})")
+    try:
+        target = urljoin(url, head.headers.get("location", ""))
+        before, after = urlsplit(url), urlsplit(target)
+        host = (after.hostname or "").encode("idna")
+        after.port  # noqa: B018 - raises for one that is out of range
+    except ValueError:
+        raise nowhere from None
+    if not head.headers.get("location") or after.scheme not in ("http", "https") or not host:
+        raise nowhere
     if before.scheme == "https" and after.scheme != "https":
         raise SourceError(f"{what}: the source redirects from https to http; not followed")
     return target

@@ -13,7 +13,7 @@ import pytest
 from swarm_rig import PATIENT, FailingTimes, MemorySource, make_alone, make_content, make_node
 
 from modelcache.fetch.transfer import pause
-from modelcache.types import PIECE_BYTES, Cancelled, Damaged, Progress, SourceError
+from modelcache.types import PIECE_BYTES, CacheError, Cancelled, Damaged, Progress, SourceError
 
 MIB = 1 << 20
 
@@ -98,6 +98,30 @@ def test_an_error_that_asking_again_cannot_mend_ends_it_at_once(tmp_path: Path) 
     with pytest.raises(SourceError, match="the line broke"):
         make_alone(tmp_path).fetch(source)
     assert source.reads.total() == 1
+
+
+def test_an_error_that_nobody_has_foreseen_ends_it_too(tmp_path: Path) -> None:
+    def broken(path: str, index: int) -> None:
+        raise RuntimeError("a library's own")
+
+    source, node = (
+        MemorySource({"w": make_content(PIECE_BYTES)}, before=broken),
+        make_alone(tmp_path),
+    )
+    errors: list[BaseException] = []
+
+    def fetch() -> None:
+        try:
+            node.fetch(source)
+        except CacheError as error:
+            errors.append(error)
+
+    fetching = threading.Thread(target=fetch, daemon=True)
+    fetching.start()
+    fetching.join(20)
+    assert [str(error) for error in errors] == [
+        f"fetching {source.ref.url} failed: RuntimeError: a library's own"
+    ]
 
 
 def test_called_off_it_ends_and_goes_on_later_where_it_was(tmp_path: Path) -> None:

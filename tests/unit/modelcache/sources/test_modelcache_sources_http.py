@@ -86,6 +86,9 @@ def fetch(
         (wrong.status(418), "answered 418", False),
         (wrong.redirects(lambda path: ""), "redirects to nowhere", False),
         (wrong.redirects(lambda path: "ftp://h/x"), "redirects to nowhere", False),
+        (wrong.redirects(lambda path: "http://h:99999/x"), "redirects to nowhere", False),
+        (wrong.redirects(lambda path: "http://[::1/x"), "redirects to nowhere", False),
+        (wrong.redirects(lambda path: f"http://{'h' * 64}.org/x"), "redirects to nowhere", False),
         (wrong.redirects(lambda path: f"/{path}"), "redirects more than", False),
     ],
 )
