@@ -73,7 +73,10 @@ def run_step(run: Run, *, on_progress: OnProgress, cancelled: IsCancelled) -> No
     """Run it to its end. Raises ``StepFailed`` with its last lines, ``NoSpace`` where those say
     that a disk is full and its output's is, ``Cancelled``."""
     run.log.parent.mkdir(parents=True, exist_ok=True)
-    guard = [sys.executable, "-I", "-m", "modelcache.prepare.step_process", str(GRACE_S)]
+    guard = [
+        sys.executable, "-I", "-m", "modelcache.prepare.step_process",
+        str(os.getpid()), str(GRACE_S),
+    ]  # fmt: skip
     with run.log.open("ab") as log:
         log.write(f"\n$ {' '.join(run.argv)}\n".encode())
         log.flush()
@@ -180,9 +183,8 @@ class _End(BaseException):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command to its end, or to ours."""
-    parent = os.getppid()
-    grace_s, argv = float(arguments[0]), list(arguments[1:])
+    """Run the command to its end, or to ours, or to that of the process that started us."""
+    parent, grace_s, argv = int(arguments[0]), float(arguments[1]), list(arguments[2:])
 
     def end(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

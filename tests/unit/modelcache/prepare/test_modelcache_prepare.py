@@ -436,9 +436,10 @@ def test_the_guard_ends_the_command_with_its_parent(tmp_path: Path) -> None:
         "import os, pathlib, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
         "pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(300)"
     )
-    guard = [PYTHON, "-I", "-m", "modelcache.prepare.step_process", "0.2"]
+    guard = [PYTHON, "-I", "-m", "modelcache.prepare.step_process"]
+    hold = "import os, subprocess, sys; a = sys.argv; a[a.index('ME')] = str(os.getpid())"
     holder = subprocess.Popen(
-        [PYTHON, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", *guard,
+        [PYTHON, "-c", f"{hold}; subprocess.run(a[1:])", *guard, "ME", "0.2",
          PYTHON, "-c", stubborn, str(tmp_path / "pid")],
     )  # fmt: skip
     until(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()))
@@ -447,3 +448,11 @@ def test_the_guard_ends_the_command_with_its_parent(tmp_path: Path) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     until(lambda: not alive(pid))
+
+
+def test_no_command_is_started_for_a_parent_that_has_gone(tmp_path: Path) -> None:
+    """Killed before the guard could ask to be told of it."""
+    guard = [PYTHON, "-I", "-m", "modelcache.prepare.step_process"]
+    done = subprocess.run([*guard, "1", "0.2", "touch", str(tmp_path / "made")], check=False)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert not (tmp_path / "made").exists()
