@@ -272,7 +272,7 @@ def model_replicate(
     config: Config = None,
     sets: Sets = None,
 ) -> int:
-    """Have other sites' cache agents preload a model, each from the store that is nearest to it.
+    """Have other sites' cache agents preload a model, each from the source that is nearest to it.
 
     Exit code 1 when a site could not.
 
@@ -295,7 +295,7 @@ def model_bundle(
 ) -> int:
     """Pack what a pool's engines have compiled and measured here into one file.
 
-    Put the folder beside the model's weights in its store: nodes of the same kind (engine,
+    Put the folder beside the model's weights in its source: nodes of the same kind (engine,
     libraries, GPU, driver, settings) that fetch the model then start without compiling.
 
     **Examples:** `tidegate model bundle qwen3-8b`,

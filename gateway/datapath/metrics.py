@@ -173,7 +173,7 @@ CACHE_METRICS: Final[dict[str, Metric]] = {
         "cache_wasted_bytes_total", "Bytes read and discarded: interrupted, wrong, or read twice."
     ),
     "sent_bytes": Metric("cache_sent_bytes_total", "Bytes of models sent to peers."),
-    "retries": Metric("cache_retries_total", "Reads of a store that were repeated."),
+    "retries": Metric("cache_retries_total", "Reads of a source that were repeated."),
     "peer_failures": Metric("cache_peer_failures_total", "Reads from peers that failed."),
 }
 
