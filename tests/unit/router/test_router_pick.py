@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.endpoint import Endpoint
@@ -208,8 +208,8 @@ def test_an_abstention_counts_as_the_mean_of_the_others() -> None:
     counts = ledger((1, 10), (1, 20), (1, 30))
     partial = Given(r0=None, r1=100.0, r2=300.0)
     assert add_costs(ask(), ready, counts, (partial,)) == [200.0, 100.0, 300.0]
-    both = add_costs(ask(), ready, counts, (partial, OutstandingTokens()))
-    assert both == [210.0, 120.0, 330.0]
+    for both in ((partial, OutstandingTokens()), (OutstandingTokens(), partial)):
+        assert add_costs(ask(), ready, counts, both) == [210.0, 120.0, 330.0]
     # One that abstains is not the best: no data is no merit.
     assert pick(ready, ask(), counts, random.random, (partial,)) is ready[1]
 
@@ -256,14 +256,16 @@ ROWS = st.lists(
         st.sampled_from([None, 3, 6]),
         st.sampled_from([None, 100, 1000]),
         st.sampled_from([None, 0.0, 1.0, 2.0]),  # what a second scorer says
+        st.sampled_from([False, False, False, True]),  # excluded; few, so that some are left
     ),
     max_size=6,
 )
 
 
+@settings(max_examples=300)
 @given(ROWS, st.integers(1, 4), st.sampled_from([10, 150, 1500, 5000]), st.booleans(), st.data())
 def test_the_pick_is_a_cheapest_candidate_and_the_same_for_the_same_chance(
-    rows: list[tuple[int, int, int, int, int, int | None, int | None, float | None]],
+    rows: list[tuple[int, int, int, int, int, int | None, int | None, float | None, bool]],
     tokens: int,
     prompt: int,
     shared: bool,
@@ -275,7 +277,7 @@ def test_the_pick_is_a_cheapest_candidate_and_the_same_for_the_same_chance(
     ]
     others = [(row[2], row[3]) for row in rows] if shared else None
     counts = ledger(*((row[0], row[1]) for row in rows), others=others)
-    excluded = [one.id for one in ready if data.draw(st.booleans())]
+    excluded = [one.id for one, row in zip(ready, rows, strict=True) if row[8]]
     request = ask(prompt, tokens, *excluded)
     second = Given(**{one.id: row[7] for one, row in zip(ready, rows, strict=True)})
     scorers = data.draw(st.sampled_from([DEFAULT_SCORERS, (*DEFAULT_SCORERS, second)]))

@@ -36,6 +36,7 @@ CASES = [
     ("without a fork server pages stay", DEFAULTS, LOCAL - {Tier.FORKED}, 500, Tier.PAGED, None),
     ("a directory does not leave", EVERY, frozenset({Tier.ON_DISK}), 500, Tier.ON_DISK, None),
     ("the coldest there is has no end", EVERY, LOCAL, 500, Tier.ON_DISK, None),
+    ("nor time that is left", EVERY, LOCAL, 51, Tier.ON_DISK, None),
     ("what is not here is remote", DEFAULTS, frozenset({Tier.REMOTE}), 0, Tier.REMOTE, None),
     ("no tier at all is as cold as can be", DEFAULTS, frozenset(), 0, Tier.REMOTE, None),
     ("running is not a step", DEFAULTS, frozenset({Tier.RUNNING}), 0, Tier.REMOTE, None),
@@ -104,10 +105,10 @@ SECONDS = st.none() | st.just(0.0) | st.floats(0.0, 100.0)
 POLICIES = st.fixed_dictionaries(
     dict.fromkeys((Tier.SLEEPING, Tier.FORKED, Tier.PAGED, Tier.ON_DISK), SECONDS)
 )
-TIER_SETS = st.frozensets(st.sampled_from(TIERS[1:]), min_size=1)
+TIER_SETS = st.frozensets(st.sampled_from(TIERS[1:]), min_size=2)
 
 
-@given(POLICIES, TIER_SETS, st.lists(st.floats(0, 80), max_size=20))
+@given(POLICIES, TIER_SETS, st.lists(st.floats(0, 80), min_size=5, max_size=20))
 def test_time_only_cools_and_no_tier_ends_before_its_time(
     policy: TierTimes, tiers: frozenset[Tier], gaps: list[float]
 ) -> None:
