@@ -205,6 +205,19 @@ def test_other_arguments_replace_every_replica_a_new_one_first(count: int) -> No
     run_virtual(story())
 
 
+def test_other_arguments_do_not_send_an_idle_pool_to_zero() -> None:
+    async def story() -> None:
+        async with World([process_pool(idle_to_zero_s=100.0)], QUICK) as world:
+            await asyncio.gather(*world.burst(1, 1.0))
+            await asyncio.sleep(50.0)  # past the stable window and the scale-down delay
+            assert decision(world).reason is ScaleReason.IDLE
+            world.set_pools(process_pool(idle_to_zero_s=100.0, engine_args=OTHER))
+            await world.until(lambda: [view.id for view in world.ready()] == ["m-2"], 20.0)
+            assert decision(world).reason is ScaleReason.IDLE
+
+    run_virtual(story())
+
+
 def test_without_room_for_one_more_they_are_replaced_one_after_the_other() -> None:
     async def story() -> None:
         backend = FakeBackend(start_s=10.0, room=2)
@@ -273,6 +286,54 @@ def test_a_starting_replica_with_other_arguments_is_replaced_too() -> None:
             await asyncio.gather(*held)
             assert now() - began_s < 30.0  # the one that was nearly there answers them
             await world.until(lambda: list(world.backend.engines) == ["m-2"], 60.0)
+
+    run_virtual(story())
+
+
+def test_a_replica_that_waits_for_its_start_gets_the_settings_of_then() -> None:
+    async def story() -> None:
+        backend = FakeBackend(room=0)
+        async with World([process_pool(min_replicas=1)], QUICK, backend) as world:
+            await world.until(lambda: len(backend.calls) > 2)
+            world.set_pools(process_pool(min_replicas=1, aliases=["o"]))
+            backend.room = 1
+            await world.until(lambda: len(world.ready()) == 1)
+            (engine,) = backend.living()
+            assert (engine.spec.id, engine.spec.pool.aliases) == ("m-1", ("o",))
+
+    run_virtual(story())
+
+
+def test_other_arguments_are_tried_at_once_whatever_failed_before() -> None:
+    async def story() -> None:
+        patient = QUICK.model_copy(update={"backoff_max_s": 1e4})
+        backend = FakeBackend(start_error=RuntimeError("no such argument"))
+        async with World([process_pool(min_replicas=1)], patient, backend) as world:
+            await world.until(lambda: world.loop.status().pools[0].failures > 8)
+            backend.start_error = None
+            world.set_pools(process_pool(min_replicas=1, engine_args=OTHER), settings=patient)
+            await world.until(lambda: len(world.ready()) == 1, 20.0)
+
+    run_virtual(story())
+
+
+def test_a_server_that_was_not_well_is_back_with_its_pool() -> None:
+    async def story() -> None:
+        backend = servers()
+        async with World([static_pool("1", "2")], QUICK, backend) as world:
+            await world.until(lambda: len(world.ready("s")) == 2)
+            streams = world.burst(2, 60.0, "s")
+            await asyncio.sleep(1.0)
+            backend.engines["s-1"].healthy = False
+            await world.until(lambda: len(world.ready("s")) == 1)
+            world.set_pools()
+            draining = {ReplicaState.DRAINING, ReplicaState.READY}
+            await world.until(lambda: {view.state for view in world.views} == draining, 20.0)
+            world.set_pools(static_pool("1", "2"))
+            backend.engines["s-1"].healthy = True
+            await world.until(lambda: len(world.ready("s")) == 2, 20.0)
+            await asyncio.gather(*streams)
+            assert (world.cut, len(backend.started)) == (0, 2)
 
     run_virtual(story())
 

@@ -375,7 +375,7 @@ def test_a_request_cancels_a_change_of_tier() -> None:
             began_s = now()
             await once(world)
             assert now() - began_s < 10.0
-            assert models.moved == []
+            assert (models.moved, models.moves_cancelled) == ([], [Tier.FORKED])
 
     run_virtual(story())
 

@@ -291,7 +291,8 @@ class World:
         try:
             for _ in range(max(1, round(seconds / 0.25))):
                 await asyncio.sleep(min(seconds, 0.25))
-                if replica not in self.backend.engines:
+                engine = self.backend.engines.get(replica)
+                if engine is None or engine.asleep:
                     self.cut += 1
                     return
             self.answered += 1

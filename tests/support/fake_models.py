@@ -32,6 +32,7 @@ class FakePreparer:
     prepared: list[str] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     moved: list[Tier] = field(default_factory=list)
+    moves_cancelled: list[Tier] = field(default_factory=list)
     refreshes: int = 0
     closed: bool = False
 
@@ -48,6 +49,8 @@ class FakePreparer:
         self.prepared.append(spec.id)
         if self.error is not None:
             raise self.error
+        if spec.pool.model is None:
+            return spec
         self.held.add(spec.id)
         try:
             if self.here is Tier.REMOTE:
@@ -77,7 +80,11 @@ class FakePreparer:
         self.held.discard(replica_id)
 
     async def move_to(self, pool: PoolSettings, tier: Tier) -> None:
-        await asyncio.sleep(self.move_s)
+        try:
+            await asyncio.sleep(self.move_s)
+        except asyncio.CancelledError:
+            self.moves_cancelled.append(tier)
+            raise
         if self.move_error is not None:
             raise self.move_error
         if tier in self.unsupported:
