@@ -150,6 +150,9 @@ class BackendContract(ABC):
                 await second.stop("r-1", grace_s=5.0)
             assert (await second.probe("r-1")).alive is False
             await second.close()
+            if self.can_adopt:  # what is not wanted, and what was stopped, is not left running
+                with pytest.raises(OSError):
+                    await asyncio.to_thread(ask, f"{before.url}/health")
 
         asyncio.run(story())
 

@@ -214,8 +214,11 @@ def test_a_slot_that_is_free_again_begins_at_zero(loop: Loop) -> None:
     worker, _ = make(loop)
     shared = worker.context.shared
     worker.pools.apply(fleet(1))
-    worker.pools.by_name["m"].counters.integers[metrics.ARRIVALS] = 3
-    worker.pools.by_name["m"].counters.observe(metrics.TTFT, 1.0)
+    counters = worker.pools.by_name["m"].counters
+    counters.integers[metrics.ARRIVALS] = 3
+    counters.observe(metrics.TTFT, 1.0)
+    counters.flush()
+    assert (shared.pool_total(0, metrics.ARRIVALS), shared.pool_sum(0, metrics.TTFT)) == (3, 1.0)
     worker.pools.apply(Fleet(version=2))
     assert (shared.pool_total(0, metrics.ARRIVALS), shared.pool_sum(0, metrics.TTFT)) == (0, 0.0)
     # A pool that is removed while its worker is dead: the next worker clears what that one left.
