@@ -145,7 +145,8 @@ class EngineContract(ABC):
         for line in lines:
             phases.append(self.engine.start_phase([line], phases[-1]))
         assert phases == sorted(phases, key=START_PHASES.index)
-        assert self.engine.start_phase(lines, START_PHASES[-1]) == START_PHASES[-1]
+        last = START_PHASES[-1]
+        assert {last} | {self.engine.start_phase([line], last) for line in lines} == {last}
         if lines:
             assert phases[-1] == START_PHASES[-1]
 
