@@ -40,7 +40,7 @@ THREADS = 32
 """Calls that may block at once: downloads, prewarms, look-ups."""
 REPORT_S = 0.1
 KEEP_S = 5.0
-"""Longest time that is waited for a page holder that is asked for pages nobody wants any more."""
+"""Longest wait for a page holder to answer a request that has been cancelled."""
 SMALL_BYTES = 64 * 1024 * 1024
 """Files of up to this size beside the weights (tokenizer, configuration) are kept warm too."""
 

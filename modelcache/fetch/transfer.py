@@ -406,7 +406,7 @@ class PeerReader:
 
 @contextlib.contextmanager
 def _told(download: Download) -> Iterator[None]:
-    """What nobody has foreseen (a source's library fails in a way of its own) ends the download:
+    """An unforeseen error (a source's library fails in a way of its own) ends the download:
     without the thread that it ended, a piece would be waited for without end."""
     try:
         yield
