@@ -383,18 +383,18 @@ class ProcessBackend:
         """Make an engine on record ours; ``None`` if it has to be ended."""
         engine = record.engine
         like = next((one for one in wanted if engine and one.pool.name == engine.pool), None)
-        reason = why_not_adopted(
-            record,
-            like,
-            keep_s=self._settings.keep_engines_s,
-            boot_id=boot_id(),
-            is_ours=await asyncio.to_thread(carries, record.leader, record.variable),
-        )
-        if engine is None or like is None or reason:
-            LOG.info("%s is not taken over: %s", record.replica_id, reason)
-            return None
-        spec = adopted_spec(record, like)
         try:
+            reason = why_not_adopted(
+                record,
+                like,
+                keep_s=self._settings.keep_engines_s,
+                boot_id=boot_id(),
+                is_ours=await asyncio.to_thread(carries, record.leader, record.variable),
+            )
+            if engine is None or like is None or reason:
+                LOG.info("%s is not taken over: %s", record.replica_id, reason)
+                return None
+            spec = adopted_spec(record, like)
             child = ReplicaProcess(
                 spec=spec,
                 placement=engine.placement,

@@ -109,6 +109,36 @@ def test_a_record_does_not_make_a_process_ours(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_an_engine_that_cannot_be_looked_at_stays_on_record_and_the_start_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proc = tmp_path / "proc"
+    (proc / "4711" / "environ").mkdir(parents=True)  # reading it is an error other than "gone"
+    (proc / "sys/kernel/random").mkdir(parents=True)
+    (proc / "sys/kernel/random/boot_id").write_text("this boot")
+    monkeypatch.setattr(procs, "PROC", proc)
+
+    async def story() -> None:
+        registry = ProcessRegistry(tmp_path / "replicas")
+        registry.claim()
+        record = ProcessRecord(
+            replica_id="r-1",
+            boot_id="this boot",
+            leader=ProcessId(4711, 1),
+            mark=MARKS[0],
+            members=frozenset(),
+            engine=STARTED,
+        )
+        registry.write(record)
+        registry.release()
+        backend = tiny_backend(tmp_path)
+        assert await backend.adopt([ReplicaSpec(id="any", pool=tiny_pool(), digest="d")]) == []
+        await backend.close()
+        assert [one.mark for one in registry.read()] == [record.mark]
+
+    asyncio.run(story())
+
+
 def gate(way: str, parent: int, directory: Path, *program: str) -> list[str]:
     argv = [sys.executable, "-I", "-S", guard.__file__, way, str(parent)]
     return [*argv, *([str(directory)] if way == "start" else []), "-", *program]
@@ -161,13 +191,14 @@ def test_the_last_owner_says_how_long_an_engine_is_kept(tmp_path: Path) -> None:
 
 def test_a_guard_that_cannot_end_its_engine_leaves_it_on_record(tmp_path: Path) -> None:
     """For the next control process: its GPU is not free, whatever keeps it alive."""
+    mark = secrets.token_hex(16)  # its own: what the shell has started outlives it a moment
     directory = tmp_path / "replicas"
     first = ProcessRegistry(directory, keep_s=0.0, grace_s=0.0)
     first.claim()
-    first.write(record(MARKS[0]))
+    first.write(record(mark))
     script = f"ulimit -Sn 64; trap '' TERM; echo $$ > {tmp_path}/pid; while :; do sleep 0.2; done"
     argv = gate("start", os.getpid(), directory, "/bin/sh", "-c", script)
-    env = {"PATH": os.environ["PATH"], guard.MARK: MARKS[0]}
+    env = {"PATH": os.environ["PATH"], guard.MARK: mark}
     # Five descriptors: enough to look at processes, one too few to signal one.
     few = ["/bin/sh", "-c", 'ulimit -Sn 5; exec "$@"', "sh", *argv]
     process = subprocess.Popen(few, stdin=subprocess.PIPE, env=env)
