@@ -629,8 +629,16 @@ class Exchange(PooledRequest):
         """The client is gone: the replica stops working for it at once."""
         if self.state == DONE:
             return
-        if self.pool is not None:
-            self.pool.counters.integers[metrics.CANCELLED] += 1
+        pool, answer = self.pool, self._answer
+        if pool is not None:
+            if answer is not None and answer.is_stream and sse.LAST_EVENT in self._last_block:
+                # OpenAI's clients close at the last event, which often comes a chunk before the
+                # end of the body: they have all of the answer.
+                pool.counters.integers[metrics.OK] += 1
+                self._learn(pool, answer, 0 if self.upstream is None else self.upstream.events)
+                pool.counters.observe(metrics.E2E, self.last_s - self.started_s)
+            else:
+                pool.counters.integers[metrics.CANCELLED] += 1
         self.drop_upstream()
         self.end()
 

@@ -179,13 +179,18 @@ class UpstreamConnection(asyncio.Protocol):
         if ended and self.request is request:
             self._finish(request)
 
+    @property
+    def events(self) -> int:
+        """Chunks of the answer that have come; 0 where it does not come in chunks."""
+        return 0 if self._tracker is None else self._tracker.chunks
+
     def _finish(self, request: UpstreamRequest) -> None:
         head = self._head
         keep = head is not None and head.keep_alive and request.body_sent
         self.request = None
         self._head = None
         self._ended = False
-        events, self._tracker = (0 if self._tracker is None else self._tracker.chunks), None
+        events, self._tracker = self.events, None
         if request.is_answer_paused():
             self.transport.resume_reading()  # the next request's client may be a fast one
         if keep:

@@ -7,6 +7,7 @@ import random
 import ssl
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -256,6 +257,31 @@ def test_no_client_takes_a_cut_answer_for_whole(
                 whole = False
         assert not whole
     assert len(replica.requests) == 1
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_a_client_that_leaves_after_the_last_event_has_its_answer(
+    served: Gateway, done: bool
+) -> None:
+    """OpenAI's clients close at ``[DONE]``, which often comes before the end of the body."""
+
+    def script(asked: Asked) -> None:
+        asked.request()
+        asked.send(STREAM + chunks(EVENT, *([b"data: [DONE]\n\n"] if done else [])))
+        asked.cancelled()
+
+    def ended() -> Counter[int]:
+        return Counter({one: served.pool_count(one) for one in (metrics.OK, metrics.CANCELLED)})
+
+    before = ended()
+    with ScriptedReplica(script) as replica:
+        served.publish(replica)
+        with served.connect() as client:
+            client.send(STREAMED)
+            client.until(b"[DONE]\n\n\r\n" if done else EVENT)
+        eventually(lambda: replica.cancels == 1)
+    outcome = metrics.OK if done else metrics.CANCELLED
+    eventually(lambda: ended() - before == Counter({outcome: 1}))
 
 
 def test_a_replica_that_says_nothing_is_504(served: Gateway) -> None:

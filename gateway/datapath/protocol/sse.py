@@ -14,6 +14,7 @@ STREAM_HEAD: Final = (
     b"cache-control: no-cache\r\nx-accel-buffering: no\r\ntransfer-encoding: chunked\r\n"
 )
 LAST_CHUNK: Final = b"0\r\n\r\n"
+LAST_EVENT: Final = b"data: [DONE]\n\n"
 
 _USAGE: Final = re.compile(
     rb'"usage":\{"prompt_tokens":(\d{1,9}),(?:"total_tokens":\d{1,9},)?"completion_tokens":(\d{1,9})'
@@ -34,7 +35,7 @@ def comment(text: str) -> bytes:
 
 def error_event(body: bytes) -> bytes:
     """An error after the response head is out: an event the OpenAI clients raise, then the end."""
-    return chunk(b"data: " + body + b"\n\n") + chunk(b"data: [DONE]\n\n") + LAST_CHUNK
+    return chunk(b"data: " + body + b"\n\n") + chunk(LAST_EVENT) + LAST_CHUNK
 
 
 def read_usage(tail: bytes) -> tuple[int | None, int | None]:
