@@ -443,21 +443,24 @@ class Exchange(PooledRequest):
         answer, pool = self._answer, self.pool
         if answer is None or pool is None:
             return
+        if self._mode == _COLLECT:
+            self._end_collected(answer.status)
+        elif self._mode == _WRAP:
+            self.client.transport.write(sse.LAST_CHUNK)
+        self._count_answer(pool, answer, events)
+        self.end()
+
+    def _count_answer(self, pool: PoolRuntime, answer: ResponseHead, events: int) -> None:
+        """Count an answer that the client has the whole of."""
         integers = pool.counters.integers
-        status = answer.status
-        if status < 400:
+        if answer.status < 400:
             integers[metrics.OK] += 1
         else:
-            integers[metrics.CLIENT_ERROR if status < 500 else metrics.ENGINE_ERROR] += 1
-        if self._mode == _COLLECT:
-            self._end_collected(status)
-        else:
-            if self._mode == _WRAP:
-                self.client.transport.write(sse.LAST_CHUNK)
-            if status < 400:
+            integers[metrics.CLIENT_ERROR if answer.status < 500 else metrics.ENGINE_ERROR] += 1
+        if self._mode != _COLLECT:
+            if answer.status < 400:
                 self._learn(pool, answer, events)
             pool.counters.observe(metrics.E2E, self.last_s - self.started_s)
-        self.end()
 
     def _learn(self, pool: PoolRuntime, answer: ResponseHead, events: int) -> None:
         """Count what the answer says it cost, and size the model's next requests by it."""
@@ -634,9 +637,8 @@ class Exchange(PooledRequest):
             if answer is not None and answer.is_stream and sse.LAST_EVENT in self._last_block:
                 # OpenAI's clients close at the last event, which often comes a chunk before the
                 # end of the body: they have all of the answer.
-                pool.counters.integers[metrics.OK] += 1
-                self._learn(pool, answer, 0 if self.upstream is None else self.upstream.events)
-                pool.counters.observe(metrics.E2E, self.last_s - self.started_s)
+                events = 0 if self.upstream is None else self.upstream.events
+                self._count_answer(pool, answer, events)
             else:
                 pool.counters.integers[metrics.CANCELLED] += 1
         self.drop_upstream()

@@ -71,7 +71,7 @@ class SourceReader:
 
     def run(self) -> None:
         """What each of its threads does."""
-        with _told(self.download):
+        with _failing_with(self.download):
             self._run()
 
     def _run(self) -> None:
@@ -263,7 +263,7 @@ class PeerReader:
 
     def run(self) -> None:
         """What each of its threads does."""
-        with _told(self.download):
+        with _failing_with(self.download):
             self._run()
 
     def _run(self) -> None:
@@ -405,7 +405,7 @@ class PeerReader:
 
 
 @contextlib.contextmanager
-def _told(download: Download) -> Iterator[None]:
+def _failing_with(download: Download) -> Iterator[None]:
     """An unforeseen error (a source's library fails in a way of its own) ends the download:
     without the thread that it ended, a piece would be waited for without end."""
     try:
