@@ -297,6 +297,10 @@ class ProcessPoolSettings(ConsistentSettings):
             yield "gpu_memory_bytes is set, but gpus_per_replica is 0"
 
 
+BackendName = Literal["process", "static"]
+"""Where the replicas of a pool run. A pool's settings for its backend have a table of that name."""
+
+
 class StaticPoolSettings(ConsistentSettings):
     """Where the servers of a ``static`` pool are, and how they are asked."""
 
@@ -331,7 +335,7 @@ class PoolSettings(ConsistentSettings):
     aliases: tuple[Name, ...] = Field(default=(), max_length=100)
     """Further names clients may use for this pool."""
 
-    backend: Literal["process", "static"] = "process"
+    backend: BackendName = "process"
     """``process``: engines are child processes of Tidegate. ``static``: externally
     managed servers at ``static.urls``: health-checked and routed to, never started or stopped."""
 

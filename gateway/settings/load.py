@@ -12,6 +12,7 @@ What every layer shares:
 - A relative path in a file is relative to that file; in the environment, in ``--set`` and in the
   defaults it is relative to the working directory. A pool's ``model`` is a path where it begins
   with ``/``, ``.`` or ``~/``: otherwise it is a name for the engine, which may well look like one.
+- A field of the table of a pool's backend may stand in the pool itself (``urls = [...]``).
 - Values from the environment and ``--set`` are text: lists as ``a,b`` or ``["a", "b"]``, tables as
   TOML or JSON, ``none`` to unset what can be unset. A file's values have their type: no
   ``"8000"`` for 8000.
@@ -27,10 +28,11 @@ import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from autoscaler.settings import BackendName
 from gateway.settings import errors, fields, toml
 from gateway.settings.errors import DEFAULT, Problem
 from gateway.settings.schema import Settings, find_warnings, through_cache
@@ -319,7 +321,30 @@ def _read_file(draft: _Draft, path: Path) -> None:
     except (ValueError, RecursionError) as error:
         draft.found.append(Problem("", str(error), str(path)))
     else:
-        draft.merge((), tree, _FileOrigin(path=path, lines=toml.locate(text)))
+        for pool in pools if isinstance(pools := tree.get("pools"), list) else ():
+            _lengthen(pool)
+        lines = toml.locate(text)
+        lines = {_long(parts): line for parts, line in lines.items()} | lines
+        draft.merge((), tree, _FileOrigin(path=path, lines=lines))
+
+
+def _lengthen(pool: Any) -> None:
+    """Move a pool's fields in short form to the table that they belong to."""
+    for name in list(pool) if isinstance(pool, dict) else ():
+        *table, name_below = _long(("pools", "0", name))[2:]
+        below = pool.setdefault(table[0], {}) if table else None
+        if isinstance(below, dict) and name_below not in below:
+            below[name_below] = pool.pop(name)
+
+
+def _long(parts: Parts) -> Parts:
+    """The whole path of a setting. The fields of a pool's backend may be written without the name
+    of their table: a pool has one backend, and no name is in two tables."""
+    if len(parts) > 2 and parts[0] == "pools" and not fields.find(("pools", "0", parts[2])):
+        for backend in get_args(BackendName):
+            if fields.find(("pools", "0", backend, parts[2])):
+                return (*parts[:2], backend, *parts[2:])
+    return parts
 
 
 # ── Environment and --set ─────────────────────────────────────────────────────────────────────────
@@ -406,6 +431,7 @@ def _indexed(draft: _Draft, parts: Parts) -> Parts:
 
 def _assign(draft: _Draft, parts: Parts, text: str, origin: str) -> None:
     """Lay text over the tree as the value it stands for, or note why it cannot be."""
+    parts = _long(parts)
     name = fields.dotted(parts)
     node = fields.find(parts)
     if node is None:

@@ -106,6 +106,28 @@ def test_one_element_of_a_list_is_reached_by_index_or_name(tmp_path: Path) -> No
     assert loaded.origins["pools.1.max_replicas"] == "environment TIDEGATE__POOLS__1__MAX_REPLICAS"
 
 
+def test_the_fields_of_a_pools_backend_may_stand_in_the_pool_itself(tmp_path: Path) -> None:
+    text = '[[pools]]\nname = "a"\nbackend = "static"\nurls = ["http://127.0.0.1:1"]\n'
+    sets = ("pools.a.health_path=/up", "pools.1.name=b", "pools.1.gpus_per_replica=2")
+    sets = (*sets, "pools.1.engine=simulated", "pools.1.model=m")
+    loaded = load(write(tmp_path, text), {}, sets)
+    first, second = loaded.settings.pools
+    assert first.static.urls == ("http://127.0.0.1:1",)
+    assert first.static.health_path == "/up"
+    assert second.process.gpus_per_replica == 2
+    assert loaded.origins["pools.0.static.urls"] == f"{tmp_path / 'tidegate.toml'}, line 4"
+    assert loaded.origins["pools.0.static.health_path"] == "--set pools.a.health_path=/up"
+
+
+def test_a_mistake_in_a_backends_field_in_the_pool_itself(tmp_path: Path) -> None:
+    text = '[[pools]]\nname = "a"\nbackend = "static"\nurls = ["http://127.0.0.1:1"]\n'
+    (wrong,) = problems(tmp_path, POOL + 'urls = ["http://127.0.0.1:1"]\n')
+    assert "static is only for" in wrong
+    (typed,) = problems(tmp_path, text.replace("127.0.0.1:1", "127.0.0.1:99999"))
+    assert typed.startswith("pools.0.static.urls.0 ")
+    assert typed.endswith("line 4)")
+
+
 def test_a_pool_from_the_environment_alone() -> None:
     environ = {
         "TIDEGATE__POOLS__0__MODEL": "m",
@@ -288,13 +310,7 @@ def test_a_variable_that_is_named_or_kubernetes_own_is_not_warned_about() -> Non
             "(FILE, line 5)",
         ),
         (
-            "a field of a backend outside of its table",
-            POOL + "gpus_per_replica = 1",
-            "pools.0.gpus_per_replica is an unknown setting; did you mean "
-            "pools.N.process.gpus_per_replica? (FILE, line 5)",
-        ),
-        (
-            "another field of a backend outside of its table",
+            "a field of a backend given twice",
             '[[pools]]\nname = "a"\nbackend = "static"\nurls = ["http://h:1"]\n'
             '[pools.static]\nurls = ["http://h:1"]',
             "pools.0.urls is an unknown setting; did you mean pools.N.static.urls? (FILE, line 4)",
