@@ -203,6 +203,16 @@ class PastDecision:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Histogram:
+    """``counts`` of values up to each of ``bounds_s`` (seconds) and, last, of those beyond, and the
+    sum of all values."""
+
+    bounds_s: tuple[float, ...]
+    counts: tuple[int, ...]
+    sum_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TierReport:
     """One tier of a pool on this node, from hot to cold.
 
@@ -216,6 +226,10 @@ class TierReport:
     wakes: int = 0
     stays_s: float | None = None
     why_not: str = ""
+    start_times: Histogram | None = None
+    """How long starts and wakes out of it took until ready, since the control process began."""
+    failed_starts: int = 0
+    """Starts and wakes out of it that failed, since the control process began."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,6 +283,9 @@ class PoolReport:
     tier: Tier | None = None
     tiers: tuple[TierReport, ...] = ()
     step_down_at_s: float | None = None
+    max_replicas: int = 1
+    crashes: int = 0
+    """Replicas that failed after they had been ready, since the control process began."""
     removed: bool = False
     """The settings have it no more; it ends with its last request."""
 

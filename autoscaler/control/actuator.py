@@ -17,6 +17,7 @@ from dataclasses import replace
 from autoscaler.backends.base import AdoptedReplica, BackendError, NoCapacity, Probe, Unsupported
 from autoscaler.control.replicas import PoolRecord, ReplicaRecord, describe_phase
 from autoscaler.policy.lifecycle import PROBED_STATES, Action, Event, InvalidTransition, State, step
+from autoscaler.policy.plan import LOADING
 from autoscaler.settings import AutoscalerSettings
 from autoscaler.tiers.preparer import Preparer
 from autoscaler.types import ReplicaLoad
@@ -88,6 +89,11 @@ class Actuator:
             return
         now_s = self._clock()
         LOG.info("%s: %s -> %s (%s)", record.id, record.state, found.state, event)
+        if Action.COUNT_FAILURE in found.actions:
+            if record.state not in LOADING:
+                pool.crashes += 1
+            elif record.woken_from is not None:
+                pool.tiers.record_failed_start(record.woken_from)
         if found.state is not record.state:
             record.state = found.state
             record.since_s = now_s

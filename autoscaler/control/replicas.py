@@ -153,6 +153,7 @@ class PoolRecord:
         """Put to sleep by an operator: at zero until the next request."""
         self.wake_signal = False
         self.failures = 0
+        self.crashes = 0
         self.retry_at_s: float | None = None
         self.error: str | None = None
         self.ready_at_s: float | None = None
@@ -451,6 +452,8 @@ def report_pool(pool: PoolRecord) -> PoolReport:
         tier=pool.tier(),
         tiers=pool.tiers.report(pool.tier()) if pool.backend.owns_replicas else (),
         step_down_at_s=pool.tiers.step_down_at_s,
+        max_replicas=pool.pool.max_replicas,
+        crashes=pool.crashes,
         removed=pool.removed,
     )
 

@@ -7,6 +7,8 @@ move at a time. A request for the pool does not wait for a move: it is cancelled
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -15,8 +17,11 @@ from autoscaler.policy.tier_policy import TierChoice, TierState, choose_tier, pi
 from autoscaler.settings import PoolSettings
 from autoscaler.tiers.preparer import Preparer
 from autoscaler.tiers.wake_times import WakeTimes
-from autoscaler.types import TierReport
+from autoscaler.types import Histogram, TierReport
 from modelcache.types import TIERS, Tier
+
+START_BOUNDS_S = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 240, 480, 960, 1920)
+"""From a wake out of sleep to the download of a large model."""
 
 Spawn = Callable[[Awaitable[None], str], asyncio.Task[None]]
 """Runs work beside the loop under a name; its errors are recorded."""
@@ -64,6 +69,9 @@ class TierManager:
         self._move: asyncio.Task[None] | None = None
         self._moved_to: Tier | None = None
         self._retry_at_s = 0.0
+        self._start_counts: dict[Tier, list[int]] = {}
+        self._start_sums_s: dict[Tier, float] = {}
+        self._failed_starts: Counter[Tier] = Counter()
 
     @property
     def model_tier(self) -> Tier:
@@ -161,9 +169,16 @@ class TierManager:
 
     def record_wake(self, tier: Tier, seconds: float) -> None:
         """Remember that a start or wake from ``tier`` took so long."""
+        counts = self._start_counts.setdefault(tier, [0] * (len(START_BOUNDS_S) + 1))
+        counts[bisect_left(START_BOUNDS_S, seconds)] += 1
+        self._start_sums_s[tier] = self._start_sums_s.get(tier, 0.0) + seconds
         self._wake_times.add(self._model, tier, seconds)
         if self._wake_times.is_kept:
             self._spawn(self._wake_times.save(), "wake times")
+
+    def record_failed_start(self, tier: Tier) -> None:
+        """Count a start or wake from ``tier`` that failed."""
+        self._failed_starts[tier] += 1
 
     def estimate_wake_s(self, tier: Tier) -> float | None:
         """How long a wake from ``tier`` takes at most; ``None`` before the first."""
@@ -181,7 +196,7 @@ class TierManager:
             available = excluded is None and (
                 tier in self.model_tiers or configured or current is tier
             )
-            if available or excluded is not None or times_s:
+            if available or excluded is not None or times_s or self._failed_starts[tier]:
                 reports.append(
                     TierReport(
                         tier=tier,
@@ -190,6 +205,15 @@ class TierManager:
                         wakes=len(times_s),
                         stays_s=stays_s,
                         why_not="" if excluded is None else excluded.reason,
+                        start_times=self._start_times(tier),
+                        failed_starts=self._failed_starts[tier],
                     )
                 )
         return tuple(reports)
+
+    def _start_times(self, tier: Tier) -> Histogram | None:
+        counts = self._start_counts.get(tier)
+        if counts is None:
+            return None
+        sum_s = self._start_sums_s[tier]
+        return Histogram(bounds_s=START_BOUNDS_S, counts=tuple(counts), sum_s=sum_s)

@@ -143,6 +143,7 @@ class LiveControl:
             report=self._loop.status(),
             version=self._version,
             traffic=self._traffic(),
+            workers=self._workers.status(),
             forks=self._fork_server(),
         )
 

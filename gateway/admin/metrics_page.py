@@ -11,11 +11,12 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -27,7 +28,7 @@ from prometheus_client.registry import Collector
 
 from autoscaler.backends.process.fork_server import FORK_STATES
 from autoscaler.control.start_steps import STEPS_TO_READY
-from autoscaler.types import FleetReport
+from autoscaler.types import FleetReport, TierReport
 from gateway.admin.schema import ForkServerEntry
 from gateway.datapath import metrics
 from gateway.datapath.shared import Shared
@@ -63,21 +64,25 @@ def render(
     report: FleetReport | None,
     version: str,
     traffic: Mapping[str, Any],
+    workers: Sequence[Mapping[str, Any]] = (),
     forks: ForkServerEntry | None = None,
 ) -> bytes:
     """The whole page, in Prometheus text format 0.0.4. ``pools``: their slots in ``shared`` by
-    name; ``traffic``: the model cache's figures; ``forks``: those of the fork server, as
-    ``/status`` has them."""
+    name; ``traffic``: the model cache's figures; ``workers``: index, pid and restarts of each;
+    ``forks``: the fork server's figures, as ``/status`` has them."""
     page = _Page(version)
     for pool, slot in pools.items():
         for index, metric in enumerate(metrics.POOL_METRICS):
             page.add(metric, shared.pool_total(slot, index), pool=pool)
     for number, spec in enumerate(metrics.POOL_HISTOGRAMS):
-        page.families[spec.name] = _histogram(shared, pools, number, spec)
+        _add_histogram(page, shared, pools, number, spec)
     for worker in range(shared.workers):
         counters = shared.worker_counters(worker)
         for index, metric in enumerate(metrics.WORKER_METRICS):
-            page.add(metric, counters[index], worker=str(worker))
+            value = counters[index]
+            if index != metrics.TLS_NOT_AFTER or value:
+                page.add(metric, value, worker=str(worker))
+    _add_processes(page, workers)
     if report is not None:
         _add_fleet(page, report)
     if forks is not None:
@@ -89,6 +94,7 @@ def render(
 def render_agent(*, version: str, traffic: Mapping[str, Any]) -> bytes:
     """The page of a cache agent, which has no pools."""
     page = _Page(version)
+    _add_processes(page, ())
     _add_traffic(page, traffic)
     return page.text()
 
@@ -127,6 +133,23 @@ class _Page(Collector):
             self.families[metric.name] = family
         family.add_metric(list(labels.values()), value)  # type: ignore[attr-defined]
 
+    def observe(
+        self,
+        metric: metrics.Metric | metrics.Buckets,
+        bounds: Sequence[float],
+        counts: Sequence[int],
+        total: float,
+        **labels: str,
+    ) -> None:
+        """One histogram: ``counts`` of values up to each bound and, last, beyond them."""
+        family = self.families.get(metric.name)
+        if family is None:
+            family = HistogramMetricFamily(PREFIX + metric.name, metric.help, labels=list(labels))
+            self.families[metric.name] = family
+        names = [*(format(bound, "g") for bound in bounds), "+Inf"]
+        buckets = list(zip(names, map(float, accumulate(counts)), strict=True))
+        family.add_metric(list(labels.values()), buckets, sum_value=total)  # type: ignore[attr-defined]
+
     def collect(self) -> Iterable[Metric]:
         """The families, in the order of their first samples."""
         return self.families.values()
@@ -138,17 +161,31 @@ class _Page(Collector):
         return generate_latest(registry)
 
 
-def _histogram(
-    shared: Shared, pools: Mapping[str, int], number: int, spec: metrics.Buckets
-) -> HistogramMetricFamily:
-    family = HistogramMetricFamily(PREFIX + spec.name, spec.help, labels=["pool"])
+def _add_histogram(
+    page: _Page, shared: Shared, pools: Mapping[str, int], number: int, spec: metrics.Buckets
+) -> None:
     start = metrics.HISTOGRAM_OFFSETS[number]
-    bounds = [*(format(bound, "g") for bound in spec.bounds), "+Inf"]
     for pool, slot in pools.items():
-        counts = [shared.pool_total(slot, start + offset) for offset in range(len(bounds))]
-        buckets = list(zip(bounds, map(float, accumulate(counts)), strict=True))
-        family.add_metric([pool], buckets, sum_value=shared.pool_sum(slot, number))
-    return family
+        indexes = range(start, start + len(spec.bounds) + 1)
+        counts = [shared.pool_total(slot, index) for index in indexes]
+        page.observe(spec, spec.bounds, counts, shared.pool_sum(slot, number), pool=pool)
+
+
+def _add_processes(page: _Page, workers: Sequence[Mapping[str, Any]]) -> None:
+    """This process by the usual names (``process_*``), and each worker's."""
+    for family in ProcessCollector(registry=None).collect():
+        page.families[family.name] = family
+    for worker in workers:
+        label = str(worker["index"])
+        page.add(metrics.WORKER_RESTARTS, worker["restarts"], worker=label)
+        pid = worker["pid"]
+        if pid is None:
+            continue
+        for family in ProcessCollector(pid=partial(int, pid), registry=None).collect():
+            for sample in family.samples:
+                metric = metrics.WORKER_PROCESS_METRICS.get(sample.name)
+                if metric is not None:
+                    page.add(metric, sample.value, worker=label)
 
 
 def _add_fleet(page: _Page, report: FleetReport) -> None:
@@ -158,13 +195,16 @@ def _add_fleet(page: _Page, report: FleetReport) -> None:
         for state in ReplicaState:
             page.add(metrics.REPLICAS, states.count(state), pool=name, state=state.value)
         page.add(metrics.DESIRED_REPLICAS, pool.desired, pool=name)
+        if pool.tier is not None:
+            page.add(metrics.MAX_REPLICAS, pool.max_replicas, pool=name)
+        page.add(metrics.REPLICA_CRASHES, pool.crashes, pool=name)
         page.add(metrics.WAKE_ETA, pool.wake_eta_s, pool=name)
         page.add(metrics.START_FAILURES, pool.failures, pool=name)
         if pool.tier is not None:
             for tier in TIERS:
                 page.add(metrics.TIER, tier is pool.tier, pool=name, tier=tier.value)
         for one in pool.tiers:
-            page.add(metrics.TIER_WAKE, one.wake_s, pool=name, tier=one.tier.value)
+            _add_tier(page, name, one)
         if pool.tier is not None:
             steps = [replica.step for replica in pool.replicas]
             for step in STEPS_TO_READY:
@@ -178,6 +218,17 @@ def _add_fleet(page: _Page, report: FleetReport) -> None:
         page.add(metrics.DECISIONS, count, pool=name, reason=reason.value)
     for where, count in sorted(report.errors.items()):
         page.add(metrics.CONTROL_ERRORS, count, where=where)
+
+
+def _add_tier(page: _Page, pool: str, one: TierReport) -> None:
+    """What starts and wakes out of one tier came to."""
+    labels = {"pool": pool, "tier": one.tier.value}
+    times = one.start_times
+    page.add(metrics.TIER_WAKE, one.wake_s, **labels)
+    page.add(metrics.STARTS, 0 if times is None else sum(times.counts), **labels, outcome="ready")
+    page.add(metrics.STARTS, one.failed_starts, **labels, outcome="failed")
+    if times is not None:
+        page.observe(metrics.START_TIME, times.bounds_s, times.counts, times.sum_s, **labels)
 
 
 def _add_forks(page: _Page, forks: ForkServerEntry) -> None:

@@ -98,12 +98,18 @@ ACCEPTED: Final = 1
 BUFFERED_BYTES: Final = 2
 UPSTREAM_CONNECTIONS: Final = 3
 UPSTREAM_OPENED: Final = 4
+TLS_NOT_AFTER: Final = 5
 _WORKER_PLAIN: Final[tuple[Metric, ...]] = (
     Metric("connections", "Client connections open now.", gauge=True),
     Metric("connections_accepted_total", "Client connections accepted."),
     Metric("buffered_bytes", "Request body bytes held in memory.", gauge=True),
     Metric("upstream_connections", "Connections to engines open now.", gauge=True),
     Metric("upstream_connections_opened_total", "Connections opened to engines."),
+    Metric(
+        "tls_certificate_not_after_timestamp_seconds",
+        "Unix time at which the certificate that clients are shown expires; absent without TLS.",
+        gauge=True,
+    ),
 )
 REASONS: Final[tuple[Reason, ...]] = tuple(Reason)
 REASON_INDEX: Final = {reason: len(_WORKER_PLAIN) + index for index, reason in enumerate(REASONS)}
@@ -156,6 +162,28 @@ STANDBY_BYTES: Final = Metric(
     gauge=True,
 )
 START_FAILURES: Final = Metric("start_failures", "Failed starts in a row.", gauge=True)
+STARTS: Final = Metric(
+    "starts_total",
+    "Starts and wakes, by the tier they began from: those out of sleeping are wakes.",
+)
+START_TIME: Final = Metric(
+    "start_time_seconds", "Start or wake begun to ready, by the tier it began from."
+)
+REPLICA_CRASHES: Final = Metric(
+    "replica_crashes_total", "Replicas that failed after they had been ready."
+)
+MAX_REPLICAS: Final = Metric("max_replicas", "The pool's max_replicas.", gauge=True)
+WORKER_RESTARTS: Final = Metric("worker_restarts_total", "Times that the worker was restarted.")
+WORKER_PROCESS_METRICS: Final[dict[str, Metric]] = {
+    "process_cpu_seconds_total": Metric("worker_cpu_seconds_total", "CPU time of the worker."),
+    "process_resident_memory_bytes": Metric(
+        "worker_resident_memory_bytes", "Resident memory of the worker.", gauge=True
+    ),
+    "process_open_fds": Metric(
+        "worker_open_fds", "Open file descriptors of the worker.", gauge=True
+    ),
+}
+"""Of each worker process, by prometheus-client's name for this process's own figure."""
 DECISIONS: Final = Metric("decisions_total", "Decisions of the autoscaler, by reason.")
 CONTROL_ERRORS: Final = Metric(
     "control_errors_total", "Errors the control loop met and survived, by where they were raised."

@@ -16,11 +16,13 @@ import socket
 import ssl
 import sys
 import traceback
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import uvloop
 
+from gateway.datapath import metrics
 from gateway.datapath.client import ClientConnection, ClientConnections
 from gateway.datapath.context import WorkerContext
 from gateway.datapath.messages import (
@@ -56,6 +58,7 @@ class Certificate:
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
         self.context.set_alpn_protocols(["http/1.1"])
         self.context.load_cert_chain(certificate, key)
+        self.not_after_s = read_not_after_s(Path(certificate).read_text())
 
     def _read_stamp(self) -> tuple[float, ...]:
         paths = (self._certificate, self._key)
@@ -73,8 +76,41 @@ class Certificate:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._certificate, self._key)
             self.context.load_cert_chain(self._certificate, self._key)
             self._stamp = stamp
+            self.not_after_s = read_not_after_s(Path(self._certificate).read_text())
         except (OSError, ssl.SSLError) as error:
             print(f"tidegate: the TLS certificate was not reloaded: {error}", file=sys.stderr)  # noqa: T201
+
+
+def read_not_after_s(pem: str) -> int:
+    """The Unix time at which the first certificate of a PEM text expires (RFC 5280, 4.1.2.5); 0
+    where it cannot be read. Only for a text that OpenSSL has taken."""
+    start = pem.find(ssl.PEM_HEADER)
+    end = pem.find(ssl.PEM_FOOTER, start) + len(ssl.PEM_FOOTER)
+    try:
+        der = ssl.PEM_cert_to_DER_cert(pem[start:end])
+        at = _der_value(der, 0)[1]  # Certificate
+        at = _der_value(der, at)[1]  # TBSCertificate
+        if der[at] == 0xA0:  # its version, where it is not 1
+            at = _der_value(der, at)[2]
+        for _ in range(3):  # serial number, algorithm, issuer
+            at = _der_value(der, at)[2]
+        at = _der_value(der, at)[1]  # Validity
+        tag, start, end = _der_value(der, _der_value(der, at)[2])
+        text = der[start:end].decode("ascii")
+        if tag == 0x17:  # UTCTime, with two digits of the year
+            text = ("20" if text < "50" else "19") + text
+        return int(datetime.strptime(text, "%Y%m%d%H%M%S%z").timestamp())
+    except (ValueError, IndexError):
+        return 0
+
+
+def _der_value(der: bytes, at: int) -> tuple[int, int, int]:
+    """Of the value at this place in DER: its tag, where its content starts and where it ends."""
+    length, start = der[at + 1], at + 2
+    if length & 0x80:
+        size = length & 0x7F
+        length, start = int.from_bytes(der[start : start + size], "big"), start + size
+    return der[at], start, start + length
 
 
 class Worker:
@@ -107,6 +143,7 @@ class Worker:
         gateway = self.context.gateway
         if gateway.tls_certificate is not None:
             self._tls = Certificate(gateway.tls_certificate, gateway.tls_key)
+            self.context.counters[metrics.TLS_NOT_AFTER] = self._tls.not_after_s
         self._server = await self.context.loop.create_server(
             lambda: ClientConnection(self.clients),
             sock=listener,
@@ -120,6 +157,7 @@ class Worker:
         while self._tls is not None:
             await asyncio.sleep(self.context.gateway.tls_reload_s)
             self._tls.renew()
+            self.context.counters[metrics.TLS_NOT_AFTER] = self._tls.not_after_s
 
     async def tick(self) -> None:
         """Held requests, suspects, and the counters that other processes read."""

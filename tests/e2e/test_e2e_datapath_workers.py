@@ -305,6 +305,8 @@ def test_tls_takes_a_new_certificate_without_a_restart(tmp_path: Path) -> None:
             client.send(post({"model": "m"}))  # what is open goes on
             assert client.answer().status == 200
         new = presented(served)
+        expires_s = served.worker_count(metrics.TLS_NOT_AFTER)
+        assert 86_400 < expires_s - time.time() < 2 * 86_400 + 60
         # Half a certificate: the last one that was whole stays in force.
         (tmp_path / "cert.pem").write_text("-----BEGIN CERTIFICATE-----\nMIIB")
         eventually(lambda: "was not reloaded" in served.log())

@@ -218,6 +218,39 @@ def test_unknown_health_changes_nothing() -> None:
     run_virtual(story())
 
 
+def test_starts_are_counted_by_what_became_of_them() -> None:
+    def starts(world: World) -> tuple[int, int, int]:
+        """(ready, failed, failed after it had been ready)."""
+        pool = world.loop.status().pools[0]
+        times = [one.start_times for one in pool.tiers if one.start_times is not None]
+        failed = sum(one.failed_starts for one in pool.tiers)
+        return sum(sum(one.counts) for one in times), failed, pool.crashes
+
+    async def story() -> None:
+        backend = FakeBackend(start_s=10.0, dies_after_s=2.0)
+        async with World([process_pool(min_replicas=1)], QUICK, backend) as world:
+            await asyncio.sleep(100.0)
+            failures = world.loop.status().pools[0].failures
+            assert failures > 3
+            assert starts(world) == (0, failures, 0)
+            backend.dies_after_s = None
+            await world.until(lambda: len(world.ready()) == 1, 30.0)
+            failures = starts(world)[1]
+            assert starts(world) == (1, failures, 0)
+            backend.living()[0].alive = False
+            await world.until(lambda: not world.ready(), 60.0)
+            await world.until(lambda: len(world.ready()) == 1, 30.0)
+            assert starts(world) == (2, failures, 1)
+            (times,) = [
+                one.start_times
+                for one in world.loop.status().pools[0].tiers
+                if one.start_times is not None
+            ]
+            assert 20.0 <= times.sum_s < 24.0
+
+    run_virtual(story())
+
+
 def test_no_room_is_waited_for_without_counting_as_a_failure() -> None:
     async def story() -> None:
         backend = FakeBackend(room=1)

@@ -6,6 +6,7 @@ What can be compared is compared, so that a page that was true when it was writt
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from autoscaler.policy.lifecycle import TABLE, State
 from gateway.admin import metrics_page
 from gateway.admin.schema import ForkServerEntry, StandbyEntry
 from gateway.cli.verbs import app
+from gateway.datapath.metrics import TLS_NOT_AFTER
 from gateway.datapath.protocol.errors import Reason
 from gateway.datapath.shared import Shared
 from gateway.settings.load import load
@@ -204,7 +206,15 @@ def metric_families() -> list[Any]:
         last_decision=None,
         replicas=(replica,),
         tier=Tier.REMOTE,
-        tiers=(types.TierReport(tier=Tier.REMOTE, available=True, wake_s=1.0, wakes=1),),
+        tiers=(
+            types.TierReport(
+                tier=Tier.REMOTE,
+                available=True,
+                wake_s=1.0,
+                wakes=1,
+                start_times=types.Histogram(bounds_s=(1.0,), counts=(1, 0), sum_s=1.0),
+            ),
+        ),
     )
     report = types.FleetReport(
         at_s=0.0,
@@ -213,12 +223,14 @@ def metric_families() -> list[Any]:
         errors={"observe": 1},
     )
     shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
+    shared.worker_counters(0)[TLS_NOT_AFTER] = 1
     page = metrics_page.render(
         shared=shared,
         pools={"p": 0},
         report=report,
         version="1",
         traffic=describe(None, TRANSFER),
+        workers=[{"index": 0, "pid": os.getpid(), "restarts": 0}],
         forks=FORKS,
     )
     page += metrics_page.render_cache(USAGE)
@@ -271,13 +283,14 @@ def test_metrics_named_anywhere_exist() -> None:
 
 
 def test_label_values_are_explained() -> None:
-    outcomes = {
-        sample.labels["outcome"]
-        for family in metric_families()
-        for sample in family.samples
-        if "outcome" in sample.labels
-    }
-    assert set(rows_of(METRICS, "`outcome` of `tidegate_requests_total`")) == outcomes
+    for family in ("tidegate_requests", "tidegate_starts"):
+        outcomes = {
+            sample.labels["outcome"]
+            for one in metric_families()
+            if one.name == family
+            for sample in one.samples
+        }
+        assert set(rows_of(METRICS, f"`outcome` of `{family}_total`")) == outcomes
     reasons = rows_of(METRICS, "`reason` of `tidegate_decisions_total`")
     assert set(reasons) == set(types.ScaleReason)
     assert set(rows_of(METRICS, "`tier` of `tidegate_tier`")) == set(TIERS)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
+from dataclasses import replace
 
-from autoscaler.types import FleetReport, PoolReport, ReplicaReport
+from autoscaler.types import FleetReport, Histogram, PoolReport, ReplicaReport, TierReport
 from gateway.admin.metrics_page import FRESH_S, STALE_S, UsagePoller, render, render_cache
 from gateway.datapath.shared import Shared
-from modelcache.types import Progress
+from modelcache.types import Progress, Tier
 from router.types import ReplicaState
 
 
@@ -37,6 +39,60 @@ def test_bytes_to_fetch_that_are_not_known_are_left_out() -> None:
     assert 'tidegate_prepare_bytes{pool="p"} 7.0' in page(7, None)
     assert 'tidegate_prepared_bytes{pool="p"} 3.0' in page(None)
     assert "tidegate_prepare_bytes" not in page(None)
+
+
+def test_starts_and_crashes_of_a_pool() -> None:
+    tier = TierReport(
+        tier=Tier.SLEEPING,
+        available=True,
+        start_times=Histogram(bounds_s=(0.5, 1.0), counts=(1, 0, 2), sum_s=7.25),
+        failed_starts=3,
+    )
+    pool = PoolReport(
+        name="p", desired=1, override=None, ready=0, starting=1, unhealthy=0, draining=0,
+        sleeping=0, wake_eta_s=None, last_decision=None, replicas=(), tier=Tier.SLEEPING,
+        tiers=(tier,), max_replicas=5, crashes=2,
+    )  # fmt: skip
+    shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
+
+    def samples(pool: PoolReport) -> dict[str, float]:
+        report = FleetReport(at_s=0.0, pools=(pool,), decisions={}, errors={})
+        text = render(shared=shared, pools={}, report=report, version="1", traffic={})
+        lines = (line for line in text.decode().splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+    seen = samples(pool)
+    labels = 'pool="p",tier="sleeping"'
+    assert seen['tidegate_starts_total{outcome="ready",' + labels + "}"] == 3
+    assert seen['tidegate_starts_total{outcome="failed",' + labels + "}"] == 3
+    assert seen['tidegate_start_time_seconds_bucket{le="0.5",' + labels + "}"] == 1
+    assert seen['tidegate_start_time_seconds_bucket{le="1",' + labels + "}"] == 1
+    assert seen['tidegate_start_time_seconds_bucket{le="+Inf",' + labels + "}"] == 3
+    assert seen["tidegate_start_time_seconds_sum{" + labels + "}"] == 7.25
+    assert seen['tidegate_replica_crashes_total{pool="p"}'] == 2
+    assert seen['tidegate_max_replicas{pool="p"}'] == 5
+    external = samples(replace(pool, tier=None, tiers=()))
+    assert 'tidegate_max_replicas{pool="p"}' not in external
+    shared.close()
+
+
+def test_processes_are_measured_and_a_worker_that_is_down_is_not() -> None:
+    shared = Shared.create(workers=2, max_replicas=4, max_pools=1)
+    workers = [
+        {"index": 0, "pid": os.getpid(), "restarts": 2},
+        {"index": 1, "pid": None, "restarts": 9},
+    ]
+    text = render(
+        shared=shared, pools={}, report=None, version="1", traffic={}, workers=workers
+    ).decode()
+    shared.close()
+    assert 'tidegate_worker_restarts_total{worker="0"} 2.0' in text
+    assert 'tidegate_worker_restarts_total{worker="1"} 9.0' in text
+    assert 'tidegate_worker_resident_memory_bytes{worker="0"}' in text
+    assert 'tidegate_worker_resident_memory_bytes{worker="1"}' not in text
+    own = next(line for line in text.splitlines() if line.startswith("process_resident_memory"))
+    assert float(own.split()[1]) > 1_000_000
+    assert "tidegate_tls_certificate" not in text  # no TLS here
 
 
 class Disk:

@@ -181,7 +181,7 @@ def test_the_page_parses_and_its_histograms_are_true(
         shared=shared, pools={"idle": 0, "m": 1}, report=None, version="1", traffic={}
     ).decode()
     families = {family.name: family for family in text_string_to_metric_families(page)}
-    assert all(name.startswith(PREFIX) for name in families)
+    assert all(name.startswith((PREFIX, "process_")) for name in families)
 
     def value(name: str, **labels: str) -> float:
         family = families[name.removesuffix("_total").removesuffix("_bucket")]
