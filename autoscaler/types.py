@@ -203,7 +203,7 @@ class PastDecision:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Histogram:
+class HistogramCounts:
     """``counts`` of values up to each of ``bounds_s`` (seconds) and, last, of those beyond, and the
     sum of all values."""
 
@@ -226,7 +226,7 @@ class TierReport:
     wakes: int = 0
     stays_s: float | None = None
     why_not: str = ""
-    start_times: Histogram | None = None
+    start_times: HistogramCounts | None = None
     """How long starts and wakes out of it took until ready, since the control process began."""
     failed_starts: int = 0
     """Starts and wakes out of it that failed, since the control process began."""

@@ -17,7 +17,7 @@ from autoscaler.policy.tier_policy import TierChoice, TierState, choose_tier, pi
 from autoscaler.settings import PoolSettings
 from autoscaler.tiers.preparer import Preparer
 from autoscaler.tiers.wake_times import WakeTimes
-from autoscaler.types import Histogram, TierReport
+from autoscaler.types import HistogramCounts, TierReport
 from modelcache.types import TIERS, Tier
 
 START_BOUNDS_S = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 240, 480, 960, 1920)
@@ -211,9 +211,9 @@ class TierManager:
                 )
         return tuple(reports)
 
-    def _start_times(self, tier: Tier) -> Histogram | None:
+    def _start_times(self, tier: Tier) -> HistogramCounts | None:
         counts = self._start_counts.get(tier)
         if counts is None:
             return None
         sum_s = self._start_sums_s[tier]
-        return Histogram(bounds_s=START_BOUNDS_S, counts=tuple(counts), sum_s=sum_s)
+        return HistogramCounts(bounds_s=START_BOUNDS_S, counts=tuple(counts), sum_s=sum_s)

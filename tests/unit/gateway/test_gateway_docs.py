@@ -212,7 +212,7 @@ def metric_families() -> list[Any]:
                 available=True,
                 wake_s=1.0,
                 wakes=1,
-                start_times=types.Histogram(bounds_s=(1.0,), counts=(1, 0), sum_s=1.0),
+                start_times=types.HistogramCounts(bounds_s=(1.0,), counts=(1, 0), sum_s=1.0),
             ),
         ),
     )

@@ -7,7 +7,7 @@ import os
 import threading
 from dataclasses import replace
 
-from autoscaler.types import FleetReport, Histogram, PoolReport, ReplicaReport, TierReport
+from autoscaler.types import FleetReport, HistogramCounts, PoolReport, ReplicaReport, TierReport
 from gateway.admin.metrics_page import FRESH_S, STALE_S, UsagePoller, render, render_cache
 from gateway.datapath.shared import Shared
 from modelcache.types import Progress, Tier
@@ -45,7 +45,7 @@ def test_starts_and_crashes_of_a_pool() -> None:
     tier = TierReport(
         tier=Tier.SLEEPING,
         available=True,
-        start_times=Histogram(bounds_s=(0.5, 1.0), counts=(1, 0, 2), sum_s=7.25),
+        start_times=HistogramCounts(bounds_s=(0.5, 1.0), counts=(1, 0, 2), sum_s=7.25),
         failed_starts=3,
     )
     pool = PoolReport(
