@@ -13,11 +13,17 @@ class Endpoint:
     per service time until ``max_inflight_requests``: a fresh replica is never handed everything
     that was held for it at once, and how fast it is decides how fast it is filled.
 
+    ``failure_rate`` (0 to 1), ``ejections`` in a row and ``ejected_until_s`` are what
+    ``router.failures`` keeps of its answers; a replica that becomes ready begins without.
+
     A limit that the replica does not say is the given one; ``max_inflight_tokens`` may be ``None``
     (bounded by requests only) and ``max_model_len_tokens`` is where the engine does not report it.
     """
 
     __slots__ = (
+        "ejected_until_s",
+        "ejections",
+        "failure_rate",
         "id",
         "max_inflight_requests",
         "max_inflight_tokens",
@@ -67,6 +73,9 @@ class Endpoint:
             self.window = min(self.window, self.max_inflight_requests)
         else:
             self.window = min(initial_window, self.max_inflight_requests)
+            self.failure_rate: float = 0.0
+            self.ejections = 0
+            self.ejected_until_s: float = 0.0
 
     def answered(self) -> None:
         """A first byte came back: the replica keeps up, open its window by one."""

@@ -30,3 +30,21 @@ class RouterSettings(BaseModel):
     max_inflight_tokens: int | None = Field(default=None, ge=1)
     """Estimated tokens one replica is given at once; unset: bounded by requests only. A single
     request larger than this is still sent to an idle replica."""
+
+    max_ejected_fraction: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Part of a pool's replicas that may be ejected at a time because they fail more requests than
+    they answer; never all of them. Half: where most replicas fail, the load of the ejected would
+    take down the others too. 0 ejects none."""
+
+    ejection_s: float = Field(default=5.0, gt=0.0, le=3_600.0)
+    """Seconds of a replica's first ejection; each one in a row is twice as long. 5 is soon enough
+    for an engine that had a bad moment."""
+
+    ejection_max_s: float = Field(default=300.0, gt=0.0, le=86_400.0)
+    """Seconds of a replica's longest ejection. Then it is given requests again, and out with the
+    first that it fails."""
+
+    retry_fraction: float = Field(default=0.2, ge=0.0, le=1.0)
+    """Retries of error answers (5xx, 429) per request, beside ten that a pool may always begin
+    with. A fifth hides one bad replica of five, and adds no more than a fifth to the load of a pool
+    that fails altogether. 0 passes error answers on as they come, after those ten."""

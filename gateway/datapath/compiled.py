@@ -38,6 +38,7 @@ MODULES = (
     "gateway.datapath.protocol.sse",
     "gateway.datapath.upstream",
     "router.endpoint",
+    "router.failures",
     "router.filters",
     "router.ledger",
     "router.pick",

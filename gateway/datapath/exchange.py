@@ -39,6 +39,7 @@ from gateway.datapath.protocol.errors import ApiError, Reason, render
 from gateway.datapath.protocol.http1 import RequestHead, ResponseHead
 from gateway.datapath.protocol.openai import peek_model, quote_model, read_head, rewrite_model
 from gateway.datapath.upstream import Upstream, UpstreamConnection
+from router.failures import is_fault, is_pressure
 from router.request import RoutingRequest
 
 _LARGE_BODY_BYTES: Final = 32768
@@ -110,6 +111,7 @@ class Exchange(PooledRequest):
     upstream: UpstreamConnection | None = None
     _peeked: bool = False
     _resendable: bool = True
+    _failed_at: tuple[UpstreamEndpoint, ...] = ()
     _mode: int = _RAW
     _answer: ResponseHead | None = None
     _blocks: int = 0
@@ -211,6 +213,7 @@ class Exchange(PooledRequest):
         counters = pool.counters
         counters.integers[metrics.ARRIVALS] += 1
         counters.dirty = True
+        pool.retries.add_request()
         pool.dispatch(self)
 
     # To a replica
@@ -255,7 +258,10 @@ class Exchange(PooledRequest):
             # Nothing was sent, so it does not count as an attempt: the request goes elsewhere or
             # waits, within the deadline of those that are held.
             self.attempts -= 1
-            self._attempt_failed(f"no connection: {why}", stale=False)
+            if self.pool is not None:
+                self.pool.unreachable(self.endpoint)
+            self.routing.exclude = self.routing.exclude | {self.endpoint.id}
+            self._attempt_failed(f"no connection: {why}")
 
     def _write_request(self, endpoint: UpstreamEndpoint, connection: UpstreamConnection) -> None:
         pool = self.pool
@@ -336,7 +342,12 @@ class Exchange(PooledRequest):
     # The answer
 
     def answer_began(self, head: ResponseHead, body: bytes) -> None:
-        """The replica's head, and what came with it. From here on there is no retry."""
+        """The replica's head, and what came with it. From here on there is no retry, unless it is
+        an error that another replica is asked instead of."""
+        if head.status < 500 and head.status != 429:
+            self._answered_well()
+        elif self._answered_badly(head.status):
+            return
         self.state = ANSWER
         self._answer = head
         self.release_parts()
@@ -356,6 +367,54 @@ class Exchange(PooledRequest):
             self.committed = True
         if body:
             self._count_block(body)
+
+    def _answered_well(self) -> None:
+        pool, endpoint = self.pool, self.endpoint
+        if pool is None or endpoint is None:
+            return
+        pool.answered(endpoint)
+        if self._failed_at:
+            # Only now is it known that it was the replicas' fault, not the request's.
+            for failed in self._failed_at:
+                pool.failed(failed)
+            self._failed_at = ()
+
+    def _answered_badly(self, status: int) -> bool:
+        """The replica answers with an error. Returns whether another is asked instead."""
+        pool, endpoint = self.pool, self.endpoint
+        if pool is None or endpoint is None:
+            return False
+        if is_pressure(status):
+            pool.pressed(endpoint)
+        elif is_fault(status):
+            pool.context.report_failure(endpoint.id)
+        other = None
+        if self._may_try_again():
+            self.routing.exclude = self.routing.exclude | {endpoint.id}
+            other = pool.pick_other(self)
+        if is_fault(status):
+            if other is not None:
+                self._failed_at = (*self._failed_at, endpoint)
+            elif not self._failed_at:
+                pool.failed(endpoint)
+        if other is None:
+            return False
+        self.drop_upstream()
+        self._begin_again(pool)
+        self.send(other)
+        return True
+
+    def _may_try_again(self) -> bool:
+        return self._resendable and self.attempts <= self.client.context.gateway.max_retries
+
+    def _begin_again(self, pool: PoolRuntime) -> None:
+        """Leave the replica, so that the request can be sent to another."""
+        self._unreserve()
+        pool.counters.integers[metrics.RETRIES] += 1
+        self.state = GATHER
+        self.body_sent = False
+        if not self.whole:
+            self.client.resume()  # reading may be paused for the connection that is gone
 
     def _extra_lines(self) -> bytes:
         """The gateway's own header lines for an answer passed on, each led by CRLF."""
@@ -423,10 +482,6 @@ class Exchange(PooledRequest):
             pool.counters.observe(metrics.ITL, now - self.last_s)
         else:
             pool.counters.observe(metrics.TTFT, now - self.started_s)
-            endpoint = self.endpoint
-            if endpoint is not None:
-                endpoint.failures = 0
-                endpoint.answered()
         self.last_s = now
         self._blocks += 1
         last = self._last_block
@@ -501,7 +556,8 @@ class Exchange(PooledRequest):
         if pool is not None:
             pool.counters.integers[metrics.ENGINE_ERROR] += 1
             if self.endpoint is not None:
-                pool.failing(self.endpoint, suspect=False)
+                pool.failed(self.endpoint)
+                client.context.report_failure(self.endpoint.id)
         client.context.count_rejection(Reason.REPLICA_CUT)
         if answer is not None and answer.is_stream and self._at_chunk_boundary(answer):
             error = ApiError(
@@ -561,35 +617,38 @@ class Exchange(PooledRequest):
     def upstream_failed(self, why: str, stale: bool) -> None:
         """The connection to the replica broke. Before the first byte: try again; after: cut."""
         self.upstream = None
-        if self.state == SENT:
-            self._attempt_failed(why, stale=stale)
+        endpoint = self.endpoint
+        if self.state == SENT and endpoint is not None:
+            if stale:
+                # Not the replica's failure: it never read the request. Connections that were idle
+                # for longer are as dead, so the next attempt opens a new one. It is an attempt all
+                # the same: an engine that dies of a request looks just like this.
+                endpoint.upstream.drop_idle()
+            else:
+                self.client.context.report_failure(endpoint.id)
+                self._failed_at = (*self._failed_at, endpoint)
+                self.routing.exclude = self.routing.exclude | {endpoint.id}
+            self._attempt_failed(why)
         elif self.state == ANSWER:
             self.cut(why)
 
-    def _attempt_failed(self, why: str, *, stale: bool) -> None:
-        pool, endpoint = self.pool, self.endpoint
+    def _attempt_failed(self, why: str) -> None:
+        """The replica gave no answer: try again, or give up."""
+        pool = self.pool
         assert pool is not None
-        assert endpoint is not None
-        self._unreserve()
-        if stale:
-            # Not the replica's failure, and not an attempt: it never read the request. Connections
-            # that were idle for longer are as dead, so the next attempt opens a new one.
-            self.attempts -= 1
-            endpoint.upstream.drop_idle()
-        else:
-            pool.failing(endpoint, suspect=True)
-            self.routing.exclude = self.routing.exclude | {endpoint.id}
-        if not self.whole:
-            self.client.resume()  # reading may be paused for the connection that is gone
-        if self._resendable and self.attempts <= self.client.context.gateway.max_retries:
-            pool.counters.integers[metrics.RETRIES] += 1
-            self.state = GATHER
-            self.body_sent = False
+        if self._may_try_again():
+            self._begin_again(pool)
             try:
                 pool.dispatch(self)
             except ApiError as error:
                 self.reject(error)
             return
+        if self.attempts == 1:  # no other was tried, which would have said whose fault it was
+            for endpoint in self._failed_at:
+                pool.failed(endpoint)
+        self._unreserve()
+        if not self.whole:
+            self.client.resume()
         self.reject(
             ApiError(
                 502,

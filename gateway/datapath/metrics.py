@@ -57,6 +57,7 @@ OUTPUT_TOKENS: Final = 14
 CHUNKS: Final = 15
 REQUEST_BYTES: Final = 16
 RESPONSE_BYTES: Final = 17
+EJECTIONS: Final = 18
 
 POOL_METRICS: Final[tuple[Metric, ...]] = (
     Metric("arrivals_total", "Requests that named this pool and were read whole or in part."),
@@ -77,6 +78,7 @@ POOL_METRICS: Final[tuple[Metric, ...]] = (
     Metric("stream_chunks_total", "Blocks of streamed answers relayed."),
     Metric("request_bytes_total", "Request body bytes passed to engines."),
     Metric("response_bytes_total", "Response bytes passed to clients."),
+    Metric("ejections_total", "Replicas that were given no requests for a while: they failed."),
 )
 
 TTFT: Final = 0

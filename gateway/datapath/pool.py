@@ -19,6 +19,7 @@ from gateway.datapath.protocol.errors import ApiError, Reason
 from gateway.datapath.protocol.http1 import RequestHead
 from gateway.datapath.upstream import Upstream, UpstreamRequest
 from router.endpoint import Endpoint
+from router.failures import RetryBudget, add_answer, add_fault, add_pressure, without_ejected
 from router.pick import pick
 from router.request import RoutingRequest
 from router.tokens import TokenEstimator
@@ -67,8 +68,8 @@ class PooledRequest(UpstreamRequest):
 
 
 class UpstreamEndpoint(Endpoint):
-    """An endpoint with this worker's connections to it. ``failures`` counts connections that
-    failed in a row, ``suspect_until_s`` is until when it is given nothing because of them."""
+    """An endpoint with this worker's connections to it. ``failures`` counts connections that were
+    not taken in a row, ``suspect_until_s`` is until when it is given nothing because of them."""
 
     def __init__(self, context: WorkerContext, replica: Replica) -> None:
         limits = context.router
@@ -108,6 +109,7 @@ class PoolRuntime:
         self.pool = pool
         self.counters = PoolCounters(*context.shared.pool_rows(context.index, pool.slot))
         self.estimator = self._new_estimator()
+        self.retries = RetryBudget(context.router.retry_fraction)
         self.endpoints: dict[str, UpstreamEndpoint] = {}
         self.ready: list[Endpoint] = []
         self.queue: deque[PooledRequest] = deque()
@@ -127,6 +129,7 @@ class PoolRuntime:
         tokens began with."""
         if learn_again:
             self.estimator = self._new_estimator()
+        self.retries.fraction = self.context.router.retry_fraction
         for endpoint in self.endpoints.values():
             endpoint.publish(self.context, endpoint.replica)
         self._renew_ready()
@@ -155,23 +158,49 @@ class PoolRuntime:
 
     def _renew_ready(self) -> None:
         now = self.context.now()
-        self.ready = [
-            endpoint
-            for endpoint in self.endpoints.values()
-            if endpoint.replica.state is ReplicaState.READY and endpoint.suspect_until_s <= now
-        ]
+        reachable: list[Endpoint] = []
+        for endpoint in self.endpoints.values():
+            if endpoint.replica.state is ReplicaState.READY and endpoint.suspect_until_s <= now:
+                reachable.append(endpoint)
+        self.ready = without_ejected(reachable, now, self.context.router.max_ejected_fraction)
 
-    def failing(self, endpoint: UpstreamEndpoint, *, suspect: bool) -> None:
-        """A replica failed a request. Suspect: give it nothing for a moment."""
+    def unreachable(self, endpoint: UpstreamEndpoint) -> None:
+        """A replica took no connection: give it nothing for a moment."""
         context = self.context
         endpoint.failed(context.gateway.holding.release_initial)
-        if suspect:
-            pause_s = min(_SUSPECT_S * 2**endpoint.failures, _SUSPECT_MAX_S)
-            if pause_s < _SUSPECT_MAX_S:
-                endpoint.failures += 1
-            endpoint.suspect_until_s = context.now() + pause_s
-            self._renew_ready()
+        pause_s = min(_SUSPECT_S * 2**endpoint.failures, _SUSPECT_MAX_S)
+        if pause_s < _SUSPECT_MAX_S:
+            endpoint.failures += 1
+        endpoint.suspect_until_s = context.now() + pause_s
+        self._renew_ready()
         context.report_failure(endpoint.id)
+
+    def answered(self, endpoint: UpstreamEndpoint) -> None:
+        """A replica answered a request well."""
+        endpoint.failures = 0
+        endpoint.answered()
+        if endpoint.failure_rate > 0.0:
+            add_answer(endpoint)
+
+    def failed(self, endpoint: UpstreamEndpoint) -> None:
+        """A replica failed a request, and it was not the request's fault, as far as is known."""
+        router, now = self.context.router, self.context.now()
+        endpoint.failed(self.context.gateway.holding.release_initial)
+        if add_fault(endpoint, now, base_s=router.ejection_s, max_s=router.ejection_max_s):
+            self.counters.integers[metrics.EJECTIONS] += 1
+            self.counters.dirty = True
+            self._renew_ready()
+
+    def pressed(self, endpoint: UpstreamEndpoint) -> None:
+        """A replica has too much to do: spare it for a moment."""
+        add_pressure(endpoint, self.context.now())
+        self._renew_ready()
+
+    def pick_other(self, request: PooledRequest) -> UpstreamEndpoint | None:
+        """Another replica for a request that was answered with an error, if one has room now and
+        the budget of retries lasts."""
+        endpoint = self._pick(request)
+        return endpoint if endpoint is not None and self.retries.take() else None
 
     # A request's side
 
@@ -288,11 +317,8 @@ class PoolRuntime:
         """Deadlines, keep-alive comments, suspects that may be tried again, other workers' room."""
         if self.counters.dirty:
             self.counters.flush()
-        if any(endpoint.suspect_until_s for endpoint in self.endpoints.values()):
-            for endpoint in self.endpoints.values():
-                if endpoint.suspect_until_s and endpoint.suspect_until_s <= now:
-                    endpoint.suspect_until_s = 0.0
-            self._renew_ready()
+        if len(self.ready) < len(self.endpoints):
+            self._renew_ready()  # those whose time is over may be tried again
         if not self.queue:
             return
         self.release()

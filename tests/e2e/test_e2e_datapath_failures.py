@@ -134,7 +134,7 @@ def test_a_replica_that_always_fails_is_given_up_after_the_retries(served: Gatew
     assert len(replica.requests) == 3  # the first attempt and max_retries = 2
 
 
-def test_stale_kept_connections_cost_no_attempt(served: Gateway) -> None:
+def test_stale_kept_connections_cost_the_client_nothing(served: Gateway) -> None:
     """More kept connections than there are retries, each closed the moment it is used again."""
     gate = threading.Barrier(8, timeout=30)
 
@@ -162,6 +162,108 @@ def test_stale_kept_connections_cost_no_attempt(served: Gateway) -> None:
         for _ in range(3):
             assert served.ask(SMALL).status == 200
         assert replica.connections == 9
+
+
+def test_a_request_that_engines_die_of_is_sent_three_times_and_harms_no_other(
+    served: Gateway,
+) -> None:
+    """Over kept connections, which looks like connections that were idle for too long."""
+    poison = post({"model": "m", "prompt": "poison"})
+    died = []
+
+    def script(asked: Asked) -> None:
+        while (request := asked.request()) is not None:
+            if b"poison" in request.body:
+                died.append(request)
+                return
+            asked.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+
+    before = served.pool_count(metrics.EJECTIONS)
+    with (
+        ScriptedReplica(script) as one,
+        ScriptedReplica(script) as two,
+        ScriptedReplica(script) as three,
+    ):
+        served.publish(one, two, three)
+        for _ in range(12):
+            for _ in range(6):
+                assert served.ask(SMALL).status == 200
+            died.clear()
+            answer = served.ask(poison)
+            assert (answer.status, answer.reason) == (502, "replica_failed")
+            assert len(died) <= 3  # the first attempt and max_retries = 2
+        # None of the three is out: a request that fails wherever it goes is the one at fault.
+        for replica in (one, two, three):
+            replica.requests.clear()
+        for _ in range(60):
+            assert served.ask(SMALL).status == 200
+        assert all(replica.requests for replica in (one, two, three))
+    assert served.pool_count(metrics.EJECTIONS) == before
+
+
+def says_status(status: int) -> Callable[[Asked], None]:
+    def script(asked: Asked) -> None:
+        while asked.request() is not None:
+            asked.send(b'HTTP/1.1 %d X\r\ncontent-length: 9\r\n\r\n{"no": 1}' % status)
+
+    return script
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 429])
+def test_an_error_answer_is_asked_of_another_replica(served: Gateway, status: int) -> None:
+    with ScriptedReplica(says_status(status)) as bad, ScriptedReplica(answers()) as good:
+        known = served.publish(bad, good)
+        for _ in range(100):
+            assert served.ask(SMALL).status == 200
+        if status in (500, 502):
+            assert len(bad.requests) == 6  # ejected then
+            eventually(lambda: known[0].id in served.failures)
+        else:
+            assert len(bad.requests) < 20  # spared each time, for a moment
+    assert len(good.requests) == 100
+    assert len({request.headers["x-request-id"] for request in good.requests}) == 100
+
+
+def test_error_answers_of_all_replicas_are_passed_on_as_they_are(served: Gateway) -> None:
+    with (
+        ScriptedReplica(says_status(500)) as one,
+        ScriptedReplica(says_status(500)) as two,
+        gateway() as fresh,
+    ):
+        fresh.publish(one, two)
+        for _ in range(100):
+            answer = fresh.ask(SMALL)
+            assert (answer.status, answer.reason, answer.body) == (500, None, b'{"no": 1}')
+        # Not twice as many requests because each of them fails: ten, and a fifth.
+        assert 100 < len(one.requests) + len(two.requests) <= 131
+
+
+@pytest.mark.parametrize("status", [500, 503, 429, 501, 400])
+def test_error_answers_of_a_single_replica_never_take_it_out(served: Gateway, status: int) -> None:
+    with ScriptedReplica(says_status(status)) as replica:
+        served.publish(replica)
+        for _ in range(20):
+            assert served.ask(SMALL).status == status
+    assert len(replica.requests) == 20
+
+
+def test_an_error_answer_to_a_held_stream_is_asked_of_another_replica() -> None:
+    def stream(asked: Asked) -> None:
+        while asked.request() is not None:
+            asked.send(STREAM + chunks(EVENT) + b"0\r\n\r\n")
+
+    with (
+        ScriptedReplica(says_status(500)) as bad,
+        ScriptedReplica(stream) as good,
+        gateway(keepalive_s=0.1) as served,
+    ):
+        for _ in range(4):
+            with holding(served, STREAMED) as client:
+                client.until(b": tidegate: waiting for m")
+                served.publish(bad, good)
+                body = client.until(b"\r\n0\r\n\r\n")
+            assert body.count(EVENT) == 1
+            assert b"error" not in body
 
 
 def test_a_restarted_replica_is_reached_through_its_dead_connections(served: Gateway) -> None:

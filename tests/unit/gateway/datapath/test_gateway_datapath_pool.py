@@ -81,7 +81,7 @@ def test_a_replica_that_stays_dead_for_days_is_tried_every_few_seconds(loop: Loo
     endpoint = pool.endpoints["r0"]
     pauses = []
     for _ in range(3000):
-        pool.failing(endpoint, suspect=True)
+        pool.unreachable(endpoint)
         assert pool.ready == []
         pauses.append(endpoint.suspect_until_s - loop.now_s)
         loop.now_s = endpoint.suspect_until_s
@@ -91,16 +91,30 @@ def test_a_replica_that_stays_dead_for_days_is_tried_every_few_seconds(loop: Loo
     assert max(pauses) == 8.0
 
 
-def test_republishing_a_suspect_clears_it_and_only_suspects_pause(loop: Loop) -> None:
+def test_republishing_a_suspect_clears_it(loop: Loop) -> None:
     worker, _ = make(loop)
     worker.pools.apply(fleet(1, replica()))
     pool = worker.pools.by_name["m"]
-    pool.failing(pool.endpoints["r0"], suspect=False)
-    assert len(pool.ready) == 1
-    pool.failing(pool.endpoints["r0"], suspect=True)
+    pool.unreachable(pool.endpoints["r0"])
     assert pool.ready == []
     worker.pools.apply(fleet(2, replica()))
     assert len(pool.ready) == 1
+
+
+def test_what_is_ejected_comes_back_with_time_and_not_because_it_was_published(loop: Loop) -> None:
+    worker, _ = make(loop)
+    worker.pools.apply(fleet(1, replica(), replica(1)))
+    pool = worker.pools.by_name["m"]
+    for _ in range(10):
+        for endpoint in pool.endpoints.values():
+            pool.failed(endpoint)
+    assert len(pool.ready) == 1  # never all
+    assert pool.counters.integers[metrics.EJECTIONS] == 2
+    worker.pools.apply(fleet(2, replica(), replica(1)))  # their health checks are fine
+    assert len(pool.ready) == 1
+    loop.now_s += worker.context.router.ejection_s
+    pool.tick(loop.now_s)
+    assert len(pool.ready) == 2
 
 
 def test_a_failing_replica_is_reported_at_most_twice_a_second(loop: Loop) -> None:

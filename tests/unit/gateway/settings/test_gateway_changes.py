@@ -32,7 +32,7 @@ APPLIES = {
     "gateway.holding": "max_requests max_bytes deadline_s keepalive_s release_initial",
     "router": (
         "default_bytes_per_token default_output_tokens learning_rate max_inflight_requests "
-        "max_inflight_tokens"
+        "max_inflight_tokens max_ejected_fraction ejection_s ejection_max_s retry_fraction"
     ),
     "autoscaler": (
         "tick_s stable_window_s panic_window_s panic_threshold scale_down_delay_s idle_to_zero_s "
