@@ -19,7 +19,7 @@ from gateway.datapath.context import WorkerContext
 from gateway.datapath.exchange import Downstream, Exchange
 from gateway.datapath.pool import ANSWER, SENT, PoolDirectory
 from gateway.datapath.protocol.chunks import ChunkDecoder
-from gateway.datapath.protocol.errors import ApiError, Reason, render
+from gateway.datapath.protocol.errors import ApiError, Reason, api_of, render
 from gateway.datapath.protocol.http1 import RequestHead, has_bare_line_end, parse_request_head
 from gateway.datapath.protocol.openai import PROXIED
 
@@ -32,6 +32,8 @@ _LINGER_S: Final = 5.0
 _NO_LINGER: Final = struct.pack("ii", 1, 0)
 # At the end of a drain: time for the last error answers to be sent.
 _FLUSH_S: Final = 1.0
+# Of a head that is refused: enough of its first line to tell whose API was asked.
+_TARGET_BYTES: Final = 64
 _EMPTY_LINES: Final = re.compile(rb"(?:\r\n)+")
 
 
@@ -181,6 +183,7 @@ class ClientConnection(Downstream):
                 )
             head = parse_request_head(raw)
         except ApiError as error:
+            self._buffer = data
             self._refuse(error)
             return
         self._buffer = b""
@@ -316,9 +319,19 @@ class ClientConnection(Downstream):
             self._head(data)
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer an error outside any exchange and close: what follows cannot be trusted."""
+        """Answer an error outside any exchange and close: what follows cannot be trusted. Of the
+        head in the buffer nothing is believed but whose client sent it."""
         self.context.count_rejection(error.reason)
-        self.transport.write(render(error, request_id=self.context.next_request_id(), close=True))
+        target = self._buffer[:_TARGET_BYTES].split(b" ", 2)[1:2]
+        self._buffer = b""
+        self.transport.write(
+            render(
+                error,
+                request_id=self.context.next_request_id(),
+                close=True,
+                api=api_of(target[0] if target else b""),
+            )
+        )
         self._linger()
 
     def _close(self) -> None:

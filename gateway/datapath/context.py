@@ -102,6 +102,11 @@ class WorkerContext:
 
     # What responses contain
 
+    @staticmethod
+    def wall_s() -> int:
+        """The time of day, in seconds since the epoch."""
+        return int(time.time())
+
     def next_request_id(self) -> bytes:
         """An id for a request that brought none, unique over workers and restarts."""
         self._ids += 1
@@ -114,5 +119,6 @@ class WorkerContext:
             return b""
         return (
             b"access-control-allow-origin: " + origin + b"\r\nvary: origin\r\n"
-            b"access-control-expose-headers: x-request-id, x-tidegate-reason, retry-after\r\n"
+            b"access-control-expose-headers: x-request-id, request-id, "
+            b"x-tidegate-reason, retry-after\r\n"
         )

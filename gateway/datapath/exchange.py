@@ -35,7 +35,14 @@ from gateway.datapath.pool import (
 )
 from gateway.datapath.protocol import sse
 from gateway.datapath.protocol.chunks import ChunkDecoder
-from gateway.datapath.protocol.errors import ApiError, Reason, render
+from gateway.datapath.protocol.errors import (
+    Api,
+    ApiError,
+    Reason,
+    api_of,
+    engine_error,
+    render,
+)
 from gateway.datapath.protocol.http1 import RequestHead, ResponseHead
 from gateway.datapath.protocol.openai import peek_model, quote_model, read_head, rewrite_model
 from gateway.datapath.upstream import Upstream, UpstreamConnection
@@ -57,6 +64,9 @@ _TAIL_BYTES: Final = 4096
 # The end of an answer often comes in scraps ("[DONE]", the last chunk): they are kept with the
 # block before them, so that the last two blocks hold the usage however it was cut.
 _SCRAP_BYTES: Final = 64
+_EVENT_ENDS: Final = (b"\n\n", b"\r\n\r\n")
+# Its clients read the request's id from a header of their own (``errors.id_lines``).
+_ANTHROPIC_PATH: Final = b"/v1/messages"
 
 
 class Downstream(asyncio.Protocol, ABC):
@@ -118,7 +128,7 @@ class Exchange(PooledRequest):
     _sent_bytes: int = 0
     _last_block: bytes = b""
     _previous_block: bytes = b""
-    _collected: list[bytes] | None = None
+    _collected: bytearray | None = None
     _decoder: ChunkDecoder | None = None
 
     def __init__(self, client: Downstream, head: RequestHead, now: float) -> None:
@@ -357,7 +367,8 @@ class Exchange(PooledRequest):
             self._begin_otherwise(head, body)
         else:
             client = self.client
-            if client.keep_alive and client.origin is None:
+            anthropic = self.head.path.startswith(_ANTHROPIC_PATH)
+            if client.keep_alive and client.origin is None and not anthropic:
                 end = b"\r\n\r\n"
             else:
                 end = self._extra_lines() + b"\r\n\r\n"
@@ -417,10 +428,13 @@ class Exchange(PooledRequest):
             self.client.resume()  # reading may be paused for the connection that is gone
 
     def _extra_lines(self) -> bytes:
-        """The gateway's own header lines for an answer passed on, each led by CRLF."""
+        """The gateway's own header lines for an answer passed on, less ``x-request-id``, each led
+        by CRLF."""
         client = self.client
         cors = client.context.cors_lines(client.origin)
         lines = b"\r\n" + cors[:-2] if cors else b""
+        if self.head.path.startswith(_ANTHROPIC_PATH):
+            lines += b"\r\nrequest-id: " + self.request_id
         return lines if client.keep_alive else lines + b"\r\nconnection: close"
 
     def _begin_otherwise(self, head: ResponseHead, body: bytes) -> None:
@@ -429,7 +443,7 @@ class Exchange(PooledRequest):
         if self.committed:  # 200, event stream, chunked
             if not (head.status == 200 and head.is_stream):
                 self._mode = _COLLECT
-                self._collected = []
+                self._collected = bytearray()
             elif not head.chunked:
                 self._mode = _WRAP
         else:
@@ -458,8 +472,8 @@ class Exchange(PooledRequest):
 
     def _write_block(self, data: bytes) -> None:
         if self._collected is not None:
-            if sum(map(len, self._collected)) < _MAX_COLLECTED_BYTES:
-                self._collected.append(data)
+            if len(self._collected) < _MAX_COLLECTED_BYTES:
+                self._collected += data
             return
         if self._mode == _WRAP:
             data = sse.chunk(data)
@@ -537,36 +551,50 @@ class Exchange(PooledRequest):
         pool.estimator.learn(size, prompt, output)
 
     def _end_collected(self, status: int) -> None:
-        body = b"".join(self._collected or ())
+        body = bytes(self._collected or b"")
         if self._answer is not None and self._answer.chunked:
             try:
                 body = b"".join(ChunkDecoder().feed(body)[0])
             except ApiError:
                 body = b""
-        if not body.startswith(b"{"):
-            body = ApiError(
-                status, Reason.REPLICA_FAILED, f"The engine answered with status {status}."
-            ).body()
-        self.client.transport.write(sse.error_event(b" ".join(body.splitlines())))
+        self._end_with_error(engine_error(status, body, api_of(self.head.path)))
+
+    def _end_with_error(self, error: ApiError | bytes) -> None:
+        """End a stream whose head is out, and of whose answer nothing came, with an error."""
+        end = sse.LAST_CHUNK
+        if api_of(self.head.path) is Api.OPENAI:
+            end = sse.chunk(sse.LAST_EVENT) + end
+        self.client.transport.write(self._error_event(error, seen=b"") + end)
+
+    def _error_event(self, error: ApiError | bytes, *, seen: bytes) -> bytes:
+        return sse.error_event(
+            error,
+            api_of(self.head.path),
+            request_id=self.request_id,
+            model=self.model,
+            created_s=self.client.context.wall_s(),
+            seen=seen,
+        )
 
     def cut(self, why: str) -> None:
         """An answer broke after its first byte: say so in the stream where the framing allows it,
         and close without the final chunk, so that no client takes it for whole."""
-        client, pool, answer = self.client, self.pool, self._answer
+        pool = self.pool
         if pool is not None:
             pool.counters.integers[metrics.ENGINE_ERROR] += 1
             if self.endpoint is not None:
                 pool.failed(self.endpoint)
-                client.context.report_failure(self.endpoint.id)
-        client.context.count_rejection(Reason.REPLICA_CUT)
-        if answer is not None and answer.is_stream and self._at_chunk_boundary(answer):
-            error = ApiError(
-                502, Reason.REPLICA_CUT, f"The model's replica failed mid-answer ({why})."
-            )
-            client.transport.write(sse.chunk(b"data: " + error.body() + b"\n\n"))
-        self.break_off()
+                self.client.context.report_failure(self.endpoint.id)
+        self.client.context.count_rejection(Reason.REPLICA_CUT)
+        error = ApiError(502, Reason.REPLICA_CUT, f"The model's replica failed mid-answer ({why}).")
+        answer = self._answer
+        if self._mode == _COLLECT:
+            self.client.transport.write(self._error_event(error, seen=b""))
+        elif answer is not None and answer.is_stream and self._at_event_boundary(answer):
+            self.client.transport.write(self._error_event(error, seen=self._last_block))
+        self._break_off()
 
-    def break_off(self) -> None:
+    def _break_off(self) -> None:
         """End an answer that has begun, so that no client takes what it got for the whole."""
         client, answer = self.client, self._answer
         client.keep_alive = False
@@ -575,11 +603,17 @@ class Exchange(PooledRequest):
             client.reset()  # an orderly end of the connection would be the end of the body
         self.end()
 
-    def _at_chunk_boundary(self, answer: ResponseHead) -> bool:
+    def _at_event_boundary(self, answer: ResponseHead) -> bool:
+        if not self._blocks:
+            return self._mode == _WRAP or answer.chunked
         if self._mode == _WRAP:
-            return True
-        whole_events = not self._blocks or self._last_block.endswith(b"\n\n\r\n")
-        return self._mode == _RAW and answer.chunked and whole_events
+            return self._last_block.endswith(_EVENT_ENDS)
+        return (
+            self._mode == _RAW
+            and answer.chunked
+            and self._last_block.endswith(b"\r\n")
+            and self._last_block[:-2].endswith(_EVENT_ENDS)
+        )
 
     def drop_upstream(self) -> None:
         """Close the connection to the replica: what it still computes for us is cancelled."""
@@ -669,10 +703,10 @@ class Exchange(PooledRequest):
         client.context.count_rejection(error.reason)
         if self.state == ANSWER:
             # Bytes of the engine's answer are out: nothing else may follow them.
-            self.break_off()
+            self._break_off()
             return
         if self.committed:
-            client.transport.write(sse.error_event(error.body()))
+            self._end_with_error(error)
         else:
             if not self.whole:
                 client.keep_alive = False
@@ -682,6 +716,7 @@ class Exchange(PooledRequest):
                     request_id=self.request_id,
                     close=not client.keep_alive,
                     extra=client.context.cors_lines(client.origin),
+                    api=api_of(self.head.path),
                 )
             )
         self.drop_upstream()

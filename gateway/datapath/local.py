@@ -8,7 +8,7 @@ import msgspec
 
 from gateway.datapath.context import WorkerContext
 from gateway.datapath.pool import PoolDirectory, unknown_model
-from gateway.datapath.protocol.errors import ApiError, Reason, render, response
+from gateway.datapath.protocol.errors import ApiError, Reason, api_of, render, response
 from gateway.datapath.protocol.http1 import RequestHead
 from gateway.datapath.protocol.openai import PROXIED, model_card, model_list
 
@@ -30,7 +30,9 @@ def answer(
         return _answer(context, pools, head, request_id, close, extra)
     except ApiError as error:
         context.count_rejection(error.reason)
-        whole = render(error, request_id=request_id, close=close, extra=extra)
+        whole = render(
+            error, request_id=request_id, close=close, extra=extra, api=api_of(head.path)
+        )
         return whole[: whole.find(b"\r\n\r\n") + 4] if head.method == b"HEAD" else whole
 
 

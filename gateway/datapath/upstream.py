@@ -76,6 +76,7 @@ class UpstreamConnection(asyncio.Protocol):
         "_buffer",
         "_ended",
         "_head",
+        "_interim_bytes",
         "_left",
         "_replica",
         "_tracker",
@@ -96,6 +97,7 @@ class UpstreamConnection(asyncio.Protocol):
     def _reset(self) -> None:
         self._buffer = b""
         self._head: ResponseHead | None = None
+        self._interim_bytes = 0
         self._tracker: ChunkTracker | None = None
         self._left = 0
         self._ended = False
@@ -129,18 +131,20 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _first(self, request: UpstreamRequest, data: bytes) -> None:
         """Bytes up to and just after the head."""
-        end = data.find(b"\r\n\r\n")
-        while end >= 0:
-            head = parse_response_head(data[:end])
+        most = self._replica.context.gateway.max_head_bytes - self._interim_bytes
+        start, end = 0, data.find(b"\r\n\r\n")
+        while 0 <= end <= most:
+            head = parse_response_head(data[start:end])
             if head.status >= 200:
                 break
-            data = data[end + 4 :]  # 1xx: interim, not the answer
-            end = data.find(b"\r\n\r\n")
+            start = end + 4  # 1xx: interim, not the answer, but the limit is for all of them
+            end = data.find(b"\r\n\r\n", start)
+        if end > most or (end < 0 and len(data) > most):
+            limit = self._replica.context.gateway.max_head_bytes
+            raise ValueError(f"head longer than {limit} bytes")
         if end < 0:
-            most = self._replica.context.gateway.max_head_bytes
-            if len(data) > most:
-                raise ValueError(f"head longer than {most} bytes")
-            self._buffer = data
+            self._interim_bytes += start
+            self._buffer = data[start:]
             return
         self._head = head
         body = data[end + 4 :]
@@ -189,6 +193,7 @@ class UpstreamConnection(asyncio.Protocol):
         keep = head is not None and head.keep_alive and request.body_sent
         self.request = None
         self._head = None
+        self._interim_bytes = 0
         self._ended = False
         events, self._tracker = self.events, None
         if request.is_answer_paused():

@@ -28,7 +28,7 @@ _REQUEST_SPECIAL: Final = re.compile(
 )
 _RESPONSE_SPECIAL: Final = re.compile(
     rb"\r\n((?i:connection|keep-alive|proxy-connection|transfer-encoding|content-length|upgrade"
-    rb"|trailer|x-request-id)):[ \t]*([^\r]*)"
+    rb"|trailer|x-request-id|request-id)):[ \t]*([^\r]*)"
 )
 _HOST: Final = 1
 _LENGTH: Final = 2
@@ -54,9 +54,11 @@ _KINDS: Final = {
 # The status line; then, where no other header of note comes first, a plain Content-Length.
 _STATUS: Final = re.compile(
     rb"HTTP/1\.[01] ([1-9][0-9][0-9])(?=[ \r]|\Z)"
-    rb"(?:(?<=HTTP/1\.1 200)[^\r]*(?:\r\n(?![CcKkPpTtUuXx])[^\r]*)*"
+    rb"(?:(?<=HTTP/1\.1 200)[^\r]*(?:\r\n(?![CcKkPpRrTtUuXx])[^\r]*)*"
     rb"\r\ncontent-length: ([0-9]{1,15})(?=\r|\Z))?"
 )
+# Control bytes: of no use in a head, and what a log or a terminal makes of them is not known.
+_CONTROLS: Final = bytes(byte for byte in range(32) if byte not in b"\t\r\n") + b"\x7f"
 _CONNECTION_OPTIONS: Final = frozenset((b"", b"close", b"keep-alive", b"te", b"upgrade"))
 _BARE_LF: Final = re.compile(rb"(?<!\r)\n|\r(?![\n])(?=.)", re.DOTALL)
 _AUTHORITY: Final = re.compile(rb"\A[^/?#]*")
@@ -69,7 +71,8 @@ def bad_request(message: str) -> ApiError:
 
 
 class RequestHead:
-    """One request head, cut up. ``kept`` is the header lines that travel on, each led by CRLF."""
+    """One request head, cut up. ``kept`` is the header lines that travel on, each led by CRLF;
+    ``named`` are headers that ``Connection`` says are for this hop only, which do not."""
 
     method: bytes
     path: bytes
@@ -82,6 +85,7 @@ class RequestHead:
     expect_continue: bool = False
     request_id: bytes | None = None
     origin: bytes | None = None
+    named: frozenset[bytes] = frozenset()
 
 
 class _Silent:
@@ -90,6 +94,8 @@ class _Silent:
 
 def check_head(head: bytes) -> None:
     """Let llhttp judge a whole request head (with its final blank line). Raises 400."""
+    if has_controls(head):
+        raise bad_request("The request head has control bytes in it.")
     parser = httptools.HttpRequestParser(_Silent())
     try:
         parser.feed_data(head)
@@ -156,6 +162,8 @@ def _set_special(result: RequestHead, parts: list[Any]) -> None:
             _set_rare(result, kind, parts[index + 1].strip())
     if hosts != 1 and not (result.http10 and hosts == 0):
         raise bad_request("There must be exactly one Host header.")
+    if result.named:
+        result.kept = without_named(result.kept, result.named)
     if lengths and (result.chunked or lengths > 1):
         raise bad_request("Content-Length must stand once, and not beside Transfer-Encoding.")
 
@@ -167,13 +175,7 @@ def _set_rare(result: RequestHead, kind: int, value: bytes) -> None:
             result.keep_alive = False
         elif result.http10 and b"keep-alive" in options:
             result.keep_alive = True
-        named = options - _CONNECTION_OPTIONS
-        if named:  # headers that the client says are for this hop only
-            result.kept = b"".join(
-                b"\r\n" + line
-                for line in result.kept.split(b"\r\n")[1:]
-                if line.partition(b":")[0].lower() not in named
-            )
+        result.named |= options - _CONNECTION_OPTIONS
     elif kind == _CODING:
         if result.chunked or result.http10 or value.lower() != b"chunked":
             raise bad_request("The only transfer coding understood is 'chunked', once.")
@@ -190,6 +192,18 @@ def _set_rare(result: RequestHead, kind: int, value: bytes) -> None:
         result.expect_continue = not result.http10
     elif kind == _UPGRADE and value.lower() == b"websocket":
         raise ApiError(400, Reason.UPGRADE_UNSUPPORTED, "WebSocket is not spoken here.")
+
+
+def has_controls(head: bytes) -> bool:
+    """Whether a head has control bytes in it, apart from tabs and line ends."""
+    return len(head.translate(None, _CONTROLS)) != len(head)
+
+
+def without_named(kept: bytes, named: frozenset[bytes]) -> bytes:
+    """Header lines, each led by CRLF or the status line, less those of ``named`` headers."""
+    return b"\r\n".join(
+        line for line in kept.split(b"\r\n") if line.partition(b":")[0].lower() not in named
+    )
 
 
 def has_bare_line_end(partial: bytes | bytearray, start: int = 0) -> bool:
@@ -225,6 +239,8 @@ def parse_response_head(head: bytes) -> ResponseHead:
     match = _STATUS.match(head)
     if match is None:
         raise ValueError(f"not an HTTP/1 status line: {head[:80]!r}")
+    if has_controls(head):
+        raise ValueError("control bytes in the head")
     try:
         httptools.HttpResponseParser(_Silent()).feed_data(head + b"\r\n\r\n")
     except httptools.HttpParserError as error:
@@ -244,6 +260,7 @@ def _parse_any_response_head(head: bytes, status: int) -> ResponseHead:
         result.keep_alive = False
         # The version is the sender's, which is the gateway now.
         result.kept = b"HTTP/1.1" + result.kept[8:]
+    named: set[bytes] = set()
     for index in range(1, len(parts), 3):
         kind = _KINDS.get(parts[index].lower())
         value = parts[index + 1].strip()
@@ -255,8 +272,12 @@ def _parse_any_response_head(head: bytes, status: int) -> ResponseHead:
             if value.lower() != b"chunked":
                 raise ValueError(f"transfer coding {value[:40]!r}")
             result.chunked = True
-        elif kind == _CONNECTION and b"close" in value.lower():
-            result.keep_alive = False
+        elif kind == _CONNECTION:
+            named.update(option.strip() for option in value.lower().split(b","))
+    if b"close" in named:
+        result.keep_alive = False
+    if not named <= _CONNECTION_OPTIONS:
+        result.kept = without_named(result.kept, frozenset(named))
     if result.chunked and result.content_length is not None:
         raise ValueError("both Content-Length and Transfer-Encoding")
     if status in (204, 304):

@@ -1,13 +1,18 @@
 """Server-sent events as they pass: comments while held, errors after the head, usage seen.
 
 Nothing here changes a byte that an engine sent. https://html.spec.whatwg.org (event streams):
-a line that starts with a colon is a comment, which every client ignores.
+a line that starts with a colon is a comment, which every client ignores. No blank line follows
+one: OpenAI's and Anthropic's Go clients take every blank line for the end of an event.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Any, Final
+
+import msgspec
+
+from gateway.datapath.protocol.errors import Api, ApiError, failed_response
 
 STREAM_HEAD: Final = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
@@ -16,6 +21,7 @@ STREAM_HEAD: Final = (
 LAST_CHUNK: Final = b"0\r\n\r\n"
 LAST_EVENT: Final = b"data: [DONE]\n\n"
 
+_SEQUENCE: Final = re.compile(rb'"sequence_number"\s*:\s*(\d{1,9})')
 _USAGE: Final = re.compile(
     rb'"usage":\{"prompt_tokens":(\d{1,9}),(?:"total_tokens":\d{1,9},)?"completion_tokens":(\d{1,9})'
 )
@@ -29,13 +35,35 @@ def chunk(payload: bytes) -> bytes:
 
 
 def comment(text: str) -> bytes:
-    """A comment frame, as a chunk. Line ends in the text would end the comment: dropped."""
-    return chunk(b": " + " ".join(text.split()).encode() + b"\n\n")
+    """A comment line, as a chunk. Line ends in the text would end the comment: dropped."""
+    return chunk(b": " + " ".join(text.split()).encode() + b"\n")
 
 
-def error_event(body: bytes) -> bytes:
-    """An error after the response head is out: an event the OpenAI clients raise, then the end."""
-    return chunk(b"data: " + body + b"\n\n") + chunk(LAST_EVENT) + LAST_CHUNK
+def error_event(
+    error: ApiError | bytes, api: Api, *, request_id: bytes, model: str, created_s: int, seen: bytes
+) -> bytes:
+    """An error after the head of a stream is out, as chunks: the event that the API's clients
+    raise. Of an engine it is the body. ``seen`` is the last of the stream that was sent, empty
+    where no event was."""
+    if api is not Api.RESPONSES or isinstance(error, bytes):
+        body = error if isinstance(error, bytes) else error.body(api, request_id)
+        start = b"event: error\n" if api is Api.ANTHROPIC else b""
+        return chunk(b"%bdata: %b\n\n" % (start, b" ".join(body.splitlines())))
+    failed = failed_response(error, request_id=request_id, model=model, created_s=created_s)
+    numbers = _SEQUENCE.findall(seen)
+    number = int(numbers[-1]) + 1 if numbers else 0
+    if seen:
+        return _response_event("response.failed", number, failed)
+    # OpenAI's clients refuse a stream whose first event is another.
+    created = {**failed, "status": "in_progress", "error": None}
+    return _response_event("response.created", 0, created) + _response_event(
+        "response.failed", 1, failed
+    )
+
+
+def _response_event(kind: str, number: int, response: dict[str, Any]) -> bytes:
+    event = {"type": kind, "sequence_number": number, "response": response}
+    return chunk(b"event: %b\ndata: %b\n\n" % (kind.encode(), msgspec.json.encode(event)))
 
 
 def read_usage(tail: bytes) -> tuple[int | None, int | None]:
