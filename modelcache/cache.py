@@ -24,7 +24,7 @@ from modelcache.fetch.fetch import (
 from modelcache.ports import CachedModel, IsCancelled, OnProgress, Source
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.capacity import Usage
-from modelcache.store.files import open_lock, try_lock
+from modelcache.store.files import make_private, open_lock, try_lock
 from modelcache.store.leases import Lease
 from modelcache.store.lookup import Lookup, list_entries, read_fetching
 from modelcache.store.snapshots import LocalFiles
@@ -117,7 +117,8 @@ class ModelCache:
             return here
         if ref.scheme == PREPARED:
             return self._expecting(self.lookup.made(ref), expected_use_at_s)
-        if ref.revision is not None and not self.settings.files_for(ref.url)[0]:
+        said = self.settings.files_for(ref.url)[0] or self.settings.bundles_for(ref.url)
+        if ref.revision is not None and not said:
             # An exact revision never changes: no need to ask for it.
             exact = self.lookup.open(self.lookup.read(ref.url, ref.revision))
             if exact is not None:
@@ -304,6 +305,7 @@ class ModelCache:
     @contextmanager
     def _alone(self, want: FetchRequest) -> Iterator[None]:
         """Be the one that fetches this model, after any other process that does."""
+        make_private(self.store.layout.root)
         with open_lock(self.store.layout.fetch_lock(want.ref.url)) as fd:
             while not try_lock(fd):
                 if want.cancelled():
@@ -362,7 +364,8 @@ class ModelCache:
     def _select(self, ref: ModelRef, listing: Listing) -> Listing:
         """The files wanted, with those that were wanted earlier: asking for fewer loses none."""
         earlier = self.lookup.read(ref.url, listing.revision)
-        return narrow(listing, ref.url, earlier, *self.settings.files_for(ref.url))
+        files, bundles = self.settings.files_for(ref.url), self.settings.bundles_for(ref.url)
+        return narrow(listing, ref.url, earlier, *files, bundles)
 
     def _expecting(self, model: CachedModel, at_s: float | None) -> CachedModel:
         if at_s is not None:

@@ -24,6 +24,8 @@ BaseUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/@?#]+$")]
 NameUrl = Annotated[str, StringConstraints(pattern=r"^http://[^\s/@?#:\[\]]+(:[0-9]{1,5})?$")]
 
 
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+BundleName = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 FilePattern = Annotated[str, StringConstraints(pattern=r"^!?[^!/\s][^\s]*$", max_length=255)]
 Of = TypeVar("Of")
 
@@ -191,6 +193,12 @@ class ModelCacheSettings(BaseModel):
     the model's folder, ``{output}`` the folder for the result, ``{python}`` the engine's
     interpreter. docs/configure.md has an example."""
 
+    bundles: dict[str, dict[BundleName, Sha256]] = Field(default_factory=dict)
+    """Compiled code that a model's store ships and engines here may run: SHA-256 by the name of the
+    file below ``tidegate-bundles`` (without ``.tar``), by the model as pools name it. ``tidegate
+    model bundle`` prints what to write. No other is fetched or used: whoever can write to a store
+    could run code here."""
+
     @field_validator("peer_names")
     @classmethod
     def _have_ports(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -198,7 +206,7 @@ class ModelCacheSettings(BaseModel):
             urlsplit(name).port  # noqa: B018 - raises for one that is out of range
         return names
 
-    @field_validator("steps", "files")
+    @field_validator("steps", "files", "bundles")
     @classmethod
     def _are_models(cls, given: dict[str, Of]) -> dict[str, Of]:
         for name in given:
@@ -208,20 +216,25 @@ class ModelCacheSettings(BaseModel):
     def steps_for(self, model: str) -> tuple[PreparationStep, ...]:
         """The steps of a model, however the same place is written. Raises ``ValueError`` where
         ``model`` is no reference."""
-        return _find(self.steps, model)
+        return _find(self.steps, model, ())
 
     def files_for(self, model: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Patterns of the files of a model that are wanted, and of those that are not; none where
         nothing is said of it. Raises ``ValueError`` where ``model`` is no reference."""
-        given = _find(self.files, model) if self.files else ()
+        given = _find(self.files, model, ()) if self.files else ()
         wanted = tuple(one for one in given if not one.startswith("!"))
         return wanted, tuple(one[1:] for one in given if one.startswith("!"))
 
+    def bundles_for(self, model: str) -> Mapping[str, str]:
+        """SHA-256 of the compiled bundles of a model that may be used, by name; none where nothing
+        is said of it. Raises ``ValueError`` where ``model`` is no reference."""
+        return _find(self.bundles, model, {}) if self.bundles else {}
 
-def _find(given: Mapping[str, tuple[Of, ...]], model: str) -> tuple[Of, ...]:
+
+def _find(given: Mapping[str, Of], model: str, without: Of) -> Of:
     """What is given for a model, however the same place is written."""
     url = parse_ref(os.path.expanduser(model)).url
     for name, values in given.items():
         if parse_ref(os.path.expanduser(name)).url == url:
             return values
-    return ()
+    return without

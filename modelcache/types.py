@@ -19,6 +19,10 @@ digest means, so not a setting."""
 PREPARED = "prepared"
 """The scheme of models that were made here: ``prepared://<key>``. No source has them."""
 
+BUNDLES = "tidegate-bundles"
+"""The folder of a model in which its store may keep what engines have compiled for it. Such files
+are code: they are fetched only where the settings give their SHA-256."""
+
 SHORT_CHARACTERS = 12
 """So many letters of such a key are shown, and are enough to name it."""
 

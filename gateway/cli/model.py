@@ -295,8 +295,10 @@ def model_bundle(
 ) -> int:
     """Pack what a pool's engines have compiled and measured here into one file.
 
-    Put the folder beside the model's weights in its source: nodes of the same kind (engine,
-    libraries, GPU, driver, settings) that fetch the model then start without compiling.
+    Put the folder beside the model's weights in its source, and the lines that are printed into the
+    settings: nodes of the same kind (engine, libraries, GPU, driver, settings) that fetch the model
+    then start without compiling. Compiled code runs, so a file that the settings do not give the
+    SHA-256 of is neither fetched nor used.
 
     **Examples:** `tidegate model bundle qwen3-8b`,
     `tidegate model bundle qwen3-8b --out ~/models/Qwen3-8B/tidegate-bundles`
@@ -304,7 +306,7 @@ def model_bundle(
     from gateway.compose.cache import locate
     from gateway.compose.engines import make_compile_cache, plain_command
     from loaders.engines.base import engine_of
-    from loaders.engines.vllm.compile_cache import BadBundle
+    from loaders.engines.vllm.compile_cache import BadBundle, sha256_of
 
     settings = load(config, sets).settings
     given = next((one for one in settings.pools if pool in (one.name, *one.aliases)), None)
@@ -325,8 +327,13 @@ def model_bundle(
         file = compiled.ship(command, here, into, given.env)
     except (BadBundle, OSError, ValueError) as error:
         raise CacheError(str(error)) from None
-    told = {"pool": given.name, "file": str(file), "size_bytes": file.stat().st_size}
-    out(as_text(told) if as_json else f"{file}  ({size(file.stat().st_size)})\n")
+    size_bytes, sha256 = file.stat().st_size, sha256_of(file)
+    told = {"pool": given.name, "file": str(file), "size_bytes": size_bytes, "sha256": sha256}
+    lines = (
+        f"{file}  ({size(size_bytes)})\n\nFor the settings of nodes that fetch the model:\n\n"
+        f'[modelcache.bundles."{given.model or given.name}"]\n{file.stem} = "{sha256}"\n'
+    )
+    out(as_text(told) if as_json else lines)
     return 0
 
 

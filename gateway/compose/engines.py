@@ -126,12 +126,15 @@ def plain_command(pool: PoolSettings, loaders: LoaderSettings) -> EngineCommand:
 
 
 def make_unpack(settings: Settings, compiled: CompileCache) -> Unpack:
-    """Unpacks the compiled artefacts that models bring for their engines."""
+    """Unpacks the compiled artefacts that models bring for their engines, where the settings name
+    them."""
 
     def unpack(pool: PoolSettings, model: Path) -> None:
         with contextlib.suppress(ValueError):  # settings that cannot be run: the start says so
             here = pool.model_copy(update={"model": str(model)})
-            compiled.bring(plain_command(here, settings.loaders), model, pool.env)
+            trusted = settings.modelcache.bundles_for(pool.model or pool.name)
+            command = plain_command(here, settings.loaders)
+            compiled.bring(command, model, pool.env, trusted=trusted)
 
     return unpack
 

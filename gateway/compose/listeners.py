@@ -19,6 +19,7 @@ from pathlib import Path
 
 from gateway.settings.errors import Problem, show
 from gateway.settings.load import ConfigError, LoadedSettings
+from modelcache.store.files import create, make_directory
 
 BACKLOG = 4096
 RECORD_NAME = "running.json"
@@ -125,10 +126,11 @@ class Running:
 
 def leave_record(state_dir: Path, running: Running, name: str = RECORD_NAME) -> None:
     """Write the record, whole or not at all. Raises ``OSError`` where it cannot be written."""
-    state_dir.mkdir(parents=True, exist_ok=True)
     fresh = state_dir / f".{name}.{running.pid}"
     try:
-        fresh.write_text(json.dumps(asdict(running)), encoding="utf-8")
+        make_directory(state_dir)
+        with open(create(fresh, os.O_TRUNC), "w", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(running)))
         fresh.replace(state_dir / name)
     except OSError:
         with contextlib.suppress(OSError):
@@ -144,7 +146,7 @@ def claim_for_agent(state_dir: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            lock = os.open(state_dir / AGENT_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            lock = create(state_dir / AGENT_LOCK)
             stack.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

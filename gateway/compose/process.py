@@ -15,6 +15,8 @@ from pathlib import Path
 
 from gateway.settings.errors import Problem
 from gateway.settings.load import ConfigError, LoadedSettings
+from modelcache.store.files import make_private
+from modelcache.types import CacheError
 
 log = logging.getLogger("tidegate")
 
@@ -49,17 +51,21 @@ def check_writable(
     may_be_full: bool = False,
     write: Callable[[Path], None] = _write_a_record,
 ) -> None:
-    """Raise ``ConfigError`` where nothing can be written in the directory that ``field`` names; it
-    is made where it is not there.
+    """Raise ``ConfigError`` where nothing can be written in the directory that ``field`` names, or
+    another user owns it; it is made where it is not there, for our user alone, as it is made where
+    others can enter it.
 
     A volume of another user would otherwise be found out by the first thing that is written. With
     ``may_be_full`` a full disk is only warned about.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_private(directory)
         write(directory)
+    except CacheError as error:
+        problem = Problem(field, str(error), loaded.origins[field], value=str(directory))
+        raise ConfigError([problem]) from error
     except OSError as error:
-        is_file = isinstance(error, FileExistsError)
+        is_file = isinstance(error, FileExistsError | NotADirectoryError)
         why = "it is no directory" if is_file else error.strerror or str(error)
         if may_be_full and error.errno in {errno.ENOSPC, errno.EDQUOT}:
             log.warning("%s = %s: %s; what is there is served", field, directory, why)

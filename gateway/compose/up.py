@@ -33,6 +33,7 @@ from autoscaler.settings import PoolSettings
 from autoscaler.tiers.preparer import NodePreparer
 from autoscaler.tiers.wake_times import WakeTimes
 from gateway.compose.cache import (
+    cache_dir,
     make_models,
     make_page_holder,
     make_transform,
@@ -92,6 +93,8 @@ def run(loaded: LoadedSettings, read_again: Callable[[], LoadedSettings]) -> int
     settings = loaded.settings
     set_up_logging(settings.gateway.log_level)
     check_writable(loaded, "state_dir", Path(settings.state_dir))
+    if settings.modelcache.dir is not None:
+        check_writable(loaded, "modelcache.dir", cache_dir(settings), may_be_full=True)
     try:
         with naming_origins(loaded):
             return asyncio.run(_run(settings, read_again))

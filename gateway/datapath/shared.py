@@ -59,6 +59,7 @@ class Shared:
     def create(cls, *, workers: int, max_replicas: int, max_pools: int) -> Shared:
         """A new zeroed block, in anonymous memory that goes with its last process."""
         fd = os.memfd_create("tidegate", os.MFD_CLOEXEC)
+        os.fchmod(fd, 0o600)
         shared = cls(fd, workers=workers, max_replicas=max_replicas, max_pools=max_pools)
         header = (_MAGIC, _LAYOUT, workers, max_replicas, max_pools)
         for index, word in enumerate(header):

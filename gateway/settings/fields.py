@@ -235,6 +235,7 @@ PATTERNS = {
     r"^http://[^\s/@?#:\[\]]+(:[0-9]{1,5})?$": "a URL like http://name:port, without user, path or "
     "final /",
     r"^!?[^!/\s][^\s]*$": "a pattern of file names{}, without white space or a leading /",
+    r"^[0-9a-f]{64}$": "a SHA-256 of 64 digits 0 to f",
     r"^[^/].*$": "text{} that does not begin with /",
     r"^[^\s\x00-\x1f\x7f]+$": "text{} without white space",
     r"^[A-Za-z_][A-Za-z0-9_]*$": "the name of an environment variable",

@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -20,12 +20,20 @@ from typing import Protocol
 
 from modelcache.ports import IsCancelled, OnProgress, Source
 from modelcache.store.digest import RECORD, PieceDigests, count_pieces
-from modelcache.store.files import copy_range, link, link_or_clone, remove, remove_empty
+from modelcache.store.files import (
+    copy_range,
+    link,
+    link_or_clone,
+    make_directory,
+    remove,
+    remove_empty,
+)
 from modelcache.store.layout import file_key
 from modelcache.store.partial_files import TREE, Partial
 from modelcache.store.records import FETCHING, Fetching, check_listing
 from modelcache.store.store import Damage, Store, compare_file, hash_file
 from modelcache.types import (
+    BUNDLES,
     CacheError,
     Cancelled,
     Damaged,
@@ -43,7 +51,7 @@ from modelcache.types import (
 
 LOG = logging.getLogger("tidegate.modelcache")
 
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")
 """Weights that can run code when they are read; not needed beside safetensors."""
 
 FOREIGN = (
@@ -107,13 +115,17 @@ class FetchRequest:
 
 
 def select_files(
-    files: Sequence[RemoteFile], include: Sequence[str] = (), exclude: Sequence[str] = ()
+    files: Sequence[RemoteFile],
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    bundles: Collection[str] = (),
 ) -> tuple[RemoteFile, ...]:
     """The files wanted of a listing, by shell patterns over their paths.
 
     Without ``include``: all, but of a model that has safetensors no pickles, nor what other
-    runtimes read.
+    runtimes read. Of compiled code only the ``bundles`` named, whatever the patterns.
     """
+    trusted = {f"{BUNDLES}/{name}.tar" for name in bundles}
 
     def matches(file: RemoteFile, patterns: Sequence[str]) -> bool:
         return any(fnmatchcase(file.path, pattern) for pattern in patterns)
@@ -124,6 +136,8 @@ def select_files(
         safe = any(file.path.endswith(".safetensors") for file in files)
         needless = (*PICKLES, *FOREIGN) if safe else ()
         chosen = [file for file in files if not matches(file, needless)]
+    chosen = [file for file in chosen if not file.path.startswith(f"{BUNDLES}/")]
+    chosen += [file for file in files if file.path in trusted]
     return tuple(file for file in chosen if not matches(file, exclude))
 
 
@@ -133,15 +147,17 @@ def narrow(
     earlier: Manifest | None,
     include: Sequence[str],
     exclude: Sequence[str],
+    bundles: Collection[str] = (),
 ) -> Listing:
     """The files wanted of a model at ``url``, with those that were wanted ``earlier``: asking for
     fewer loses none. Raises ``NotFound`` where patterns leave nothing."""
-    chosen = select_files(listing.files, include, exclude)
+    chosen = select_files(listing.files, include, exclude, bundles)
     if listing.files and not chosen:
         patterns = ", ".join([*include, *(f"!{one}" for one in exclude)])
         raise NotFound(f"{url}: none of its {len(listing.files)} files is wanted by {patterns}")
     paths = {file.path for file in chosen}
-    paths |= {entry.path for entry in (earlier.files if earlier is not None else ())}
+    held = earlier.files if earlier is not None else ()
+    paths |= {one.path for one in held if not one.path.startswith(f"{BUNDLES}/")}
     return replace(listing, files=tuple(file for file in listing.files if file.path in paths))
 
 
@@ -272,7 +288,7 @@ class Fetch:
             if file.local is None:
                 continue
             directory = self.layout.partial(file.key)
-            directory.mkdir(parents=True, exist_ok=True)
+            make_directory(directory)
             linked = directory / LINKED
             remove(linked)
             try:

@@ -351,5 +351,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    os.umask(0o022)
+    os.umask(0o077)
     sys.exit(main(sys.argv[1:]))

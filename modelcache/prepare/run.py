@@ -35,7 +35,14 @@ from modelcache.prepare.step_process import (
 )
 from modelcache.refs import check_file_path
 from modelcache.settings import PreparationStep, StepKind
-from modelcache.store.files import has_name, open_lock, remove_empty, remove_tree, try_lock
+from modelcache.store.files import (
+    has_name,
+    make_directory,
+    open_lock,
+    remove_empty,
+    remove_tree,
+    try_lock,
+)
 from modelcache.store.layout import RESULT, result_url
 from modelcache.store.leases import Lease
 from modelcache.store.records import PIN, StepRecord, name_result, read_directory, read_use
@@ -132,7 +139,7 @@ class Results:
                     remove_empty(folder)
                 raise
             output = self._layout.unfinished_output(key)
-            output.mkdir(parents=True, exist_ok=True)
+            make_directory(output)
             write_step(self._layout, key, record)
             os.utime(folder)
         return output

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from modelcache.ports import IsCancelled, OnProgress
+from modelcache.store.files import create, make_directory
 from modelcache.types import CacheError, Cancelled, NoSpace, Progress
 
 WATCH_S = 0.1
@@ -72,12 +73,12 @@ class Run:
 def run_step(run: Run, *, on_progress: OnProgress, cancelled: IsCancelled) -> None:
     """Run it to its end. Raises ``StepFailed`` with its last lines, ``NoSpace`` where those say
     that a disk is full and its output's is, ``Cancelled``."""
-    run.log.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(run.log.parent)
     guard = [
         sys.executable, "-I", "-m", "modelcache.prepare.step_process",
         str(os.getpid()), str(GRACE_S),
     ]  # fmt: skip
-    with run.log.open("ab") as log:
+    with open(create(run.log, os.O_APPEND), "ab") as log:
         log.write(f"\n$ {' '.join(run.argv)}\n".encode())
         log.flush()
         process = subprocess.Popen(

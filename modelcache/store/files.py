@@ -1,15 +1,25 @@
-"""Files written so that they are whole or not there, and blocks shared instead of copied."""
+"""Files written so that they are whole or not there, and blocks shared instead of copied.
+
+Directories and files are made for our user alone, whatever the umask: what is copied here may have
+been its owner's alone, and whoever can open a lock file for reading can lock it.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import fcntl
+import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from modelcache.types import CacheError
+
+LOG = logging.getLogger("tidegate.modelcache")
 
 FICLONE = 0x40049409
 COPY_BYTES = 64 * 1024 * 1024
@@ -19,16 +29,62 @@ CANNOT = frozenset(
 """What a file system answers that cannot do what was asked at all."""
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory that only our user can enter, and its parents so; one that is there stays as
+    it is."""
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+    except FileNotFoundError:
+        make_directory(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
+
+
+def make_private(path: Path) -> bool:
+    """Make a directory that only our user can enter, or narrow one that others can; whether that
+    was needed.
+
+    Raises ``CacheError`` where it is another user's, or cannot be narrowed; ``OSError``.
+    """
+    make_directory(path)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        seen = os.fstat(fd)
+        owners = {seen.st_uid} | ({os.lstat(path).st_uid} - {0})  # the link's, where it is one
+        if owners != {os.geteuid()}:
+            raise CacheError(
+                f"{path} belongs to user {seen.st_uid}, and this is user {os.geteuid()}: give it "
+                "to this user, or name a directory in it that can be made"
+            )
+        mode = stat.S_IMODE(seen.st_mode)
+        if not mode & 0o077:
+            return False
+        os.fchmod(fd, 0o700)
+        if os.fstat(fd).st_mode & 0o077:
+            raise CacheError(f"{path} is open to other users, and its file system keeps it so")
+    except PermissionError as error:
+        raise CacheError(f"{path} is open to other users: {error.strerror}") from error
+    finally:
+        os.close(fd)
+    LOG.warning("%s was open to other users (mode %o): it is this user's alone now", path, mode)
+    return True
+
+
+def create(path: Path, flags: int = 0) -> int:
+    """A descriptor of a file for reading and writing, made for our user alone where it is not
+    there."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
+
+
 def write_whole(path: Path, data: bytes, *, tmp: Path, mtime_ns: int | None = None) -> None:
     """Write a small file by way of ``tmp`` (a directory on the same file system).
 
     After a crash at any moment ``path`` has its old content or all of the new. ``mtime_ns`` is
     the modification time to give it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
+    make_directory(tmp)
     fresh = tmp / f"{path.name}.{os.getpid()}"
-    with open(fresh, "wb") as file:
+    with open(create(fresh, os.O_TRUNC), "wb") as file:
         file.write(data)
         file.flush()
         if mtime_ns is not None:
@@ -99,8 +155,8 @@ def locked(path: Path) -> Iterator[None]:
 @contextmanager
 def open_lock(path: Path) -> Iterator[int]:
     """The descriptor of a lock file, not locked yet; closing it unlocks it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    make_directory(path.parent)
+    fd = create(path)
     try:
         yield fd
     finally:
@@ -161,8 +217,10 @@ def allocate(fd: int, size_bytes: int) -> None:
 
 def link_or_clone(source: Path, target: Path) -> bool:
     """Make ``target`` the same bytes as ``source`` without copying, by a clone of its blocks, else
-    by a hard link; whether the file system could."""
-    return clone(source, target) or link(source, target)
+    by a hard link; whether the file system could. Another user's file gets no link: its owner could
+    write to it at any time."""
+    ours = os.stat(source).st_uid == os.geteuid()
+    return clone(source, target) or (ours and link(source, target))
 
 
 def link(source: Path, target: Path) -> bool:
@@ -178,7 +236,7 @@ def link(source: Path, target: Path) -> bool:
 
 def clone(source: Path, target: Path) -> bool:
     """Make ``target`` a copy that shares the blocks of ``source``; whether the file system can."""
-    with open(source, "rb") as from_file, open(target, "xb") as to_file:
+    with open(source, "rb") as from_file, open(create(target, os.O_EXCL), "wb") as to_file:
         try:
             fcntl.ioctl(to_file.fileno(), FICLONE, from_file.fileno())
         except OSError as error:

@@ -14,7 +14,14 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from modelcache.store.files import files, is_locked, remove, remove_empty
+from modelcache.store.files import (
+    create,
+    files,
+    is_locked,
+    make_directory,
+    remove,
+    remove_empty,
+)
 from modelcache.store.layout import Layout
 
 HOLDER_CHARACTERS = 200
@@ -58,10 +65,10 @@ def take(layout: Layout, directory: Path, holder: str, released: Callable[[], No
 
     The file is locked before it gets its name there, so no process ever sees it free.
     """
-    layout.tmp.mkdir(parents=True, exist_ok=True)
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(layout.tmp)
+    make_directory(directory)
     name = uuid.uuid4().hex
-    fd = os.open(layout.tmp / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    fd = create(layout.tmp / name, os.O_EXCL)
     path = directory / name
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

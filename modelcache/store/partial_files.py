@@ -27,8 +27,10 @@ from modelcache.store.digest import RECORD as PIECE_RECORD
 from modelcache.store.digest import Piece, PieceDigests, count_pieces, digest_piece, piece_span
 from modelcache.store.files import (
     allocate,
+    create,
     is_locked,
     locked,
+    make_directory,
     remove_tree,
     sync_directory,
     write_whole,
@@ -102,8 +104,8 @@ class Partial:
     def reserve(layout: Layout, key: str, size_bytes: int) -> None:
         """Give a file its space on the disk without opening it. Raises ``OSError`` (``ENOSPC``)."""
         directory = layout.partial(key)
-        directory.mkdir(parents=True, exist_ok=True)
-        fd = os.open(directory / DATA, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        make_directory(directory)
+        fd = create(directory / DATA)
         try:
             allocate(fd, size_bytes)
         finally:
@@ -127,15 +129,14 @@ class Partial:
         return f"Partial({self.key} {self.bytes_done}/{self.size_bytes} bytes)"
 
     def _open(self) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         with locked(self.layout.store_lock):  # not while a sweep looks whether it is open
-            self._directory.mkdir(parents=True, exist_ok=True)
-            self._journal = os.open(self._directory / JOURNAL, flags | os.O_APPEND, 0o644)
+            make_directory(self._directory)
+            self._journal = create(self._directory / JOURNAL, os.O_APPEND)
             try:
                 fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InUse(f"{self.key} is being fetched by another process") from None
-        self.fd = os.open(self._directory / DATA, flags, 0o644)
+        self.fd = create(self._directory / DATA)
         header = HEADER.pack(MAGIC, self.size_bytes, self.piece_bytes)
         journal = os.pread(self._journal, os.fstat(self._journal).st_size, 0)
         whole = os.fstat(self.fd).st_size == self.size_bytes
@@ -236,7 +237,7 @@ class Partial:
             note_known(layout, self.key, digest, sha256)
             if not stays:
                 os.rename(self._directory / DATA, blob)
-                os.fchmod(self.fd, 0o444)  # after it: a partial has to stay writable
+                os.fchmod(self.fd, 0o400)  # after it: a partial has to stay writable
                 sync_directory(blob.parent)
             self.close()
             remove_tree(self._directory)

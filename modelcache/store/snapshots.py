@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelcache.store.files import link, remove_empty, remove_tree, write_whole
+from modelcache.store.files import link, make_directory, remove_empty, remove_tree, write_whole
 from modelcache.store.layout import Layout
 from modelcache.store.records import check_listing
 from modelcache.types import CacheError, FileEntry, Listing, Manifest, ModelRef, RemoteFile
@@ -37,12 +37,12 @@ def build_snapshot(layout: Layout, directory: Path, files: Sequence[FileEntry]) 
     fresh = layout.tmp / f"view-{uuid.uuid4().hex}"
     for file in files:
         target = fresh / file.path
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(target.parent)
         if not link(layout.blob(file.digest), target):
             # As seen from where the view will be, which is as deep below the root.
             place = (directory / file.path).parent
             target.symlink_to(os.path.relpath(layout.blob(file.digest), place))
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(directory.parent)
     if directory.exists():
         old = layout.tmp / f"old-{uuid.uuid4().hex}"
         os.rename(directory, old)
@@ -160,7 +160,7 @@ def show_in_hub(layout: Layout, manifest: Manifest, name: str | None) -> None:
     snapshot = place[0]
     if not snapshot_is_whole(layout, snapshot, manifest.files):
         build_snapshot(layout, snapshot, manifest.files)
-    (snapshot.parent.parent / "blobs").mkdir(exist_ok=True)
+    make_directory(snapshot.parent.parent / "blobs")
     ref = snapshot.parent.parent / "refs" / (name or "main")
     if (name or "main") != manifest.revision:
         write_whole(ref, manifest.revision.encode(), tmp=layout.tmp)

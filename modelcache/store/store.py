@@ -28,7 +28,14 @@ from modelcache.store.digest import (
     piece_span,
     read_pieces,
 )
-from modelcache.store.files import locked, remove, remove_empty, remove_tree, write_whole
+from modelcache.store.files import (
+    locked,
+    make_private,
+    remove,
+    remove_empty,
+    remove_tree,
+    write_whole,
+)
 from modelcache.store.layout import Layout
 from modelcache.store.partial_files import (
     compare_digests,
@@ -85,7 +92,10 @@ class Store:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """No other process changes the store meanwhile. Held for moments, never while fetching."""
+        """No other process changes the store meanwhile. Held for moments, never while fetching.
+
+        Raises ``CacheError`` where the cache's directory is another user's."""
+        make_private(self.layout.root)
         with locked(self.layout.store_lock):
             yield
 

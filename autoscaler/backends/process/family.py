@@ -31,6 +31,7 @@ from autoscaler.backends.process.procs import (
     read_stat,
 )
 from loaders.engines.base import Placement
+from modelcache.store.files import make_directory
 
 LOG = logging.getLogger("tidegate.autoscaler")
 
@@ -108,7 +109,7 @@ class ProcessRegistry:
         """Become the owner of the directory. Raises ``StateInUse`` while another process is."""
         if self._lock is not None:
             return
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_directory(self.directory)
         lock = os.open(self.directory / guard.LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,6 +13,8 @@ import os
 import re
 from pathlib import Path
 
+from modelcache.store.files import create, make_directory
+
 TAIL_BYTES = 65_536
 PREFIX = re.compile(
     r"(\([^()]* pid=\d+\)\s*)?"  # (EngineCore pid=987)
@@ -33,9 +35,8 @@ class ReplicaLog:
 
     def open(self) -> int:
         """A file descriptor that appends to the log; its owner closes it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        return os.open(self.path, flags, 0o644)
+        make_directory(self.path.parent)
+        return create(self.path, os.O_APPEND)
 
     def rotate(self) -> bool:
         """Begin a new file if this one has reached its size; says whether it did."""
@@ -49,7 +50,7 @@ class ReplicaLog:
                 self._older(number).replace(self._older(number + 1))
         with self.path.open("rb+") as source:
             if self._files > 1:
-                with self._older(1).open("wb") as target:
+                with open(create(self._older(1), os.O_TRUNC), "wb") as target:
                     self._copy_end(source.fileno(), target.fileno())
             source.truncate(0)
         return True

@@ -8,7 +8,9 @@ into one file it travels with the model. A bundle for another combination is nev
 another name.
 
 A model may bring such a file along, as ``tidegate-bundles/KEY.tar`` beside its weights: then the
-first start on a node is like a second one.
+first start on a node is like a second one. What is in it is code that engines run (pickles, shared
+libraries), so only a file is used whose SHA-256 the operator has given, and on this node only what
+our own user has written.
 
 vLLM checks its own artefacts again (its hashes go finer than our key), so one that does not fit
 costs a compilation, not a wrong answer.
@@ -22,22 +24,25 @@ import logging
 import os
 import re
 import shutil
+import stat
 import tarfile
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from loaders.engines.base import EngineCommand
 from loaders.engines.vllm.engine import find_install, read_flags, site_packages
+from modelcache.store.files import make_private
+from modelcache.types import BUNDLES, CacheError
 
 log = logging.getLogger("tidegate.bundles")
 
-SHIPPED = "tidegate-bundles"
-"""The folder of packed bundles in a model's directory."""
-
 FACTS = "facts.json"
+FLASHINFER = "flashinfer"
 MAX_BYTES = 16 << 30
 """A packed bundle that says it holds more is not unpacked."""
 
@@ -122,40 +127,60 @@ class CompileCache:
         """What points an engine's caches into its folder; empty where there is none to point to.
         The folder stays for as long as this process lives: an engine may be using it."""
         key = self.key(command, model, env)
-        if key is None:
+        if key is None or not self._mark(key):
             return {}
         with self._lock:
             self._used.add(key.digest)
-        self._mark(key)
         return bundle_env(self.folder(key))
 
-    def _mark(self, key: BundleKey) -> None:
-        """Note what the folder is of, and that it was used now."""
+    def _mark(self, key: BundleKey) -> bool:
+        """Note what the folder is of, and that it was used now; whether engines may run what is in
+        it."""
         folder = self.folder(key)
+        try:
+            make_private(self.directory.parent)
+            make_private(self.directory)
+            for place in (folder, self.directory / FLASHINFER):
+                keep_private(place)
+        except (CacheError, OSError) as error:
+            log.warning("what engines compile is not kept: %s", error)
+            return False
         with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
             if not (folder / FACTS).exists():
                 (folder / FACTS).write_text(json.dumps(dict(key.facts), indent=1) + "\n")
             os.utime(folder)
+        return True
 
     def bring(
-        self, command: EngineCommand, model: Path, env: Mapping[str, str] | None = None
+        self,
+        command: EngineCommand,
+        model: Path,
+        env: Mapping[str, str] | None = None,
+        *,
+        trusted: Mapping[str, str],
     ) -> int:
         """Unpack what the model has brought along for this combination, unless the folder is there;
-        the bytes that were unpacked. What is no sound bundle is left alone, and said."""
+        the bytes that were unpacked.
+
+        ``trusted`` are the SHA-256 that the operator gave, by key. What is none of them, or no
+        sound bundle, is left alone, and said.
+        """
         key = self.key(command, str(model), env)
-        if key is None:
+        if key is None or not self._mark(key):
             return 0
-        folder, shipped = self.folder(key), model / SHIPPED / f"{key.digest}.tar"
+        folder, shipped = self.folder(key), model / BUNDLES / f"{key.digest}.tar"
         written = 0
         if shipped.is_file() and size_of(folder) <= _file_bytes(folder / FACTS):
-            shutil.rmtree(folder, ignore_errors=True)  # a mark alone, and nothing compiled
             try:
-                written = unpack(shipped, folder, max_bytes=MAX_BYTES)
+                sha256 = trusted.get(key.digest)
+                if sha256 is None:
+                    raise BadBundle("modelcache.bundles gives no SHA-256 of it for this model")
+                shutil.rmtree(folder, ignore_errors=True)  # a mark alone, and nothing compiled
+                written = unpack(shipped, folder, sha256=sha256, max_bytes=MAX_BYTES)
                 log.info("%s: unpacked %d bytes of what was compiled elsewhere", shipped, written)
             except (BadBundle, OSError) as error:
                 log.warning("%s is not used: %s", shipped, error)
-        self._mark(key)
+            self._mark(key)
         self.sweep(keep=key.digest)
         return written
 
@@ -264,9 +289,32 @@ def bundle_env(root: Path) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(place / "triton"),
         # Read when FlashInfer is imported, so it is one place for all that are forked from one
         # import. FlashInfer tells its own combinations apart.
-        "FLASHINFER_WORKSPACE_BASE": str(place.parent / "flashinfer"),
+        "FLASHINFER_WORKSPACE_BASE": str(place.parent / FLASHINFER),
         "CUDA_CACHE_PATH": str(place / "cuda"),
     }
+
+
+def keep_private(folder: Path) -> None:
+    """Make a folder of which engines run what is in it, for our user alone. One that others could
+    enter is emptied unless all in it is ours and nobody else may write there.
+
+    Raises ``CacheError`` where it is another user's, ``OSError``.
+    """
+    if make_private(folder) and not all(map(_is_ours, _below(folder))):
+        log.warning("%s: others could write there, so what was in it is removed", folder)
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _below(folder: Path) -> Iterable[Path]:
+    for directory, folders, names in os.walk(folder):
+        yield from (Path(directory, name) for name in (*folders, *names))
+
+
+def _is_ours(path: Path) -> bool:
+    seen = path.lstat()
+    open_to_others = seen.st_mode & 0o022 and not stat.S_ISLNK(seen.st_mode)
+    return seen.st_uid == os.geteuid() and not open_to_others
 
 
 def size_of(root: Path) -> int:
@@ -302,11 +350,11 @@ def pack(root: Path, target: Path) -> int:
     return target.stat().st_size
 
 
-def unpack(source: Path, root: Path, *, max_bytes: int) -> int:
+def unpack(source: Path, root: Path, *, sha256: str, max_bytes: int) -> int:
     """Put a packed bundle at ``root``, unless there is one already; returns the bytes written.
 
-    Raises ``BadBundle`` for names that lead out of it, anything but plain files, more than
-    ``max_bytes``, or a file that is no whole archive; ``root`` is then as it was.
+    Raises ``BadBundle`` for another SHA-256, names that lead out of it, anything but plain files,
+    more than ``max_bytes``, or a file that is no whole archive; ``root`` is then as it was.
     """
     if root.exists():
         return 0
@@ -314,23 +362,45 @@ def unpack(source: Path, root: Path, *, max_bytes: int) -> int:
     shutil.rmtree(partial, ignore_errors=True)
     written = 0
     try:
-        partial.mkdir(parents=True)
-        with tarfile.open(source, "r:") as archive:
-            for entry in archive:
-                written += entry.size
-                if written > max_bytes:
-                    raise BadBundle(f"{source} unpacks to more than {max_bytes} bytes")
-                _unpack_one(archive, entry, partial, source)
+        partial.mkdir(mode=0o700, parents=True)
+        # Of a copy: the file itself could be another by the time that it is unpacked.
+        with tempfile.TemporaryFile(dir=partial) as copy:
+            _copy_checked(source, copy, sha256, max_bytes)
+            with tarfile.open(fileobj=copy, mode="r:") as archive:
+                for entry in archive:
+                    written += entry.size
+                    if written > max_bytes:
+                        raise BadBundle(f"{source} unpacks to more than {max_bytes} bytes")
+                    _unpack_one(archive, entry, partial, source)
         try:
             partial.rename(root)
         except OSError:
             if not root.exists():  # else another start was quicker, which is as good
                 raise
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise BadBundle(f"{source} is no whole bundle: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return written
+
+
+def _copy_checked(source: Path, copy: BinaryIO, sha256: str, max_bytes: int) -> None:
+    digest = hashlib.sha256()
+    with source.open("rb") as file:
+        while data := file.read(1 << 20):
+            if copy.tell() > 2 * max_bytes:  # a small file takes three blocks of an archive
+                raise BadBundle(f"{source} has more than {copy.tell()} bytes")
+            digest.update(data)
+            copy.write(data)
+    if digest.hexdigest() != sha256:
+        raise BadBundle(f"its SHA-256 is {digest.hexdigest()}, modelcache.bundles says {sha256}")
+    copy.seek(0)
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a packed bundle, as ``modelcache.bundles`` wants it."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _unpack_one(archive: tarfile.TarFile, entry: tarfile.TarInfo, root: Path, source: Path) -> None:
@@ -347,7 +417,7 @@ def _unpack_one(archive: tarfile.TarFile, entry: tarfile.TarInfo, root: Path, so
         file.flush()
         if file.tell() != entry.size:
             raise BadBundle(f"{source} ends within {entry.name!r}")
-    place.chmod(0o755 if entry.mode & 0o100 else 0o644)
+    place.chmod(0o700 if entry.mode & 0o100 else 0o600)
 
 
 def _files(root: Path) -> Iterable[Path]:

@@ -12,16 +12,17 @@ import pytest
 from loaders.engines.base import EngineCommand
 from loaders.engines.vllm.compile_cache import (
     FACTS,
-    SHIPPED,
     BadBundle,
     BundleKey,
     CompileCache,
     bundle_env,
     make_key,
     pack,
+    sha256_of,
     size_of,
     unpack,
 )
+from modelcache.types import BUNDLES
 
 ARGS = ("--model", "/m", "--port", "8000", "--max-model-len", "2048")
 
@@ -108,16 +109,27 @@ def fill_folder(root: Path) -> None:
     kernel.chmod(0o755)
 
 
+def unpack_known(file: Path, root: Path, max_bytes: int) -> int:
+    """As for a file whose SHA-256 the operator has given."""
+    return unpack(file, root, sha256=sha256_of(file), max_bytes=max_bytes)
+
+
+def bring(bundles: CompileCache, given: EngineCommand, model: Path) -> int:
+    """As for a model whose bundles the operator has given the SHA-256 of."""
+    trusted = {file.stem: sha256_of(file) for file in (model / BUNDLES).glob("*.tar")}
+    return bundles.bring(given, model, trusted=trusted)
+
+
 def test_bundle_travels_whole(tmp_path: Path) -> None:
     fill_folder(tmp_path / "here")
     (tmp_path / "here/triton/half.tmp").write_text("not done")
     (tmp_path / "here/triton/link").symlink_to("/etc/hostname")
     pack(tmp_path / "here", tmp_path / "bundle.tar")
-    written = unpack(tmp_path / "bundle.tar", tmp_path / "there", max_bytes=1 << 20)
+    written = unpack_known(tmp_path / "bundle.tar", tmp_path / "there", max_bytes=1 << 20)
     assert written == size_of(tmp_path / "there") == 5 + 256 * 9
     kernel = tmp_path / "there/triton/kernel.so"
     assert kernel.read_bytes() == bytes(range(256)) * 9
-    assert kernel.stat().st_mode & 0o777 == 0o755
+    assert kernel.stat().st_mode & 0o777 == 0o700
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle.tar", "here", "there"]
 
 
@@ -132,7 +144,7 @@ def test_what_is_there_is_not_replaced(tmp_path: Path) -> None:
     fill_folder(tmp_path / "here")
     pack(tmp_path / "here", tmp_path / "bundle.tar")
     (tmp_path / "there").mkdir()
-    assert unpack(tmp_path / "bundle.tar", tmp_path / "there", max_bytes=1 << 20) == 0
+    assert unpack_known(tmp_path / "bundle.tar", tmp_path / "there", max_bytes=1 << 20) == 0
     assert list((tmp_path / "there").iterdir()) == []
 
 
@@ -160,7 +172,7 @@ def test_hostile_bundle_is_refused_and_leaves_nothing(tmp_path: Path, bad: tarfi
         archive.addfile(entry("good"), io.BytesIO(b"g"))
         archive.addfile(bad, io.BytesIO(b"x" * bad.size))
     with pytest.raises(BadBundle):
-        unpack(tmp_path / "bundle.tar", tmp_path / "there", max_bytes=1_000_000)
+        unpack_known(tmp_path / "bundle.tar", tmp_path / "there", max_bytes=1_000_000)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle.tar"]
 
 
@@ -171,7 +183,7 @@ def test_bundle_cut_short_is_refused(tmp_path: Path, kept: int) -> None:
     whole = (tmp_path / "bundle.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[:kept])
     with pytest.raises(BadBundle):
-        unpack(tmp_path / "cut.tar", tmp_path / "there", max_bytes=1 << 20)
+        unpack_known(tmp_path / "cut.tar", tmp_path / "there", max_bytes=1 << 20)
     assert not (tmp_path / "there").exists()
 
 
@@ -255,15 +267,15 @@ def test_what_a_fork_server_was_told_of_does_not_keep_a_shipped_one_out(
     here, there = make(python, tmp_path / "here"), make(python, tmp_path / "there")
     given = command(python)
     fill(here, given, model)
-    here.ship(given, str(model), model / SHIPPED)
+    here.ship(given, str(model), model / BUNDLES)
     assert there.env(given, str(model))  # only noted, nothing compiled
-    assert there.bring(given, model) > 0
+    assert bring(there, given, model) > 0
 
 
 def test_without_an_engine_nothing_is_pointed_anywhere(model: Path, tmp_path: Path) -> None:
     bundles = make(tmp_path / "nowhere/bin/python", tmp_path / "bundles")
     assert bundles.env(command(tmp_path), str(model)) == {}
-    assert bundles.bring(command(tmp_path), model) == 0
+    assert bring(bundles, command(tmp_path), model) == 0
 
 
 def test_packed_here_it_is_unpacked_on_the_next_node(
@@ -271,21 +283,21 @@ def test_packed_here_it_is_unpacked_on_the_next_node(
 ) -> None:
     here, there = make(python, tmp_path / "here"), make(python, tmp_path / "there")
     given = command(python, "--max-model-len", "2048")
-    here.bring(given, model)
+    bring(here, given, model)
     fill(here, given, model)
-    file = here.ship(given, str(model), model / SHIPPED)
-    assert there.bring(given, model) > 0
+    file = here.ship(given, str(model), model / BUNDLES)
+    assert bring(there, given, model) > 0
     place = Path(there.env(given, str(model))["TRITON_CACHE_DIR"])
     assert (place / "one.so").read_bytes() == b"kernel"
-    assert there.bring(given, model) == 0, "what is there is left alone"
+    assert bring(there, given, model) == 0, "what is there is left alone"
     assert here.ship(given, str(model), tmp_path / "again").read_bytes() == file.read_bytes()
 
 
 def test_one_for_other_settings_is_not_used(python: Path, model: Path, tmp_path: Path) -> None:
     here, there = make(python, tmp_path / "here"), make(python, tmp_path / "there")
     fill(here, command(python, "--max-model-len", "2048"), model)
-    here.ship(command(python, "--max-model-len", "2048"), str(model), model / SHIPPED)
-    assert there.bring(command(python, "--max-model-len", "4096"), model) == 0
+    here.ship(command(python, "--max-model-len", "2048"), str(model), model / BUNDLES)
+    assert bring(there, command(python, "--max-model-len", "4096"), model) == 0
 
 
 def test_a_damaged_one_is_said_and_not_used(
@@ -294,9 +306,9 @@ def test_a_damaged_one_is_said_and_not_used(
     here, there = make(python, tmp_path / "here"), make(python, tmp_path / "there")
     given = command(python)
     fill(here, given, model, bytes(100_000))
-    file = here.ship(given, str(model), model / SHIPPED)
+    file = here.ship(given, str(model), model / BUNDLES)
     file.write_bytes(file.read_bytes()[:5_000])
-    assert there.bring(given, model) == 0
+    assert bring(there, given, model) == 0
     assert "is not used" in caplog.text
     assert not Path(there.env(given, str(model))["TRITON_CACHE_DIR"]).exists()
 
@@ -305,7 +317,7 @@ def test_nothing_compiled_yet_is_said(python: Path, model: Path, tmp_path: Path)
     bundles = make(python, tmp_path / "bundles")
     with pytest.raises(BadBundle, match="start it once"):
         bundles.ship(command(python), str(model), tmp_path / "out")
-    bundles.bring(command(python), model)
+    bring(bundles, command(python), model)
     with pytest.raises(BadBundle, match="start it once"):
         bundles.ship(command(python), str(model), tmp_path / "out")
 
@@ -317,13 +329,13 @@ def test_past_the_quota_what_was_not_used_for_longest_goes(
     folders = []
     for number in range(3):
         given = command(python, "--seed", str(number))
-        bundles.bring(given, model)
+        bring(bundles, given, model)
         place = fill(bundles, given, model, bytes(100_000)).parent
         os.utime(place, (1_000 + number, 1_000 + number))
         folders.append(place)
     # Used again by another process: now it is the newest. What a process has given to engines it
     # does not remove itself.
-    make(python, tmp_path / "bundles", 250_000).bring(command(python, "--seed", "0"), model)
+    bring(make(python, tmp_path / "bundles", 250_000), command(python, "--seed", "0"), model)
     assert [folder.exists() for folder in folders] == [True, False, True]
     assert (folders[0] / FACTS).exists()
 
@@ -332,5 +344,5 @@ def test_the_one_in_use_stays_whatever_the_quota(python: Path, model: Path, tmp_
     bundles = make(python, tmp_path / "bundles", quota_bytes=0)
     given = command(python)
     place = fill(bundles, given, model)
-    bundles.bring(given, model)
+    bring(bundles, given, model)
     assert place.exists()

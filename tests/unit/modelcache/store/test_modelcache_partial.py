@@ -80,7 +80,7 @@ def test_pieces_may_come_in_any_order_and_more_than_once(tmp_path: Path) -> None
         digest = partial.finish({"sha256": hashlib.sha256(CONTENT).hexdigest().upper()})
     blob = layout.blob(digest)
     assert blob.read_bytes() == CONTENT
-    assert stat.S_IMODE(blob.stat().st_mode) == 0o444
+    assert stat.S_IMODE(blob.stat().st_mode) == 0o400
     assert read_pieces(layout.pieces(digest), digest, len(CONTENT), piece_bytes=PIECE) == hash_file(
         blob, piece_bytes=PIECE
     )
