@@ -130,10 +130,11 @@ class LiveControl:
         )
 
     def ready(self) -> tuple[bool, str]:
-        """Whether requests are accepted: the workers listen. A pool at zero is no obstacle."""
+        """Whether requests are accepted: the workers listen, and none hangs. A pool at zero is no
+        obstacle."""
         if self._workers.all_listening:
             return True, "accepting requests"
-        return False, "not every worker is listening"
+        return False, "not every worker listens and responds"
 
     def metrics(self) -> bytes:
         """Prometheus text."""

@@ -145,7 +145,7 @@ class WorkerEntry(AdminAnswer):
 
     index: int
     pid: int | None
-    state: Literal["starting", "listening", "draining"]
+    state: Literal["starting", "listening", "unresponsive", "draining"]
     restarts: int
     connections: int
     upstream_connections: int

@@ -40,7 +40,7 @@ LEAVES = {
 
 def main(arguments: Sequence[str] | None = None, effects: Effects | None = None) -> int:
     """Run the command line and return its exit code; no exception and no traceback leaves it."""
-    if arguments is None and sys.argv[1:2] == ["up"]:
+    if arguments is None and sys.argv[1:2] in (["up"], ["agent"]):
         # A reload during the start must not end it. ``take_signals`` takes it when all is there.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     given = None if arguments is None else list(arguments)

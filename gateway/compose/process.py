@@ -84,7 +84,8 @@ def take_signals(
     """The first SIGINT or SIGTERM sets ``stop``, a later one ``hurry``; SIGHUP calls ``reload``,
     and SIGQUIT sets ``keep`` and ``stop``.
 
-    SIGHUP is also what a terminal sends that is closed: then it is a signal to stop.
+    SIGHUP is also what a terminal sends that is closed: then it is a signal to stop, unless it was
+    ignored before (nohup). It ends no process at once; one that cannot reload says so.
     """
     running = asyncio.get_running_loop()
     first_s = math.inf
@@ -105,15 +106,20 @@ def take_signals(
     for number in (signal.SIGINT, signal.SIGTERM):
         running.add_signal_handler(number, on_signal)
     on_terminal = sys.stderr.isatty()
+    was_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
     def on_hangup() -> None:
         if on_terminal and not sys.stderr.isatty():
-            on_signal()
-        elif reload is not None and not stop.is_set():
+            if not was_ignored:
+                on_signal()
+        elif stop.is_set():
+            pass
+        elif reload is not None:
             reload()
+        else:
+            log.warning("SIGHUP: this process reads its settings at its start only; restart it")
 
-    if reload is not None and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-        running.add_signal_handler(signal.SIGHUP, on_hangup)
+    running.add_signal_handler(signal.SIGHUP, on_hangup)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # held back since the start
     if keep is not None:
         running.add_signal_handler(signal.SIGQUIT, on_quit)

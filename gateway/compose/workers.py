@@ -8,7 +8,6 @@ wait on a worker that died are taken by its successor.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
 import socket
@@ -39,6 +38,12 @@ log = logging.getLogger("tidegate.workers")
 _RESTART_S = 0.5
 _RESTART_MAX_S = 10.0
 _EXIT_GRACE_S = 5.0
+_EXIT_POLL_S = 0.02
+# A worker beats several times a second. The checks are counted that saw no beat since the one
+# before, not the time: after this process was stopped itself, its workers are not to blame.
+_WATCH_S = 0.5
+_UNRESPONSIVE_S = 2.0
+_START_S = 60.0
 
 
 @dataclass(slots=True)
@@ -50,6 +55,13 @@ class WorkerProcess:
     writer: asyncio.StreamWriter | None = None
     listening: bool = False
     starts: int = 0
+    last_beat_ms: int = 0
+    silent_s: float = 0.0
+
+    @property
+    def responds(self) -> bool:
+        """Whether its event loop turns, as far as was seen."""
+        return self.silent_s < _UNRESPONSIVE_S
 
 
 class Workers:
@@ -72,6 +84,7 @@ class Workers:
         self._fleet: Fleet | None = None
         self.processes = [WorkerProcess(index) for index in range(len(listeners))]
         self._tasks: list[asyncio.Task[None]] = []
+        self._watcher: asyncio.Task[None] | None = None
         self._draining = False
         self._changed = asyncio.Event()
 
@@ -85,6 +98,7 @@ class Workers:
         """Start all workers. They take connections once a fleet is published: before, each would
         answer that there is no such model."""
         self._tasks = [asyncio.create_task(self._keep(entry)) for entry in self.processes]
+        self._watcher = asyncio.create_task(self._watch())
 
     async def wait_listening(self) -> None:
         """Until each worker listens. Raises ``RuntimeError`` if one cannot, ``TimeoutError`` after
@@ -123,8 +137,9 @@ class Workers:
 
     @property
     def all_listening(self) -> bool:
-        """Whether every worker takes connections."""
-        return all(entry.listening for entry in self.processes) and not self._draining
+        """Whether every worker takes connections, and responds."""
+        ready = all(entry.listening and entry.responds for entry in self.processes)
+        return ready and not self._draining
 
     def is_draining(self) -> bool:
         """Whether the workers have been asked to finish."""
@@ -133,7 +148,9 @@ class Workers:
     def _state(self, entry: WorkerProcess) -> str:
         if self._draining:
             return "draining"
-        return "listening" if entry.listening else "starting"
+        if not entry.listening:
+            return "starting"
+        return "listening" if entry.responds else "unresponsive"
 
     def _send(self, entry: WorkerProcess, message: ToWorker) -> None:
         if entry.writer is not None and not entry.writer.is_closing():
@@ -159,12 +176,39 @@ class Workers:
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, _RESTART_MAX_S)
 
+    async def _watch(self) -> None:
+        """Replace workers that hang: nothing would end their connections, nor take new ones."""
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            for entry in self.processes:
+                self._check_beat(entry)
+
+    def _check_beat(self, entry: WorkerProcess) -> None:
+        process, beat_ms = entry.process, self.shared.last_beat_ms(entry.index)
+        if process is None or beat_ms != entry.last_beat_ms:
+            entry.last_beat_ms, entry.silent_s = beat_ms, 0.0
+            return
+        responded = entry.responds
+        entry.silent_s += _WATCH_S
+        if entry.listening and responded and not entry.responds:
+            log.warning("worker %d (process %d) does not respond", entry.index, process.pid)
+        limit_s = self._config.gateway.worker_timeout_s if entry.listening else _START_S
+        if entry.silent_s >= limit_s:
+            log.error(
+                "worker %d (process %d) has not responded for %g s: it is replaced",
+                entry.index,
+                process.pid,
+                entry.silent_s,
+            )
+            process.kill()
+
     async def _run_once(self, entry: WorkerProcess) -> None:
         channel, inherited = socket.socketpair()
         listener = self._listeners[entry.index]
         fds = (listener.fileno(), self.shared.fd, inherited.fileno())
         command = [sys.executable, "-m", "gateway.datapath", *map(str, fds)]
         entry.starts += 1
+        entry.silent_s = 0.0
         with inherited:
             entry.process = self._spawn(command, fds)
         reader, entry.writer = await asyncio.open_connection(sock=channel)
@@ -207,12 +251,12 @@ class Workers:
             entry.writer = None
         process, entry.process = entry.process, None
         if process is not None:
-            loop = asyncio.get_running_loop()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                await loop.run_in_executor(None, lambda: process.wait(_EXIT_GRACE_S))
-            if process.poll() is None:
-                process.kill()
-                await loop.run_in_executor(None, process.wait)
+            left_s = _EXIT_GRACE_S
+            while process.poll() is None:
+                if left_s <= 0.0:
+                    process.kill()
+                await asyncio.sleep(_EXIT_POLL_S)
+                left_s -= _EXIT_POLL_S
         self.shared.clear_worker(entry.index)
         self._changed.set()
 
@@ -229,6 +273,8 @@ class Workers:
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
+        if self._watcher is not None:
+            self._watcher.cancel()
         self.kill()
 
     def kill(self) -> None:

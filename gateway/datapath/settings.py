@@ -70,6 +70,11 @@ class GatewaySettings(BaseModel):
     names and ``admin_host`` itself always work; any other name is refused, so that a web page
     cannot reach it through a name of its own (DNS rebinding). ``"*"`` accepts every name."""
 
+    worker_timeout_s: float = Field(default=10.0, ge=1.0, le=3_600.0)
+    """Seconds for which a worker may not respond before it is killed and replaced; its answers
+    under way are cut. No request keeps a healthy worker busy for a second. ``/readyz`` says so
+    after two."""
+
     max_connections: int = Field(default=10_000, ge=1, le=1_000_000)
     """Client connections one worker keeps open; the next is answered 503 and closed. Each costs
     about 10 kB, and one file descriptor."""

@@ -2,7 +2,7 @@
 
 Layout, all 8-byte words: a header, then per worker a block of
 
-    version of the fleet it has applied | replica requests [max_replicas]
+    version of the fleet it has applied | heartbeat | replica requests [max_replicas]
     | replica tokens [max_replicas] | worker counters
     | per pool: integers, histogram sums (doubles)
 
@@ -30,7 +30,7 @@ from gateway.datapath.metrics import (
 )
 
 _MAGIC = 0x7469646567617465  # "tidegate"
-_LAYOUT = 2
+_LAYOUT = 3
 _HEADER_WORDS = 8
 _GAUGES = tuple(index for index, metric in enumerate(WORKER_METRICS) if metric.gauge)
 _POOL_GAUGES = (INFLIGHT_REQUESTS, INFLIGHT_TOKENS, QUEUED_REQUESTS, QUEUED_TOKENS, QUEUED_BYTES)
@@ -45,7 +45,7 @@ class Shared:
         self.max_replicas = max_replicas
         self.max_pools = max_pools
         self._pool_words = POOL_INTEGERS + POOL_SUMS
-        self._counters_at = 1 + 2 * max_replicas
+        self._counters_at = 2 + 2 * max_replicas
         self._block_words = self._counters_at + WORKER_INTEGERS + max_pools * self._pool_words
         size = 8 * (_HEADER_WORDS + workers * self._block_words)
         if os.fstat(fd).st_size < size:
@@ -93,9 +93,17 @@ class Shared:
         not running."""
         return min(int(self._q[self._base(worker)]) for worker in range(self.workers))
 
+    def beat(self, worker: int, now_s: float) -> None:
+        """The worker's event loop turns: called many times a second. ``now_s`` is its clock."""
+        self._q[self._base(worker) + 1] = int(now_s * 1000)
+
+    def last_beat_ms(self, worker: int) -> int:
+        """When the worker last beat, by the monotonic clock; 0 before it ever did."""
+        return int(self._q[self._base(worker) + 1])
+
     def replica_rows(self, worker: int) -> tuple[Any, Any]:
         """One worker's (requests, tokens) by replica slot, writable."""
-        base, size = self._base(worker) + 1, self.max_replicas
+        base, size = self._base(worker) + 2, self.max_replicas
         return self._q[base : base + size], self._q[base + size : base + 2 * size]
 
     def other_rows(self, worker: int, slots: int) -> tuple[list[int], list[int]]:

@@ -164,6 +164,7 @@ class Worker:
         context = self.context
         while True:
             now = context.now()
+            context.shared.beat(context.index, now)
             if context.ledger.shared:
                 context.refresh_ledger()
             context.publish_counters()
@@ -223,7 +224,7 @@ async def _serve(listen_fd: int, shared_fd: int, channel_fd: int) -> None:
     tasks: list[asyncio.Task[None]] = []
     draining: asyncio.Task[None] | None = None
     while draining is None:
-        data = await reader.read(65536)
+        data = await _read(reader)
         messages = unpacker.feed(data) if data else [Drain()]
         if not data and worker is not None:
             worker.control_lost()
@@ -248,7 +249,7 @@ async def _serve(listen_fd: int, shared_fd: int, channel_fd: int) -> None:
                 draining = loop.create_task(worker.drain() if worker else asyncio.sleep(0))
     # While it drains the fleet may still change: held requests must find the replica they wait for.
     while not draining.done():
-        read = loop.create_task(reader.read(65536))
+        read = loop.create_task(_read(reader))
         await asyncio.wait({draining, read}, return_when=asyncio.FIRST_COMPLETED)
         if not read.done():
             read.cancel()
@@ -265,6 +266,15 @@ async def _serve(listen_fd: int, shared_fd: int, channel_fd: int) -> None:
     for task in tasks:
         task.cancel()
     writer.close()
+
+
+async def _read(reader: asyncio.StreamReader) -> bytes:
+    """Some bytes of the channel; none when the control process is gone, with messages of ours
+    unread (which resets the connection) or without."""
+    try:
+        return await reader.read(65536)
+    except ConnectionError:
+        return b""
 
 
 def _ended(task: asyncio.Task[None]) -> None:

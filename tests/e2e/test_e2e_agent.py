@@ -166,6 +166,13 @@ def test_an_agent_says_how_it_is(agents: Callable[..., Agent], store: IndexedSer
     assert console(agent.state_dir, "prewarm", f"{store.url}/models/tiny/")["not_kept"] == ""
 
 
+def test_a_signal_to_reload_does_not_end_an_agent(agents: Callable[..., Agent]) -> None:
+    agent = agents("one")
+    agent.process.send_signal(signal.SIGHUP)
+    assert json.loads(fetch(agent.admin_url + "/readyz"))["ready"] is True
+    assert agent.process.poll() is None
+
+
 def test_a_second_agent_of_a_state_directory_is_refused(agents: Callable[..., Agent]) -> None:
     first = agents("a")
     second = subprocess.run(

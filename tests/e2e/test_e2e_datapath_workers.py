@@ -247,6 +247,52 @@ def test_what_a_drain_cannot_finish_is_told_so_and_cut() -> None:
         assert not any(served.books().values())
 
 
+def test_a_worker_that_hangs_is_noticed_and_replaced() -> None:
+    with ScriptedReplica(answers()) as replica, gateway(worker_timeout_s=4.0) as served:
+        served.publish(replica)
+        hung = served.pids()[0]
+        os.kill(hung, signal.SIGSTOP)
+        waiting = served.connect()  # the kernel takes it for the worker, which does not see it
+        waiting.send(SMALL)
+        eventually(lambda: not served.workers.all_listening)
+        assert served.workers.status()[0]["state"] == "unresponsive"
+        eventually(lambda: served.pids() not in ([], [hung]))
+        eventually(lambda: served.workers.all_listening)
+        assert served.workers.status()[0]["restarts"] == 1
+        assert waiting.answer().status == 200
+        assert served.ask(SMALL).status == 200
+
+
+def test_a_worker_that_was_stopped_for_a_moment_goes_on() -> None:
+    with ScriptedReplica(answers()) as replica, gateway(worker_timeout_s=60.0) as served:
+        served.publish(replica)
+        (pid,) = served.pids()
+        os.kill(pid, signal.SIGSTOP)
+        eventually(lambda: not served.workers.all_listening)
+        os.kill(pid, signal.SIGCONT)
+        eventually(lambda: served.workers.all_listening)
+        assert served.ask(SMALL).status == 200
+        assert served.pids() == [pid]
+
+
+def test_a_worker_with_unread_messages_survives_the_end_of_its_control_process() -> None:
+    """What the control process has not read resets the channel instead of ending it."""
+    with gateway() as served:
+        (entry,) = served.workers.processes
+        process, writer = entry.process, entry.writer
+        assert process is not None
+        assert writer is not None
+        served.loop.call_soon_threadsafe(writer.transport.pause_reading)
+        held = served.connect()
+        held.send(SMALL)  # its wake signal stays unread
+        eventually(lambda: served.pool_count(metrics.QUEUED_REQUESTS) == 1)
+        served.loop.call_soon_threadsafe(writer.transport.abort)
+        answer = held.answer()
+        assert (answer.status, answer.reason) == (503, "draining")
+        eventually(lambda: process.poll() is not None)
+        assert process.returncode == 0
+
+
 def test_a_worker_whose_control_process_is_gone_drains_and_exits() -> None:
     with gateway() as served:
         pid = served.pids()[0]

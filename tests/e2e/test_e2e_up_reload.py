@@ -236,6 +236,24 @@ def test_a_signal_to_reload_during_the_start_is_taken_when_all_is_there(tmp_path
         tidegate.kill_all()
 
 
+def test_started_with_nohup_it_still_reloads(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        context = up(tmp_path, pools=[simulated("a")])
+        tidegate = context.__enter__()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with contextlib.ExitStack() as stack:
+        stack.push(context)
+        write_settings(tmp_path, pools=[simulated("b")])
+        os.kill(tidegate.pid, signal.SIGHUP)
+        tidegate.wait("pool b alone", lambda: list(pools_of(tidegate)) == ["b"])
+        pid = tidegate.admin("/status")["workers"][0]["pid"]
+        os.kill(pid, signal.SIGHUP)
+        assert ask_now(tidegate, chat("b")).status_code == 200
+        assert tidegate.admin("/status")["workers"][0]["pid"] == pid
+
+
 def test_a_terminal_that_is_closed_stops_it_and_reloads_nothing(tmp_path: Path) -> None:
     config = write_settings(tmp_path, pools=[simulated("a")])
     pid, terminal = pty.fork()
