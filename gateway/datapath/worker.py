@@ -176,9 +176,13 @@ class Worker:
 
     async def sweep(self) -> None:
         """Every timeout there is, twice a second: no timer per request."""
+        before = self.context.now()
         while True:
             await asyncio.sleep(_SWEEP_S)
-            now = self.context.now()
+            now, earlier = self.context.now(), before
+            before = now
+            if now - earlier > 2 * _SWEEP_S:
+                continue  # this process was stopped: what came meanwhile is to be read first
             self.clients.sweep(now)
             for pool in self.pools.by_name.values():
                 for endpoint in pool.endpoints.values():

@@ -275,6 +275,33 @@ def test_a_worker_that_was_stopped_for_a_moment_goes_on() -> None:
         assert served.pids() == [pid]
 
 
+def test_a_worker_that_was_stopped_lays_its_own_pause_to_no_replica() -> None:
+    resumed = threading.Event()
+
+    def script(asked: Asked) -> None:
+        asked.request()
+        asked.send(STREAM + chunks(EVENT))
+        while not resumed.wait(0.1):
+            asked.send(chunks(EVENT))
+        asked.send(b"0\r\n\r\n")
+
+    with ScriptedReplica(script) as replica, gateway(upstream_idle_timeout_s=4.0) as served:
+        served.publish(replica)
+        clients = [served.connect() for _ in range(60)]
+        for client in clients:
+            client.send(STREAMED)
+        for client in clients:
+            client.until(EVENT)
+        (pid,) = served.pids()
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(5.0)  # no shorter: it is the time-out that this is about
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(1.5)
+        resumed.set()
+        for client in clients:
+            client.until(b"\r\n0\r\n\r\n")
+
+
 def test_a_worker_with_unread_messages_survives_the_end_of_its_control_process() -> None:
     """What the control process has not read resets the channel instead of ending it."""
     with gateway() as served:
