@@ -69,7 +69,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdoptedReplica:
-    """A living, healthy replica of an earlier control process, which is ours now."""
+    """A living replica of an earlier control process, which is ours now. It may be unhealthy."""
 
     spec: ReplicaSpec
     probe: Probe
@@ -106,7 +106,7 @@ class Backend(Protocol):
 
     async def adopt(self, wanted: Sequence[ReplicaSpec]) -> list[AdoptedReplica]:
         """Before the first start: take over the replicas of an earlier control process, and begin
-        to end those that are not healthy, or not what would be started now. ``wanted`` has one
+        to end those that do not serve, or are not what would be started now. ``wanted`` has one
         replica of each pool, as it would be started; its id does not matter.
 
         Raises ``StateInUse`` when that control process is alive.

@@ -200,6 +200,8 @@ class Actuator:
 
     async def is_asleep(self, found: AdoptedReplica) -> bool:
         """Whether a replica that runs already sleeps."""
+        if not found.probe.ready:
+            return False
         engine = engine_of(found.spec.pool.engine)
         return await engine.is_sleeping(self._engine_client, found.probe.url or "") is True
 

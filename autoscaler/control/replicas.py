@@ -244,13 +244,14 @@ class PoolRecord:
         slug, _, number = found.spec.id.rpartition("-")
         if number.isdecimal():
             self._numbers[slug] = max(self._numbers[slug], int(number))
+        awake = State.READY if found.probe.ready else State.UNHEALTHY
         record = ReplicaRecord(
             id=found.spec.id,
             spec=replace(found.spec, pool=self.pool) if is_current else found.spec,
             backend=backend,
             since_s=now_s,
             not_before_s=now_s,
-            state=State.SLEEPING if asleep else State.READY,
+            state=State.SLEEPING if asleep else awake,
             sleep_level=2,  # how deep it sleeps is not known, and waking from 2 serves for both
             probe=found.probe,
             launched=True,
@@ -259,8 +260,8 @@ class PoolRecord:
         )
         self.replicas[record.id] = record
         # Until the scale-down delay has passed, what the earlier one found necessary counts.
-        count = self.count(State.READY)
-        self.ready_at_s = now_s if count else None
+        count = self.count(State.READY, State.UNHEALTHY)
+        self.ready_at_s = now_s if self.count(State.READY) else None
         self.decide_state = remember_recommendation(self.policy, self.decide_state, count, now_s)
         return record
 

@@ -16,6 +16,7 @@ from virtual_time import run_virtual
 from autoscaler.backends.base import AdoptedReplica, ReplicaSpec
 from autoscaler.settings import AutoscalerSettings, PoolSettings
 from autoscaler.tiers.preparer import Report
+from router.types import ReplicaState
 
 QUICK = AutoscalerSettings(
     idle_to_zero_s=60.0, scale_down_delay_s=20.0, stable_window_s=20.0, panic_window_s=2.0
@@ -55,6 +56,19 @@ def test_replicas_are_ready_at_once_and_their_number_stays_for_the_delay() -> No
             world.loop.set_replicas("m", 2)
             await world.until(lambda: len(world.ready()) == 2)
             assert backend.started == ["m-4"]
+
+    run_virtual(story())
+
+
+def test_a_replica_that_does_not_answer_is_unhealthy_until_it_does() -> None:
+    async def story() -> None:
+        left = await leave(process_pool())
+        left.engines["m-1"].healthy = False
+        async with adopting(left, process_pool()) as (world, backend):
+            assert [one.state for one in world.views] == [ReplicaState.UNHEALTHY]
+            left.engines["m-1"].healthy = True
+            await world.until(lambda: len(world.ready()) == 1)
+            assert (backend.started, backend.stopped) == ([], [])
 
     run_virtual(story())
 

@@ -79,7 +79,10 @@ def serve(options: argparse.Namespace) -> None:
         def log_message(self, format: str, *args: object) -> None:
             """Nothing per request."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", options.port), Handler)
+    class Server(ThreadingHTTPServer):
+        allow_reuse_port = True  # the backend has reserved it
+
+    server = Server(("127.0.0.1", options.port), Handler)
     while True:
         try:
             server.serve_forever()

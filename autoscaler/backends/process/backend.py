@@ -11,12 +11,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import re
 import secrets
+import socket
 import subprocess
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from autoscaler.backends.base import (
     AdoptedReplica,
@@ -38,11 +44,13 @@ from autoscaler.backends.process.fork_server import RECORD_ID as FORK_SERVER
 from autoscaler.backends.process.fork_server import ForkPlan, Forks, ForkServerStatus
 from autoscaler.backends.process.guard import MARK
 from autoscaler.backends.process.logs import ReplicaLog, prune
-from autoscaler.backends.process.placement import HOST, free_port, gpu_memory_fraction, place
+from autoscaler.backends.process.placement import HOST, gpu_memory_fraction, place, reserve_port
 from autoscaler.backends.process.procs import (
+    KILLED_S,
     ProcessStat,
     boot_id,
     carries,
+    has_ended,
     list_stats,
     reap_orphans,
 )
@@ -67,7 +75,12 @@ from loaders.engines.client import EngineClient
 from loaders.engines.vllm.forkserver.client import ForkedProcess, ForkError, ServerLost
 
 LOG = logging.getLogger("tidegate.autoscaler")
+Result = TypeVar("Result")
 KEEP_S = 1.0
+DRIVER_THREADS = 2
+PORT_HELD_S = 30.0
+"""How long the port of a replica that has ended stays ours: longer than any worker may take to hear
+of its end."""
 
 
 class ProcessBackend:
@@ -107,6 +120,9 @@ class ProcessBackend:
         self._client = EngineClient(timeout_s=settings.health_timeout_s)
         self._children: dict[str, ReplicaProcess] = {}
         self._standbys: dict[str, ReplicaProcess] = {}
+        self._ports: deque[tuple[float, socket.socket]] = deque()
+        """Ports of replicas that have ended, each with when it did."""
+        self._drivers = ThreadPoolExecutor(DRIVER_THREADS, thread_name_prefix="tidegate-drivers")
         self._on_news = on_news
         self._forks: Forks | None = None
         if fork_plan is not None:
@@ -146,11 +162,15 @@ class ProcessBackend:
             await asyncio.shield(self._ending)  # what an earlier run left may hold GPUs and ports
         inventory = None
         if spec.pool.process.gpus_per_replica:
-            inventory = await asyncio.to_thread(self._list_gpus)
+            inventory = await self._ask_drivers(self._list_gpus)
         running = list(self._children.values())
         gpus, cpus = place(spec, running, inventory=inventory, cpus=self._cpus)
-        port = free_port({child.placement.port for child in self._all()})
         fraction = gpu_memory_fraction(spec.pool.process, inventory)
+        try:
+            reserved = reserve_port()
+        except OSError as error:
+            raise BackendError(f"{spec.id} was not started: no port is free: {error}") from error
+        port: int = reserved.getsockname()[1]
         placement = Placement(
             host=HOST, port=port, gpus=gpus, cpus=cpus, gpu_memory_fraction=fraction
         )
@@ -158,10 +178,12 @@ class ProcessBackend:
         try:
             command = self._command(spec, placement)
         except ValueError as error:
+            reserved.close()
             raise BackendError(f"{spec.id} was not started: {error}") from error
         child = ReplicaProcess(
             spec=spec,
             placement=placement,
+            port=reserved,
             mark=secrets.token_hex(16),
             log=self._make_log(directory / f"{spec.id}.log"),
             command=command,
@@ -171,8 +193,8 @@ class ProcessBackend:
             async with child.lock:
                 try:
                     living = {one.log.path for one in self._all()}
-                    await asyncio.to_thread(
-                        prune, directory, keep=self._settings.log_replicas, living=living
+                    await self._registry.run(
+                        partial(prune, directory, keep=self._settings.log_replicas, living=living)
                     )
                     await self._launch(child, parked=parked)
                 except BaseException:
@@ -182,6 +204,11 @@ class ProcessBackend:
         except (OSError, ValueError) as error:
             raise BackendError(f"{spec.id} was not started: {error}") from error
         self._start_upkeep()
+
+    async def _ask_drivers(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Do what may take as long as a GPU's driver that hangs, in threads for nothing else."""
+        running = asyncio.get_running_loop()
+        return await running.run_in_executor(self._drivers, work, *arguments)
 
     def _start_upkeep(self) -> None:
         if self._upkeep is None:
@@ -252,7 +279,7 @@ class ProcessBackend:
         log = self._make_log(child.log.path.with_name(f"{spec.id}.log"))
         engine = describe_engine(spec, child.placement, log)
         try:
-            await to_the_end(asyncio.to_thread(family.rename, spec.id, engine))
+            await to_the_end(self._registry.run(family.rename, spec.id, engine))
             child.log.path.rename(log.path)
             process.go()
         except OSError as error:
@@ -273,7 +300,7 @@ class ProcessBackend:
         process = child.process = await self._begin(child, env, parked=parked)
         engine = describe_engine(spec, child.placement, child.log)
         record = describe_process(process.pid, replica_id=spec.id, mark=child.mark, engine=engine)
-        await to_the_end(asyncio.to_thread(self._registry.write, record))
+        await to_the_end(self._registry.run(self._registry.write, record))
         child.family = Family(record, self._registry)
         open_gate(process)
         if isinstance(process, ForkedProcess):
@@ -319,10 +346,16 @@ class ProcessBackend:
         if status is not None:
             detail = describe_end(child, status, lines=self._settings.log_tail_lines)
             return make_probe(child, alive=False, ready=False, detail=detail)
+        if not child.proven:
+            refusal = await self._registry.run(why_not_ours, child)
+            if refusal:  # nothing is sent to what may be another's: no prompt, no key
+                phase = child.describe_phase()
+                return make_probe(child, alive=True, ready=False, detail=refusal, phase=phase)
+            child.proven = True
         pool, engine = child.spec.pool, engine_of(child.spec.pool.engine)
         health = await engine.health(self._client, child.url, {}, DEFAULT_HEALTH_PATH)
         if child.pid is None:
-            child.pid = await asyncio.to_thread(find_engine, child.process.pid)
+            child.pid = await self._registry.run(find_engine, child.process.pid)
         if health.ready and child.model is None:
             models = await engine.list_models(self._client, child.url, {})
             child.model = choose_model(models, pool.name, pool.model)
@@ -347,18 +380,20 @@ class ProcessBackend:
             seen: set[int] = set()
             if child.family is None:
                 process.kill()
-                await asyncio.to_thread(self._registry.remove, child.mark)
+                await self._registry.run(self._registry.remove, child.mark)
             else:
                 end = child.family.end(grace_s=grace_s, reap=process.poll)
                 seen = await end
-            await asyncio.to_thread(process.wait)
+            if not await has_ended(process.poll, within_s=KILLED_S):
+                raise StillRunning(f"{child.spec.id}: process {process.pid} survives SIGKILL")
             if self._forks is not None:
-                reap_orphans({process.pid}, seen, await asyncio.to_thread(list_stats))
+                reap_orphans({process.pid}, seen, await self._registry.run(list_stats))
             if isinstance(process, ForkedProcess):
                 asyncio.get_running_loop().remove_reader(process.marks)
             if not isinstance(process, subprocess.Popen):
                 process.close()
         child.ended = True
+        self._ports.append((asyncio.get_running_loop().time(), child.port))
         for shelf in (self._children, self._standbys):
             for key in [key for key, one in shelf.items() if one is child]:
                 del shelf[key]
@@ -366,7 +401,7 @@ class ProcessBackend:
     async def adopt(self, wanted: Sequence[ReplicaSpec]) -> list[AdoptedReplica]:
         """Own the state directory, take over what is on record and still wanted, end the rest."""
         await self._registry.claim_patiently()
-        records = await asyncio.to_thread(self._registry.read)
+        records = await self._registry.run(self._registry.read)
         found = await asyncio.gather(*(self._take_over(record, wanted) for record in records))
         rest = [record for record, one in zip(records, found, strict=True) if one is None]
         if rest:
@@ -389,35 +424,45 @@ class ProcessBackend:
                 like,
                 keep_s=self._settings.keep_engines_s,
                 boot_id=boot_id(),
-                is_ours=await asyncio.to_thread(carries, record.leader, record.variable),
+                is_ours=await self._registry.run(carries, record.leader, record.variable),
             )
             if engine is None or like is None or reason:
                 LOG.info("%s is not taken over: %s", record.replica_id, reason)
                 return None
             spec = adopted_spec(record, like)
-            child = ReplicaProcess(
-                spec=spec,
-                placement=engine.placement,
-                mark=record.mark,
-                log=self._make_log(Path(engine.log)),
-                command=await asyncio.to_thread(self._command, spec, engine.placement),
-                process=AdoptedProcess(record.leader),
-                family=Family(trust(record), self._registry),
-            )
+            with contextlib.ExitStack() as unless_adopted:
+                process = AdoptedProcess(record.leader)
+                unless_adopted.callback(process.close)
+                child = ReplicaProcess(
+                    spec=spec,
+                    placement=engine.placement,
+                    port=unless_adopted.enter_context(reserve_port(engine.placement.port)),
+                    mark=record.mark,
+                    log=self._make_log(Path(engine.log)),
+                    command=await self._ask_drivers(self._command, spec, engine.placement),
+                    process=process,
+                    family=Family(await self._registry.run(trust, record), self._registry),
+                )
+                probe = await self._look_at_adopted(child)
+                unless_adopted.pop_all()
         except (OSError, ValueError) as error:
             LOG.info("%s is not taken over: %s", record.replica_id, error)
             return None
-        if spec.id in self._children:  # a leftover of an even earlier run has the same id
-            LOG.info("%s is not taken over: another replica has its id", spec.id)
-            return None
-        self._children[spec.id] = child
-        probe = await self.probe(spec.id)
-        if not probe.ready:
-            del self._children[spec.id]
-            LOG.info("%s is not taken over: %s", spec.id, probe.detail or "it is not healthy")
-            return None
         LOG.info("%s is taken over, with its engine (pid %s)", spec.id, probe.pid)
         return AdoptedReplica(spec=spec, probe=probe)
+
+    async def _look_at_adopted(self, child: ReplicaProcess) -> Probe:
+        """See what an engine that runs already is like; it is our replica then. One that is too
+        busy to answer is, too: its health checks go on. Raises ``ValueError`` for one that is gone
+        or does not listen."""
+        if child.spec.id in self._children:  # a leftover of an even earlier run has the same id
+            raise ValueError("another replica has its id")
+        self._children[child.spec.id] = child
+        probe = await self.probe(child.spec.id)
+        if not (probe.alive and child.proven):
+            del self._children[child.spec.id]
+            raise ValueError(probe.detail)
+        return probe
 
     async def _end_rest(self, records: Sequence[ProcessRecord]) -> None:
         """End what is on record and was not taken over. A record that cannot be cleared stays, and
@@ -426,7 +471,7 @@ class ProcessBackend:
         async def end(record: ProcessRecord) -> None:
             grace_s = 0.0 if record.ending else self._settings.terminate_s
             try:
-                family = Family(await asyncio.to_thread(trust, record), self._registry)
+                family = Family(await self._registry.run(trust, record), self._registry)
                 pids = await family.end(grace_s=grace_s, reap=lambda: None)
             except (StillRunning, OSError) as error:
                 LOG.error("%s, of an earlier run, cannot be ended: %s", record.replica_id, error)
@@ -441,11 +486,12 @@ class ProcessBackend:
         """Rotate logs, and keep the record of each replica's processes up to date."""
         while True:
             await asyncio.sleep(KEEP_S)
+            self._free_ports(before_s=asyncio.get_running_loop().time() - PORT_HELD_S)
             if not self._all():
                 continue
             # A full disk, say, must not end an engine: the next look tries again.
             with contextlib.suppress(OSError):
-                stats = await asyncio.to_thread(list_stats)
+                stats = await self._registry.run(list_stats)
                 if self._forks is not None:
                     self._forks.log.rotate()
                     leaders = {one.process.pid for one in self._all() if one.process is not None}
@@ -454,7 +500,12 @@ class ProcessBackend:
                     reap_orphans(leaders, known, stats)
                 for child in [one for one in self._all() if not one.lock.locked()]:
                     async with child.lock:
-                        await asyncio.to_thread(self._keep_one, child, stats)
+                        await self._registry.run(self._keep_one, child, stats)
+
+    def _free_ports(self, *, before_s: float = math.inf) -> None:
+        """Give back the ports of replicas that ended before this time of the event loop."""
+        while self._ports and self._ports[0][0] < before_s:
+            self._ports.popleft()[1].close()
 
     def _keep_one(self, child: ReplicaProcess, stats: Sequence[ProcessStat]) -> None:
         if child.family is not None and not child.ended:
@@ -480,6 +531,9 @@ class ProcessBackend:
         for child in self._children.values():
             if isinstance(child.process, ForkedProcess):
                 asyncio.get_running_loop().remove_reader(child.process.marks)
+        for child in self._all():
+            child.port.close()
+        self._free_ports()
         self._children.clear()
         if self._forks is not None:
             await self._forks.close()
@@ -488,6 +542,19 @@ class ProcessBackend:
         errors = [one for one in results if isinstance(one, Exception)]
         if errors:
             raise errors[0]
+
+
+def why_not_ours(child: ReplicaProcess) -> str:
+    """Why nothing may be sent to the port of a replica; empty once what listens there is seen to be
+    one of its processes. From then on it stays so: the port is reserved (``reserve_port``)."""
+    port = child.placement.port
+    try:
+        ours = child.family is not None and child.family.listens(port)
+    except OSError as error:
+        return f"what listens on port {port} cannot be told: {error}"
+    if ours is None:
+        return f"nothing listens on port {port} yet"
+    return "" if ours else f"another process listens on port {port}"
 
 
 def why_not_adopted(

@@ -11,9 +11,11 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 
@@ -26,7 +28,9 @@ from autoscaler.backends.process.procs import (
     carries,
     end_all,
     find_family,
+    find_listeners,
     find_marked,
+    holds_sockets,
     list_stats,
     read_stat,
 )
@@ -35,6 +39,9 @@ from modelcache.store.files import make_directory
 
 LOG = logging.getLogger("tidegate.autoscaler")
 
+Result = TypeVar("Result")
+
+THREADS = 4
 MARK = re.compile(r"[0-9a-f]{32}")
 RECORD_ID = re.compile(r"[A-Za-z0-9._-]{1,200}")
 VERSION: Final = 2
@@ -104,6 +111,13 @@ class ProcessRegistry:
         self.directory = directory
         self._terms = f"{keep_s:g} {grace_s:g}".ljust(guard.TERMS_BYTES).encode()
         self._lock: int | None = None
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tidegate-processes")
+
+    async def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Do what waits for a disk or for ``/proc`` in a thread. These threads are for nothing
+        else: whatever else this process waits for, engines can be started and ended."""
+        running = asyncio.get_running_loop()
+        return await running.run_in_executor(self._threads, work, *arguments)
 
     def claim(self) -> None:
         """Become the owner of the directory. Raises ``StateInUse`` while another process is."""
@@ -266,6 +280,14 @@ class Family:
         self._record = replace(self._record, replica_id=replica_id, engine=engine)
         self._registry.write(self._record)
 
+    def listens(self, port: int) -> bool | None:
+        """Whether what listens on a port is a process of this replica; ``None`` while nothing does.
+        Raises ``OSError`` where it cannot be told."""
+        inodes = find_listeners(port)
+        if not inodes:
+            return None
+        return holds_sockets(inodes, (one.pid for one in self._find(list_stats())))
+
     def pids(self) -> list[int]:
         """The processes that were seen at the last ``refresh``, the leader at least."""
         known = {self._record.leader, *self._record.members}
@@ -292,14 +314,15 @@ class Family:
             found.update(find_marked(self._record.variable, list_stats(), os.getpid()))
             return look()
 
-        left = await asyncio.to_thread(look_closely)
+        run = self._registry.run
+        left = await run(look_closely)
         if left:
-            await end_all(look, grace_s=grace_s)
-            left = await end_all(look_closely, grace_s=0.0)
+            await end_all(partial(run, look), grace_s=grace_s)
+            left = await end_all(partial(run, look_closely), grace_s=0.0)
         if left:
             pids = sorted(process.pid for process in left)
             raise StillRunning(f"{self._record.replica_id}: processes {pids} survive SIGKILL")
-        await asyncio.to_thread(self._registry.remove, self._record.mark)
+        await run(self._registry.remove, self._record.mark)
         return seen
 
     def _find(self, stats: list[ProcessStat], more: Iterable[ProcessId] = ()) -> set[ProcessId]:

@@ -18,13 +18,20 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from autoscaler.backends.base import StillRunning
 from autoscaler.backends.process.family import Family, ProcessRegistry, describe_process
 from autoscaler.backends.process.guard import MARK
 from autoscaler.backends.process.logs import ReplicaLog
-from autoscaler.backends.process.procs import list_stats, read_pss_bytes, reap_orphans
+from autoscaler.backends.process.procs import (
+    KILLED_S,
+    has_ended,
+    list_stats,
+    read_pss_bytes,
+    reap_orphans,
+)
 from autoscaler.backends.process.replica import guard_argv, open_gate, spawn_guard, to_the_end
 from loaders.engines.base import EngineCommand
 from loaders.engines.vllm.engine import site_packages
@@ -36,6 +43,7 @@ from loaders.engines.vllm.forkserver.client import (
     ServerLost,
     Unfit,
     adopt_orphans,
+    poll_child,
     server_argv,
 )
 from loaders.engines.vllm.forkserver.wire import ENGINE
@@ -139,7 +147,7 @@ class Forks:
         if self._server is None or self._state != "ready":
             kind = ForkError if self._state in {"unfit", "off"} else ServerLost
             raise kind(f"the fork server is {self._state}: {self._reason}")
-        if await asyncio.to_thread(identity, self._plan.python) != self._identity:
+        if await self._registry.run(identity, self._plan.python) != self._identity:
             self._lose("the engine's packages have changed")
             raise ServerLost("the engine's packages have changed")
         guard = guard_argv("watch", ENGINE, str(self._registry.directory))
@@ -183,7 +191,7 @@ class Forks:
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2.0, self._plan.backoff_max_s)
             # No event tells of packages on a disk.
-            while self._state == "unfit" and await asyncio.to_thread(self._same_packages):  # noqa: ASYNC110
+            while self._state == "unfit" and await self._registry.run(self._same_packages):  # noqa: ASYNC110
                 await asyncio.sleep(IDENTITY_S)
 
     def _same_packages(self) -> bool:
@@ -197,7 +205,7 @@ class Forks:
         self._state, self._reason = "importing", "it imports vLLM"
         self._settled.clear()
         self._lost.clear()
-        self._identity = await asyncio.to_thread(identity, self._plan.python)
+        self._identity = await self._registry.run(identity, self._plan.python)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             server = ForkServer(ours)
@@ -245,7 +253,7 @@ class Forks:
                 return
             if time.monotonic() >= next_look_s:
                 next_look_s = time.monotonic() + IDENTITY_S
-                if not await asyncio.to_thread(self._same_packages):
+                if not await self._registry.run(self._same_packages):
                     self._reason = "the engine's packages have changed"
                     return
 
@@ -256,7 +264,7 @@ class Forks:
             server.hang_up()
         await self._end(process, family)
         for guard, engine in () if server is None else server.close():
-            await asyncio.to_thread(_end_late, guard, engine)
+            await _end_late(guard, engine)
 
     async def _end(self, process: subprocess.Popen[bytes] | None, family: Family | None) -> None:
         if process is None:
@@ -268,8 +276,9 @@ class Forks:
         else:
             with contextlib.suppress(StillRunning, OSError):
                 ended = await family.end(grace_s=1.0, reap=process.poll)
-                reap_orphans({process.pid}, ended, await asyncio.to_thread(list_stats))
-        await asyncio.to_thread(process.wait)
+                reap_orphans({process.pid}, ended, await self._registry.run(list_stats))
+        if not await has_ended(process.poll, within_s=KILLED_S):
+            LOG.error("the fork server (pid %d) survives SIGKILL", process.pid)
 
     async def close(self) -> None:
         """End it. What it forked goes on."""
@@ -283,15 +292,16 @@ class Forks:
         self._settle("off", "Tidegate is closing")
 
 
-def _end_late(guard: int, engine: int) -> None:
+async def _end_late(guard: int, engine: int) -> None:
     """End an engine that was forked for a start that was cancelled, and learn its end. Its
     guard is our child, so that its number is its own until then; should that have been killed, the
     engine is."""
+
     for child in (guard, engine):
         with contextlib.suppress(ChildProcessError, ProcessLookupError):
-            if os.waitpid(child, os.WNOHANG) == (0, 0):
+            if poll_child(child) is None:
                 os.kill(engine, signal.SIGKILL)
-                os.waitpid(child, 0)
+                await has_ended(partial(poll_child, child), within_s=KILLED_S)
 
 
 def identity(python: Path) -> str:

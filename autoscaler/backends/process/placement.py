@@ -5,16 +5,15 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from autoscaler.backends.base import BackendError, NoCapacity, ReplicaSpec
+from autoscaler.backends.base import NoCapacity, ReplicaSpec
 from autoscaler.backends.process.replica import ReplicaProcess
 from autoscaler.policy.device_assignment import GpuCapacity, GpuUse, assign_cpus, assign_gpus
 from autoscaler.settings import ProcessPoolSettings
 
 HOST = "127.0.0.1"
-PORT_TRIES = 32
 NVIDIA_SMI_TIMEOUT_S = 20.0
 NVIDIA_SMI_FIELDS = "index,name,memory.total,memory.free,driver_version"
 
@@ -100,12 +99,21 @@ def gpu_memory_fraction(
     return min(1.0, pool.gpu_memory_bytes / min(sizes))
 
 
-def free_port(taken: Collection[int]) -> int:
-    """A port without a listener, and that no other replica was given. Raises ``BackendError``."""
-    for _ in range(PORT_TRIES):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.bind((HOST, 0))
-            port: int = probe.getsockname()[1]
-        if port not in taken:
-            return port
-    raise BackendError(f"no free port was found on {HOST} in {PORT_TRIES} tries")
+def reserve_port(port: int = 0) -> socket.socket:
+    """A port that no other user can bind until this is closed; 0 for any free one.
+
+    It is bound and does not listen. Engines bind it too (SO_REUSEPORT), which the kernel grants to
+    processes of one user only, so whoever answers there, now or after an engine has died, is our
+    user. Raises ``OSError`` where another has it.
+    """
+    held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        if port:
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind((HOST, port))
+        # Only now: with it the kernel may choose a port that another process of ours shares.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    except OSError:
+        held.close()
+        raise
+    return held

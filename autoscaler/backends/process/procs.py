@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,12 @@ from autoscaler.backends.process import guard
 
 PROC = Path("/proc")
 POLL_S = 0.05
+LISTENING = "0A"
 KILL_ROUNDS = 100
 """Looks after the first SIGKILL, each followed by another: some 5 s in all."""
+KILLED_S = KILL_ROUNDS * POLL_S
+"""How long is waited for the end of a process after SIGKILL: what is there then hangs in the
+kernel."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -71,6 +75,32 @@ def read_pss_bytes(pid: int) -> int | None:
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
     return None
+
+
+def find_listeners(port: int) -> set[int]:
+    """The sockets (inodes) that listen on a TCP port and may be reached at 127.0.0.1. Raises
+    ``OSError`` where it cannot be told."""
+    found = set()
+    for name in ("tcp", "tcp6"):
+        with contextlib.suppress(FileNotFoundError), (PROC / "net" / name).open() as file:
+            for line in file:
+                _, local, _, state, _, _, _, uid, _, inode, *_ = line.split()
+                # Beside a reserved port, another user's IPv6 socket can be for IPv6 only.
+                reached = state == LISTENING and (name == "tcp" or int(uid) == os.geteuid())
+                if reached and int(local.rpartition(":")[2], 16) == port:
+                    found.add(int(inode))
+    return found
+
+
+def holds_sockets(inodes: Collection[int], pids: Iterable[int]) -> bool:
+    """Whether these processes have each of these sockets open."""
+    missing = {f"socket:[{inode}]" for inode in inodes}
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended, or is not ours to look into
+            for entry in (PROC / str(pid) / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    missing.discard(os.readlink(entry))
+    return not missing
 
 
 def reap_orphans(
@@ -136,16 +166,18 @@ def send_signal(process: ProcessId, number: signal.Signals) -> None:
     guard.send((process.pid, process.start_ticks), number)
 
 
-async def end_all(find: Callable[[], set[ProcessId]], *, grace_s: float) -> set[ProcessId]:
+async def end_all(
+    find: Callable[[], Awaitable[set[ProcessId]]], *, grace_s: float
+) -> set[ProcessId]:
     """SIGTERM to all that ``find`` finds, SIGKILL to what is left after ``grace_s``.
 
     Those that appear meanwhile are included. Returns what survived: nothing, unless it hangs in
-    the kernel. ``find`` runs in a thread.
+    the kernel.
     """
     asked: set[ProcessId] = set()
     looks = max(1, round(grace_s / POLL_S)) if grace_s > 0 else 0
     for _ in range(looks):
-        left = await asyncio.to_thread(find)
+        left = await find()
         if not left:
             return left
         for process in left - asked:
@@ -153,10 +185,20 @@ async def end_all(find: Callable[[], set[ProcessId]], *, grace_s: float) -> set[
         asked |= left
         await asyncio.sleep(POLL_S)
     for _ in range(KILL_ROUNDS):
-        left = await asyncio.to_thread(find)
+        left = await find()
         if not left:
             return left
         for process in left:
             send_signal(process, signal.SIGKILL)
         await asyncio.sleep(POLL_S)
-    return await asyncio.to_thread(find)
+    return await find()
+
+
+async def has_ended(poll: Callable[[], object], *, within_s: float) -> bool:
+    """Whether a process ends within this time: ``poll`` tells anything but ``None`` once it has. It
+    is asked now and then, so that no thread waits."""
+    for _ in range(max(1, round(within_s / POLL_S))):
+        if poll() is not None:
+            return True
+        await asyncio.sleep(POLL_S)
+    return poll() is not None

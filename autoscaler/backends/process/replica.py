@@ -7,9 +7,9 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
-import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,6 @@ from loaders.engines.vllm.forkserver.wire import PARKED, SERVING, read_marks
 PHASE_CHARACTERS = 160
 PHASE_LINES = 200
 
-WAIT_POLL_S = 0.05
 UNKNOWN_STATUS = 256
 """In place of an exit status, of a process that was not our child: that it ended is all we know."""
 
@@ -67,12 +66,6 @@ class AdoptedProcess:
         look.register(self._handle, select.POLLIN)  # readable once the process has ended
         return UNKNOWN_STATUS if look.poll(0) else None
 
-    def wait(self) -> int:
-        """Wait for its end, in a thread; returns the exit status."""
-        while self.poll() is None:
-            time.sleep(WAIT_POLL_S)
-        return UNKNOWN_STATUS
-
     def kill(self) -> None:
         """SIGKILL, unless it has ended."""
         if self.poll() is None:
@@ -94,13 +87,15 @@ Process = subprocess.Popen[bytes] | ForkedProcess | AdoptedProcess
 class ReplicaProcess:
     """One replica's process, and everything held for it until it is gone.
 
-    ``process`` is the guard and ``pid`` the engine below it, once that is known.
-    ``told`` is what a forked engine has told (monotonic seconds, what), ``plainly`` why it was not
-    forked where it might have been.
+    ``port`` keeps its port ours (``reserve_port``); ``proven``: what listens there was seen to be a
+    process of this replica. ``process`` is the guard and ``pid`` the engine below it, once that is
+    known. ``told`` is what a forked engine has told (monotonic seconds, what), ``plainly`` why it
+    was not forked where it might have been.
     """
 
     spec: ReplicaSpec
     placement: Placement
+    port: socket.socket
     mark: str
     log: ReplicaLog
     command: EngineCommand
@@ -109,6 +104,7 @@ class ReplicaProcess:
     family: Family | None = None
     model: ServedModel | None = None
     ended: bool = False
+    proven: bool = False
     phase: str = START_PHASES[0]
     told: list[tuple[float, str]] = field(default_factory=list)
     plainly: str = ""

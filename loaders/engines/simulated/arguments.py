@@ -26,6 +26,7 @@ class EngineSettings:
     limits: HttpLimits = field(default_factory=HttpLimits)
     startup_s: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     late_port: bool = False
+    share_port: bool = False
     sleep_s: tuple[float, float] = (0.5, 0.5)
     wake_s: tuple[float, float] = (0.5, 2.0)
     output_tokens: int = 128
@@ -191,6 +192,8 @@ def _parser() -> argparse.ArgumentParser:
         add(f"--{phase}-s", type=float, metavar="S", help="this phase, in place of its share")
     add("--late-port", action="store_true",
         help="refuse connections until ready, as vLLM does, in place of answering 503")  # fmt: skip
+    add("--share-port", action="store_true",
+        help="bind a port that another process of this user has reserved")  # fmt: skip
     for name, dest, text in (
         ("--sleep-s", "sleep_s", "falling asleep at level 1 and 2"),
         ("--wake-s", "wake_s", "waking up from level 1 and 2"),

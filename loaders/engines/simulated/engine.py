@@ -48,6 +48,7 @@ class SimulatedEngine(VllmEngine):
             ("--model", options.served_model),
             ("--host", placement.host),
             ("--port", str(placement.port)),
+            ("--share-port", None),
         ]
         if options.max_model_len_tokens is not None:
             flags.append(("--max-model-len", str(options.max_model_len_tokens)))

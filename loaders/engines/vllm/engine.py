@@ -11,6 +11,7 @@ environment (``PYTHONPATH``, ``VIRTUAL_ENV``), nor import what lies in the worki
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -24,11 +25,15 @@ import httpx
 from loaders.engines.base import Capabilities, EngineCommand, EngineOptions, Placement
 from loaders.engines.client import EngineClient
 from loaders.engines.openai_compatible import OpenAICompatibleEngine
+from loaders.engines.vllm.forkserver.patches import share_port
 from loaders.engines.vllm.load_format import ENTRY_POINT, LOAD_FORMAT
 from loaders.settings import LoaderSettings
 
-LAUNCHER = """\
-import runpy
+LAUNCHER = f"""\
+from __future__ import annotations
+import runpy, sys
+{inspect.getsource(share_port)}
+share_port(sys.argv)
 try:
     from vllm.entrypoints.launchers.api_server.entry import main
 except ModuleNotFoundError as missing:
@@ -38,7 +43,8 @@ except ModuleNotFoundError as missing:
 else:
     main()
 """
-"""Starts vLLM's server: from its present place, or from the one it had until 0.2x."""
+"""Starts vLLM's server: from its present place, or from the one it had until 0.2x. The function is
+in the text because the engine's Python need not have this package."""
 
 Device = Literal["cpu", "cuda"]
 

@@ -15,7 +15,6 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 from loaders.engines.vllm.forkserver import wire
 
 PR_SET_CHILD_SUBREAPER = 36
-WAIT_POLL_S = 0.01
+WAIT_POLL_S = 0.05
 LAUNCH = (
     "import sys; sys.path.append(sys.argv.pop(1)); "
     "from loaders.engines.vllm.forkserver.server import main; sys.exit(main(sys.argv[1:]))"
@@ -71,6 +70,13 @@ def server_argv(python: str, root: str, channel: int) -> list[str]:
     return [python, "-c", LAUNCH, root, str(channel)]
 
 
+def poll_child(pid: int) -> int | None:
+    """The wait status of a child, once it has ended. Raises ``ChildProcessError`` for one that is
+    not there."""
+    found, status = os.waitpid(pid, os.WNOHANG)
+    return status if found else None
+
+
 class ForkedProcess:
     """The guard of a forked engine; as much of ``subprocess.Popen`` as a process backend uses.
 
@@ -92,19 +98,13 @@ class ForkedProcess:
         with self._asking:
             if self.returncode is None:
                 try:
-                    pid, status = os.waitpid(self.pid, os.WNOHANG)
+                    status = poll_child(self.pid)
                 except ChildProcessError:
                     self.returncode = 0  # its end was learnt elsewhere, and cannot be any more
                 else:
-                    if pid:
+                    if status is not None:
                         self.returncode = os.waitstatus_to_exitcode(status)
             return self.returncode
-
-    def wait(self) -> int:
-        """Wait for its end, in a thread; returns the exit status."""
-        while (status := self.poll()) is None:
-            time.sleep(WAIT_POLL_S)
-        return status
 
     def kill(self) -> None:
         """SIGKILL to the engine, unless it has ended; the guard ends with it."""
@@ -275,4 +275,7 @@ async def _let_go(asked: asyncio.Future[dict[str, Any]], timeout_s: float) -> No
             answer = await asked
         if answer.get("kind") == "forked":
             with contextlib.suppress(ChildProcessError):
-                await asyncio.to_thread(os.waitpid, int(answer["pid"]), 0)
+                for _ in range(round(timeout_s / WAIT_POLL_S)):
+                    if poll_child(int(answer["pid"])) is not None:
+                        break
+                    await asyncio.sleep(WAIT_POLL_S)

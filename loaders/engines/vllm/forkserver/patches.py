@@ -67,6 +67,23 @@ def patch_vllm(marks: Marks, *, device: str, hold: Hold | None) -> None:
         _place_hold(hold, device)
 
 
+def share_port(arguments: list[str]) -> None:
+    """Have the server bind its port beside the socket by which Tidegate keeps other users from it.
+
+    vLLM sets SO_REUSEPORT only for several API servers. Its command line has this function's text.
+    """
+    import socket
+
+    port, bind = int(arguments[arguments.index("--port") + 1]), socket.socket.bind
+
+    def bind_shared(self: socket.socket, address: Any) -> None:
+        if address[1:2] == (port,):
+            self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        bind(self, address)
+
+    setattr(socket.socket, "bind", bind_shared)  # noqa: B010 -- a method, to mypy
+
+
 def _fork_workers() -> None:
     """Have all processes of the engine forked. Raises when that is not possible here."""
     context = multiprocessing.get_context("fork")

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from loaders.engines.vllm.forkserver import wire
-from loaders.engines.vllm.forkserver.patches import make_hold, patch_vllm
+from loaders.engines.vllm.forkserver.patches import make_hold, patch_vllm, share_port
 from loaders.engines.vllm.forkserver.wire import ENGINE, IMPORTING, Marks
 
 PR_SET_PDEATHSIG = 1
@@ -377,6 +377,7 @@ def become_engine(start: EngineStart) -> int:
     marks(IMPORTING)
     hold = make_hold(marks, go[0]) if go else None
     try:
+        share_port(list(start.args))
         patch_vllm(marks, device=start.device, hold=hold)
         return _serve(start.args)
     except Exception:  # noqa: BLE001 -- the engine's log is where a failed start is explained

@@ -57,6 +57,7 @@ def test_memory_of_a_standby_that_cannot_be_read_is_not_zero(
 ) -> None:
     monkeypatch.setattr(replica, "read_pss_bytes", sizes.get)
     parts: Any = {
+        "port": None,
         "process": SimpleNamespace(pid=1, poll=lambda: None),
         "family": SimpleNamespace(pids=lambda: [1, 2]),
     }
