@@ -64,6 +64,7 @@ class LiveControl:
         clock: Callable[[], float],
         observe: Callable[[], Observation],
         pool_slots: Callable[[], Mapping[str, int]],
+        replica_slots: Callable[[], Mapping[str, int]],
         traffic: Callable[[], Mapping[str, Any]],
         forks: Callable[[], schema.ForkServerEntry | None],
         reload: Callable[[], Awaitable[SettingsChanges]],
@@ -76,6 +77,7 @@ class LiveControl:
         self._clock = clock
         self._observe = observe
         self._pool_slots = pool_slots
+        self._replica_slots = replica_slots
         self._traffic = traffic
         self._forks = forks
         self._reload = reload
@@ -144,6 +146,7 @@ class LiveControl:
             report=self._loop.status(),
             version=self._version,
             traffic=self._traffic(),
+            replicas=self._replica_slots(),
             workers=self._workers.status(),
             forks=self._fork_server(),
         )

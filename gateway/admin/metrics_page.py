@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -23,6 +24,7 @@ from prometheus_client.core import (
     HistogramMetricFamily,
     InfoMetricFamily,
     Metric,
+    SummaryMetricFamily,
 )
 from prometheus_client.registry import Collector
 
@@ -64,27 +66,37 @@ def render(
     report: FleetReport | None,
     version: str,
     traffic: Mapping[str, Any],
+    replicas: Mapping[str, int] = MappingProxyType({}),
     workers: Sequence[Mapping[str, Any]] = (),
     forks: ForkServerEntry | None = None,
 ) -> bytes:
     """The whole page, in Prometheus text format 0.0.4. ``pools``: their slots in ``shared`` by
-    name; ``traffic``: the model cache's figures; ``workers``: index, pid and restarts of each;
-    ``forks``: the fork server's figures, as ``/status`` has them."""
+    name; ``replicas``: theirs by id; ``traffic``: the model cache's figures;
+    ``workers``: index, pid and restarts of each; ``forks``: the fork server's figures, as
+    ``/status`` has them."""
     page = _Page(version)
     for pool, slot in pools.items():
         for index, metric in enumerate(metrics.POOL_METRICS):
-            page.add(metric, shared.pool_total(slot, index), pool=pool)
+            if index == metrics.HELD_SINCE:
+                page.add(metric, _age_s(shared.held_since_ms(slot)), pool=pool)
+            else:
+                page.add(metric, shared.pool_total(slot, index), pool=pool)
     for number, spec in enumerate(metrics.POOL_HISTOGRAMS):
         _add_histogram(page, shared, pools, number, spec)
-    for worker in range(shared.workers):
-        counters = shared.worker_counters(worker)
-        for index, metric in enumerate(metrics.WORKER_METRICS):
-            value = counters[index]
-            if index != metrics.TLS_NOT_AFTER or value:
-                page.add(metric, value, worker=str(worker))
+    counters = [shared.worker_counters(worker) for worker in range(shared.workers)]
+    for index, metric in enumerate(metrics.WORKER_METRICS):
+        if metric.labels:  # of requests that named no pool
+            page.add(metric, sum(one[index] for one in counters))
+            continue
+        for worker, one in enumerate(counters):
+            if index != metrics.TLS_NOT_AFTER or one[index]:
+                page.add(metric, one[index], worker=str(worker))
     _add_processes(page, workers)
     if report is not None:
         _add_fleet(page, report)
+        for replica in (one for each in report.pools for one in each.replicas):
+            if replica.id in replicas:
+                _add_replica(page, shared, replica.pool, replica.id, replicas[replica.id])
     if forks is not None:
         _add_forks(page, forks)
     _add_traffic(page, traffic)
@@ -123,15 +135,15 @@ class _Page(Collector):
 
     def add(self, metric: metrics.Metric, value: float | None, **labels: str) -> None:
         """One sample; an unknown one is left out."""
-        if value is None:
-            return
-        labels |= metric.labels
-        family = self.families.get(metric.name)
-        if family is None:
+        if value is not None:
             kind = GaugeMetricFamily if metric.gauge else CounterMetricFamily
-            family = kind(PREFIX + metric.name, metric.help, labels=list(labels))
-            self.families[metric.name] = family
-        family.add_metric(list(labels.values()), value)  # type: ignore[attr-defined]
+            family, texts = self._family(kind, metric, labels | dict(metric.labels))
+            family.add_metric(texts, value)
+
+    def sum_up(self, metric: metrics.Metric, count: int, total: float, **labels: str) -> None:
+        """One summary: how many values, and their sum."""
+        family, texts = self._family(SummaryMetricFamily, metric, labels)
+        family.add_metric(texts, count, total)
 
     def observe(
         self,
@@ -142,13 +154,19 @@ class _Page(Collector):
         **labels: str,
     ) -> None:
         """One histogram: ``counts`` of values up to each bound and, last, beyond them."""
-        family = self.families.get(metric.name)
-        if family is None:
-            family = HistogramMetricFamily(PREFIX + metric.name, metric.help, labels=list(labels))
-            self.families[metric.name] = family
+        family, texts = self._family(HistogramMetricFamily, metric, labels | dict(metric.labels))
         names = [*(format(bound, "g") for bound in bounds), "+Inf"]
         buckets = list(zip(names, map(float, accumulate(counts)), strict=True))
-        family.add_metric(list(labels.values()), buckets, sum_value=total)  # type: ignore[attr-defined]
+        family.add_metric(texts, buckets, sum_value=total)
+
+    def _family(
+        self, kind: Any, metric: metrics.Metric | metrics.Buckets, labels: Mapping[str, str]
+    ) -> tuple[Any, list[str]]:
+        """The family of a metric, and the values of its labels in the order of their names."""
+        names = sorted(labels)
+        if metric.name not in self.families:
+            self.families[metric.name] = kind(PREFIX + metric.name, metric.help, labels=names)
+        return self.families[metric.name], [labels[name] for name in names]
 
     def collect(self) -> Iterable[Metric]:
         """The families, in the order of their first samples."""
@@ -168,7 +186,25 @@ def _add_histogram(
     for pool, slot in pools.items():
         indexes = range(start, start + len(spec.bounds) + 1)
         counts = [shared.pool_total(slot, index) for index in indexes]
-        page.observe(spec, spec.bounds, counts, shared.pool_sum(slot, number), pool=pool)
+        if any(counts) or not spec.labels:  # of the many combinations those that there were
+            total = shared.pool_sum(slot, number)
+            page.observe(spec, spec.bounds, counts, total, pool=pool)
+
+
+def _age_s(since_ms: int) -> float:
+    return max(0.0, time.monotonic() - since_ms / 1000) if since_ms else 0.0
+
+
+def _add_replica(page: _Page, shared: Shared, pool: str, replica: str, slot: int) -> None:
+    labels = {"pool": pool, "replica": replica}
+    requests, tokens = shared.replica_total(slot)
+    page.add(metrics.REPLICA_INFLIGHT_REQUESTS, requests, **labels)
+    page.add(metrics.REPLICA_INFLIGHT_TOKENS, tokens, **labels)
+    rows = [shared.replica_counters(worker, slot) for worker in range(shared.workers)]
+    ok, error, answers, wait_us = (sum(column) for column in zip(*rows, strict=True))
+    page.add(metrics.REPLICA_REQUESTS, ok, **labels, outcome="ok")
+    page.add(metrics.REPLICA_REQUESTS, error, **labels, outcome="error")
+    page.sum_up(metrics.REPLICA_TTFT, answers, wait_us / 1e6, **labels)
 
 
 def _add_processes(page: _Page, workers: Sequence[Mapping[str, Any]]) -> None:

@@ -55,6 +55,10 @@ class FleetBook:
         """Where each pool counts, by name."""
         return dict(self._pool_slots)
 
+    def replica_slots(self) -> dict[str, int]:
+        """Where each replica is counted, by its id."""
+        return dict(self._slots)
+
     def _slot(self, replica: Replica) -> int | None:
         slot = self._slots.get(replica.id)
         if slot is None:

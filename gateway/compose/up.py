@@ -213,6 +213,7 @@ class _Tidegate:
             clock=time.monotonic,
             observe=self.book.observe,
             pool_slots=self.book.pool_slots,
+            replica_slots=self.book.replica_slots,
             traffic=models.traffic,
             forks=lambda: describe_forks(self.process),
             reload=self.reload,

@@ -321,7 +321,7 @@ class ClientConnection(Downstream):
     def _refuse(self, error: ApiError) -> None:
         """Answer an error outside any exchange and close: what follows cannot be trusted. Of the
         head in the buffer nothing is believed but whose client sent it."""
-        self.context.count_rejection(error.reason)
+        self.context.count_rejection(error.reason, error.status)
         target = self._buffer[:_TARGET_BYTES].split(b" ", 2)[1:2]
         self._buffer = b""
         self.transport.write(

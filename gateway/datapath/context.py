@@ -81,9 +81,10 @@ class WorkerContext:
 
     # Counters and ledger
 
-    def count_rejection(self, reason: Reason) -> None:
-        """Count an answer that the gateway gave in the engine's place."""
-        self.counters[metrics.REASON_INDEX[reason]] += 1
+    def count_rejection(self, reason: Reason, status: int) -> None:
+        """Count an answer that the gateway gave to a request that named no pool."""
+        self.counters[metrics.WORKER_REASON_INDEX[reason]] += 1
+        self.counters[metrics.worker_code_index(status)] += 1
 
     def publish_counters(self) -> None:
         """Copy this worker's own counters into shared memory."""

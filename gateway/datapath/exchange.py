@@ -67,6 +67,8 @@ _SCRAP_BYTES: Final = 64
 _EVENT_ENDS: Final = (b"\n\n", b"\r\n\r\n")
 # Its clients read the request's id from a header of their own (``errors.id_lines``).
 _ANTHROPIC_PATH: Final = b"/v1/messages"
+# An event of a stream that carries no token: usage, at its end.
+_NO_TOKEN: Final = b'"choices":[]'
 
 
 class Downstream(asyncio.Protocol, ABC):
@@ -125,6 +127,7 @@ class Exchange(PooledRequest):
     _mode: int = _RAW
     _answer: ResponseHead | None = None
     _blocks: int = 0
+    _events: int = 0
     _sent_bytes: int = 0
     _last_block: bytes = b""
     _previous_block: bytes = b""
@@ -492,10 +495,17 @@ class Exchange(PooledRequest):
         pool = self.pool
         assert pool is not None
         now = self.client.now()
+        connection = self.upstream
+        events = 0 if connection is None else connection.events
         if self._blocks:
-            pool.counters.observe(metrics.ITL, now - self.last_s)
+            if _NO_TOKEN not in data and sse.LAST_EVENT not in data:
+                tokens = max(1, events - self._events)
+                pool.counters.observe(metrics.ITL, (now - self.last_s) / tokens, tokens)
         else:
-            pool.counters.observe(metrics.TTFT, now - self.started_s)
+            pool.counters.observe(metrics.TTFT + self._series(), now - self.started_s)
+            if self.endpoint is not None:
+                self.endpoint.count_first_token(now - self.last_s)
+        self._events = events
         self.last_s = now
         self._blocks += 1
         last = self._last_block
@@ -522,14 +532,23 @@ class Exchange(PooledRequest):
     def _count_answer(self, pool: PoolRuntime, answer: ResponseHead, events: int) -> None:
         """Count an answer that the client has the whole of."""
         integers = pool.counters.integers
-        if answer.status < 400:
+        status = answer.status
+        if status < 400:
             integers[metrics.OK] += 1
         else:
-            integers[metrics.CLIENT_ERROR if answer.status < 500 else metrics.ENGINE_ERROR] += 1
+            integers[metrics.CLIENT_ERROR if status < 500 else metrics.ENGINE_ERROR] += 1
+        integers[metrics.code_index(status)] += 1
+        if self.endpoint is not None:
+            self.endpoint.count_answer(ok=status < 500)
         if self._mode != _COLLECT:
-            if answer.status < 400:
+            if status < 400:
                 self._learn(pool, answer, events)
-            pool.counters.observe(metrics.E2E, self.last_s - self.started_s)
+            pool.counters.observe(metrics.E2E + self._series(), self.last_s - self.started_s)
+
+    def _series(self) -> int:
+        """Which of the histograms by endpoint and stream this answer belongs to."""
+        kind = metrics.ENDPOINT_INDEX.get(self.head.path, metrics.OTHER_ENDPOINT)
+        return 2 * kind + (self._answer is not None and self._answer.is_stream)
 
     def _learn(self, pool: PoolRuntime, answer: ResponseHead, events: int) -> None:
         """Count what the answer says it cost, and size the model's next requests by it."""
@@ -544,8 +563,13 @@ class Exchange(PooledRequest):
             integers[metrics.CHUNKS] += self._blocks
         if prompt is not None:
             integers[metrics.PROMPT_TOKENS] += prompt
+            pool.counters.observe(metrics.PROMPT_LENGTH, prompt)
         if output is not None:
             integers[metrics.OUTPUT_TOKENS] += output
+            pool.counters.observe(metrics.OUTPUT_LENGTH, output)
+        reason = sse.read_finish_reason(tail)
+        if reason is not None:
+            integers[metrics.FINISH_INDEX[reason]] += 1
         integers[metrics.RESPONSE_BYTES] += self._sent_bytes
         size = self.body_bytes if self.whole else self.head.content_length
         pool.estimator.learn(size, prompt, output)
@@ -583,9 +607,10 @@ class Exchange(PooledRequest):
         if pool is not None:
             pool.counters.integers[metrics.ENGINE_ERROR] += 1
             if self.endpoint is not None:
+                self.endpoint.count_answer(ok=False)
                 pool.failed(self.endpoint)
                 self.client.context.report_failure(self.endpoint.id)
-        self.client.context.count_rejection(Reason.REPLICA_CUT)
+        self._count_rejection(Reason.REPLICA_CUT, 502)
         error = ApiError(502, Reason.REPLICA_CUT, f"The model's replica failed mid-answer ({why}).")
         answer = self._answer
         if self._mode == _COLLECT:
@@ -700,7 +725,7 @@ class Exchange(PooledRequest):
         client = self.client
         if self.pool is not None:
             self.pool.counters.integers[metrics.REJECTED] += 1
-        client.context.count_rejection(error.reason)
+        self._count_rejection(error.reason, error.status)
         if self.state == ANSWER:
             # Bytes of the engine's answer are out: nothing else may follow them.
             self._break_off()
@@ -721,6 +746,14 @@ class Exchange(PooledRequest):
             )
         self.drop_upstream()
         self.end()
+
+    def _count_rejection(self, reason: Reason, status: int) -> None:
+        if self.pool is None:
+            self.client.context.count_rejection(reason, status)
+        else:
+            integers = self.pool.counters.integers
+            integers[metrics.REASON_INDEX[reason]] += 1
+            integers[metrics.code_index(status)] += 1
 
     def cancel(self) -> None:
         """The client is gone: the replica stops working for it at once."""

@@ -29,7 +29,7 @@ def answer(
     try:
         return _answer(context, pools, head, request_id, close, extra)
     except ApiError as error:
-        context.count_rejection(error.reason)
+        context.count_rejection(error.reason, error.status)
         whole = render(
             error, request_id=request_id, close=close, extra=extra, api=api_of(head.path)
         )

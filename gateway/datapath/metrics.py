@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from gateway.datapath.protocol.errors import Reason
@@ -26,17 +27,50 @@ class Metric(NamedTuple):
 
 
 class Buckets(NamedTuple):
-    """A histogram: name without prefix, help text, upper bounds in the metric's unit."""
+    """A histogram: name without prefix, help text, upper bounds in the metric's unit, fixed extra
+    labels."""
 
     name: str
     help: str
     bounds: tuple[float, ...]
+    labels: tuple[tuple[str, str], ...] = ()
 
 
-_FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-_ITL_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
-_LONG_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
-_HELD_S = (0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 300.0, 600.0)
+def _by(
+    name: str,
+    label: str,
+    values: Sequence[str],
+    text: str,
+    labels: tuple[tuple[str, str], ...] = (),
+) -> list[Metric]:
+    """One metric for each value of a label; the first has the help text."""
+    return [
+        Metric(name, "" if index else text, ((label, value), *labels))
+        for index, value in enumerate(values)
+    ]
+
+
+# Chosen for language models: from an answer out of a warm cache to one that was held for minutes.
+_TTFT_S = (
+    *(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 20.0, 40.0),
+    *(80.0, 160.0, 320.0, 640.0),
+)
+_E2E_S = (
+    *(0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 2.5, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 45.0, 60.0, 90.0),
+    *(120.0, 180.0, 300.0, 600.0, 1200.0),
+)
+_ITL_S = (
+    *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15),
+    *(0.2, 0.3, 0.5, 1.0, 2.5, 5.0),
+)
+_WAIT_S = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0),
+    *(45.0, 60.0, 90.0, 120.0, 180.0, 300.0, 600.0),
+)
+_LENGTH_TOKENS = (
+    *(1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000),
+    *(200_000, 500_000, 1_000_000),
+)
 
 # Per pool. The first ones are what the autoscaler reads; their order is part of the layout.
 ARRIVALS: Final = 0
@@ -58,8 +92,19 @@ CHUNKS: Final = 15
 REQUEST_BYTES: Final = 16
 RESPONSE_BYTES: Final = 17
 EJECTIONS: Final = 18
+HELD_SINCE: Final = 19
+"""When the oldest held request began to wait: ms of the monotonic clock, 0 for none."""
 
-POOL_METRICS: Final[tuple[Metric, ...]] = (
+REASONS: Final[tuple[Reason, ...]] = tuple(Reason)
+FINISH_REASONS: Final = ("stop", "length", "tool_calls", "abort", "error", "repetition", "other")
+"""As vLLM's ``finish_reason``; those of the other APIs are mapped to them."""
+CODES: Final = (
+    *("200", "201", "204", "400", "401", "403", "404", "405", "408", "409", "413", "415", "422"),
+    *("429", "500", "501", "502", "503", "504", "507", "1xx", "2xx", "3xx", "4xx", "5xx"),
+)
+"""Statuses that are counted one by one, and the classes of all others."""
+
+_POOL_PLAIN: Final[tuple[Metric, ...]] = (
     Metric("arrivals_total", "Requests that named this pool and were read whole or in part."),
     Metric("inflight_requests", "Requests with an engine now.", gauge=True),
     Metric("inflight_tokens", "Estimated tokens of the requests with an engine.", gauge=True),
@@ -74,24 +119,87 @@ POOL_METRICS: Final[tuple[Metric, ...]] = (
     Metric("retries_total", "Attempts repeated on another connection or replica."),
     Metric("held_total", "Requests that had to wait in the gateway for a replica."),
     Metric("prompt_tokens_total", "Prompt tokens, as the engines' usage reported them."),
-    Metric("output_tokens_total", "Output tokens from usage, or else counted stream events."),
+    Metric("generation_tokens_total", "Output tokens from usage, or else counted stream events."),
     Metric("stream_chunks_total", "Blocks of streamed answers relayed."),
     Metric("request_bytes_total", "Request body bytes passed to engines."),
     Metric("response_bytes_total", "Response bytes passed to clients."),
     Metric("ejections_total", "Replicas that were given no requests for a while: they failed."),
+    Metric("oldest_held_seconds", "Age of the oldest request that is held now.", gauge=True),
 )
+POOL_METRICS: Final[tuple[Metric, ...]] = (
+    *_POOL_PLAIN,
+    *_by("rejections_total", "reason", REASONS, "Answers the gateway gave in the engine's place."),
+    *_by("request_success_total", "finished_reason", FINISH_REASONS, "Answers, by why they ended."),
+    *_by("responses_total", "code", CODES, "Answers by status; those of the gateway too."),
+)
+_REASONS_AT: Final = len(_POOL_PLAIN)
+REASON_INDEX: Final = {reason: _REASONS_AT + index for index, reason in enumerate(REASONS)}
+_FINISH_AT: Final = _REASONS_AT + len(REASONS)
+FINISH_INDEX: Final = {name: _FINISH_AT + index for index, name in enumerate(FINISH_REASONS)}
+_CODES_AT: Final = _FINISH_AT + len(FINISH_REASONS)
+_CODE_ORDER: Final = {int(code): n for n, code in enumerate(CODES) if code.isdigit()}
+_CLASSES_AT: Final = len(_CODE_ORDER)
 
+
+def code_index(status: int) -> int:
+    """Where answers with this HTTP status are counted in a pool's integers."""
+    return _CODES_AT + _code(status)
+
+
+def worker_code_index(status: int) -> int:
+    """Where they are counted in a worker's, of requests that named no pool."""
+    return _WORKER_CODES_AT + _code(status)
+
+
+def _code(status: int) -> int:
+    index = _CODE_ORDER.get(status)
+    return _CLASSES_AT + min(max(status // 100, 1), 5) - 1 if index is None else index
+
+
+ENDPOINTS: Final = ("chat", "completions", "messages", "responses", "embeddings", "other")
+ENDPOINT_INDEX: Final = {
+    b"/v1/chat/completions": 0,
+    b"/v1/completions": 1,
+    b"/v1/messages": 2,
+    b"/v1/responses": 3,
+    b"/v1/embeddings": 4,
+}
+"""The kind of an endpoint by its path, as an index of ``ENDPOINTS``."""
+OTHER_ENDPOINT: Final = len(ENDPOINTS) - 1
+
+
+def _by_endpoint(name: str, text: str, bounds: tuple[float, ...]) -> list[Buckets]:
+    return [
+        Buckets(name, text, bounds, (("endpoint", endpoint), ("stream", stream)))
+        for endpoint in ENDPOINTS
+        for stream in ("false", "true")
+    ]
+
+
+# Each with one for every endpoint, not streamed and streamed: ``TTFT + 2 * endpoint + stream``.
 TTFT: Final = 0
-ITL: Final = 1
-E2E: Final = 2
-QUEUE_WAIT: Final = 3
-HELD_TIME: Final = 4
+E2E: Final = 2 * len(ENDPOINTS)
+ITL: Final = 2 * E2E
+QUEUE_WAIT: Final = ITL + 1
+HELD_TIME: Final = ITL + 2
+PROMPT_LENGTH: Final = ITL + 3
+OUTPUT_LENGTH: Final = ITL + 4
 POOL_HISTOGRAMS: Final[tuple[Buckets, ...]] = (
-    Buckets("ttft_seconds", "Request head read to first answer byte of the body.", _LONG_S),
-    Buckets("itl_seconds", "Between two blocks of a streamed answer.", _ITL_S),
-    Buckets("e2e_seconds", "Request head read to answer finished.", _LONG_S),
-    Buckets("queue_wait_seconds", "Request head read to request sent to an engine.", _FAST_S),
-    Buckets("held_seconds", "Time in the hold queue, of those that were held.", _HELD_S),
+    *_by_endpoint(
+        "time_to_first_token_seconds",
+        "Request head read to first answer byte of the body.",
+        _TTFT_S,
+    ),
+    *_by_endpoint("e2e_request_latency_seconds", "Request head read to answer finished.", _E2E_S),
+    Buckets(
+        "inter_token_latency_seconds",
+        "Between two tokens of a streamed answer; tokens that come together share their gap.",
+        _ITL_S,
+    ),
+    Buckets("request_queue_time_seconds", "Request head read to sent to an engine.", _WAIT_S),
+    Buckets("held_seconds", "Time in the hold queue, of those that were held.", _WAIT_S),
+    Buckets("request_prompt_tokens", "Prompt tokens of a request, by usage.", _LENGTH_TOKENS),
+    Buckets("request_generation_tokens", "Output tokens of an answer.", _LENGTH_TOKENS),
 )
 
 # Per worker.
@@ -113,16 +221,24 @@ _WORKER_PLAIN: Final[tuple[Metric, ...]] = (
         gauge=True,
     ),
 )
-REASONS: Final[tuple[Reason, ...]] = tuple(Reason)
-REASON_INDEX: Final = {reason: len(_WORKER_PLAIN) + index for index, reason in enumerate(REASONS)}
-WORKER_METRICS: Final[tuple[Metric, ...]] = _WORKER_PLAIN + tuple(
-    Metric(
-        "rejections_total",
-        "Answers the gateway gave in the engine's place, by reason." if index == 0 else "",
-        (("reason", reason.value),),
-    )
-    for index, reason in enumerate(REASONS)
+WORKER_METRICS: Final[tuple[Metric, ...]] = (
+    *_WORKER_PLAIN,
+    *_by("rejections_total", "reason", REASONS, "", (("pool", ""),)),
+    *_by("responses_total", "code", CODES, "", (("pool", ""),)),
 )
+"""Those with a ``pool`` are of requests that named none, over all workers."""
+_WORKER_REASONS_AT: Final = len(_WORKER_PLAIN)
+_WORKER_CODES_AT: Final = _WORKER_REASONS_AT + len(REASONS)
+WORKER_REASON_INDEX: Final = {
+    reason: _WORKER_REASONS_AT + index for index, reason in enumerate(REASONS)
+}
+
+# Per replica.
+REPLICA_OK: Final = 0
+REPLICA_ERROR: Final = 1
+REPLICA_FIRST_TOKENS: Final = 2
+REPLICA_FIRST_TOKEN_US: Final = 3
+REPLICA_INTEGERS: Final = 4
 
 # Of the control side. The labels here are the fixed ones; the control side fills in the values.
 BUILD: Final = Metric("build", "The Tidegate that answers.", gauge=True)
@@ -175,6 +291,19 @@ REPLICA_CRASHES: Final = Metric(
     "replica_crashes_total", "Replicas that failed after they had been ready."
 )
 MAX_REPLICAS: Final = Metric("max_replicas", "The pool's max_replicas.", gauge=True)
+REPLICA_REQUESTS: Final = Metric(
+    "replica_requests_total", "Answers of the replica: ok below 500, error from 500 or cut."
+)
+REPLICA_INFLIGHT_REQUESTS: Final = Metric(
+    "replica_inflight_requests", "Requests with the replica now.", gauge=True
+)
+REPLICA_INFLIGHT_TOKENS: Final = Metric(
+    "replica_inflight_tokens", "Estimated tokens of the requests with the replica.", gauge=True
+)
+REPLICA_TTFT: Final = Metric(
+    "replica_time_to_first_token_seconds",
+    "Sent to the replica to its first answer byte: how often, and the sum.",
+)
 WORKER_RESTARTS: Final = Metric("worker_restarts_total", "Times that the worker was restarted.")
 WORKER_PROCESS_METRICS: Final[dict[str, Metric]] = {
     "process_cpu_seconds_total": Metric("worker_cpu_seconds_total", "CPU time of the worker."),
@@ -243,10 +372,11 @@ class PoolCounters:
         self.sums: list[float] = list(sums_row)
         self.dirty = False
 
-    def observe(self, histogram: int, value: float) -> None:
-        """Add one value, in the histogram's unit."""
-        self.integers[HISTOGRAM_OFFSETS[histogram] + bisect_left(_BOUNDS[histogram], value)] += 1
-        self.sums[histogram] += value
+    def observe(self, histogram: int, value: float, times: int = 1) -> None:
+        """Add one value, in the histogram's unit, as often as it was seen."""
+        at = HISTOGRAM_OFFSETS[histogram] + bisect_left(_BOUNDS[histogram], value)
+        self.integers[at] += times
+        self.sums[histogram] += value * times
 
     def flush(self) -> None:
         """Publish."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
-from typing import Final
+from typing import Any, Final
 
 from gateway.datapath import metrics
 from gateway.datapath.context import WorkerContext
@@ -80,9 +80,21 @@ class UpstreamEndpoint(Endpoint):
             max_inflight_tokens=limits.max_inflight_tokens,
         )
         self.upstream = Upstream(context, replica.url, replica.headers)
+        self._counters: Any = context.shared.replica_counters(context.index, replica.slot)
+        for index in range(metrics.REPLICA_INTEGERS):  # the slot was another replica's
+            self._counters[index] = 0
         self.served_model: str | None = replica.served_model
         self.failures = 0
         self.suspect_until_s: float = 0.0
+
+    def count_first_token(self, wait_s: float) -> None:
+        """The first byte of an answer has come, so long after the request was sent."""
+        self._counters[metrics.REPLICA_FIRST_TOKENS] += 1
+        self._counters[metrics.REPLICA_FIRST_TOKEN_US] += int(wait_s * 1e6)
+
+    def count_answer(self, *, ok: bool) -> None:
+        """An answer has ended."""
+        self._counters[metrics.REPLICA_OK if ok else metrics.REPLICA_ERROR] += 1
 
     def publish(self, context: WorkerContext, replica: Replica) -> None:
         """The replica was published again, or the settings changed."""
@@ -315,6 +327,11 @@ class PoolRuntime:
 
     def tick(self, now: float) -> None:
         """Deadlines, keep-alive comments, suspects that may be tried again, other workers' room."""
+        integers = self.counters.integers
+        since_ms = int((self.queue[0].held_s or 0.0) * 1000) if self.queue else 0
+        if since_ms != integers[metrics.HELD_SINCE]:
+            integers[metrics.HELD_SINCE] = since_ms
+            self.counters.dirty = True
         if self.counters.dirty:
             self.counters.flush()
         if len(self.ready) < len(self.endpoints):

@@ -3,7 +3,7 @@
 Layout, all 8-byte words: a header, then per worker a block of
 
     version of the fleet it has applied | heartbeat | replica requests [max_replicas]
-    | replica tokens [max_replicas] | worker counters
+    | replica tokens [max_replicas] | replica counters [max_replicas] | worker counters
     | per pool: integers, histogram sums (doubles)
 
 A word has one writer, the worker whose block it is in, so nothing is locked: aligned 8-byte loads
@@ -18,6 +18,7 @@ import os
 from typing import Any
 
 from gateway.datapath.metrics import (
+    HELD_SINCE,
     INFLIGHT_REQUESTS,
     INFLIGHT_TOKENS,
     POOL_INTEGERS,
@@ -25,6 +26,7 @@ from gateway.datapath.metrics import (
     QUEUED_BYTES,
     QUEUED_REQUESTS,
     QUEUED_TOKENS,
+    REPLICA_INTEGERS,
     WORKER_INTEGERS,
     WORKER_METRICS,
 )
@@ -33,7 +35,10 @@ _MAGIC = 0x7469646567617465  # "tidegate"
 _LAYOUT = 3
 _HEADER_WORDS = 8
 _GAUGES = tuple(index for index, metric in enumerate(WORKER_METRICS) if metric.gauge)
-_POOL_GAUGES = (INFLIGHT_REQUESTS, INFLIGHT_TOKENS, QUEUED_REQUESTS, QUEUED_TOKENS, QUEUED_BYTES)
+_POOL_GAUGES = (
+    *(INFLIGHT_REQUESTS, INFLIGHT_TOKENS, QUEUED_REQUESTS, QUEUED_TOKENS, QUEUED_BYTES),
+    HELD_SINCE,
+)
 
 
 class Shared:
@@ -45,7 +50,8 @@ class Shared:
         self.max_replicas = max_replicas
         self.max_pools = max_pools
         self._pool_words = POOL_INTEGERS + POOL_SUMS
-        self._counters_at = 2 + 2 * max_replicas
+        self._replicas_at = 2 + 2 * max_replicas
+        self._counters_at = self._replicas_at + REPLICA_INTEGERS * max_replicas
         self._block_words = self._counters_at + WORKER_INTEGERS + max_pools * self._pool_words
         size = 8 * (_HEADER_WORDS + workers * self._block_words)
         if os.fstat(fd).st_size < size:
@@ -118,6 +124,13 @@ class Shared:
             tokens = list(map(int.__add__, tokens, their_tokens[:slots].tolist()))
         return requests, tokens
 
+    def replica_counters(self, worker: int, slot: int) -> Any:
+        """One worker's counters of one replica, indexed as ``metrics.REPLICA_…``, writable."""
+        if not 0 <= slot < self.max_replicas:
+            raise IndexError(f"replica slot {slot} of {self.max_replicas}")
+        start = self._base(worker) + self._replicas_at + REPLICA_INTEGERS * slot
+        return self._q[start : start + REPLICA_INTEGERS]
+
     def worker_counters(self, worker: int) -> Any:
         """One worker's own counters, indexed as ``metrics.WORKER_METRICS``."""
         start = self._base(worker) + self._counters_at
@@ -135,6 +148,11 @@ class Shared:
     def pool_total(self, pool_slot: int, index: int) -> int:
         """A pool's counter summed over the workers, as last published."""
         return sum(self.pool_rows(worker, pool_slot)[0][index] for worker in range(self.workers))
+
+    def held_since_ms(self, pool_slot: int) -> int:
+        """When the pool's oldest held request began to wait, on the monotonic clock; 0 for none."""
+        rows = (self.pool_rows(worker, pool_slot)[0] for worker in range(self.workers))
+        return min((int(row[HELD_SINCE]) for row in rows if row[HELD_SINCE]), default=0)
 
     def pool_sum(self, pool_slot: int, histogram: int) -> float:
         """The sum of a pool's histogram over the workers, as last published."""

@@ -134,7 +134,7 @@ def test_metrics_agree_with_what_was_sent(tidegate: Tidegate) -> None:
         "prompt_tokens_total": engine.sum("vllm:prompt_tokens_total"),
     }
     assert engine.sum("vllm:generation_tokens_total") == good * tokens
-    assert metrics.sum("tidegate_itl_seconds_count", pool="counted") >= streamed
+    assert metrics.sum("tidegate_inter_token_latency_seconds_count", pool="counted") >= streamed
     assert metrics.sum("tidegate_replicas", pool="counted", state="ready") == 1
     assert metrics.sum("tidegate_desired_replicas", pool="counted") == 1
     assert metrics.sum("tidegate_decisions_total", pool="counted", reason="wake") == 1

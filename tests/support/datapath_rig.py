@@ -529,7 +529,8 @@ class Gateway:
         return sum(self.shared.worker_counters(worker)[index] for worker in range(self._count))
 
     def rejected(self, reason: Reason) -> int:
-        return self.worker_count(metrics.REASON_INDEX[reason])
+        unpooled = self.worker_count(metrics.WORKER_REASON_INDEX[reason])
+        return unpooled + self.pool_count(metrics.REASON_INDEX[reason])
 
     def inflight(self, slot: int) -> tuple[int, int]:
         return self.shared.replica_total(slot)

@@ -28,6 +28,25 @@ _USAGE: Final = re.compile(
 _PROMPT: Final = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d{1,9})')
 _OUTPUT: Final = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,9})')
 
+# OpenAI's, Anthropic's, that of a response. vLLM has a ``stop_reason`` beside its
+# ``finish_reason``, with what stopped it: so the order counts.
+_FINISH_NAMES: Final = (b'"finish_reason"', b'"stop_reason"', b'"status"')
+_TEXT: Final = re.compile(rb'\s*:\s*"([^"\\]{1,40})"')
+_FINISH_REASONS: Final = {
+    b"stop": "stop",
+    b"length": "length",
+    b"tool_calls": "tool_calls",
+    b"abort": "abort",
+    b"error": "error",
+    b"repetition": "repetition",
+    b"end_turn": "stop",
+    b"stop_sequence": "stop",
+    b"max_tokens": "length",
+    b"tool_use": "tool_calls",
+    b"completed": "stop",
+    b"incomplete": "length",
+}
+
 
 def chunk(payload: bytes) -> bytes:
     """One chunk of a chunked body."""
@@ -81,3 +100,16 @@ def read_usage(tail: bytes) -> tuple[int | None, int | None]:
     prompt = _PROMPT.search(tail, start)
     output = _OUTPUT.search(tail, start)
     return (int(prompt[1]) if prompt else None, int(output[1]) if output else None)
+
+
+def read_finish_reason(tail: bytes) -> str | None:
+    """Why the engine ended an answer, as OpenAI's APIs call it, from the answer's end; ``None``
+    where it does not say. An unknown reason is ``other``."""
+    for name in _FINISH_NAMES:
+        at = tail.rfind(name)
+        while at >= 0:
+            found = _TEXT.match(tail, at + len(name))
+            if found is not None:
+                return _FINISH_REASONS.get(found[1], "other")
+            at = tail.rfind(name, 0, at)  # null, in an event before the last
+    return None

@@ -24,7 +24,7 @@ from autoscaler.policy.lifecycle import TABLE, State
 from gateway.admin import metrics_page
 from gateway.admin.schema import ForkServerEntry, StandbyEntry
 from gateway.cli.verbs import app
-from gateway.datapath.metrics import TLS_NOT_AFTER
+from gateway.datapath.metrics import E2E, TLS_NOT_AFTER, TTFT, PoolCounters
 from gateway.datapath.protocol.errors import Reason
 from gateway.datapath.shared import Shared
 from gateway.settings.load import load
@@ -224,12 +224,17 @@ def metric_families() -> list[Any]:
     )
     shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
     shared.worker_counters(0)[TLS_NOT_AFTER] = 1
+    counters = PoolCounters(*shared.pool_rows(0, 0))
+    for histogram in (TTFT, E2E):
+        counters.observe(histogram, 1.0)
+    counters.flush()
     page = metrics_page.render(
         shared=shared,
         pools={"p": 0},
         report=report,
         version="1",
         traffic=describe(None, TRANSFER),
+        replicas={"p-1": 0},
         workers=[{"index": 0, "pid": os.getpid(), "restarts": 0}],
         forks=FORKS,
     )

@@ -52,6 +52,11 @@ def connect(worker: Worker) -> tuple[ClientConnection, MemoryTransport]:
     return client, transport
 
 
+def rejected(worker: Worker, reason: Reason) -> int:
+    integers = worker.pools.by_name["m"].counters.integers
+    return integers[metrics.REASON_INDEX[reason]]
+
+
 def test_while_a_request_is_read(loop: Loop) -> None:
     def fail(message: Any) -> None:
         raise RuntimeError("a bug")
@@ -62,7 +67,7 @@ def test_while_a_request_is_read(loop: Loop) -> None:
     assert transport.sent.startswith(b"HTTP/1.1 500 ")
     assert b"x-tidegate-reason: internal" in transport.sent
     assert transport.closed
-    assert worker.context.counters[metrics.REASON_INDEX[Reason.INTERNAL]] == 1
+    assert rejected(worker, Reason.INTERNAL) == 1
     client.connection_lost(None)
     worker.check_integrity()
 
@@ -80,7 +85,7 @@ def test_while_an_answer_is_passed_on(loop: Loop) -> None:
     connection.data_received(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf")
     assert connection.transport.closed
     assert transport.closed, "what the client has is not the whole answer"
-    assert worker.context.counters[metrics.REASON_INDEX[Reason.REPLICA_CUT]] == 1
+    assert rejected(worker, Reason.REPLICA_CUT) == 1
     client.connection_lost(None)
     worker.check_integrity()
 

@@ -42,6 +42,7 @@ def every_row(shared: Shared) -> list[object]:
     rows: list[object] = []
     for worker in range(shared.workers):
         rows.extend(shared.replica_rows(worker))
+        rows.extend(shared.replica_counters(worker, slot) for slot in range(shared.max_replicas))
         rows.append(shared.worker_counters(worker))
         for pool in range(shared.max_pools):
             rows.extend(shared.pool_rows(worker, pool))
@@ -131,9 +132,45 @@ def test_the_places_of_the_metrics_are_those_their_names_say() -> None:
     assert metrics.POOL_METRICS[metrics.CANCELLED].labels == (("outcome", "cancelled"),)
     assert names[metrics.RESPONSE_BYTES] == "response_bytes_total"
     assert metrics.WORKER_METRICS[metrics.UPSTREAM_OPENED].name.startswith("upstream_connections_o")
-    assert {
-        reason: metrics.WORKER_METRICS[metrics.REASON_INDEX[reason]].labels for reason in Reason
-    } == {reason: (("reason", reason.value),) for reason in Reason}
+    for metric, index in (
+        (metrics.POOL_METRICS, metrics.REASON_INDEX),
+        (metrics.WORKER_METRICS, metrics.WORKER_REASON_INDEX),
+    ):
+        for reason in Reason:
+            assert metric[index[reason]].name == "rejections_total"
+            assert metric[index[reason]].labels[0] == ("reason", reason.value)
+    for name, index in metrics.FINISH_INDEX.items():
+        assert metrics.POOL_METRICS[index].labels == (("finished_reason", name),)
+    for name, index in (
+        ("time_to_first_token_seconds", metrics.TTFT),
+        ("e2e_request_latency_seconds", metrics.E2E),
+    ):
+        for kind, endpoint in enumerate(metrics.ENDPOINTS):
+            for stream, text in enumerate(("false", "true")):
+                spec = metrics.POOL_HISTOGRAMS[index + 2 * kind + stream]
+                assert spec.name == name
+                assert spec.labels == (("endpoint", endpoint), ("stream", text))
+    assert metrics.POOL_HISTOGRAMS[metrics.OUTPUT_LENGTH].name == "request_generation_tokens"
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (200, "200"),
+        (207, "2xx"),
+        (404, "404"),
+        (418, "4xx"),
+        (503, "503"),
+        (599, "5xx"),
+        (999, "5xx"),
+        (302, "3xx"),
+        (100, "1xx"),
+    ],
+)
+def test_a_status_is_counted_by_itself_or_by_its_class(status: int, code: str) -> None:
+    assert dict(metrics.POOL_METRICS[metrics.code_index(status)].labels) == {"code": code}
+    labels = dict(metrics.WORKER_METRICS[metrics.worker_code_index(status)].labels)
+    assert labels == {"code": code, "pool": ""}
 
 
 def test_counters_are_published_by_a_flush() -> None:
@@ -154,7 +191,7 @@ def test_counters_are_published_by_a_flush() -> None:
 @given(
     st.lists(
         st.tuples(
-            st.integers(0, 4),
+            st.integers(0, len(metrics.POOL_HISTOGRAMS) - 1),
             st.one_of(
                 st.floats(0, 2000),
                 st.sampled_from([b for h in metrics.POOL_HISTOGRAMS for b in h.bounds]),
@@ -176,7 +213,8 @@ def test_the_page_parses_and_its_histograms_are_true(
         part.integers[metrics.ENGINE_ERROR] += 2
         part.integers[metrics.INFLIGHT_TOKENS] += 5
         part.flush()
-    shared.worker_counters(1)[metrics.REASON_INDEX[Reason.REPLICA_CUT]] = 9
+    for worker in range(2):
+        shared.worker_counters(worker)[metrics.WORKER_REASON_INDEX[Reason.MODEL_UNKNOWN]] = 9
     page = render(
         shared=shared, pools={"idle": 0, "m": 1}, report=None, version="1", traffic={}
     ).decode()
@@ -191,14 +229,21 @@ def test_the_page_parses_and_its_histograms_are_true(
     assert value("tidegate_requests_total", pool="m", outcome="engine_error") == 4
     assert value("tidegate_inflight_tokens", pool="m") == 10
     assert value("tidegate_inflight_tokens", pool="idle") == 0
-    assert value("tidegate_rejections_total", worker="1", reason="replica_cut") == 9
+    assert value("tidegate_rejections_total", pool="", reason="model_unknown") == 18
+    assert value("tidegate_rejections_total", pool="m", reason="model_unknown") == 0
     assert families["tidegate_requests"].type == "counter"
     assert families["tidegate_inflight_tokens"].type == "gauge"
     assert all(family.documentation for family in families.values())
     for number, spec in enumerate(metrics.POOL_HISTOGRAMS):
         mine = [seen for histogram, seen in observed if histogram == number]
-        samples = families[PREFIX + spec.name].samples
+        if not mine and spec.labels:
+            continue
         assert families[PREFIX + spec.name].type == "histogram"
+        samples = [
+            one
+            for one in families[PREFIX + spec.name].samples
+            if spec.labels == tuple((name, one.labels[name]) for name, _ in spec.labels)
+        ]
         buckets = [
             (float(s.labels["le"]), s.value)
             for s in samples

@@ -70,3 +70,28 @@ def test_usage(tail: bytes, expected: tuple[int | None, int | None]) -> None:
 @given(st.binary(max_size=200))
 def test_no_tail_crashes_the_reader(tail: bytes) -> None:
     sse.read_usage(tail + b'"usage"' + tail)
+
+
+@pytest.mark.parametrize(
+    ("tail", "reason"),
+    [
+        (b'{"choices":[{"finish_reason":"stop","stop_reason":null}],"usage":{}}', "stop"),
+        (
+            b'data: {"choices":[{"delta":{},"finish_reason": "length"}]}\n\ndata: [DONE]\n\n',
+            "length",
+        ),
+        (b'{"finish_reason":"tool_calls","stop_reason":128001}', "tool_calls"),
+        (b'{"finish_reason":"stop"}\n{"finish_reason":null,"stop_reason":null}', "stop"),
+        (b'{"finish_reason":"stop","stop_reason":"</s>"}', "stop"),
+        (b'{"finish_reason":"content_filter"}', "other"),
+        (b'{"type":"message_delta","delta":{"stop_reason":"end_turn"}}', "stop"),
+        (b'{"delta":{"stop_reason":"max_tokens","stop_sequence":null}}', "length"),
+        (b'{"stop_reason":"tool_use"}', "tool_calls"),
+        (b'{"output":[{"status":"completed"}],"status":"incomplete","usage":{}}', "length"),
+        (b'{"data":[{"embedding":[0.1]}],"usage":{}}', None),
+        (b'{"finish_reason":null}', None),
+        (b"", None),
+    ],
+)
+def test_why_an_answer_ended(tail: bytes, reason: str | None) -> None:
+    assert sse.read_finish_reason(tail) == reason
