@@ -65,6 +65,7 @@ class LiveControl:
         observe: Callable[[], Observation],
         pool_slots: Callable[[], Mapping[str, int]],
         replica_slots: Callable[[], Mapping[str, int]],
+        recent: Callable[[str], schema.RecentTraffic | None],
         traffic: Callable[[], Mapping[str, Any]],
         forks: Callable[[], schema.ForkServerEntry | None],
         reload: Callable[[], Awaitable[SettingsChanges]],
@@ -78,6 +79,7 @@ class LiveControl:
         self._observe = observe
         self._pool_slots = pool_slots
         self._replica_slots = replica_slots
+        self._recent = recent
         self._traffic = traffic
         self._forks = forks
         self._reload = reload
@@ -124,6 +126,7 @@ class LiveControl:
             settings,
             engine=settings.engine or settings.backend,
             step_down_in_s=_seconds_until(report.step_down_at_s, now),
+            recent=self._recent(report.name),
             last_decision=_decision(report.last_decision, now),
             retry_in_s=_seconds_until(report.retry_at_s, now),
             replicas=tuple(

@@ -202,6 +202,25 @@ class ReplicaEntry(AdminAnswer):
     """It was started with other arguments than its pool has now, and is to be replaced."""
 
 
+class RecentTraffic(AdminAnswer):
+    """What a pool answered in the last ``window_s`` seconds. Quantiles are read off histograms;
+    ``null``: nothing was measured."""
+
+    window_s: float
+    requests_per_s: float
+    """Requests that ended, however."""
+    errors_per_s: float
+    """Those that an engine or the gateway answered with an error."""
+    prompt_tokens_per_s: float
+    generation_tokens_per_s: float
+    ttft_p50_s: float | None
+    """Request read to first byte, of streams."""
+    ttft_p95_s: float | None
+    itl_p50_s: float | None
+    """Between two tokens of a stream."""
+    itl_p95_s: float | None
+
+
 class PoolEntry(AdminAnswer):
     """One pool."""
 
@@ -225,6 +244,8 @@ class PoolEntry(AdminAnswer):
     inflight_requests: int | None
     inflight_tokens: int | None
     arrivals_total: int | None
+    recent: RecentTraffic | None
+    """``null`` in its first seconds."""
     wake_eta_s: float | None
     tier: Tier | None
     """How warm it is; ``null`` where it is externally managed."""

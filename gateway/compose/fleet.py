@@ -8,14 +8,33 @@ pool's only when every worker has applied a fleet without the pool, which clears
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
 from autoscaler.types import Observation, PoolDemand, ReplicaLoad
+from gateway.admin.schema import RecentTraffic
 from gateway.datapath import metrics
 from gateway.datapath.shared import Shared
 from router.types import Fleet, Pool, Replica
+
+RECENT_S = 60.0
+SAMPLE_S = 5.0
+_STREAMS = range(metrics.TTFT + 1, metrics.TTFT + 2 * len(metrics.ENDPOINTS), 2)
+_ERRORS = (metrics.ENGINE_ERROR, metrics.REJECTED)
+_ENDS = (metrics.OK, metrics.CLIENT_ERROR, metrics.CANCELLED, *_ERRORS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """A pool's counters at one moment: those of requests, and the buckets of two histograms."""
+
+    at_s: float
+    counts: list[int]
+    ttft: list[int]
+    itl: list[int]
 
 
 class FleetBook:
@@ -32,6 +51,7 @@ class FleetBook:
         self._draining: dict[str, int] = {}
         """Pools that were removed, with the first version of the fleet that says so."""
         self._version = 0
+        self._samples: dict[str, deque[_Sample]] = {}
 
     def publish(self, pools: Sequence[Pool]) -> Fleet:
         """The next fleet: the pools with their slots. Replicas and pools for which no slot is free
@@ -104,6 +124,7 @@ class FleetBook:
         """Read the counters: demand per pool, load per replica."""
         now = self._clock()
         applied = self._shared.applied()
+        self._sample(now)
         pools = {}
         for name, slot in self._pool_slots.items():
             if self._draining.get(name, 0) > applied:
@@ -128,6 +149,56 @@ class FleetBook:
             arrivals_total=total(slot, metrics.ARRIVALS),
         )
 
+    def recent_traffic(self, pool: str) -> RecentTraffic | None:
+        """What the pool answered in the last minute; ``None`` where it is too new to say."""
+        samples, slot = self._samples.get(pool), self._pool_slots.get(pool)
+        if not samples or slot is None:
+            return None
+        now, old = self._read(slot, self._clock()), samples[0]
+        window_s = now.at_s - old.at_s
+        if window_s < 1.0:
+            return None
+
+        def rate(*indexes: int) -> float:
+            return round(sum(now.counts[i] - old.counts[i] for i in indexes) / window_s, 3)
+
+        ttft, itl = _minus(now.ttft, old.ttft), _minus(now.itl, old.itl)
+        return RecentTraffic(
+            window_s=round(window_s, 3),
+            requests_per_s=rate(*_ENDS),
+            errors_per_s=rate(*_ERRORS),
+            prompt_tokens_per_s=rate(metrics.PROMPT_TOKENS),
+            generation_tokens_per_s=rate(metrics.OUTPUT_TOKENS),
+            ttft_p50_s=metrics.quantile(metrics.TTFT, ttft, 0.5),
+            ttft_p95_s=metrics.quantile(metrics.TTFT, ttft, 0.95),
+            itl_p50_s=metrics.quantile(metrics.ITL, itl, 0.5),
+            itl_p95_s=metrics.quantile(metrics.ITL, itl, 0.95),
+        )
+
+    def _sample(self, now_s: float) -> None:
+        """Remember the counters of each pool, every few seconds, for as long as they are recent."""
+        for gone in self._samples.keys() - self._pool_slots.keys():
+            del self._samples[gone]
+        for name, slot in self._pool_slots.items():
+            samples = self._samples.setdefault(name, deque())
+            if not samples or now_s - samples[-1].at_s >= SAMPLE_S:
+                samples.append(self._read(slot, now_s))
+            while now_s - samples[0].at_s > RECENT_S + SAMPLE_S:
+                samples.popleft()
+
+    def _read(self, slot: int, now_s: float) -> _Sample:
+        def buckets(histogram: int) -> list[int]:
+            start = metrics.HISTOGRAM_OFFSETS[histogram]
+            stop = start + len(metrics.POOL_HISTOGRAMS[histogram].bounds) + 1
+            return self._shared.pool_totals(slot, start, stop)
+
+        return _Sample(
+            at_s=now_s,
+            counts=self._shared.pool_totals(slot, 0, metrics.RESPONSE_BYTES),
+            ttft=[sum(column) for column in zip(*map(buckets, _STREAMS), strict=True)],
+            itl=buckets(metrics.ITL),
+        )
+
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` where a slot is given twice."""
         slots, pools = list(self._slots.values()), list(self._pool_slots.values())
@@ -135,3 +206,7 @@ class FleetBook:
             raise AssertionError(f"a slot is used twice: {self._slots}, {self._retiring}")
         if len(set(pools)) != len(pools) or set(self._retiring_pools) & set(pools):
             raise AssertionError(f"a pool's slot is used twice: {self._pool_slots}")
+
+
+def _minus(now: list[int], old: list[int]) -> list[int]:
+    return [new - before for new, before in zip(now, old, strict=True)]

@@ -214,6 +214,7 @@ class _Tidegate:
             observe=self.book.observe,
             pool_slots=self.book.pool_slots,
             replica_slots=self.book.replica_slots,
+            recent=self.book.recent_traffic,
             traffic=models.traffic,
             forks=lambda: describe_forks(self.process),
             reload=self.reload,

@@ -149,6 +149,11 @@ class Shared:
         """A pool's counter summed over the workers, as last published."""
         return sum(self.pool_rows(worker, pool_slot)[0][index] for worker in range(self.workers))
 
+    def pool_totals(self, pool_slot: int, start: int, stop: int) -> list[int]:
+        """A pool's counters from ``start`` up to ``stop``, each summed over the workers."""
+        rows = (self.pool_rows(worker, pool_slot)[0] for worker in range(self.workers))
+        return [sum(column) for column in zip(*(row[start:stop] for row in rows), strict=True)]
+
     def held_since_ms(self, pool_slot: int) -> int:
         """When the pool's oldest held request began to wait, on the monotonic clock; 0 for none."""
         rows = (self.pool_rows(worker, pool_slot)[0] for worker in range(self.workers))

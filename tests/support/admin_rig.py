@@ -48,7 +48,7 @@ def pool(**given: Any) -> schema.PoolEntry:
         "min_replicas": 0, "max_replicas": 1, "desired": 1, "override": None, "ready": 0,
         "starting": 1, "unhealthy": 0, "draining": 0, "sleeping": 0, "queued_requests": 3,
         "queued_tokens": 900, "inflight_requests": 0, "inflight_tokens": 0, "arrivals_total": 3,
-        "wake_eta_s": 31.4, "tier": None, "tiers": (), "step_down_in_s": None,
+        "recent": None, "wake_eta_s": 31.4, "tier": None, "tiers": (), "step_down_in_s": None,
         "last_decision": decision(), "failures": 0, "retry_in_s": None, "error": None,
         "replicas": (replica(),),
     }  # fmt: skip

@@ -20,6 +20,7 @@ from datapath_rig import make_certificate
 from autoscaler.settings import PoolSettings, ProcessPoolSettings
 from autoscaler.types import Bound, Signal, TierReport
 from gateway.admin import schema
+from gateway.admin.schema import RecentTraffic
 from gateway.cli import client, main, tables, verbs
 from gateway.cli.base import Effects
 from gateway.cli.tables import Screen
@@ -879,6 +880,28 @@ def tier(name: str, **given: Any) -> TierReport:
 )
 def test_a_line_for_each_pool_with_tiers(given: dict[str, Any], lines: list[str]) -> None:
     assert tables.tier_lines([pool(**given)]) == lines
+
+
+def test_a_line_for_each_pool_that_had_requests() -> None:
+    def seen(**given: Any) -> RecentTraffic:
+        values: dict[str, Any] = {
+            "window_s": 60.0, "requests_per_s": 2.12, "errors_per_s": 0.0,
+            "prompt_tokens_per_s": 310.04, "generation_tokens_per_s": 1400.0,
+            "ttft_p50_s": 0.2104, "ttft_p95_s": 12.0, "itl_p50_s": 0.0237, "itl_p95_s": 0.1,
+        }  # fmt: skip
+        return RecentTraffic(**(values | given))
+
+    pools = [
+        pool(name="new", recent=None),
+        pool(name="idle", recent=seen(requests_per_s=0.0)),
+        pool(name="chat", recent=seen()),
+        pool(name="bad", recent=seen(errors_per_s=1.5, ttft_p50_s=None, itl_p50_s=None)),
+    ]
+    assert tables.traffic_lines(pools) == [
+        "chat: 2.12 requests/s, first token in 210 ms (p95 12 s), 23.7 ms between tokens, "
+        "310 prompt and 1,400 output tokens/s",
+        "bad: 2.12 requests/s (1.5/s failed), 310 prompt and 1,400 output tokens/s",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
+
 from gateway.compose.fleet import FleetBook
 from gateway.datapath import metrics
+from gateway.datapath.metrics import PoolCounters
 from gateway.datapath.shared import Shared
 from router.types import Pool, Replica, ReplicaState
 
 WORKERS = 2
 
 
-def make(max_pools: int = 3) -> tuple[FleetBook, Shared]:
+def make(max_pools: int = 3, clock: Callable[[], float] = lambda: 5.0) -> tuple[FleetBook, Shared]:
     shared = Shared.create(workers=WORKERS, max_replicas=4, max_pools=max_pools)
-    return FleetBook(shared, lambda: 5.0), shared
+    return FleetBook(shared, clock), shared
 
 
 def apply(shared: Shared, version: int, *workers: int) -> None:
@@ -59,3 +64,65 @@ def test_what_a_removed_pool_has_is_unknown_until_no_worker_gives_it_more() -> N
     assert book.observe().pools["a"].inflight_requests is None
     book.publish((Pool(name="a"),))  # it was added again
     assert book.observe().pools["a"].inflight_requests == 0
+
+
+def test_what_a_pool_answered_in_the_last_minute() -> None:
+    now = 1000.0
+    book, shared = make(clock=lambda: now)
+    apply(shared, book.publish((Pool(name="a"),)).version)
+    workers = [PoolCounters(*shared.pool_rows(worker, 0)) for worker in range(WORKERS)]
+
+    def answer(number: int, *, failed: bool = False) -> None:
+        for one in workers:
+            one.integers[metrics.ENGINE_ERROR if failed else metrics.OK] += number
+            one.integers[metrics.PROMPT_TOKENS] += 10 * number
+            one.integers[metrics.OUTPUT_TOKENS] += 30 * number
+            one.observe(metrics.TTFT + 1, 0.04, number)  # a stream
+            one.observe(metrics.TTFT, 500.0, number)  # a plain answer: its first byte is its last
+            one.observe(metrics.ITL, 0.022, 30 * number)
+            one.flush()
+
+    book.observe()
+    assert book.recent_traffic("a") is None
+    answer(1000)  # an hour ago
+    for _ in range(3600):
+        now += 1.0
+        book.observe()
+    seen = book.recent_traffic("a")
+    assert seen is not None
+    assert seen.requests_per_s == 0
+    assert seen.ttft_p50_s is None
+    answer(27)
+    answer(3, failed=True)
+    now += 1.0
+    seen = book.recent_traffic("a")
+    assert seen is not None
+    assert 60 <= seen.window_s <= 66
+    assert seen.requests_per_s * seen.window_s == pytest.approx(60, abs=0.1)
+    assert seen.errors_per_s * seen.window_s == pytest.approx(6, abs=0.1)
+    assert seen.prompt_tokens_per_s * seen.window_s == pytest.approx(600, abs=0.1)
+    assert seen.generation_tokens_per_s * seen.window_s == pytest.approx(1800, abs=0.1)
+    assert seen.ttft_p50_s == pytest.approx(0.035)
+    assert seen.ttft_p95_s == pytest.approx(0.02 + 0.95 * 0.03)
+    assert seen.itl_p50_s == pytest.approx(0.0225)
+    assert book.recent_traffic("b") is None
+
+
+@pytest.mark.parametrize(
+    ("values", "q", "expected"),
+    [
+        ([], 0.5, None),
+        ([0.007], 0.5, 0.0075),  # halfway from 0.005 to 0.01
+        ([0.001] * 3 + [5000.0], 0.5, 0.005 * 2 / 3),
+        ([0.001, 5000.0], 0.95, 640.0),
+    ],
+)
+def test_a_quantile_by_buckets(values: list[float], q: float, expected: float | None) -> None:
+    _, shared = make()
+    counters = PoolCounters(*shared.pool_rows(0, 0))
+    for value in values:
+        counters.observe(metrics.TTFT, value)
+    stop = len(metrics.POOL_HISTOGRAMS[metrics.TTFT].bounds) + 1
+    start = metrics.HISTOGRAM_OFFSETS[metrics.TTFT]
+    found = metrics.quantile(metrics.TTFT, counters.integers[start : start + stop], q)
+    assert found == (None if expected is None else pytest.approx(expected))
