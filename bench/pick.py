@@ -54,8 +54,12 @@ def _measure(replicas: int, scorer_count: int) -> dict[str, Any]:
     ]
     requests = [chance.randrange(1, 50) for _ in ready]
     tokens = [count * chance.randrange(500, 2000) for count in requests]
-    others = ([chance.randrange(50) for _ in ready], [chance.randrange(50_000) for _ in ready])
-    ledger = Ledger(requests, tokens, lambda: others)
+    others = (
+        [chance.randrange(50) for _ in ready],
+        [chance.randrange(50_000) for _ in ready],
+        [0 for _ in ready],
+    )
+    ledger = Ledger(requests, tokens, [0 for _ in ready], lambda: others)
     blocks = [chance.randbytes(32) for _ in range(_BLOCKS)]
     cached: list[set[bytes] | None] = [set(blocks[: chance.randrange(8)]) for _ in ready]
     scorers = (OutstandingTokens(), PrefillTokens(cached, _BLOCK_TOKENS))[:scorer_count]

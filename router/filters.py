@@ -30,7 +30,9 @@ def has_room(endpoint: Endpoint, request: RoutingRequest, ledger: Ledger) -> boo
     inflight = ledger.requests[slot]
     if inflight == 0:
         return True
-    if inflight >= endpoint.window:
+    if inflight >= endpoint.max_inflight_requests:
+        return False
+    if inflight >= endpoint.initial_window + ledger.opened[slot]:
         return False
     budget = endpoint.max_inflight_tokens
     return budget is None or ledger.tokens[slot] + request.tokens <= budget

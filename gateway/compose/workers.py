@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -82,6 +83,7 @@ class Workers:
         self._on_wake_signal = on_wake_signal
         self._on_failure = on_failure
         self._fleet: Fleet | None = None
+        self._nudge_fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in listeners]
         self.processes = [WorkerProcess(index) for index in range(len(listeners))]
         self._tasks: list[asyncio.Task[None]] = []
         self._watcher: asyncio.Task[None] | None = None
@@ -205,7 +207,7 @@ class Workers:
     async def _run_once(self, entry: WorkerProcess) -> None:
         channel, inherited = socket.socketpair()
         listener = self._listeners[entry.index]
-        fds = (listener.fileno(), self.shared.fd, inherited.fileno())
+        fds = (listener.fileno(), self.shared.fd, inherited.fileno(), *self._nudge_fds)
         command = [sys.executable, "-m", "gateway.datapath", *map(str, fds)]
         entry.starts += 1
         entry.silent_s = 0.0
@@ -284,3 +286,5 @@ class Workers:
             if entry.process is not None and entry.process.poll() is None:
                 entry.process.kill()
                 entry.process.wait()
+        while self._nudge_fds:
+            os.close(self._nudge_fds.pop())

@@ -1,5 +1,5 @@
-"""``python -m gateway.datapath LISTEN_FD SHARED_FD CHANNEL_FD``: a worker process, compiled where
-that is available."""
+"""``python -m gateway.datapath LISTEN_FD SHARED_FD CHANNEL_FD NUDGE_FD...``: a worker process,
+compiled where that is available."""
 
 import signal
 import sys

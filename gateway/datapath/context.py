@@ -20,14 +20,15 @@ from router.ledger import Ledger
 # The other workers' inflight figures may be this old when a replica is picked.
 _LEDGER_AGE_S: Final = 0.001
 _REPORT_INTERVAL_S: Final = 0.5
+_MOST_SILENT_MS: Final = 300.0
 _MAX_REPORTED_REPLICAS: Final = 4096
 
 
 class WorkerContext:
     """See the module. ``now`` is the event loop's clock, in seconds; ``random`` gives numbers in
     [0, 1). ``gateway`` and ``router`` are sections of the settings. ``send`` takes messages for
-    the control process; ``is_orphaned`` says that this process is gone, so that no engine will be
-    woken any more."""
+    the control process, ``nudge`` wakes another worker; ``is_orphaned`` says that the control
+    process is gone, so that no engine will be woken any more."""
 
     def __init__(
         self,
@@ -35,6 +36,7 @@ class WorkerContext:
         config: WorkerConfig,
         shared: Shared,
         send: Callable[[ToControl], None],
+        nudge: Callable[[int], None],
         random: Callable[[], float],
     ) -> None:
         self.index = config.index
@@ -42,6 +44,7 @@ class WorkerContext:
         self.now: Callable[[], float] = loop.time
         self.shared = shared
         self.random = random
+        self.nudge = nudge
         self.draining = False
         self.is_orphaned = False
         self.started_wall_s = int(time.time())
@@ -49,8 +52,9 @@ class WorkerContext:
         self.buffered_bytes = 0
         self._counters_row: Any = shared.worker_counters(self.index)
         self.counters: list[int] = list(self._counters_row)
-        requests, tokens = shared.replica_rows(self.index)
-        self.ledger = Ledger(requests, tokens, self._read_others if shared.workers > 1 else None)
+        requests, tokens, opened = shared.replica_rows(self.index)
+        others = self._read_others if shared.workers > 1 else None
+        self.ledger = Ledger(requests, tokens, opened, others)
         self._ledger_read_s = 0.0
         self._send = send
         self._reported_s: dict[str, float] = {}
@@ -98,7 +102,11 @@ class WorkerContext:
             self._ledger_read_s = now
             self.ledger.refresh()
 
-    def _read_others(self) -> tuple[list[int], list[int]]:
+    def responds(self, worker: int) -> bool:
+        """Whether another worker's event loop turns: one that hangs must not hold up the line."""
+        return self.now() * 1000.0 - self.shared.last_beat_ms(worker) < _MOST_SILENT_MS
+
+    def _read_others(self) -> tuple[list[int], list[int], list[int]]:
         return self.shared.other_rows(self.index, self.replica_slots)
 
     # What responses contain

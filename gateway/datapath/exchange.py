@@ -801,8 +801,8 @@ class Exchange(PooledRequest):
             self._unreserve()
             pool.counters.dirty = True
         self.client.exchange_ended(self)
-        if pool is not None and pool.queue:
-            pool.release()
+        if pool is not None and (pool.queue or self.client.context.ledger.shared):
+            pool.release()  # a held request of ours, or of another worker, has its turn
 
     def comment(self, text: str, now: float) -> None:
         """A keep-alive comment into a held stream; the first one commits the answer's head."""

@@ -4,6 +4,10 @@ Requests that no replica can take now wait here, first in first out: at zero, wh
 are full, and while the only replica is suspect. The queue is bounded in count and bytes over all
 workers (each reads the others' share of it from shared memory, so under simultaneous arrival it
 may be exceeded by at most one request per other worker), and each wait has a deadline.
+
+The workers' queues are one line: each worker publishes since when its first request waits, none
+takes a place before another whose first waits longer, and one that leaves a place to another wakes
+it. Else the worker that frees a place would always fill it again, and the others' clients starve.
 """
 
 from __future__ import annotations
@@ -79,6 +83,7 @@ class UpstreamEndpoint(Endpoint):
             max_inflight_requests=limits.max_inflight_requests,
             max_inflight_tokens=limits.max_inflight_tokens,
         )
+        context.ledger.close_window(self.slot)  # of whichever replica had the slot before
         self.upstream = Upstream(context, replica.url, replica.headers)
         self._counters: Any = context.shared.replica_counters(context.index, replica.slot)
         for index in range(metrics.REPLICA_INTEGERS):  # the slot was another replica's
@@ -99,12 +104,14 @@ class UpstreamEndpoint(Endpoint):
     def publish(self, context: WorkerContext, replica: Replica) -> None:
         """The replica was published again, or the settings changed."""
         limits = context.router
-        self.update(
+        begins = self.update(
             replica,
             initial_window=context.gateway.holding.release_initial,
             max_inflight_requests=limits.max_inflight_requests,
             max_inflight_tokens=limits.max_inflight_tokens,
         )
+        if begins:
+            context.ledger.close_window(self.slot)
         self.served_model = replica.served_model
 
     def is_at(self, replica: Replica) -> bool:
@@ -125,6 +132,8 @@ class PoolRuntime:
         self.endpoints: dict[str, UpstreamEndpoint] = {}
         self.ready: list[Endpoint] = []
         self.queue: deque[PooledRequest] = deque()
+        self._waiting: Any = context.shared.waiting_rows(pool.slot)
+        self._waiting_since = 0
         self._closed = False
         self._releasing = False
 
@@ -175,11 +184,12 @@ class PoolRuntime:
             if endpoint.replica.state is ReplicaState.READY and endpoint.suspect_until_s <= now:
                 reachable.append(endpoint)
         self.ready = without_ejected(reachable, now, self.context.router.max_ejected_fraction)
+        self._publish_waiting()
 
     def unreachable(self, endpoint: UpstreamEndpoint) -> None:
         """A replica took no connection: give it nothing for a moment."""
         context = self.context
-        endpoint.failed(context.gateway.holding.release_initial)
+        context.ledger.close_window(endpoint.slot)
         pause_s = min(_SUSPECT_S * 2**endpoint.failures, _SUSPECT_MAX_S)
         if pause_s < _SUSPECT_MAX_S:
             endpoint.failures += 1
@@ -190,14 +200,16 @@ class PoolRuntime:
     def answered(self, endpoint: UpstreamEndpoint) -> None:
         """A replica answered a request well."""
         endpoint.failures = 0
-        endpoint.answered()
+        ledger = self.context.ledger
+        if endpoint.initial_window + ledger.opened[endpoint.slot] < endpoint.max_inflight_requests:
+            ledger.open_window(endpoint.slot)
         if endpoint.failure_rate > 0.0:
             add_answer(endpoint)
 
     def failed(self, endpoint: UpstreamEndpoint) -> None:
         """A replica failed a request, and it was not the request's fault, as far as is known."""
         router, now = self.context.router, self.context.now()
-        endpoint.failed(self.context.gateway.holding.release_initial)
+        self.context.ledger.close_window(endpoint.slot)
         if add_fault(endpoint, now, base_s=router.ejection_s, max_s=router.ejection_max_s):
             self.counters.integers[metrics.EJECTIONS] += 1
             self.counters.dirty = True
@@ -220,7 +232,7 @@ class PoolRuntime:
         """Send a request to a replica now, or hold it. Raises ``ApiError`` if it may do neither."""
         if self._closed:
             raise unknown_model(request.model)
-        if not self.queue:
+        if not self.queue and self._worker_before_us() < 0:
             endpoint = self._pick(request)
             if endpoint is not None:
                 request.send(endpoint)
@@ -272,6 +284,7 @@ class PoolRuntime:
             self.queue.appendleft(request)
         request.held_bytes = size
         self._count_held(request, 1)
+        self._publish_waiting()
         self.counters.flush()  # before the control side reads them
         context.send_wake_signal(self.pool.name)
 
@@ -302,6 +315,37 @@ class PoolRuntime:
         except ValueError:
             return
         self._count_held(request, -1)
+        self._publish_waiting()
+
+    def _publish_waiting(self) -> None:
+        """Say since when the first request waits here, if a replica may be able to take it."""
+        if not self.context.ledger.shared:
+            return
+        since_us = 0
+        if self.queue and self.ready:
+            since_s = self.queue[0].held_s
+            since_us = 1 if since_s is None else max(1, int(since_s * 1e6))
+        if since_us != self._waiting_since:
+            self._waiting_since = since_us
+            self._waiting[self.context.index] = since_us
+
+    def _worker_before_us(self) -> int:
+        """The worker whose first held request has waited longest, and longer than ours; -1 where it
+        is our turn."""
+        context = self.context
+        if not context.ledger.shared:
+            return -1
+        first, earliest = -1, self._waiting_since
+        waiting: list[int] = self._waiting.tolist()
+        for worker, since in enumerate(waiting):
+            if (
+                since > 0
+                and (earliest == 0 or since < earliest)
+                and worker != context.index
+                and context.responds(worker)
+            ):
+                first, earliest = worker, since
+        return first
 
     def release(self) -> None:
         """Send held requests, oldest first, as long as some replica has room for the next."""
@@ -309,13 +353,20 @@ class PoolRuntime:
             return
         self._releasing = True
         try:
-            while self.queue and self.ready:
+            while self.ready:
+                before = self._worker_before_us()
+                if before >= 0:
+                    self.context.nudge(before)
+                    break
+                if not self.queue:
+                    break
                 request = self.queue[0]
                 endpoint = self._pick(request)
                 if endpoint is None:
                     break
                 self.queue.popleft()
                 self._count_held(request, -1)
+                self._publish_waiting()
                 if request.held_s is not None:
                     waited_s = self.context.now() - request.held_s
                     self.counters.observe(metrics.HELD_TIME, waited_s)
@@ -382,6 +433,7 @@ class PoolRuntime:
         """The pool is gone from the fleet: give its slot back. The control side waits until
         nothing of it is left, so whatever is held here is refused."""
         self._closed = True
+        self.ready = []
         for request in list(self.queue):
             request.reject(unknown_model(request.model))
         for endpoint in self.endpoints.values():

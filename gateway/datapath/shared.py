@@ -1,12 +1,14 @@
 """One block of memory that all processes of a gateway map: inflight ledger, counters, histograms.
 
-Layout, all 8-byte words: a header, then per worker a block of
+Layout, all 8-byte words: a header, then per pool and worker since when its first held request
+waits, then per worker a block of
 
     version of the fleet it has applied | heartbeat | replica requests [max_replicas]
-    | replica tokens [max_replicas] | replica counters [max_replicas] | worker counters
+    | replica tokens [max_replicas] | windows opened [max_replicas]
+    | replica counters [max_replicas] | worker counters
     | per pool: integers, histogram sums (doubles)
 
-A word has one writer, the worker whose block it is in, so nothing is locked: aligned 8-byte loads
+A word has one writer, the worker that it is of, so nothing is locked: aligned 8-byte loads
 and stores are atomic on every platform vLLM runs on. The control process reads all of it, and
 clears a block's ledger after its worker died.
 """
@@ -32,7 +34,7 @@ from gateway.datapath.metrics import (
 )
 
 _MAGIC = 0x7469646567617465  # "tidegate"
-_LAYOUT = 3
+_LAYOUT = 4
 _HEADER_WORDS = 8
 _GAUGES = tuple(index for index, metric in enumerate(WORKER_METRICS) if metric.gauge)
 _POOL_GAUGES = (
@@ -50,10 +52,11 @@ class Shared:
         self.max_replicas = max_replicas
         self.max_pools = max_pools
         self._pool_words = POOL_INTEGERS + POOL_SUMS
-        self._replicas_at = 2 + 2 * max_replicas
+        self._blocks_at = _HEADER_WORDS + max_pools * workers
+        self._replicas_at = 2 + 3 * max_replicas
         self._counters_at = self._replicas_at + REPLICA_INTEGERS * max_replicas
         self._block_words = self._counters_at + WORKER_INTEGERS + max_pools * self._pool_words
-        size = 8 * (_HEADER_WORDS + workers * self._block_words)
+        size = 8 * (self._blocks_at + workers * self._block_words)
         if os.fstat(fd).st_size < size:
             os.ftruncate(fd, size)
         self._map = mmap.mmap(fd, size)
@@ -88,7 +91,7 @@ class Shared:
     def _base(self, worker: int) -> int:
         if not 0 <= worker < self.workers:
             raise IndexError(f"worker {worker} of {self.workers}")
-        return _HEADER_WORDS + worker * self._block_words
+        return self._blocks_at + worker * self._block_words
 
     def set_applied(self, worker: int, version: int) -> None:
         """A worker has applied this version of the fleet, and published its counters since."""
@@ -107,22 +110,30 @@ class Shared:
         """When the worker last beat, by the monotonic clock; 0 before it ever did."""
         return int(self._q[self._base(worker) + 1])
 
-    def replica_rows(self, worker: int) -> tuple[Any, Any]:
-        """One worker's (requests, tokens) by replica slot, writable."""
-        base, size = self._base(worker) + 2, self.max_replicas
-        return self._q[base : base + size], self._q[base + size : base + 2 * size]
+    def waiting_rows(self, pool_slot: int) -> Any:
+        """Since when each worker's first held request of a pool waits, in microseconds of the
+        monotonic clock; 0 where none waits that a replica could take. By worker, writable."""
+        if not 0 <= pool_slot < self.max_pools:
+            raise IndexError(f"pool slot {pool_slot} of {self.max_pools}")
+        start = _HEADER_WORDS + pool_slot * self.workers
+        return self._q[start : start + self.workers]
 
-    def other_rows(self, worker: int, slots: int) -> tuple[list[int], list[int]]:
-        """(requests, tokens) of all other workers summed, for the first ``slots`` slots."""
-        requests = [0] * slots
-        tokens = [0] * slots
+    def replica_rows(self, worker: int) -> tuple[Any, Any, Any]:
+        """One worker's (requests, tokens, windows opened) by replica slot, writable."""
+        base, size = self._base(worker) + 2, self.max_replicas
+        first, second, third, end = (base + size * count for count in range(4))
+        return self._q[first:second], self._q[second:third], self._q[third:end]
+
+    def other_rows(self, worker: int, slots: int) -> tuple[list[int], list[int], list[int]]:
+        """(requests, tokens, windows opened) of all other workers summed, for the first ``slots``
+        slots."""
+        sums = [[0] * slots, [0] * slots, [0] * slots]
         for other in range(self.workers):
             if other == worker:
                 continue
-            theirs, their_tokens = self.replica_rows(other)
-            requests = list(map(int.__add__, requests, theirs[:slots].tolist()))
-            tokens = list(map(int.__add__, tokens, their_tokens[:slots].tolist()))
-        return requests, tokens
+            for index, row in enumerate(self.replica_rows(other)):
+                sums[index] = list(map(int.__add__, sums[index], row[:slots].tolist()))
+        return sums[0], sums[1], sums[2]
 
     def replica_counters(self, worker: int, slot: int) -> Any:
         """One worker's counters of one replica, indexed as ``metrics.REPLICA_…``, writable."""
@@ -168,13 +179,14 @@ class Shared:
         """(requests, tokens) in flight on a replica, over all workers."""
         requests = tokens = 0
         for worker in range(self.workers):
-            row, token_row = self.replica_rows(worker)
+            row, token_row, _ = self.replica_rows(worker)
             requests += row[slot]
             tokens += token_row[slot]
         return requests, tokens
 
     def clear_pool(self, worker: int, pool_slot: int) -> None:
         """The pool is gone: another that is given its slot begins at zero. Called by the worker."""
+        self.waiting_rows(pool_slot)[worker] = 0
         for row in self.pool_rows(worker, pool_slot):
             row[:] = memoryview(bytes(8 * len(row))).cast(row.format)
 
@@ -187,6 +199,7 @@ class Shared:
         for index in _GAUGES:
             counters[index] = 0
         for pool_slot in range(self.max_pools):
+            self.waiting_rows(pool_slot)[worker] = 0
             integers, _ = self.pool_rows(worker, pool_slot)
             for index in _POOL_GAUGES:
                 integers[index] = 0

@@ -1,13 +1,15 @@
 """A worker process: listens, relays, and knows only what the control process publishes.
 
-Started as ``python -m gateway.datapath LISTEN_FD SHARED_FD CHANNEL_FD`` with the three
-descriptors inherited. When the channel closes the control process is gone: the worker drains and
-exits, so that nothing is orphaned.
+Started as ``python -m gateway.datapath LISTEN_FD SHARED_FD CHANNEL_FD NUDGE_FD...`` with the
+descriptors inherited; the last are an eventfd for each worker, by which the others wake it. When
+the channel closes the control process is gone: the worker drains and exits, so that nothing is
+orphaned.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import random
@@ -16,6 +18,7 @@ import socket
 import ssl
 import sys
 import traceback
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -123,9 +126,10 @@ class Worker:
         config: WorkerConfig,
         shared: Shared,
         send: Any,
+        nudge: Callable[[int], None],
     ) -> None:
         # Chance here only spreads load: it needs no seed that can be repeated.
-        self.context = WorkerContext(loop, config, shared, send, random.Random().random)
+        self.context = WorkerContext(loop, config, shared, send, nudge, random.Random().random)
         self.pools = PoolDirectory(self.context)
         self.clients = ClientConnections(self.context, self.pools)
         self._server: asyncio.Server | None = None
@@ -200,6 +204,13 @@ class Worker:
         for pool in self.pools.by_name.values():
             pool.counters.flush()
 
+    def nudged(self) -> None:
+        """Another worker has left a place to a request that is held here."""
+        self.context.ledger.refresh()
+        for pool in self.pools.by_name.values():
+            if pool.queue:
+                pool.release()
+
     def control_lost(self) -> None:
         """The control process is gone: refuse the held requests, no engine will be woken."""
         self.context.is_orphaned = True
@@ -213,7 +224,7 @@ class Worker:
             pool.check_integrity()
 
 
-async def _serve(listen_fd: int, shared_fd: int, channel_fd: int) -> None:
+async def _serve(listen_fd: int, shared_fd: int, channel_fd: int, nudge_fds: list[int]) -> None:
     loop = asyncio.get_running_loop()
     channel = socket.socket(fileno=channel_fd)
     reader, writer = await asyncio.open_connection(sock=channel)
@@ -223,6 +234,9 @@ async def _serve(listen_fd: int, shared_fd: int, channel_fd: int) -> None:
     def send(message: ToControl) -> None:
         if not writer.is_closing():
             writer.write(pack(message))
+
+    def nudge(other: int) -> None:
+        os.eventfd_write(nudge_fds[other], 1)
 
     worker: Worker | None = None
     tasks: list[asyncio.Task[None]] = []
@@ -235,7 +249,8 @@ async def _serve(listen_fd: int, shared_fd: int, channel_fd: int) -> None:
         for message in messages:
             if isinstance(message, WorkerConfig):
                 if worker is None:
-                    worker = Worker(loop, message, shared, send)
+                    worker = Worker(loop, message, shared, send, nudge)
+                    _listen_for_nudges(loop, worker, nudge_fds[message.index])
                 else:
                     worker.configure(message)
             elif isinstance(message, FleetUpdate) and worker is not None:
@@ -272,6 +287,15 @@ async def _serve(listen_fd: int, shared_fd: int, channel_fd: int) -> None:
     writer.close()
 
 
+def _listen_for_nudges(loop: asyncio.AbstractEventLoop, worker: Worker, fd: int) -> None:
+    def readable() -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(fd)
+        worker.nudged()
+
+    loop.add_reader(fd, readable)
+
+
 async def _read(reader: asyncio.StreamReader) -> bytes:
     """Some bytes of the channel; none when the control process is gone, with messages of ours
     unread (which resets the connection) or without."""
@@ -292,10 +316,10 @@ def _ended(task: asyncio.Task[None]) -> None:
 
 def main(arguments: list[str]) -> int:
     """Entry of the worker process."""
-    listen_fd, shared_fd, channel_fd = map(int, arguments)
+    listen_fd, shared_fd, channel_fd, *nudge_fds = map(int, arguments)
     # A connection is two open files, one on each side; the usual soft limit of 1024 is soon met.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     gc.set_threshold(10_000, 50, 50)
-    uvloop.run(_serve(listen_fd, shared_fd, channel_fd))
+    uvloop.run(_serve(listen_fd, shared_fd, channel_fd, nudge_fds))
     return 0

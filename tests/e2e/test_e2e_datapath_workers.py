@@ -9,6 +9,7 @@ import signal
 import ssl
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,85 @@ def test_each_worker_sees_the_others_inflight_tokens() -> None:
         assert (len(busy.requests), len(other.requests)) == (1, 20)
         go.set()
         assert first.answer().status == 200
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_clients_of_all_workers_are_answered_alike(workers: int) -> None:
+    """More clients than a replica takes at once: whichever worker the kernel gives them to, each
+    gets its turn. The window must open for all of them, too."""
+    answered: Counter[int] = Counter()
+    stop = threading.Event()
+    most_at_once = 8
+
+    def script(asked: Asked) -> None:
+        while asked.request() is not None:
+            time.sleep(0.03)
+            asked.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+
+    def ask(number: int, client: Raw) -> None:
+        while not stop.is_set():
+            client.send(SMALL)
+            assert client.answer().status == 200
+            answered[number] += 1
+
+    with (
+        ScriptedReplica(script) as replica,
+        gateway(workers=workers, release_initial=2) as served,
+    ):
+        clients = one_of_each(served, workers)[:1]
+        # All but a few of the clients are one worker's: chance would do less, and as well.
+        while len(clients) < 24:
+            client = served.connect()
+            if len(clients) % 6 == 0 or worker_of(client) == 0:
+                clients.append(client)
+        served.publish(served.replica(replica.url, max_inflight_requests=most_at_once))
+        threads = [
+            threading.Thread(target=ask, args=(number, client))
+            for number, client in enumerate(clients)
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(1.0)  # the window is open then
+        answered.clear()
+        eventually(lambda: answered.total() > 24 * 20)
+        counts = dict(answered)
+        stop.set()
+        for thread in threads:
+            thread.join(WAIT_S)
+    assert len(counts) == 24
+    assert max(counts.values()) < 1.5 * min(counts.values()), sorted(counts.values())
+
+
+def test_a_worker_that_hangs_while_requests_wait_in_it_holds_up_no_other() -> None:
+    go = threading.Event()
+
+    def script(asked: Asked) -> None:
+        while asked.request() is not None:
+            go.wait(WAIT_S)
+            asked.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+
+    with (
+        ScriptedReplica(script) as replica,
+        gateway(workers=2, worker_timeout_s=60.0) as served,
+    ):
+        first, second = one_of_each(served, 2)
+        served.publish(served.replica(replica.url, max_inflight_requests=1))
+        _, running = one_of_each(served, 2)
+        running.send(SMALL)
+        eventually(lambda: len(replica.requests) == 1)
+        first.send(SMALL)
+        eventually(lambda: served.pool_count(metrics.QUEUED_REQUESTS) == 1)
+        pid = served.pids()[0]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            second.send(SMALL)
+            eventually(lambda: served.pool_count(metrics.QUEUED_REQUESTS) == 2)
+            go.set()
+            assert second.answer().status == 200
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert first.answer().status == 200
+        assert running.answer().status == 200
 
 
 def test_a_killed_worker_is_started_again_and_its_ledger_is_cleared() -> None:

@@ -26,10 +26,12 @@ class Books(RuleBasedStateMachine):
         self.model: dict[int, dict[int, list[int]]] = {worker: {} for worker in range(WORKERS)}
         self.seen: dict[int, dict[int, tuple[int, int]]] = {w: {} for w in range(WORKERS)}
         self.lives = [0] * WORKERS
+        self.opened = [[0] * SLOTS for _ in range(WORKERS)]
+        self.seen_opened = [[0] * SLOTS for _ in range(WORKERS)]
 
     def new(self, worker: int) -> Ledger:
-        requests, tokens = self.shared.replica_rows(worker)
-        return Ledger(requests, tokens, lambda: self.shared.other_rows(worker, SLOTS))
+        rows = self.shared.replica_rows(worker)
+        return Ledger(*rows, lambda: self.shared.other_rows(worker, SLOTS))
 
     def totals(self, slot: int, workers: list[int]) -> tuple[int, int]:
         entries = [tokens for worker in workers for tokens in self.model[worker].get(slot, [])]
@@ -59,12 +61,24 @@ class Books(RuleBasedStateMachine):
         self.ledgers[worker].refresh()
         others = [other for other in range(WORKERS) if other != worker]
         self.seen[worker] = {slot: self.totals(slot, others) for slot in range(SLOTS)}
+        for slot in range(SLOTS):
+            self.seen_opened[worker][slot] = sum(self.opened[other][slot] for other in others)
+
+    @rule(worker=st.integers(0, WORKERS - 1), slot=st.integers(0, SLOTS - 1), opens=st.booleans())
+    def change_window(self, worker: int, slot: int, opens: bool) -> None:
+        if opens:
+            self.ledgers[worker].open_window(slot)
+            self.opened[worker][slot] += 1
+        else:
+            self.ledgers[worker].close_window(slot)
+            self.opened[worker][slot] = 0
 
     @rule(worker=st.integers(0, WORKERS - 1))
     def die_and_start_again(self, worker: int) -> None:
         self.shared.clear_worker(worker)
         self.ledgers[worker] = self.new(worker)
         self.model[worker] = {}
+        self.opened[worker] = [0] * SLOTS
         self.lives[worker] += 1
         self.refresh(worker)
 
@@ -77,6 +91,8 @@ class Books(RuleBasedStateMachine):
                 others = self.seen[worker].get(slot, (0, 0))
                 assert ledger.requests[slot] == mine[0] + others[0]
                 assert ledger.tokens[slot] == mine[1] + others[1]
+                opened = self.opened[worker][slot] + self.seen_opened[worker][slot]
+                assert ledger.opened[slot] == opened
 
     @invariant()
     def the_shared_rows_are_what_the_control_process_reads(self) -> None:
@@ -94,12 +110,12 @@ test_ledger_against_a_plain_dict = Books.TestCase
 )
 def test_books_that_cannot_be_true_are_refused(requests: list[int], tokens: list[int]) -> None:
     with pytest.raises(LedgerError):
-        Ledger(requests, tokens).check_integrity()
+        Ledger(requests, tokens, [0]).check_integrity()
 
 
 def test_rows_that_somebody_else_wrote_to_are_noticed() -> None:
     requests, tokens = [0, 0], [0, 0]
-    ledger = Ledger(requests, tokens)
+    ledger = Ledger(requests, tokens, [0, 0])
     ledger.reserve(1, 7)
     ledger.check_integrity()
     tokens[1] = 8

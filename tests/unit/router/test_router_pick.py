@@ -52,8 +52,8 @@ def ledger(*rows: tuple[int, int], others: list[tuple[int, int]] | None = None) 
     """A ledger with (requests, tokens) per slot, and what other workers have there."""
     read = None
     if others is not None:
-        read = lambda: ([r for r, _ in others], [t for _, t in others])  # noqa: E731
-    return Ledger([r for r, _ in rows], [t for _, t in rows], read)
+        read = lambda: ([r for r, _ in others], [t for _, t in others], [0] * len(others))  # noqa: E731
+    return Ledger([r for r, _ in rows], [t for _, t in rows], [0] * len(rows), read)
 
 
 class Given(Scorer):
@@ -140,23 +140,34 @@ def test_a_prompt_that_fits_nowhere_goes_to_an_engine_that_will_say_so() -> None
 # The endpoint
 
 
-def test_the_window_starts_slowly_opens_with_answers_and_closes_with_a_failure() -> None:
-    fresh = endpoint(0, window=2, most=5)
-    seen = [fresh.window]
-    for _ in range(10):
-        fresh.answered()
-        seen.append(fresh.window)
-    assert seen[:5] == [2, 3, 4, 5, 5]
-    assert max(seen) == 5
-    fresh.failed(2)
-    assert fresh.window == 2
-    assert endpoint(0, window=50, most=5).window == 5  # never more than it may have at all
+@pytest.mark.parametrize(
+    ("initial", "opened", "most", "window"),
+    [(8, 0, 256, 8), (8, 5, 256, 13), (8, 500, 256, 256), (50, 0, 5, 5), (1, 0, 1, 1)],
+)
+def test_the_window_opens_with_answers_up_to_the_limit(
+    initial: int, opened: int, most: int, window: int
+) -> None:
+    one = endpoint(0, window=initial, most=most)
+    assert one.window(opened) == window
+    counts = Ledger([window], [0], [opened])
+    assert not has_room(one, ask(), counts)
+    counts = Ledger([window - 1], [0], [opened])
+    assert has_room(one, ask(), counts)
+
+
+def test_what_other_workers_saw_opens_the_window_too() -> None:
+    """The window is compared with the requests of all workers, so it is of all workers."""
+    one = endpoint(0, window=2, most=100)
+    counts = Ledger([1], [0], [0], lambda: ([20], [0], [30]))
+    assert has_room(one, ask(), counts)
+    counts = Ledger([1], [0], [0], lambda: ([20], [0], [19]))
+    assert not has_room(one, ask(), counts)
 
 
 def test_limits_unknown_to_the_replica_come_from_the_settings() -> None:
     replica = Replica(id="r", pool="m", slot=0, url="", state=ReplicaState.READY)
     seen = Endpoint(replica, initial_window=8, max_inflight_requests=7, max_inflight_tokens=9)
-    assert (seen.max_inflight_requests, seen.max_inflight_tokens, seen.window) == (7, 9, 7)
+    assert (seen.max_inflight_requests, seen.max_inflight_tokens, seen.window(0)) == (7, 9, 7)
 
 
 # Scorers

@@ -41,7 +41,7 @@ def loop() -> Iterator[Loop]:
 
 def make(loop: Loop, *replicas: Replica, send: Any = lambda message: None) -> Worker:
     shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
-    worker = Worker(loop, DEFAULTS, shared, send)
+    worker = Worker(loop, DEFAULTS, shared, send, lambda worker: None)
     worker.pools.apply(Fleet(version=1, pools=(Pool(name="m", slot=0, replicas=replicas),)))
     return worker
 

@@ -39,7 +39,7 @@ def make(workers: int = 3, replicas: int = 5, pools: int = 2) -> Shared:
 
 def every_row(shared: Shared) -> list[object]:
     """Every array there is in the block."""
-    rows: list[object] = []
+    rows: list[object] = [shared.waiting_rows(pool) for pool in range(shared.max_pools)]
     for worker in range(shared.workers):
         rows.extend(shared.replica_rows(worker))
         rows.extend(shared.replica_counters(worker, slot) for slot in range(shared.max_replicas))
@@ -73,6 +73,7 @@ def test_rows_beyond_the_block_do_not_exist() -> None:
         lambda: shared.replica_rows(3),
         lambda: shared.replica_rows(-1),
         lambda: shared.worker_counters(3),
+        lambda: shared.waiting_rows(2),
         lambda: shared.pool_rows(0, 2),
         lambda: shared.pool_rows(0, -1),
     ):
@@ -91,12 +92,14 @@ def test_another_block_is_not_attached() -> None:
 def test_totals_and_the_others_share() -> None:
     shared = make()
     for worker in range(3):
-        requests, tokens = shared.replica_rows(worker)
+        requests, tokens, opened = shared.replica_rows(worker)
         for slot in range(5):
             requests[slot] = worker + 1
             tokens[slot] = 10 ** (worker + 1)
+            opened[slot] = 5
     assert shared.replica_total(4) == (6, 1110)
-    requests, tokens = shared.other_rows(1, 3)
+    requests, tokens, opened = shared.other_rows(1, 3)
+    assert opened == [10, 10, 10]
     assert requests == [4, 4, 4]
     assert tokens == [1010, 1010, 1010]
 
@@ -107,8 +110,10 @@ def test_a_dead_workers_gauges_go_and_its_counters_stay() -> None:
         for index in range(len(row)):  # type: ignore[arg-type]
             row[index] = 7  # type: ignore[index]
     shared.clear_worker(1)
-    assert list(shared.replica_rows(1)[0]) == [0] * 5
-    assert list(shared.replica_rows(1)[1]) == [0] * 5
+    for row in shared.replica_rows(1):
+        assert list(row) == [0] * 5
+    for pool in range(2):
+        assert list(shared.waiting_rows(pool)) == [7, 0, 7]
     for metric, value in zip(metrics.WORKER_METRICS, shared.worker_counters(1), strict=True):
         assert value == (0 if metric.gauge else 7), metric
     for pool in range(2):
