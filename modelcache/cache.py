@@ -18,11 +18,12 @@ from modelcache.fetch.fetch import (
     FetchRequest,
     PieceTransfer,
     list_again,
-    narrow,
     plan_salvage,
 )
-from modelcache.ports import CachedModel, IsCancelled, OnProgress, Source
+from modelcache.fetch.selection import narrow
+from modelcache.ports import ONCE, CachedModel, IsCancelled, OnProgress, Retries, Source
 from modelcache.settings import ModelCacheSettings
+from modelcache.sources.reader import read_file
 from modelcache.store.capacity import Usage
 from modelcache.store.files import make_private, open_lock, try_lock
 from modelcache.store.leases import Lease
@@ -128,14 +129,17 @@ class ModelCache:
         tell(Progress(phase="listing"))
         with closing(self._open_source(ref)) as source:
             try:
-                listing = source.list()
+                # With one here already, a source that cannot be asked is not waited for.
+                most = 0 if self.lookup.resolve(ref) is not None else self.settings.retries
+                retries = Retries(most=most, cancelled=stopped)
+                listing = source.list(retries)
             except NotFound:
                 raise
             except SourceError as error:
                 return self._expecting(self._offline(ref, error, tell, stopped), expected_use_at_s)
             want = FetchRequest(
                 ref=ref,
-                listing=self._select(ref, listing),
+                listing=self._select(ref, listing, source, retries),
                 priority=priority,
                 find_local=lambda file: self.local_files.find(ref, file),
                 on_progress=tell,
@@ -325,14 +329,14 @@ class ModelCache:
             snapshot = self.local_files.snapshot(ref)
             if snapshot is None:
                 raise error
-            want = FetchRequest(
-                ref=ref,
-                listing=self._select(ref, snapshot),
-                find_local=lambda file: self.local_files.find(ref, file),
-                on_progress=tell,
-                cancelled=stopped,
-            )
             try:
+                want = FetchRequest(
+                    ref=ref,
+                    listing=self._select(ref, snapshot, None),
+                    find_local=lambda file: self.local_files.find(ref, file),
+                    on_progress=tell,
+                    cancelled=stopped,
+                )
                 model = self._make(want, None)
             except (NotFound, Damaged):
                 raise error from None
@@ -349,7 +353,9 @@ class ModelCache:
             with self.store.lock():
                 self.store.complete(manifest, manifest.revision)
             return
-        ref, listing = list_again(self._open_source, self.lookup.ref(manifest.url, None), manifest)
+        retries = Retries(most=self.settings.retries, cancelled=stopped)
+        ref = self.lookup.ref(manifest.url, None)
+        ref, listing = list_again(self._open_source, ref, manifest, retries)
         with closing(self._open_source(ref)) as source:
             want = FetchRequest(
                 ref=ref,
@@ -361,11 +367,33 @@ class ModelCache:
             )
             self._make(want, source)
 
-    def _select(self, ref: ModelRef, listing: Listing) -> Listing:
+    def _select(
+        self, ref: ModelRef, listing: Listing, source: Source | None, retries: Retries = ONCE
+    ) -> Listing:
         """The files wanted, with those that were wanted earlier: asking for fewer loses none."""
         earlier = self.lookup.read(ref.url, listing.revision)
-        files, bundles = self.settings.files_for(ref.url), self.settings.bundles_for(ref.url)
-        return narrow(listing, ref.url, earlier, *files, bundles)
+        here = self.lookup.open(earlier)
+
+        def read(file: RemoteFile) -> bytes:
+            local = here.path / file.path if here is not None else None
+            if local is None or not local.is_file():
+                local = self.local_files.find(ref, file)
+            if local is not None:
+                return local.read_bytes()
+            if source is None:
+                raise NotFound(f"{ref.url}: {file.path} is not on this machine")
+            return read_file(source, file, retries)
+
+        steps = self.settings.steps_for(ref.url)
+        return narrow(
+            listing,
+            ref.url,
+            earlier,
+            *self.settings.files_for(ref.url),
+            self.settings.bundles_for(ref.url),
+            read=read,
+            gguf=any(step.kind == "gguf_to_safetensors" for step in steps),
+        )
 
     def _expecting(self, model: CachedModel, at_s: float | None) -> CachedModel:
         if at_s is not None:

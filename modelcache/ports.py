@@ -74,17 +74,29 @@ class RangeRead:
     """Where the source's credentials would go."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retries:
+    """How often a question that failed for a reason that may pass is asked again, and whether its
+    answer is still wanted."""
+
+    most: int = 0
+    cancelled: IsCancelled = lambda: False
+
+
+ONCE = Retries()
+
+
 @runtime_checkable
 class Source(Protocol):
     """One model in one source. Safe to use from many threads at once."""
 
     ref: ModelRef
 
-    def list(self) -> Listing:
-        """What the model consists of, as of now.
+    def list(self, retries: Retries = ONCE) -> Listing:
+        """What the model consists of, as of now. ``retries`` is for each question that it takes.
 
         Raises ``NotFound`` where there is no such model or revision, ``SourceError`` where the
-        source cannot be asked.
+        source cannot be asked, ``Cancelled``.
         """
         ...
 

@@ -44,13 +44,13 @@ SCHEMES: Mapping[str, Scheme] = {
         client="obstore",
         object_store=True,
     ),
-    "hf": Scheme(credentials="HF_TOKEN, or `hf auth login`", client="huggingface_hub"),
+    "hf": Scheme(credentials="HF_TOKEN, or `hf auth login`"),
     "http": Scheme(credentials="~/.netrc (or the file that NETRC names)"),
     "https": Scheme(credentials="~/.netrc (or the file that NETRC names)"),
     "oss": Scheme(
         credentials="OSS_ACCESS_KEY_ID and OSS_ACCESS_KEY_SECRET (and OSS_SESSION_TOKEN), or "
         "~/.ossutilconfig",
-        client="ossfs",
+        client="oss2",
         object_store=True,
     ),
     "s3": Scheme(
@@ -275,7 +275,7 @@ def check_file_path(path: str) -> bool:
     return (
         0 < len(path) <= 1_024
         and path.isprintable()
-        and not any(part in ("", ".", "..") or len(part) > 255 for part in parts)
+        and not any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
         and "\\" not in path
     )
 

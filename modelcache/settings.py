@@ -182,8 +182,9 @@ class ModelCacheSettings(BaseModel):
     files: dict[str, tuple[FilePattern, ...]] = Field(default_factory=dict)
     """Which files of a model are fetched, by the model as pools name it; a pattern that begins with
     ``!`` leaves files out: ``"hf://org/Qwen3-8B-GGUF" = ["*Q4_K_M.gguf", "*.json"]``. Without: all,
-    but of a model that has safetensors no pickles, nor what other runtimes read (ONNX, TensorFlow,
-    Flax)."""
+    but of a model that has safetensors its weights once (what ``model.safetensors.index.json``
+    names; no ``original/``, no ``consolidated*``, no second precision), no pickles, and nothing
+    that other runtimes read (GGUF, ONNX, TensorFlow, Flax)."""
 
     steps: dict[str, tuple[PreparationStep, ...]] = Field(default_factory=dict)
     """What is done to a model before it is used, by the model as pools name it:

@@ -114,7 +114,7 @@ def _sources(settings: Settings, machine: Machine) -> Check:
         scheme: client for scheme, client in clients.items() if not machine.is_installed(client)
     }
     if not lacking:
-        return ok(name, f"https://, file://, {', '.join(f'{one}://' for one in clients)}")
+        return ok(name, f"https://, hf://, file://, {', '.join(f'{one}://' for one in clients)}")
     wanted = {
         (pool.model or "").partition("://")[0]
         for pool in settings.pools
@@ -130,7 +130,7 @@ def _sources(settings: Settings, machine: Machine) -> Check:
             f"pools have models at {pools}://, and the library that reads them is missing: {what}",
             advice,
         )
-    return ok(name, f"https:// and file://; not installed, and asked for by no pool: {what}")
+    return ok(name, f"https://, hf:// and file://; not installed, and asked for by no pool: {what}")
 
 
 def _pages(settings: Settings, machine: Machine, directory: Path) -> Iterator[Check]:

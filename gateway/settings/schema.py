@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -80,15 +79,9 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def has_hub() -> bool:
-    """Whether what reads a hub is installed."""
-    return find_spec("huggingface_hub") is not None
-
-
 def through_cache(
     settings: Settings,
     *,
-    can_read: Callable[[], bool] = has_hub,
     is_directory: Callable[[str], bool] = lambda name: Path(name).is_dir(),
 ) -> Settings:
     """Settings in which a pool whose model is a hub's ``org/name`` names it by ``hf://``, so that
@@ -99,12 +92,12 @@ def through_cache(
     peers, a fork server whose engines need no hub) is there for it.
 
     Left alone are names of directories that exist, pools whose engine fetches its model itself, and
-    all of them where the settings say so or nothing reads a hub.
+    all of them where the settings say so.
     """
     if not settings.modelcache.hub_names:
         return settings
     pools = [_through_cache(pool, settings, is_directory) for pool in settings.pools]
-    if tuple(pools) == settings.pools or not can_read():
+    if tuple(pools) == settings.pools:
         return settings
     return settings.model_copy(update={"pools": tuple(pools)})
 

@@ -11,14 +11,13 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Protocol
 
-from modelcache.ports import IsCancelled, OnProgress, Source
+from modelcache.ports import ONCE, IsCancelled, OnProgress, Retries, Source
 from modelcache.store.digest import RECORD, PieceDigests, count_pieces
 from modelcache.store.files import (
     copy_range,
@@ -33,7 +32,6 @@ from modelcache.store.partial_files import TREE, Partial
 from modelcache.store.records import FETCHING, Fetching, check_listing
 from modelcache.store.store import Damage, Store, compare_file, hash_file
 from modelcache.types import (
-    BUNDLES,
     CacheError,
     Cancelled,
     Damaged,
@@ -50,17 +48,6 @@ from modelcache.types import (
 )
 
 LOG = logging.getLogger("tidegate.modelcache")
-
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")
-"""Weights that can run code when they are read; not needed beside safetensors."""
-
-FOREIGN = (
-    *("*.onnx", "*.onnx_data*", "*.h5", "*.msgpack", "*.ot", "*.tflite", "*.mlmodel"),
-    *("*.mlpackage/*", "*openvino_model.*"),
-)
-"""The same weights for runtimes that are none of our engines; hubs often have several of them, and
-together more bytes than what is opened."""
-
 
 LINKED = "linked"
 RECORD_BYTES = 4_096
@@ -112,53 +99,6 @@ class FetchRequest:
     made: Made | None = None
     on_progress: OnProgress = lambda progress: None
     cancelled: IsCancelled = lambda: False
-
-
-def select_files(
-    files: Sequence[RemoteFile],
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    bundles: Collection[str] = (),
-) -> tuple[RemoteFile, ...]:
-    """The files wanted of a listing, by shell patterns over their paths.
-
-    Without ``include``: all, but of a model that has safetensors no pickles, nor what other
-    runtimes read. Of compiled code only the ``bundles`` named, whatever the patterns.
-    """
-    trusted = {f"{BUNDLES}/{name}.tar" for name in bundles}
-
-    def matches(file: RemoteFile, patterns: Sequence[str]) -> bool:
-        return any(fnmatchcase(file.path, pattern) for pattern in patterns)
-
-    if include:
-        chosen = [file for file in files if matches(file, include)]
-    else:
-        safe = any(file.path.endswith(".safetensors") for file in files)
-        needless = (*PICKLES, *FOREIGN) if safe else ()
-        chosen = [file for file in files if not matches(file, needless)]
-    chosen = [file for file in chosen if not file.path.startswith(f"{BUNDLES}/")]
-    chosen += [file for file in files if file.path in trusted]
-    return tuple(file for file in chosen if not matches(file, exclude))
-
-
-def narrow(
-    listing: Listing,
-    url: str,
-    earlier: Manifest | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
-    bundles: Collection[str] = (),
-) -> Listing:
-    """The files wanted of a model at ``url``, with those that were wanted ``earlier``: asking for
-    fewer loses none. Raises ``NotFound`` where patterns leave nothing."""
-    chosen = select_files(listing.files, include, exclude, bundles)
-    if listing.files and not chosen:
-        patterns = ", ".join([*include, *(f"!{one}" for one in exclude)])
-        raise NotFound(f"{url}: none of its {len(listing.files)} files is wanted by {patterns}")
-    paths = {file.path for file in chosen}
-    held = earlier.files if earlier is not None else ()
-    paths |= {one.path for one in held if not one.path.startswith(f"{BUNDLES}/")}
-    return replace(listing, files=tuple(file for file in listing.files if file.path in paths))
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -500,7 +440,10 @@ def plan_salvage(manifest: Manifest, found: Sequence[Damage]) -> dict[str, Salva
 
 
 def list_again(
-    open_source: Callable[[ModelRef], Source], ref: ModelRef, manifest: Manifest
+    open_source: Callable[[ModelRef], Source],
+    ref: ModelRef,
+    manifest: Manifest,
+    retries: Retries = ONCE,
 ) -> tuple[ModelRef, Listing]:
     """The files of a manifest as their source lists them now, and how to ask for them.
 
@@ -512,7 +455,7 @@ def list_again(
         asked = replace(ref, revision=revision)
         try:
             with closing(open_source(asked)) as source:
-                listing = source.list()
+                listing = source.list(retries)
         except NotFound:
             continue
         if listing.revision == manifest.revision:

@@ -29,6 +29,7 @@ from modelcache.peers.group import PeerGroup
 from modelcache.peers.piece_inventory import FetchingFile
 from modelcache.ports import ANNOUNCE_BYTES, IsCancelled, OnProgress, RangeRead, Source
 from modelcache.settings import ModelCacheSettings
+from modelcache.sources.retry import pause
 from modelcache.store.partial_files import Partial
 from modelcache.types import (
     PIECE_BYTES,
@@ -48,9 +49,6 @@ STREAM_BYTES = 2 * ANNOUNCE_BYTES
 WAIT_S = 0.5
 WRITES = 2
 """Times that a checked piece is written before the disk is given up on."""
-
-FIRST_PAUSE_S, MOST_PAUSE_S = 0.2, 10.0
-MOST_ASKED_PAUSE_S = 60.0
 
 SLOW_FACTOR, LOST_FACTOR = 4.0, 8.0
 """How many times the usual for its size: see ``TransferTimeouts``."""
@@ -239,17 +237,9 @@ class SourceReader:
             return
         self.tries[key] = tries + 1
         self.shared.count(retries=1)
-        asked_s = getattr(error, "retry_after_s", None)
-        pause_s = pause(tries, random.random(), asked_s)
+        pause_s = pause(tries, random.random(), error.retry_after_s)
         with own.lock:
             own.board.drop_source(attempt.job.file, attempt.index, own.clock() + pause_s)
-
-
-def pause(tries: int, chance: float, asked_s: float | None = None) -> float:
-    """Seconds until a piece is asked for again: doubled with each failure and never the same on
-    two nodes; as long as the source asked for where it did, within reason."""
-    pause_s = min(MOST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(tries, 32)) * (0.5 + chance / 2)
-    return pause_s if asked_s is None else max(pause_s, min(asked_s, MOST_ASKED_PAUSE_S))
 
 
 class PeerReader:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
-from modelcache.refs import find_path_problem
+from modelcache.refs import find_path_problem, redact
 from modelcache.types import Listing, ModelRef, NotFound, RemoteFile, SourceError
 
 MOST_HEAD_BYTES = 65_536
@@ -20,6 +20,15 @@ PASSING = (408, 425, 429, 500, 502, 503, 504)
 MOST_RETRY_AFTER_S = 600.0
 MOST_FILES = 100_000
 
+MOST_ERROR_BYTES = 16_384
+"""Of the body of an answer that is an error: the code is there."""
+
+MOST_SIZE_BYTES = 2**63 - 1
+
+_CODE = re.compile(r"<Code>\s*([^<]{1,80}?)\s*</Code>")
+_IS_CODE = re.compile(r"[A-Za-z][A-Za-z0-9._-]{1,63}")
+_REGION = re.compile(r"<Region>([a-z0-9-]{2,40})</Region>")
+_ENDPOINT = re.compile(r"<Endpoint>([a-z0-9.-]{2,120})</Endpoint>")
 _STATUS = re.compile(rb"^HTTP/1\.([01]) ([1-5][0-9][0-9])(?: |$)")
 _CONTENT_RANGE = re.compile(r"^bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)$")
 
@@ -32,12 +41,19 @@ class SourceResponse:
     headers: Mapping[str, str]
     persistent: bool
     """The connection may be used again once the body is read."""
+    url: str = ""
+    """Where it came from, after redirects; empty where it was asked for one place only."""
 
     @property
     def length(self) -> int | None:
         """Bytes of the body; ``None`` where the head does not say (or says two things)."""
         text = self.headers.get("content-length", "")
         return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
+
+    @property
+    def redirects(self) -> bool:
+        """It says to ask elsewhere, and where (S3 says only why)."""
+        return self.status in REDIRECTS and "location" in self.headers
 
     @property
     def chunked(self) -> bool:
@@ -63,24 +79,169 @@ def parse_head(data: bytes) -> SourceResponse:
     return SourceResponse(status=int(found[2]), headers=headers, persistent=persistent)
 
 
-def check_status(status: int, headers: Mapping[str, str], what: str, hint: str = "") -> None:
-    """Raise what a status outside 2xx means for ``what``. ``hint``: where credentials go."""
+def check_status(
+    status: int,
+    headers: Mapping[str, str],
+    what: str,
+    hint: str = "",
+    *,
+    body: bytes = b"",
+    signed: bool = True,
+    page: str = "",
+) -> None:
+    """Raise what a status outside 2xx means for ``what``, and what to do about it.
+
+    ``hint``: where credentials go; ``signed``: whether any were sent. ``body`` may be the beginning
+    of the answer's, ``page`` where a person asks the owners for access.
+    """
     if 200 <= status < 300:
         return
+    text = body[:MOST_ERROR_BYTES].decode("utf-8", "replace")
+    code, said = _code_of(headers, text)
+    known = explain(code, text, what, hint, signed=signed, headers=headers, page=page, said=said)
+    if known is not None:
+        raise known
+    if status == 401 and signed and "credential" in said.lower():
+        raise SourceError(f"{what}: the source does not accept the credentials: check {hint}")
     if status in (404, 410):
         raise NotFound(f"{what}: the source has no such file ({status})")
     if status in (401, 403):
-        more = f"; credentials: {hint}" if hint else ""
-        raise SourceError(f"{what}: the source refuses access ({status}){more}")
+        raise SourceError(f"{what}: {_refused(hint, signed, f'{status}{_in_words(code, said)}')}")
+    if status == 407:
+        raise SourceError(
+            f"{what}: the proxy asks for a user and a password (407): put them into its URL in the "
+            "environment (HTTPS_PROXY=http://user:password@host:port)"
+        )
     if status == 412:
         raise SourceError(f"{what}: it has changed since it was listed ({status})")
     if status == 416:
         raise SourceError(f"{what}: it is shorter than it was when it was listed ({status})")
     raise SourceError(
-        f"{what}: the source answered {status}",
+        f"{what}: the source answered {status}{_in_words(code, said)}",
         retryable=status in PASSING,
         retry_after_s=retry_after(headers),
     )
+
+
+def _code_of(headers: Mapping[str, str], text: str) -> tuple[str, str]:
+    """The store's own name for what is wrong, and what it says in words: never a key."""
+    code = headers.get("x-error-code", "") or headers.get("x-oss-ec-code", "")
+    found = _CODE.search(text)
+    code = code or (found[1] if found is not None else "")
+    said = headers.get("x-error-message", "")[:200]
+    return (code if _IS_CODE.fullmatch(code) else ""), redact(said) if said.isprintable() else ""
+
+
+def _in_words(code: str, said: str) -> str:
+    words = ": ".join(part for part in (code, said) if part)
+    return f", {words}" if words else ""
+
+
+def _refused(hint: str, signed: bool, why: str) -> str:
+    if not hint:
+        return f"the source refuses access ({why})"
+    if signed:
+        return (
+            f"the source refuses access ({why}): the credentials it was given do not allow it; "
+            f"credentials: {hint}"
+        )
+    return f"the source refuses access ({why}), and no credentials were found; credentials: {hint}"
+
+
+_EXPIRED = frozenset({
+    "ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "SecurityTokenExpired",
+    "InvalidSecurityToken.Expired", "RequestExpired",
+})  # fmt: skip
+_UNKNOWN_KEY = frozenset({
+    "InvalidAccessKeyId", "InvalidAccessKeyId.NotFound", "InvalidAccessKeyId.Inactive",
+    "InvalidClientTokenId", "InvalidToken", "InvalidSecurityToken", "InvalidSecurity",
+    "UnrecognizedClientException", "InvalidAccessKeyIdError",
+})  # fmt: skip
+_WRONG_SECRET = frozenset({"SignatureDoesNotMatch", "SignatureNotMatch"})
+_SKEWED = frozenset({"RequestTimeTooSkewed", "RequestNotYetValid"})
+_ELSEWHERE = frozenset({
+    "PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed",
+    "AuthorizationQueryParametersError", "IllegalLocationConstraintException",
+    "SecondLevelDomainForbidden", "InvalidRegionName",
+})  # fmt: skip
+_NO_BUCKET = frozenset({"NoSuchBucket", "InvalidBucketName", "NoSuchHost"})
+_NO_RIGHTS = frozenset({
+    "AccessDenied", "AllAccessDisabled", "AccountProblem", "UserDisable", "Forbidden",
+})  # fmt: skip
+
+
+def explain(
+    code: str,
+    text: str,
+    what: str,
+    hint: str,
+    *,
+    signed: bool,
+    headers: Mapping[str, str] | None = None,
+    page: str = "",
+    said: str = "",
+) -> SourceError | None:
+    """What a store's own error ``code`` means and what to do about it; ``None`` for one that is not
+    known. ``text`` is the whole answer, in which S3 and OSS say where a bucket is."""
+    refused = f"{what}: the source refuses access ({code})"
+    if code in _EXPIRED:
+        return SourceError(f"{refused}: the credentials have expired, get new ones: {hint}")
+    if code in _UNKNOWN_KEY:
+        return SourceError(f"{refused}: it does not know the access key or token: check {hint}")
+    if code in _WRONG_SECRET:
+        return SourceError(f"{refused}: the secret key is not that of the access key: check {hint}")
+    if code in _SKEWED or "Request has expired" in text:
+        return SourceError(f"{refused}: this machine's clock is wrong: set it (NTP) and try again")
+    region = (headers or {}).get("x-amz-bucket-region", "")
+    if code in _ELSEWHERE or (code in _NO_RIGHTS and "specified endpoint" in text):
+        return SourceError(f"{what}: {_say_region(what, region, text)}")
+    if code in _NO_BUCKET:
+        bucket = what.partition("://")[2].partition("/")[0]
+        return NotFound(f"{what}: the source has no bucket {bucket!r} ({code}): check the name")
+    if code in ("NoSuchKey", "NoSuchObject", "EntryNotFound"):
+        return NotFound(f"{what}: the source has no such file ({code})")
+    if code in _NO_RIGHTS:
+        return SourceError(f"{what}: {_refused(hint, signed, code)}")
+    return _explain_hub(code, what, hint, signed, page, said)
+
+
+def _explain_hub(
+    code: str, what: str, hint: str, signed: bool, page: str, said: str
+) -> SourceError | None:
+    if code == "GatedRepo":
+        more = f" (the hub says: {said})" if said else ""
+        token = "then try again" if signed else f"then set the token of that account: {hint}"
+        where = f" ({page})" if page else ""
+        return SourceError(
+            f"{what}: it is gated: its owners ask that their terms be accepted on its page{where} "
+            f"by the account of the token; accept them there, {token}{more}"
+        )
+    if code == "RepoNotFound":
+        private = (
+            f"or the token's account may not see it: check the name, and {hint}"
+            if signed
+            else f"or it is private and needs a token: check the name, or set {hint}"
+        )
+        return NotFound(f"{what}: the hub has no such model, {private}")
+    if code == "RevisionNotFound":
+        return NotFound(f"{what}: the hub has the model, and no such revision of it")
+    if code == "DisabledRepo":
+        return SourceError(f"{what}: the hub has disabled it{f': {said}' if said else ''}")
+    return None
+
+
+def _say_region(what: str, region: str, text: str) -> str:
+    """Which region or endpoint a bucket wants, as its store says it."""
+    found = _REGION.search(text)
+    region = region or (found[1] if found is not None else "")
+    found = _ENDPOINT.search(text)
+    endpoint = found[1] if found is not None else ""
+    if what.startswith("oss://"):
+        to = f"=https://{endpoint}" if endpoint else " to the bucket's own"
+        return f"its bucket is in another region than was asked: set OSS_ENDPOINT{to}"
+    to = f"={region}" if re.fullmatch(r"[a-z0-9-]{2,40}", region) else " to the bucket's own"
+    at = f" (it is at {endpoint})" if endpoint and not region else ""
+    return f"its bucket is in another region than was asked{at}: set AWS_REGION{to}"
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -220,11 +381,15 @@ def make_listing(
     Raises ``NotFound`` where nothing is listed or it is another revision, ``SourceError`` where a
     path could not become a file below a directory.
     """
-    ordered = sorted(files, key=lambda file: file.path)
+    ordered = sorted(drop_markers(files), key=lambda file: file.path)
     if not ordered:
         raise NotFound(f"{ref.url}: there is nothing there")
     if len(ordered) > MOST_FILES:
         raise SourceError(f"{ref.url}: it has more than {MOST_FILES:,} files; is it one model?")
+    for file in ordered:
+        if not 0 <= file.size_bytes <= MOST_SIZE_BYTES:
+            raise SourceError(f"{ref.url}: the source says that {file.path[:200]!r} has "
+                              f"{str(file.size_bytes)[:40]} bytes")  # fmt: skip
     problem = find_path_problem([file.path for file in ordered])
     if problem is not None:
         raise SourceError(f"{ref.url}: the source {problem}")
@@ -235,6 +400,25 @@ def make_listing(
                 f"{ref.url}: the source has revision {revision} of it now, not {ref.revision}"
             )
     return Listing(revision=revision, files=tuple(ordered))
+
+
+def drop_markers(files: Iterable[RemoteFile]) -> Iterable[RemoteFile]:
+    """The files without what stands for folders in stores that have none: paths that end with
+    ``/``, Hadoop's ``name_$folder$``, and empty objects below which others lie. An empty file that
+    is only empty is a file."""
+    there = list(files)
+    folders: set[str] = set()
+    for file in there:
+        folder = file.path.rpartition("/")[0]
+        while folder and folder not in folders:
+            folders.add(folder)
+            folder = folder.rpartition("/")[0]
+    return [
+        file
+        for file in there
+        if not file.path.endswith("/")
+        and (file.size_bytes or not (file.path in folders or file.path.endswith("_$folder$")))
+    ]
 
 
 def digest_of(files: Iterable[RemoteFile]) -> str:

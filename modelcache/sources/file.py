@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from modelcache.ports import ANNOUNCE_BYTES, RangeRead
+from modelcache.ports import ANNOUNCE_BYTES, ONCE, RangeRead, Retries
 from modelcache.sources import answers, wire
 from modelcache.types import Cancelled, Listing, ModelRef, NotFound, RemoteFile, SourceError
 
@@ -25,7 +25,7 @@ class FileSource:
         self.ref = ref
         self._root = Path(ref.location)
 
-    def list(self) -> Listing:
+    def list(self, retries: Retries = ONCE) -> Listing:
         """See ``Source.list``."""
         try:
             if self._root.is_file():

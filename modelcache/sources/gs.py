@@ -9,22 +9,27 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-from modelcache.ports import ANNOUNCE_BYTES, RangeRead
+from modelcache.ports import ANNOUNCE_BYTES, ONCE, RangeRead, Retries
 from modelcache.refs import SCHEMES
 from modelcache.sources import answers, wire
 from modelcache.sources.obstore_client import (
+    Listed,
     ObjectStoreAccess,
     list_objects,
     obstore_errors,
     open_bucket,
 )
+from modelcache.sources.proxy import proxy_of
 from modelcache.sources.reader import home_of
+from modelcache.sources.retry import keep_asking
 from modelcache.types import Listing, ModelRef, RemoteFile, SourceError
 
+STORE = "https://storage.googleapis.com"
 METADATA_WAIT_S = 1.0
 HINT = SCHEMES["gs"].credentials
 
@@ -40,12 +45,25 @@ class GsSource:
 
         with obstore_errors(self.ref.url, HINT, ()):
             access = find_access(environ)
-            self._store = open_bucket(GCSStore, self._bucket, access, timeout_s=timeout_s)
+            proxy = proxy_of(access.endpoint or STORE, environ)
+            self._access = replace(access, proxy=proxy)
+            opened = replace(self._access, endpoint=None)  # the emulator's is in its config
+            self._store = open_bucket(GCSStore, self._bucket, opened, timeout_s=timeout_s)
 
-    def list(self) -> Listing:
+    def _errors(self, what: str) -> AbstractContextManager[None]:
+        return obstore_errors(what, HINT, (), signed=not self._access.anonymous)
+
+    def list(self, retries: Retries = ONCE) -> Listing:
         """See ``Source.list``."""
-        with obstore_errors(self.ref.url, HINT, ()):
-            metas, self._below = list_objects(self._store, self._prefix)
+
+        def ask(question: Callable[[], Listed]) -> Listed:
+            def once() -> Listed:
+                with self._errors(self.ref.url):
+                    return question()
+
+            return keep_asking(once, retries)
+
+        metas, self._below = list_objects(self._store, self._prefix, ask)
         return answers.make_listing(self.ref, [_file_of(meta, self._below) for meta in metas])
 
     def fetch(self, want: RangeRead) -> None:
@@ -58,7 +76,7 @@ class GsSource:
         want = replace(want, what=shown)
         if wire.is_empty(want):
             return
-        with obstore_errors(shown, HINT, ()):
+        with self._errors(shown):
             got = obstore.get(self._store, key, options={"range": span})
             if got.range != span or got.meta["size"] != file.size_bytes:
                 raise SourceError(f"{shown}: the source sent another range than was asked for")
@@ -97,7 +115,7 @@ def find_access(environ: Mapping[str, str]) -> ObjectStoreAccess:
             "private_key": "",
             "private_key_id": "",
         }
-        return ObjectStoreAccess(config={"service_account_key": json.dumps(key)})
+        return ObjectStoreAccess(config={"service_account_key": json.dumps(key)}, endpoint=url)
     usual = os.path.join(home_of(environ), ".config/gcloud/application_default_credentials.json")
     path = environ.get("GOOGLE_APPLICATION_CREDENTIALS")
     if path or os.path.exists(usual):

@@ -5,18 +5,26 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import html
 import json
 import netrc
 import os
+import re
 from collections.abc import Mapping, Sequence
-from html.parser import HTMLParser
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
-from modelcache.refs import SCHEMES
-from modelcache.sources import answers
+from modelcache.ports import ONCE, Retries
+from modelcache.refs import SCHEMES, find_path_problem
+from modelcache.safetensors_index import BadFile, parse_weight_map
+from modelcache.sources import answers, wire
+from modelcache.sources.proxy import proxy_of
 from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, ask_each, home_of
 from modelcache.types import Listing, ModelRef, NotFound, RemoteFile, SourceError
 
+MOST_SHARDS = 4_096
+_LINK = re.compile(
+    r"""<a\s[^<>]*?\bhref\s*=\s*(?:"([^"<>]*)"|'([^'<>]*)'|([^\s"'<>]+))""", re.IGNORECASE
+)
 MOST_DEPTH = 5
 MOST_FOLDERS = 200
 HINT = SCHEMES["http"].credentials
@@ -55,20 +63,25 @@ class HttpSource(RangedSource):
         super().__init__(ref, reader)
         self._headers = netrc_headers(ref, environ)
         self._single = False
+        self._retries = ONCE
 
-    def list(self) -> Listing:
+    def list(self, retries: Retries = ONCE) -> Listing:
         """See ``Source.list``."""
-        url = self.ref.url
+        url, self._retries = self.ref.url, retries
+        _, host, port = wire.origin_of(url)
+        if wire.find_reach(host, port, resolve=proxy_of(url, self.reader.environ) is None) == 0:
+            raise SourceError(f"{url}: that is a cloud's metadata service, no store of models")
         if not url.endswith("/"):
             single = self._stat_single(url)
             if single is not None:
                 self._single = True
-                return self.probed(answers.make_listing(self.ref, [single]))
+                return self.probed(answers.make_listing(self.ref, [single]), retries)
             url += "/"
         self._single = False
         found = self._walk(url)
         files = self._stat_all(url, found) if found else self._usual(url)
-        return self.probed(answers.make_listing(self.ref, self._with_checksums(url, files)))
+        files = self._with_checksums(url, files)
+        return self.probed(answers.make_listing(self.ref, files), retries)
 
     def request_of(self, file: RemoteFile) -> HttpRequest:
         """See ``RangedSource.request_of``."""
@@ -77,12 +90,14 @@ class HttpSource(RangedSource):
         return self._request(f"{self.ref.url.rstrip('/')}/{quote(file.path)}")
 
     def _request(self, url: str) -> HttpRequest:
-        return HttpRequest(url=url, shown=url, hint=HINT, headers=self._headers)
+        return HttpRequest(
+            url=url, shown=url, hint=HINT, headers=self._headers, signed=bool(self._headers)
+        )
 
     def _stat_single(self, url: str) -> RemoteFile | None:
         """The file that ``url`` is, or ``None`` where it looks like a directory."""
         try:
-            head = self.reader.head(self._request(url))
+            head = self.reader.head(self._request(url), self._retries)
         except SourceError as error:
             if error.retryable:
                 raise
@@ -101,7 +116,7 @@ class HttpSource(RangedSource):
             if depth > MOST_DEPTH or seen > MOST_FOLDERS:
                 raise SourceError(f"{url}: too many folders within each other; is it one model?")
             try:
-                head, page = self.reader.page(self._request(folder))
+                head, page = self.reader.page(self._request(folder), self._retries)
             except NotFound:
                 links = None
             except SourceError as error:
@@ -118,19 +133,31 @@ class HttpSource(RangedSource):
         return tuple(files)
 
     def _stat_all(self, base: str, links: Sequence[str]) -> Sequence[RemoteFile]:
-        def stat(link: str) -> RemoteFile:
-            path = unquote(link.removeprefix(base))
-            return _file_of(self.reader.head(self._request(link)), path, link)
+        """The files behind links of listings; those that turn out to be folders are left out."""
 
-        return ask_each(stat, links)
+        def stat(link: str) -> RemoteFile | None:
+            head = self.reader.head(self._request(link), self._retries)
+            if head.url != link and urlsplit(head.url).path.endswith("/"):
+                return None
+            return _file_of(head, unquote(link.removeprefix(base)), link)
+
+        return [file for file in ask_each(stat, links) if file is not None]
 
     def _usual(self, url: str) -> Sequence[RemoteFile]:
         """Files by their usual names, and the shards that an index of weights names."""
         files = self._stat_there(url, USUAL_FILES)
         if any(file.path == SHARDS_FILE for file in files):
-            _, page = self.reader.page(self._request(url + SHARDS_FILE))
-            shards = [url + quote(name) for name in read_shards(page)]
-            files = [*files, *self._stat_all(url, shards)]
+            _, page = self.reader.page(self._request(url + SHARDS_FILE), self._retries)
+            try:
+                names = sorted(set(parse_weight_map(page).values()))
+            except BadFile as error:
+                raise BadFile(error.message, path=url + SHARDS_FILE) from None
+            if len(names) > MOST_SHARDS:
+                raise SourceError(f"{url}{SHARDS_FILE}: it names {len(names):,} files")
+            problem = find_path_problem(names)
+            if problem is not None:
+                raise SourceError(f"{url}{SHARDS_FILE}: the index {problem}")
+            files = [*files, *self._stat_all(url, [url + quote(name) for name in names])]
         if not any(file.path.endswith(".safetensors") for file in files):
             raise NotFound(
                 f"{url}: the server lists no files there, and there is no model.safetensors "
@@ -141,9 +168,10 @@ class HttpSource(RangedSource):
     def _stat_there(self, url: str, names: Sequence[str]) -> Sequence[RemoteFile]:
         def stat(name: str) -> RemoteFile | None:
             try:
-                return _file_of(self.reader.head(self._request(url + name)), name, url + name)
+                head = self.reader.head(self._request(url + name), self._retries)
             except NotFound:
                 return None
+            return _file_of(head, name, url + name)
 
         return [file for file in ask_each(stat, names) if file is not None]
 
@@ -152,7 +180,8 @@ class HttpSource(RangedSource):
         there = {file.path for file in files} & set(CHECKSUM_FILES)
         known: dict[str, str] = {}
         for name in sorted(there):
-            known.update(read_checksums(self.reader.page(self._request(url + name))[1]))
+            _, page = self.reader.page(self._request(url + name), self._retries)
+            known.update(read_checksums(page))
         return [
             dataclasses.replace(file, digests={"sha256": known[file.path]})
             if file.path in known
@@ -184,16 +213,6 @@ def netrc_headers(ref: ModelRef, environ: Mapping[str, str]) -> dict[str, str]:
     return {"Authorization": f"Basic {base64.b64encode(pair).decode()}"}
 
 
-class _Links(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "a":
-            self.found += [value for name, value in attrs if name == "href" and value]
-
-
 def read_index(url: str, content_type: str, page: bytes) -> list[str] | None:
     """URLs directly below the directory ``url`` (which ends with ``/``); those of directories end
     with ``/`` too. ``None`` where the page is no listing."""
@@ -206,8 +225,15 @@ def read_index(url: str, content_type: str, page: bytes) -> list[str] | None:
         return None
     if names is None:
         return None
-    found = (urljoin(url, name) for name in names)
+    found = (_join(url, name) for name in names)
     return list(dict.fromkeys(link for link in found if _is_child(url, link)))
+
+
+def _join(url: str, name: str) -> str:
+    try:
+        return urljoin(url, name)
+    except ValueError:
+        return ""
 
 
 def _read_json(text: str) -> list[str] | None:
@@ -217,33 +243,29 @@ def _read_json(text: str) -> list[str] | None:
             "./" + quote(entry["name"]) + ("/" if entry["type"] == "directory" else "")
             for entry in entries
         ]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
 def _read_html(text: str) -> list[str]:
-    links = _Links()
-    links.feed(text)
-    return [link.partition("#")[0] for link in links.found]
+    """The targets of links. By a pattern in linear time: the library's parser takes minutes for a
+    page that is made for it."""
+    found = (one[1] or one[2] or one[3] or "" for one in _LINK.finditer(text))
+    return [html.unescape(link.strip()).partition("#")[0] for link in found]
 
 
 def _is_child(url: str, link: str) -> bool:
     """Directly below ``url`` on the same server: no parent, no sorted view, no other site."""
-    base, child = urlsplit(url), urlsplit(link)
+    try:
+        base, child = urlsplit(url), urlsplit(link)
+    except ValueError:
+        return False
     if (base.scheme, base.netloc) != (child.scheme, child.netloc) or child.query:
         return False
     if not child.path.startswith(base.path):
         return False
     name = child.path.removeprefix(base.path).removesuffix("/")
     return bool(name) and "/" not in name and unquote(name) not in (".", "..")
-
-
-def read_shards(page: bytes) -> list[str]:
-    """Names of the files that a checkpoint's index refers to; none where it is no index."""
-    try:
-        return sorted({str(name) for name in json.loads(page)["weight_map"].values()})
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return []
 
 
 def read_checksums(page: bytes) -> Mapping[str, str]:

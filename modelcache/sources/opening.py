@@ -59,7 +59,7 @@ def open_source(
     if ref.scheme == "hf":
         from modelcache.sources.hf import HfSource
 
-        return HfSource(ref, reader, environ, timeout_s=timeout_s)
+        return HfSource(ref, reader, environ)
     if ref.scheme in ("http", "https"):
         from modelcache.sources.http import HttpSource
 

@@ -1,33 +1,48 @@
-"""Models in Alibaba Cloud OSS: listed by ossfs, signed by oss2, read by ranges of signed URLs.
+"""Models in Alibaba Cloud OSS: listed and signed by oss2, read by ranges of signed URLs.
 
-ossfs's own reads are not used: its ranges end one byte late, some of its cache types return wrong
-bytes, and a checksum in Python makes it slow. Every range is checked here all the same.
+oss2's own reads are not used: a checksum in Python makes them slow.
 """
 
 from __future__ import annotations
 
 import configparser
 import contextlib
+import ipaddress
 import json
+import logging
 import os
+import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
+from modelcache.ports import ONCE, Retries
 from modelcache.refs import SCHEMES, redact
 from modelcache.sources import answers
-from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, ask_each, home_of
-from modelcache.types import Listing, ModelRef, NotFound, RemoteFile, SourceError
+from modelcache.sources.proxy import proxy_of
+from modelcache.sources.reader import (
+    HttpReader,
+    HttpRequest,
+    RangedSource,
+    ask_each,
+    certificates,
+    home_of,
+)
+from modelcache.sources.retry import keep_asking
+from modelcache.types import CacheError, Listing, ModelRef, RemoteFile, SourceError
 
 if TYPE_CHECKING:
     import oss2
 
 
 SIGNED_FOR_S = 3_600
+_ENDPOINT = re.compile(r"<Endpoint>[a-z0-9.-]{2,120}</Endpoint>")
+
+T = TypeVar("T")
 
 
 HINT = SCHEMES["oss"].credentials
@@ -55,62 +70,86 @@ class OssSource(RangedSource):
         self._access = find_access(environ, reader, endpoint=endpoint)
         self._timeout_s = timeout_s
         self._below = self._prefix
+        self._session: oss2.Session | None = None
 
-    def list(self) -> Listing:
+    def list(self, retries: Retries = ONCE) -> Listing:
         """See ``Source.list``."""
-        keys = self._access.keys()
-        with failing(self.ref.url, keys):
-            found = self._find(keys)
-        below = f"{self._bucket}/{self._prefix}".rstrip("/")
-        paths = [name for name in found if name.startswith(f"{below}/")]
-        if below in found:
-            paths, below = [below], below.rpartition("/")[0]
-        cut = len(below) + 1
-        self._below = below.partition("/")[2]
+        keys = self._keys(retries)
         bucket = self._open_bucket(keys)
-        with failing(self.ref.url, keys):
-            files = ask_each(
-                lambda name: _file_of(bucket, name.partition("/")[2], name[cut:]), paths
-            )
-        return self.probed(answers.make_listing(self.ref, files))
-
-    def _find(self, keys: OssKeys) -> Mapping[str, Any]:
-        """Every object below the prefix, by ``bucket/key``."""
-        import ossfs
-
-        system = ossfs.OSSFileSystem(
-            endpoint=self._access.endpoint,
-            key=keys.key or None,
-            secret=keys.secret or None,
-            token=keys.token or None,
-            # fsspec would keep it, and the keys in it, for as long as the process lives.
-            skip_instance_cache=True,
+        below = f"{self._prefix}/" if self._prefix else ""
+        found = self._ask(lambda: _find(bucket, below), keys, retries)
+        if not found and self._prefix:
+            found, below = [self._prefix], self._prefix[: self._prefix.rfind("/") + 1]
+        self._below = below.rstrip("/")
+        files = ask_each(
+            lambda key: self._ask(
+                lambda: _file_of(bucket, key, key.removeprefix(below)), keys, retries
+            ),
+            found,
         )
-        found = system.find(f"{self._bucket}/{self._prefix}", detail=True)
-        return {name: info for name, info in found.items() if not name.endswith("/")}
+        return self.probed(answers.make_listing(self.ref, files), retries)
+
+    def _keys(self, retries: Retries = ONCE) -> OssKeys:
+        return keep_asking(self._access.keys, retries)
+
+    def _ask(self, question: Callable[[], T], keys: OssKeys, retries: Retries) -> T:
+        def once() -> T:
+            with failing(self.ref.url, keys):
+                return question()
+
+        return keep_asking(once, retries)
 
     def _open_bucket(self, keys: OssKeys) -> oss2.Bucket:
         import oss2
 
+        logging.getLogger("oss2").setLevel(logging.CRITICAL)  # it logs what was signed
         if not keys.key:
             auth = oss2.AnonymousAuth()
         elif keys.token:
             auth = oss2.StsAuth(keys.key, keys.secret, keys.token)
         else:
             auth = oss2.Auth(keys.key, keys.secret)
-        return oss2.Bucket(
-            auth, self._access.endpoint, self._bucket, connect_timeout=self._timeout_s
-        )
+        if self._session is None:
+            self._session = oss2.Session()
+            self._session.session.trust_env = False  # its own rule for proxies, and netrc
+            self._session.session.verify = certificates(self.reader.environ) or True
+        proxy = proxy_of(self._url_of_bucket(), self.reader.environ)
+        with failing(self.ref.url, keys):
+            return oss2.Bucket(
+                auth,
+                self._access.endpoint,
+                self._bucket,
+                session=self._session,
+                connect_timeout=self._timeout_s,
+                proxies={"http": proxy, "https": proxy} if proxy else None,
+            )
+
+    def _url_of_bucket(self) -> str:
+        """Where its requests go: the bucket's host, or the endpoint's where that is an address."""
+        at = urlsplit(self._access.endpoint)
+        try:
+            ipaddress.ip_address(at.hostname or "")
+        except ValueError:
+            return f"{at.scheme}://{self._bucket}.{at.netloc}"
+        return self._access.endpoint
 
     def request_of(self, file: RemoteFile) -> HttpRequest:
         """See ``RangedSource.request_of``."""
         key = f"{self._below}/{file.path}" if self._below else file.path
         shown = f"oss://{self._bucket}/{key}"
-        keys = self._access.keys()
+        keys = self._keys()
+        bucket = self._open_bucket(keys)
         with failing(shown, keys):
-            bucket = self._open_bucket(keys)
             url = bucket.sign_url("GET", key, SIGNED_FOR_S, slash_safe=True)
-        return HttpRequest(url=url, shown=shown, hint=HINT)
+        return HttpRequest(url=url, shown=shown, hint=HINT, signed=bool(keys.key))
+
+
+def _find(bucket: oss2.Bucket, below: str) -> Sequence[str]:
+    """The keys of all objects below a prefix but the markers of folders."""
+    import oss2
+
+    found = oss2.ObjectIterator(bucket, prefix=below, max_keys=1_000, max_retries=1)
+    return [str(one.key) for one in found if not str(one.key).endswith("/")]
 
 
 def _file_of(bucket: oss2.Bucket, key: str, path: str) -> RemoteFile:
@@ -130,33 +169,34 @@ def _file_of(bucket: oss2.Bucket, key: str, path: str) -> RemoteFile:
 
 @contextlib.contextmanager
 def failing(what: str, keys: OssKeys) -> Iterator[None]:
-    """Make oss2's and ossfs's errors ``SourceError``s that name ``what`` and show no secret."""
+    """Make oss2's errors ``SourceError``s that name ``what`` and show no secret."""
     import oss2
 
     try:
         yield
-    except (FileNotFoundError, oss2.exceptions.NotFound):
-        raise NotFound(f"{what}: the source has no such bucket or file") from None
-    except (PermissionError, oss2.exceptions.AccessDenied) as error:
-        raise SourceError(
-            f"{what}: the source refuses access{_code(error)}; credentials: {HINT}"
-        ) from None
+    except CacheError:
+        raise
     except oss2.exceptions.RequestError as error:
-        reason = type(error.exception).__name__
+        reason = _untrusted_or(error.exception)
         raise SourceError(f"{what}: it cannot be reached ({reason})", retryable=True) from None
     except oss2.exceptions.ServerError as error:
-        answers.check_status(error.status, error.headers, what, HINT)
-        raise SourceError(f"{what}: the source answered {error.status}{_code(error)}") from None
-    except (oss2.exceptions.OssError, OSError, ValueError) as error:
-        text = redact(" ".join(str(error).split())[:300], keys.secrets)
+        # Its message repeats the key and the signed text: only the code is shown.
+        place = _ENDPOINT.search(str(getattr(error, "body", "")))
+        told = f"<Code>{error.code}</Code>{place[0] if place is not None else ''}"
+        if "specified endpoint" in str(getattr(error, "message", "")):
+            told += "specified endpoint"
+        answers.check_status(
+            error.status, error.headers, what, HINT, body=told.encode(), signed=bool(keys.key)
+        )
+        raise SourceError(f"{what}: the source answered {error.status}") from None
+    except Exception as error:  # noqa: BLE001 - oss2 lets those of its XML parser and others through
+        text = redact(" ".join(str(error).split())[:300], keys.secrets) or type(error).__name__
         raise SourceError(f"{what}: {text}", retryable=isinstance(error, OSError)) from None
 
 
-def _code(error: Exception) -> str:
-    """OSS's own name for what was wrong; its message repeats the key and the signed text."""
-    cause = error.__cause__ if not hasattr(error, "code") else error
-    code = getattr(cause, "code", "")
-    return f" ({code})" if isinstance(code, str) and code.isalnum() else ""
+def _untrusted_or(error: Exception) -> str:
+    name = type(error).__name__
+    return f"{name}: its certificate, or the proxy's, is not trusted" if "SSL" in name else name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,7 +290,7 @@ def _ask(url: str, reader: HttpReader) -> OssKeys:
             token=str(found["SecurityToken"]),
             good_until_s=datetime.fromisoformat(found["Expiration"]).timestamp(),
         )
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
         raise SourceError(f"{request.shown} are not in the form that is expected") from None
 
 

@@ -11,6 +11,7 @@ import contextlib
 import os
 import socket
 import ssl
+import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -18,11 +19,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import urlsplit
 
-from modelcache.ports import ANNOUNCE_BYTES, RangeRead
+from modelcache.ports import ANNOUNCE_BYTES, ONCE, RangeRead, Retries, Source
 from modelcache.refs import redact
 from modelcache.sources import answers, wire
+from modelcache.sources.proxy import proxy_of
+from modelcache.sources.retry import keep_asking
 from modelcache.types import PIECE_BYTES, Listing, ModelRef, RemoteFile, SourceError
 
 if TYPE_CHECKING:
@@ -49,12 +51,15 @@ R = TypeVar("R")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpRequest:
     """A URL to be read, with the credentials its own server is to get. ``shown`` is what it is
-    called in errors, ``hint`` where its credentials would go."""
+    called in errors, ``hint`` where its credentials would go. ``signed``: whether it carries any;
+    ``page`` is where a person asks for access."""
 
     url: str
     shown: str
     hint: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
+    signed: bool = True
+    page: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,7 +96,7 @@ class HttpReader:
         for _ in range(MOST_REDIRECTS + 1):
             trusted = answers.same_origin(request.url, url)
             headers = {**_headers(want), **(request.headers if trusted else {})}
-            target = self._read(url, headers, want)
+            target = self._read(request, url, headers, want)
             if target is None:
                 if url != asked == request.url:
                     self._remember(request.url, url)
@@ -99,10 +104,25 @@ class HttpReader:
             url = target
         raise SourceError(f"{want.what}: the source redirects more than {MOST_REDIRECTS} times")
 
-    def _read(self, url: str, headers: Mapping[str, str], want: RangeRead) -> str | None:
+    def _next(self, url: str, head: answers.SourceResponse, what: str) -> str:
+        """Where a redirect leads, unless that is more internal than where it comes from: a store
+        elsewhere has no say over what is asked inside of this network."""
+        target = answers.next_url(url, head, what)
+        if not answers.same_origin(url, target) and not wire.may_lead(
+            url, target, resolve=self._proxy_of(target) is None
+        ):
+            raise SourceError(
+                f"{what}: the source redirects to an address inside of this network or this "
+                "machine; not followed"
+            )
+        return target
+
+    def _read(
+        self, request: HttpRequest, url: str, headers: Mapping[str, str], want: RangeRead
+    ) -> str | None:
         """One request; where it redirects to, or ``None`` when the range is written."""
         if self._proxy_of(url):
-            return self._read_by_httpx(url, headers, want)
+            return self._read_by_httpx(request, url, headers, want)
         bytes_ = wire.format_request(url, headers)
         try:
             connection = self.connections.take(url)
@@ -113,9 +133,11 @@ class HttpReader:
         head, first = answer
         whole = False
         try:
-            if head.status in answers.REDIRECTS:
-                return answers.next_url(url, head, want.what)
-            answers.check_status(head.status, head.headers, want.what, want.hint)
+            if head.redirects:
+                return self._next(url, head, want.what)
+            if not 200 <= head.status < 300:
+                body = connection.read_error(head, first, want.cancelled)
+                _check(request, head, body)
             length = answers.check_range(head, want.file, want.start, want.end, want.what)
             if length is not None:
                 connection.receive(want, first)
@@ -126,7 +148,7 @@ class HttpReader:
                 self.connections.give_back(connection)
             else:
                 connection.close()
-        return self._read_by_httpx(url, headers, want)
+        return self._read_by_httpx(request, url, headers, want)
 
     def _ask(
         self, connection: wire.HttpConnection, request: bytes, want: RangeRead
@@ -137,49 +159,61 @@ class HttpReader:
             connection.close()
             raise
 
-    def _read_by_httpx(self, url: str, headers: Mapping[str, str], want: RangeRead) -> str | None:
-        with self.client(url).stream(
-            "GET", url, headers=dict(headers), follow_redirects=False
-        ) as answer:
-            head = _head_of(answer)
-            if head.status in answers.REDIRECTS:
-                return answers.next_url(url, head, want.what)
-            answers.check_status(head.status, head.headers, want.what, want.hint)
+    def _read_by_httpx(
+        self, request: HttpRequest, url: str, headers: Mapping[str, str], want: RangeRead
+    ) -> str | None:
+        with self.client(url).stream("GET", url, headers=dict(headers)) as answer:
+            head = _head_of(answer, url)
+            if head.redirects:
+                return self._next(url, head, want.what)
+            if not 200 <= head.status < 300:
+                _check(request, head, _beginning(answer))
             answers.check_range(head, want.file, want.start, want.end, want.what)
             wire.write_chunks(want, answer.iter_raw(ANNOUNCE_BYTES // 4))
         return None
 
     # -- pages and heads -------------------------------------------------------------------------
 
-    def head(self, request: HttpRequest) -> answers.SourceResponse:
+    def head(self, request: HttpRequest, retries: Retries = ONCE) -> answers.SourceResponse:
         """Headers of a file. Raises what its status means."""
-        with failing(request.shown):
-            answer = self.client(request.url).head(request.url, headers=_plain(request))
-            found = _head_of(answer)
-            answers.check_status(found.status, found.headers, request.shown, request.hint)
-            return found
+        return keep_asking(lambda: self._once("HEAD", request)[0], retries)
 
-    def raw_head(self, request: HttpRequest) -> answers.SourceResponse:
-        """Headers whatever the status, redirects not followed."""
-        with failing(request.shown):
-            answer = self.client(request.url).head(
-                request.url, headers=_plain(request), follow_redirects=False
-            )
-        return _head_of(answer)
-
-    def page(self, request: HttpRequest) -> tuple[answers.SourceResponse, bytes]:
+    def page(
+        self, request: HttpRequest, retries: Retries = ONCE
+    ) -> tuple[answers.SourceResponse, bytes]:
         """A whole small answer, such as a listing. Raises what its status means."""
-        with failing(request.shown):
-            client = self.client(request.url)
-            with client.stream("GET", request.url, headers=_plain(request)) as answer:
-                head = _head_of(answer)
-                answers.check_status(head.status, head.headers, request.shown, request.hint)
-                data = b""
-                for more in answer.iter_bytes():
-                    data += more
-                    if len(data) > MOST_PAGE_BYTES:
-                        raise SourceError(f"{request.shown}: an endless page")
-            return head, data
+        return keep_asking(lambda: self._once("GET", request), retries)
+
+    def raw_head(self, request: HttpRequest, retries: Retries = ONCE) -> answers.SourceResponse:
+        """Headers whatever the status, redirects not followed."""
+
+        def ask() -> answers.SourceResponse:
+            with failing(request.shown):
+                answer = self.client(request.url).head(request.url, headers=_plain(request))
+            return _head_of(answer, request.url)
+
+        return keep_asking(ask, retries)
+
+    def _once(self, method: str, request: HttpRequest) -> tuple[answers.SourceResponse, bytes]:
+        url, what = request.url, request.shown
+        with failing(what):
+            for _ in range(MOST_REDIRECTS + 1):
+                trusted = answers.same_origin(request.url, url)
+                headers = _plain(request) if trusted else _plain(replace(request, headers={}))
+                with self.client(url).stream(method, url, headers=headers) as answer:
+                    head = _head_of(answer, url)
+                    if head.redirects:
+                        url = self._next(url, head, what)
+                        continue
+                    if not 200 <= head.status < 300:
+                        _check(request, head, _beginning(answer))
+                    data = bytearray()
+                    for more in answer.iter_bytes():
+                        data += more
+                        if len(data) > MOST_PAGE_BYTES:
+                            raise SourceError(f"{what}: an endless page")
+                    return head, bytes(data)
+            raise SourceError(f"{what}: the source redirects more than {MOST_REDIRECTS} times")
 
     def client(self, url: str) -> httpx.Client:
         """The httpx client for a URL: direct, or over the proxy the environment names for it."""
@@ -189,24 +223,24 @@ class HttpReader:
         with self._lock:
             found = self._clients.get(proxy)
             if found is None:
-                found = self._clients[proxy] = httpx.Client(
-                    proxy=proxy or None,
-                    trust_env=False,
-                    verify=tls_context(self.environ),
-                    timeout=httpx.Timeout(self.timeout_s, connect=wire.CONNECT_S),
-                    follow_redirects=True,
-                    max_redirects=MOST_REDIRECTS,
-                    headers={"User-Agent": AGENT},
-                )
+                try:
+                    found = self._clients[proxy] = httpx.Client(
+                        proxy=proxy or None,
+                        trust_env=False,
+                        verify=tls_context(self.environ),
+                        timeout=httpx.Timeout(self.timeout_s, connect=wire.CONNECT_S),
+                        follow_redirects=False,
+                        headers={"User-Agent": AGENT},
+                    )
+                except ImportError:
+                    raise SourceError(
+                        "the proxy of the environment is a SOCKS proxy, which takes socksio: "
+                        f"{sys.executable} -m pip install 'httpx[socks]'"
+                    ) from None
         return found
 
     def _proxy_of(self, url: str) -> str | None:
-        parts = urlsplit(url)
-        given = {key.lower(): value for key, value in self.environ.items() if value}
-        proxy = given.get(f"{parts.scheme}_proxy") or given.get("all_proxy")
-        if not proxy or is_direct(parts.hostname or "", given.get("no_proxy", "")):
-            return None
-        return proxy
+        return proxy_of(url, self.environ)
 
     # -- redirects -------------------------------------------------------------------------------
 
@@ -255,20 +289,16 @@ def make_reader(
     )
 
 
-def is_direct(host: str, no_proxy: str) -> bool:
-    """Whether ``NO_PROXY`` says that a host is asked directly: itself, its domain, or ``*``."""
-    for entry in no_proxy.split(","):
-        name = entry.strip().lower().lstrip(".").partition(":")[0]
-        if name and (name == "*" or host.lower() == name or host.lower().endswith(f".{name}")):
-            return True
-    return False
+def certificates(environ: Mapping[str, str]) -> str | None:
+    """The file of certificates that the environment names, if it does."""
+    return environ.get("SSL_CERT_FILE") or environ.get("REQUESTS_CA_BUNDLE") or None
 
 
 def tls_context(environ: Mapping[str, str]) -> ssl.SSLContext:
     """Verifies servers by the system's certificates, or those that the environment names."""
-    file = environ.get("SSL_CERT_FILE") or environ.get("REQUESTS_CA_BUNDLE")
+    file = certificates(environ)
     try:
-        return ssl.create_default_context(cafile=file or None, capath=environ.get("SSL_CERT_DIR"))
+        return ssl.create_default_context(cafile=file, capath=environ.get("SSL_CERT_DIR"))
     except OSError as error:
         raise SourceError(f"certificates cannot be read from {file}: {error.strerror}") from error
 
@@ -282,7 +312,7 @@ def failing(what: str) -> Iterator[None]:
         yield
     except ssl.SSLCertVerificationError as error:
         reason = error.verify_message or error.reason
-        raise SourceError(f"{what}: the server's certificate is not trusted: {reason}") from None
+        raise SourceError(f"{what}: {_untrusted(str(reason))}") from None
     except socket.gaierror as error:
         raise SourceError(
             f"{what}: its host is unknown: {error.strerror}", retryable=True
@@ -295,10 +325,46 @@ def failing(what: str) -> Iterator[None]:
     except httpx.TransportError as error:
         # Its text may quote the URL, and that may be a signed one.
         shown = redact(str(error)) or type(error).__name__
-        trusted = "CERTIFICATE_VERIFY_FAILED" not in shown
-        raise SourceError(f"{what}: {shown}", retryable=trusted) from None
+        if "CERTIFICATE_VERIFY_FAILED" in shown:
+            reason = shown.rpartition("failed: ")[2].partition(" (_ssl")[0]
+            raise SourceError(f"{what}: {_untrusted(reason)}") from None
+        if isinstance(error, httpx.ProxyError):
+            if "407" in shown:
+                answers.check_status(407, {}, what)
+            raise SourceError(f"{what}: the proxy: {shown}", retryable=True) from None
+        raise SourceError(f"{what}: {shown}", retryable=True) from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise SourceError(f"{what}: {redact(str(error))}") from None
+
+
+def _untrusted(reason: str) -> str:
+    when = "; or this machine's clock is wrong" if "expired" in reason or "yet" in reason else ""
+    return (
+        f"the server's certificate is not trusted: {reason} (SSL_CERT_FILE names others to trust"
+        f"{when})"
+    )
+
+
+def _check(request: HttpRequest, head: answers.SourceResponse, body: bytes) -> None:
+    answers.check_status(
+        head.status,
+        head.headers,
+        request.shown,
+        request.hint,
+        body=body,
+        signed=request.signed,
+        page=request.page,
+    )
+
+
+def _beginning(answer: httpx.Response) -> bytes:
+    """Of an error's body as much as tells what is wrong."""
+    data = b""
+    for more in answer.iter_bytes():
+        data += more
+        if len(data) >= answers.MOST_ERROR_BYTES:
+            break
+    return data[: answers.MOST_ERROR_BYTES]
 
 
 def _headers(want: RangeRead) -> dict[str, str]:
@@ -310,9 +376,9 @@ def _headers(want: RangeRead) -> dict[str, str]:
     }
 
 
-def _head_of(answer: httpx.Response) -> answers.SourceResponse:
+def _head_of(answer: httpx.Response, url: str) -> answers.SourceResponse:
     return answers.SourceResponse(
-        status=answer.status_code, headers=dict(answer.headers), persistent=True
+        status=answer.status_code, headers=dict(answer.headers), persistent=True, url=url
     )
 
 
@@ -333,6 +399,21 @@ def ask_each(ask: Callable[[T], R], items: Sequence[T]) -> list[R]:
         return list(threads.map(ask, items))
 
 
+def read_file(source: Source, file: RemoteFile, retries: Retries = ONCE) -> bytes:
+    """A small file of a model, whole."""
+    return _read_span(source, file, 0, file.size_bytes, retries)
+
+
+def _read_span(source: Source, file: RemoteFile, start: int, end: int, retries: Retries) -> bytes:
+    fd = os.memfd_create("tidegate-small-file")
+    want = RangeRead(file=file, start=start, end=end, fd=fd, cancelled=retries.cancelled)
+    try:
+        keep_asking(lambda: source.fetch(want), retries)
+        return os.pread(fd, end - start, start)
+    finally:
+        os.close(fd)
+
+
 class RangedSource(ABC):
     """A source whose files are URLs. What differs is how they are listed and signed."""
 
@@ -341,7 +422,7 @@ class RangedSource(ABC):
         self.reader = reader
 
     @abstractmethod
-    def list(self) -> Listing:
+    def list(self, retries: Retries = ONCE) -> Listing:
         """What the model consists of; see ``Source.list``."""
 
     @abstractmethod
@@ -352,7 +433,7 @@ class RangedSource(ABC):
         """See ``Source.fetch``."""
         self.reader.fetch(self.request_of(want.file), want)
 
-    def probed(self, listing: Listing) -> Listing:
+    def probed(self, listing: Listing, retries: Retries) -> Listing:
         """The listing, once the source has shown that it serves ranges as asked.
 
         Eight bytes from the middle of the largest file: a source that cannot is told from one that
@@ -361,11 +442,7 @@ class RangedSource(ABC):
         largest = max(listing.files, key=lambda file: file.size_bytes)
         if largest.size_bytes > PIECE_BYTES:
             middle = largest.size_bytes // 2
-            fd = os.memfd_create("tidegate-probe")
-            try:
-                self.fetch(RangeRead(file=largest, start=middle, end=middle + PROBE_BYTES, fd=fd))
-            finally:
-                os.close(fd)
+            _read_span(self, largest, middle, middle + PROBE_BYTES, retries)
         return listing
 
     def close(self) -> None:

@@ -7,26 +7,36 @@ import configparser
 import os
 import re
 import socket
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from modelcache.ports import ONCE, Retries
 from modelcache.refs import SCHEMES
 from modelcache.sources import answers
 from modelcache.sources.obstore_client import (
+    Listed,
     ObjectStoreAccess,
     list_objects,
     obstore_errors,
     open_bucket,
 )
+from modelcache.sources.proxy import proxy_of
 from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, ask_each, home_of
+from modelcache.sources.retry import keep_asking
 from modelcache.types import Listing, ModelRef, RemoteFile, SourceError
+
+if TYPE_CHECKING:
+    from obstore.store import S3Store
 
 SIGNED_FOR = timedelta(hours=1)
 DEFAULT_REGION = "us-east-1"
 
+_REGION = re.compile(r"[a-z0-9-]{2,40}")
 _MD5 = re.compile(r"^[0-9a-f]{32}$")
 
 HINT = SCHEMES["s3"].credentials
@@ -51,35 +61,62 @@ class S3Source(RangedSource):
         super().__init__(ref, reader)
         self._bucket, _, self._prefix = ref.location.partition("/")
         self._below = f"{self._prefix}/" if self._prefix else ""
+        self._timeout_s = timeout_s
+        self._access = find_access(environ)
+        self._store: S3Store | None = None
+        self._opening = threading.Lock()
+
+    def _open(self, retries: Retries = ONCE) -> S3Store:
+        """The bucket, in its region."""
         from obstore.store import S3Store
 
-        access = find_access(environ)
-        self._access = replace(access, region=access.region or self._find_region(access.endpoint))
-        with obstore_errors(self.ref.url, HINT, access.secrets):
-            self._store = open_bucket(S3Store, self._bucket, self._access, timeout_s=timeout_s)
+        with self._opening:
+            if self._store is None:
+                access = self._access
+                region = access.region or self._find_region(access.endpoint, retries)
+                endpoint = access.endpoint or f"https://s3.{region}.amazonaws.com"
+                proxy = proxy_of(endpoint, self.reader.environ)
+                self._access = replace(access, region=region, proxy=proxy)
+                with self._errors(self.ref.url):
+                    self._store = open_bucket(
+                        S3Store, self._bucket, self._access, timeout_s=self._timeout_s
+                    )
+            return self._store
 
-    def _find_region(self, endpoint: str | None) -> str:
+    def _errors(self, what: str) -> AbstractContextManager[None]:
+        access = self._access
+        return obstore_errors(what, HINT, access.secrets, signed=not access.anonymous)
+
+    def _find_region(self, endpoint: str | None, retries: Retries) -> str:
         """The bucket's region, which S3 tells without credentials. Other sources accept any."""
         if endpoint:
             return DEFAULT_REGION
         url = f"https://s3.amazonaws.com/{self._bucket}"
-        head = self.reader.raw_head(HttpRequest(url=url, shown=self.ref.url))
-        return head.headers.get("x-amz-bucket-region") or DEFAULT_REGION
+        head = self.reader.raw_head(HttpRequest(url=url, shown=self.ref.url), retries)
+        region = head.headers.get("x-amz-bucket-region", "")
+        return region if _REGION.fullmatch(region) else DEFAULT_REGION
 
-    def list(self) -> Listing:
+    def list(self, retries: Retries = ONCE) -> Listing:
         """See ``Source.list``."""
-        with obstore_errors(self.ref.url, HINT, self._access.secrets):
-            metas, below = list_objects(self._store, self._prefix)
-        self._below = below
-        files = ask_each(lambda meta: self._file_of(meta, below), metas)
-        return self.probed(answers.make_listing(self.ref, files))
 
-    def _file_of(self, meta: Mapping[str, Any], below: str) -> RemoteFile:
+        def ask(question: Callable[[], Listed]) -> Listed:
+            def once() -> Listed:
+                with self._errors(self.ref.url):
+                    return question()
+
+            return keep_asking(once, retries)
+
+        metas, below = list_objects(self._open(retries), self._prefix, ask)
+        self._below = below
+        files = ask_each(lambda meta: self._file_of(meta, below, retries), metas)
+        return self.probed(answers.make_listing(self.ref, files), retries)
+
+    def _file_of(self, meta: Mapping[str, Any], below: str, retries: Retries) -> RemoteFile:
         path, etag = str(meta["path"]), answers.plain_etag(meta["e_tag"] or "")
         digests = {}
         if _MD5.match(etag):
             # Of an encrypted object the ETag has the form of an MD5 and is none.
-            head = self.reader.head(self._request("HEAD", path))
+            head = self.reader.head(self._request("HEAD", path), retries)
             if head.headers.get("x-amz-server-side-encryption", "AES256") == "AES256" and not any(
                 name.startswith("x-amz-server-side-encryption-customer") for name in head.headers
             ):
@@ -96,15 +133,15 @@ class S3Source(RangedSource):
         return self._request("GET", self._below + file.path)
 
     def _request(self, method: Any, key: str) -> HttpRequest:
-        shown = f"s3://{self._bucket}/{key}"
+        shown, store = f"s3://{self._bucket}/{key}", self._open()
         if self._access.anonymous:
             endpoint = self._access.endpoint or f"https://s3.{self._access.region}.amazonaws.com"
             url = f"{endpoint.rstrip('/')}/{self._bucket}/{quote(key)}"
-            return HttpRequest(url=url, shown=shown, hint=HINT)
+            return HttpRequest(url=url, shown=shown, hint=HINT, signed=False)
         import obstore
 
-        with obstore_errors(shown, HINT, self._access.secrets):
-            url = obstore.sign(self._store, method, key, SIGNED_FOR)
+        with self._errors(shown):
+            url = obstore.sign(store, method, key, SIGNED_FOR)
         return HttpRequest(url=url, shown=shown, hint=HINT)
 
 

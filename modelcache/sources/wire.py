@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import ipaddress
 import os
 import select
 import socket
@@ -117,6 +118,19 @@ class HttpConnection:
             self._receive_tls(self.sock, want, at)
         else:
             self._receive_plain(want, at)
+
+    def read_error(
+        self, head: answers.SourceResponse, first: bytes, cancelled: IsCancelled
+    ) -> bytes:
+        """The beginning of an error's body, as far as it comes: the status tells enough."""
+        data, most = first, min(head.length or 0, answers.MOST_ERROR_BYTES)
+        with contextlib.suppress(OSError):
+            while len(data) < most:
+                more = self._receive_some(cancelled)
+                if not more:
+                    break
+                data += more
+        return data[: answers.MOST_ERROR_BYTES]
 
     def fill(
         self, into: memoryview, first: bytes, on_bytes: OnBytes, cancelled: IsCancelled
@@ -371,6 +385,48 @@ def origin_of(url: str) -> tuple[str, str, int]:
         raise SourceError("the source's address is neither http nor https")
     host = parts.hostname.encode("idna").decode() if not parts.hostname.isascii() else None
     return parts.scheme, host or parts.hostname, parts.port or (443, 80)[parts.scheme == "http"]
+
+
+METADATA = ("100.100.100.200", "fd00:ec2::254", "168.63.129.16")
+"""Addresses of clouds' services for their machines that are not link-local."""
+
+
+def find_reach(host: str, port: int, *, resolve: bool = True) -> int:
+    """How far from here the nearest address of a host is: 0 a cloud's metadata (link-local), 1 this
+    machine, 2 a private network, 3 the internet, or not known."""
+    try:
+        found = [host] if not resolve else [
+            str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        ]  # fmt: skip
+    except (OSError, UnicodeError):
+        return 3  # to connect will say so
+    return min((_reach_of(address) for address in found), default=3)
+
+
+def _reach_of(text: str) -> int:
+    try:
+        address = ipaddress.ip_address(text.strip("[]").partition("%")[0])
+    except ValueError:
+        return 3
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    if address.is_link_local or str(address) in METADATA:
+        return 0
+    if address.is_loopback or address.is_unspecified:
+        return 1
+    return 3 if address.is_global else 2
+
+
+def may_lead(url: str, target: str, *, resolve: bool = True) -> bool:
+    """Whether a server at ``url`` may send readers on to ``target``: not to a cloud's metadata, nor
+    to where it is not itself, such as this machine. ``resolve``: whether names are looked up here
+    (a proxy does it for its own)."""
+    _, host, port = origin_of(target)
+    reach = find_reach(host, port, resolve=resolve)
+    if reach in (0, 3):
+        return reach == 3
+    _, host, port = origin_of(url)
+    return reach >= find_reach(host, port)
 
 
 def format_request(url: str, headers: Mapping[str, str]) -> bytes:

@@ -19,7 +19,7 @@ from nginx_server import nginx
 from object_server import IndexedServer, ObjectServer, serving
 from store_servers import GcsServer, HubServer, OssServer
 
-from modelcache.ports import ANNOUNCE_BYTES, RangeRead, Source
+from modelcache.ports import ANNOUNCE_BYTES, RangeRead, Retries, Source
 from modelcache.refs import parse_ref
 from modelcache.settings import ModelCacheSettings
 from modelcache.sources.opening import open_source
@@ -47,11 +47,19 @@ class Store:
     put: Callable[[str, bytes], None]
     remove: Callable[[str], None]
     secrets: tuple[str, ...] = ()
+    mark: Callable[[str], None] = lambda path: None
+    """Leaves what the store's tools leave for a folder: an empty object, a directory."""
 
     @contextmanager
-    def opened(self, url: str | None = None, revision: str | None = None) -> Iterator[Source]:
+    def opened(
+        self,
+        url: str | None = None,
+        revision: str | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> Iterator[Source]:
         ref = parse_ref(url or self.url, revision)
-        source = open_source(ref, settings=ModelCacheSettings(timeout_s=30), environ=self.environ)
+        environ = self.environ if environ is None else environ
+        source = open_source(ref, settings=ModelCacheSettings(timeout_s=30), environ=environ)
         try:
             yield source
         finally:
@@ -90,6 +98,20 @@ class SourceContract:
         found = {file.path: file.size_bytes for file in listing.files}
         assert found == {path: len(data) for path, data in FILES.items()}
         assert len(listing.revision) == 40
+
+    def test_folders_are_no_files_and_empty_files_are(self, store: Store, tmp_path: Path) -> None:
+        for path in ("", "original/", "logs/", "deep/er/"):
+            store.mark(path)
+        for path in ("added_tokens.json", "code/__init__.py"):
+            store.put(path, b"")
+        with store.opened() as source:
+            found = {file.path: file for file in source.list().files}
+            with filled(tmp_path / "out", 0) as fd:
+                read_range(source, found["added_tokens.json"], 0, 0, fd)
+        for path in ("added_tokens.json", "code/__init__.py"):
+            assert found.pop(path).size_bytes == 0
+            store.remove(path)
+        assert set(found) == set(FILES)
 
     def test_digests_that_are_told_are_right(self, store: Store) -> None:
         with store.opened() as source:
@@ -243,6 +265,64 @@ class SourceContract:
         assert not [secret for secret in (*store.secrets, "Signature=") if secret in text]
 
 
+class ServedContract(SourceContract):
+    """Of a source that a server of ours stands for, which has a fixture ``served`` too: the servers
+    that are asked. ``elsewhere`` is the environment in which they have another address."""
+
+    def elsewhere(self, store: Store, url: str) -> tuple[str, dict[str, str]]:
+        raise NotImplementedError
+
+    def test_a_source_that_is_busy_is_asked_again_whatever_was_asked(
+        self, store: Store, served: list[ObjectServer]
+    ) -> None:
+        with store.opened() as source:
+            wanted = source.list()
+            server, asked = served[0], len(served[0].asked)
+            source.list()
+            questions = len(server.asked) - asked
+        for skipped in range(questions):
+            with store.opened() as source:
+                server.busy_from = len(server.asked) + skipped
+                server.busy = 1
+                assert source.list(Retries(most=2)) == wanted
+        with store.opened() as source:
+            server.busy = 1
+            with pytest.raises(SourceError) as raised:
+                source.list()
+            assert raised.value.retryable
+            server.busy = 1_000
+            with pytest.raises(Cancelled):
+                source.list(Retries(most=5, cancelled=lambda: True))
+            server.busy = 0
+
+    def test_every_request_goes_over_the_proxy(
+        self, store: Store, served: list[ObjectServer], tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        # Whatever host a proxy is asked for, this one answers with its own objects.
+        monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # not the environment that counts
+        server = served[0]
+        url, environ = self.elsewhere(store, "http://192.0.2.1")
+        before = len(server.asked)
+        with store.opened(url, environ={**environ, "http_proxy": server.url}) as source:
+            file = file_of(source, "config.json")
+            with filled(tmp_path / "out", file.size_bytes) as fd:
+                read_range(source, file, 0, file.size_bytes, fd)
+        assert (tmp_path / "out").read_bytes() == FILES["config.json"]
+        asked = [path for _, path, _ in server.asked[before:]]
+        assert len(asked) > 1
+        assert not [path for path in asked if not path.startswith("http://192.0.2.1/")]
+
+    def test_this_machine_is_never_asked_over_a_proxy(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        proxies = {"HTTP_PROXY": "http://127.0.0.1:9", "ALL_PROXY": "http://127.0.0.1:9"}
+        for name, value in proxies.items():
+            monkeypatch.setenv(name, value)
+        with store.opened(environ={**store.environ, **proxies}) as source:
+            assert source.list().files
+
+
 def from_folder(folder: Path) -> dict[str, Any]:
     """``put`` and ``remove`` of a store that is a folder of files; fills it."""
 
@@ -258,7 +338,11 @@ def from_folder(folder: Path) -> dict[str, Any]:
     for path, data in NEIGHBOUR.items():
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_bytes(data)
-    return {"put": put, "remove": lambda path: (folder / "tiny" / path).unlink()}
+    return {
+        "put": put,
+        "remove": lambda path: (folder / "tiny" / path).unlink(),
+        "mark": lambda path: (folder / "tiny" / path).mkdir(parents=True, exist_ok=True),
+    }
 
 
 class TestFile(SourceContract):
@@ -290,18 +374,31 @@ class TestHttpFromNginx(SourceContract):
             )
 
 
-class TestHttpOfOurs(SourceContract):
+class TestHttpOfOurs(ServedContract):
     @pytest.fixture
-    def store(self, tmp_path: Path) -> Iterator[Store]:
+    def served(self) -> Iterator[list[ObjectServer]]:
         with serving(server := IndexedServer()):
             server.index = "json"
             fill(server, "m/tiny/", {f"m/{path}": data for path, data in NEIGHBOUR.items()})
-            yield Store(
-                url=f"{server.url}/m/tiny/",
-                environ={"HOME": str(tmp_path)},
-                put=lambda path, data: server.objects.update({f"m/tiny/{path}": data}),
-                remove=lambda path: server.objects.pop(f"m/tiny/{path}") and None,
-            )
+            yield [server]
+
+    @pytest.fixture
+    def store(self, served: list[ObjectServer], tmp_path: Path) -> Store:
+        server = served[0]
+        return Store(
+            url=f"{server.url}/m/tiny/",
+            environ={"HOME": str(tmp_path)},
+            put=lambda path, data: server.objects.update({f"m/tiny/{path}": data}),
+            remove=lambda path: discard(server, f"m/tiny/{path}"),
+            mark=lambda path: server.objects.update({f"m/tiny/{path}.keep/": b""}),
+        )
+
+    def elsewhere(self, store: Store, url: str) -> tuple[str, dict[str, str]]:
+        return f"{url}/m/tiny/", dict(store.environ)
+
+
+def discard(server: ObjectServer, path: str) -> None:
+    del server.objects[path]
 
 
 def fill(server: ObjectServer, below: str, others: Mapping[str, bytes]) -> None:
@@ -309,8 +406,15 @@ def fill(server: ObjectServer, below: str, others: Mapping[str, bytes]) -> None:
     server.objects.update(others)
 
 
-class TestOss(SourceContract):
+class TestOss(ServedContract):
     token = ""
+
+    @pytest.fixture
+    def served(self, server: OssServer) -> list[ObjectServer]:
+        return [server]
+
+    def elsewhere(self, store: Store, url: str) -> tuple[str, dict[str, str]]:
+        return store.url, {**store.environ, "OSS_ENDPOINT": url}
 
     @pytest.fixture
     def server(self) -> Iterator[OssServer]:
@@ -333,7 +437,8 @@ class TestOss(SourceContract):
             url="oss://models/llm/tiny",
             environ=environ,
             put=lambda path, data: server.put(f"llm/tiny/{path}", data),
-            remove=lambda path: server.objects.pop(f"models/llm/tiny/{path}") and None,
+            remove=lambda path: discard(server, f"models/llm/tiny/{path}"),
+            mark=lambda path: server.put(f"llm/tiny/{path}", b""),
             secrets=(server.key, server.secret, *([server.token] if server.token else [])),
         )
         assert not server.refused
@@ -387,6 +492,7 @@ class TestS3FromMoto(SourceContract):
             },
             put=lambda p, data: client.put_object(Bucket="models", Key=f"tiny/{p}", Body=data),
             remove=lambda p: client.delete_object(Bucket="models", Key=f"tiny/{p}"),
+            mark=lambda p: client.put_object(Bucket="models", Key=f"tiny/{p}", Body=b""),
             secrets=tuple(keys.values()),
         )
         for found in client.list_objects_v2(Bucket="models")["Contents"]:
@@ -394,17 +500,49 @@ class TestS3FromMoto(SourceContract):
         client.delete_bucket(Bucket="models")
 
 
-class TestGs(SourceContract):
+class OfBuckets(ServedContract):
+    """Sources whose listings are S3's, by a server that checks no signatures."""
+
     @pytest.fixture
-    def store(self, tmp_path: Path) -> Iterator[Store]:
+    def served(self) -> Iterator[list[ObjectServer]]:
         with serving(server := GcsServer()):
             fill(server, "models/tiny/", {f"models/{p}": d for p, d in NEIGHBOUR.items()})
-            yield Store(
-                url="gs://models/tiny",
-                environ={"HOME": str(tmp_path), "STORAGE_EMULATOR_HOST": server.url},
-                put=lambda path, data: server.put(f"tiny/{path}", data),
-                remove=lambda path: server.objects.pop(f"models/tiny/{path}") and None,
-            )
+            yield [server]
+
+    def store_at(self, server: ObjectServer, url: str, environ: Mapping[str, str]) -> Store:
+        assert isinstance(server, GcsServer)
+        return Store(
+            url=url,
+            environ=environ,
+            put=lambda path, data: server.put(f"tiny/{path}", data),
+            remove=lambda path: discard(server, f"models/tiny/{path}"),
+            mark=lambda path: server.put(f"tiny/{path}", b""),
+        )
+
+
+class TestGs(OfBuckets):
+    @pytest.fixture
+    def store(self, served: list[ObjectServer], tmp_path: Path) -> Store:
+        environ = {"HOME": str(tmp_path), "STORAGE_EMULATOR_HOST": served[0].url}
+        return self.store_at(served[0], "gs://models/tiny", environ)
+
+    def elsewhere(self, store: Store, url: str) -> tuple[str, dict[str, str]]:
+        return store.url, {**store.environ, "STORAGE_EMULATOR_HOST": url}
+
+
+class TestS3OfOurs(OfBuckets):
+    @pytest.fixture
+    def store(self, served: list[ObjectServer], tmp_path: Path) -> Store:
+        environ = {
+            "HOME": str(tmp_path),
+            "AWS_ENDPOINT_URL": served[0].url,
+            "AWS_ACCESS_KEY_ID": "AKIATESTTESTTEST",
+            "AWS_SECRET_ACCESS_KEY": "s3-test-secret",
+        }
+        return self.store_at(served[0], "s3://models/tiny", environ)
+
+    def elsewhere(self, store: Store, url: str) -> tuple[str, dict[str, str]]:
+        return store.url, {**store.environ, "AWS_ENDPOINT_URL": url}
 
 
 class UntaggedServer(ObjectServer):
@@ -414,7 +552,16 @@ class UntaggedServer(ObjectServer):
         return {}
 
 
-class TestHf(SourceContract):
+class TestHf(ServedContract):
+    @pytest.fixture
+    def served(self, hub: HubServer) -> list[ObjectServer]:
+        self.hub = hub
+        return [hub]
+
+    def elsewhere(self, store: Store, url: str) -> tuple[str, dict[str, str]]:
+        self.hub.redirects_to = url
+        return store.url, {**store.environ, "HF_ENDPOINT": url}
+
     @pytest.fixture
     def hub(self) -> Iterator[HubServer]:
         elsewhere = UntaggedServer()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modelcache.cache import ModelCache
-from modelcache.ports import RangeRead
+from modelcache.ports import ONCE, RangeRead, Retries
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.partial_files import Partial
 from modelcache.types import (
@@ -50,7 +50,7 @@ class FolderSource:
     def folder(self) -> Path:
         return self.root / self.ref.location
 
-    def list(self) -> Listing:
+    def list(self, retries: Retries = ONCE) -> Listing:
         if self.down:
             raise SourceError("the line is dead", retryable=True)
         if not self.folder.is_dir():

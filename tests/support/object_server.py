@@ -31,6 +31,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.note(self)
+        if self.server.busy > 0 and len(self.server.asked) > self.server.busy_from:
+            self.server.busy -= 1
+            self.answer(503, {}, b"<Error><Code>SlowDown</Code></Error>")
+            return
         path, query = self.split()
         special = self.server.special(self, path, query)
         if special is not None:
@@ -94,6 +98,10 @@ class ObjectServer(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.asked: list[tuple[str, str, dict[str, str]]] = []
         self.fault: Fault | None = None
+        self.busy = 0
+        """So many requests are answered 503 …"""
+        self.busy_from = 0
+        """… after so many in all."""
         self.changed_at_s = 1_790_000_000.0
 
     @property

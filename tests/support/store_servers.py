@@ -192,6 +192,8 @@ class HubServer(ObjectServer):
         self.repo, self.token, self.elsewhere = repo, token, elsewhere
         self.commits = {"main": "1" * 40, "v1": "2" * 40}
         self.redirected = 0
+        self.redirects_to = ""
+        """Where it says that the store elsewhere is; empty for where it is."""
         self._sha256: dict[str, str] = {}
 
     def put(self, path: str, data: bytes) -> None:
@@ -200,8 +202,14 @@ class HubServer(ObjectServer):
         self.elsewhere.objects[f"lfs/{self._sha256[path]}"] = data
 
     def special(self, handler: Handler, path: str, query: dict[str, str]) -> Answer | None:
-        if self.token and handler.headers.get("Authorization") != f"Bearer {self.token}":
+        if (
+            self.token
+            and path not in self.elsewhere.objects
+            and handler.headers.get("Authorization") != f"Bearer {self.token}"
+        ):
             return 401, {"X-Error-Code": "RepoNotFound"}, b'{"error":"Repository not found"}'
+        if path in self.elsewhere.objects:  # as a proxy, it answers for both
+            return handler.slice(path, self.elsewhere.objects[path])
         api = f"api/models/{self.repo}"
         if path == api or path.startswith(f"{api}/revision/"):
             return self._info(path.removeprefix(api).removeprefix("/revision/") or "main")
@@ -215,7 +223,8 @@ class HubServer(ObjectServer):
         if not is_large(name):
             return handler.slice(name, data)
         self.redirected += 1
-        target = f"{self.elsewhere.url}/lfs/{self._sha256[name]}?Signature=topsecret"
+        store = self.redirects_to or self.elsewhere.url
+        target = f"{store}/lfs/{self._sha256[name]}?Signature=topsecret"
         return 302, {"Location": target, "X-Linked-Size": str(len(data))}, b""
 
     def _info(self, revision: str) -> Answer:

@@ -18,7 +18,7 @@ from modelcache.fetch.download import TransferTimeouts
 from modelcache.fetch.transfer import Transfer
 from modelcache.peers.group import LookUp, PeerGroup, look_up
 from modelcache.peers.piece_inventory import PieceInventory
-from modelcache.ports import ANNOUNCE_BYTES, RangeRead
+from modelcache.ports import ANNOUNCE_BYTES, ONCE, RangeRead, Retries
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.layout import Layout, file_key
 from modelcache.store.partial_files import Partial
@@ -116,7 +116,7 @@ class MemorySource:
     )
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def list(self) -> Listing:
+    def list(self, retries: Retries = ONCE) -> Listing:
         return Listing(revision=REVISION, files=tuple(self.remote(path) for path in self.files))
 
     def remote(self, path: str) -> RemoteFile:

@@ -17,10 +17,8 @@ def settings(model: str, *args: str, **fields: Any) -> Settings:
     return Settings.model_validate(given)
 
 
-def model_of(given: Settings, *directories: str, can_read: bool = True) -> str | None:
-    seen = through_cache(
-        given, can_read=lambda: can_read, is_directory=lambda name: name in directories
-    )
+def model_of(given: Settings, *directories: str) -> str | None:
+    seen = through_cache(given, is_directory=lambda name: name in directories)
     return seen.pools[0].model
 
 
@@ -60,7 +58,6 @@ def test_pools_that_are_left_alone() -> None:
     assert model_of(settings(name, pool={"engine": "simulated"})) == name
     assert model_of(settings(name, loaders={"load_format": "dummy"})) == name
     assert model_of(settings(name, modelcache={"hub_names": False})) == name
-    assert model_of(settings(name), can_read=False) == name
     for variable in ("HF_TOKEN", "HF_ENDPOINT", "VLLM_USE_MODELSCOPE", "HUGGING_FACE_HUB_TOKEN"):
         assert model_of(settings(name, pool={"env": {variable: "1"}})) == name
     assert model_of(settings(name, pool={"env": {"VLLM_X": "1"}})) == f"hf://{name}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from swarm_rig import PATIENT, FailingTimes, MemorySource, make_alone, make_content, make_node
 
-from modelcache.fetch.transfer import pause
+from modelcache.sources.retry import pause
 from modelcache.types import PIECE_BYTES, CacheError, Cancelled, Damaged, Progress, SourceError
 
 MIB = 1 << 20

@@ -17,7 +17,7 @@ from modelcache.sources import gs, hf, http, s3
 from modelcache.sources.obstore_client import ObjectStoreAccess
 from modelcache.sources.opening import ExtraMissing, open_source, rate_of
 from modelcache.sources.oss import find_access as find_oss_access
-from modelcache.sources.reader import is_direct, make_reader
+from modelcache.sources.reader import make_reader
 from modelcache.types import Listing, ModelRef, NotFound, SourceError
 
 KEY, SECRET, TOKEN = "AKIATESTTESTTEST", "wJalr/test+secret", "session/token=="
@@ -361,20 +361,6 @@ def test_the_longest_beginning_that_fits_limits(url: str, rate: int | None) -> N
     assert rate_of(parse_ref(url), settings) == (400_000 if url == "s3://models/a" else rate)
     tight = ModelCacheSettings(source_bandwidth_bytes_s=limits, bandwidth_bytes_s=70_000)
     assert rate_of(parse_ref(url), tight) == 70_000
-
-
-@pytest.mark.parametrize(
-    ("host", "no_proxy", "direct"),
-    [
-        ("store.intern", ".intern", True),
-        ("store.intern", "intern:8080", True),
-        ("storeintern", "intern", False),
-        ("a", "b, *", True),
-        ("a", "", False),
-    ],
-)
-def test_no_proxy(host: str, no_proxy: str, direct: bool) -> None:
-    assert is_direct(host, no_proxy) is direct
 
 
 def test_a_user_of_the_web_server_is_asked_for(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from modelcache.refs import parse_ref
 from modelcache.sources import answers, http, wire
-from modelcache.sources.answers import digest_of, make_listing
+from modelcache.sources.answers import check_status, digest_of, make_listing
 from modelcache.sources.file import FileSource
 from modelcache.types import NotFound, RemoteFile, SourceError
 
@@ -115,16 +116,77 @@ def test_a_revision_changes_with_everything_that_is_listed() -> None:
         make_listing(REF, [])
 
 
-def test_checksums_and_shards_are_read_leniently() -> None:
+def test_checksums_are_read_leniently() -> None:
     digest = "A1" * 32
     text = f"{digest}  model.safetensors\n{digest} *./sub/x y\nshort  z\n\n{'g' * 64}  q\n"
     assert http.read_checksums(text.encode()) == {
         "model.safetensors": digest.lower(),
         "sub/x y": digest.lower(),
     }
-    assert http.read_shards(b'{"weight_map": {"a": "2", "b": "1", "c": "2"}}') == ["1", "2"]
-    for page in (b"", b"[]", b"{}", b'{"weight_map": 3}', b"\xff"):
-        assert http.read_shards(page) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "code", "signed", "says"),
+    [
+        (400, {}, "ExpiredToken", True, "expired"),
+        (403, {}, "InvalidAccessKeyId", True, "does not know the access key"),
+        (403, {}, "InvalidAccessKeyId.NotFound", True, "does not know the access key"),
+        (403, {}, "SignatureDoesNotMatch", True, "secret key"),
+        (403, {}, "RequestTimeTooSkewed", True, "clock"),
+        (404, {}, "NoSuchBucket", True, "no bucket 'models'"),
+        (301, {"x-amz-bucket-region": "eu-west-1"}, "PermanentRedirect", True,
+         "AWS_REGION=eu-west-1"),
+        (400, {}, "AuthorizationHeaderMalformed</Code><Region>eu-west-3</Region><Code>", True,
+         "AWS_REGION=eu-west-3"),
+        (403, {}, "AccessDenied", True, "do not allow it"),
+        (403, {}, "AccessDenied", False, "no credentials were found"),
+        (407, {}, "", True, "proxy"),
+    ],
+)  # fmt: skip
+def test_what_a_store_says_becomes_what_to_do(
+    status: int, headers: dict[str, str], code: str, signed: bool, says: str
+) -> None:
+    body = f"<Error><Code>{code}</Code><AWSAccessKeyId>AKIASECRET</AWSAccessKeyId></Error>"
+    with pytest.raises(SourceError) as raised:
+        check_status(
+            status, headers, "s3://models/m", "AWS_ACCESS_KEY_ID",
+            body=body.encode() if code else b"", signed=signed,
+        )  # fmt: skip
+    assert says in str(raised.value)
+    assert "AKIASECRET" not in str(raised.value)
+    assert not raised.value.retryable
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "signed", "says"),
+    [
+        (403, {"x-error-code": "GatedRepo"}, True, "accept them there, then try again"),
+        (401, {"x-error-code": "GatedRepo"}, False, "set the token of that account: HF_TOKEN"),
+        (401, {"x-error-message": "Invalid credentials in Authorization header"}, True,
+         "does not accept the credentials: check HF_TOKEN"),
+        (401, {"x-error-code": "RepoNotFound"}, False, "needs a token"),
+        (404, {"x-error-code": "RepoNotFound"}, True, "check the name"),
+        (404, {"x-error-code": "RevisionNotFound"}, True, "no such revision"),
+        (403, {"x-error-code": "DisabledRepo", "x-error-message": "Disabled."}, True, "disabled"),
+    ],
+)  # fmt: skip
+def test_what_a_hub_says_becomes_what_to_do(
+    status: int, headers: dict[str, str], signed: bool, says: str
+) -> None:
+    with pytest.raises(SourceError, match=re.escape(says)):
+        check_status(status, headers, "hf://org/m", "HF_TOKEN", signed=signed)
+
+
+@pytest.mark.parametrize("size", [-1, 2**63, 10**30])
+def test_a_size_that_is_none_is_refused(size: int) -> None:
+    with pytest.raises(SourceError, match="bytes"):
+        make_listing(REF, [RemoteFile(path="a", size_bytes=size)])
+
+
+def test_what_stands_for_a_folder_is_no_file_and_an_empty_file_is_one() -> None:
+    given = {"": 0, "logs/": 0, "a": 0, "a/b.json": 2, "c_$folder$": 0, "__init__.py": 0, "d": 1}
+    listing = make_listing(REF, [RemoteFile(path=p, size_bytes=n) for p, n in given.items() if p])
+    assert [file.path for file in listing.files] == ["__init__.py", "a/b.json", "d"]
 
 
 def test_links_are_followed_and_folders_that_are_links_are_not(tmp_path: Path) -> None:

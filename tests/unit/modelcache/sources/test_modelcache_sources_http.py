@@ -79,7 +79,7 @@ def fetch(
         (wrong.endless_head, "endless", False),
         (wrong.silent, "timed out", True),
         (wrong.status(404), "no such file", False),
-        (wrong.status(403), "refuses access (403); credentials: ~/.netrc", False),
+        (wrong.status(403), "no credentials were found; credentials: ~/.netrc", False),
         (wrong.status(412), "has changed", False),
         (wrong.status(416), "shorter", False),
         (wrong.status(500), "answered 500", True),

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelcache.fetch.fetch import select_files
 from modelcache.store.layout import Layout, file_key, model_key, safe_name
 from modelcache.store.records import (
     MANIFEST,
@@ -158,42 +157,6 @@ def test_a_listing_that_cannot_become_a_directory_is_refused(
 
 def test_any_other_listing_is_taken() -> None:
     check_listing(listing("a", "ab/c", "a.b/c", "ab/d e", "é"))
-
-
-FILES = listing("a.safetensors", "b.bin", "c.json", "d/e.pt", "d/f.txt")
-
-
-@pytest.mark.parametrize(
-    ("include", "exclude", "wanted"),
-    [
-        ((), (), "a.safetensors c.json d/f.txt"),
-        ((), ("*.json", "d/*"), "a.safetensors"),
-        (("*.bin", "*.pt"), (), "b.bin d/e.pt"),
-        (("*",), ("*.pt",), "a.safetensors b.bin c.json d/f.txt"),
-        (("none",), (), ""),
-    ],
-)
-def test_files_are_chosen_by_patterns_and_pickles_only_when_asked_for(
-    include: tuple[str, ...], exclude: tuple[str, ...], wanted: str
-) -> None:
-    assert " ".join(file.path for file in select_files(FILES, include, exclude)) == wanted
-
-
-def test_what_other_runtimes_read_is_not_wanted_beside_safetensors() -> None:
-    others = (
-        "flax_model.msgpack", "tf_model.h5", "rust_model.ot", "onnx/model_q4.onnx",
-        "onnx/model.onnx_data", "onnx/model.onnx_data_1", "openvino/openvino_model.bin",
-        "openvino/openvino_model.xml", "coreml/text.mlpackage/Data/weights/weight.data",
-    )  # fmt: skip
-    kept = ("config.json", "model.safetensors", "gguf/model-q4.gguf", "onnx/README.md")
-    chosen = select_files(listing(*kept, *others))
-    assert {file.path for file in chosen} == set(kept)
-    assert len(select_files(listing("config.json", *others))) == len(others) + 1
-    assert len(select_files(listing(*kept, *others), include=("*",))) == len(kept) + len(others)
-
-
-def test_pickles_are_wanted_of_a_model_that_has_nothing_else() -> None:
-    assert len(select_files(listing("pytorch_model.bin", "config.json"))) == 2
 
 
 def test_a_files_key_changes_with_whatever_may_change_its_content() -> None:
