@@ -58,8 +58,8 @@ class RangeRead:
     """Bytes ``[start, end)`` of a file in a source's own listing, to be written into ``fd`` at the
     same offsets. The position of ``fd`` is not used, so many ranges may be written at once.
 
-    ``on_bytes`` is called with every at most ``ANNOUNCE_BYTES`` that have arrived and may block to
-    throttle; no more than that is read ahead of it.
+    The bytes are written in order. ``on_bytes`` is called with every at most ``ANNOUNCE_BYTES``
+    that have been written and may block to throttle; no more than that is read ahead of it.
     """
 
     file: RemoteFile
@@ -106,7 +106,9 @@ class Source(Protocol):
         Returns only when exactly that range was written. Raises ``SourceError`` for anything
         else: a shorter or longer answer, a source that ignores ranges, a file that changed since
         it was listed; ``NotFound`` where the file is gone; ``Cancelled`` soon after
-        ``cancelled()`` says so. What had been written until then counts for nothing.
+        ``cancelled()`` says so. After ``Cancelled`` and an error that is ``retryable``, what
+        ``on_bytes`` was told of is the beginning of the range; after any other it counts for
+        nothing.
         """
         ...
 

@@ -176,6 +176,8 @@ class Attempt(PieceRead):
 
     job: DownloadJob
     index: int
+    start: int
+    """Where in the file it begins: behind what is there of the piece."""
 
 
 class Download:
@@ -211,6 +213,7 @@ class Download:
         self.source_limit = self.settings.connections
         self.problem: BaseException | None = None
         self.over = False
+        self._ended = False
         self._began_s = self.clock()
         self._on_progress = on_progress
         self._cancelled = cancelled
@@ -256,11 +259,16 @@ class Download:
         """The job of a file on the board."""
         return self._job_of[id(file)]
 
-    def attempt(self, file: PlannedFile, index: int) -> Attempt:
-        """A reading of a piece, about to begin."""
+    def attempt(self, file: PlannedFile, index: int, *, whole: bool) -> Attempt:
+        """A reading of a piece, about to begin: of the ``whole`` piece, or of what is not there of
+        it."""
         job = self.job_of(file)
         start, end = job.partial.span(index)
-        return Attempt(job=job, index=index, size_bytes=end - start, began_s=self.clock())
+        # A byte at the least: what nothing is asked for would never be seen to end.
+        start += 0 if whole else min(job.partial.beginning(index), end - start - 1)
+        return Attempt(
+            job=job, index=index, start=start, size_bytes=end - start, began_s=self.clock()
+        )
 
     # -- peers' news -----------------------------------------------------------------------------
 
@@ -358,6 +366,7 @@ class Download:
     def _progress(self) -> Progress:
         with self.lock:
             moving = sum(one.moved_bytes for one in (*self.reading, *self.asking))
+            moving += sum(job.partial.bytes_begun for job in self.jobs)
             # What was thrown away is read again before it counts anew: a bar does not go back.
             done = max(self._told_bytes, min(self._total_bytes, self._done_bytes + moving))
             self._told_bytes = done
@@ -389,6 +398,7 @@ class Download:
             if thread.ident is not None:
                 thread.join(max(0.0, until_s - self.clock()))
         with self.watcher:
+            self._ended = True
             while self._committing:
                 self.watcher.wait(self.shared.timeouts.tick_s)
         for job in self.jobs:
@@ -417,6 +427,25 @@ class Download:
                 if self.over or (self.board.left == 0 and self._committing == 0):
                     self.watcher.notify_all()
 
+    def keep(self, attempt: Attempt) -> int:
+        """Keep what came of a piece that is not whole, for the next attempt at it, in this run or
+        in the next; how many bytes came to be of use."""
+        job, index = attempt.job, attempt.index
+        with self.lock:
+            if self._ended:
+                return 0
+            self._committing += 1
+        try:
+            start, _ = job.partial.span(index)
+            job.partial.keep(index, attempt.start - start + attempt.moved_bytes)
+            return attempt.moved_bytes
+        except (OSError, ValueError):
+            return 0  # the disk fails, or the file became whole meanwhile
+        finally:
+            with self.lock:
+                self._committing -= 1
+                self.watcher.notify_all()
+
     def commit(self, job: DownloadJob, index: int) -> bytes:
         """Count a piece as good, by what the file has now; its BLAKE3. Within :meth:`commits`."""
         try:
@@ -428,8 +457,10 @@ class Download:
         except OSError as error:
             raise CacheError(f"{job.remote.path}: {error.strerror}") from error
 
-    def done(self, attempt: Attempt, size_bytes: int, *, given: bool) -> None:
+    def done(self, attempt: Attempt, *, given: bool) -> None:
         """A piece is there, from a peer (``given``) or from the source."""
+        start, end = attempt.job.partial.span(attempt.index)
+        size_bytes = end - start
         with self.lock:
             self.board.done(attempt.job.file, attempt.index)
             self.reading.discard(attempt)  # or it would be counted twice
@@ -437,8 +468,8 @@ class Download:
             self._done_bytes += size_bytes
             self._given_bytes += size_bytes if given else 0
             pace = self.peer_throughput if given else self.source_throughput
-            pace.learn(size_bytes, self.clock() - attempt.began_s)
+            pace.learn(attempt.size_bytes, self.clock() - attempt.began_s)
         if given:
-            self.shared.count(peer_bytes=size_bytes)
+            self.shared.count(peer_bytes=attempt.size_bytes)
         else:
-            self.shared.count(store_bytes=size_bytes)
+            self.shared.count(store_bytes=attempt.size_bytes)

@@ -330,7 +330,7 @@ class Fetch:
                 return
             if self._source is None:
                 raise NotFound(f"{self.want.ref.url}: some of its files are not on this machine")
-            there = sum(partial.bytes_done for _, partial in opened)
+            there = sum(partial.bytes_done + partial.bytes_begun for _, partial in opened)
             total = sum(file.size_bytes for file, _ in opened)
             base = sum(file.remote.size_bytes for file in self.files) - total
             self._transfer.run(

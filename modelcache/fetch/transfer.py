@@ -46,6 +46,10 @@ LOG = logging.getLogger("tidegate.modelcache")
 STREAM_BYTES = 2 * ANNOUNCE_BYTES
 """Memory that is set aside for a range from a source: what is read ahead, and a copy of it."""
 
+KEEP_S = 2.0
+"""How often what has come of a piece is kept, where it takes so long: a killed process loses no
+more than that."""
+
 WAIT_S = 0.5
 WRITES = 2
 """Times that a checked piece is written before the disk is given up on."""
@@ -116,7 +120,7 @@ class SourceReader:
             if found is None:
                 self._give_up_stragglers(now_s)
                 return None
-            attempt = own.attempt(*found)
+            attempt = own.attempt(*found, whole=False)
             own.reading.add(attempt)
             return attempt
 
@@ -157,11 +161,11 @@ class SourceReader:
 
     def _read(self, attempt: Attempt) -> None:
         own, job, index = self.download, attempt.job, attempt.index
-        start, end = job.partial.span(index)
         good = False
+        kept_bytes = 0
         job.fetching_file.begin(index)
         try:
-            self._fetch(attempt, start, end)
+            self._fetch(attempt)
             with own.commits():
                 digest = own.commit(job, index)
                 if self.shared.doubted(job.partial.key):
@@ -170,11 +174,13 @@ class SourceReader:
                 good = True
                 self.tries.pop((job.partial.key, index), None)
                 self.cuts.pop((job.partial.key, index), None)
-                own.done(attempt, end - start, given=False)
+                own.done(attempt, given=False)
         except Cancelled:
+            kept_bytes = own.keep(attempt)
             if not own.over:
                 self._cut(attempt)
         except SourceError as error:
+            kept_bytes = own.keep(attempt) if error.retryable else 0
             self._again(attempt, error)
         except Damaged as error:
             # Its last piece came from the source, so this one is right whatever the others are.
@@ -184,12 +190,14 @@ class SourceReader:
         finally:
             if not good:
                 job.fetching_file.end(index, good=False)
-                self.shared.count(wasted_bytes=attempt.moved_bytes)
+                wasted_bytes = attempt.moved_bytes - kept_bytes
+                self.shared.count(store_bytes=kept_bytes, wasted_bytes=wasted_bytes)
             with own.lock:
                 own.reading.discard(attempt)
 
-    def _fetch(self, attempt: Attempt, start: int, end: int) -> None:
+    def _fetch(self, attempt: Attempt) -> None:
         own = self.download
+        end = attempt.start + attempt.size_bytes
 
         def stopped() -> bool:
             return own.over or attempt.given_up
@@ -198,13 +206,18 @@ class SourceReader:
             attempt.begin(own.clock())
             fd = attempt.job.fetching_file.duplicate()
             try:
-                with own.share.meter(end - start, stopped) as meter:
+                with own.share.meter(attempt.size_bytes, stopped) as meter:
+                    kept_s = own.clock()
 
                     def arrived(count: int) -> None:
+                        nonlocal kept_s
                         attempt.moved_bytes += count
+                        if own.clock() - kept_s >= KEEP_S:
+                            own.keep(attempt)
+                            kept_s = own.clock()
                         meter.count(count)
 
-                    want = RangeRead(file=attempt.job.remote, start=start, end=end, fd=fd,
+                    want = RangeRead(file=attempt.job.remote, start=attempt.start, end=end, fd=fd,
                                      on_bytes=arrived, cancelled=stopped)  # fmt: skip
                     own.source.fetch(want)
             finally:
@@ -302,7 +315,7 @@ class PeerReader:
                 return None
             file, index, node = found
             self.busy[node] = self.busy.get(node, 0) + 1
-            attempt = own.attempt(file, index)
+            attempt = own.attempt(file, index, whole=True)
             own.asking.add(attempt)
             return attempt, node
 
@@ -390,7 +403,7 @@ class PeerReader:
                     break
             else:
                 raise CacheError(f"{job.remote.path}: the disk does not give back what is written")
-            own.done(attempt, len(into), given=True)
+            own.done(attempt, given=True)
         return True
 
 

@@ -1,9 +1,10 @@
 """A file that is being fetched: its bytes, and a journal of the pieces that are good.
 
 The downloader writes any bytes anywhere into ``fd`` and then commits a piece: it is hashed from the
-file, not from the fetcher's memory, and its digests are appended to the journal. A killed process
+file, not from the fetcher's memory, and its digests are appended to the journal. What came of a
+piece that is not whole can be kept too, as its beginning. A killed process
 leaves the journal with perhaps half a record at its end, and that is dropped. Nothing is synced on
-the way: the process that opens the file again hashes every piece that the journal names, so a power
+the way: the process that opens the file again hashes everything that the journal names, so a power
 cut or a flipped bit costs a piece, never a wrong one. ``finish`` syncs, and only then does the file
 get its name among the blobs.
 """
@@ -43,7 +44,9 @@ JOURNAL = "journal"
 HEADER = struct.Struct("<8sQQ")
 MAGIC = b"tidegj01"
 RECORD = struct.Struct("<I32sQI")
-"""A good piece: its index, BLAKE3, XXH3-64, and the CRC-32 of those."""
+"""A good piece: its index, BLAKE3, XXH3-64, and the CRC-32 of those. The beginning of a piece: its
+index and ``BEGINNING``, BLAKE3, how many bytes it is, and the CRC-32."""
+BEGINNING = 1 << 31
 
 CHECK_THREADS = 4
 TREE = "tidegate-tree"
@@ -74,6 +77,7 @@ class Partial:
         self._directory = layout.partial(key)
         self._lock = threading.Lock()
         self._pieces: dict[int, Piece] = {}
+        self._beginnings: dict[int, int] = {}
         self._journal = -1
         self.fd = -1
 
@@ -147,18 +151,24 @@ class Partial:
             return
         records = (len(journal) - HEADER.size) // RECORD.size
         os.ftruncate(self._journal, HEADER.size + records * RECORD.size)
-        self._check(decode_journal(journal))
+        self._check(*decode_journal(journal, self.size_bytes, self.piece_bytes))
 
-    def _check(self, claimed: Mapping[int, Piece]) -> None:
-        """Keep those of the journal's pieces that the data still has."""
-        count = count_pieces(self.size_bytes, self.piece_bytes)
-        known = {index: piece for index, piece in claimed.items() if index < count}
+    def _check(self, claimed: Mapping[int, Piece], begun: Mapping[int, Piece]) -> None:
+        """Keep what the data still has of the journal's pieces and their beginnings."""
         with ThreadPoolExecutor(CHECK_THREADS, thread_name_prefix="check") as threads:
-            found = threads.map(self._digest, known)
+            found = threads.map(self._digest, claimed)
+            started = threads.map(
+                lambda index: self._digest(index, begun[index][1])[0] == begun[index][0], begun
+            )
             self._pieces = {
                 index: piece
-                for (index, piece), now in zip(known.items(), found, strict=True)
+                for (index, piece), now in zip(claimed.items(), found, strict=True)
                 if piece == now
+            }
+            self._beginnings = {
+                index: size_bytes
+                for (index, (_, size_bytes)), same in zip(begun.items(), started, strict=True)
+                if same
             }
 
     def span(self, index: int) -> tuple[int, int]:
@@ -178,15 +188,42 @@ class Partial:
             spans = [self.span(index) for index in self._pieces]
         return sum(end - start for start, end in spans)
 
+    def beginning(self, index: int) -> int:
+        """How many bytes are there of a piece that is not committed, from its start on."""
+        with self._lock:
+            return self._beginnings.get(index, 0)
+
+    @property
+    def bytes_begun(self) -> int:
+        """The bytes that are there of pieces that are not committed."""
+        with self._lock:
+            return sum(self._beginnings.values())
+
+    def keep(self, index: int, size_bytes: int) -> None:
+        """Count the first bytes of piece ``index`` as there, for whoever fetches the rest. Nothing
+        to do for a piece that is committed, or for fewer than are there."""
+        with self._lock:
+            if index in self._pieces or size_bytes <= self._beginnings.get(index, 0):
+                return
+        blake, _ = self._digest(index, size_bytes)
+        with self._lock:
+            if index not in self._pieces:
+                self._note(index | BEGINNING, (blake, size_bytes))
+                self._beginnings[index] = size_bytes
+
+    def _note(self, index: int, piece: Piece) -> None:
+        body = RECORD.pack(index, *piece, 0)[:-4]
+        os.write(self._journal, body + struct.pack("<I", zlib.crc32(body)))
+
     def commit(self, index: int) -> bytes:
         """Count piece ``index`` as good, with the bytes the file has now; its BLAKE3.
 
         The fetcher's write must have returned. Committing again replaces what was known.
         """
         piece = self._digest(index)
-        body = RECORD.pack(index, *piece, 0)[:-4]
         with self._lock:
-            os.write(self._journal, body + struct.pack("<I", zlib.crc32(body)))
+            self._note(index, piece)
+            self._beginnings.pop(index, None)
             fresh = index not in self._pieces
             self._pieces[index] = piece
             whole = fresh and len(self._pieces) == count_pieces(self.size_bytes, self.piece_bytes)
@@ -255,8 +292,9 @@ class Partial:
                 os.close(fd)
         self.fd = self._journal = -1
 
-    def _digest(self, index: int) -> Piece:
+    def _digest(self, index: int, most_bytes: int | None = None) -> Piece:
         start, end = self.span(index)
+        end = end if most_bytes is None else start + most_bytes
         with mapped(self.fd, start, end) as buffer:
             return digest_piece(buffer)
 
@@ -294,15 +332,25 @@ def note_known(layout: Layout, key: str, digest: str, sha256: str | None) -> Non
         write_whole(layout.known_sha256(sha256), digest.encode(), tmp=layout.tmp)
 
 
-def decode_journal(journal: bytes) -> dict[int, Piece]:
-    """The pieces that a journal claims; what is torn or damaged in it claims nothing."""
-    found: dict[int, Piece] = {}
+def decode_journal(
+    journal: bytes, size_bytes: int, piece_bytes: int
+) -> tuple[dict[int, Piece], dict[int, Piece]]:
+    """The pieces that a journal of such a file claims, and the beginnings of others: their BLAKE3
+    and how many bytes they are. What is torn, damaged or impossible in it claims nothing."""
+    whole: dict[int, Piece] = {}
+    begun: dict[int, Piece] = {}
+    count = count_pieces(size_bytes, piece_bytes)
     end = len(journal) - (len(journal) - HEADER.size) % RECORD.size
     for at in range(HEADER.size, end, RECORD.size):
-        index, blake, fast, check = RECORD.unpack_from(journal, at)
-        if zlib.crc32(journal[at : at + RECORD.size - 4]) == check:
-            found[index] = (blake, fast)
-    return found
+        index, blake, number, check = RECORD.unpack_from(journal, at)
+        kind = begun if index & BEGINNING else whole
+        index &= ~BEGINNING
+        if zlib.crc32(journal[at : at + RECORD.size - 4]) != check or index >= count:
+            continue
+        start, stop = piece_span(index, size_bytes, piece_bytes)
+        if kind is whole or 0 < number <= stop - start:
+            kind[index] = (blake, number)
+    return whole, {index: begun[index] for index in begun.keys() - whole.keys()}
 
 
 def read_progress(directory: Path) -> int:
@@ -316,11 +364,11 @@ def read_progress(directory: Path) -> int:
     magic, size_bytes, piece_bytes = HEADER.unpack_from(journal)
     if magic != MAGIC or piece_bytes == 0:
         return 0  # damaged: the next download begins again
-    done = 0
-    for index in decode_journal(journal):
-        if index < count_pieces(size_bytes, piece_bytes):
-            start, end = piece_span(index, size_bytes, piece_bytes)
-            done += end - start
+    whole, begun = decode_journal(journal, size_bytes, piece_bytes)
+    done = sum(number for _, number in begun.values())
+    for index in whole:
+        start, end = piece_span(index, size_bytes, piece_bytes)
+        done += end - start
     return done
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 from swarm_rig import PATIENT, FailingTimes, MemorySource, make_alone, make_content, make_node
 
+from modelcache.ports import RangeRead
 from modelcache.sources.retry import pause
+from modelcache.store.partial_files import read_progress
 from modelcache.types import PIECE_BYTES, CacheError, Cancelled, Damaged, Progress, SourceError
 
 MIB = 1 << 20
@@ -143,6 +146,84 @@ def test_called_off_it_ends_and_goes_on_later_where_it_was(tmp_path: Path) -> No
     # At most a piece for each connection was under way when it ended.
     assert source.reads.total() == len(left)
     assert node.read(source, "w") == source.files["w"]
+
+
+def test_called_off_within_pieces_no_byte_that_came_is_fetched_again(tmp_path: Path) -> None:
+    total = 4 * PIECE_BYTES + 3 * MIB
+    source = MemorySource({"w": make_content(total)}, publishes=False)
+    source.rate_bytes_s = 20 * MIB
+    seen: list[Progress] = []
+    came = threading.Event()
+
+    def tell(progress: Progress) -> None:
+        seen.append(progress)
+        if progress.bytes_done > 6 * MIB:
+            came.set()
+
+    first = make_alone(tmp_path, connections=5)
+    with pytest.raises(Cancelled):
+        first.fetch(source, on_progress=tell, cancelled=came.is_set)
+    before = first.transfer.totals()
+    assert before.store_bytes >= 6 * MIB, "and no piece of them was whole"
+    assert before.wasted_bytes == 0
+    told_bytes = seen[-1].bytes_done
+    seen.clear()
+    source.rate_bytes_s = None
+    second = make_alone(tmp_path, connections=5)
+    second.fetch(source, on_progress=seen.append)
+    assert second.read(source, "w") == source.files["w"]
+    totals = second.transfer.totals()
+    assert before.store_bytes + totals.store_bytes == total
+    assert totals.wasted_bytes == 0
+    assert told_bytes <= seen[0].bytes_done <= seen[-1].bytes_done == total
+
+
+def test_what_came_of_a_piece_that_takes_long_outlives_the_process(tmp_path: Path) -> None:
+    source = MemorySource({"w": make_content(PIECE_BYTES)})
+    now_s = itertools.count(step=1.5)
+    node = make_alone(tmp_path, clock=lambda: next(now_s))
+    left: list[int] = []
+    source.after = lambda path, index: left.extend(
+        read_progress(path) for path in (tmp_path / "partial").iterdir()
+    )
+    node.fetch(source)
+    # As a kill at the end of the piece would have left it.
+    assert left[0] >= PIECE_BYTES - 2 * MIB
+
+
+def test_a_connection_that_breaks_within_a_piece_costs_none_of_what_came(tmp_path: Path) -> None:
+    source = MemorySource({"w": make_content(PIECE_BYTES)})
+    moved: list[tuple[int, int]] = []
+    read = source.read
+
+    def breaking(want: RangeRead, index: int, nth: int) -> None:
+        moved.append((want.start, want.end))
+        if nth == 1:
+            read(replace(want, end=3 * MIB), index, nth)
+            raise SourceError("the connection broke", retryable=True)
+        read(want, index, nth)
+
+    source.read = breaking  # type: ignore[method-assign]
+    node = make_alone(tmp_path, retries=2)
+    node.fetch(source)
+    assert node.read(source, "w") == source.files["w"]
+    assert moved == [(0, PIECE_BYTES), (3 * MIB, PIECE_BYTES)]
+    assert node.transfer.totals().wasted_bytes == 0
+
+
+def test_what_came_before_the_file_was_another_counts_for_nothing(tmp_path: Path) -> None:
+    source = MemorySource({"w": make_content(PIECE_BYTES)})
+
+    def changed(path: str, index: int) -> None:
+        raise SourceError("it has changed since it was listed")
+
+    source.after = changed
+    node = make_alone(tmp_path)
+    with pytest.raises(SourceError):
+        node.fetch(source)
+    source.after = lambda path, index: None
+    node.fetch(source)
+    assert node.transfer.totals().store_bytes == PIECE_BYTES
 
 
 def test_a_wait_for_bandwidth_ends_when_it_is_called_off(tmp_path: Path) -> None:

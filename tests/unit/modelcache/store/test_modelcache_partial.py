@@ -142,6 +142,30 @@ def test_what_was_stopped_goes_on_where_it_was(tmp_path: Path) -> None:
     fetch_rest(layout, tmp_path)
 
 
+def test_the_beginning_of_a_piece_is_there_the_next_time(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "cache")
+    with begin(layout) as partial:
+        bring(partial, [1])
+        for index, size_bytes in ((0, 100), (0, 900), (2, 70), (4, 100)):
+            start, _ = partial.span(index)
+            os.pwrite(partial.fd, CONTENT[start : start + size_bytes], start)
+            partial.keep(index, size_bytes)
+        partial.keep(1, 10)
+        partial.keep(2, 3)
+    assert read_progress(layout.partial(KEY)) == PIECE + 900 + 70 + 100
+    # What the disk has lost of them does not count.
+    flip_bit(layout.partial(KEY) / DATA, 8 * (2 * PIECE + 69))
+    with begin(layout) as partial:
+        assert [partial.beginning(index) for index in range(COUNT)] == [900, 0, 0, 0, 100]
+        assert (partial.bytes_done, partial.bytes_begun) == (PIECE, 1_000)
+        assert partial.missing() == [0, 2, 3, 4]
+        bring(partial, [0])
+        assert (partial.bytes_done, partial.bytes_begun) == (2 * PIECE, 100)
+    with begin(layout) as partial:
+        assert (partial.bytes_done, partial.bytes_begun) == (2 * PIECE, 100)
+    fetch_rest(layout, tmp_path)
+
+
 def test_a_journal_cut_anywhere_costs_the_pieces_behind_the_cut(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
@@ -254,8 +278,9 @@ def test_another_size_or_piece_size_begins_anew(tmp_path: Path) -> None:
 
 
 def test_a_journal_claims_only_what_its_checksums_vouch_for() -> None:
-    assert decode_journal(b"") == {}
-    assert decode_journal(b"x" * (HEADER.size + RECORD.size + 3)) == {}
+    assert decode_journal(b"", len(CONTENT), PIECE) == ({}, {})
+    nothing = b"x" * (HEADER.size + RECORD.size + 3)
+    assert decode_journal(nothing, len(CONTENT), PIECE) == ({}, {})
 
 
 def published(content: bytes) -> dict[str, str]:
