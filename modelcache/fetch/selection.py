@@ -14,7 +14,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from modelcache.safetensors_index import WEIGHT_MAP_LIMIT_BYTES, BadFile, parse_weight_map
-from modelcache.types import BUNDLES, Listing, Manifest, NotFound, RemoteFile
+from modelcache.types import BUNDLES, Listing, Manifest, NotFound, RemoteFile, SourceError
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")
 """Weights that can run code when they are read; not needed beside safetensors."""
@@ -186,7 +186,7 @@ def narrow(
     except NotFound as error:
         raise NotFound(f"{url}: {error}") from None
     except BadFile as error:
-        raise BadFile(error.message, path=f"{url}: {error.path}") from None
+        raise SourceError(f"{url}: {error}") from None
     if listing.files and not chosen:
         patterns = ", ".join([*include, *(f"!{one}" for one in exclude)])
         raise NotFound(f"{url}: none of its {len(listing.files)} files is wanted by {patterns}")

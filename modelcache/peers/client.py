@@ -27,6 +27,7 @@ SLICE_S = 0.1
 """Seconds within which a call that is not wanted any more ends."""
 
 MOST_IDLE = 16
+MOST_REFUSAL_BYTES = 65_536
 
 
 class PeerUnavailable(CacheError):
@@ -93,18 +94,14 @@ class PeerClient:
         answer = self._json(
             "POST", wire.STATE, body, self._name(), wait_s + self.answer_s, cancelled
         )
+        given = answer.get("files")
         try:
-            files = {
-                str(key): wire.PieceState(
-                    has=int(one["has"], 16),
-                    fetching=int(one["fetching"], 16),
-                    active=one["active"] is True,
-                )
-                for key, one in answer["files"].items()
-            }
-            return int(answer["sequence"]), files
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PeerIntegrityError(f"{self.url}: an answer of another shape") from error
+            if not isinstance(given, dict):
+                raise wire.BadMessage("no files")
+            files = {key: wire.read_state(given[key]) for key in keys if key in given}
+            return wire.read_int(answer.get("sequence")), files
+        except wire.BadMessage as error:
+            raise PeerIntegrityError(f"{self.url}: an answer of another shape: {error}") from error
 
     def tell(
         self, target: str, body: Mapping[str, Any], timeout_s: float, cancelled: IsCancelled
@@ -132,16 +129,23 @@ class PeerClient:
 
         def room(head: SourceResponse) -> memoryview:
             if head.status != 200:
-                raise (PeerBusy if head.status == 503 else PieceNotFound)(self.url)
+                return self._room(head, MOST_REFUSAL_BYTES)
             if head.length != len(into):
                 raise PeerIntegrityError(f"{self.url}: {head.length} bytes instead of {len(into)}")
             return into
 
         target = f"{wire.PIECE}?key={key}&index={index}"
-        _, digest = self._ask(
+        status, digest = self._ask(
             "GET", target, b"", self._name(), timeout_s, cancelled, room, on_bytes
         )
+        if status != 200:
+            raise (PeerBusy if status == 503 else PieceNotFound)(self.url)
         return bytes.fromhex(digest)
+
+    def _room(self, head: SourceResponse, most: int) -> memoryview:
+        if head.length is None or head.length > most:
+            raise PeerIntegrityError(f"{self.url}: an endless answer")
+        return memoryview(bytearray(head.length))
 
     def _name(self) -> str:
         if self.node is None:
@@ -152,27 +156,24 @@ class PeerClient:
         self, method: str, target: str, body: bytes, to: str, timeout_s: float,
         cancelled: IsCancelled,
     ) -> Mapping[str, Any]:  # fmt: skip
-        data = bytearray()
+        data = memoryview(b"")
 
         def room(head: SourceResponse) -> memoryview:
-            if (head.length or 0) > wire.MOST_BODY_BYTES:
-                raise PeerIntegrityError(f"{self.url}: an endless answer")
-            data.extend(bytes(head.length or 0))
-            return memoryview(data)
+            nonlocal data
+            data = self._room(head, wire.MOST_BODY_BYTES)
+            return data
 
         status, _ = self._ask(method, target, body, to, timeout_s, cancelled, room)
         if status == 421:
             self.node = None
             raise PeerUnavailable(f"{self.url}: it has been started anew")
         try:
-            answer = json.loads(data)
-        except (ValueError, RecursionError) as error:
+            answer = wire.read_json(bytes(data))
+        except wire.BadMessage as error:
             raise PeerIntegrityError(f"{self.url}: an answer of another shape") from error
-        if not isinstance(answer, dict):
-            raise PeerIntegrityError(f"{self.url}: an answer of another shape")
         if status == 200:
             return answer
-        told = str(answer.get("error", status))[:500]
+        told = wire.read_text(str(answer.get("error", status)))
         raise (PeerRefused if status == 400 else PeerUnavailable)(f"{self.url}: {told}")
 
     def _ask(
@@ -207,7 +208,13 @@ class PeerClient:
                     )
                 digest = self.keyring.check_answer(head, nonce)
                 into = room(head)
-                connection.fill(into, first, on_bytes, over)
+                # A piece that it refuses has no bytes that count as the piece's.
+                counted = on_bytes if head.status == 200 else lambda size_bytes: None
+                connection.fill(into, first, counted, over)
+                if blake3.blake3(into).hexdigest() != digest:
+                    raise PeerIntegrityError(
+                        f"{self.url}: an answer that is not what it says it is"
+                    )
             except BaseException:
                 connection.close()
                 raise
@@ -217,9 +224,10 @@ class PeerClient:
             raise PeerUnavailable(f"{self.url}: {error or type(error).__name__}") from error
         except (SourceError, wire.BadMessage) as error:
             raise PeerIntegrityError(f"{self.url}: {error}") from error
-        self._connections.give_back(connection)
-        if blake3.blake3(into).hexdigest() != digest:
-            raise PeerIntegrityError(f"{self.url}: an answer that is not what it says it is")
+        if head.persistent:
+            self._connections.give_back(connection)
+        else:
+            connection.close()
         return head.status, digest
 
     def _prepare(self, method: str, target: str, body: bytes, to: str) -> tuple[str, bytes]:

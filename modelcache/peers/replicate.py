@@ -13,15 +13,24 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from modelcache.peers.client import PeerClient, PeerIntegrityError, PeerRefused, PeerUnavailable
 from modelcache.peers.server import Verb
-from modelcache.peers.wire import Keyring, read_token
+from modelcache.peers.wire import (
+    BadMessage,
+    Keyring,
+    read_int,
+    read_seconds,
+    read_text,
+    read_token,
+)
 from modelcache.ports import CachedModel, IsCancelled, OnProgress
 from modelcache.refs import PATH, parse_ref
 from modelcache.settings import ModelCacheSettings
 from modelcache.types import PREPARED, CacheError, Cancelled, Priority, Progress
+
+T = TypeVar("T")
 
 BEGIN = "/v1/replicate"
 LOOK = "/v1/replicate/progress"
@@ -317,17 +326,34 @@ def _begin(one: _Asked, url: str, revision: str | None, cancelled: IsCancelled) 
 
 
 def _take_in(one: _Asked, answer: Mapping[str, Any]) -> Outcome | None:
+    def unless_none(read: Callable[[object], T], name: str) -> T | None:
+        return None if answer.get(name) is None else read(answer[name])
+
     try:
-        one.progress = Progress(**answer["progress"])
-        state = answer["state"]
-    except (KeyError, TypeError) as error:
+        one.progress, state = _read_progress(answer.get("progress")), answer.get("state")
+        if state == "running":
+            return None
+        if state not in ("done", "failed"):
+            raise BadMessage("a state that is none")
+        return Outcome(
+            site=one.site,
+            done=state == "done",
+            revision=unless_none(read_text, "revision"),
+            size_bytes=unless_none(read_int, "size_bytes"),
+            error=unless_none(read_text, "error"),
+        )
+    except BadMessage as error:
         raise PeerIntegrityError(f"{one.client.url}: an answer of another shape") from error
-    if state == "running":
-        return None
-    return Outcome(
-        site=one.site,
-        done=state == "done",
-        revision=answer.get("revision"),
-        size_bytes=answer.get("size_bytes"),
-        error=answer.get("error"),
+
+
+def _read_progress(given: object) -> Progress:
+    if not isinstance(given, dict):
+        raise BadMessage("a progress that is none")
+    total, rate = given.get("bytes_total"), given.get("rate_bytes_s")
+    return Progress(
+        phase=read_text(given.get("phase")),
+        bytes_done=read_int(given.get("bytes_done", 0)),
+        bytes_total=None if total is None else read_int(total),
+        rate_bytes_s=None if rate is None else read_seconds(rate),
+        detail=read_text(given.get("detail", "")),
     )

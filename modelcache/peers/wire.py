@@ -1,7 +1,8 @@
 """What nodes say to each other: HTTP/1.1 heads, and how they are signed. No I/O, no clock.
 
-All nodes of a cluster share a secret. A request is signed over its method, target, body, sender,
-addressee, moment and a number used once; an answer over the request's number, its status, length
+All nodes of a cluster share a secret. A request's head is signed over its method, target, sender,
+addressee, moment, a number used once, and its body's length and digest, so that no byte of a body
+is taken from a client without the secret; an answer over the request's number, its status, length
 and the BLAKE3 of its body. So a node without the secret can neither ask nor answer, nor change
 what was answered, nor use a request again, here or at another node. Bytes travel unencrypted:
 where that matters, put TLS in front and give ``https://`` URLs.
@@ -11,9 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 from modelcache.sources.answers import SourceResponse
 from modelcache.types import CacheError
@@ -31,6 +35,9 @@ HELLO = "/v1/hello"
 STATE = "/v1/state"
 PIECE = "/v1/piece"
 NAME = re.compile(r"[0-9a-f]{32}")
+DIGEST = re.compile(r"[0-9a-f]{64}")
+BITS = re.compile(r"[0-9a-f]+")
+MOST_NUMBER = 2**63 - 1
 NEWLINE = "\n"
 
 
@@ -104,6 +111,63 @@ class PeerRequest:
     body: bytes = b""
 
 
+def read_json(data: bytes | bytearray) -> dict[str, Any]:
+    """The JSON object that a body is: every number finite. Raises ``BadMessage``."""
+    try:
+        found = json.loads(data, parse_constant=_refuse, parse_float=_read_float)
+    except (ValueError, RecursionError):
+        raise BadMessage("a body that is no JSON") from None
+    if not isinstance(found, dict):
+        raise BadMessage("a body that is no JSON object")
+    return found
+
+
+def _refuse(text: str) -> NoReturn:
+    raise ValueError(text)
+
+
+def _read_float(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+def read_int(value: object) -> int:
+    """A whole number that is not negative and that others can count with. Raises ``BadMessage``."""
+    if type(value) is not int or not 0 <= value <= MOST_NUMBER:
+        raise BadMessage("a number that is none")
+    return value
+
+
+def read_seconds(value: object) -> float:
+    """A time that is not negative. Raises ``BadMessage``."""
+    if type(value) not in (int, float) or not 0 <= value <= MOST_NUMBER:  # type: ignore[operator]
+        raise BadMessage("a time that is none")
+    return float(value)  # type: ignore[arg-type]
+
+
+def read_text(value: object, most: int = 500) -> str:
+    """Text that can be shown, at most so much of it. Raises ``BadMessage``."""
+    if not isinstance(value, str):
+        raise BadMessage("a text that is none")
+    return "".join(letter if letter.isprintable() else " " for letter in value[:most])
+
+
+def read_state(given: object) -> PieceState:
+    """What a node has of a file. Raises ``BadMessage``."""
+    if not isinstance(given, dict):
+        raise BadMessage("a state that is none")
+    has, fetching = given.get("has"), given.get("fetching")
+    if not all(isinstance(bits, str) and BITS.fullmatch(bits) for bits in (has, fetching)):
+        raise BadMessage("pieces that are none")
+    return PieceState(
+        has=int(str(has), 16),
+        fetching=int(str(fetching), 16),
+        active=given.get("active") is True,
+    )
+
+
 def read_token(environ: Mapping[str, str], name: str) -> str:
     """The cluster's secret from the environment variable ``name``; empty where it is not set.
     Raises ``ValueError`` where it is too short."""
@@ -119,7 +183,7 @@ class Keyring:
     def __init__(self, token: str) -> None:
         if len(token) < LEAST_TOKEN_CHARACTERS:
             raise ValueError(f"a token must have {LEAST_TOKEN_CHARACTERS} characters or more")
-        self._key = hashlib.sha256(b"tidegate-peers-1\0" + token.encode()).digest()
+        self._key = hashlib.sha256(b"tidegate-peers-2\0" + token.encode()).digest()
 
     def __repr__(self) -> str:
         return "Keyring(...)"
@@ -128,28 +192,33 @@ class Keyring:
         text = NEWLINE.join(str(part) for part in parts).encode()
         return hmac.new(self._key, text, hashlib.sha256).hexdigest()
 
-    def _of_request(self, request: PeerRequest) -> str:
-        body = hashlib.sha256(request.body).hexdigest()
+    def _of_request(self, request: PeerRequest, length: int, digest: str) -> str:
         return self._sign("ask", request.method, request.target, request.sender, request.to,
-                          request.at_ms, request.nonce, body)  # fmt: skip
+                          request.at_ms, request.nonce, length, digest)  # fmt: skip
 
     def request_headers(self, request: PeerRequest, host: str) -> dict[str, str]:
         """The headers of a request, signature and all."""
+        length, digest = len(request.body), hashlib.sha256(request.body).hexdigest()
         return {
             "host": host,
-            "content-length": str(len(request.body)),
+            "content-length": str(length),
+            "x-tidegate-body": digest,
             "x-tidegate-from": request.sender,
             "x-tidegate-to": request.to,
             "x-tidegate-at": str(request.at_ms),
             "x-tidegate-nonce": request.nonce,
-            "x-tidegate-signature": self._of_request(request),
+            "x-tidegate-signature": self._of_request(request, length, digest),
         }
 
-    def read_request(self, head: PeerHead, body: bytes) -> PeerRequest | None:
-        """The request that a head and body are; ``None`` where the signature is not ours."""
+    def read_head(self, head: PeerHead) -> PeerRequest | None:
+        """The request that a head begins, without its body; ``None`` where the signature is not
+        ours. Nothing of a request is worth reading, nor waiting for, before this."""
         given = head.headers
         at_ms, nonce = given.get("x-tidegate-at", ""), given.get("x-tidegate-nonce", "")
+        digest = given.get("x-tidegate-body", "")
         if not (at_ms.isascii() and at_ms.isdigit() and len(at_ms) < 18 and NAME.fullmatch(nonce)):
+            return None
+        if not DIGEST.fullmatch(digest):
             return None
         request = PeerRequest(
             method=head.first,
@@ -158,11 +227,18 @@ class Keyring:
             to=given.get("x-tidegate-to", ""),
             at_ms=int(at_ms),
             nonce=nonce,
-            body=body,
         )
         signature = given.get("x-tidegate-signature", "").encode("latin-1")
-        matches = hmac.compare_digest(self._of_request(request).encode(), signature)
-        return request if matches else None
+        wanted = self._of_request(request, head.length, digest).encode()
+        return request if hmac.compare_digest(wanted, signature) else None
+
+    def read_request(self, head: PeerHead, body: bytes) -> PeerRequest | None:
+        """The request that a head and body are; ``None`` where the signature is not ours."""
+        request = self.read_head(head)
+        digest = head.headers.get("x-tidegate-body", "")
+        if request is None or not hmac.compare_digest(hashlib.sha256(body).hexdigest(), digest):
+            return None
+        return replace(request, body=body)
 
     def answer_headers(self, nonce: str, status: int, length: int, digest: str) -> dict[str, str]:
         """The headers of an answer to the request with ``nonce``; ``digest`` is its body's."""

@@ -151,7 +151,7 @@ class HttpSource(RangedSource):
             try:
                 names = sorted(set(parse_weight_map(page).values()))
             except BadFile as error:
-                raise BadFile(error.message, path=url + SHARDS_FILE) from None
+                raise SourceError(f"{url}{SHARDS_FILE}: {error.message}") from None
             if len(names) > MOST_SHARDS:
                 raise SourceError(f"{url}{SHARDS_FILE}: it names {len(names):,} files")
             problem = find_path_problem(names)

@@ -7,8 +7,7 @@ import json
 import pytest
 
 from modelcache.fetch.selection import narrow, select_files
-from modelcache.safetensors_index import BadFile
-from modelcache.types import Listing, NotFound, RemoteFile
+from modelcache.types import Listing, NotFound, RemoteFile, SourceError
 
 INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -144,5 +143,5 @@ def test_gguf_is_wanted_where_a_step_reads_it() -> None:
 )
 def test_an_index_that_is_none_is_named(index: bytes) -> None:
     given = Listing(revision="1", files=listing(*SMALL, *SHARDS))
-    with pytest.raises(BadFile, match=r"hf://org/m: model\.safetensors\.index\.json"):
+    with pytest.raises(SourceError, match=r"hf://org/m: model\.safetensors\.index\.json"):
         narrow(given, "hf://org/m", None, (), (), read=lambda file: index)

@@ -22,7 +22,7 @@ from modelcache.peers import wire as wire
 from modelcache.peers.client import PeerClient, PeerIntegrityError, PeerUnavailable, PieceNotFound
 from modelcache.peers.group import MOST_HEARD, PeerGroup, make_peers
 from modelcache.peers.piece_inventory import PieceInventory
-from modelcache.peers.server import PeerServer, read_request
+from modelcache.peers.server import PeerServer, read_body, read_head
 from modelcache.settings import ModelCacheSettings
 from modelcache.types import PIECE_BYTES
 
@@ -204,8 +204,9 @@ class BadPeer:
 
     def serve(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError, wire.BadMessage):
-            while (read := read_request(connection)) is not None:
-                request = self.keyring.read_request(*read)
+            while (read := read_head(connection)) is not None:
+                body = read_body(connection, *read)
+                request = None if body is None else self.keyring.read_request(read[0], body)
                 assert request is not None
                 self.answer(connection, request)
 
