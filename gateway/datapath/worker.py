@@ -126,8 +126,10 @@ class Worker:
         config: WorkerConfig,
         shared: Shared,
         send: Any,
-        nudge: Callable[[int], None],
+        nudge: Callable[[int], None] = lambda other: None,
     ) -> None:
+        """``send`` takes messages for the control process; ``nudge`` wakes another worker, where
+        there are others."""
         # Chance here only spreads load: it needs no seed that can be repeated.
         self.context = WorkerContext(loop, config, shared, send, nudge, random.Random().random)
         self.pools = PoolDirectory(self.context)
