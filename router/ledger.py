@@ -75,6 +75,10 @@ class Ledger:
         """A request of ``tokens`` estimated tokens goes to the replica in ``slot``."""
         self._add(slot, 1, tokens)
 
+    def resize(self, slot: int, more_tokens: int) -> None:
+        """A request in flight turns out to have more tokens than were reserved for it."""
+        self._add(slot, 0, more_tokens)
+
     def settle(self, slot: int, tokens: int) -> None:
         """That request is over, however it ended. ``tokens`` is what was reserved for it."""
         self._add(slot, -1, -tokens)

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from gateway.datapath import local, metrics
 from gateway.datapath.context import WorkerContext
-from gateway.datapath.exchange import Downstream, Exchange
+from gateway.datapath.exchange import Downstream, Exchange, buffer_full
 from gateway.datapath.pool import ANSWER, SENT, PoolDirectory
 from gateway.datapath.protocol.chunks import ChunkDecoder
 from gateway.datapath.protocol.errors import ApiError, Reason, api_of, render
@@ -29,6 +29,8 @@ _MAX_PIPELINED_BYTES: Final = 65536
 # Refused connections beyond the limit that are closed gently at one time.
 _MAX_LINGERING: Final = 256
 _LINGER_S: Final = 5.0
+# Where no body could give way, none is looked for again for so long.
+_NO_ROOM_S: Final = 0.1
 _NO_LINGER: Final = struct.pack("ii", 1, 0)
 # At the end of a drain: time for the last error answers to be sent.
 _FLUSH_S: Final = 1.0
@@ -52,6 +54,7 @@ class ClientConnection(Downstream):
         self.writing_paused = False
         self.deadline_s: float = context.now() + context.gateway.head_timeout_s
         self.exchange: Exchange | None = None
+        self._address: str | None = None
         self._buffer = b""
         self._scanned = 0  # so much of the buffer holds no end of a head
         self._body_left = 0
@@ -136,6 +139,20 @@ class ClientConnection(Downstream):
             self.context.loop.call_soon(self._go_on)
 
     # The exchange's side
+
+    @property
+    def address(self) -> str:
+        """Where the client is, without the port: an IPv6 network of 64 bits is one client's."""
+        if self._address is None:
+            peer = self.transport.get_extra_info("peername")
+            host = str(peer[0]) if peer else ""
+            self._address = ":".join(host.split(":")[:4]) if ":" in host else host
+        return self._address
+
+    def make_room(self, exchange: Exchange) -> bool:
+        """End the largest body of the client that has most bytes of bodies that are not whole, if
+        that is not this exchange's client. Returns whether there was one."""
+        return self.clients.make_room(exchange)
 
     def pause(self) -> None:
         """Stop reading the client."""
@@ -392,6 +409,15 @@ class ClientConnection(Downstream):
                         f"The request took longer than {gateway.request_timeout_s:g} s.",
                     )
                 )
+        elif self._reading_body and not self._paused and exchange.is_too_slow(now):
+            slowest = gateway.min_body_bytes_per_s
+            exchange.reject(
+                ApiError(
+                    408,
+                    Reason.BODY_TIMEOUT,
+                    f"The request body came more slowly than {slowest} bytes a second.",
+                )
+            )
         elif self._stalled(exchange, now):
             if exchange.state == ANSWER and self.writing_paused:
                 self.transport.abort()  # the client takes no more: no error would reach it
@@ -450,6 +476,7 @@ class ClientConnections:
         self.pools = pools
         self._open: set[ClientConnection] = set()
         self._all_closed = asyncio.Event()
+        self._no_room_until_s: float = 0.0
 
     def opened(self, client: ClientConnection) -> int:
         """Count a connection. Returns how many there are beyond ``max_connections``."""
@@ -466,6 +493,31 @@ class ClientConnections:
             self.context.counters[metrics.CONNECTIONS] -= 1
         if self.context.draining and not self._open:
             self._all_closed.set()
+
+    def make_room(self, exchange: Exchange) -> bool:
+        """See ``ClientConnection.make_room``."""
+        now = self.context.now()
+        if now < self._no_room_until_s:
+            return False
+        unfinished: dict[str, list[Exchange]] = {}
+        for client in self._open:
+            other = client.exchange
+            if other is not None and not other.whole and other.parts:
+                unfinished.setdefault(client.address, []).append(other)
+        sizes = {
+            address: sum([other.body_bytes for other in others])
+            for address, others in unfinished.items()
+        }
+        heaviest = max(sizes, key=sizes.__getitem__, default="")
+        if sizes.get(heaviest, 0) <= sizes.get(exchange.address, 0):
+            self._no_room_until_s = now + _NO_ROOM_S
+            return False
+        largest = unfinished[heaviest][0]
+        for other in unfinished[heaviest]:
+            if other.body_bytes > largest.body_bytes:
+                largest = other
+        largest.reject(buffer_full())
+        return True
 
     def sweep(self, now: float) -> None:
         """End what waited too long."""

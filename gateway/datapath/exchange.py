@@ -50,6 +50,8 @@ from router.failures import is_fault, is_pressure
 from router.request import RoutingRequest
 
 _LARGE_BODY_BYTES: Final = 32768
+# A body that comes too slowly has its place at a replica for so long.
+_SLOW_BODY_S: Final = 5.0
 _SMALL_PART_BYTES: Final = 4096
 _QUEUE_WAIT_ZERO: Final = metrics.HISTOGRAM_OFFSETS[metrics.QUEUE_WAIT]
 
@@ -98,9 +100,29 @@ class Downstream(asyncio.Protocol, ABC):
     def reset(self) -> None:
         """End the connection with a reset: where an orderly end would say that a body is whole."""
 
+    @property
+    @abstractmethod
+    def address(self) -> str:
+        """Where the client is, without the port."""
+
+    @abstractmethod
+    def make_room(self, exchange: Exchange) -> bool:
+        """End the largest body of the client that has most bytes of bodies that are not whole, if
+        that is not this exchange's client. Returns whether there was one."""
+
     @abstractmethod
     def exchange_ended(self, exchange: Exchange) -> None:
         """The exchange is over: go on with the next request, or close."""
+
+
+def buffer_full() -> ApiError:
+    """503 where a worker has as many bytes of bodies in memory as it may."""
+    return ApiError(
+        503,
+        Reason.BUFFER_FULL,
+        "The gateway already holds as many request bytes as it may; try again.",
+        retry_after_s=1.0,
+    )
 
 
 class Exchange(PooledRequest):
@@ -123,6 +145,9 @@ class Exchange(PooledRequest):
     upstream: UpstreamConnection | None = None
     _peeked: bool = False
     _resendable: bool = True
+    _uploads: bool = False
+    _upload_since_s: float = 0.0
+    _upload_from_bytes: int = 0
     _failed_at: tuple[UpstreamEndpoint, ...] = ()
     _mode: int = _RAW
     _answer: ResponseHead | None = None
@@ -144,6 +169,11 @@ class Exchange(PooledRequest):
         self.state = GATHER
         self.model = ""
         self.parts = []
+
+    @property
+    def address(self) -> str:
+        """Where its client is, without the port."""
+        return self.client.address
 
     # The request's body, from the client
 
@@ -167,13 +197,10 @@ class Exchange(PooledRequest):
         else:
             parts.append(data)
         context.buffered_bytes += len(data)
-        if context.buffered_bytes > gateway.max_buffered_bytes:
-            raise ApiError(
-                503,
-                Reason.BUFFER_FULL,
-                "The gateway already holds as many request bytes as it may; try again.",
-                retry_after_s=1.0,
-            )
+        if self.state == HELD and self.pool is not None:
+            self.pool.grow_held(self, len(data))
+        if context.buffered_bytes > gateway.max_buffered_bytes and not self.client.make_room(self):
+            raise buffer_full()
         if self.body_bytes >= gateway.peek_bytes and not self._peeked:
             self._peek()
 
@@ -183,11 +210,18 @@ class Exchange(PooledRequest):
         self.peek = peek_model(self._join())
         if self.peek is not None:
             self.model = self.peek[0]
-            self._route(self.head.content_length or self.body_bytes)
+            pool = self.client.pools.find(self.model)
+            if pool.may_stream(self, self.client.now()):
+                pool.uploads += 1
+                self._uploads = True
+                self._route(self.body_bytes)  # what was claimed is not there
 
     def complete(self) -> None:
         """The body is whole. Raises ``ApiError`` where it cannot be routed."""
         self.whole = True
+        if self._uploads and self.pool is not None:
+            self._end_upload(self.pool)
+            self._count_tokens(self.pool)
         if self.state >= SENT:
             self._forward_end()
             return
@@ -219,9 +253,40 @@ class Exchange(PooledRequest):
             parts[:] = [b"".join(parts)]
         return parts[0]
 
+    def _end_upload(self, pool: PoolRuntime) -> None:
+        self._uploads = False
+        pool.uploads -= 1
+
+    def _count_tokens(self, pool: PoolRuntime) -> None:
+        """The body of a request that was routed by its beginning is whole: count what came."""
+        prompt_tokens, tokens = pool.estimate(self.body_bytes, self.output_bound)
+        more = tokens - self.routing.tokens
+        integers = pool.counters.integers
+        if self.endpoint is not None:
+            integers[metrics.INFLIGHT_TOKENS] += more
+            self.client.context.ledger.resize(self.endpoint.slot, more)
+        elif self.state == HELD:
+            integers[metrics.QUEUED_TOKENS] += more
+        self.routing.prompt_tokens, self.routing.tokens = prompt_tokens, tokens
+        pool.counters.dirty = True
+
+    def is_too_slow(self, now: float) -> bool:
+        """Whether it has a place at a replica, and its body comes too slowly for that."""
+        if self.whole or self.state not in (CONNECT, SENT):
+            return False
+        due_s = now - self._upload_since_s - _SLOW_BODY_S
+        slowest = self.client.context.gateway.min_body_bytes_per_s
+        return self.body_bytes - self._upload_from_bytes < due_s * slowest
+
+    def _measure_upload(self) -> None:
+        self._upload_since_s = self.client.now()
+        self._upload_from_bytes = self.body_bytes
+
     def _route(self, body_bytes: int) -> None:
         self.pool = pool = self.client.pools.find(self.model)
-        prompt_tokens, tokens = pool.estimator.estimate(body_bytes, self.output_bound)
+        prompt_tokens, tokens = pool.estimate(body_bytes, self.output_bound)
+        if not self.whole:  # no engine works on it before, so it is no demand yet
+            _, tokens = pool.estimate(0, self.output_bound)
         self.routing = RoutingRequest(prompt_tokens, tokens)
         counters = pool.counters
         counters.integers[metrics.ARRIVALS] += 1
@@ -237,6 +302,8 @@ class Exchange(PooledRequest):
         assert pool is not None
         self.endpoint = endpoint
         self.attempts += 1
+        if not self.whole:
+            self._measure_upload()
         integers, tokens = pool.counters.integers, self.routing.tokens
         integers[metrics.INFLIGHT_REQUESTS] += 1
         integers[metrics.INFLIGHT_TOKENS] += tokens
@@ -669,6 +736,7 @@ class Exchange(PooledRequest):
 
     def resume_body(self) -> None:
         """The replica reads again."""
+        self._measure_upload()
         self.client.resume()
 
     # What goes wrong
@@ -799,6 +867,8 @@ class Exchange(PooledRequest):
             self.release_parts()
         if pool is not None:
             self._unreserve()
+            if self._uploads:
+                self._end_upload(pool)
             pool.counters.dirty = True
         self.client.exchange_ended(self)
         if pool is not None and (pool.queue or self.client.context.ledger.shared):

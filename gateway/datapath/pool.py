@@ -42,6 +42,8 @@ DONE: Final = 5
 _SUSPECT_S: Final = 0.5
 _SUSPECT_MAX_S: Final = 8.0
 _UNKNOWN_WAKE_S: Final = 30.0
+# Of a full queue, so many requests give way to one.
+_MOST_GIVE_WAY: Final = 8
 
 
 class PooledRequest(UpstreamRequest):
@@ -53,10 +55,16 @@ class PooledRequest(UpstreamRequest):
     model: str
     stream: bool = False
     body_bytes: int = 0
+    started_s: float
     routing: RoutingRequest
     held_s: float | None = None
     held_bytes: int = 0
     comment_s: float
+
+    @property
+    @abstractmethod
+    def address(self) -> str:
+        """Where its client is, without the port."""
 
     @abstractmethod
     def send(self, endpoint: UpstreamEndpoint) -> None:
@@ -132,6 +140,11 @@ class PoolRuntime:
         self.endpoints: dict[str, UpstreamEndpoint] = {}
         self.ready: list[Endpoint] = []
         self.queue: deque[PooledRequest] = deque()
+        self.uploads = 0
+        """Requests that were given a place, or are held for one, before their bodies were whole."""
+        self._longest_tokens = 0
+        self._held_by: dict[str, list[int]] = {}
+        """[requests, bytes] held, by the address of the client."""
         self._waiting: Any = context.shared.waiting_rows(pool.slot)
         self._waiting_since = 0
         self._closed = False
@@ -161,6 +174,8 @@ class PoolRuntime:
     def apply(self, pool: Pool) -> None:
         """A new picture of the pool: keep the connections of replicas that stay."""
         self.pool = pool
+        known = [one.max_model_len_tokens or 0 for one in pool.replicas]
+        self._longest_tokens = max(known, default=0) or self._longest_tokens
         old = self.endpoints
         self.endpoints = {}
         for replica in pool.replicas:
@@ -228,6 +243,24 @@ class PoolRuntime:
 
     # A request's side
 
+    def estimate(self, body_bytes: int, output_bound: int | None) -> tuple[int, int]:
+        """Estimated (prompt tokens, prompt plus output tokens) of a body. No request costs an
+        engine more than its longest context, as far as that is known: it refuses a longer one."""
+        prompt_tokens, tokens = self.estimator.estimate(body_bytes, output_bound)
+        if tokens > self._longest_tokens > 0:
+            tokens = self._longest_tokens
+        return prompt_tokens, tokens
+
+    def may_stream(self, request: PooledRequest, now: float) -> bool:
+        """Whether a request may have a place before its body is whole: while it comes fast enough,
+        and for half of the places of a fresh replica at most. Whole requests have the others,
+        however many clients begin bodies that they do not end."""
+        gateway = self.context.gateway
+        most = gateway.holding.release_initial // (2 * self.context.shared.workers)
+        took_s = now - request.started_s
+        slowest = gateway.min_body_bytes_per_s
+        return self.uploads < max(1, most) and request.body_bytes >= took_s * slowest
+
     def dispatch(self, request: PooledRequest) -> None:
         """Send a request to a replica now, or hold it. Raises ``ApiError`` if it may do neither."""
         if self._closed:
@@ -261,17 +294,20 @@ class PoolRuntime:
             raise self._cannot_be_woken()
         shared, slot = context.shared, self.pool.slot
         self.counters.flush()  # so that the totals hold our own share as it is now
-        held = shared.pool_total(slot, metrics.QUEUED_REQUESTS)
-        held_bytes = shared.pool_total(slot, metrics.QUEUED_BYTES)
-        size = request.head.content_length or request.body_bytes
-        if held >= holding.max_requests or held_bytes + size > holding.max_bytes:
-            raise ApiError(
-                429,
-                Reason.HOLD_QUEUE_FULL,
-                f"The model '{request.model}' is not ready, and as many requests as are held "
-                f"already wait for it ({held}).",
-                retry_after_s=self.retry_after_s(),
-            )
+        size = request.body_bytes
+        for _ in range(_MOST_GIVE_WAY):
+            held = shared.pool_total(slot, metrics.QUEUED_REQUESTS)
+            held_bytes = shared.pool_total(slot, metrics.QUEUED_BYTES)
+            too_many = held >= holding.max_requests
+            if not too_many and held_bytes + size <= holding.max_bytes:
+                break
+            heaviest = self._find_heaviest(request, by_bytes=not too_many)
+            if heaviest is None:
+                raise self._hold_queue_full(request, held)
+            heaviest.reject(self._hold_queue_full(heaviest, held))
+            self.counters.flush()
+        else:
+            raise self._hold_queue_full(request, held)
         request.routing.clear_exclude()
         request.state = HELD
         now = context.now()
@@ -288,11 +324,57 @@ class PoolRuntime:
         self.counters.flush()  # before the control side reads them
         context.send_wake_signal(self.pool.name)
 
+    def _hold_queue_full(self, request: PooledRequest, held: int) -> ApiError:
+        return ApiError(
+            429,
+            Reason.HOLD_QUEUE_FULL,
+            f"The model '{request.model}' is not ready, and as many requests as are held "
+            f"already wait for it ({held}).",
+            retry_after_s=self.retry_after_s(),
+        )
+
+    def _find_heaviest(self, request: PooledRequest, *, by_bytes: bool) -> PooledRequest | None:
+        """The newest held request of the client that has most of the queue, where that is still
+        more than the client of ``request`` has with it: in a full queue that one gives way. Else a
+        single client could have the whole queue, and all others 429."""
+        which = 1 if by_bytes else 0
+        heaviest, most = "", 0
+        for address, weights in self._held_by.items():
+            if weights[which] > most:
+                heaviest, most = address, weights[which]
+        own = self._held_by.get(request.address)
+        with_it = (request.body_bytes if by_bytes else 1) + (0 if own is None else own[which])
+        if most <= with_it:
+            return None
+        for held in reversed(self.queue):
+            if held.address == heaviest:
+                return held
+        return None
+
+    def grow_held(self, request: PooledRequest, more_bytes: int) -> None:
+        """More came of a held request's body. Raises ``ApiError`` where that is too much."""
+        request.held_bytes += more_bytes
+        self.counters.integers[metrics.QUEUED_BYTES] += more_bytes
+        self._held_by[request.address][1] += more_bytes
+        self.counters.flush()
+        total = self.context.shared.pool_total
+        if total(self.pool.slot, metrics.QUEUED_BYTES) > self.context.gateway.holding.max_bytes:
+            held = total(self.pool.slot, metrics.QUEUED_REQUESTS)
+            raise self._hold_queue_full(request, held)
+
     def _count_held(self, request: PooledRequest, sign: int) -> None:
         integers = self.counters.integers
         integers[metrics.QUEUED_REQUESTS] += sign
         integers[metrics.QUEUED_TOKENS] += sign * request.routing.tokens
         integers[metrics.QUEUED_BYTES] += sign * request.held_bytes
+        address = request.address
+        weights = self._held_by.get(address)
+        if weights is None:
+            self._held_by[address] = weights = [0, 0]
+        weights[0] += sign
+        weights[1] += sign * request.held_bytes
+        if weights[0] == 0:
+            del self._held_by[address]
 
     @staticmethod
     def _cannot_be_woken() -> ApiError:
@@ -428,6 +510,11 @@ class PoolRuntime:
         queued = self.counters.integers[metrics.QUEUED_REQUESTS]
         if queued != len(self.queue):
             raise AssertionError(f"{self.pool.name}: {queued} counted, {len(self.queue)} queued")
+        by_client = [sum(one) for one in zip(*self._held_by.values(), strict=True)] or [0, 0]
+        if by_client != [queued, self.counters.integers[metrics.QUEUED_BYTES]]:
+            raise AssertionError(f"{self.pool.name}: clients have {by_client} of {queued} held")
+        if not 0 <= self.uploads <= queued + self.counters.integers[metrics.INFLIGHT_REQUESTS]:
+            raise AssertionError(f"{self.pool.name}: {self.uploads} bodies that are not whole")
 
     def close(self) -> None:
         """The pool is gone from the fleet: give its slot back. The control side waits until

@@ -104,6 +104,11 @@ class GatewaySettings(BaseModel):
     body_timeout_s: float = Field(default=30.0, gt=0.0, le=3_600.0)
     """Seconds between two pieces of a request's body; longer is answered 408."""
 
+    min_body_bytes_per_s: int = Field(default=16_384, ge=0, le=1_073_741_824)
+    """Bytes per second at which a large body must come to be streamed to a replica before it is
+    whole; one that comes more slowly is read whole first, and one that slows down to less while it
+    has a place at a replica is answered 408. 16 kB/s is a bad mobile line. 0 asks for no speed."""
+
     idle_timeout_s: float = Field(default=75.0, gt=0.0, le=86_400.0)
     """Seconds a keep-alive connection may wait for its next request. 75 is nginx's default, and
     longer than the pools of the usual clients."""

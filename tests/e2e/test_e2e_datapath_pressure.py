@@ -268,6 +268,30 @@ def test_a_replica_that_stops_reading_the_upload_is_504() -> None:
     assert (answer.status, answer.reason) == (504, "replica_timeout")
 
 
+def test_clients_that_begin_bodies_and_drip_take_no_place_from_whole_requests() -> None:
+    def script(asked: Asked) -> None:
+        while asked.request() is not None:
+            asked.send(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+
+    with ScriptedReplica(script) as replica, gateway() as served:
+        (published,) = served.publish(replica)
+        slow = [served.connect() for _ in range(12)]
+        for client in slow:
+            client.send(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 20000000\r\n\r\n"
+                b'{"model":"m","prompt":"' + b"x" * 66_000
+            )
+        eventually(lambda: served.inflight(published.slot)[0] == 4)
+        for _ in range(20):
+            assert served.ask(SMALL).status == 200
+        # Those with a place lose it, since nothing more comes.
+        eventually(lambda: served.inflight(published.slot)[0] == 0)
+        eventually(lambda: served.pool_count(metrics.REJECTED) == 4)
+        for client in slow:
+            client.close()
+        served.settle()
+
+
 def test_an_upload_whose_connection_failed_goes_on_over_a_kept_one() -> None:
     """Reading is paused while a connection is opened; the next one may be there already."""
     go = threading.Event()

@@ -88,9 +88,23 @@ def eventually(what: Callable[[], Any], *, within_s: float = WAIT_S) -> Any:
 class MemoryTransport:
     """The other side of a connection that is not there: it keeps what is written to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str = "127.0.0.1") -> None:
         self.sent = b""
         self.closed = False
+        self.reading = True
+        self._address = address
+
+    def get_extra_info(self, name: str) -> Any:
+        return (self._address, 1) if name == "peername" else None
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+    def can_write_eof(self) -> bool:
+        return False
 
     def write(self, data: bytes) -> None:
         self.sent += data

@@ -1,0 +1,188 @@
+"""Bodies that were begun: what came of them counts, what is claimed does not, and few can wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from datapath_rig import MemoryTransport, configure, post
+
+from gateway.datapath import metrics
+from gateway.datapath.client import ClientConnection
+from gateway.datapath.shared import Shared
+from gateway.datapath.worker import Worker
+from router.types import Fleet, Pool, Replica, ReplicaState
+
+MB = 1 << 20
+SMALL = post({"model": "m", "prompt": "hello"})
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """A loop whose clock the test sets."""
+
+    now_s = 100.0
+
+    def time(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    running = Loop()
+    yield running
+    running.close()
+
+
+class Site:
+    """A worker with one pool at zero, and clients of any address."""
+
+    def __init__(self, loop: Loop, **changes: Any) -> None:
+        shared = Shared.create(workers=1, max_replicas=8, max_pools=1)
+        self.worker = Worker(
+            loop, configure(**changes), shared, lambda message: None, lambda worker: None
+        )
+        self.publish()
+
+    def publish(self, **limits: Any) -> None:
+        version = self.worker.context.shared.applied() + 1
+        replica = Replica(
+            id="r0", pool="m", slot=0, url="http://x", state=ReplicaState.STARTING, **limits
+        )
+        pool = Pool(name="m", slot=0, replicas=(replica,))
+        self.worker.pools.apply(Fleet(version=version, pools=(pool,)))
+        self.pool = self.worker.pools.by_name["m"]
+
+    def connect(self, address: str = "10.0.0.1") -> ClientConnection:
+        client = ClientConnection(self.worker.clients)
+        client.connection_made(MemoryTransport(address))
+        return client
+
+    def ask(self, data: bytes, address: str = "10.0.0.1") -> ClientConnection:
+        client = self.connect(address)
+        client.data_received(data)
+        return client
+
+    def begin(self, claimed: int, sent: int, address: str = "10.0.0.1") -> ClientConnection:
+        """A client that claims a body of one size and sends less of it."""
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % claimed
+        body = b'{"model":"m","prompt":"'
+        return self.ask(head + body + b"x" * (sent - len(body)), address)
+
+    def count(self, index: int) -> int:
+        return self.pool.counters.integers[index]
+
+    def end(self) -> None:
+        """All leave: the books are at zero."""
+        for client in list(self.worker.clients._open):
+            client.connection_lost(None)
+        self.worker.check_integrity()
+        assert self.worker.context.buffered_bytes == 0
+        assert self.pool.uploads == 0
+        for gauge in (metrics.QUEUED_REQUESTS, metrics.QUEUED_TOKENS, metrics.QUEUED_BYTES):
+            assert self.count(gauge) == 0
+
+
+def status(client: ClientConnection) -> int | None:
+    sent = client.transport.sent
+    return int(sent[9:12]) if sent else None
+
+
+def test_bytes_claimed_fill_no_hold_queue_and_are_no_demand(loop: Loop) -> None:
+    site = Site(loop)
+    for _ in range(2):
+        site.begin(64 * MB, 70_000)
+    assert site.count(metrics.QUEUED_BYTES) == 140_000
+    assert site.count(metrics.QUEUED_TOKENS) < 2 * 300
+    assert status(site.ask(SMALL)) is None  # it is held
+    assert site.count(metrics.QUEUED_REQUESTS) == 3
+    site.end()
+
+
+def test_what_comes_of_a_held_body_counts_as_it_comes(loop: Loop) -> None:
+    site = Site(loop, max_bytes=500_000)
+    client = site.begin(200_000, 100_000)
+    tokens = site.count(metrics.QUEUED_TOKENS)
+    client.data_received(b"x" * 99_000)
+    assert site.count(metrics.QUEUED_BYTES) == 199_000
+    assert site.count(metrics.QUEUED_TOKENS) == tokens
+    client.data_received(b"x" * 998 + b'"}')
+    assert site.count(metrics.QUEUED_TOKENS) == pytest.approx(tokens + 50_000, abs=2)
+    client = site.begin(MB, 100_000)
+    client.data_received(b"x" * 200_001)
+    assert status(client) == 429
+    site.end()
+
+
+def test_no_request_is_more_demand_than_the_engine_takes(loop: Loop) -> None:
+    """A body of images is mostly not tokens, and no engine computes a prompt past its context."""
+    site = Site(loop)
+    site.publish(max_model_len_tokens=4096)
+    site.ask(post({"model": "m", "prompt": "x" * MB}))
+    assert site.count(metrics.QUEUED_TOKENS) == 4096
+    site.end()
+
+
+def test_half_of_the_places_of_a_fresh_replica_are_for_whole_bodies(loop: Loop) -> None:
+    site = Site(loop, release_initial=8)
+    begun = [site.begin(20 * MB, 70_000) for _ in range(12)]
+    assert site.count(metrics.QUEUED_REQUESTS) == 4
+    begun[0].connection_lost(None)
+    site.begin(20 * MB, 70_000)
+    assert site.count(metrics.QUEUED_REQUESTS) == 4
+    # What gets no place before it is whole is read whole, and served as any other.
+    late = site.begin(80_000, 70_000)
+    assert site.count(metrics.QUEUED_REQUESTS) == 4
+    late.data_received(b"x" * 9_998 + b'"}')
+    assert site.count(metrics.QUEUED_REQUESTS) == 5
+    site.end()
+
+
+def test_a_body_that_comes_slowly_is_read_whole_first(loop: Loop) -> None:
+    site = Site(loop, min_body_bytes_per_s=16_384)
+    client = site.begin(120_000, 30_000)
+    loop.now_s += 20
+    client.data_received(b"x" * 60_000)
+    assert site.count(metrics.QUEUED_REQUESTS) == 0
+    client.data_received(b"x" * 29_998 + b'"}')
+    assert site.count(metrics.QUEUED_REQUESTS) == 1
+    site.end()
+
+
+def test_one_client_cannot_have_the_whole_hold_queue(loop: Loop) -> None:
+    site = Site(loop, max_requests=10)
+    greedy = [site.ask(SMALL, "10.0.0.1") for _ in range(10)]
+    assert status(site.ask(SMALL, "10.0.0.1")) == 429
+    others = [site.ask(SMALL, f"10.0.1.{number}") for number in range(6)]
+    assert [status(client) for client in others] == [None] * 6
+    assert [status(client) for client in greedy] == [None] * 4 + [429] * 6  # the newest give way
+    assert site.count(metrics.QUEUED_REQUESTS) == 10
+    # The same client comes no further than the largest of the others.
+    assert status(site.ask(SMALL, "10.0.0.1")) == 429
+    site.end()
+
+
+def test_one_client_cannot_have_all_bytes_of_the_hold_queue(loop: Loop) -> None:
+    site = Site(loop, max_bytes=1_000_000)
+    for _ in range(10):
+        site.ask(post({"model": "m", "prompt": "x" * 99_000}), "2001:db8::1")
+    assert status(site.ask(post({"model": "m", "prompt": "x" * 99_000}), "2001:db8::1")) == 429
+    assert status(site.ask(post({"model": "m", "prompt": "x" * 300_000}), "10.0.0.2")) is None
+    assert site.count(metrics.QUEUED_BYTES) <= 1_000_000
+    site.end()
+
+
+def test_in_a_full_buffer_the_client_with_most_of_it_gives_way(loop: Loop) -> None:
+    site = Site(loop, max_buffered_bytes=MB, peek_bytes=200_000)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+    greedy = [site.ask(head % MB + b"{" + b" " * size) for size in (300_000, 400_000, 200_000)]
+    small = site.ask(head % 200_000 + b'{"prompt":"' + b"x" * 100_000, "10.0.0.2")
+    small.data_received(b"x" * 60_000)
+    assert [status(client) for client in (*greedy, small)] == [None, 503, None, None]
+    small.data_received(b"x" * 39_975 + b'","model":"m"}')
+    assert site.count(metrics.QUEUED_REQUESTS) == 1
+    loop.now_s += 1.0
+    again = site.ask(head % MB + b"{" + b" " * 400_000)
+    assert [status(client) for client in (*greedy, again)] == [None, 503, None, 503]
+    site.end()
