@@ -21,7 +21,7 @@ def find_python():
         if path is None:
             continue
         asked = subprocess.run(
-            [path, "-c", TELL], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            [path, "-I", "-c", TELL], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
         if asked.returncode == 0 and asked.stdout.decode().strip() == name[len("python") :]:
             return path

@@ -181,7 +181,7 @@ class Environment:
         self._making.touch()
         self.workshop.run(
             title,
-            [sys.executable, "-m", "venv", str(self.path)],
+            [sys.executable, "-I", "-m", "venv", str(self.path)],
             log=self.path.name.lstrip("."),
             grows=[self.path],
         )
@@ -201,14 +201,14 @@ class Environment:
     def _pip(self, title: str, *arguments: str) -> None:
         self.workshop.run(
             title,
-            [str(self.python), "-m", "pip", "install", *self.pip_options, *arguments],
+            [str(self.python), "-I", "-m", "pip", "install", *self.pip_options, *arguments],
             log=self.path.name.lstrip("."),
             grows=[self.path],
         )
 
     def _has_pip(self) -> bool:
         asked = subprocess.run(
-            [str(self.python), "-m", "pip", "--version"],
+            [str(self.python), "-I", "-m", "pip", "--version"],
             capture_output=True, check=False, env=self.workshop.environ(),
         )  # fmt: skip
         return asked.returncode == 0

@@ -66,7 +66,7 @@ def gateway_steps(workshop: Workshop, *, tools: bool, rebuild_for: str | None) -
 def _compile_step(workshop: Workshop, environment: Environment) -> Step:
     """The data path's hot modules as C, which halves what a request costs. Without a C compiler,
     or Python's headers, the same modules run as plain Python: that is no reason to stop."""
-    module = [str(environment.python), "-m", "gateway.datapath.compiled"]
+    module = [str(environment.python), "-I", "-m", "gateway.datapath.compiled"]
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     possible = headers and any(map(shutil.which, ("cc", "gcc")))
     possible = possible and os.environ.get(COMPILED_VARIABLE) != "0"
@@ -147,7 +147,7 @@ def model_steps(workshop: Workshop) -> list[Step]:
     def run() -> None:
         if MODEL.is_dir():
             say(f"  the default model is damaged: {find_damage(MODEL)[0]}; making it again")
-        argv = [str(python), "-m", "modelcache.prepare.default_model", "make", str(MODEL)]
+        argv = [str(python), "-I", "-m", "modelcache.prepare.default_model", "make", str(MODEL)]
         workshop.run(title, argv, log="model", grows=[MODEL.parent])
 
     return [Step(title, 280_000_000, 60, lambda: not find_damage(MODEL), run)]
@@ -160,7 +160,7 @@ def _import_check(workshop: Workshop, environment: Environment, before: Sequence
 
     def run() -> None:
         code = "import vllm, importlib; print(vllm.__version__)"
-        argv = [str(environment.python), "-c", code]
+        argv = [str(environment.python), "-I", "-c", code]
         workshop.run(title, argv, log="venv-engine", grows=[environment.path])
         environment.set("imports", key)
 
@@ -226,7 +226,7 @@ def start(verb: str, rest: Sequence[str], *, simulated: bool) -> NoReturn:
         engine = ["--engine", "simulated"] if simulated else []
         argv = [str(binaries / "tidegate"), "up", *engine, *rest]
     else:
-        argv = [str(binaries / "python"), "-m", "pytest", "-n", "2", *rest]
+        argv = [str(binaries / "python"), "-P", "-m", "pytest", "-n", "2", *rest]
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONHOME", "PYTHONPATH")}
     os.execve(argv[0], argv, env)
 

@@ -5,3 +5,12 @@ was configured, ``cli`` is the ``tidegate`` command, ``doctor`` looks at the mac
 ``compose`` puts a running process together from all packages. ``terminal`` is what all of them say
 on one.
 """
+
+import os
+import sys
+
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and sys.path[0] == os.getcwd():
+    # ``python -m`` looks in the working directory first: whatever lies there would be imported in
+    # place of modules of the same names. It comes last, and only where this package is from there.
+    here = sys.path.pop(0)
+    sys.path += [here] if __file__.startswith(f"{here}/gateway/") else []

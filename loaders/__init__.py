@@ -7,11 +7,19 @@ torch when they are called, so that importing this package costs nothing. They a
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loaders.weights.load import Loaded, check, iterate, load
     from modelcache.safetensors_index import BadFile
+
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and sys.path[0] == os.getcwd():
+    # ``python -m`` looks in the working directory first: whatever lies there would be imported in
+    # place of modules of the same names. It comes last, and only where this package is from there.
+    here = sys.path.pop(0)
+    sys.path += [here] if __file__.startswith(f"{here}/loaders/") else []
 
 __all__ = ["BadFile", "Loaded", "check", "iterate", "load"]
 

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("tidegate.autoscaler")
 
 THREADS = 32
-"""Calls that may block at once: downloads, prewarms, look-ups."""
+"""Downloads, preparation steps and prewarms at once."""
+QUICK_THREADS = 4
+"""Look-ups, leases and the like at once: a model that is here waits for no other's download."""
 REPORT_S = 0.1
 KEEP_S = 5.0
 """Longest wait for a page holder to answer a request that has been cancelled."""
@@ -181,6 +183,9 @@ class NodePreparer:
         self._holds: dict[str, ReplicaHold] = {}
         self._flags: set[threading.Event] = set()
         self._threads = threads or ThreadPoolExecutor(THREADS, thread_name_prefix="tidegate-models")
+        self._quick = threads or ThreadPoolExecutor(
+            QUICK_THREADS, thread_name_prefix="tidegate-quick"
+        )
 
     # -- what there is ---------------------------------------------------------------------
 
@@ -281,7 +286,7 @@ class NodePreparer:
         name = model.pool.model or ""
         # Entered in the thread, which may go on when this is cancelled.
         made = await self._run(
-            lambda stop: leases.enter(transform(name, cached, holder, tell, stop))
+            lambda stop: leases.enter(transform(name, cached, holder, tell, stop)), slow=True
         )
         model.made = (path, made)
         return made.path
@@ -300,7 +305,7 @@ class NodePreparer:
         unpack = self._unpack
         compiles = engine_of(model.pool.engine).capabilities.compile_cache
         if unpack is not None and path is not None and compiles:
-            await self._run(lambda _: unpack(model.pool, path))
+            await self._run(lambda _: unpack(model.pool, path), slow=True)
 
     async def _fetch(
         self, model: PoolModel, ref: ModelRef, hold: ReplicaHold, holder: str, tell: OnProgress
@@ -323,7 +328,7 @@ class NodePreparer:
             except CacheError:
                 cached = None  # it was evicted between the look-up and the lease
         if cached is None:
-            cached = await self._run(fetch)
+            cached = await self._run(fetch, slow=True)
             await self._lease(hold, cached, holder)
         self._found(model, cached)
 
@@ -455,7 +460,7 @@ class NodePreparer:
             keeping = asyncio.ensure_future(self._run(lambda _: holder.keep(model.slug, files)))
             try:
                 await asyncio.shield(keeping)
-                await self._run(lambda cancelled: prewarm(files, tell, cancelled))
+                await self._run(lambda cancelled: prewarm(files, tell, cancelled), slow=True)
             except BaseException:
                 # Its thread goes on when this is cancelled, and would keep them after the drop.
                 await asyncio.wait({keeping}, timeout=KEEP_S)
@@ -470,13 +475,15 @@ class NodePreparer:
 
     # -- threads ---------------------------------------------------------------------------
 
-    async def _run(self, work: Callable[[IsCancelled], Result]) -> Result:
-        """Do what blocks in a thread, which can ask whether this was cancelled."""
+    async def _run(self, work: Callable[[IsCancelled], Result], *, slow: bool = False) -> Result:
+        """Do what blocks in a thread, which can ask whether this was cancelled. ``slow``: it waits
+        for a store, a step, or weights."""
         flag = threading.Event()
         self._flags.add(flag)
         try:
             running = asyncio.get_running_loop()
-            return await running.run_in_executor(self._threads, work, flag.is_set)
+            threads = self._threads if slow else self._quick
+            return await running.run_in_executor(threads, work, flag.is_set)
         finally:
             flag.set()
             self._flags.discard(flag)
@@ -486,7 +493,7 @@ class NodePreparer:
         no thread."""
         if leases.refuse():
             running = asyncio.get_running_loop()
-            await asyncio.shield(running.run_in_executor(self._threads, leases.close))
+            await asyncio.shield(running.run_in_executor(self._quick, leases.close))
         else:
             leases.close()
 
@@ -498,7 +505,8 @@ class NodePreparer:
         for replica_id in list(self._holds):
             await self.release(replica_id)
         await self._run(lambda _: self._end())
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._quick):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _end(self) -> None:
         self._leases.close()

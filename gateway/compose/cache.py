@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoscaler.settings import PoolSettings
+from gateway.compose.process import child_environ
 from gateway.settings.schema import Settings
 from modelcache.ports import CachedModel, IsCancelled, OnProgress, Transform
 from modelcache.refs import parse_ref
@@ -148,7 +149,9 @@ def make_transform(
     from modelcache.prepare.run import Preparation, input_digest
 
     preparation = Preparation(
-        cache=cache, python=settings.loaders.engine_python.absolute(), environ=environ
+        cache=cache,
+        python=settings.loaders.engine_python.absolute(),
+        environ=child_environ(settings, environ),
     )
 
     def hold(

@@ -18,6 +18,7 @@ from autoscaler.backends.process.replica import make_env
 from autoscaler.settings import PoolSettings
 from autoscaler.tiers.preparer import Unpack
 from gateway.compose.cache import cache_dir
+from gateway.compose.process import child_environ
 from gateway.settings.schema import Settings
 from loaders.engines.base import EngineCommand, EngineOptions, Placement, engine_of
 from loaders.engines.vllm.compile_cache import CompileCache
@@ -71,7 +72,7 @@ def fork_plan(
         return None  # each start says so
     return ForkPlan(
         python=settings.loaders.engine_python,
-        env=make_env(environ, command, spec, placement),
+        env=make_env(child_environ(settings, environ), command, spec, placement),
         device="cuda" if install is None else install.device,
         models=tuple(find(pool.model) or pool.model for pool in pools if pool.model),
         backoff_s=settings.autoscaler.backoff_initial_s,

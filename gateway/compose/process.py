@@ -10,11 +10,12 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from gateway.settings.errors import Problem
-from gateway.settings.load import ConfigError, LoadedSettings
+from gateway.settings.load import ConfigError, LoadedSettings, find_service_links
+from gateway.settings.schema import Settings
 from modelcache.store.files import make_private
 from modelcache.types import CacheError
 
@@ -36,6 +37,19 @@ def set_up_logging(level: str) -> None:
     root.setLevel(level.upper())
     for noisy in ("httpx", "httpcore", "asyncio"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
+
+
+def child_environ(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
+    """Our environment as those of engines and preparation steps are made of it: without our own
+    variables, the secrets and keys that the settings name, and what Kubernetes tells of services
+    (vLLM does not start with a ``VLLM_PORT`` of that kind)."""
+    left_out = find_service_links(environ) | {settings.modelcache.peer_token_env}
+    left_out |= {pool.static.api_key_env for pool in settings.pools if pool.static.api_key_env}
+    return {
+        name: value
+        for name, value in environ.items()
+        if name not in left_out and not name.startswith("TIDEGATE_")
+    }
 
 
 def _write_a_record(directory: Path) -> None:

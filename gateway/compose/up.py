@@ -59,7 +59,7 @@ from gateway.compose.listeners import (
     remove_record,
     url,
 )
-from gateway.compose.process import check_writable, set_up_logging, take_signals
+from gateway.compose.process import check_writable, child_environ, set_up_logging, take_signals
 from gateway.compose.workers import Workers
 from gateway.datapath.messages import WorkerConfig
 from gateway.datapath.shared import Shared
@@ -166,6 +166,7 @@ class _Tidegate:
                 spec, placement, settings.loaders, self.compiled
             ),
             list_gpus=list_gpus,
+            environ=lambda: child_environ(self.settings, os.environ),
             fork_plan=self._fork_plan(settings),
             on_news=lambda replica_id: self.loop.probe_now(replica_id),
         )

@@ -208,7 +208,7 @@ class Workers:
         channel, inherited = socket.socketpair()
         listener = self._listeners[entry.index]
         fds = (listener.fileno(), self.shared.fd, inherited.fileno(), *self._nudge_fds)
-        command = [sys.executable, "-m", "gateway.datapath", *map(str, fds)]
+        command = [sys.executable, "-P", "-m", "gateway.datapath", *map(str, fds)]
         entry.starts += 1
         entry.silent_s = 0.0
         with inherited:

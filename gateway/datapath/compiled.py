@@ -148,7 +148,7 @@ def _copy_sources(scratch: Path) -> None:
 
 def _compile(scratch: Path) -> None:
     files = [name.replace(".", "/") + ".py" for name in MODULES]
-    command = [sys.executable, "-m", "mypyc", "--ignore-missing-imports", *files]
+    command = [sys.executable, "-P", "-m", "mypyc", "--ignore-missing-imports", *files]
     env = {**os.environ, "MYPY_CACHE_DIR": str(scratch / "cache"), "PYTHONPATH": str(scratch)}
     env.setdefault("CFLAGS", "-O2 -g0")
     try:

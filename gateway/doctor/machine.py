@@ -42,6 +42,11 @@ ASK_DEVICE = (
     "import vllm; from vllm.platforms import current_platform as p; "
     "print('device', p.device_type or 'none')"
 )
+MEASURE_FORMATS = (
+    "import runpy, sys; sys.path.append(sys.argv.pop(1)); "
+    "runpy.run_module('loaders.weights.format_benchmark', run_name='__main__', alter_sys=True)"
+)
+"""Finds our packages whether or not they are installed for the engine's Python."""
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt")
 PREPARE_TIMEOUT_S = 120.0
 """Importing vLLM on a busy machine takes a minute."""
@@ -127,14 +132,13 @@ class Machine:
 
     def engine_device(self, python: Path) -> tuple[str | None, str]:
         """The device vLLM chooses when it is imported, or ``None`` and why it cannot be."""
-        env = {**os.environ, "PYTHONPATH": "", "PYTHONHOME": "", "VLLM_LOGGING_LEVEL": "ERROR"}
         try:
             asked = subprocess.run(
                 [str(python), "-c", ASK_DEVICE],
                 capture_output=True,
                 text=True,
                 timeout=IMPORT_TIMEOUT_S,
-                env=env,
+                env=_engine_environment(),
                 check=False,
             )
         except OSError as error:
@@ -266,7 +270,7 @@ class Machine:
     def speeds(self, python: Path, weights: Sequence[Path]) -> list[FormatSpeed] | str:
         """How quickly each load format reads weights, or why that cannot be told."""
         with ExitStack() as stack:
-            argv = [str(python), "-m", "loaders.weights.format_benchmark", *map(str, weights)]
+            argv = [str(python), "-c", MEASURE_FORMATS, str(_root()), *map(str, weights)]
             try:
                 work_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="tidegate-"))
                 argv += ["--work-dir", work_dir]
@@ -278,7 +282,6 @@ class Machine:
                     capture_output=True,
                     text=True,
                     timeout=PREPARE_TIMEOUT_S + MEASURE_S,
-                    cwd=_root(),
                     env=_engine_environment(),
                     check=False,
                 )
@@ -361,10 +364,15 @@ async def _ask_fork_server(python: Path, device: str) -> ForkAbility:
 
 
 def _engine_environment() -> dict[str, str]:
-    """Ours, without what leads another Python astray, and with vLLM quiet."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    """Ours, without what leads another Python astray (what lies in the working directory, too), and
+    with vLLM quiet."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTHON", "TIDEGATE_"))
+    }
     kept.pop("VIRTUAL_ENV", None)
-    return {**kept, "VLLM_LOGGING_LEVEL": "ERROR"}
+    return {**kept, "PYTHONSAFEPATH": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 def _root() -> Path:

@@ -58,8 +58,13 @@ OURS = frozenset(
 )
 """Variables with one underscore that something reads."""
 
-SERVICE_LINKS = ("tcp://", "udp://", "sctp://")
-"""How values begin that Kubernetes puts into a container for a service called ``tidegate-…``."""
+SERVICE_LINK = re.compile(
+    r"(?P<service>.+?)_(SERVICE_HOST|SERVICE_PORT(_.+)?"
+    r"|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
+SERVICE_URLS = ("tcp://", "udp://", "sctp://")
+"""What Kubernetes puts into each container for each service: ``VLLM_PORT=tcp://10.0.0.1:80`` and
+more for one that is called ``vllm``."""
 
 Parts = tuple[str, ...]
 
@@ -351,7 +356,8 @@ def _long(parts: Parts) -> Parts:
 
 
 def _read_environment(draft: _Draft, environ: Mapping[str, str]) -> None:
-    names = [name for name in environ if name.startswith(ENV_PREFIX)]
+    links = find_service_links(environ)
+    names = [name for name in environ if name.startswith(ENV_PREFIX) and name not in links]
     # Sections before what is in them, and elements in the order of their index.
     for name in sorted(names, key=_env_order):
         parts = tuple(name.removeprefix(ENV_PREFIX).split("__"))
@@ -372,14 +378,29 @@ def _lowered(parts: Parts) -> Parts:
     return result
 
 
+def find_service_links(environ: Mapping[str, str]) -> set[str]:
+    """The variables by which Kubernetes tells of the services of a namespace: named after
+    services, they may be called like anything, and are meant for nobody here."""
+    found = set()
+    for name, value in environ.items():
+        link = SERVICE_LINK.fullmatch(name)
+        if link is not None:
+            service = link["service"]
+            known = f"{service}_SERVICE_HOST" in environ and name != f"{service}_PORT"
+            if known or value.startswith(SERVICE_URLS):
+                found.add(name)
+    return found
+
+
 def find_misnamed(environ: Mapping[str, str], named: Collection[str]) -> Iterator[Problem]:
     """A warning for each variable that is not read and was probably meant as a setting: one
     underscore where two belong.
 
     ``named`` are variables that the settings themselves name, for keys and secrets.
     """
+    links = find_service_links(environ)
     for name in sorted(environ):
-        ours = name in OURS or name in named or environ[name].startswith(SERVICE_LINKS)
+        ours = name in OURS or name in named or name in links
         if ours or not name.startswith(OUR_PREFIX) or name.startswith(ENV_PREFIX):
             continue
         meant = _meant(name.removeprefix(OUR_PREFIX))

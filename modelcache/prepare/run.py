@@ -432,6 +432,7 @@ class Preparation:
     def _env(self, step: PreparationStep, source: Path, output: Path) -> dict[str, str]:
         env = {name: value for name, value in self.environ.items() if name not in FOREIGN}
         env |= {"TIDEGATE_INPUT": str(source), "TIDEGATE_OUTPUT": str(output)}
+        env |= {"PYTHONSAFEPATH": "1"}  # no Python imports what lies where it works
         if step.kind != "command":
             env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         return env | step.env

@@ -78,7 +78,7 @@ def run(
     async def tell() -> None:
         before = set(zombies())  # an earlier test's, if any
         backend = tiny_backend(
-            directory / "state", command=command, environ=environ, fork_plan=plan
+            directory / "state", command=command, environ=lambda: environ, fork_plan=plan
         )
         await backend.adopt(())
         try:
@@ -444,7 +444,7 @@ def test_a_forked_engine_outlives_tidegate_and_its_fork_server(tmp_path: Path) -
         guard = next(one.parent for one in list_stats() if one.id.pid == pid)
         await backend.close(keep=True)
         other = tiny_backend(
-            tmp_path / "state", command=command, environ={"PATH": os.environ["PATH"]}
+            tmp_path / "state", command=command, environ=lambda: {"PATH": os.environ["PATH"]}
         )
         (adopted,) = await other.adopt([replica("any", "--family")])
         assert adopted.probe.pid == pid

@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -342,6 +344,31 @@ def test_command_that_cannot_be_made_fails_the_start(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_engines_are_started_and_ended_whatever_other_threads_wait_for(tmp_path: Path) -> None:
+    """The event loop's own threads are anybody's: name servers, stores and disks that hang."""
+    until_the_end = threading.Event()
+
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        waiting = loop.run_in_executor(None, until_the_end.wait, 100.0)
+        async with asyncio.timeout(60.0):
+            first = tiny_backend(tmp_path)
+            await first.adopt(())
+            await first.start(spec())
+            await wait_ready(first, "r-1")
+            await first.close(keep=True)
+            second = tiny_backend(tmp_path)
+            assert len(await second.adopt([spec(replica_id="any")])) == 1
+            await second.stop("r-1", grace_s=5.0)
+            await second.close()
+        assert not waiting.done()
+        until_the_end.set()
+        await waiting
+
+    asyncio.run(story())
+
+
 def test_stop_ends_the_whole_family_and_forces_the_stubborn(tmp_path: Path) -> None:
     async def story() -> None:
         backend = tiny_backend(tmp_path)
@@ -399,11 +426,12 @@ def test_survivor_of_sigkill_is_reported_and_stays_on_record(
 def test_what_an_engine_is_given(tmp_path: Path) -> None:
     async def story() -> None:
         core = sorted(os.sched_getaffinity(0))[-1]
+        given = {"HF_TOKEN": "x", "KEPT": "yes"}
         backend = tiny_backend(
             tmp_path,
             cpus=[core],
             list_gpus=lambda: [GpuCapacity(index=index, memory_bytes=100) for index in range(4)],
-            environ={**os.environ, "TIDEGATE__SECRET": "x", "KEPT": "yes"},
+            environ=lambda: {**os.environ, **given},
         )
         pool = {"process": {"gpus_per_replica": 2, "gpus": (1, 2, 3), "cpus_per_replica": 1}}
         await backend.start(spec(env={"OWN": "1", "TINY": "mine"}, **pool))
@@ -414,7 +442,7 @@ def test_what_an_engine_is_given(tmp_path: Path) -> None:
         env = facts["env"]
         assert env["CUDA_VISIBLE_DEVICES"] == "1,2"
         assert (env["OWN"], env["TINY"], env["KEPT"]) == ("1", "mine", "yes")
-        assert "TIDEGATE__SECRET" not in env
+        assert {*given} & {*env} == {"KEPT"}
         assert facts["pid"] == probe.pid
         with pytest.raises(NoCapacity, match="2 GPU of"):
             await backend.start(spec(replica_id="r-2", **pool))

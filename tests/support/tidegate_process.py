@@ -32,7 +32,8 @@ START_S = 60.0
 STOP_S = 60.0
 WAIT_S = 60.0
 POLL_S = 0.05
-MARK = "TIDEGATE_TEST_RUN"
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "TEST_RUN_OF_TIDEGATE"
 """Environment variable that all descendants inherit: by it they are found, wherever they went."""
 
 QUICK: Mapping[str, Any] = {"tick_s": 0.1, "start_poll_s": 0.05, "drain_settle_s": 0.2}
@@ -354,6 +355,7 @@ def start(
     pools: Sequence[Mapping[str, Any]],
     arguments: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
     **sections: Any,
 ) -> Tidegate:
     """Start ``tidegate up`` with its state in ``directory``; does not wait for anything."""
@@ -370,7 +372,7 @@ def start(
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, MARK: mark, **(environ or {})},
-            cwd=Path(__file__).resolve().parents[2],
+            cwd=cwd,
         )
     return Tidegate(process=process, state_dir=state_dir, log_path=log_path, mark=mark)
 

@@ -86,7 +86,8 @@ of its end."""
 class ProcessBackend:
     """Backend for pools with ``backend = "process"``.
 
-    ``command`` makes the command line of a replica; ``list_gpus`` tells the GPUs of this machine
+    ``command`` makes the command line of a replica, ``environ`` tells what its environment is made
+    of; ``list_gpus`` tells the GPUs of this machine
     (``None``: unknown) and is asked when a replica that needs one is started. With a
     ``fork_plan`` vLLM is forked rather than started, wherever that is possible. ``on_news`` is
     told the replica that is worth a look now.
@@ -102,7 +103,7 @@ class ProcessBackend:
         command: MakeCommand,
         list_gpus: Callable[[], Sequence[GpuCapacity] | None] = lambda: None,
         cpus: Sequence[int] | None = None,
-        environ: Mapping[str, str] | None = None,
+        environ: Callable[[], Mapping[str, str]] = lambda: os.environ,
         fork_plan: ForkPlan | None = None,
         on_news: Callable[[str], None] = lambda replica_id: None,
     ) -> None:
@@ -110,7 +111,7 @@ class ProcessBackend:
         self._command = command
         self._list_gpus = list_gpus
         self._cpus = sorted(os.sched_getaffinity(0)) if cpus is None else list(cpus)
-        self._environ = os.environ if environ is None else environ
+        self._environ = environ
         self._logs = state_dir.absolute() / "logs"
         self._registry = ProcessRegistry(
             state_dir.absolute() / "replicas",
@@ -265,8 +266,8 @@ class ProcessBackend:
             return False
         ours, others = child.placement, [one.placement for one in self._children.values()]
         free = not any({*ours.cpus} & {*one.cpus} or {*ours.gpus} & {*one.gpus} for one in others)
-        env = make_env(self._environ, command, spec, ours)
-        kept = make_env(self._environ, child.command, child.spec, ours)
+        env = make_env(self._environ(), command, spec, ours)
+        kept = make_env(self._environ(), child.command, child.spec, ours)
         return free and tuple(command.argv) == tuple(child.command.argv) and env == kept
 
     async def _wake_standby(self, child: ReplicaProcess, spec: ReplicaSpec) -> bool:
@@ -294,7 +295,7 @@ class ProcessBackend:
         """Start the gate, put it on record, open it."""
         spec = child.spec
         env = {
-            **make_env(self._environ, child.command, spec, child.placement),
+            **make_env(self._environ(), child.command, spec, child.placement),
             MARK: child.mark,
         }
         process = child.process = await self._begin(child, env, parked=parked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import select
 import signal
 import socket
@@ -34,6 +35,10 @@ from loaders.engines.vllm.forkserver.wire import PARKED, SERVING, read_marks
 PHASE_CHARACTERS = 160
 PHASE_LINES = 200
 
+STORE_CREDENTIAL = re.compile(
+    r"GOOGLE_APPLICATION_CREDENTIALS|(HF|HUGGING_FACE_HUB|AWS|OSS|ALIBABA_CLOUD)_"
+    r"(TOKEN|TOKEN_PATH|\w+_TOKEN|ACCESS_KEY\w*|SECRET_ACCESS_KEY|\w+_TOKEN_FILE|\w*CREDENTIALS\w*)"
+)
 UNKNOWN_STATUS = 256
 """In place of an exit status, of a process that was not our child: that it ended is all we know."""
 
@@ -205,10 +210,18 @@ def make_env(
 ) -> dict[str, str]:
     """The environment of an engine, but for its mark.
 
-    Our own settings may hold secrets, and ``SPT_NOENV`` keeps setproctitle (vLLM uses it) from
-    overwriting the environment, in which the mark is found again.
+    The credentials of stores are for engines that fetch their
+    models themselves. ``SPT_NOENV`` keeps setproctitle (vLLM uses it) from overwriting the
+    environment, in which the mark is found again.
     """
-    env = {k: v for k, v in environ.items() if not k.startswith("TIDEGATE__")}
+    model = spec.pool.model or ""
+    loads = engine_of(spec.pool.engine).capabilities.loads_weights
+    fetches = loads and "://" not in model and not Path(model).is_dir()
+    env = {
+        name: value
+        for name, value in environ.items()
+        if fetches or not STORE_CREDENTIAL.fullmatch(name)
+    }
     env |= {**command.env, **spec.pool.env}
     if placement.gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, placement.gpus))

@@ -53,10 +53,11 @@ class SimulatedEngine(VllmEngine):
         if options.max_model_len_tokens is not None:
             flags.append(("--max-model-len", str(options.max_model_len_tokens)))
         # Our own packages are found from any working directory, and nothing that lies in it.
-        path = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH", ""))))
+        given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        path = os.pathsep.join(filter(None, (ROOT, *given)))  # an empty part is that directory
         return EngineCommand(
             argv=(
-                *(sys.executable, "-m", "loaders.engines.simulated"),
+                *(sys.executable, "-P", "-m", "loaders.engines.simulated"),
                 *merge_flags(flags, options.args),
             ),
             env={"PYTHONSAFEPATH": "1", "PYTHONPATH": path},

@@ -12,7 +12,7 @@ import pytest
 from fake_node import URL, Node, pool, run, until
 
 from autoscaler.backends.base import BackendError, Unsupported
-from autoscaler.tiers.preparer import list_files
+from autoscaler.tiers.preparer import THREADS, list_files
 from modelcache.ports import IsCancelled, OnProgress
 from modelcache.types import FileRange, NoSpace, Priority, Tier
 
@@ -89,6 +89,25 @@ def test_a_download_that_is_cancelled_ends(tmp_path: Path) -> None:
         assert await asyncio.to_thread(node.cache.ended.wait, 30.0)
         assert node.cache.calls == [("preload", Priority.WAKE)]
         assert node.preparer.tier(remote) is Tier.REMOTE
+
+    run(node, story)
+
+
+def test_a_model_that_is_here_waits_for_no_download(tmp_path: Path) -> None:
+    """However many wait for a store that does not answer."""
+    node = Node(tmp_path)
+    node.cache.block = threading.Event()
+
+    async def story() -> None:
+        pools = [pool(name=f"p{number}", tiers={"paged_s": 0}) for number in range(THREADS + 8)]
+        tasks = [asyncio.create_task(node.prepare(one, f"{one.name}-1")) for one in pools]
+        await until(lambda: len(node.cache.calls) == THREADS)
+        node.cache.here = True
+        async with asyncio.timeout(30.0):
+            await node.prepare(pool(tiers={"paged_s": 0}))
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     run(node, story)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,15 @@ def rig(tmp_path: Path) -> Rig:
     return Rig(root=tmp_path)
 
 
-def transform_in(cache: ModelCache, model: str, *programs: str) -> Transform:
+def transform_in(
+    cache: ModelCache, model: str, *programs: str, environ: Mapping[str, str] | None = None
+) -> Transform:
     steps = [
         {"kind": "command", "argv": [sys.executable, "-c", program]}
         for program in programs or (WRITE,)
     ]
     settings = Settings.model_validate({"modelcache": {"steps": {model: steps}}})
-    transform = make_transform(settings, cache, {})
+    transform = make_transform(settings, cache, environ or {})
     assert transform is not None
     return transform
 
@@ -85,6 +87,23 @@ def test_a_result_is_held_by_each_who_uses_it(rig: Rig) -> None:
     assert holders(cache) == {"model": (), "result": ()}
     cache.evict(URL)
     assert cache.ls() == []
+
+
+def test_a_step_has_no_secret_of_ours_and_imports_nothing_from_where_it_works(rig: Rig) -> None:
+    cache = rig.cache()
+    rig.put("models/m", {"weights": b"weights"})
+    program = (
+        "import sys, os, pathlib; "
+        "pathlib.Path('made').write_text(' '.join([str(sys.flags.safe_path), *os.environ]))"
+    )
+    environ = {"TIDEGATE_PEER_TOKEN": "x", "VLLM_PORT": "tcp://10.0.0.1:80", "MINE": "x"}
+    model = cache.preload(URL)
+    with transform_in(cache, URL, program, environ=environ)(
+        URL, model, "m-1", silent, never
+    ) as made:
+        safe_path, *names = (made.path / "made").read_text().split()
+    assert safe_path == "True"
+    assert {*names} & {*environ} == {"MINE"}
 
 
 def test_a_model_without_steps_is_what_was_fetched(rig: Rig) -> None:

@@ -288,7 +288,7 @@ def run_launcher(place: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_simulated_engine_runs_in_our_own_interpreter(tmp_path: Path) -> None:
     command = simulated("--startup-s", "2")
-    assert command.argv[:3] == (sys.executable, "-m", "loaders.engines.simulated")
+    assert command.argv[:4] == (sys.executable, "-P", "-m", "loaders.engines.simulated")
     assert command.argv[-2:] == ("--startup-s", "2")
     done = subprocess.run(
         [sys.executable, "-m", "loaders.engines.simulated", "--help"],
