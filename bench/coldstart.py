@@ -17,7 +17,6 @@ import os
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -219,19 +218,9 @@ def _wait_for_fork_server(gate: tidegate.Tidegate, folder: Path) -> None:
 
 def _to_zero(gate: tidegate.Tidegate) -> None:
     for replicas in (0, None):
-        _post(gate, f"/pools/{POOL}/scale", {"replicas": replicas})
+        gate.admin(f"/pools/{POOL}/scale", {"replicas": replicas}, timeout_s=30)
         if not tidegate.wait_at_zero(gate, POOL, limit_s=60):
             raise RuntimeError("the pool did not come to zero")
-
-
-def _post(gate: tidegate.Tidegate, path: str, body: object) -> None:
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{gate.admin_port}{path}",
-        data=json.dumps(body).encode(),
-        headers={"content-type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        answer.read()
 
 
 def _settle(gate: tidegate.Tidegate, contender: Contender) -> None:

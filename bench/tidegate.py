@@ -24,12 +24,18 @@ class Tidegate:
     child: procs.Child
     port: int
     admin_port: int
+    state_dir: Path
 
-    def admin(self, path: str, *, timeout_s: float = 5.0) -> tuple[int, bytes]:
-        """GET on the admin listener: status and body."""
-        url = f"http://127.0.0.1:{self.admin_port}{path}"
+    def admin(self, path: str, body: object = None, *, timeout_s: float = 5.0) -> tuple[int, bytes]:
+        """GET on the admin listener, or POST of JSON: status and body."""
+        token = (self.state_dir / "admin-token").read_text().strip()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.admin_port}{path}",
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"authorization": f"Bearer {token}", "content-type": "application/json"},
+        )
         try:
-            with urllib.request.urlopen(url, timeout=timeout_s) as answer:
+            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
                 return int(answer.status), answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
@@ -68,9 +74,9 @@ def start(
     """
     folder.mkdir(parents=True, exist_ok=True)
     port, admin_port = procs.free_port(), procs.free_port()
-    config = folder / "tidegate.toml"
+    config, state_dir = folder / "tidegate.toml", folder.resolve() / "state"
     config.write_text(
-        f'state_dir = "{folder.resolve()}/state"\n\n[gateway]\nport = {port}\n'
+        f'state_dir = "{state_dir}"\n\n[gateway]\nport = {port}\n'
         f"admin_port = {admin_port}\nworkers = 1\n{settings}\n{pools}"
     )
     child = procs.start(
@@ -80,7 +86,7 @@ def start(
         cores=cores,
         env={"NO_COLOR": "1", **(env or {})},
     )
-    gate = Tidegate(child=child, port=port, admin_port=admin_port)
+    gate = Tidegate(child=child, port=port, admin_port=admin_port, state_dir=state_dir)
     probe = b"GET /readyz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
     try:
         procs.wait_ready(child, admin_port, probe, limit_s=limit_s)

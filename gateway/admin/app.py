@@ -1,29 +1,21 @@
-"""The admin listener: metrics, health, status, and the few things that can be done by hand.
+"""The admin API: metrics, health, status, and the few things that can be done by hand.
 
 A small ASGI application over a ``LiveControl`` and the verbs of the model cache: each operation of
-``gateway.admin.operations`` gets its handler here. It has no authentication of its own and listens
-on loopback unless configured otherwise; what it does guard against is the one attacker who reaches
-loopback, a web page in a local browser:
-
-- a ``Host`` that is a foreign name is refused (DNS rebinding);
-- nothing is changed by a request that a page could send without asking first: a change is a POST
-  with ``content-type: application/json``, and CORS is never granted;
-- a request that a browser marks as coming from another site is refused whatever it asks.
+``gateway.admin.operations`` gets its handler here. ``gateway.admin.guard`` says who is let in,
+``gateway.admin.server`` serves it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
-import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import uvicorn
 from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -34,6 +26,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.admin import operations, schema
+from gateway.admin.guard import Guard, is_owner
 from gateway.admin.metrics_page import UsagePoller, render_cache
 from gateway.admin.models import Models, error_of
 from gateway.admin.operations import (
@@ -46,7 +39,6 @@ from gateway.admin.operations import (
     Operation,
 )
 from gateway.admin.schema import FAULT, AdminError, AdminRequest
-from gateway.settings.schema import LOOPBACK_NAMES, is_loopback
 from modelcache.types import Cancelled, Progress
 
 if TYPE_CHECKING:
@@ -59,22 +51,21 @@ MAX_BODY_BYTES = 65_536
 BODY_TIMEOUT_S = 10.0
 """Seconds a client has to send its few words."""
 
-KEEPALIVE_S = 5
-MAX_CONNECTIONS = 256
-MAX_HEAD_BYTES = 32_768
-
 BEAT_S = 0.25
 """Seconds between two lines of progress."""
 SILENCE_S = 5.0
 """Seconds after which a line is sent although nothing moved, so that no proxy gives up on it."""
 MAX_SLOW = 16
 """Slow verbs at once; the next is refused. Each has a thread."""
+MAX_QUICK = 4
+"""Threads of the quick verbs; more of them wait for one."""
 
-SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+Result = TypeVar("Result")
 
 Handler = Callable[..., Awaitable[BaseModel | Response]]
 """Answers an operation: called with the parts of its path by name, ``body`` where it has a request
-and ``query`` where it has one. Raises ``AdminError``."""
+and ``query`` where it has one; where the body names a model, ``owner`` says whether it came from
+the user who started Tidegate. Raises ``AdminError``."""
 
 
 def create_app(
@@ -82,30 +73,33 @@ def create_app(
     *,
     host: str = "127.0.0.1",
     allowed_hosts: Sequence[str] = (),
+    token: str | None = None,
     version: str = "",
     models: Models | None = None,
     max_slow: int = MAX_SLOW,
     body_timeout_s: float = BODY_TIMEOUT_S,
 ) -> Starlette:
     """The application; ``host`` is the address it is bound to, ``allowed_hosts`` further names.
+    Over TCP it wants ``token``; without one it answers only health and metrics there.
 
     With ``models`` the model cache is shown and worked on too, below ``/models``.
     """
     handlers = _PoolRoutes(control, models).handlers()
     if models is not None:
         handlers |= ModelRoutes(models, max_slow).handlers()
-    return assemble(handlers, host, allowed_hosts, version, body_timeout_s)
+    return assemble(handlers, host, allowed_hosts, token, version, body_timeout_s)
 
 
 def assemble(
     handlers: Mapping[str, Handler],
     host: str,
     allowed_hosts: Sequence[str],
+    token: str | None,
     version: str,
     body_timeout_s: float = BODY_TIMEOUT_S,
 ) -> Starlette:
     """An application of the operations that have a handler, with their index and their OpenAPI
-    document, guarded against web pages."""
+    document, behind the guard."""
     schema.build_types()
     served = [INDEX, OPENAPI]
     served += [one for one in OPERATIONS if one.name in handlers]
@@ -120,7 +114,9 @@ def assemble(
     every = {"index": index, "openapi": describe, **handlers}
     return Starlette(
         routes=[_route(one, every[one.name], body_timeout_s) for one in served],
-        middleware=[Middleware(BrowserGuard, host=host, allowed_hosts=tuple(allowed_hosts))],
+        middleware=[
+            Middleware(_Guarded, guard=Guard(host=host, allowed_hosts=allowed_hosts, token=token))
+        ],
         exception_handlers={
             AdminError: _refused,
             HTTPException: _http_error,
@@ -137,7 +133,9 @@ def _route(operation: Operation, handler: Handler, body_timeout_s: float) -> Rou
             given["query"] = _validated(lambda: kind.model_validate_strings(text))
         if operation.request is not None:
             data = await _body(request, body_timeout_s)
-            given["body"] = _parsed(operation.request, data)
+            given["body"] = body = _parsed(operation.request, data)
+            if isinstance(body, schema.ModelRequest):
+                given["owner"] = is_owner(request.scope)
         found = await handler(**given)
         return found if isinstance(found, Response) else as_response(found)
 
@@ -212,62 +210,21 @@ async def _internal_error(request: Request, problem: Exception) -> Response:
     return refusal(AdminError("internal_error", FAULT))
 
 
-class BrowserGuard:
-    """Refuses what only a web page would send: a foreign ``Host``, ``Origin`` or site."""
+class _Guarded:
+    """A middleware: requests that the guard lets in go on, the others are answered here."""
 
-    def __init__(self, app: ASGIApp, *, host: str, allowed_hosts: tuple[str, ...]) -> None:
-        self.app = app
-        names = {name.lower() for name in allowed_hosts}
-        # Bound to more than loopback and told no names, it cannot know how it is called.
-        self.any_host = "*" in names or (not names and not is_loopback(host))
-        self.names = names | {host.lower().strip("[]")} | LOOPBACK_NAMES
+    def __init__(self, app: ASGIApp, *, guard: Guard) -> None:
+        self._app = app
+        self._guard = guard
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it here."""
         if scope["type"] == "http":
             try:
-                self.check(Request(scope))
+                self._guard.check(Request(scope))
             except AdminError as problem:
                 await refusal(problem)(scope, receive, send)
                 return
-        await self.app(scope, receive, send)
-
-    def check(self, request: Request) -> None:
-        """Raise ``AdminError`` for a request that is not let in."""
-        hosts = request.headers.getlist("host")
-        # Without one (HTTP/1.0, a plain health check) it cannot be a browser.
-        if len(hosts) > 1 or (hosts and not self.knows(hosts[0])):
-            raise AdminError(
-                "host_not_allowed",
-                "This listener does not answer to that Host; "
-                "list the name in gateway.admin_allowed_hosts.",
-            )
-        if request.headers.get("sec-fetch-site", "none") not in {"none", "same-origin"}:
-            raise AdminError("cross_site", "Requests from other sites' pages are refused.")
-        origin = request.headers.get("origin")
-        if origin is not None and origin.partition("://")[2] not in hosts:
-            raise AdminError("cross_site", "Requests from other origins' pages are refused.")
-        if request.method not in SAFE_METHODS:
-            media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if media != "application/json":
-                raise AdminError(
-                    "content_type", "Send it with the header content-type: application/json."
-                )
-
-    def knows(self, host: str) -> bool:
-        """Whether a ``Host`` is ours. An address always is: rebinding takes a name."""
-        name = host.lower()
-        if name.startswith("["):
-            name = name[1:].partition("]")[0]
-        elif name.count(":") <= 1:
-            name = name.partition(":")[0]
-        if self.any_host or name.rstrip(".") in self.names:
-            return True
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return True
+        await self._app(scope, receive, send)
 
 
 class _PoolRoutes:
@@ -374,6 +331,9 @@ class ModelRoutes:
         self._models = models
         self._max_slow = max_slow
         self._slow = 0
+        # Threads of their own: a store that does not answer must hold up nothing but these verbs.
+        self._slow_threads = ThreadPoolExecutor(max_slow, "slow-verb")
+        self._quick_threads = ThreadPoolExecutor(MAX_QUICK, "quick-verb")
 
     def handlers(self) -> dict[str, Handler]:
         """Each operation's handler by its name."""
@@ -387,68 +347,103 @@ class ModelRoutes:
 
     async def listing(self) -> schema.CacheListing:
         """The models in the cache, and what they take."""
-        return await asyncio.to_thread(self._models.listing)
+        return await self._quickly(self._models.listing)
 
-    async def run_quick(self, verb: str, body: schema.ModelRequest) -> schema.ModelAnswer:
+    async def run_quick(
+        self, verb: str, body: schema.ModelRequest, owner: bool
+    ) -> schema.ModelAnswer:
         """The answer of a verb that is soon done."""
+        self._check_name(body, owner)
         try:
-            return await asyncio.to_thread(self._models.run, verb, body)
+            return await self._quickly(partial(self._models.run, verb, body))
         except Exception as problem:
             error = error_of(problem)
             if error is None:
                 raise
             raise error from None
 
-    async def run_slow(self, verb: str, body: schema.ModelRequest) -> Response:
-        """The lines of a verb that takes long."""
-        try:
-            self._models.resolve(body)
-        except ValueError as problem:
-            raise error_of(problem) or problem from None
+    async def run_slow(self, verb: str, body: schema.ModelRequest, owner: bool) -> Response:
+        """The lines of a verb that takes long. It begins now; closing the connection cancels it."""
+        self._check_name(body, owner)
         if self._slow >= self._max_slow:
             text = f"{self._max_slow} of these run already; try again."
             raise AdminError("too_many", text, retry_after="5")
-        return StreamingResponse(self._lines(verb, body), media_type=LINES_TYPE)
-
-    async def _lines(self, verb: str, body: schema.ModelRequest) -> AsyncIterator[str]:
-        """The verb's progress and its end, each a line."""
-        latest = Progress(phase="waiting")
-        left = threading.Event()
-
-        def on_progress(progress: Progress) -> None:
-            nonlocal latest
-            latest = progress
-
         self._slow += 1
-        work = asyncio.create_task(
-            asyncio.to_thread(
-                self._models.run, verb, body, on_progress=on_progress, cancelled=left.is_set
-            )
+        work = _SlowWork()
+        run = partial(
+            self._models.run, verb, body, on_progress=work.progressed, cancelled=work.left.is_set
         )
-        work.add_done_callback(self._slow_is_over)
-        try:
-            shown: Progress | None = None
-            silent_s = 0.0
-            while not (await asyncio.wait({work}, timeout=BEAT_S))[0]:
-                silent_s += BEAT_S
-                now = latest
-                if now != shown or silent_s >= SILENCE_S:
-                    shown, silent_s = now, 0.0
-                    yield _line(schema.ProgressLine(progress=now))
-            yield _line(await _end_of(work))
-        finally:
-            left.set()  # the client has gone, or it is over anyway
+        work.ends = asyncio.get_running_loop().run_in_executor(self._slow_threads, run)
+        work.ends.add_done_callback(self._slow_is_over)
+        return _LinesResponse(work)
 
-    def _slow_is_over(self, work: asyncio.Task[Any]) -> None:
+    def _check_name(self, body: schema.ModelRequest, owner: bool) -> None:
+        """Raise ``AdminError`` for a name that is none, or may not be named by this client."""
+        try:
+            url, _ = self._models.resolve(body)
+        except ValueError as problem:
+            raise error_of(problem) or problem from None
+        if not owner and not self._models.is_named(url):
+            raise AdminError(
+                "model_not_allowed",
+                "Over TCP a model must be a configured pool's, or below one of "
+                "gateway.admin_allowed_models; `tidegate model` on the machine itself takes any.",
+                param="model",
+            )
+
+    async def _quickly(self, call: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._quick_threads, call)
+
+    def _slow_is_over(self, ends: asyncio.Future[Any]) -> None:
         self._slow -= 1
-        if work.cancelled() or isinstance(work.exception(), Cancelled):
+        if ends.cancelled() or isinstance(ends.exception(), Cancelled):
             return
-        problem = work.exception()
+        problem = ends.exception()
         if isinstance(problem, Exception) and error_of(problem) is None:
             log.error("a verb of the model cache failed", exc_info=problem)
 
 
-async def _end_of(work: asyncio.Task[schema.ModelAnswer]) -> BaseModel:
+class _SlowWork:
+    """A slow verb that runs: where it is, how it ends, and whether its client has left."""
+
+    ends: asyncio.Future[schema.ModelAnswer]
+
+    def __init__(self) -> None:
+        self.left = threading.Event()
+        self.latest = Progress(phase="waiting")
+
+    def progressed(self, progress: Progress) -> None:
+        """It is there now; called from its thread."""
+        self.latest = progress
+
+    async def lines(self) -> AsyncIterator[str]:
+        """Its progress and its end, each a line."""
+        shown: Progress | None = None
+        silent_s = 0.0
+        while not (await asyncio.wait({self.ends}, timeout=BEAT_S))[0]:
+            silent_s += BEAT_S
+            now = self.latest
+            if now != shown or silent_s >= SILENCE_S:
+                shown, silent_s = now, 0.0
+                yield _line(schema.ProgressLine(progress=now))
+        yield _line(await _end_of(self.ends))
+
+
+class _LinesResponse(StreamingResponse):
+    """The lines of a slow verb, which is cancelled where they are not read to the end."""
+
+    def __init__(self, work: _SlowWork) -> None:
+        super().__init__(work.lines(), media_type=LINES_TYPE)
+        self._work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._work.left.set()  # the client has gone, or it is over anyway
+
+
+async def _end_of(work: asyncio.Future[schema.ModelAnswer]) -> BaseModel:
     try:
         return schema.ResultLine(result=await work)
     except Exception as problem:  # noqa: BLE001 - answered, and logged above
@@ -457,51 +452,3 @@ async def _end_of(work: asyncio.Task[schema.ModelAnswer]) -> BaseModel:
 
 def _line(value: BaseModel) -> str:
     return value.model_dump_json() + "\n"
-
-
-# ── The server ────────────────────────────────────────────────────────────────────────────────────
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the control process decides when to stop."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-async def serve_admin(
-    listener: socket.socket, app: ASGIApp, stop: asyncio.Event, *, shutdown_s: int = 3
-) -> None:
-    """Serve on a listening socket until ``stop`` is set, then finish what is under way for at most
-    ``shutdown_s``. The socket is closed at the end."""
-    server = _Server(
-        uvicorn.Config(
-            app,
-            access_log=False,
-            log_config=None,
-            log_level="warning",
-            lifespan="off",
-            ws="none",
-            proxy_headers=False,
-            server_header=False,
-            timeout_keep_alive=KEEPALIVE_S,
-            timeout_graceful_shutdown=shutdown_s,
-            limit_concurrency=MAX_CONNECTIONS,
-            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-        )
-    )
-    serving = asyncio.create_task(server.serve(sockets=[listener]), name="admin server")
-    stopping = asyncio.create_task(stop.wait(), name="admin stop")
-    try:
-        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        stopping.cancel()
-        server.should_exit = True
-        try:
-            async with asyncio.timeout(shutdown_s + 2):
-                await asyncio.shield(serving)
-        except TimeoutError:
-            serving.cancel()
-        finally:
-            listener.close()

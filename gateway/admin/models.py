@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import islice
@@ -21,7 +21,7 @@ from autoscaler.settings import PoolSettings
 from gateway.admin import schema
 from loaders.engines.base import engine_of
 from modelcache.ports import CachedModel, IsCancelled, OnProgress, Prewarm, Transform
-from modelcache.refs import PATH, parse_ref
+from modelcache.refs import PATH, is_below, parse_ref
 from modelcache.types import (
     PREPARED,
     CacheError,
@@ -93,6 +93,8 @@ class Models:
     """Runs a model's preparation steps, where it has any."""
     pools: Callable[[], Sequence[PoolSettings]] = tuple
     """The pools that are served here now; their names stand for their models."""
+    allowed: Sequence[str] = ()
+    """Beginnings of URLs and paths that clients without the owner's rights may name too."""
 
     def listing(self) -> schema.CacheListing:
         """Every revision that is on the disk or on its way, and what all of it takes."""
@@ -108,6 +110,17 @@ class Models:
         """The model's canonical URL or its path, and the revision that is named. Raises
         ``ValueError`` for what names no model."""
         return find_model(asked.model, asked.revision, self.pools())
+
+    def is_named(self, url: str) -> bool:
+        """Whether a model, by its canonical URL or path, is a pool's, was made of one by
+        preparation steps, or is below one of ``allowed``."""
+        if any(is_below(url, beginning) for beginning in (f"{PREPARED}://", *self.allowed)):
+            return True
+        for pool in self.pools():
+            with suppress(ValueError):  # it has none of the cache's
+                if _model_of(pool, pool.name, None)[0] == url:
+                    return True
+        return False
 
     def run(
         self,

@@ -58,6 +58,8 @@ LINES_TYPE = "application/x-ndjson"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 EVERYWHERE = ("cross_site", "host_not_allowed", "internal_error")
 """Errors that any operation may have."""
+OPEN = ("metrics", "healthz", "readyz")
+"""Operations that TCP clients may have without the token: probes' and Prometheus'."""
 OF_A_BODY = ("bad_json", "unknown_field", "body_timeout", "body_too_large", "content_type")
 
 AnswerType = type[AdminAnswer] | type[StatusAnswer] | type[ApiDocument]
@@ -119,7 +121,7 @@ def _model(
     lines: bool = False,
 ) -> Operation:
     errors: tuple[str, ...] = ("bad_value", "model_not_found", "model_in_use", "no_space")
-    errors += ("source_failed", "model_damaged", "cache_failed")
+    errors += ("source_failed", "model_damaged", "cache_failed", "model_not_allowed")
     return Operation(
         name=verb,
         method="POST",
@@ -239,7 +241,10 @@ def describe(operations: Sequence[Operation], version: str) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "Tidegate admin API", "version": version},
         "paths": paths,
-        "components": {"schemas": defs.get("$defs", {})},
+        "components": {
+            "schemas": defs.get("$defs", {}),
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
     }
 
 
@@ -258,6 +263,7 @@ def _operation(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "operationId": operation.name,
         "summary": operation.summary,
+        "security": [] if operation.name in OPEN else [{"token": []}],
         "parameters": list(_parameters(operation)),
         "responses": {
             "200": {
@@ -289,6 +295,8 @@ def _parameters(operation: Operation) -> Iterator[dict[str, Any]]:
 
 def _errors(operation: Operation, ref: dict[str, Any]) -> dict[str, Any]:
     codes = {*EVERYWHERE, *operation.errors, *(OF_A_BODY if operation.request else ())}
+    if operation.name not in OPEN:
+        codes.add("unauthorized")
     by_status: dict[str, list[str]] = {}
     for code in sorted(codes, key=lambda code: (ERRORS[code], code)):
         by_status.setdefault(str(ERRORS[code]), []).append(code)

@@ -50,8 +50,10 @@ Admin = Annotated[
     typer.Option(
         "--admin",
         metavar="URL",
-        help="Admin listener to ask. Without it: the Tidegate running with this state directory, "
-        "else the address in the settings.",
+        help="Admin listener to ask, or the path of its socket. Over TCP it wants its token: from "
+        "`TIDEGATE_ADMIN_TOKEN`, else the file `gateway.admin_token_file`. Without it: the "
+        "Tidegate running with this state directory, by its socket, which wants none; else the "
+        "address in the settings.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
@@ -98,17 +100,18 @@ def load(config: Path | None, sets: list[str] | None) -> LoadedSettings:
     return defaults.load_for_up(config, os.environ, sets or ())
 
 
-def address(admin: str | None, config: Path | None, sets: list[str] | None) -> str:
+def address(admin: str | None, config: Path | None, sets: list[str] | None) -> client.Listener:
     """The admin listener to ask: the one named, the one that runs here, the one in the settings."""
-    if admin is not None:
-        return client.check_address(admin)
-    from gateway.compose.listeners import find_running, make_url
+    from gateway.compose.listeners import make_url
 
+    if admin is not None and client.check_address(admin).startswith(client.UNIX):
+        return client.Listener(url=client.check_address(admin))
     settings = load(config, sets).settings
-    running = find_running(settings.state_dir)
-    if running is not None:
-        return running.admin_url
-    return make_url(settings.gateway.admin_host, settings.gateway.admin_port)
+    found = client.find_listener(admin, settings)
+    if found is not None:
+        return found
+    url = make_url(settings.gateway.admin_host, settings.gateway.admin_port)
+    return client.tcp_listener(url, settings)
 
 
 def screen() -> Screen:

@@ -7,10 +7,12 @@ all of them do and say the same.
 from __future__ import annotations
 
 import _thread
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
@@ -36,6 +38,22 @@ CANCEL_TIMEOUT_S = 30.0
 OnProgress = Callable[[Progress], None]
 
 
+TOKEN_VARIABLE = "TIDEGATE_ADMIN_TOKEN"
+UNIX = "unix:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listener:
+    """An admin listener: ``http://host:port``, or ``unix:`` and the path of its socket. ``token``
+    is what it is shown over TCP."""
+
+    url: str
+    token: str = ""
+
+    def __str__(self) -> str:
+        return self.url
+
+
 class Unreachable(Exception):
     """Nothing answers at that address, or it is no Tidegate; the message says which."""
 
@@ -49,7 +67,11 @@ class SettingsRefused(Exception):
 
 
 def check_address(address: str) -> str:
-    """A base URL without a trailing slash; ``host:port`` gets ``http://``. Else a usage error."""
+    """A base URL without a trailing slash; ``host:port`` gets ``http://``, a path ``unix:``. Else
+    a usage error."""
+    path = address.removeprefix(UNIX).removeprefix("//")
+    if path != address or path.startswith(("/", "./", "../")) or Path(path).is_socket():
+        return f"{UNIX}{os.path.abspath(path)}"
     text = address if "://" in address else f"http://{address}"
     try:
         parts = urlsplit(text)
@@ -63,31 +85,82 @@ def check_address(address: str) -> str:
     return text.rstrip("/")
 
 
+def find_listener(admin: str | None, settings: Settings) -> Listener | None:
+    """The listener that ``admin`` names, else that of what runs with this state directory; ``None``
+    where nothing does. Where it has a socket for its user, that; else over TCP with ``token_for``
+    it."""
+    from gateway.compose.listeners import find_running
+
+    running = find_running(settings.state_dir)
+    url = None if admin is None else check_address(admin)
+    if running is not None and url in {None, running.admin_url}:
+        if running.admin_socket is not None:
+            return Listener(url=f"{UNIX}{running.admin_socket}")
+        url = running.admin_url
+    return None if url is None else tcp_listener(url, settings)
+
+
+def tcp_listener(url: str, settings: Settings) -> Listener:
+    """A listener with the token of the environment, else that of the file that the settings name.
+
+    The token in a state directory is not used: who listens there may be another than made it.
+    """
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    path = settings.gateway.admin_token_file
+    if not token and path is not None and not url.startswith(UNIX):
+        from gateway.compose.listeners import read_token
+
+        try:
+            token = read_token(path)
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(f"gateway.admin_token_file: {path}: {error}") from None
+    if not token.isascii() or not token.isprintable():
+        raise typer.BadParameter(f"{TOKEN_VARIABLE}: a token is ASCII without white space")
+    return Listener(url=url, token=token)
+
+
 @contextmanager
-def reach(base: str) -> Iterator[httpx.Client]:
+def reach(listener: Listener) -> Iterator[httpx.Client]:
     """A client for an admin listener; what fails on the way to it is ``Unreachable``."""
     import httpx
 
-    # The environment's proxies are for elsewhere: this is our own machine or network.
+    from gateway.compose.listeners import socket_path
+
     timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+    url, transport, headers = listener.url, None, {}
     try:
-        # Without TLS there is no need to load certificates, which takes longer than the request.
-        with httpx.Client(
-            base_url=base, timeout=timeout, trust_env=False, verify=base.startswith("https:")
-        ) as client:
-            yield client
+        with contextlib.ExitStack() as stack:
+            if url.startswith(UNIX):
+                path = stack.enter_context(socket_path(Path(url.removeprefix(UNIX))))
+                url, transport = "http://localhost", httpx.HTTPTransport(uds=path)
+            elif listener.token:
+                headers["authorization"] = f"Bearer {listener.token}"
+            # The environment's proxies are for elsewhere: this is our own machine or network.
+            # Without TLS there is no need to load certificates, which takes longer than the
+            # request.
+            verify = url.startswith("https:")
+            yield stack.enter_context(
+                httpx.Client(
+                    base_url=url,
+                    timeout=timeout,
+                    trust_env=False,
+                    verify=verify,
+                    transport=transport,
+                    headers=headers,
+                )
+            )
     except httpx.ConnectError:
         raise Unreachable(
-            f"nothing answers at {base}: is Tidegate running (`tidegate up`)? "
+            f"nothing answers at {listener}: is Tidegate running (`tidegate up`)? "
             "Another address is given with --admin"
         ) from None
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
         reason = str(error) or type(error).__name__
-        raise Unreachable(f"no answer from {base}: {reason}") from None
+        raise Unreachable(f"no answer from {listener}: {reason}") from None
 
 
 def ask(
-    base: str,
+    base: Listener,
     operation: Operation,
     body: dict[str, Any] | None = None,
     *,
@@ -124,12 +197,18 @@ def _refusal(text: str | bytes, otherwise: str) -> Exception:
         return RequestRefused(otherwise)
     if error.code == "bad_settings":
         return SettingsRefused(error.message)
+    if error.code == "unauthorized":
+        return RequestRefused(
+            f"{otherwise}: it wants its token. Run this with the state directory of the Tidegate "
+            f"that is meant, or put its token into {TOKEN_VARIABLE} (or a file, "
+            "gateway.admin_token_file)"
+        )
     if error.code == "bad_value":
         return typer.BadParameter(error.message)
     return RequestRefused(error.message)
 
 
-def _no_answer(base: str) -> str:
+def _no_answer(base: Listener) -> str:
     return f"{base} is no Tidegate admin listener of this version: its answer has an unknown form"
 
 
@@ -139,7 +218,7 @@ def _no_answer(base: str) -> str:
 class RemoteVerbs:
     """The verbs over the model cache of an admin listener."""
 
-    def __init__(self, base: str) -> None:
+    def __init__(self, base: Listener) -> None:
         self._base = base
 
     def listing(self) -> CacheListing:
@@ -163,6 +242,8 @@ class RemoteVerbs:
             reach(self._base) as client,
             client.stream("POST", operation.path, json=body) as lines,
         ):
+            if lines.status_code >= 400:
+                raise _refusal(lines.read(), f"{self._base} answered {lines.status_code}")
             for line in filter(str.strip, lines.iter_lines()):
                 try:
                     found = operation.parse(line)
@@ -233,13 +314,9 @@ def model_verbs(
 ) -> RemoteVerbs | LocalVerbs:
     """Those of the listener that is named, of what runs with this state directory, or else of this
     process."""
-    if admin is not None:
-        return RemoteVerbs(check_address(admin))
-    from gateway.compose.listeners import find_running
-
-    running = find_running(settings.state_dir)
-    if running is not None:
-        return RemoteVerbs(running.admin_url)
+    listener = find_listener(admin, settings)
+    if listener is not None:
+        return RemoteVerbs(listener)
     from gateway.compose.cache import cache_dir
 
     _check_directory(

@@ -252,12 +252,12 @@ def status(
         context.obj.sleep(interval)
 
 
-def _status_text(report: Any, base: str, as_json: bool, now_s: float) -> str:
+def _status_text(report: Any, base: client.Listener, as_json: bool, now_s: float) -> str:
     """A gateway's status or an agent's, as it is printed."""
     if as_json:
         return as_text(report)
     if report.kind == "agent":
-        return tables.agent_status(report, base)
+        return tables.agent_status(report, str(base))
     return tables.status(report, screen(), now_s)
 
 

@@ -19,16 +19,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.admin import schema
-from gateway.admin.app import Handler, ModelRoutes, assemble, healthz, readiness, serve_admin
+from gateway.admin.app import Handler, ModelRoutes, assemble, healthz, readiness
 from gateway.admin.metrics_page import UsagePoller, render_agent, render_cache
 from gateway.admin.models import Models
 from gateway.admin.operations import METRICS_TYPE
 from gateway.admin.schema import AdminError
+from gateway.admin.server import serve_admin
 from gateway.compose.cache import NodeCache, make_models, make_page_holder, open_cache
 from gateway.compose.listeners import (
     AGENT_NAME,
     ClaimError,
     Running,
+    admin_listeners,
+    admin_token,
     claim_for_agent,
     leave_record,
     listen,
@@ -70,6 +73,7 @@ async def _run(settings: Settings, node: NodeCache) -> int:
     models = make_models(node, settings, os.environ, page_holder)
     given = settings.gateway
     (listener,) = listen(given.admin_host, given.admin_port, field="gateway.admin_port")
+    token = admin_token(settings)
     state_dir, admin_url = Path(settings.state_dir), url(listener)
     serving: list[Serving] = []
 
@@ -86,13 +90,18 @@ async def _run(settings: Settings, node: NodeCache) -> int:
     def where() -> str | None:
         return make_url(serving[0].host, serving[0].port) if serving else None
 
-    app = create_agent_app(models, where, given.admin_host, given.admin_allowed_hosts)
+    app = create_agent_app(models, where, given.admin_host, given.admin_allowed_hosts, token)
+
+    async def serve(until: asyncio.Event) -> None:
+        with admin_listeners(listener, state_dir, AGENT_NAME) as listeners:
+            await serve_admin(listeners, app, until)
+
     try:
         await run_agent(
             settings.modelcache,
             cache=node.cache,
             peers=node.peers,
-            serve_admin=lambda until: serve_admin(listener, app, until),
+            serve_admin=serve,
             stop=stop,
             on_serving=begin,
         )
@@ -121,8 +130,10 @@ def create_agent_app(
     where: Callable[[], str | None],
     host: str = "127.0.0.1",
     allowed_hosts: tuple[str, ...] = (),
+    token: str | None = None,
 ) -> Starlette:
-    """The admin application of an agent; ``where`` tells the peer listener's URL once it serves."""
+    """The admin application of an agent; ``where`` tells the peer listener's URL once it serves.
+    ``token`` is what it wants over TCP."""
     usage = UsagePoller(models.cache.usage)
 
     async def readyz() -> schema.Readiness:
@@ -144,7 +155,7 @@ def create_agent_app(
         "status": status,
         **ModelRoutes(models).handlers(),
     }
-    app = assemble(handlers, host, allowed_hosts, version())
+    app = assemble(handlers, host, allowed_hosts, token, version())
     for what in ("pools", "replicas"):  # no operations here, but the console may ask for them
         app.router.routes.append(
             Route(f"/{what}/{{rest:path}}", _no_pools, methods=["GET", "POST"])

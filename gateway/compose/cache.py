@@ -111,6 +111,7 @@ def make_models(
         traffic=lambda: describe(node.peers, node.transfer),
         transform=make_transform(settings, node.cache, environ),
         pools=pools or (lambda: settings.pools),
+        allowed=settings.gateway.admin_allowed_models,
     )
 
 

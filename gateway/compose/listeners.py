@@ -1,4 +1,5 @@
-"""Where a Tidegate listens: its sockets, and the record by which the other verbs find them.
+"""Where a Tidegate listens: its sockets, the admin token, and the record by which the other verbs
+find them.
 
 Sockets are made in the control process, so that a port that is taken is an error before anything
 starts. ``up`` leaves a small record while it runs, so that ``tidegate status`` finds it whatever
@@ -11,21 +12,34 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
+import re
+import secrets
 import socket
+import stat
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.settings.errors import Problem, show
 from gateway.settings.load import ConfigError, LoadedSettings
+from gateway.settings.schema import Settings, is_loopback
 from modelcache.store.files import create, make_directory
+
+log = logging.getLogger("tidegate")
 
 BACKLOG = 4096
 RECORD_NAME = "running.json"
 AGENT_NAME = "agent.json"
 """The record of a cache agent, which may run beside a Tidegate."""
 AGENT_LOCK = "agent.lock"
+SOCKET_NAMES = {RECORD_NAME: "admin.sock", AGENT_NAME: "agent.sock"}
+"""The Unix socket of the admin listener, beside the record."""
+TOKEN_NAME = "admin-token"
+MIN_TOKEN_CHARACTERS = 16
+MOST_PATH_BYTES = 107
+"""What the address of a Unix socket has room for."""
 
 
 def listen(
@@ -65,6 +79,126 @@ def listen(
             listener.close()
         raise ConfigError([_problem(field, host, port, error)]) from error
     return listeners
+
+
+@contextlib.contextmanager
+def socket_path(path: Path) -> Iterator[str]:
+    """The path of a Unix socket as its address has room for it, while the context is open: a long
+    one goes by way of its directory, open meanwhile."""
+    if len(os.fsencode(path)) <= MOST_PATH_BYTES:
+        yield str(path)
+        return
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
+
+
+@contextlib.contextmanager
+def admin_listeners(
+    tcp: socket.socket, state_dir: Path, name: str
+) -> Iterator[list[socket.socket]]:
+    """The admin API's listening sockets: ``tcp``, and the Unix socket beside the record ``name``,
+    which only this user may connect to. It is gone afterwards.
+
+    Of one state directory there must be one caller: what a killed one has left is replaced. Where
+    the directory takes no socket (a full disk) there is a warning, and TCP alone.
+    """
+    path = state_dir / SOCKET_NAMES[name]
+    listeners = [tcp]
+    try:
+        listeners.append(_listen_for_owner(path))
+    except OSError as error:
+        why = error.strerror or error
+        log.warning("%s: %s; `tidegate` needs --admin and the token instead", path, why)
+    try:
+        yield listeners
+    finally:
+        if len(listeners) > 1:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _listen_for_owner(path: Path) -> socket.socket:
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # Before it has a name, so that there is no moment at which others could connect. On Linux
+        # the file gets the mode of the socket.
+        os.fchmod(listener.fileno(), 0o600)
+        with socket_path(path) as address:
+            listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def admin_token(settings: Settings) -> str | None:
+    """The token that requests to the admin listener carry over TCP; it is made where there is none.
+
+    Raises ``ConfigError`` where the file is not one to be trusted. ``None``, with a warning, where
+    none can be made (a full disk) and the listener is on loopback: then only health and metrics
+    are answered over TCP. Beyond loopback that is an error too.
+    """
+    gateway = settings.gateway
+    path = gateway.admin_token_file or settings.state_dir / TOKEN_NAME
+    try:
+        if gateway.admin_token_file is None:
+            _make_token(path)
+        return read_token(path)
+    except ValueError as error:
+        raise ConfigError([_token_problem(path, str(error))]) from None
+    except OSError as error:
+        why = error.strerror or str(error)
+        if gateway.admin_token_file is not None or not is_loopback(gateway.admin_host):
+            raise ConfigError([_token_problem(path, why)]) from None
+        log.warning(
+            "%s: %s; over TCP the admin listener answers health and metrics only", path, why
+        )
+        return None
+
+
+def _token_problem(path: Path, why: str) -> Problem:
+    message = f"there is no token for the admin listener, so it is not started: {why}"
+    return Problem("gateway.admin_token_file", message, "at start", show(str(path)))
+
+
+def _make_token(path: Path) -> None:
+    """Write a new token, whole, unless there is a file."""
+    if os.path.lexists(path):
+        return
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    try:
+        with open(create(fresh, os.O_EXCL), "w", encoding="ascii") as file:
+            file.write(f"{secrets.token_urlsafe(32)}\n")
+        with contextlib.suppress(FileExistsError):  # an agent's start was quicker
+            os.link(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def read_token(path: Path) -> str:
+    """The token in a file. Raises ``OSError``, and ``ValueError`` for what is none, or is not kept
+    from other users."""
+    with open(path, encoding="utf-8") as file:
+        seen = os.fstat(file.fileno())
+        if not stat.S_ISREG(seen.st_mode):
+            raise ValueError("it is no file")
+        if seen.st_uid not in {0, os.geteuid()}:
+            raise ValueError(f"it belongs to user {seen.st_uid}, who is not the one that runs this")
+        if seen.st_mode & 0o037:
+            mode = stat.S_IMODE(seen.st_mode)
+            raise ValueError(f"other users may use it (mode {mode:04o}): chmod 600, or 640")
+        token = file.read(4_096).strip()
+    if len(token) < MIN_TOKEN_CHARACTERS or not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise ValueError(
+            f"a token is {MIN_TOKEN_CHARACTERS} characters or more of ASCII, without white space"
+        )
+    return token
 
 
 def _problem(field: str, host: str, port: int, error: OSError) -> Problem:
@@ -117,20 +251,23 @@ class ClaimError(Exception):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
     """One running Tidegate: its control process and its two listeners. An agent's ``url`` is where
-    its peers are served."""
+    its peers are served. ``admin_socket`` is where the admin API is served to its user, ``None``
+    where it is not."""
 
     pid: int
     url: str
     admin_url: str
+    admin_socket: Path | None = None
 
 
 def leave_record(state_dir: Path, running: Running, name: str = RECORD_NAME) -> None:
     """Write the record, whole or not at all. Raises ``OSError`` where it cannot be written."""
     fresh = state_dir / f".{name}.{running.pid}"
+    found = {"pid": running.pid, "url": running.url, "admin_url": running.admin_url}
     try:
         make_directory(state_dir)
         with open(create(fresh, os.O_TRUNC), "w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(running)))
+            file.write(json.dumps(found))
         fresh.replace(state_dir / name)
     except OSError:
         with contextlib.suppress(OSError):
@@ -161,10 +298,14 @@ def claim_for_agent(state_dir: Path) -> Iterator[None]:
 
 def read_record(state_dir: Path, name: str = RECORD_NAME) -> Running | None:
     """The Tidegate that runs with this state directory, ``None`` where none is known to."""
+    socket_file = state_dir.absolute() / SOCKET_NAMES[name]
     try:
         found = json.loads((state_dir / name).read_text(encoding="utf-8"))
         running = Running(
-            pid=int(found["pid"]), url=str(found["url"]), admin_url=str(found["admin_url"])
+            pid=int(found["pid"]),
+            url=str(found["url"]),
+            admin_url=str(found["admin_url"]),
+            admin_socket=socket_file if socket_file.is_socket() else None,
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -51,7 +51,10 @@ from gateway.compose.engines import (
 )
 from gateway.compose.fleet import FleetBook
 from gateway.compose.listeners import (
+    RECORD_NAME,
     Running,
+    admin_listeners,
+    admin_token,
     leave_record,
     listen,
     make_url,
@@ -117,6 +120,7 @@ class _Tidegate:
             gateway.admin_host, gateway.admin_port, field="gateway.admin_port"
         )
         self.stack.callback(self.admin_listener.close)
+        self.admin_token = admin_token(settings)
         self.listeners = listen(gateway.host, gateway.port, field="gateway.port", shared_by=count)
         for listener in self.listeners:
             self.stack.callback(listener.close)
@@ -198,8 +202,9 @@ class _Tidegate:
 
     async def serve_admin(self, stop: asyncio.Event) -> None:
         """Serve the admin API until ``stop`` is set."""
-        from gateway.admin.app import create_app, serve_admin
+        from gateway.admin.app import create_app
         from gateway.admin.control import LiveControl
+        from gateway.admin.server import serve_admin
 
         gateway = self.settings.gateway
         models = make_models(
@@ -224,10 +229,13 @@ class _Tidegate:
             control,
             host=gateway.admin_host,
             allowed_hosts=gateway.admin_allowed_hosts,
+            token=self.admin_token,
             version=version(),
             models=models,
         )
-        await serve_admin(self.admin_listener, app, stop)
+        state_dir = Path(self.settings.state_dir)
+        with admin_listeners(self.admin_listener, state_dir, RECORD_NAME) as listeners:
+            await serve_admin(listeners, app, stop)
 
     async def reload(self) -> SettingsChanges:
         """Read the settings again, and apply what is different in them. Raises ``ConfigError``,

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
+
+ModelBeginning = Annotated[str, StringConstraints(pattern=r"^([a-z0-9]+://|/)[^\s?#@]*$")]
 
 
 class HoldingSettings(BaseModel):
@@ -59,8 +61,10 @@ class GatewaySettings(BaseModel):
     carries some 30,000 small requests a second, so 1 leaves the cores to the engines."""
 
     admin_host: str = Field(default="127.0.0.1", min_length=1)
-    """Address of the admin listener (metrics, status, scale). It has no authentication: keep it on
-    loopback, or behind something that authenticates."""
+    """Address of the admin listener (metrics, status, scale). Everything but health and metrics
+    needs the token of ``admin_token_file`` there. It speaks plain HTTP, which shows the token to
+    the network: beyond loopback put TLS in front of it. The command line on this machine does not
+    use it, but the socket ``admin.sock`` in ``state_dir``."""
 
     admin_port: int = Field(default=8001, ge=0, le=65_535)
     """TCP port of the admin listener. 0 lets the system choose one, which is printed at start."""
@@ -74,6 +78,16 @@ class GatewaySettings(BaseModel):
     """Seconds for which a worker may not respond before it is killed and replaced; its answers
     under way are cut. No request keeps a healthy worker busy for a second. ``/readyz`` says so
     after two."""
+
+    admin_token_file: Path | None = None
+    """File with the token (16 characters or more) that requests to the admin listener carry as
+    ``Authorization: Bearer``; it must not be readable by every user. Unset: ``admin-token`` in
+    ``state_dir``, made at the first start with mode 0600."""
+
+    admin_allowed_models: tuple[ModelBeginning, ...] = ()
+    """Models that requests to the admin listener may name beside those of the pools, by the
+    beginning of their URL or path (``"hf://Qwen"``, ``"s3://models/llm"``, ``"hf://"`` for all of
+    a hub). The command line on this machine may name any."""
 
     max_connections: int = Field(default=10_000, ge=1, le=1_000_000)
     """Client connections one worker keeps open; the next is answered 503 and closed. Each costs

@@ -25,6 +25,8 @@ NEEDS_RESTART = (
     "gateway.admin_host",
     "gateway.admin_port",
     "gateway.admin_allowed_hosts",
+    "gateway.admin_token_file",
+    "gateway.admin_allowed_models",
     "gateway.head_timeout_s",
     "gateway.tls_certificate",
     "gateway.tls_key",

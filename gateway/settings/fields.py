@@ -239,6 +239,7 @@ PATTERNS = {
     r"^[^/].*$": "text{} that does not begin with /",
     r"^[^\s\x00-\x1f\x7f]+$": "text{} without white space",
     r"^[A-Za-z_][A-Za-z0-9_]*$": "the name of an environment variable",
+    r"^([a-z0-9]+://|/)[^\s?#@]*$": "the beginning of a model's URL, or a path that begins with /",
     r"^/[\x21-\x7e]*$": "a path that begins with /, without white space",
 }
 """What a pattern of the settings asks for, in words; the braces are for its length."""

@@ -57,8 +57,8 @@ def find_warnings(settings: Settings) -> Iterator[tuple[str, str]]:
     if not is_loopback(gateway.admin_host):
         yield (
             "gateway.admin_host",
-            f"{gateway.admin_host} is reachable from other machines and the admin listener has no "
-            "authentication: every client that reaches it can scale and drain pools",
+            f"{gateway.admin_host} is reachable from other machines, and the admin listener has no "
+            "TLS: the network sees its token; put TLS in front of it",
         )
     if "*" in gateway.admin_allowed_hosts:
         yield (

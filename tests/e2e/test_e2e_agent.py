@@ -37,12 +37,15 @@ class Agent:
     url: str = ""
     admin_url: str = ""
 
+    def admin(self, path: str) -> Any:
+        return json.loads(fetch(self.admin_url + path, state_dir=self.state_dir))
+
     def listing(self) -> Any:
-        return json.loads(fetch(self.admin_url + "/models"))
+        return self.admin("/models")
 
     def sent_bytes(self) -> float:
         """What it has given to peers."""
-        return float(json.loads(fetch(self.admin_url + "/status"))["traffic"]["sent_bytes"])
+        return float(self.admin("/status")["traffic"]["sent_bytes"])
 
 
 def start(state_dir: Path, *sets: str, peers: tuple[str, ...] = ()) -> Agent:
@@ -154,9 +157,9 @@ def console(state_dir: Path, *words: str, status: int = 0) -> Any:
 
 def test_an_agent_says_how_it_is(agents: Callable[..., Agent], store: IndexedServer) -> None:
     agent = agents("a")
-    ready = json.loads(fetch(agent.admin_url + "/readyz"))
+    ready = agent.admin("/readyz")
     assert ready["ready"] is True
-    status = json.loads(fetch(agent.admin_url + "/status"))
+    status = agent.admin("/status")
     assert (status["peer_url"], status["traffic"]["store_bytes"]) == (agent.url, 0)
     told = console(agent.state_dir, "preload", f"{store.url}/models/tiny/")
     assert (Path(told["path"]) / "model.safetensors").read_bytes() == WEIGHTS
@@ -213,7 +216,7 @@ def test_the_console_knows_an_agent(agents: Callable[..., Agent]) -> None:
     told = verb("status", *here)
     assert told.returncode == 0
     assert f"served at {agent.url}; no peers are known" in told.stdout
-    assert agent.admin_url in told.stdout
+    assert f"unix:{agent.state_dir / 'agent.sock'}" in told.stdout
     for words in (("explain", "x"), ("scale", "x", "1")):
         told = verb(*words, *here)
         assert (told.returncode, told.stdout) == (1, "")
@@ -295,7 +298,7 @@ def test_a_node_finds_an_agent_by_a_name(
     with gives_late(store, first.sent_bytes):
         told = console(second.state_dir, "preload", url)
     assert (Path(told["path"]) / "model.safetensors").read_bytes() == WEIGHTS
-    traffic = json.loads(fetch(second.admin_url + "/status"))["traffic"]
+    traffic = second.admin("/status")["traffic"]
     assert traffic["peer_bytes"] >= PIECE_BYTES
     assert first.url in [one["url"] for one in traffic["peers"] if one["reached"]]
 

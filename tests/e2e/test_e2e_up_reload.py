@@ -25,7 +25,6 @@ from tidegate_process import (
     SHUT,
     WAIT_S,
     Tidegate,
-    fetch,
     let_go,
     simulated,
     up,
@@ -45,7 +44,14 @@ def reload(tidegate: Tidegate, *arguments: str) -> subprocess.CompletedProcess[s
     """``tidegate reload``, as an operator calls it."""
     config = tidegate.state_dir.parent / "tidegate.toml"
     return subprocess.run(
-        [sys.executable, "-m", "gateway.cli.main", "reload", "--admin", tidegate.admin_url]
+        [
+            sys.executable,
+            "-m",
+            "gateway.cli.main",
+            "reload",
+            "--admin",
+            str(tidegate.state_dir / "admin.sock"),
+        ]
         + ["--config", str(config), *arguments],
         capture_output=True,
         text=True,
@@ -197,7 +203,7 @@ def test_settings_with_a_mistake_change_nothing(tmp_path: Path, text: str, says:
         assert done.returncode == 2
         assert says in done.stderr
         with pytest.raises(urllib.error.HTTPError) as refused:
-            fetch(tidegate.admin_url + "/reload", {})
+            tidegate.admin("/reload", {})
         assert refused.value.code == 400
         assert refused.value.headers["x-tidegate-reason"] == "bad_settings"
         os.kill(tidegate.pid, signal.SIGHUP)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
@@ -11,11 +13,14 @@ import httpx
 from starlette.types import ASGIApp
 
 from gateway.admin import schema
-from gateway.admin.app import create_app, serve_admin
+from gateway.admin.app import create_app
 from gateway.admin.models import Models
-from gateway.compose.listeners import listen, url
+from gateway.admin.server import serve_admin
+from gateway.compose.listeners import RECORD_NAME, SOCKET_NAMES, admin_listeners, listen, url
 
 NOW_S = 1_800_000_000.0
+TOKEN = "the-token-of-the-tests"
+BEARER = {"authorization": f"Bearer {TOKEN}"}
 
 
 def decision(**given: Any) -> schema.DecisionEntry:
@@ -72,11 +77,15 @@ def gateway_status(*pools: schema.PoolEntry, **given: Any) -> schema.GatewayStat
 
 
 class ServedApp:
-    """An application, served while the ``with`` block lasts."""
+    """An application, served while the ``with`` block lasts: over TCP at ``url``, asked with the
+    token by ``http``, and with a ``state_dir`` at its Unix socket, asked by
+    ``owner`` where its path is short."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, state_dir: Path | None = None) -> None:
         self.url = ""
         self._app = app
+        self._state_dir = state_dir
+        self.owner: Any = None
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
 
@@ -85,25 +94,42 @@ class ServedApp:
 
         (listener,) = listen("127.0.0.1", 0, field="gateway.admin_port")
         self.url = url(listener)
-        self._ready.set()
-        await serve_admin(listener, self._app, self._stop, shutdown_s=1)
+        with contextlib.ExitStack() as stack:
+            listeners = [listener]
+            if self._state_dir is not None:
+                made = admin_listeners(listener, self._state_dir, RECORD_NAME)
+                listeners = stack.enter_context(made)
+            self._ready.set()
+            await serve_admin(listeners, self._app, self._stop, shutdown_s=1)
 
     def __enter__(self) -> Self:
         self._thread.start()
         assert self._ready.wait(30)
         # Without TLS: loading certificates takes longer than most tests.
-        self.http = httpx.Client(base_url=self.url, timeout=60, trust_env=False, verify=False)
+        self.http = httpx.Client(
+            base_url=self.url, timeout=60, trust_env=False, verify=False, headers=BEARER
+        )
+        if self._state_dir is not None:
+            path = self._state_dir / SOCKET_NAMES[RECORD_NAME]
+            if len(str(path)) < 100:
+                transport = httpx.HTTPTransport(uds=str(path))
+                self.owner = httpx.Client(base_url="http://localhost", transport=transport)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.http.close()
+        if self.owner is not None:
+            self.owner.close()
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(30)
 
 
 class ServedAdmin(ServedApp):
     """The admin application of a gateway. Without a control only the model cache is to be asked;
-    ``options`` are those of ``create_app``."""
+    ``options`` are those of ``create_app``, and ``state_dir``."""
 
     def __init__(self, control: Any = None, models: Models | None = None, **options: Any) -> None:
-        super().__init__(create_app(control or SimpleNamespace(), models=models, **options))  # type: ignore[arg-type]
+        state_dir = options.pop("state_dir", None)
+        options = {"token": TOKEN, **options}
+        app = create_app(control or SimpleNamespace(), models=models, **options)  # type: ignore[arg-type]
+        super().__init__(app, state_dir)

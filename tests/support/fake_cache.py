@@ -188,7 +188,8 @@ NO_PAGES = FakePages(bytes_total=0, bytes_read=0, after=Residency(bytes_total=0,
 
 
 def fake_models(cache: FakeCache, sites: dict[str, str] | None = None) -> Models:
-    """The verbs over it. ``sites`` are names with what is wrong there, empty for nothing."""
+    """The verbs over it, over any model. ``sites`` are names with what is wrong there, empty for
+    nothing."""
     outcomes = sites or {}
 
     def prewarm(
@@ -218,4 +219,10 @@ def fake_models(cache: FakeCache, sites: dict[str, str] | None = None) -> Models
             for name in names
         }
 
-    return Models(cache=cache, prewarm=prewarm, replicate=replicate, sites=tuple(outcomes))
+    return Models(
+        cache=cache,
+        prewarm=prewarm,
+        replicate=replicate,
+        sites=tuple(outcomes),
+        allowed=("hf://", "https://", "file://", "/"),
+    )

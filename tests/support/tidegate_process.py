@@ -84,12 +84,18 @@ def read_metrics(url: str) -> Metrics:
     return Metrics(samples)
 
 
-def fetch(url: str, body: object = None, *, method: str | None = None) -> bytes:
-    """GET, or POST of JSON. Raises ``urllib.error.HTTPError`` for an error."""
+def fetch(
+    url: str, body: object = None, *, method: str | None = None, state_dir: Path | None = None
+) -> bytes:
+    """GET, or POST of JSON; with the admin token of a state directory, where one is given. Raises
+    ``urllib.error.HTTPError`` for an error."""
+    headers = {"content-type": "application/json"}
+    if state_dir is not None:
+        headers["authorization"] = f"Bearer {(state_dir / 'admin-token').read_text().strip()}"
     request = urllib.request.Request(
         url,
         data=None if body is None else json.dumps(body).encode(),
-        headers={"content-type": "application/json"},
+        headers=headers,
         method=method,
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
@@ -121,7 +127,7 @@ class Tidegate:
 
     def admin(self, path: str, body: object = None) -> Any:
         """Ask the admin listener: GET, or POST with a body."""
-        return json.loads(fetch(self.admin_url + path, body))
+        return json.loads(fetch(self.admin_url + path, body, state_dir=self.state_dir))
 
     def pool(self, name: str) -> dict[str, Any]:
         """One pool as ``/status`` shows it."""

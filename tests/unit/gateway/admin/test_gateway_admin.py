@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from admin_rig import ServedApp, gateway_status, past_decision, pool
+from admin_rig import BEARER, TOKEN, ServedApp, gateway_status, past_decision, pool
 from fake_cache import FakeCache, fake_models
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -18,8 +18,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.admin import schema
-from gateway.admin.app import create_app, serve_admin
+from gateway.admin.app import create_app
 from gateway.admin.operations import METRICS_TYPE, OPERATIONS
+from gateway.admin.server import serve_admin
 from gateway.compose.listeners import listen, url
 
 JSON = {"content-type": "application/json"}
@@ -90,6 +91,9 @@ class RecordingControl:
 def call(
     app: Starlette, method: str, path: str, base: str = "http://127.0.0.1:8001", **kwargs: Any
 ) -> httpx.Response:
+    """A request over TCP, with the token."""
+    kwargs["headers"] = {**BEARER, **kwargs.get("headers", {})}
+
     async def run() -> httpx.Response:
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url=base, trust_env=False) as client:
@@ -115,7 +119,7 @@ def control() -> RecordingControl:
 
 @pytest.fixture
 def app(control: RecordingControl) -> Starlette:
-    return create_app(control)
+    return create_app(control, token=TOKEN)
 
 
 # ── Reading ───────────────────────────────────────────────────────────────────────────────────────
@@ -265,7 +269,7 @@ def test_what_cannot_be_done_now_names_what_it_is_about(
 
 
 def test_a_body_that_never_ends_is_given_up(control: RecordingControl) -> None:
-    app = create_app(control, body_timeout_s=0.05)
+    app = create_app(control, token=TOKEN, body_timeout_s=0.05)
 
     async def slowly() -> AsyncIterator[bytes]:
         yield b"{"
@@ -345,7 +349,12 @@ def test_a_failing_control(
         ("tide.lan:8001", "127.0.0.1", ("tide.lan",), True),
         ("other.lan", "127.0.0.1", ("tide.lan",), False),
         ("any.name", "127.0.0.1", ("*",), True),
-        ("any.name", "0.0.0.0", (), True),
+        ("any.name", "0.0.0.0", (), False),
+        ("any.name", "10.1.2.3", (), False),
+        ("10.1.2.3", "0.0.0.0", (), True),
+        ("[::1]evil", "::1", (), False),
+        ("127.0.0.1:80@evil.example", "127.0.0.1", (), False),
+        ("2130706433", "127.0.0.1", (), False),
         ("any.name", "0.0.0.0", ("tide.lan",), False),
         ("admin.lan", "admin.lan", (), True),
     ],
@@ -353,7 +362,7 @@ def test_a_failing_control(
 def test_which_hosts_are_answered(
     control: RecordingControl, host: str, bound: str, allowed: tuple[str, ...], let_in: bool
 ) -> None:
-    app = create_app(control, host=bound, allowed_hosts=allowed)
+    app = create_app(control, host=bound, allowed_hosts=allowed, token=TOKEN)
     answer = call(app, "GET", "/status", headers={"host": host})
     if let_in:
         assert answer.status_code == 200
@@ -438,7 +447,7 @@ def test_stopping_does_not_wait_for_ever_for_a_slow_answer() -> None:
         (listener,) = listen("127.0.0.1", 0, field="gateway.admin_port")
         base = url(listener)
         serving = asyncio.create_task(
-            serve_admin(listener, Starlette(routes=[Route("/", slow)]), stop, shutdown_s=1)
+            serve_admin([listener], Starlette(routes=[Route("/", slow)]), stop, shutdown_s=1)
         )
         async with httpx.AsyncClient(trust_env=False, verify=False) as client:
             asking = asyncio.create_task(client.get(base, timeout=30))

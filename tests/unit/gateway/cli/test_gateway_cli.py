@@ -14,7 +14,16 @@ from typing import Any
 
 import pytest
 import typer
-from admin_rig import NOW_S, ServedAdmin, ServedApp, gateway_status, past_decision, pool, replica
+from admin_rig import (
+    NOW_S,
+    TOKEN,
+    ServedAdmin,
+    ServedApp,
+    gateway_status,
+    past_decision,
+    pool,
+    replica,
+)
 from datapath_rig import make_certificate
 
 from autoscaler.settings import PoolSettings, ProcessPoolSettings
@@ -23,6 +32,7 @@ from gateway.admin import schema
 from gateway.admin.schema import RecentTraffic
 from gateway.cli import client, main, tables, verbs
 from gateway.cli.base import Effects
+from gateway.cli.client import TOKEN_VARIABLE
 from gateway.cli.tables import Screen
 from gateway.compose import listeners
 from gateway.compose.up import banner
@@ -101,6 +111,7 @@ def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in [name for name in os.environ if name.startswith("TIDEGATE")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
     return tmp_path
 
 
@@ -319,6 +330,8 @@ def test_another_server_there_is_one_line_and_2(capsys: pytest.CaptureFixture[st
         ("h:1/", "http://h:1"),
         ("https://[::1]:2", "https://[::1]:2"),
         ("localhost", "http://localhost"),
+        ("/run/tidegate/admin.sock", "unix:/run/tidegate/admin.sock"),
+        ("unix:/run/tidegate/admin.sock", "unix:/run/tidegate/admin.sock"),
         ("ftp://h", None),
         (":::", None),
         ("h:99999", None),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from admin_rig import ServedApp
+from admin_rig import BEARER, TOKEN, ServedApp
 from fake_cache import FakeCache, fake_models
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
@@ -41,11 +41,11 @@ TRAFFIC = {
 
 def agent_app(where: str | None = "http://10.0.0.7:8002") -> Starlette:
     models = replace(fake_models(FakeCache(Path("/cache"))), traffic=lambda: TRAFFIC)
-    return create_agent_app(models, lambda: where)
+    return create_agent_app(models, lambda: where, token=TOKEN)
 
 
 def client(where: str | None = "http://10.0.0.7:8002") -> TestClient:
-    return TestClient(agent_app(where), base_url="http://127.0.0.1")
+    return TestClient(agent_app(where), base_url="http://127.0.0.1", headers=BEARER)
 
 
 def test_status_tells_where_and_what() -> None:
@@ -83,6 +83,7 @@ def test_status_asks_the_agent_that_runs_here(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TIDEGATE_ADMIN_TOKEN", TOKEN)
     with ServedApp(agent_app()) as served:
         running = Running(pid=os.getpid(), url="http://a", admin_url=served.url)
         leave_record(tmp_path, running, AGENT_NAME)

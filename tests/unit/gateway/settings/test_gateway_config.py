@@ -199,7 +199,9 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_warnings_say_where_they_come_from() -> None:
     loaded = load(None, {}, ["gateway.admin_host=0.0.0.0", "pools=[]"])
     texts = [str(warning) for warning in loaded.warnings]
-    assert any("no authentication" in text and "--set gateway.admin_host" in text for text in texts)
+    assert any(
+        "admin listener has no TLS" in text and "--set gateway.admin_host" in text for text in texts
+    )
 
 
 @pytest.mark.parametrize(
