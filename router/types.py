@@ -27,7 +27,8 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     ``slot`` indexes the shared ledger and is not reused while any worker still counts tokens on
     it; it is -1 until the gateway has given one. ``url`` is the engine's base URL
     (``http://127.0.0.1:9001``). The three limits are ``None`` where they are unknown: unknown
-    is not zero and not infinity, the pool's setting applies.
+    is not zero and not infinity, the pool's setting applies. ``stream_usage``: it reports the usage
+    of a stream, at its end, if a request asks for it as vLLM's may.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     max_inflight_requests: int | None = None
     max_inflight_tokens: int | None = None
     headers: tuple[tuple[str, str], ...] = ()
+    stream_usage: bool = False
 
 
 class Pool(msgspec.Struct, frozen=True, kw_only=True):

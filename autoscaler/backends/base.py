@@ -52,6 +52,7 @@ class Probe:
 
     ``alive`` is false when the process is gone, ``ready`` when the engine does not answer as
     healthy. ``detail`` explains a false, ``phase`` says what a starting engine is at.
+    ``stream_usage`` is as of a ``ServedModel``.
     """
 
     alive: bool | None = None
@@ -65,6 +66,7 @@ class Probe:
     gpus: tuple[int, ...] = ()
     cpus: tuple[int, ...] = ()
     headers: tuple[tuple[str, str], ...] = ()
+    stream_usage: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,6 +77,7 @@ class StaticBackend:
             served_model=pool.model or learned,
             max_model_len_tokens=pool.max_model_len_tokens or length,
             headers=tuple(server.headers.items()),
+            stream_usage=model is not None and model.stream_usage,
         )
 
     async def stop(self, replica_id: str, *, grace_s: float) -> None:

@@ -341,6 +341,7 @@ class Actuator:
             gpus=probe.gpus or known.gpus,
             cpus=probe.cpus or known.cpus,
             headers=probe.headers or known.headers,
+            stream_usage=probe.stream_usage or known.stream_usage,
         )
         record.probe = merged
         if merged != known:

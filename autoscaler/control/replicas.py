@@ -419,6 +419,7 @@ def publish_pool(pool: PoolRecord) -> Pool:
                 max_inflight_requests=pool.pool.max_inflight_requests,
                 max_inflight_tokens=pool.pool.max_inflight_tokens,
                 headers=record.probe.headers,
+                stream_usage=record.probe.stream_usage,
             )
             for record in pool.replicas.values()
             if record.state in PUBLISHED and record.probe.url is not None

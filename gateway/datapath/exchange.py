@@ -56,11 +56,13 @@ _SMALL_PART_BYTES: Final = 4096
 _QUEUE_WAIT_ZERO: Final = metrics.HISTOGRAM_OFFSETS[metrics.QUEUE_WAIT]
 
 # How an answer's body travels to the client: as it is, as chunks of our own (our head was sent
-# with the first keep-alive comment), bare until close (HTTP/1.0), or collected for an error event.
+# with the first keep-alive comment), bare until close (HTTP/1.0), collected for an error event, or
+# less the usage that the client did not ask for.
 _RAW: Final = 0
 _WRAP: Final = 1
 _PLAIN: Final = 2
 _COLLECT: Final = 3
+_LESS_USAGE: Final = 4
 _MAX_COLLECTED_BYTES: Final = 65536
 _TAIL_BYTES: Final = 4096
 # The end of an answer often comes in scraps ("[DONE]", the last chunk): they are kept with the
@@ -69,8 +71,12 @@ _SCRAP_BYTES: Final = 64
 _EVENT_ENDS: Final = (b"\n\n", b"\r\n\r\n")
 # Its clients read the request's id from a header of their own (``errors.id_lines``).
 _ANTHROPIC_PATH: Final = b"/v1/messages"
-# An event of a stream that carries no token: usage, at its end.
-_NO_TOKEN: Final = b'"choices":[]'
+# Of these vLLM reports the usage only if asked to, and says it in an event of its own.
+_USAGE_PATHS: Final = frozenset({b"/v1/chat/completions", b"/v1/completions"})
+# Until a chunk is whole so much of a stream is held back, where usage is taken out of it.
+_MAX_HELD_BACK_BYTES: Final = 65536
+# A model whose replica does not say how long its context is has none that is longer.
+_MAX_MODEL_LEN_TOKENS: Final = 1_048_576
 
 
 class Downstream(asyncio.Protocol, ABC):
@@ -149,6 +155,8 @@ class Exchange(PooledRequest):
     _upload_since_s: float = 0.0
     _upload_from_bytes: int = 0
     _failed_at: tuple[UpstreamEndpoint, ...] = ()
+    _adds_usage: bool = False
+    _held_back: bytes = b""
     _mode: int = _RAW
     _answer: ResponseHead | None = None
     _blocks: int = 0
@@ -363,6 +371,9 @@ class Exchange(PooledRequest):
         served = endpoint.served_model
         if served is not None and served != self.model:
             body = self._renamed(body, served)
+        self._adds_usage = False
+        if self.stream and endpoint.replica.stream_usage and self.whole:
+            body = self._ask_usage(body)
         upstream = endpoint.upstream
         head = self.head
         kept = head.kept
@@ -395,6 +406,19 @@ class Exchange(PooledRequest):
             write(b"".join(first))
             write(body)
         counters.integers[metrics.REQUEST_BYTES] += size
+
+    def _ask_usage(self, body: bytes) -> bytes:
+        """The body, with a question for the stream's usage where it has none."""
+        if (
+            self.head.path in _USAGE_PATHS
+            and not self.head.http10
+            and self.client.context.gateway.count_stream_usage
+        ):
+            asking = sse.ask_usage(body)
+            if asking is not None:
+                self._adds_usage = True
+                return asking
+        return body
 
     def _renamed(self, body: bytes, served: str) -> bytes:
         """The body with the replica's own name for the model."""
@@ -433,7 +457,12 @@ class Exchange(PooledRequest):
         self.release_parts()
         if not self.whole:  # an early answer: what is still to come of the body has no reader
             self.client.keep_alive = False
-        if self.committed or self.head.http10 or (head.content_length is None and not head.chunked):
+        if (
+            self._adds_usage
+            or self.committed
+            or self.head.http10
+            or (head.content_length is None and not head.chunked)
+        ):
             self._begin_otherwise(head, body)
         else:
             client = self.client
@@ -516,10 +545,17 @@ class Exchange(PooledRequest):
                 self._collected = bytearray()
             elif not head.chunked:
                 self._mode = _WRAP
+            elif self._adds_usage:
+                self._mode = _LESS_USAGE
         else:
-            self._mode = _PLAIN
             kept = head.kept
-            if head.content_length is None:  # HTTP/1.0 has no framing for a body of unknown length
+            if self._adds_usage and (head.chunked or head.content_length is not None):
+                self._mode = _LESS_USAGE if head.chunked and head.is_stream else _RAW
+            else:
+                self._mode = _PLAIN
+            if (
+                self._mode == _PLAIN and head.content_length is None
+            ):  # HTTP/1.0 has no framing for a body of unknown length
                 kept = head.without_framing()
                 client.keep_alive = False
                 if head.chunked:
@@ -547,6 +583,8 @@ class Exchange(PooledRequest):
             return
         if self._mode == _WRAP:
             data = sse.chunk(data)
+        elif self._mode == _LESS_USAGE:
+            data = self._less_usage(data)
         elif self._decoder is not None:
             try:
                 payload, _ = self._decoder.feed(data)
@@ -558,6 +596,20 @@ class Exchange(PooledRequest):
             self.client.transport.write(data)
             self._sent_bytes += len(data)
 
+    def _less_usage(self, data: bytes) -> bytes:
+        """What of a block goes to a client that did not ask for the usage in it."""
+        if self._held_back:
+            data = self._held_back + data
+            self._held_back = b""
+        connection = self.upstream
+        if connection is not None and not connection.between_chunks:
+            if len(data) <= _MAX_HELD_BACK_BYTES:
+                self._held_back = data
+                return b""
+        elif sse.USAGE_EVENT in data:
+            data = sse.without_usage(data)
+        return data
+
     def _count_block(self, data: bytes) -> None:
         pool = self.pool
         assert pool is not None
@@ -565,7 +617,7 @@ class Exchange(PooledRequest):
         connection = self.upstream
         events = 0 if connection is None else connection.events
         if self._blocks:
-            if _NO_TOKEN not in data and sse.LAST_EVENT not in data:
+            if sse.USAGE_EVENT not in data and sse.LAST_EVENT not in data:
                 tokens = max(1, events - self._events)
                 pool.counters.observe(metrics.ITL, (now - self.last_s) / tokens, tokens)
         else:
@@ -623,10 +675,13 @@ class Exchange(PooledRequest):
         tail = self._last_block
         if len(tail) < _TAIL_BYTES and self._previous_block:
             tail = self._previous_block[-_TAIL_BYTES:] + tail
-        prompt, output = sse.read_usage(tail)
+        prompt, output = self._clamp(*sse.read_usage(tail))
+        size = self.body_bytes if self.whole else self.head.content_length
+        pool.estimator.learn(size, prompt, output)
         if answer.is_stream:
             if output is None:
-                output = events or self._blocks
+                prompt = self.routing.prompt_tokens if prompt is None else prompt
+                output = self._count_events(events)
             integers[metrics.CHUNKS] += self._blocks
         if prompt is not None:
             integers[metrics.PROMPT_TOKENS] += prompt
@@ -638,8 +693,26 @@ class Exchange(PooledRequest):
         if reason is not None:
             integers[metrics.FINISH_INDEX[reason]] += 1
         integers[metrics.RESPONSE_BYTES] += self._sent_bytes
-        size = self.body_bytes if self.whole else self.head.content_length
-        pool.estimator.learn(size, prompt, output)
+
+    def _clamp(self, prompt: int | None, output: int | None) -> tuple[int | None, int | None]:
+        """Usage within what can be: one lie would be in the metrics for ever. A sequence fits the
+        model's context, and of several each token has a byte."""
+        endpoint = self.endpoint
+        longest = None if endpoint is None else endpoint.replica.max_model_len_tokens
+        longest = longest or _MAX_MODEL_LEN_TOKENS
+        size = max(self.body_bytes, self.head.content_length, longest)
+        return (
+            None if prompt is None else min(prompt, size),
+            None if output is None else min(output, max(self._sent_bytes, longest)),
+        )
+
+    def _count_events(self, events: int) -> int:
+        """Output tokens of a stream that does not say: its events, less the one with the role and
+        the one that says that it is over."""
+        events = events or self._blocks
+        events -= self.head.path == b"/v1/chat/completions"
+        events -= sse.LAST_EVENT in self._last_block
+        return max(events, 0)
 
     def _end_collected(self, status: int) -> None:
         body = bytes(self._collected or b"")
@@ -701,7 +774,7 @@ class Exchange(PooledRequest):
         if self._mode == _WRAP:
             return self._last_block.endswith(_EVENT_ENDS)
         return (
-            self._mode == _RAW
+            (self._mode == _RAW or (self._mode == _LESS_USAGE and not self._held_back))
             and answer.chunked
             and self._last_block.endswith(b"\r\n")
             and self._last_block[:-2].endswith(_EVENT_ENDS)
@@ -829,13 +902,22 @@ class Exchange(PooledRequest):
             return
         pool, answer = self.pool, self._answer
         if pool is not None:
-            if answer is not None and answer.is_stream and sse.LAST_EVENT in self._last_block:
-                # OpenAI's clients close at the last event, which often comes a chunk before the
-                # end of the body: they have all of the answer.
-                events = 0 if self.upstream is None else self.upstream.events
+            events = 0 if self.upstream is None else self.upstream.events
+            if (
+                answer is not None
+                and answer.is_stream
+                and answer.status == 200
+                and sse.is_whole(self._previous_block + self._last_block)
+            ):
+                # Clients close at the last event, which often comes a chunk before the end of the
+                # body, or at the last token: they have all of the answer.
                 self._count_answer(pool, answer, events)
             else:
                 pool.counters.integers[metrics.CANCELLED] += 1
+                if answer is not None and answer.is_stream:  # the engine worked for it until now
+                    integers = pool.counters.integers
+                    integers[metrics.PROMPT_TOKENS] += self.routing.prompt_tokens
+                    integers[metrics.OUTPUT_TOKENS] += self._count_events(events)
         self.drop_upstream()
         self.end()
 

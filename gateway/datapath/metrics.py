@@ -118,7 +118,7 @@ _POOL_PLAIN: Final[tuple[Metric, ...]] = (
     Metric("requests_total", "", (("outcome", "rejected"),)),
     Metric("retries_total", "Attempts repeated on another connection or replica."),
     Metric("held_total", "Requests that had to wait in the gateway for a replica."),
-    Metric("prompt_tokens_total", "Prompt tokens, as the engines' usage reported them."),
+    Metric("prompt_tokens_total", "Prompt tokens by the engines' usage, or else estimated."),
     Metric("generation_tokens_total", "Output tokens from usage, or else counted stream events."),
     Metric("stream_chunks_total", "Blocks of streamed answers relayed."),
     Metric("request_bytes_total", "Request body bytes passed to engines."),

@@ -171,6 +171,11 @@ class GatewaySettings(BaseModel):
     """How much is written to the log (standard error). ``info`` writes starts, stops and
     decisions, nothing per request."""
 
+    count_stream_usage: bool = True
+    """Have vLLM report the usage of each stream, for the token metrics and the token estimates, and
+    take the event with it out again where the client did not ask for it. Without it the tokens of
+    such streams are estimated."""
+
     holding: HoldingSettings = HoldingSettings()
     """How requests wait while their pool has no replica that can take them."""
 

@@ -188,6 +188,11 @@ class UpstreamConnection(asyncio.Protocol):
         """Chunks of the answer that have come; 0 where it does not come in chunks."""
         return 0 if self._tracker is None else self._tracker.chunks
 
+    @property
+    def between_chunks(self) -> bool:
+        """Whether what has come of the answer ends where a chunk does."""
+        return self._tracker is None or self._tracker.between_chunks
+
     def _finish(self, request: UpstreamRequest) -> None:
         head = self._head
         keep = head is not None and head.keep_alive and request.body_sent

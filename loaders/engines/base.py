@@ -95,10 +95,12 @@ class EngineHealth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """One model an engine lists. ``max_model_len_tokens`` is ``None`` where it does not say."""
+    """One model an engine lists. ``max_model_len_tokens`` is ``None`` where it does not say.
+    ``stream_usage``: the engine reports the usage of a stream, at its end, if asked as vLLM is."""
 
     name: str
     max_model_len_tokens: int | None = None
+    stream_usage: bool = False
 
 
 @runtime_checkable

@@ -76,6 +76,10 @@ def read_models(answer: object) -> tuple[ServedModel, ...] | None:
             length = entry.get("max_model_len")
             known = isinstance(length, int) and not isinstance(length, bool) and length > 0
             models.append(
-                ServedModel(name=entry["id"], max_model_len_tokens=length if known else None)
+                ServedModel(
+                    name=entry["id"],
+                    max_model_len_tokens=length if known else None,
+                    stream_usage=entry.get("owned_by") == "vllm",
+                )
             )
     return tuple(models)

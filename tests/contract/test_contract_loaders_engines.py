@@ -122,7 +122,10 @@ class EngineContract(ABC):
 
     def test_it_tells_its_models_and_their_limits(self, url: str) -> None:
         models = self.ask(lambda client: self.engine.list_models(client, url, {}))
-        assert models == (ServedModel(name=self.model, max_model_len_tokens=MAX_MODEL_LEN_TOKENS),)
+        known = ServedModel(
+            name=self.model, max_model_len_tokens=MAX_MODEL_LEN_TOKENS, stream_usage=True
+        )
+        assert models == (known,)  # all of them answer as vLLM does
 
     def test_it_sleeps_and_wakes_or_says_that_it_cannot(self, url: str) -> None:
         async def sleep_and_wake(client: EngineClient, level: int) -> None:

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import random
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from datapath_rig import STREAM, Gateway, ScriptedReplica, chunks, eventually, gateway, post, says
+from datapath_rig import (
+    STREAM,
+    Answer,
+    Asked,
+    Gateway,
+    ScriptedReplica,
+    chunks,
+    eventually,
+    gateway,
+    post,
+    says,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
 from autoscaler.types import FleetReport, PoolReport, ReplicaReport
@@ -175,3 +188,241 @@ def test_the_age_of_the_oldest_held_request_is_known() -> None:
             eventually(lambda: served.pool_count(metrics.QUEUED_REQUESTS) == 2)
             eventually(lambda: 0.3 < samples(served)("oldest_held_seconds", pool="m") < 60)
         eventually(lambda: samples(served)("oldest_held_seconds", pool="m") == 0)
+
+
+# Streams whose client did not ask for their usage
+
+CHAT, COMPLETIONS = b"/v1/chat/completions", b"/v1/completions"
+ASKED = {"stream_options": {"include_usage": True}}
+BODY = {"model": "m", "prompt": "x" * 400, "stream": True}
+
+
+def counts(served: Gateway) -> tuple[int, int]:
+    prompt, output = map(served.pool_count, (metrics.PROMPT_TOKENS, metrics.OUTPUT_TOKENS))
+    return prompt, output
+
+
+def ask_vllm(
+    served: Gateway, pieces: list[bytes], request: bytes, **changes: object
+) -> tuple[Answer, Answer]:
+    """What vLLM was asked, and what the client was answered; the counts have settled then."""
+    ended = [metrics.OK, metrics.CLIENT_ERROR]
+    before = sum(map(served.pool_count, ended))
+    with ScriptedReplica(says(*pieces, pause_s=0.01)) as replica:
+        served.publish(served.replica(replica.url, **{"stream_usage": True, **changes}))
+        answer = served.ask(request)
+        eventually(lambda: sum(map(served.pool_count, ended)) == before + 1)
+        served.publish()
+    served.settle()
+    return replica.requests[0], answer
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("cut", STREAMED)
+def test_usage_that_only_the_gateway_asked_for_is_counted_and_taken_out(
+    served: Gateway, cut: str, path: bytes
+) -> None:
+    before = counts(served)
+    pieces = [piece + b"" for piece in STREAMED[cut]]
+    asked, answer = ask_vllm(served, pieces, post(BODY, path=path))
+    assert asked.json() == {**ASKED, **BODY}
+    tokens = 1 if cut == "end in scraps" else 5
+    assert answer.body == TOKEN * tokens + DONE
+    assert counts(served) == (before[0] + 31, before[1] + 5)
+
+
+def test_however_the_stream_is_cut_the_rest_of_it_is_exact(served: Gateway) -> None:
+    body = chunks(TOKEN, TOKEN) + chunks(TOKEN + USAGE) + chunks(DONE) + LAST
+    rng = random.Random(8)
+    for _ in range(60):
+        cuts = sorted(rng.sample(range(1, len(body)), rng.randint(0, 6)))
+        pieces = [body[a:b] for a, b in zip([0, *cuts], [*cuts, len(body)], strict=True)]
+        _, answer = ask_vllm(served, [STREAM, *pieces], post(BODY))
+        assert answer.body == TOKEN * 3 + DONE, cuts
+
+
+UNTOUCHED: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "the client asks itself": ({**BODY, **ASKED}, {}),
+    "the client wants none": ({**BODY, "stream_options": {"include_usage": False}}, {}),
+    "no stream": ({"model": "m"}, {}),
+    "another engine": (BODY, {"stream_usage": False}),
+}
+
+
+@pytest.mark.parametrize("case", UNTOUCHED)
+def test_a_request_that_is_not_for_the_gateway_to_change_passes_as_it_is(
+    served: Gateway, case: str
+) -> None:
+    body, changes = UNTOUCHED[case]
+    request = post(body)
+    asked, answer = ask_vllm(served, STREAMED["one by one"], request, **changes)
+    assert asked.body == request.partition(b"\r\n\r\n")[2]
+    assert answer.body == TOKEN * 5 + USAGE + DONE
+
+
+def test_the_setting_turns_it_off() -> None:
+    with gateway(count_stream_usage=False) as served:
+        asked, answer = ask_vllm(served, STREAMED["one by one"], post(BODY))
+    assert asked.json() == BODY
+    assert answer.body == TOKEN * 5 + USAGE + DONE
+
+
+def test_a_client_of_http_1_0_gets_the_stream_as_it_is(served: Gateway) -> None:
+    request = post(BODY).replace(b"HTTP/1.1", b"HTTP/1.0")
+    asked, answer = ask_vllm(served, STREAMED["one by one"], request)
+    assert asked.json() == BODY
+    assert answer.body == TOKEN * 5 + USAGE + DONE
+
+
+def test_an_engines_refusal_passes_untouched(served: Gateway) -> None:
+    refusal = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 12\r\n\r\n" + b'{"choices":['
+    _, answer = ask_vllm(served, [refusal], post(BODY))
+    assert (answer.status, answer.body) == (400, b'{"choices":[')
+
+
+def test_of_a_stream_that_was_held_the_usage_is_taken_out_too() -> None:
+    with (
+        ScriptedReplica(says(*STREAMED["usage in two"])) as replica,
+        gateway(keepalive_s=0.1) as served,
+        served.connect() as client,
+    ):
+        client.send(post(BODY))
+        client.until(b": tidegate: waiting for m")
+        client.until(b"\r\n")
+        served.publish(served.replica(replica.url, stream_usage=True))
+        body = client.chunked()
+        assert body.endswith(TOKEN * 5 + DONE)
+        assert b"usage" not in body
+        eventually(lambda: counts(served) == (31, 5))
+
+
+@pytest.mark.parametrize(("path", "overhead"), [(CHAT, 1), (COMPLETIONS, 0)])
+def test_without_usage_the_tokens_are_the_events_that_carry_one(
+    served: Gateway, path: bytes, overhead: int
+) -> None:
+    role = [TOKEN] * overhead
+    pieces = [STREAM, *map(chunks, [*role, *[TOKEN] * 7, DONE]), LAST]
+    before = counts(served)
+    ask_vllm(served, pieces, post(BODY, path=path), stream_usage=False)
+    prompt, output = counts(served)
+    assert output == before[1] + 7
+    assert 0 < prompt - before[0] <= len(json.dumps(BODY))
+
+
+# Streams that were whole to their client, who closed the connection
+
+LAST_EVENTS = {
+    "OpenAI": (CHAT, [DONE]),
+    "the last token": (CHAT, [TOKEN.replace(b"null", b'"stop"')]),
+    "the last token, spaced": (COMPLETIONS, [TOKEN.replace(b":null", b': "length"')]),
+    "usage": (CHAT, [TOKEN.replace(b"null", b'"stop"'), USAGE]),
+    "Anthropic": (
+        b"/v1/messages",
+        [b'event: message_stop\ndata: {"type":"message_stop"}\n\n'],
+    ),
+    "a response": (
+        b"/v1/responses",
+        [
+            b'event: response.completed\ndata: {"response":{"output":"%b"},"sequence_number":9,'
+            b'"type":"response.completed"}\n\n' % (b"x" * 400_000)
+        ],
+    ),
+    "a response, type first": (
+        b"/v1/responses",
+        [b'event: response.incomplete\ndata: {"type": "response.incomplete","response":{}}\n\n'],
+    ),
+}
+NOT_LAST = {
+    "a token": (CHAT, [TOKEN]),
+    "text that looks like the end": (
+        CHAT,
+        [
+            b'data: {"choices":[{"delta":{"content":"data: [DONE] \\"finish_reason\\":\\"stop\\"'
+            b'"},"finish_reason":null}]}\n\n'
+        ],
+    ),
+    "the start of a message": (
+        b"/v1/messages",
+        [b'event: message_start\ndata: {"type":"message_start","stop_reason":null}\n\n'],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", [*LAST_EVENTS, *NOT_LAST])
+def test_a_client_that_closes_when_it_has_all_is_not_counted_as_cancelled(
+    served: Gateway, case: str
+) -> None:
+    path, events = (LAST_EVENTS | NOT_LAST)[case]
+
+    def script(asked: Asked) -> None:
+        asked.request()
+        asked.send(STREAM + chunks(TOKEN))
+        for event in events:
+            asked.send(chunks(event))
+        asked.cancelled()
+
+    def outcomes() -> tuple[int, int]:
+        ok, cancelled = map(served.pool_count, (metrics.OK, metrics.CANCELLED))
+        return ok, cancelled
+
+    before = outcomes()
+    expected = (1, 0) if case in LAST_EVENTS else (0, 1)
+    with ScriptedReplica(script) as replica:
+        served.publish(replica)
+        with served.connect() as client:
+            client.send(post(BODY, path=path))
+            client.until(events[-1][-40:] + b"\r\n")
+        eventually(lambda: replica.cancels == 1)
+        eventually(
+            lambda: outcomes() == (before[0] + expected[0], before[1] + expected[1]),
+        )
+        served.publish()
+    served.settle()
+
+
+def test_what_the_engine_did_for_a_client_that_left_is_counted(served: Gateway) -> None:
+    def script(asked: Asked) -> None:
+        asked.request()
+        asked.send(STREAM)
+        for _ in range(4):
+            asked.send(chunks(TOKEN))
+        asked.cancelled()
+
+    before = counts(served)
+    with ScriptedReplica(script) as replica:
+        served.publish(replica)
+        with served.connect() as client:
+            client.send(post(BODY, path=COMPLETIONS))
+            for _ in range(4):
+                client.until(chunks(TOKEN))
+        eventually(lambda: counts(served)[1] == before[1] + 4)
+        assert counts(served)[0] > before[0]
+        served.publish()
+    served.settle()
+
+
+# Usage that cannot be
+
+LIES = [
+    (b"999999999", b"999999999"),
+    (b"99999999999999999999", b"99999999999999999999"),
+    (b"-5", b"-7"),
+    (b"1e9", b"NaN"),
+    (b'"31"', b"null"),
+]
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("known", [True, False])
+def test_usage_that_cannot_be_is_not_believed(
+    served: Gateway, lie: tuple[bytes, bytes], known: bool
+) -> None:
+    usage = b'{"usage":{"prompt_tokens":%b,"completion_tokens":%b}}' % lie
+    before = counts(served)
+    longest = 4_096 if known else None
+    pieces = [HEAD % len(usage) + usage]
+    ask_vllm(served, pieces, post({"model": "m"}), max_model_len_tokens=longest)
+    prompt, output = counts(served)
+    most = longest or 1_048_576
+    assert 0 <= prompt - before[0] <= most
+    assert 0 <= output - before[1] <= most

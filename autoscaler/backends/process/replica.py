@@ -242,6 +242,7 @@ def make_probe(
         url=child.url,
         served_model=None if model is None else model.name,
         max_model_len_tokens=length or pool.max_model_len_tokens,
+        stream_usage=model is not None and model.stream_usage,
         pid=child.pid,
         gpus=child.placement.gpus,
         cpus=child.placement.cpus,

@@ -169,6 +169,11 @@ class ChunkTracker:
         self.chunks = 0
         self.done = False
 
+    @property
+    def between_chunks(self) -> bool:
+        """Whether the last block ended where a chunk, or the body, does."""
+        return self.done or (self._state == _SIZE and not self._partial)
+
     def feed(self, data: bytes) -> None:
         """The next block. Raises ``ValueError`` on framing that is not exactly RFC 9112 7.1, and
         on bytes after the end."""

@@ -1,6 +1,7 @@
 """Server-sent events as they pass: comments while held, errors after the head, usage seen.
 
-Nothing here changes a byte that an engine sent. https://html.spec.whatwg.org (event streams):
+Nothing that an engine sent is changed, but that usage which only the gateway asked for is taken out
+again. https://html.spec.whatwg.org (event streams):
 a line that starts with a colon is a comment, which every client ignores. No blank line follows
 one: OpenAI's and Anthropic's Go clients take every blank line for the end of an event.
 """
@@ -12,6 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
+from gateway.datapath.protocol.chunks import ChunkDecoder
 from gateway.datapath.protocol.errors import Api, ApiError, failed_response
 
 STREAM_HEAD: Final = (
@@ -20,6 +22,20 @@ STREAM_HEAD: Final = (
 )
 LAST_CHUNK: Final = b"0\r\n\r\n"
 LAST_EVENT: Final = b"data: [DONE]\n\n"
+USAGE_EVENT: Final = b'"choices":[]'
+"""In the event at the end of a stream that has its usage, and no token. Inside a text the quotes
+would be escaped."""
+
+_ASKED_USAGE: Final = b'"stream_options":{"include_usage":true},'
+_EVENT_OF_USAGE: Final = re.compile(
+    rb'^data: ?\{(?=[^\n]*"usage":\{)[^\n]*"choices":\[\][^\n]*\n\r?\n', re.MULTILINE
+)
+# By these a client has all of its answer: the last event of each API, or why the answer ended.
+_WHOLE: Final = re.compile(
+    rb'^data: ?\[DONE\]\r?\n|"(?:finish|stop)_reason"\s*:\s*"'
+    rb'|"type"\s*:\s*"(?:message_stop|response\.(?:completed|incomplete|failed))"',
+    re.MULTILINE,
+)
 
 _SEQUENCE: Final = re.compile(rb'"sequence_number"\s*:\s*(\d{1,9})')
 _USAGE: Final = re.compile(
@@ -83,6 +99,33 @@ def error_event(
 def _response_event(kind: str, number: int, response: dict[str, Any]) -> bytes:
     event = {"type": kind, "sequence_number": number, "response": response}
     return chunk(b"event: %b\ndata: %b\n\n" % (kind.encode(), msgspec.json.encode(event)))
+
+
+def is_whole(end: bytes) -> bool:
+    """Whether a stream that ended so, chunk framing included, was whole to its client."""
+    return _WHOLE.search(end) is not None
+
+
+def ask_usage(body: bytes) -> bytes | None:
+    """A body that asks for the usage of its stream too; ``None`` where it has a word on that. The
+    member comes first: should it be there again, however it is spelt, the later one counts."""
+    start = body.find(b"{") + 1
+    if not start or b'"stream_options"' in body:
+        return None
+    return b"".join((body[:start], _ASKED_USAGE, body[start:]))
+
+
+def without_usage(block: bytes) -> bytes:
+    """Whole chunks of a stream less the event with its usage."""
+    decoder = ChunkDecoder()
+    try:
+        stream = b"".join(decoder.feed(block)[0])
+    except ApiError:
+        return block
+    kept, found = _EVENT_OF_USAGE.subn(b"", stream)
+    if not found:
+        return block
+    return (chunk(kept) if kept else b"") + (LAST_CHUNK if decoder.done else b"")
 
 
 def read_usage(tail: bytes) -> tuple[int | None, int | None]:

@@ -47,7 +47,7 @@ def ask(request: bytes, answer: list[bytes]) -> tuple[float, bytes]:
     try:
         shared = Shared.create(workers=1, max_replicas=2, max_pools=1)
         config = configure(max_retries=0)
-        worker = Worker(loop, config, shared, lambda message: None)
+        worker = Worker(loop, config, shared, lambda message: None, lambda index: None)
         url = "http://127.0.0.1:1"
         starting = Replica(id="r", pool="m", slot=0, url=url, state=ReplicaState.STARTING)
         ready = msgspec.structs.replace(starting, state=ReplicaState.READY)

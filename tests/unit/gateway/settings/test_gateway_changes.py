@@ -28,7 +28,7 @@ APPLIES = {
         "max_buffered_bytes peek_bytes body_timeout_s min_body_bytes_per_s "
         "idle_timeout_s request_timeout_s upstream_connect_timeout_s "
         "upstream_idle_timeout_s upstream_max_idle_connections upstream_keepalive_s max_retries "
-        "drain_s tls_reload_s cors_allow_origins log_level"
+        "drain_s tls_reload_s cors_allow_origins log_level count_stream_usage"
     ),
     "gateway.holding": "max_requests max_bytes deadline_s keepalive_s release_initial",
     "router": (
