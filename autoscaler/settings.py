@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    ValidationInfo,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -83,7 +84,7 @@ Argument = Annotated[str, AfterValidator(check_argument)]
 
 
 class ConsistentSettings(BaseModel):
-    """Settings whose fields may contradict one another."""
+    """Settings whose fields may contradict one another; let pass by a validation with a context."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -92,8 +93,8 @@ class ConsistentSettings(BaseModel):
         return iter(())
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if text := "; ".join(self._conflicts()):
+    def _consistent(self, info: ValidationInfo) -> Self:
+        if info.context is None and (text := "; ".join(self._conflicts())):
             raise PydanticCustomError("conflict", "{text}", {"text": text})
         return self
 

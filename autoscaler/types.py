@@ -6,7 +6,7 @@ they are shown as differences from ``FleetReport.at_s``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -145,8 +145,25 @@ class ScaleReason(StrEnum):
     OVERRIDE_WAITS = "override_waits"
     SLEEP_REQUESTED = "sleep_requested"
     STATIC = "static"
+    DISABLED = "disabled"
     REMOVED = "removed"
     CLOSING = "closing"
+
+
+NAMED = 20
+"""Most names that an error lists."""
+
+
+class NotKnown(KeyError):
+    """There is no pool or replica of this name; the message names those that there are."""
+
+    def __init__(self, kind: str, name: str, known: Sequence[str]) -> None:
+        shown = ", ".join(known[:NAMED]) + (", …" if len(known) > NAMED else "")
+        there_are = f"the {kind}s are {shown}" if known else f"there is no {kind} at all"
+        super().__init__(f"There is no {kind} {name!r}; {there_are}.")
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Signal(StrEnum):
@@ -288,6 +305,8 @@ class PoolReport:
     """Replicas that failed after they had been ready, since the control process began."""
     removed: bool = False
     """The settings have it no more; it ends with its last request."""
+    disabled: bool = False
+    """An operator has taken it out of service: its requests are refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

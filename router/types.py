@@ -50,7 +50,8 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     ``wake_eta_s`` is how long the next wake may take, ``None`` before one was measured. ``phase``
     says in a few words what the replica nearest to ready is doing, for clients that wait. A pool
     that is ``draining`` was removed: its names are unknown to new requests, those it has are
-    served. ``slot`` is its place in the shared counters, -1 until the gateway has given one.
+    served. One that is ``disabled`` is out of service: its requests are refused. ``slot`` is its
+    place in the shared counters, -1 until the gateway has given one.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     wake_eta_s: float | None = None
     phase: str = ""
     draining: bool = False
+    disabled: bool = False
 
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):

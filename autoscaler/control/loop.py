@@ -19,6 +19,7 @@ from typing import Any
 
 from autoscaler.backends.base import Backend, ReplicaSpec, Unsupported
 from autoscaler.control.actuator import Actuator, ErrorCounts
+from autoscaler.control.disabled_pools import DisabledPools
 from autoscaler.control.replicas import ASLEEP, PoolRecord, publish_pool, report_pool
 from autoscaler.policy.decide import decide, decide_removed, note_replacement
 from autoscaler.policy.lifecycle import ENDED_STATES, Event, State
@@ -30,6 +31,7 @@ from autoscaler.tiers.wake_times import WakeTimes
 from autoscaler.types import (
     Decision,
     FleetReport,
+    NotKnown,
     Observation,
     PastDecision,
     PoolReport,
@@ -66,6 +68,7 @@ class ControlLoop:
         publish: Publish,
         preparer: Preparer,
         wake_times: WakeTimes,
+        disabled_pools: DisabledPools | None = None,
         engine_client: EngineClient | None = None,
         earlier_drain_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
@@ -75,6 +78,7 @@ class ControlLoop:
         replicas are started with: replicas with another are replaced. ``observe`` reads the data
         path now, on the same clock; ``publish`` is called with the pools and their replicas
         whenever they change. ``preparer`` brings models near, and is closed with the loop.
+        ``disabled_pools`` are those out of service from the start.
         ``earlier_drain_s`` is how long the workers of an earlier control process finish requests
         with replicas that are taken over."""
         self._settings = settings
@@ -86,6 +90,7 @@ class ControlLoop:
         self._backends = dict(backends)
         self._preparer = preparer
         self._wake_times = wake_times
+        self._disabled_pools = disabled_pools or DisabledPools()
         self._earlier_drain_s = earlier_drain_s
         self._errors = ErrorCounts()
         self._actuator = Actuator(
@@ -111,7 +116,7 @@ class ControlLoop:
         self._closing = False
 
     def _make_pool(self, pool: PoolSettings, digest: str) -> PoolRecord:
-        return PoolRecord(
+        record = PoolRecord(
             pool,
             self._settings,
             self._backends[pool.backend],
@@ -120,6 +125,8 @@ class ControlLoop:
             digest=digest,
             tiers=self._make_tiers(pool),
         )
+        record.disabled = pool.name in self._disabled_pools
+        return record
 
     def _make_tiers(self, pool: PoolSettings) -> TierManager:
         return TierManager(
@@ -325,6 +332,9 @@ class ControlLoop:
             return fixed(desired=number, reason=ScaleReason.STATIC, detail=text)
         if self._closing:
             return fixed(desired=0, reason=ScaleReason.CLOSING, detail="Tidegate is closing")
+        if pool.disabled and not pool.removed:
+            text = "an operator has taken it out of service; what runs is finished"
+            return fixed(desired=0, reason=ScaleReason.DISABLED, detail=text)
         demand = pool.window.read(now_s)
         policy = decide_removed if pool.removed else decide
         decision, pool.decide_state = policy(pool.policy, status, demand, pool.decide_state, now_s)
@@ -356,7 +366,7 @@ class ControlLoop:
         loads: Mapping[str, ReplicaLoad],
         now_s: float,
     ) -> None:
-        closing = self._closing
+        closing = self._closing or pool.disabled
         to_zero = pool.override == 0 and decision.reason is not ScaleReason.SLEEP_REQUESTED
         plan = make_plan(
             decision.desired,
@@ -374,7 +384,7 @@ class ControlLoop:
             self._actuator.apply(pool, record, event)
         for _ in range(plan.starts if pool.backend.owns_replicas else 0):
             pool.add_replica(now_s)
-        if closing:
+        if closing:  # nothing that runs is kept for later
             for record in list(pool.replicas.values()):
                 if record.state in GOING_TO_SLEEP:
                     self._actuator.apply(pool, record, Event.STOP)
@@ -419,16 +429,39 @@ class ControlLoop:
             if record is not None:
                 self._actuator.probe_now(pool, record)
 
-    def _find(self, pool: str) -> PoolRecord:
-        record = self._pools[pool]
-        if record.removed:
-            raise KeyError(pool)
-        return record
+    def _find(self, name: str) -> PoolRecord:
+        """The pool of this name or alias."""
+        for record in self._pools.values():
+            if name in (record.pool.name, *record.pool.aliases) and not record.removed:
+                return record
+        names = [one.pool.name for one in self._pools.values() if not one.removed]
+        raise NotKnown("pool", name, names)
+
+    def disable(self, pool: str) -> PoolReport:
+        """Take a pool out of service, over restarts too, until ``enable``: its requests are
+        refused, those under way are finished, then its replicas end. Raises ``NotKnown`` for an
+        unknown pool, ``OSError`` where that cannot be kept."""
+        return self._set_disabled(pool, disabled=True)
+
+    def enable(self, pool: str) -> PoolReport:
+        """Take a pool back into service. Raises as ``disable``."""
+        return self._set_disabled(pool, disabled=False)
+
+    def _set_disabled(self, pool: str, *, disabled: bool) -> PoolReport:
+        record = self._find(pool)
+        self._disabled_pools.set(record.pool.name, disabled=disabled)
+        if record.disabled and not disabled:
+            record.forget_demand()  # what it had before is no reason to start it
+        record.disabled = disabled
+        record.wake_signal = record.sleep_requested = False
+        self._note_change()
+        self._publish_changes()
+        return report_pool(record)
 
     def set_replicas(self, pool: str, replicas: int | None) -> PoolReport:
         """Override the number of replicas; ``None`` gives it back to demand.
 
-        0 is "at zero until a request comes". Raises ``KeyError`` for an unknown pool,
+        0 is "at zero until a request comes". Raises ``NotKnown`` for an unknown pool,
         ``ValueError`` for a number outside 0 to ``max_replicas``.
         """
         record = self._find(pool)
@@ -452,7 +485,7 @@ class ControlLoop:
         """Put a pool's ready replicas to sleep once they are idle; the next request wakes it.
 
         Returns when they sleep, or did already, or when one has gone back to work because a
-        request came. Raises ``KeyError`` for an unknown pool, ``ValueError`` for a level that its
+        request came. Raises ``NotKnown`` for an unknown pool, ``ValueError`` for a level that its
         engine does not have or a pool with none ready, ``Unsupported`` where the backend or the
         engine cannot, ``BackendError`` where it failed.
         """
@@ -485,10 +518,12 @@ class ControlLoop:
     async def wake(self, pool: str) -> PoolReport:
         """Wake what sleeps, or start one at zero; take drained static servers back into use.
 
-        Returns at once. Raises ``KeyError`` for an unknown pool, ``ValueError`` while an operator
+        Returns at once. Raises ``NotKnown`` for an unknown pool, ``ValueError`` while an operator
         keeps it at zero.
         """
         record = self._find(pool)
+        if record.disabled:
+            raise ValueError(f"{pool} is disabled; take it back with `pool enable {pool}`")
         if record.override == 0:
             raise ValueError(f"{pool} is scaled to 0; give it back with `scale {pool} auto`")
         record.sleep_requested = False
@@ -504,7 +539,7 @@ class ControlLoop:
 
     async def drain(self, replica_id: str) -> None:
         """Give a replica no more requests, and stop it when it has none left (a static one is
-        only kept out of use, until ``wake``). Returns at once. Raises ``KeyError`` for an unknown
+        only kept out of use, until ``wake``). Returns at once. Raises ``NotKnown`` for an unknown
         replica, ``ValueError`` for one that has failed."""
         for pool in self._pools.values():
             record = pool.replicas.get(replica_id)
@@ -516,7 +551,8 @@ class ControlLoop:
             self._actuator.apply(pool, record, Event.STOP)
             self._publish_changes()
             return
-        raise KeyError(replica_id)
+        known = [one for pool in self._pools.values() for one in pool.replicas]
+        raise NotKnown("replica", replica_id, known)
 
     # -- reports ---------------------------------------------------------------------------
 
@@ -565,5 +601,5 @@ class ControlLoop:
         return {name: record.digest for name, record in self._pools.items()}
 
     def decisions(self, pool: str) -> list[PastDecision]:
-        """The newest decisions of a pool, newest last. Raises ``KeyError`` for an unknown one."""
-        return list(self._pools[pool].history.past)
+        """The newest decisions of a pool, newest last. Raises ``NotKnown`` for an unknown one."""
+        return list((self._pools.get(pool) or self._find(pool)).history.past)

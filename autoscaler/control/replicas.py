@@ -122,6 +122,7 @@ class PoolRecord:
 
     ``digest`` is that of what its replicas are started with; those with another are outdated.
     ``removed``: the settings have it no more, and it ends when its last request is answered.
+    ``disabled``: an operator has taken it out of service.
     ``numbers`` are the last ones given to replicas, by slug, for all pools of the control loop: so
     no id is used twice, whichever pools come and go.
     """
@@ -143,6 +144,7 @@ class PoolRecord:
         self.slug = slug
         self.tiers = tiers
         self.removed = False
+        self.disabled = False
         self._use(settings)
         self.window = DemandWindow(self.policy)
         self.decide_state = DecideState()
@@ -427,6 +429,7 @@ def publish_pool(pool: PoolRecord) -> Pool:
         wake_eta_s=pool.estimate_wake_s(),
         phase=phase,
         draining=pool.removed,
+        disabled=pool.disabled,
     )
 
 
@@ -457,6 +460,7 @@ def report_pool(pool: PoolRecord) -> PoolReport:
         max_replicas=pool.pool.max_replicas,
         crashes=pool.crashes,
         removed=pool.removed,
+        disabled=pool.disabled,
     )
 
 

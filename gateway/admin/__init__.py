@@ -1,7 +1,8 @@
 """The admin listener: HTTP for operators, dashboards and the CLI.
 
 ``schema`` has the types of the admin API's requests and answers, ``operations`` its routes and
-its OpenAPI document. ``app`` gives each operation its handler and serves them. ``control`` is
+its OpenAPI document. ``app`` gives each operation its handler, ``guard`` says who is let in, and
+``server`` serves them. ``control`` is
 what status and scaling act on, ``models`` the verbs over the model cache. ``metrics_page`` writes
 the Prometheus text.
 """

@@ -25,6 +25,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from autoscaler.types import NotKnown
 from gateway.admin import operations, schema
 from gateway.admin.guard import Guard, is_owner
 from gateway.admin.metrics_page import UsagePoller, render_cache
@@ -245,6 +246,8 @@ class _PoolRoutes:
             "scale": self.scale,
             "sleep": self.sleep,
             "wake": self.wake,
+            "disable": partial(self.set_disabled, disabled=True),
+            "enable": partial(self.set_disabled, disabled=False),
             "drain": self.drain,
             "reload": self.reload,
         }
@@ -262,28 +265,34 @@ class _PoolRoutes:
         return self.control.status()
 
     async def explain(self, pool: str, query: schema.ExplainQuery) -> schema.ExplainAnswer:
-        with _known("pool", pool):
+        with _known("pool"):
             decisions = self.control.explain(pool)
         newest = decisions[-query.limit :] if query.limit else decisions
         return schema.ExplainAnswer(pool=pool, decisions=tuple(newest))
 
     async def scale(self, pool: str, body: schema.ScaleRequest) -> schema.ScaleAnswer:
-        with _known("pool", pool, "replicas"):
+        with _known("pool", "replicas"):
             return await self.control.scale(pool, body.replicas)
 
     async def sleep(self, pool: str, body: schema.SleepRequest) -> schema.SleepAnswer:
-        with _known("pool", pool, "level"):
+        with _known("pool", "level"):
             return await self.control.sleep(pool, body.level)
 
     async def wake(self, pool: str, body: schema.NoFields) -> schema.WakeAnswer:
-        with _known("pool", pool):
+        with _known("pool"):
             return await self.control.wake(pool)
+
+    async def set_disabled(
+        self, pool: str, body: schema.NoFields, *, disabled: bool
+    ) -> schema.ServiceAnswer:
+        with _known("pool"):
+            return await self.control.set_disabled(pool, disabled=disabled)
 
     async def reload(self, body: schema.NoFields) -> schema.ReloadAnswer:
         return await self.control.reload()
 
     async def drain(self, replica: str, body: schema.NoFields) -> schema.DrainAnswer:
-        with _known("replica", replica):
+        with _known("replica"):
             return await self.control.drain(replica)
 
 
@@ -300,14 +309,13 @@ def readiness(ready: bool, reason: str) -> schema.Readiness:
 
 
 @contextlib.contextmanager
-def _known(kind: str, name: str, field: str = "") -> Iterator[None]:
+def _known(kind: str, field: str = "") -> Iterator[None]:
     """What ``LiveControl`` raises as the error that is answered; one about ``field`` of the body
     begins with its name."""
     try:
         yield
-    except KeyError:
-        text = f"There is no {kind} {name!r}."
-        raise AdminError(f"{kind}_not_found", text, param=kind) from None
+    except NotKnown as problem:
+        raise AdminError(f"{kind}_not_found", str(problem), param=kind) from None
     except ValueError as problem:
         is_field = str(problem).partition(" ")[0] == field
         raise AdminError("bad_value", str(problem), param=field if is_field else kind) from None

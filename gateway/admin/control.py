@@ -49,7 +49,7 @@ class WorkerPool(Protocol):
 class LiveControl:
     """The running Tidegate.
 
-    ``KeyError`` means an unknown pool or replica, ``ValueError`` a value that is not allowed (its
+    ``NotKnown`` means an unknown pool or replica, ``ValueError`` a value that is not allowed (its
     message is shown), ``TimeoutError`` that it is still under way.
     """
 
@@ -155,7 +155,7 @@ class LiveControl:
         )
 
     def explain(self, pool: str) -> list[schema.PastDecisionEntry]:
-        """The pool's decisions, newest last. ``KeyError`` for an unknown pool."""
+        """The pool's decisions, newest last. ``NotKnown`` for an unknown pool."""
         now = self._clock()
         return [
             _filled(
@@ -187,6 +187,12 @@ class LiveControl:
         """Wake the pool's sleeping replicas, or see that one is started."""
         report = await self._loop.wake(pool)
         return schema.WakeAnswer(pool=pool, starting=report.starting, ready=report.ready)
+
+    async def set_disabled(self, pool: str, *, disabled: bool) -> schema.ServiceAnswer:
+        """Take a pool out of service, or back."""
+        change = self._loop.disable if disabled else self._loop.enable
+        report = change(pool)
+        return schema.ServiceAnswer(pool=report.name, disabled=report.disabled)
 
     async def drain(self, replica_id: str) -> schema.DrainAnswer:
         """Give a replica no more requests and stop it when it has finished."""

@@ -45,6 +45,7 @@ from gateway.admin.schema import (
     ResultLine,
     ScaleAnswer,
     ScaleRequest,
+    ServiceAnswer,
     SleepAnswer,
     SleepRequest,
     StatusAnswer,
@@ -167,6 +168,10 @@ SCALE = _pool(
 )
 SLEEP = _pool("sleep", SleepRequest, SleepAnswer, "Put a pool's idle ready replicas to sleep.")
 WAKE = _pool("wake", NoFields, WakeAnswer, "Wake a pool, as a request for it would.")
+DISABLE = _pool(
+    "disable", NoFields, ServiceAnswer, "Take a pool out of service: its requests are refused."
+)
+ENABLE = _pool("enable", NoFields, ServiceAnswer, "Take a pool back into service.")
 DRAIN = Operation(
     name="drain",
     method="POST",
@@ -220,7 +225,7 @@ VERBS = {
 
 COMMON = (INDEX, OPENAPI, METRICS, HEALTHZ, READYZ, STATUS)
 CACHE = (MODELS, *VERBS.values())
-OPERATIONS = (*COMMON, EXPLAIN, SCALE, SLEEP, WAKE, DRAIN, RELOAD, *CACHE)
+OPERATIONS = (*COMMON, EXPLAIN, SCALE, SLEEP, WAKE, DISABLE, ENABLE, DRAIN, RELOAD, *CACHE)
 """Every operation of a gateway's admin listener; a cache agent has ``COMMON`` and ``CACHE``."""
 
 

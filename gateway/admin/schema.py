@@ -263,6 +263,8 @@ class PoolEntry(AdminAnswer):
     replicas: tuple[ReplicaEntry, ...]
     removed: bool = False
     """The settings have it no more; it serves the requests it has, and ends."""
+    disabled: bool = False
+    """An operator has taken it out of service: its requests are refused."""
 
 
 class StandbyEntry(AdminAnswer):
@@ -408,6 +410,13 @@ class SleepAnswer(AdminAnswer):
     pool: str
     sleeping: int
     ready: int
+
+
+class ServiceAnswer(AdminAnswer):
+    """Whether the pool is out of service now."""
+
+    pool: str
+    disabled: bool
 
 
 class WakeAnswer(AdminAnswer):

@@ -47,11 +47,11 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _Connection(H11Protocol):
+class _AdminConnection(H11Protocol):
     """One connection of ``address``; ``on_lost`` is called when it is gone."""
 
     address = ""
-    on_lost: Callable[[_Connection], None]
+    on_lost: Callable[[_AdminConnection], None]
     _head: asyncio.TimerHandle | None = None
 
     @property
@@ -98,13 +98,16 @@ class _Acceptor:
     """Takes the connections of one listening socket, ``most_per_address`` of one address."""
 
     def __init__(
-        self, listener: socket.socket, connect: Callable[[], _Connection], most_per_address: int
+        self,
+        listener: socket.socket,
+        connect: Callable[[], _AdminConnection],
+        most_per_address: int,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._listener = listener
         self._connect = connect
         self._most_per_address = most_per_address
-        self._connections: dict[_Connection, None] = {}  # the oldest first
+        self._connections: dict[_AdminConnection, None] = {}  # the oldest first
         self._opening: set[asyncio.Task[None]] = set()
         self._paused: asyncio.TimerHandle | None = None
         self._closed = 0
@@ -171,7 +174,7 @@ class _Acceptor:
         self._opening.add(opening)
         opening.add_done_callback(self._opening.discard)
 
-    async def _begin(self, taken: socket.socket, connection: _Connection) -> None:
+    async def _begin(self, taken: socket.socket, connection: _AdminConnection) -> None:
         try:
             await self._loop.connect_accepted_socket(lambda: connection, taken)
         except BaseException as error:
@@ -180,7 +183,7 @@ class _Acceptor:
             if not isinstance(error, OSError):
                 raise
 
-    def _forget(self, connection: _Connection) -> None:
+    def _forget(self, connection: _AdminConnection) -> None:
         self._connections.pop(connection, None)
 
     def _warn(self, text: str) -> None:
@@ -218,7 +221,7 @@ async def serve_admin(
         local = listener.family == socket.AF_UNIX
         return _Acceptor(
             listener,
-            lambda: _Connection(config, server.server_state, {OWNER: local}),
+            lambda: _AdminConnection(config, server.server_state, {OWNER: local}),
             MAX_CONNECTIONS if local else MAX_CONNECTIONS_PER_ADDRESS,
         )
 

@@ -57,7 +57,7 @@ Admin = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-PoolName = Annotated[str, typer.Argument(metavar="POOL", help="A pool's name.")]
+PoolName = Annotated[str, typer.Argument(metavar="POOL", help="A pool's name, or an alias.")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

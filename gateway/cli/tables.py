@@ -137,7 +137,7 @@ def _pools(pools: Iterable[schema.PoolEntry], screen: Screen) -> str:
         }
         tokens = (pool.inflight_tokens, pool.queued_tokens)
         table.add(
-            pool.name + (" (removed)" if pool.removed else ""),
+            pool.name + (" (removed)" if pool.removed else " (disabled)" if pool.disabled else ""),
             pool.engine,
             (figure(pool.ready), GOOD if enough and pool.ready else BUSY if not enough else ""),
             figure(pool.desired) + (" (held)" if pool.override is not None else ""),

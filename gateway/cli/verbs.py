@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,6 +42,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(config_app, name="config", help="Check and show the settings.")
+pool_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(pool_app, name="pool", help="Take a pool out of service, and back.")
 app.add_typer(model_app, name="model", help="The models in this node's cache.")
 
 
@@ -160,9 +162,12 @@ def up(
     config = defaults.find_config(config)  # the file of the start: without it a reload fails
 
     def read() -> LoadedSettings:
-        found = defaults.load_for_up(config, environ, sets or (), flags, engine=engine, model=model)
-        defaults.check_installed(found)
-        return found
+        return defaults.load_installed(
+            partial(
+                defaults.load_for_up,
+                config, environ, sets or (), flags, engine=engine, model=model,
+            )
+        )  # fmt: skip
 
     loaded = read()
     for warning in loaded.warnings:
@@ -276,7 +281,7 @@ def scale(
 
     N is from 0 to the pool's max_replicas, and may be less than its min_replicas. Nothing is taken
     from a request: replicas that go finish what they have, and at 0 the next request still wakes
-    the pool.
+    the pool (`tidegate pool disable` takes it out of service).
 
     **Examples:** `tidegate scale smollm2 2`, `tidegate scale smollm2 0`,
     `tidegate scale smollm2 auto`
@@ -293,6 +298,53 @@ def scale(
         out(f"{pool} is scaled by the autoscaler again.\n")
     else:
         out(f"{pool} is held at {count}; `tidegate scale {pool} auto` gives it back.\n")
+    return 0
+
+
+@pool_app.command("disable")
+def disable_pool(
+    pool: PoolName,
+    as_json: AsJson = False,
+    admin: Admin = None,
+    config: Config = None,
+    sets: Sets = None,
+) -> int:
+    """Take a pool out of service: its model is answered 503 and listed no more.
+
+    Requests under way are finished, then its engines end, and no request wakes it. It stays so over
+    restarts, until `tidegate pool enable`. To put it at zero until the next request:
+    `tidegate scale POOL 0`.
+
+    **Examples:** `tidegate pool disable smollm2`, `tidegate pool enable smollm2`
+    """
+    return _set_disabled(pool, address(admin, config, sets), as_json, disabled=True)
+
+
+@pool_app.command("enable")
+def enable_pool(
+    pool: PoolName,
+    as_json: AsJson = False,
+    admin: Admin = None,
+    config: Config = None,
+    sets: Sets = None,
+) -> int:
+    """Take a pool back into service; the next request wakes it, or its min_replicas do.
+
+    **Examples:** `tidegate pool enable smollm2`
+    """
+    return _set_disabled(pool, address(admin, config, sets), as_json, disabled=False)
+
+
+def _set_disabled(pool: str, listener: client.Listener, as_json: bool, *, disabled: bool) -> int:
+    from gateway.admin.operations import DISABLE, ENABLE
+
+    answer = client.ask(listener, DISABLE if disabled else ENABLE, {}, pool=pool)
+    if as_json:
+        out(as_text(answer))
+    elif disabled:
+        out(f"{pool} is out of service; `tidegate pool enable {pool}` takes it back.\n")
+    else:
+        out(f"{pool} is in service again.\n")
     return 0
 
 
@@ -392,12 +444,11 @@ def config_check(config: Config = None, sets: Sets = None, as_json: AsJson = Fal
 
     **Examples:** `tidegate config check`, `tidegate config check -c prod.toml -s gateway.port=0`
     """
-    from gateway.settings.defaults import check_installed
+    from gateway.settings.defaults import load_installed
     from gateway.settings.load import ConfigError
 
     try:
-        loaded = load(config, sets)
-        check_installed(loaded, given_only=True)
+        loaded = load_installed(partial(load, config, sets), given_only=True)
     except ConfigError as error:
         if as_json:
             out(as_text({"ok": False, "problems": [one._asdict() for one in error.problems]}))

@@ -28,6 +28,7 @@ from autoscaler.backends.process.backend import ProcessBackend
 from autoscaler.backends.process.fork_server import ForkPlan
 from autoscaler.backends.process.placement import list_gpus
 from autoscaler.backends.static import StaticBackend
+from autoscaler.control.disabled_pools import DisabledPools
 from autoscaler.control.loop import ControlLoop
 from autoscaler.settings import PoolSettings
 from autoscaler.tiers.preparer import NodePreparer
@@ -79,6 +80,7 @@ from router.types import Pool
 log = logging.getLogger("tidegate")
 
 WAKE_TIMES = "wake_times.json"
+DISABLED_POOLS = "disabled_pools.json"
 _SPARE_REPLICA_SLOTS = 64
 _MIN_REPLICA_SLOTS = 2_048
 _MAX_POOLS = 1_024
@@ -148,6 +150,7 @@ class _Tidegate:
             publish=self._publish,
             preparer=self._preparer(),
             wake_times=load_wake_times(settings),
+            disabled_pools=load_disabled_pools(settings),
             earlier_drain_s=settings.gateway.drain_s,
         )
         self.workers = Workers(
@@ -296,6 +299,13 @@ class _Tidegate:
                 log.error("the settings were not reloaded: %s", problem)
         except Exception:
             log.exception("the settings were not reloaded")
+
+
+def load_disabled_pools(settings: Settings) -> DisabledPools:
+    """The pools that were out of service when the last control process ended."""
+    pools = DisabledPools(settings.state_dir / DISABLED_POOLS)
+    pools.load()
+    return pools
 
 
 def load_wake_times(settings: Settings) -> WakeTimes:

@@ -190,6 +190,9 @@ class PoolRuntime:
         for gone in old.values():
             gone.upstream.close()
         self._renew_ready()
+        if pool.disabled:
+            for request in list(self.queue):
+                request.reject(out_of_service(request.model))
         self.release()
 
     def _renew_ready(self) -> None:
@@ -265,6 +268,8 @@ class PoolRuntime:
         """Send a request to a replica now, or hold it. Raises ``ApiError`` if it may do neither."""
         if self._closed:
             raise unknown_model(request.model)
+        if self.pool.disabled:
+            raise out_of_service(request.model)
         if not self.queue and self._worker_before_us() < 0:
             endpoint = self._pick(request)
             if endpoint is not None:
@@ -544,6 +549,17 @@ def unknown_model(model: str) -> ApiError:
     )
 
 
+def out_of_service(model: str) -> ApiError:
+    """503 for a model whose pool is disabled."""
+    return ApiError(
+        503,
+        Reason.MODEL_DISABLED,
+        f"The model '{model[:200]}' is out of service: an operator has disabled it.",
+        retry_after_s=60.0,
+        param="model",
+    )
+
+
 class PoolDirectory:
     """The pools of this worker by name, as the control side last published them."""
 
@@ -607,4 +623,5 @@ class PoolDirectory:
         return [
             (name, None if name == runtime.pool.name else runtime.pool.name)
             for name, runtime in self._names.items()
+            if not runtime.pool.disabled
         ]

@@ -10,7 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 ModelBeginning = Annotated[str, StringConstraints(pattern=r"^([a-z0-9]+://|/)[^\s?#@]*$")]
@@ -180,9 +187,9 @@ class GatewaySettings(BaseModel):
     """How requests wait while their pool has no replica that can take them."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> GatewaySettings:
+    def _consistent(self, info: ValidationInfo) -> GatewaySettings:
         text = "; ".join(self._conflicts())
-        if text:
+        if text and info.context is None:  # as in ``autoscaler.settings.ConsistentSettings``
             raise PydanticCustomError("conflict", "{text}", {"text": text})
         return self
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +118,30 @@ def _known_as(model: str) -> str:
     return ref.location if ref.scheme == "hf" else model
 
 
-def check_installed(loaded: LoadedSettings, *, given_only: bool = False) -> None:
-    """Raise ``ConfigError`` where a file or directory that the settings name cannot be used: it is
-    not there, or not what it should be.
+def load_installed(
+    load_settings: Callable[[], LoadedSettings], *, given_only: bool = False
+) -> LoadedSettings:
+    """The settings, if every file and directory that they name can be used too.
 
     A pool without its engine or model would look well at zero, and fail its first request a minute
-    later. With ``given_only`` the built-in pool is left out.
+    later. Raises ``ConfigError`` with all that is wrong. With ``given_only`` the built-in pool is
+    left out.
     """
-    found = [
+    try:
+        loaded = load_settings()
+        found: list[Problem] = []
+    except ConfigError as error:
+        if error.rest is None:
+            raise
+        loaded, found = error.rest, list(error.problems)
+    found += (
         Problem(field, why, loaded.origins[field], str(path))
         for field, path, why in find_bad_tls(loaded.settings.gateway)
-    ]
-    if found := [*found, *_find_missing(loaded, given_only)]:
+    )
+    found += _find_missing(loaded, given_only)
+    if found:
         raise ConfigError(found)
+    return loaded
 
 
 def _find_missing(loaded: LoadedSettings, given_only: bool) -> Iterator[Problem]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -62,19 +62,34 @@ def one_line(text: str) -> str:
 Origin = Callable[[Sequence[str]], str]
 
 
-def explain(error: ValidationError, origin: Origin, blame: Origin) -> Iterator[Problem]:
+def explain(
+    error: ValidationError,
+    origin: Origin,
+    blame: Origin,
+    unless_about: Collection[tuple[str, ...]] = (),
+) -> Iterator[Problem]:
     """The problems in a validation error.
 
     ``origin`` says where the value of a path came from (``"default"`` where it was not given),
-    ``blame`` where to look when it is wrong or missing.
+    ``blame`` where to look when it is wrong or missing. ``unless_about``: contradictions only, and
+    not those that mention one of these fields.
     """
     for detail in error.errors(include_url=False):
         parts = _field_path(detail["loc"])
         if detail["type"] == "conflict":
-            yield from _contradictions(parts, str(detail["ctx"]["text"]), origin, blame)
-        else:
+            for text in str(detail["ctx"]["text"]).split("; "):
+                words = set(re.findall(r"[a-z_]+", text))
+                below = (one[len(parts) :] for one in unless_about if one[: len(parts)] == parts)
+                if not any(words & set(one) for one in below):
+                    yield _contradiction(parts, text, origin, blame)
+        elif not unless_about:
             message, value = _say(detail, parts)
             yield Problem(fields.dotted(parts) or "settings", message, blame(parts), value)
+
+
+def find_wrong(error: ValidationError) -> list[tuple[str, ...]]:
+    """The paths of the fields in a validation error that are wrong by themselves."""
+    return [_field_path(one["loc"]) for one in error.errors() if one["type"] != "conflict"]
 
 
 def find_name_conflicts(tree: Mapping[str, Any], origin: Origin) -> Iterator[Problem]:
@@ -110,21 +125,17 @@ def _field_path(loc: Sequence[str | int]) -> tuple[str, ...]:
     return parts
 
 
-def _contradictions(
-    parts: tuple[str, ...], text: str, origin: Origin, blame: Origin
-) -> Iterator[Problem]:
-    """A section's fields that contradict each other: each is laid to a field that was given."""
+def _contradiction(parts: tuple[str, ...], message: str, origin: Origin, blame: Origin) -> Problem:
+    """A section's fields that contradict each other: it is laid to a field that was given."""
     section = fields.find(parts)
     names = section.fields if section is not None else {}
-    for message in text.split("; "):
-        mentioned = [word for word in re.findall(r"[a-z_]+", message) if word in names]
-        given = [word for word in mentioned if origin((*parts, word)) != DEFAULT]
-        source = origin((*parts, given[0])) if given else blame(parts)
-        first, _, rest = message.partition(" ")
-        if fields.find((*parts, *first.split("."))) is not None:
-            yield Problem(fields.dotted((*parts, *first.split("."))), rest, source)
-        else:
-            yield Problem(fields.dotted(parts), message, source)
+    mentioned = [word for word in re.findall(r"[a-z_]+", message) if word in names]
+    given = [word for word in mentioned if origin((*parts, word)) != DEFAULT]
+    source = origin((*parts, given[0])) if given else blame(parts)
+    first, _, rest = message.partition(" ")
+    if fields.find((*parts, *first.split("."))) is not None:
+        return Problem(fields.dotted((*parts, *first.split("."))), rest, source)
+    return Problem(fields.dotted(parts), message, source)
 
 
 def _say(detail: ErrorDetails, parts: tuple[str, ...]) -> tuple[str, str | None]:

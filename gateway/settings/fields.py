@@ -11,7 +11,7 @@ import difflib
 import inspect
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -159,25 +159,53 @@ def walk(node: Node, parts: Parts = ()) -> Iterator[tuple[Parts, Node]]:
 def suggest(parts: Sequence[str]) -> str:
     """What an unknown path was probably meant to be, as ``; did you mean ...?``, or nothing.
 
-    First a sibling that is spelled alike, then a field of the same name elsewhere in the tree.
+    Likeness of spelling is no likeness of meaning, so the less of it there is, the later it counts:
+    a sibling that is spelled nearly the same, siblings with all of its words, fields of the same
+    name elsewhere, a sibling that is spelled alike, one elsewhere that is nearly the same.
     """
-    above, name = parts[:-1], parts[-1]
+    above, name = parts[:-1], parts[-1].lower().replace("-", "_")
     parent = find(above)
     siblings = list(parent.fields) if parent is not None else []
-    lowered = name.lower().replace("-", "_")
-    close = difflib.get_close_matches(lowered, siblings, n=1, cutoff=0.7)
-    if close:
-        return f"; did you mean {dotted([*above, close[0]])}?"
-    everywhere = [path for path, _ in walk(root())]
-    same = [path for path in everywhere if path[-1] == lowered]
-    if not same:
-        names = {path[-1] for path in everywhere}
-        alike = difflib.get_close_matches(lowered, sorted(names), n=1, cutoff=0.7)
-        same = [path for path in everywhere if alike and path[-1] == alike[0]]
-    if same:
-        shown = [".".join("N" if part == "*" else part for part in path) for path in same]
-        return f"; did you mean {' or '.join(shown[:3])}?"
+    near = {dotted([*above, one]): one for one in siblings}
+    far = {
+        ".".join("N" if one == "*" else one for one in path): path[-1]
+        for path, _ in walk(root())
+        if path[:-1] != tuple(above)
+    }
+    meant = (
+        _alike(name, near, 0.9)
+        or [path for path, one in near.items() if _words(name) <= _words(one)]
+        or [path for path, one in far.items() if one == name]
+        or _alike(name, near, 0.75)
+        or [path for path, one in far.items() if _without_unit(one) == name]
+        or _alike(name, far, 0.9)
+    )
+    if meant:
+        return f"; did you mean {' or '.join(meant[:3])}?"
     return f"; known here: {', '.join(siblings)}" if siblings and len(siblings) <= 12 else ""
+
+
+_UNITS = frozenset({"s", "bytes", "tokens", "fraction"})
+
+
+def _alike(name: str, fields: Mapping[str, str], likeness: float) -> list[str]:
+    """The paths of the fields whose name is spelled most like this one."""
+    best = difflib.get_close_matches(name, sorted(set(fields.values())), n=1, cutoff=likeness)
+    return [path for path, one in fields.items() if best and one == best[0]]
+
+
+def _words(name: str) -> frozenset[str]:
+    """The words of a field's name, without its unit."""
+    return frozenset(_without_unit(name).split("_"))
+
+
+def _without_unit(name: str) -> str:
+    stem, _, unit = name.rpartition("_")
+    return stem if unit in _UNITS else name.removesuffix("s")
+
+
+def _did_you_mean(names: Sequence[str]) -> str:
+    return f"; did you mean {' or '.join(names[:3])}?"
 
 
 def describe(node: Node) -> str:

@@ -22,6 +22,7 @@ Everything wrong is found before anything starts and raised together, one line f
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import tomllib
@@ -70,10 +71,13 @@ Parts = tuple[str, ...]
 
 
 class ConfigError(Exception):
-    """The settings cannot be used. ``problems`` says why, one line each; nothing was started."""
+    """The settings cannot be used. ``problems`` says why, one line each; nothing was started.
+    ``rest`` are the settings without what is wrong, to look for more; ``None`` where too much is.
+    """
 
-    def __init__(self, found: Sequence[Problem]) -> None:
+    def __init__(self, found: Sequence[Problem], rest: LoadedSettings | None = None) -> None:
         self.problems = tuple(found)
+        self.rest = rest
         super().__init__("\n".join(str(problem) for problem in found))
 
 
@@ -218,13 +222,35 @@ class _Draft:
     def finish(self, path: Path | None) -> LoadedSettings:
         """The settings, or ``ConfigError`` with every problem of every layer."""
         settings: Settings | None = None
+        rest: Settings | None = None
         try:
-            settings = Settings.model_validate_json(errors.to_json(self.tree), strict=True)
+            settings = rest = _validate(self.tree)
         except ValidationError as error:
             self.found += errors.explain(error, self.origin, self.blame)
+            rest = self._without(error)
         self.found += errors.find_name_conflicts(self.tree, self.origin)
         if settings is None or self.found:
-            raise ConfigError(list(dict.fromkeys(self.found)))
+            found = list(dict.fromkeys(self.found))
+            raise ConfigError(found, None if rest is None else self._loaded(rest, path))
+        return self._loaded(settings, path)
+
+    def _without(self, error: ValidationError) -> Settings | None:
+        """The settings without what is wrong, to find what else is: pydantic looks for the
+        contradictions of a section only where each of its fields is right."""
+        tree = copy.deepcopy(self.tree)
+        wrong = errors.find_wrong(error)
+        for parts in wrong:
+            _drop(tree, parts)
+        try:
+            _validate(tree)
+        except ValidationError as more:
+            self.found += errors.explain(more, self.origin, self.blame, unless_about=wrong)
+        try:
+            return _validate(tree, context="contradictions are known")
+        except ValidationError:
+            return None
+
+    def _loaded(self, settings: Settings, path: Path | None) -> LoadedSettings:
         settings = through_cache(settings)
         return LoadedSettings(
             settings=settings,
@@ -235,6 +261,25 @@ class _Draft:
                 for name, message in find_warnings(settings)
             ),
         )
+
+
+def _validate(tree: dict[str, Any], context: str | None = None) -> Settings:
+    return Settings.model_validate_json(errors.to_json(tree), strict=True, context=context)
+
+
+def _drop(tree: dict[str, Any], parts: Parts) -> None:
+    """Take a field out; of a list of values the whole list, since it means nothing without one."""
+    here: Any = tree
+    for depth, part in enumerate(parts):
+        node = fields.find(parts[: depth + 1])
+        last = depth == len(parts) - 1 or node is None or node.kind != "section"
+        if isinstance(here, list) and part.isdecimal() and int(part) < len(here):
+            here = here[int(part)]
+        elif isinstance(here, dict) and part in here:
+            if last and not (node is not None and node.element.kind == "section"):
+                del here[part]
+                return
+            here = here[part]
 
 
 class _NoPlace(Exception):

@@ -62,7 +62,7 @@ wrong with it, ``KeyError`` for what there is not."""
 
 
 @dataclass(slots=True, eq=False)
-class _Connection:
+class _PeerConnection:
     sock: socket.socket
     address: str
     thread: threading.Thread | None = None
@@ -95,7 +95,7 @@ class PeerServer:
         self._nonces = wire.Nonces()
         self._lock = threading.Lock()
         # Oldest first.
-        self._connections: dict[int, _Connection] = {}
+        self._connections: dict[int, _PeerConnection] = {}
         self._refused = 0
         self._told_at_s = -LOG_S
         self._most = most_connections
@@ -140,7 +140,7 @@ class PeerServer:
                     return
                 time.sleep(0.1)  # out of descriptors: others will be given back
                 continue
-            connection = _Connection(sock, str(address[0]))
+            connection = _PeerConnection(sock, str(address[0]))
             with self._lock:
                 if self._closing or self._is_full(connection.address):
                     sock.close()
@@ -164,11 +164,11 @@ class PeerServer:
             self._give_way(unproven[0])
         return False
 
-    def _give_way(self, connection: _Connection) -> None:
+    def _give_way(self, connection: _PeerConnection) -> None:
         self._connections.pop(id(connection), None)
         _cut(connection)
 
-    def _serve(self, connection: _Connection) -> None:
+    def _serve(self, connection: _PeerConnection) -> None:
         sock = connection.sock
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -181,7 +181,7 @@ class PeerServer:
                 self._connections.pop(id(connection), None)
             sock.close()
 
-    def _answer_one(self, peer: _Connection, connection: socket.socket) -> bool:
+    def _answer_one(self, peer: _PeerConnection, connection: socket.socket) -> bool:
         """One request; whether another may follow."""
         read = read_head(connection, idle_s=IDLE_S if peer.proven else HEAD_S)
         if read is None:
@@ -303,7 +303,7 @@ def _plain(status: int) -> bytes:
     return wire.format_head(f"HTTP/1.1 {status} {REASONS[status]}", headers)
 
 
-def _cut(connection: _Connection) -> None:
+def _cut(connection: _PeerConnection) -> None:
     """End a connection whose thread waits for it; the thread closes it."""
     with contextlib.suppress(OSError):
         connection.sock.shutdown(socket.SHUT_RDWR)

@@ -24,6 +24,7 @@ from datapath_rig import (
     eventually,
     free_port,
     gateway,
+    get,
     make_certificate,
     post,
 )
@@ -656,3 +657,23 @@ def test_a_replica_in_a_new_place_is_asked_there_and_the_old_connections_close(
         eventually(lambda: served.worker_count(metrics.UPSTREAM_CONNECTIONS) == 0)
         assert served.ask(SMALL).status == 200
     assert (len(old.requests), len(new.requests)) == (1, 1)
+
+
+def test_a_model_out_of_service_is_refused_held_or_new_and_not_listed() -> None:
+    with gateway() as served, ScriptedReplica(answers()) as replica:
+        served.publish()
+        with served.connect() as held:
+            held.send(post({"model": "m", "prompt": "x"}))
+            eventually(lambda: served.pool_count(metrics.QUEUED_REQUESTS) == 1)
+            served.publish(replica, disabled=True)
+            answer = held.answer()
+            assert (answer.status, answer.reason) == (503, "model_disabled")
+        for name in ("m", "alias"):
+            answer = served.ask(post({"model": name, "prompt": "x"}))
+            assert (answer.status, answer.reason) == (503, "model_disabled")
+            assert answer.headers["retry-after"]
+        assert served.ask(get(b"/v1/models")).json()["data"] == []
+        assert replica.requests == []
+        served.publish(replica)
+        assert len(served.ask(get(b"/v1/models")).json()["data"]) == 2
+        served.settle()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from fake_fleet import FakeBackend, World, process_pool
@@ -11,6 +12,7 @@ from fake_models import FakePreparer
 from virtual_time import now, run_virtual
 
 from autoscaler.backends.base import BackendError, Unsupported
+from autoscaler.control.disabled_pools import DisabledPools
 from autoscaler.policy.lifecycle import State
 from autoscaler.settings import AutoscalerSettings, PoolSettings
 from autoscaler.types import ScaleReason
@@ -285,5 +287,107 @@ def test_failed_wake_is_replaced_by_a_start() -> None:
             assert State.FAILED.value in {
                 one.state.value for one in world.loop.status().pools[0].replicas
             }
+
+    run_virtual(story())
+
+
+def test_a_disabled_pool_finishes_what_it_has_and_does_not_wake(tmp_path: Path) -> None:
+    async def story() -> None:
+        kept = DisabledPools(tmp_path / "disabled.json")
+        pool = process_pool(min_replicas=1, aliases=("other",))
+        async with World([pool], QUICK, disabled_pools=kept) as world:
+            tasks = world.burst(1, 15.0)
+            await world.until(lambda: len(world.ready()) == 1)
+            await asyncio.sleep(1.0)
+            report = world.loop.disable("other")  # by its alias
+            assert (report.name, report.disabled) == ("m", True)
+            await asyncio.gather(*world.burst(3, 1.0))
+            assert world.refused == 3
+            await asyncio.gather(*tasks)
+            assert (world.answered, world.cut) == (1, 0)
+            await world.until(lambda: not world.views, 30.0)
+            decision = world.loop.decisions("m")[-1].decision
+            assert (decision.desired, decision.reason) == (0, ScaleReason.DISABLED)
+            with pytest.raises(ValueError, match="disabled"):
+                await world.loop.wake("m")
+            await asyncio.gather(*world.burst(3, 1.0))
+            await asyncio.sleep(100.0)
+            assert not world.views
+        kept = DisabledPools(tmp_path / "disabled.json")
+        kept.load()
+        async with World([pool], QUICK, disabled_pools=kept) as world:  # after a restart
+            await asyncio.sleep(50.0)
+            assert not world.views
+            assert not world.loop.enable("m").disabled
+            await world.until(lambda: len(world.ready()) == 1, 30.0)
+            await asyncio.gather(*world.burst(2, 1.0))
+            assert (world.answered, world.refused) == (2, 0)
+        kept = DisabledPools(tmp_path / "disabled.json")
+        kept.load()
+        assert "m" not in kept
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize("when", ["starting", "sleeping"])
+def test_a_replica_that_is_not_serving_ends_when_its_pool_is_disabled(when: str) -> None:
+    async def story() -> None:
+        backend = FakeBackend(start_s=60.0 if when == "starting" else 1.0)
+        pool = process_pool(tiers={"sleeping_s": 3_000})
+        async with World([pool], QUICK, backend) as world:
+            (task,) = world.burst(1, 1.0)
+            if when == "starting":
+                await asyncio.sleep(10.0)
+                task.cancel()
+            else:
+                await task
+                await world.until(lambda: [v.state for v in world.views] == [ReplicaState.SLEEPING])
+            world.loop.disable("m")
+            await world.until(lambda: not world.views, 10.0)
+            assert backend.living() == []
+
+    run_virtual(story())
+
+
+def test_a_static_pool_that_is_disabled_keeps_its_servers() -> None:
+    async def story() -> None:
+        async with World([static_pool()], QUICK, FakeBackend(owns_replicas=False)) as world:
+            await world.until(lambda: len(world.ready("s")) > 0)
+            world.loop.disable("s")
+            await asyncio.sleep(30.0)
+            assert world.ready("s")
+            assert world.seen["s"].disabled
+            world.loop.enable("s")
+            assert not world.seen["s"].disabled
+
+    run_virtual(story())
+
+
+def test_a_file_of_disabled_pools_that_cannot_be_read_disables_none(tmp_path: Path) -> None:
+    for text in ("", "[1]", '{"pools": [1]}', "[" * 100_000):
+        path = tmp_path / "disabled.json"
+        path.write_text(text)
+        pools = DisabledPools(path)
+        pools.load()
+        assert "m" not in pools
+        pools.set("m", disabled=True)
+        again = DisabledPools(path)
+        again.load()
+        assert "m" in again
+
+
+def test_verbs_take_an_alias_for_a_pool() -> None:
+    async def story() -> None:
+        pool = process_pool(aliases=("other",))
+        async with World([pool], QUICK) as world:
+            assert world.loop.set_replicas("other", 1).name == "m"
+            await world.until(lambda: len(world.ready()) == 1)
+            assert world.loop.decisions("other")
+            assert (await world.loop.sleep("other")).sleeping == 1
+            world.loop.set_replicas("other", None)
+            assert (await world.loop.wake("other")).name == "m"
+            for unknown in ("none", ""):
+                with pytest.raises(KeyError):
+                    world.loop.set_replicas(unknown, 1)
 
     run_virtual(story())

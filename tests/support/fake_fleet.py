@@ -18,6 +18,7 @@ from autoscaler.backends.base import (
     Probe,
     ReplicaSpec,
 )
+from autoscaler.control.disabled_pools import DisabledPools
 from autoscaler.control.loop import ControlLoop
 from autoscaler.settings import AutoscalerSettings, PoolSettings
 from autoscaler.tiers.preparer import Preparer
@@ -191,6 +192,7 @@ class World:
     arrivals: dict[str, int] = field(default_factory=dict)
     answered: int = 0
     cut: int = 0
+    refused: int = 0
     unknown: int = 0
     seen: Mapping[str, Pool] = field(default_factory=dict)
     """The pools as they were last published."""
@@ -200,6 +202,7 @@ class World:
     observe_error: Exception | None = None
     publish_error: Exception | None = None
     earlier_drain_s: float = 0.0
+    disabled_pools: DisabledPools | None = None
 
     def __post_init__(self) -> None:
         self.loop = ControlLoop(
@@ -211,6 +214,7 @@ class World:
             publish=self.publish,
             preparer=self.preparer,
             wake_times=self.wake_times,
+            disabled_pools=self.disabled_pools,
             engine_client=EngineClient(
                 timeout_s=self.settings.call_timeout_s,
                 transport=httpx.MockTransport(self.backend.answer),
@@ -274,9 +278,12 @@ class World:
 
     async def request(self, seconds: float, pool: str = "m") -> None:
         """One request: held while no replica is ready, then answered after ``seconds``. A pool
-        that is not published, or drains, is unknown to it."""
+        that is not published, or drains, is unknown to it; one that is disabled refuses it."""
         if self.seen and (pool not in self.seen or self.seen[pool].draining):
             self.unknown += 1
+            return
+        if self.seen and self.seen[pool].disabled:
+            self.refused += 1
             return
         self.arrivals[pool] = self.arrivals.get(pool, 0) + 1
         self.held[pool] = self.held.get(pool, 0) + 1

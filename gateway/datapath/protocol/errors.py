@@ -36,6 +36,7 @@ class Reason(StrEnum):
     BAD_JSON = "bad_json"
     MODEL_MISSING = "model_missing"
     MODEL_UNKNOWN = "model_unknown"
+    MODEL_DISABLED = "model_disabled"
     PATH_UNKNOWN = "path_unknown"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     HEAD_TOO_LARGE = "head_too_large"

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from autoscaler.types import NotKnown
 from gateway.admin import schema
 from gateway.admin.app import create_app
 from gateway.admin.operations import METRICS_TYPE, OPERATIONS
@@ -40,7 +41,7 @@ class RecordingControl:
         if self.failure is not None:
             raise self.failure
         if pool not in self.pools:
-            raise KeyError(pool)
+            raise NotKnown("pool", pool, self.pools)
 
     def status(self) -> schema.GatewayStatus:
         if self.failure is not None:
@@ -73,6 +74,11 @@ class RecordingControl:
         self._check(pool)
         self.calls.append(("wake", pool))
         return schema.WakeAnswer(pool=pool, starting=1, ready=0)
+
+    async def set_disabled(self, pool: str, *, disabled: bool) -> schema.ServiceAnswer:
+        self._check(pool)
+        self.calls.append(("set_disabled", pool, disabled))
+        return schema.ServiceAnswer(pool=pool, disabled=disabled)
 
     async def drain(self, replica_id: str) -> schema.DrainAnswer:
         self._check(replica_id)
@@ -198,6 +204,8 @@ def test_an_unknown_parameter_is_refused_and_named(app: Starlette) -> None:
         ("/pools/chat/sleep", {"level": 2}, ("sleep", "chat", 2)),
         ("/pools/chat/sleep", {}, ("sleep", "chat", 1)),
         ("/pools/chat/wake", {}, ("wake", "chat")),
+        ("/pools/chat/disable", {}, ("set_disabled", "chat", True)),
+        ("/pools/chat/enable", {}, ("set_disabled", "chat", False)),
         ("/replicas/chat/drain", {}, ("drain", "chat")),
     ],
 )
@@ -233,6 +241,8 @@ def test_nothing_is_as_good_as_an_empty_object(app: Starlette, control: Recordin
         ("/pools/none/scale", b'{"replicas": 1}', 404, "pool_not_found"),
         ("/pools/none/sleep", b"{}", 404, "pool_not_found"),
         ("/pools/none/wake", b"{}", 404, "pool_not_found"),
+        ("/pools/none/disable", b"{}", 404, "pool_not_found"),
+        ("/pools/chat/enable", b'{"x": 1}', 400, "unknown_field"),
         ("/replicas/none/drain", b"{}", 404, "replica_not_found"),
     ],
 )

@@ -57,6 +57,9 @@ class OnePool:
     async def sleep(self, pool: str, level: int) -> schema.SleepAnswer:
         return schema.SleepAnswer(pool=pool, sleeping=1, ready=0)
 
+    async def set_disabled(self, pool: str, *, disabled: bool) -> schema.ServiceAnswer:
+        return schema.ServiceAnswer(pool=pool, disabled=disabled)
+
     async def wake(self, pool: str) -> schema.WakeAnswer:
         return schema.WakeAnswer(pool=pool, starting=1, ready=0)
 

@@ -27,7 +27,7 @@ from admin_rig import (
 from datapath_rig import make_certificate
 
 from autoscaler.settings import PoolSettings, ProcessPoolSettings
-from autoscaler.types import Bound, Signal, TierReport
+from autoscaler.types import Bound, NotKnown, Signal, TierReport
 from gateway.admin import schema
 from gateway.admin.schema import RecentTraffic
 from gateway.cli import client, main, tables, verbs
@@ -64,7 +64,7 @@ class ScriptedControl:
     """Answers with what is above."""
 
     def __init__(self) -> None:
-        self.scaled: list[tuple[str, int | None]] = []
+        self.scaled: list[tuple[str, int | str | None]] = []
         self.mistakes: list[str] = []
 
     def status(self) -> schema.GatewayStatus:
@@ -72,7 +72,7 @@ class ScriptedControl:
 
     def explain(self, pool: str) -> list[schema.PastDecisionEntry]:
         if pool not in {"chat", "org/m 1"}:
-            raise KeyError(pool)
+            raise NotKnown("pool", pool, ("chat", "org/m 1"))
         old = past_decision(
             desired=0, reason="at_zero", detail="no demand", count=7,
             first_at_s=NOW_S - 90, last_at_s=NOW_S - 13,
@@ -81,9 +81,13 @@ class ScriptedControl:
 
     async def scale(self, pool: str, replicas: int | None) -> schema.ScaleAnswer:
         if pool not in {"chat", "org/m 1"}:
-            raise KeyError(pool)
+            raise NotKnown("pool", pool, ("chat", "org/m 1"))
         self.scaled.append((pool, replicas))
         return schema.ScaleAnswer(pool=pool, override=replicas)
+
+    async def set_disabled(self, pool: str, *, disabled: bool) -> schema.ServiceAnswer:
+        self.scaled.append((pool, "disabled" if disabled else "enabled"))
+        return schema.ServiceAnswer(pool=pool, disabled=disabled)
 
     async def reload(self) -> schema.ReloadAnswer:
         if self.mistakes:
@@ -265,6 +269,16 @@ def test_scale(
     assert says in capsys.readouterr().out
 
 
+def test_a_pool_is_taken_out_of_service_and_back(
+    served: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tidegate("pool", "disable", "org/m 1", "--admin", served.url) == 0
+    assert "out of service" in capsys.readouterr().out
+    assert tidegate("pool", "enable", "org/m 1", "--json", "--admin", served.url) == 0
+    assert json.loads(capsys.readouterr().out) == {"pool": "org/m 1", "disabled": False}
+    assert served.control.scaled[-2:] == [("org/m 1", "disabled"), ("org/m 1", "enabled")]
+
+
 def test_explain(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     assert tidegate("explain", "chat", "--admin", served.url) == 0
     out = capsys.readouterr().out
@@ -286,7 +300,9 @@ def test_an_unknown_pool_is_one_line_and_1(
     served: Served, capsys: pytest.CaptureFixture[str], verb: list[str]
 ) -> None:
     assert tidegate(*verb, "--admin", served.url) == 1
-    assert capsys.readouterr().err == "tidegate: There is no pool 'none'.\n"
+    assert capsys.readouterr().err == (
+        "tidegate: There is no pool 'none'; the pools are chat, org/m 1.\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -297,6 +313,7 @@ def test_an_unknown_pool_is_one_line_and_1(
         ["explain", "p"],
         ["scale", "p", "1"],
         ["scale", "p", "auto"],
+        ["pool", "disable", "p"],
     ],
 )
 def test_no_answer_is_one_line_and_2(
@@ -716,6 +733,7 @@ def test_every_verb_has_help_with_an_example() -> None:
     found = dict(group.commands)
     found |= found.pop("config").commands
     found |= found.pop("model").commands
+    found |= found.pop("pool").commands
     assert set(found) == {
         *(
             "up",
@@ -729,6 +747,7 @@ def test_every_verb_has_help_with_an_example() -> None:
             "show",
             "example",
         ),
+        *("disable", "enable"),
         *("ls", "preload", "prewarm", "pin", "unpin", "evict", "verify", "replicate", "bundle"),
     }
     for name, verb in found.items():

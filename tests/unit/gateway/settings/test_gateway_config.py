@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.settings import docs, fields, toml
+from gateway.settings.defaults import load_installed
 from gateway.settings.load import ConfigError, Flag, LoadedSettings, load
 from gateway.settings.schema import Settings
 
@@ -415,6 +416,35 @@ def test_a_wrong_override(text: str, expected: str) -> None:
     assert "\n" not in line
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("gateway.prot", "gateway.port"),
+        ("port", "gateway.port"),
+        ("pools.0.url", "pools.N.static.urls"),
+        ("pools.0.max_model_len", "pools.0.max_model_len_tokens"),
+        ("pools.0.timeout_s", "pools.0.start_timeout_s or pools.0.prepare_timeout_s"),
+        ("autoscaler.min_replicas", "pools.N.min_replicas"),
+        ("autoscaler.idle_s", "autoscaler.idle_to_zero_s"),
+        ("gateway.certificate", "gateway.tls_certificate"),
+        ("modelcache.quota", "modelcache.quota_bytes"),
+        # Nothing is offered for what there is nothing like.
+        ("max_tokens", None),
+        ("loaders.threads", None),
+        ("gateway.api_keys", None),
+        ("gateway.prefix", None),
+        ("pools.0.device", None),
+        ("pools.0.image", None),
+        ("tensor_parallel_size", None),
+    ],
+)
+def test_what_is_offered_for_an_unknown_key_has_to_do_with_it(
+    given: str, meant: str | None
+) -> None:
+    text = fields.suggest(given.split("."))
+    assert "did you mean" not in text if meant is None else text == f"; did you mean {meant}?"
+
+
 def test_a_wrong_environment_names_the_variable() -> None:
     with pytest.raises(ConfigError) as caught:
         load(None, {"TIDEGATE__GATEWAY__PORT": "0x50", "TIDEGATE__GATEWAY__PRT": "1"})
@@ -455,6 +485,47 @@ def test_contradictions_of_every_kind_are_said_together(tmp_path: Path) -> None:
     ]
     # What cannot be read as a section at all contradicts nothing.
     assert len(problems(tmp_path, "gateway = 3\npools = [1, {name = 2}]")) >= 2
+
+
+def test_contradictions_are_said_beside_what_is_wrong_by_itself(tmp_path: Path) -> None:
+    text = (
+        '[gateway]\nport = 99999\ntls_certificate = "c.pem"\n'
+        "[autoscaler]\ntick_s = -1\npanic_window_s = 500\n"
+        '[[pools]]\nname = "a"\nengine = "simulated"\nmax_replicas = 0\n'
+        '[[pools]]\nname = "b"\nengine = "none"\nmin_replicas = 3\nmodel = "m"\n'
+        '[[pools]]\nname = "c"\nbackend = "static"\nurls = ["ftp://x"]\n'
+    )
+    found = [line.split(" ")[0] for line in problems(tmp_path, text)]
+    assert sorted(found) == [
+        "autoscaler.panic_window_s",
+        "autoscaler.tick_s",
+        "gateway.port",
+        "gateway.tls_key",
+        "pools.0.max_replicas",
+        "pools.0.model",
+        "pools.1.engine",
+        "pools.1.min_replicas",
+        "pools.2.static.urls.0",
+    ]
+
+
+def test_files_that_are_missing_are_said_beside_what_is_wrong(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        '[gateway]\nport = 99999\ntls_certificate = "c.pem"\ntls_key = "k.pem"\n'
+        '[loaders]\nengine_python = "none"\n'
+        '[[pools]]\nname = "a"\nengine = "vllm"\nmodel = "./none"\nmax_replicas = 0\n',
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_installed(lambda: load(path, {}))
+    assert sorted(problem.field for problem in caught.value.problems) == [
+        "gateway.port",
+        "gateway.tls_certificate",
+        "gateway.tls_key",
+        "loaders.engine_python",
+        "pools.0.max_replicas",
+        "pools.0.model",
+    ]
 
 
 def test_a_pool_name_that_is_not_there_lists_those_that_are(tmp_path: Path) -> None:
