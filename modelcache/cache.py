@@ -278,6 +278,14 @@ class ModelCache:
 
     def _make(self, want: FetchRequest, source: Source | None) -> CachedModel:
         """The revision, fetched unless it is whole; one process at a time fetches a model."""
+        with self.store.disk_errors():
+            manifest = self._bring(want, source)
+        model = self.lookup.open(manifest)
+        if model is None:
+            raise NotFound(f"{want.ref.url} was evicted as soon as it was there")
+        return model
+
+    def _bring(self, want: FetchRequest, source: Source | None) -> Manifest:
         manifest = self._have(want)
         if manifest is None:
             with self._alone(want):
@@ -285,10 +293,7 @@ class ModelCache:
                 if manifest is None:
                     fetch = Fetch(self.store, self._transfer, source, want, clock=self._clock)
                     manifest = fetch.run()
-        model = self.lookup.open(manifest)
-        if model is None:
-            raise NotFound(f"{want.ref.url} was evicted as soon as it was there")
-        return model
+        return manifest
 
     def _have(self, want: FetchRequest) -> Manifest | None:
         """The manifest, if the revision is whole and has every file wanted."""
@@ -303,7 +308,7 @@ class ModelCache:
             if not self.store.is_whole(manifest):
                 return None
             self.store.note_ref(manifest, want.ref.revision)
-            self.store.note_use(manifest.url, manifest.revision, used_at_s=self._clock())
+            self.store.advise(manifest.url, manifest.revision, used_at_s=self._clock())
         return manifest
 
     @contextmanager
@@ -398,5 +403,5 @@ class ModelCache:
     def _expecting(self, model: CachedModel, at_s: float | None) -> CachedModel:
         if at_s is not None:
             with self.store.lock():
-                self.store.note_use(model.url, model.revision, expected_use_at_s=at_s)
+                self.store.advise(model.url, model.revision, expected_use_at_s=at_s)
         return model

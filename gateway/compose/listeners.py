@@ -307,9 +307,9 @@ def read_record(state_dir: Path, name: str = RECORD_NAME) -> Running | None:
             admin_url=str(found["admin_url"]),
             admin_socket=socket_file if socket_file.is_socket() else None,
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
-    return running if _alive(running.pid) else None
+    return running if 0 < running.pid < 1 << 31 and _alive(running.pid) else None
 
 
 def find_running(state_dir: Path) -> Running | None:

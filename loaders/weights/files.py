@@ -276,10 +276,11 @@ def _find_in_view(place: Path) -> tuple[Layout, str, int] | None:
     manifest = root / "models" / view.parent.name / view.name / "manifest.json"
     try:
         document: Any = json.loads(manifest.read_bytes())
-        files: Mapping[str, Any] = {entry["path"]: entry for entry in document["files"]}
+        entries = document["body"]["files"]  # a sealed record, see store.records
+        files: Mapping[str, Any] = {entry["path"]: entry for entry in entries}
         entry = files[place.relative_to(view).as_posix()]
         return Layout(root), str(entry["digest"]), int(entry["size_bytes"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
 
 

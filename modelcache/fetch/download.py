@@ -23,8 +23,17 @@ from modelcache.peers.wire import PieceState
 from modelcache.ports import IsCancelled, OnProgress, Source
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.digest import count_pieces
+from modelcache.store.files import FULL
 from modelcache.store.partial_files import Partial
-from modelcache.types import CacheError, Cancelled, Damaged, Priority, Progress, RemoteFile
+from modelcache.types import (
+    CacheError,
+    Cancelled,
+    Damaged,
+    NoSpace,
+    Priority,
+    Progress,
+    RemoteFile,
+)
 
 JOIN_S = 5.0
 MOST_REMEMBERED = 1_024
@@ -455,7 +464,8 @@ class Download:
             self.shared.doubt(job.partial.key)
             raise
         except OSError as error:
-            raise CacheError(f"{job.remote.path}: {error.strerror}") from error
+            kind = NoSpace if error.errno in FULL else CacheError
+            raise kind(f"{job.remote.path}: {error.strerror}") from error
 
     def done(self, attempt: Attempt, *, given: bool) -> None:
         """A piece is there, from a peer (``given``) or from the source."""

@@ -7,7 +7,6 @@ last. Stopped anywhere, the next attempt goes on from what is there.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import time
@@ -20,6 +19,7 @@ from typing import Protocol
 from modelcache.ports import ONCE, IsCancelled, OnProgress, Retries, Source
 from modelcache.store.digest import RECORD, PieceDigests, count_pieces
 from modelcache.store.files import (
+    FULL,
     copy_range,
     link,
     link_or_clone,
@@ -201,7 +201,7 @@ class Fetch:
         path = self.layout.revision(url, revision) / FETCHING
         with self.store.lock():
             fresh = not path.exists()
-            self.store.begin(
+            self._begin(
                 Fetching(
                     url=url,
                     revision=revision,
@@ -221,6 +221,17 @@ class Fetch:
                     remove_empty(path.parent)
                     self.store.capacity.sweep()
                 raise
+
+    def _begin(self, fetching: Fetching) -> None:
+        """Record it, also on a disk that is full of what may be evicted."""
+        try:
+            self.store.begin(fetching)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            need = RECORD_BYTES * (1 + len(self.files))
+            self.store.capacity.make_room(0, need, what=fetching.url)
+            self.store.begin(fetching)
 
     def _link(self) -> None:
         """Give files that may be taken over a name here. Costs no room, and holds them."""
@@ -262,11 +273,10 @@ class Fetch:
             for file in fetched:
                 Partial.reserve(self.layout, file.key, file.remote.size_bytes)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in FULL:
                 raise
-            raise NoSpace(
-                f"{self.want.ref.url}: the disk of {self.layout.root} has no room for {need} bytes"
-            ) from error
+            problem = f"{self.want.ref.url} needs {need} bytes: "
+            raise NoSpace(problem + self.store.capacity.explain_full(error)) from error
 
     def _take_over(self, file: FetchedFile) -> None:
         """Hash a file that is on this machine and make it ours, unless it is not what it should

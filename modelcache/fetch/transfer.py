@@ -30,12 +30,14 @@ from modelcache.peers.piece_inventory import FetchingFile
 from modelcache.ports import ANNOUNCE_BYTES, IsCancelled, OnProgress, RangeRead, Source
 from modelcache.settings import ModelCacheSettings
 from modelcache.sources.retry import pause
+from modelcache.store.files import FULL
 from modelcache.store.partial_files import Partial
 from modelcache.types import (
     PIECE_BYTES,
     CacheError,
     Cancelled,
     Damaged,
+    NoSpace,
     Priority,
     RemoteFile,
     SourceError,
@@ -421,7 +423,8 @@ def _failing_with(download: Download) -> Iterator[None]:
 
 
 def _disk(job: DownloadJob, error: OSError) -> CacheError:
-    return CacheError(f"{job.remote.path} cannot be written: {error.strerror or error}")
+    kind = NoSpace if error.errno in FULL else CacheError
+    return kind(f"{job.remote.path} cannot be written: {error.strerror or error}")
 
 
 def write_all(holding: FetchingFile, data: memoryview, start: int) -> None:

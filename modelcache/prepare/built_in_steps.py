@@ -84,7 +84,7 @@ def cast(source: Path, target: Path, dtype: str) -> None:
 
     Raises ``CacheError`` where a number does not fit the type, or the model is quantized.
     """
-    config = _config(source)
+    config = _read_object(source / "config.json")
     if config.get("quantization_config"):
         raise CacheError("the model is quantized: casting what is left would only lose precision")
     total = 0
@@ -95,9 +95,10 @@ def cast(source: Path, target: Path, dtype: str) -> None:
         total += sum(tensor.end - tensor.start for tensor in read_index(done).tensors)
     _copy_rest(source, target, without=(INDEX, "config.json"))
     if (source / INDEX).exists():
-        index = json.loads((source / INDEX).read_bytes())
-        index.setdefault("metadata", {})["total_size"] = total
-        _write_json(target / INDEX, index)
+        index = _read_object(source / INDEX)
+        metadata = index.get("metadata")
+        known = metadata if isinstance(metadata, dict) else {}
+        _write_json(target / INDEX, {**index, "metadata": {**known, "total_size": total}})
     _write_json(target / "config.json", _with_dtype(config, dtype))
 
 
@@ -200,14 +201,15 @@ def _weights(source: Path) -> list[Path]:
     return found
 
 
-def _config(source: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON file of the model. Raises ``CacheError``."""
     try:
-        config = json.loads((source / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise CacheError(f"config.json of the model cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise CacheError("config.json of the model is no object")
-    return config
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CacheError(f"{path.name} of the model cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise CacheError(f"{path.name} of the model is no object")
+    return found
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def find_damage(directory: Path) -> list[str]:
         written_as = manifest["format"]
     except FileNotFoundError:
         return [f"{MANIFEST} is missing, so it was never finished"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         return [f"{MANIFEST} cannot be read: {error}"]
     if written_as != MANIFEST_FORMAT or not entries:
         return [f"{MANIFEST} has format {written_as!r} and {len(entries)} files"]

@@ -357,6 +357,20 @@ class Capacity:
             for result in unfinished
         ]
 
+    def explain_full(self, error: OSError) -> str:
+        """What to do where the disk turned out to be full, for people."""
+        records, unfinished = read_all(self.layout), read_unfinished_results(self.layout)
+        names = {one.key: one.name for one in records} | {one.url: one.name for one in unfinished}
+        found = self._candidates(records, unfinished, "", on_disk=True)
+        sizes = {names[one.key]: sum(one.parts.values()) for one in found if not one.kept_because}
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+        free = ", ".join(f"{name} ({sizes[name]} bytes)" for name in largest)
+        return (
+            self._explain(f"the disk is full ({error.strerror})", {})
+            + ". Make room on it"
+            + (f", or `tidegate model evict` what is not needed: {free}" if free else "")
+        )
+
     def _limit(self, *, quota: bool) -> str:
         """What is in the way of more, for people: the quota's setting, or the disk's."""
         if quota:

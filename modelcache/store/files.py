@@ -27,6 +27,8 @@ CANNOT = frozenset(
     {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EPERM, errno.ENOTTY}
 )
 """What a file system answers that cannot do what was asked at all."""
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""What it answers that has no room left."""
 
 
 def make_directory(path: Path) -> None:
@@ -90,8 +92,27 @@ def write_whole(path: Path, data: bytes, *, tmp: Path, mtime_ns: int | None = No
         if mtime_ns is not None:
             os.utime(file.fileno(), ns=(mtime_ns, mtime_ns))
         os.fsync(file.fileno())
-    os.rename(fresh, path)
+    put(fresh, path)
     sync_directory(path.parent)
+
+
+def put(fresh: Path, path: Path) -> None:
+    """Give a file its name, in place of whatever has it."""
+    try:
+        os.rename(fresh, path)
+    except IsADirectoryError:
+        remove_tree(path)
+        os.rename(fresh, path)
+
+
+def write_changed(path: Path, data: bytes, *, tmp: Path) -> None:
+    """``write_whole`` where the file has another content, or is not there."""
+    try:
+        if path.read_bytes() == data:
+            return
+    except OSError:
+        pass
+    write_whole(path, data, tmp=tmp)
 
 
 def sync_directory(path: Path) -> None:
@@ -123,11 +144,13 @@ def files(path: Path) -> list[Path]:
 
 
 def remove(path: Path) -> bool:
-    """Remove a file; whether there was one."""
+    """Remove a file, or the directory that is in its place; whether there was one."""
     try:
         path.unlink()
     except FileNotFoundError:
         return False
+    except IsADirectoryError:
+        remove_tree(path)
     return True
 
 

@@ -81,7 +81,7 @@ class Lookup:
         try:
             revision = self.store.layout.ref(ref.url, ref.revision).read_text()
             found = self.read(ref.url, revision)
-        except (FileNotFoundError, UnicodeDecodeError):
+        except (OSError, UnicodeDecodeError):
             found = None
         if found is None and ref.revision is not None:
             begun = self._whole_revision(ref.url, ref.revision)

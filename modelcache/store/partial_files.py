@@ -32,6 +32,7 @@ from modelcache.store.files import (
     is_locked,
     locked,
     make_directory,
+    put,
     remove_tree,
     sync_directory,
     write_whole,
@@ -273,7 +274,7 @@ class Partial:
                 write_pieces(layout, digests, os.fstat(self.fd).st_mtime_ns)
             note_known(layout, self.key, digest, sha256)
             if not stays:
-                os.rename(self._directory / DATA, blob)
+                put(self._directory / DATA, blob)
                 os.fchmod(self.fd, 0o400)  # after it: a partial has to stay writable
                 sync_directory(blob.parent)
             self.close()

@@ -19,7 +19,15 @@ from modelcache.refs import find_path_problem
 from modelcache.store import leases
 from modelcache.store.files import directories, is_locked
 from modelcache.store.layout import REFS, Layout, file_key, result_key, result_url
-from modelcache.types import SHORT_CHARACTERS, CacheError, Damaged, Made, Manifest, RemoteFile
+from modelcache.types import (
+    SHORT_CHARACTERS,
+    CacheError,
+    Damaged,
+    FileEntry,
+    Made,
+    Manifest,
+    RemoteFile,
+)
 
 FORMAT = 1
 Body = TypeVar("Body")
@@ -105,7 +113,7 @@ def unseal(data: bytes, kind: type[Body], *, name: str = "the record") -> Body:
         if blake3.blake3(body).hexdigest() != sealed.blake3:
             raise Damaged(f"{name} is not what was written")
         return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError, OverflowError) as error:
         raise Damaged(f"{name} cannot be read: {error}") from None
 
 
@@ -117,7 +125,28 @@ def read_record(path: Path, kind: type[Body]) -> Body | None:
         return None
     except OSError as error:
         raise Damaged(f"{path.name} cannot be read: {error.strerror}") from error
-    return unseal(data, kind, name=path.name)
+    body = unseal(data, kind, name=path.name)
+    problem = _find_problem(body)
+    if problem is not None:
+        raise Damaged(f"{path.name} {problem}")
+    return body
+
+
+def _find_problem(body: object) -> str | None:
+    """What no record of ours says, for what is said here becomes names of files."""
+    if not isinstance(body, Manifest | Fetching):
+        return None
+    problem = find_path_problem([file.path for file in body.files])
+    if problem is None and any(file.size_bytes < 0 for file in body.files):
+        problem = "lists a file of less than no bytes"
+    digests = [file.digest for file in body.files if isinstance(file, FileEntry)]
+    if problem is None and not all(map(_is_digest, digests)):
+        problem = "lists a file without a digest"
+    return problem
+
+
+def _is_digest(text: str) -> bool:
+    return len(text) == 64 and not set(text) - set("0123456789abcdef")
 
 
 def check_listing(files: tuple[RemoteFile, ...]) -> None:
@@ -225,8 +254,7 @@ def read_known(path: Path) -> str | None:
         text = path.read_bytes().decode("ascii")
     except (OSError, UnicodeDecodeError):
         return None
-    good = len(text) == 64 and not set(text) - set("0123456789abcdef")
-    return text if good else None
+    return text if _is_digest(text) else None
 
 
 def known_blobs(layout: Layout, key: str, file: RemoteFile) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelcache.store.files import link, make_directory, remove_empty, remove_tree, write_whole
+from modelcache.store.files import link, make_directory, remove_empty, remove_tree, write_changed
 from modelcache.store.layout import Layout
 from modelcache.store.records import check_listing
 from modelcache.types import CacheError, FileEntry, Listing, Manifest, ModelRef, RemoteFile
@@ -163,7 +163,7 @@ def show_in_hub(layout: Layout, manifest: Manifest, name: str | None) -> None:
     make_directory(snapshot.parent.parent / "blobs")
     ref = snapshot.parent.parent / "refs" / (name or "main")
     if (name or "main") != manifest.revision:
-        write_whole(ref, manifest.revision.encode(), tmp=layout.tmp)
+        write_changed(ref, manifest.revision.encode(), tmp=layout.tmp)
 
 
 def sweep_hub(layout: Layout, shown: set[Path]) -> None:

@@ -29,11 +29,14 @@ from modelcache.store.digest import (
     read_pieces,
 )
 from modelcache.store.files import (
+    FULL,
     locked,
     make_private,
+    put,
     remove,
     remove_empty,
     remove_tree,
+    write_changed,
     write_whole,
 )
 from modelcache.store.layout import Layout
@@ -58,7 +61,16 @@ from modelcache.store.records import (
     seal,
 )
 from modelcache.store.snapshots import build_snapshot, show_in_hub, snapshot_is_whole
-from modelcache.types import PIECE_BYTES, Cancelled, Damaged, FileEntry, Manifest, RemoteFile
+from modelcache.types import (
+    PIECE_BYTES,
+    CacheError,
+    Cancelled,
+    Damaged,
+    FileEntry,
+    Manifest,
+    NoSpace,
+    RemoteFile,
+)
 
 LOG = logging.getLogger("tidegate.modelcache")
 
@@ -94,10 +106,23 @@ class Store:
     def lock(self) -> Iterator[None]:
         """No other process changes the store meanwhile. Held for moments, never while fetching.
 
-        Raises ``CacheError`` where the cache's directory is another user's."""
-        make_private(self.layout.root)
-        with locked(self.layout.store_lock):
+        Raises ``CacheError`` where the cache's directory is another user's or cannot be used,
+        ``NoSpace`` where the disk is full."""
+        with self.disk_errors():
+            make_private(self.layout.root)
+            with locked(self.layout.store_lock):
+                yield
+
+    @contextmanager
+    def disk_errors(self) -> Iterator[None]:
+        """Raise ``NoSpace``, which says what can be freed, where the disk turns out to be full, and
+        ``CacheError`` where the cache's files cannot be used."""
+        try:
             yield
+        except OSError as error:
+            if error.errno not in FULL:
+                raise CacheError(f"the cache at {self.layout.root} fails: {error}") from error
+            raise NoSpace(self.capacity.explain_full(error)) from error
 
     # What is there
 
@@ -154,7 +179,7 @@ class Store:
     def note_ref(self, manifest: Manifest, name: str | None) -> None:
         """Record what ``name`` stands for now, and show it to users of Hugging Face caches."""
         ref = self.layout.ref(manifest.url, name)
-        write_whole(ref, manifest.revision.encode(), tmp=self.layout.tmp)
+        write_changed(ref, manifest.revision.encode(), tmp=self.layout.tmp)
         show_in_hub(self.layout, manifest, name)
 
     def note_use(self, url: str, revision: str, **changes: Any) -> None:
@@ -208,7 +233,7 @@ class Store:
             write_pieces(self.layout, digests, os.stat(linked).st_mtime_ns)
         note_known(self.layout, key, digest, sha256)
         if not stays:
-            os.rename(linked, self.layout.blob(digest))
+            put(linked, self.layout.blob(digest))
         remove_tree(linked.parent)
         return digest
 

@@ -196,7 +196,7 @@ class ProcessRegistry:
                 continue
             try:
                 record = parse_record(text, mark)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, RecursionError, OverflowError) as error:
                 LOG.warning("%s cannot be read (%s): its processes are ended", path, error)
                 record = ProcessRecord(
                     replica_id=f"unknown-{mark[:8]}", boot_id="", leader=NO_PROCESS, mark=mark

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,14 @@ from folder_store import PIECE, Rig, bytes_of, count_bytes, read_tree
 
 from modelcache.cache import ModelCache
 from modelcache.ports import RangeRead
+from modelcache.store import files
 from modelcache.store.lookup import read_fetching
 from modelcache.types import (
     CacheError,
     Cancelled,
     InUse,
     ModelRef,
+    NoSpace,
     NotFound,
     Progress,
     SourceError,
@@ -346,3 +350,42 @@ def test_a_model_at_its_own_pace_is_measured(rig: Rig, cache: ModelCache, url: s
     assert use.reload_s_per_gb is not None
     assert use.reload_s_per_gb > 0
     assert rig.sources == [ModelRef(url=url, scheme="s3", location="models/a")]
+
+
+def test_a_full_disk_is_said_with_what_can_be_freed_and_keeps_nobody_from_what_is_here(
+    rig: Rig, cache: ModelCache, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = cache.preload(url, revision="main")
+    other = rig.put("models/b", {"config.json": b"[]"})
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        with pytest.raises(NoSpace, match=f"disk is full.*tidegate model evict.*{url}@"):
+            cache.preload(other)
+        assert cache.preload(url, revision="main", expected_use_at_s=5.0) == here
+        with cache.lease(here, "an engine"):
+            pass
+        assert cache.evict(url) >= SIZE
+    cache.preload(other)
+
+
+def test_room_is_made_on_a_full_disk_before_a_record_is_written(
+    rig: Rig, cache: ModelCache, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.preload(url)
+    other = rig.put("models/b", {"config.json": b"[]"})
+    sync = os.fsync
+
+    def full(fd: int) -> None:
+        if cache.find(url) is not None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rig.free_bytes = 1 << 40
+        sync(fd)
+
+    rig.free_bytes = 0
+    monkeypatch.setattr(files.os, "fsync", full)
+    assert read_tree(cache.preload(other).path) == {"config.json": b"[]"}
+    assert cache.find(url) is None

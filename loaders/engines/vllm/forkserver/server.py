@@ -221,10 +221,12 @@ def _model_modules(models: Iterable[str]) -> Iterator[str]:
     for model in models:
         try:
             config = json.loads((Path(model) / "config.json").read_bytes())
-            architectures = config.get("architectures") or []
-        except (OSError, ValueError, AttributeError):
+            named = config.get("architectures") if isinstance(config, dict) else None
+        except (OSError, ValueError, RecursionError):
             continue
-        for architecture in architectures:
+        for architecture in named if isinstance(named, list) else []:
+            if not isinstance(architecture, str):
+                continue  # the file is its author's, who may be anybody
             module = getattr(ModelRegistry.models.get(architecture), "module_name", None)
             if isinstance(module, str):
                 yield module

@@ -237,7 +237,8 @@ def test_a_process_that_cannot_be_looked_at_is_not_gone() -> None:
 def test_a_record_that_cannot_be_read_is_still_a_mark(tmp_path: Path) -> None:
     registry = ProcessRegistry(tmp_path)
     registry.claim()
-    for mark, text in zip(MARKS, ['{"version": 2, "lea', '{"version": 1}', "[]"], strict=False):
+    texts = ['{"version": 2, "lea', '{"version": 1}', '{"members":' + "[" * 3_000]
+    for mark, text in zip(MARKS, texts, strict=False):
         (tmp_path / f"{mark}.json").write_text(text)
     (tmp_path / f"{MARKS[2]}.json").rename(tmp_path / f"{MARKS[2]}.ending")
     found = registry.read()

@@ -239,7 +239,13 @@ def test_the_admin_listener_is_found_by_record_then_settings(
     assert "http://127.0.0.1:1:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 0, "url": "a", "admin_url": "b"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "[" * 100_000),
+        *(f'{{"pid": {pid}, "url": "a", "admin_url": "b"}}' for pid in (0, -1, "1e400", 10**30)),
+    ],
+)
 def test_a_damaged_or_stale_record_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / listeners.RECORD_NAME).write_text(text, encoding="utf-8")
     assert listeners.read_record(tmp_path) is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,8 @@ from loaders.weights.files import find_sums
 from modelcache.safetensors_index import BadFile
 from modelcache.store.digest import PieceDigests, digest_piece
 from modelcache.store.layout import Layout
+from modelcache.store.records import seal
+from modelcache.types import FileEntry, Manifest
 
 URL, REVISION = "hf://org/model", "0123abcd"
 
@@ -29,8 +30,9 @@ def cached(tmp_path: Path) -> tuple[Layout, str, bytes]:
     (tmp_path / "x").rename(blob)
     layout.pieces(pieces.digest).write_bytes(pieces.encode())
     (view / "x.safetensors").hardlink_to(blob)
-    entry = {"path": "sub/x.safetensors", "size_bytes": len(data), "digest": pieces.digest}
-    (layout.revision(URL, REVISION) / "manifest.json").write_text(json.dumps({"files": [entry]}))
+    entry = FileEntry(path="sub/x.safetensors", size_bytes=len(data), digest=pieces.digest)
+    manifest = Manifest(url=URL, revision=REVISION, files=(entry,), created_at_s=0.0)
+    (layout.revision(URL, REVISION) / "manifest.json").write_bytes(seal(manifest))
     return layout, pieces.digest, data
 
 

@@ -71,7 +71,11 @@ def test_a_model_that_cannot_be_cast_is_an_error(model: Path, tmp_path: Path) ->
     with pytest.raises(CacheError, match="quantized"):
         cast(model, tmp_path, "bfloat16")
     assert main(arguments) == 1
+    (model / "config.json").write_text('{"a":' * 50_000)
+    assert main(arguments) == 1
     (model / "config.json").write_text("{}")
+    (model / "model.safetensors.index.json").write_text("[" * 50_000)
+    assert main([*arguments[:2], str(tmp_path / "deep"), *arguments[3:]]) == 1
     (model / "model-1.safetensors").write_bytes(b"nonsense")
     assert main(arguments) == 1
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+import blake3
 import pytest
+from folder_store import PIECE, Rig, bytes_of, read_tree
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -203,3 +209,63 @@ def test_models_of_the_same_name_have_different_keys() -> None:
 
 def test_what_is_written_down_is_json_for_people() -> None:
     assert json.loads(seal(MADE))["body"]["files"][0]["path"] == "a/model.safetensors"
+
+
+DEEP = b"[" * 50_000
+
+
+def sealed(body: bytes) -> bytes:
+    """A record whose digest is right, whatever is in it."""
+    digest = blake3.blake3(body).hexdigest().encode()
+    return b'{"format":1,"blake3":"%s","body":%s}' % (digest, body)
+
+
+def manifest_with(path: bytes, size_bytes: bytes, digest: bytes) -> bytes:
+    file = b'{"path":"%s","size_bytes":%s,"digest":"%s"}' % (path, size_bytes, digest)
+    return sealed(
+        b'{"url":"s3://models/a","revision":"x","files":[%s],"created_at_s":1,"started_at_s":1}'
+        % file
+    )
+
+
+ODD = {
+    "deep": DEEP,
+    "sealed and deep": sealed(b'{"x":' + DEEP + b"]" * len(DEEP) + b"}"),
+    "climbs out": manifest_with(b"../../x", b"1", b"a" * 64),
+    "a digest that climbs out": manifest_with(b"x", b"1", b"../../../../etc/passwd"),
+    "a size beyond numbers": manifest_with(b"x", b"9" * 400, b"a" * 64),
+    "less than nothing": manifest_with(b"x", b"-1", b"a" * 64),
+    "a directory": None,
+}
+
+
+@pytest.mark.parametrize("odd", [pytest.param(odd, id=name) for name, odd in ODD.items()])
+def test_whatever_a_file_of_the_cache_is_it_is_an_error_of_the_cache_or_mended(
+    tmp_path: Path, odd: bytes | None
+) -> None:
+    rig = Rig(root=tmp_path)
+    url = rig.put("models/a", {"config.json": b"{}", "model.safetensors": bytes_of(2 * PIECE)})
+    whole = rig.cache("whole")
+    whole.preload(url)
+    whole.pin(url)
+    found = [path.relative_to(whole.dir) for path in whole.dir.rglob("*") if path.is_file()]
+    kinds = {(path.parts[0], path.name if path.parts[0] == "models" else path.suffix): path
+             for path in found}  # fmt: skip
+    for name in kinds.values():
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        cache = rig.cache("copy")
+        shutil.copytree(whole.dir, cache.dir, symlinks=True)
+        (cache.dir / name).unlink()
+        if odd is None:
+            (cache.dir / name / "within").mkdir(parents=True)
+        else:
+            (cache.dir / name).write_bytes(odd)
+        verbs: list[Callable[[], object]] = [
+            cache.ls, cache.usage, partial(cache.find, url), partial(cache.verify, url),
+            partial(cache.preload, url), partial(cache.evict, url, force=True), cache.sweep,
+        ]  # fmt: skip
+        for verb in verbs:
+            with suppress(CacheError):
+                verb()
+        if name.parts[0] != "locks":
+            assert read_tree(cache.preload(url).path).keys() == {"config.json", "model.safetensors"}
