@@ -17,6 +17,7 @@ from gateway.doctor.machine import FormatSpeed, Machine
 from gateway.settings.schema import Settings
 from gateway.terminal import count, size
 from loaders.engines.base import engine_of
+from loaders.settings import LoaderSettings
 from modelcache.refs import SCHEMES
 
 CLOSE = 0.9
@@ -73,7 +74,8 @@ def diagnose_cache(
         return
     python = settings.loaders.engine_python.expanduser()
     yield _forking(machine, python, device)
-    yield _formats(machine, python, find_weights(settings))
+    chosen = settings.loaders.load_format
+    yield _formats(machine, python, find_weights(settings), chosen)
 
 
 def _cache(
@@ -170,7 +172,9 @@ def _forking(machine: Machine, python: Path, device: str) -> Check:
     return ok(name, f"engines can be forked from vLLM once imported: {found.seconds:.1f} s{taken}")
 
 
-def _formats(machine: Machine, python: Path, weights: Sequence[Path]) -> Check:
+def _formats(machine: Machine, python: Path, weights: Sequence[Path], chosen: str) -> Check:
+    """How quickly each format reads here. A warning is for a choice of the operator's, not for our
+    default: what is quicker is said of that too, with how to have it."""
     name = "load format"
     if not weights:
         return ok(name, "not measured: no model with safetensors is here yet")
@@ -184,13 +188,14 @@ def _formats(machine: Machine, python: Path, weights: Sequence[Path]) -> Check:
     said = "; ".join(f"{one.format} {_figures(one)}" for one in tried)
     absent = _problems(speeds)
     text = f"quickest here is {tried[0].format}: {said}" + (f" ({absent})" if absent else "")
-    ours = next((one for one in tried if one.format == "tidegate"), None)
-    if ours is not None and _rank(ours) < CLOSE * _rank(tried[0]):
-        best = tried[0].format
-        return warn(
-            name, text, f'engine_args = ["--load-format", "{best}"] in a pool makes it use {best}'
-        )
-    return ok(name, text)
+    best = tried[0].format
+    used = next((one for one in tried if one.format == chosen), None)
+    if used is None or _rank(used) >= CLOSE * _rank(tried[0]):
+        return ok(name, text)
+    advice = f'loaders.load_format = "{best}" makes all pools use it'
+    if chosen == LoaderSettings().load_format:
+        return ok(name, f"{text}; {advice}")
+    return warn(name, text, advice)
 
 
 def _rank(speed: FormatSpeed) -> float:

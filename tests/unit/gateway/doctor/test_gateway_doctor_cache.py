@@ -192,11 +192,19 @@ def test_a_pool_s_source_that_cannot_be_read_fails(
         assert f"-m pip install {missing[0].replace('_', '-')}" in (check.advice or "")
 
 
-def test_a_quicker_format_than_ours_is_advised(weights: str) -> None:
+def test_a_quicker_format_is_named_and_only_a_choice_of_the_operator_s_is_warned_of(
+    weights: str,
+) -> None:
     fast = FormatSpeed(format="fastsafetensors", warm_bytes_s=12 * GB, cold_bytes_s=3 * GB)
-    check = checks(Answers(formats=[OURS, PLAIN, fast]), settings(weights))["load format"]
+    answers = Answers(formats=[OURS, PLAIN, fast])
+    check = checks(answers, settings(weights))["load format"]
+    assert check.status is Status.OK
+    assert 'loaders.load_format = "fastsafetensors"' in check.finding
+    given = settings(weights)
+    loaders = given.loaders.model_copy(update={"load_format": PLAIN.format})
+    check = checks(answers, given.model_copy(update={"loaders": loaders}))["load format"]
     assert check.status is Status.WARN
-    assert '"--load-format", "fastsafetensors"' in (check.advice or "")
+    assert 'loaders.load_format = "fastsafetensors"' in (check.advice or "")
     near = FormatSpeed(format="fastsafetensors", warm_bytes_s=12 * GB, cold_bytes_s=2 * GB)
     check = checks(Answers(formats=[OURS, PLAIN, near]), settings(weights))["load format"]
     assert check.status is Status.OK
