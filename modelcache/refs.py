@@ -15,7 +15,7 @@ them instead, and a URL with any is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote, unquote, urlsplit
 
@@ -143,8 +143,8 @@ def _parse_plain(text: str, revision: str | None) -> ModelRef:
         if len(parts) == 2 and all(map(_HUB_NAME.match, parts)):
             return _parse_hub(name + at + wanted, revision)
         raise ValueError(
-            f"model {text!r}: neither a URL ({'://, '.join(SCHEMES)}://), nor org/name of a hub, "
-            "nor a path that begins with / or ./"
+            f"model {redact(text)!r}: neither a URL ({'://, '.join(SCHEMES)}://), nor org/name of "
+            "a hub, nor a path that begins with / or ./"
         )
     if revision is not None:
         raise ValueError(f"model {text!r}: a directory has no revisions; got {revision!r}")
@@ -154,7 +154,7 @@ def _parse_plain(text: str, revision: str | None) -> ModelRef:
 def _parse_file(rest: str, revision: str | None) -> ModelRef:
     host, _, path = rest.partition("/")
     if host not in ("", "localhost"):
-        raise ValueError(f"model URL: file:// names no other host, got {host!r}")
+        raise ValueError("model URL: file:// names no other host: file:///directory is wanted")
     location = "/" + unquote(path).strip("/")
     if "\0" in location or location == "/":
         raise ValueError("model URL: file:///directory is wanted")
@@ -280,22 +280,34 @@ def check_file_path(path: str) -> bool:
     )
 
 
+SECRET_NAME = re.compile(
+    r"authorization|token(?![a-z]|[_-]ids?\b|[_-](budget|threshold|limit|count))|secret"
+    r"|pass(?=$|[_-]?(word|wd|phrase))|pwd|(api|access|private|auth)[_-]?key|credential|signature",
+    re.IGNORECASE,
+)
+"""What the names of environment variables, flags and headers have in them that carry secrets."""
+
 _SECRETS = (
     # user:password@ of a URL
-    (re.compile(r"(\w+://)[^\s/@'\"]+@"), r"\1…@"),
+    (re.compile(r"(\b\w+://)[^\s/@'\"]+@"), r"\1…@"),
+    # the same where the URL is not written well
+    (re.compile(r"(?<![^\s/'\"(=,])[^\s/@:'\"]++:[^\s/@'\"]++@"), "…@"),
     # everything after the ? of a URL: signatures are there
-    (re.compile(r"(\w+://[^\s?'\"<>]*)\?[^\s'\"<>]+"), r"\1?…"),
+    (re.compile(r"(\b\w+://[^\s?'\"<>]*)\?[^\s'\"<>]+"), r"\1?…"),
     # a path with a signed query, as HTTP libraries quote it
-    (re.compile(r"(/[^\s?'\"<>]*)\?[^\s'\"<>]*(?i:signature|token|credential)=[^\s'\"<>]*"),
-     r"\1?…"),
+    (re.compile(
+        r"(?<![^\s'\"<>(,])(/[^\s?'\"<>]*+)\?[^\s'\"<>]*(?i:signature|token|credential)="
+        r"[^\s'\"<>]*"
+    ), r"\1?…"),
     (re.compile(r"(?i)\b(bearer|basic|OSS|AWS|AWS4-HMAC-SHA256)\s+[A-Za-z0-9+/=_.:~-]{8,}"),
      r"\1 …"),
     (re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*)[^\r\n,}]+"), r"\1…"),
     (re.compile(
-        r"(?i)((?:secret|password|passwd|token|signature|credential|access_?key(?:_?id)?)"
-        r"[\w-]*['\"]?\s*[:=>]\s*['\"]?)[^\s'\"<>&,}]+"
+        r"(?i)((?:secret|password|passwd|token(?!s|iz|[_-]id)|signature|credential|api[_-]?key"
+        r"|access_?key(?:_?id)?)[\w-]*['\"]?\s*[:=>]\s*[\[('\"]*)[^\s'\"<>&,})\]]+"
     ), r"\1…"),
-    (re.compile(r"\b(?:hf_[A-Za-z0-9]{8,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|LTAI[A-Za-z0-9]{8,})"), "…"),
+    (re.compile(r"\b(?:hf_[A-Za-z0-9]{8,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|LTAI[A-Za-z0-9]{8,}"
+                r"|sk-[A-Za-z0-9_-]{16,})"), "…"),
 )  # fmt: skip
 
 
@@ -308,3 +320,17 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     for pattern, shown in _SECRETS:
         text = pattern.sub(shown, text)
     return text
+
+
+def secret_arguments(arguments: Sequence[str]) -> Iterator[str]:
+    """The values of a command line's flags whose names say that they are secret: of ``--api-key X``
+    and of ``--api-key=X``, and what follows until the next flag."""
+    secret = False
+    for one in arguments:
+        if one.startswith("-"):
+            flag, equals, value = one.partition("=")
+            secret = bool(SECRET_NAME.search(flag))
+            if secret and equals:
+                yield value
+        elif secret:
+            yield one

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from autoscaler.settings import PoolSettings
 from gateway.settings import defaults, fields
 from gateway.settings.changes import needs_restart
-from gateway.settings.errors import HIDDEN, SECRET, show
+from gateway.settings.errors import hide, show
 from gateway.settings.load import LoadedSettings, leaves
 from gateway.settings.schema import Settings
 from loaders.engines.base import DEFAULT_ENGINE
@@ -77,10 +77,8 @@ def rows(loaded: LoadedSettings) -> Iterator[Row]:
     """Every value with its origin, in the order of the tree; secrets are hidden."""
     for parts, value in leaves(loaded.settings):
         name = fields.dotted(parts)
-        plain = _plain(value)
-        if parts[-1] in {"headers", "env"}:
-            plain = {key: HIDDEN if SECRET.search(key) else one for key, one in plain.items()}
-        yield Row(name, show(plain, parts), plain, loaded.origins[name])
+        plain = hide(_plain(value), parts)
+        yield Row(name, show(plain), plain, loaded.origins[name])
 
 
 def _plain(value: Any) -> Any:
@@ -89,6 +87,8 @@ def _plain(value: Any) -> Any:
         return [_plain(one) for one in value]
     if isinstance(value, dict):
         return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, BaseModel):
+        return _plain(dict(value))
     return str(value) if isinstance(value, Path) else value
 
 

@@ -11,12 +11,16 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from gateway.settings import fields
+from modelcache.refs import redact, secret_arguments
 
 SHOWN_CHARACTERS = 60
 """Characters of a wrong value that an error repeats."""
 
-SECRET = re.compile(r"authorization|token|secret|password|passwd|api[_-]?key|credential", re.I)
 HIDDEN = "(hidden)"
+HIDDEN_TABLES = frozenset({"headers", "env"})
+"""Tables whose values are people's own: any of them may be a secret, whatever its name is."""
+COMMAND_LINES = frozenset({"engine_args", "argv"})
+"""Lists that may have secrets in them, as values of flags."""
 
 DEFAULT = "default"
 """The origin of a value that was not given."""
@@ -149,6 +153,8 @@ def _say(detail: ErrorDetails, parts: tuple[str, ...]) -> tuple[str, str | None]
         return f"is missing: it must be {allowed}", None
     value = detail["input"]
     shown = value.get(DATE, "{...}") if isinstance(value, dict) else show(value, parts)
+    if parts and parts[-1].endswith("_env"):
+        shown = HIDDEN  # the secret itself, where its variable's name belongs
     if len(shown) > SHOWN_CHARACTERS:
         shown = shown[: SHOWN_CHARACTERS - 3] + "..."
     if kind in OWN_WORDS:
@@ -157,10 +163,30 @@ def _say(detail: ErrorDetails, parts: tuple[str, ...]) -> tuple[str, str | None]
 
 
 def show(value: Any, parts: Sequence[str] = ()) -> str:
-    """A value as TOML writes it, on one line; what looks like a secret by its name is hidden."""
-    # Keys of people's own choosing (headers, environment) may carry secrets; our own never do.
-    if len(parts) > 3 and parts[-2] in {"headers", "env"} and SECRET.search(parts[-1]):
+    """A value as TOML writes it, on one line, without its secrets (``hide``)."""
+    return _write(hide(value, parts))
+
+
+def hide(value: Any, parts: Sequence[str]) -> Any:
+    """A value of the field at this path without secrets: those in headers, environments and command
+    lines, and users and queries of URLs wherever they stand."""
+    name, above = (*parts[-1:], "")[0], (*parts[-2:-1], "")[0]
+    if isinstance(value, dict):
+        return {key: hide(one, (*parts, str(key))) for key, one in value.items()}
+    if name in HIDDEN_TABLES or above in HIDDEN_TABLES | COMMAND_LINES:
         return HIDDEN
+    if isinstance(value, list | tuple):
+        if name in COMMAND_LINES and all(isinstance(one, str) for one in value):
+            secrets = set(secret_arguments(value))
+            return [HIDDEN if one in secrets else redact(one, secrets) for one in value]
+        return [hide(one, (*parts, "0")) for one in value]
+    if name in COMMAND_LINES:
+        return HIDDEN
+    return redact(value) if isinstance(value, str) else value
+
+
+def _write(value: Any) -> str:
+    """A value as TOML writes it, on one line."""
     if value is None:
         return "(unset)"
     if isinstance(value, bool):
@@ -168,14 +194,11 @@ def show(value: Any, parts: Sequence[str] = ()) -> str:
     if isinstance(value, int | float):
         return fields.number(value) if value == value and abs(value) < 1e300 else str(value)
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(show(one, (*parts, "0")) for one in value) + "]"
+        return "[" + ", ".join(map(_write, value)) + "]"
     if isinstance(value, dict):
         if not value:
             return "{}"
-        inside = (
-            f"{fields.key(str(name))} = {show(one, (*parts, str(name)))}"
-            for name, one in value.items()
-        )
+        inside = (f"{fields.key(str(name))} = {_write(one)}" for name, one in value.items())
         return "{ " + ", ".join(inside) + " }"
     return json.dumps(str(value), ensure_ascii=False)
 

@@ -37,6 +37,7 @@ from autoscaler.settings import BackendName
 from gateway.settings import errors, fields, toml
 from gateway.settings.errors import DEFAULT, Problem
 from gateway.settings.schema import Settings, find_warnings, through_cache
+from modelcache.refs import redact
 
 ENV_PREFIX = "TIDEGATE__"
 OUR_PREFIX = "TIDEGATE_"
@@ -474,8 +475,11 @@ def _variable(path: Parts, index: str = "0") -> str:
 
 
 def _read_override(draft: _Draft, text: str) -> None:
-    origin = f"--set {text}" if len(text) <= 60 else f"--set {text[:57]}..."
     name, equals, value = text.partition("=")
+    # Words of the whole: the value may be a table with such a field in it.
+    may_tell = errors.HIDDEN_TABLES.union(errors.COMMAND_LINES).isdisjoint(re.findall(r"\w+", text))
+    shown = redact(text) if may_tell else f"{name}=..."
+    origin = f"--set {shown}" if len(shown) <= 60 else f"--set {shown[:57]}..."
     try:
         if not equals:
             raise ValueError

@@ -16,7 +16,7 @@ from autoscaler.settings import AutoscalerSettings, PoolSettings
 from gateway.datapath.settings import GatewaySettings
 from loaders.engines.base import engine_of
 from loaders.settings import LoaderSettings
-from modelcache.refs import parse_ref
+from modelcache.refs import parse_ref, secret_arguments
 from modelcache.settings import ModelCacheSettings
 from router.settings import RouterSettings
 
@@ -65,6 +65,13 @@ def find_warnings(settings: Settings) -> Iterator[tuple[str, str]]:
             "gateway.admin_allowed_hosts",
             '"*" lets any web page that a local browser opens read the admin listener',
         )
+    for index, pool in enumerate(settings.pools):
+        if any(secret_arguments(pool.engine_args)):
+            yield (
+                f"pools.{index}.engine_args",
+                "a secret is in there, and every user of the machine sees an engine's command "
+                "line; give it by the pool's env (vLLM reads VLLM_API_KEY and HF_TOKEN)",
+            )
     if not settings.pools:
         yield "pools", "no pool is configured, so every request will be answered 404"
 

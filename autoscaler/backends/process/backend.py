@@ -65,6 +65,7 @@ from autoscaler.backends.process.replica import (
     make_env,
     make_probe,
     open_gate,
+    secrets_of,
     spawn_plainly,
     to_the_end,
 )
@@ -186,7 +187,7 @@ class ProcessBackend:
             placement=placement,
             port=reserved,
             mark=secrets.token_hex(16),
-            log=self._make_log(directory / f"{spec.id}.log"),
+            log=self._make_log(directory / f"{spec.id}.log", spec),
             command=command,
         )
         shelf[key] = child
@@ -215,9 +216,12 @@ class ProcessBackend:
         if self._upkeep is None:
             self._upkeep = asyncio.create_task(self._keep(), name="process-backend-upkeep")
 
-    def _make_log(self, path: Path) -> ReplicaLog:
+    def _make_log(self, path: Path, spec: ReplicaSpec | None = None) -> ReplicaLog:
         settings = self._settings
-        return ReplicaLog(path, max_bytes=settings.log_bytes, files=settings.log_files)
+        told = [] if spec is None else list(secrets_of(spec.pool, self._environ()))
+        return ReplicaLog(
+            path, max_bytes=settings.log_bytes, files=settings.log_files, secrets=told
+        )
 
     def _all(self) -> list[ReplicaProcess]:
         return [*self._children.values(), *self._standbys.values()]
@@ -277,7 +281,7 @@ class ProcessBackend:
             return False
         if process.poll() is not None or not self._fits(child, spec):
             return False
-        log = self._make_log(child.log.path.with_name(f"{spec.id}.log"))
+        log = self._make_log(child.log.path.with_name(f"{spec.id}.log"), spec)
         engine = describe_engine(spec, child.placement, log)
         try:
             await to_the_end(self._registry.run(family.rename, spec.id, engine))
@@ -439,7 +443,7 @@ class ProcessBackend:
                     placement=engine.placement,
                     port=unless_adopted.enter_context(reserve_port(engine.placement.port)),
                     mark=record.mark,
-                    log=self._make_log(Path(engine.log)),
+                    log=self._make_log(Path(engine.log), spec),
                     command=await self._ask_drivers(self._command, spec, engine.placement),
                     process=process,
                     family=Family(await self._registry.run(trust, record), self._registry),

@@ -11,11 +11,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from modelcache.refs import redact
 from modelcache.store.files import create, make_directory
 
 TAIL_BYTES = 65_536
+LINE_CHARACTERS = 1_000
 PREFIX = re.compile(
     r"(\([^()]* pid=\d+\)\s*)?"  # (EngineCore pid=987)
     r"((DEBUG|INFO|WARNING|ERROR|CRITICAL)\s+)?"
@@ -28,8 +31,12 @@ PREFIX = re.compile(
 class ReplicaLog:
     """The log files of one replica: ``NAME.log``, then ``NAME.log.1`` and older."""
 
-    def __init__(self, path: Path, *, max_bytes: int, files: int) -> None:
+    def __init__(
+        self, path: Path, *, max_bytes: int, files: int, secrets: Sequence[str] = ()
+    ) -> None:
+        """``secrets`` are what the engine was given that must not be shown."""
         self.path = path
+        self._secrets = tuple(secrets)
         self._max_bytes = max_bytes
         self._files = files
 
@@ -65,14 +72,16 @@ class ReplicaLog:
         return self.path.with_name(f"{self.path.name}.{number}")
 
     def tail(self, lines: int) -> list[str]:
-        """The last lines that are not blank, oldest first; none if there is no log."""
+        """The last lines that are not blank, oldest first, as they may be shown: without secrets,
+        and cut to ``LINE_CHARACTERS``; none if there is no log."""
         try:
             with self.path.open("rb") as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
                 text = file.read(TAIL_BYTES).decode(errors="replace")
         except FileNotFoundError:
             return []
-        return [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
+        said = [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
+        return [redact(line[:LINE_CHARACTERS], self._secrets) for line in said]
 
 
 def message_of(line: str) -> str:

@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from autoscaler.backends.process import guard
 from autoscaler.backends.process.family import Family, StartedEngine
 from autoscaler.backends.process.logs import ReplicaLog, message_of
 from autoscaler.backends.process.procs import ProcessId, list_stats, read_pss_bytes, read_stat
+from autoscaler.settings import PoolSettings
 from loaders.engines.base import (
     START_PHASES,
     EngineCommand,
@@ -31,6 +32,7 @@ from loaders.engines.base import (
 )
 from loaders.engines.vllm.forkserver.client import ForkedProcess
 from loaders.engines.vllm.forkserver.wire import PARKED, SERVING, read_marks
+from modelcache.refs import SECRET_NAME, secret_arguments
 
 PHASE_CHARACTERS = 160
 PHASE_LINES = 200
@@ -39,6 +41,7 @@ STORE_CREDENTIAL = re.compile(
     r"GOOGLE_APPLICATION_CREDENTIALS|(HF|HUGGING_FACE_HUB|AWS|OSS|ALIBABA_CLOUD)_"
     r"(TOKEN|TOKEN_PATH|\w+_TOKEN|ACCESS_KEY\w*|SECRET_ACCESS_KEY|\w+_TOKEN_FILE|\w*CREDENTIALS\w*)"
 )
+MIN_SECRET_CHARACTERS = 8
 UNKNOWN_STATUS = 256
 """In place of an exit status, of a process that was not our child: that it ended is all we know."""
 
@@ -226,6 +229,16 @@ def make_env(
     if placement.gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, placement.gpus))
     return {**env, "SPT_NOENV": "1"}
+
+
+def secrets_of(pool: PoolSettings, environ: Mapping[str, str]) -> Iterator[str]:
+    """What an engine is given and may write to its log that must not be shown: values of variables
+    and of flags whose names say so."""
+    for name, value in {**environ, **pool.env}.items():
+        # As one of eight characters or more: "true" is no secret, and would be hidden everywhere.
+        if SECRET_NAME.search(name) and len(value) >= MIN_SECRET_CHARACTERS:
+            yield value
+    yield from secret_arguments(pool.engine_args)
 
 
 def make_probe(
