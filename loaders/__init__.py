@@ -1,7 +1,8 @@
 """Local bytes to tensors, and engines to started processes.
 
-``load``, ``iterate`` and ``check`` read safetensors; they are imported when first asked for, and
-torch when they are called, so that importing this package costs nothing. They are in ``weights``;
+``load``, ``iterate`` (with ``in_place_copies``) and ``check`` read safetensors; they are imported
+when first asked for, and torch when they are called, so that importing this package costs nothing.
+They are in ``weights``;
 ``engines`` are what serves a model, ``settings`` the section of that name.
 """
 
@@ -12,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loaders.weights.load import Loaded, check, iterate, load
+    from loaders.weights.load import Loaded, check, in_place_copies, iterate, load
     from modelcache.safetensors_index import BadFile
 
 if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and sys.path[0] == os.getcwd():
@@ -21,7 +22,7 @@ if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and sys.path[0] == os.getc
     here = sys.path.pop(0)
     sys.path += [here] if __file__.startswith(f"{here}/loaders/") else []
 
-__all__ = ["BadFile", "Loaded", "check", "iterate", "load"]
+__all__ = ["BadFile", "Loaded", "check", "in_place_copies", "iterate", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -55,10 +56,10 @@ class Speed:
     problem: str = ""
 
 
-def readers() -> dict[str, tuple[str, Read]]:
+def readers(device: str) -> dict[str, tuple[str, Read]]:
     """Formats by the name that ``--load-format`` takes, each with the package it needs."""
     return {
-        "tidegate": ("loaders", _ours),
+        "tidegate": ("loaders", _ours(device)),
         "safetensors": ("safetensors", _of_vllm("safetensors_weights_iterator")),
         "runai_streamer": (
             "runai_model_streamer",
@@ -69,11 +70,16 @@ def readers() -> dict[str, tuple[str, Read]]:
     }
 
 
-def _ours(files: Sequence[str]) -> Tensors:
-    from loaders import iterate
+def _ours(device: str) -> Read:
+    """As the load format reads them."""
 
-    for file in files:
-        yield from iterate(file)
+    def read(files: Sequence[str]) -> Tensors:
+        from loaders import in_place_copies, iterate
+
+        with nullcontext() if device != "cpu" else in_place_copies() as copies:
+            yield from iterate(files, copies=copies)
+
+    return read
 
 
 def _of_vllm(name: str) -> Read:
@@ -223,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         files = [str(copy or chosen)]
         for speed in measure(
             files,
-            readers(),
+            readers(device),
             may_drop=copy is not None,
             device=device,
             within_s=options.within_s,

@@ -20,6 +20,7 @@ from loaders.weights.files import (
     opened,
     read_index,
 )
+from loaders.weights.in_place import InPlaceCopies, in_place_copies
 from loaders.weights.pipeline import Pipeline, usable_cores
 from loaders.weights.plan import (
     ALIGN_BYTES,
@@ -37,6 +38,8 @@ from loaders.weights.readers import How, WeightReader
 from loaders.weights.staging_buffers import StagingBuffers
 from modelcache.pagecache.linux_pages import count_by_cachestat
 from modelcache.safetensors_index import BadFile, TensorEntry
+
+__all__ = ["BadFile", "Loaded", "check", "in_place_copies", "iterate", "load"]
 
 THREADS = 8
 """Reads under way at once: what a disk needs to be busy. Copying from the page cache is limited to
@@ -142,6 +145,7 @@ def iterate(
     tensors: Collection[str] | None = None,
     verify: bool | None = None,
     threads: int = THREADS,
+    copies: InPlaceCopies | None = None,
     **more: Any,
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of a model, in the order of the files, read ahead by at most
@@ -150,9 +154,15 @@ def iterate(
     A tensor stays valid for as long as it is referred to; its memory is used again afterwards, so
     a consumer that copies each and drops it needs little. Raises as ``load`` does, when the tensor
     concerned is due.
+
+    ``copies`` of ``in_place_copies``, for a consumer that copies tensors into CPU memory it has:
+    files whose pages are cached are then copied straight there. Damage may be found only when a
+    tensor is copied, or the next is due.
     """
     options = Options(verify=verify, threads=threads, **more)
-    return _tensors(path, device, tensors, _Ranks(), options, ahead_bytes=options.memory_bytes)
+    return _tensors(
+        path, device, tensors, _Ranks(), options, ahead_bytes=options.memory_bytes, copies=copies
+    )
 
 
 def check(
@@ -165,7 +175,7 @@ def check(
         plan = plan_check(
             [FileWant(size_bytes=f.size_bytes, portions=(), verified=bool(f.sums)) for f in files]
         )
-        pipeline = _make_pipeline(stack, plan, files, options, None, None)
+        pipeline = _make_pipeline(stack, plan, files, _make_reader(options), options, None, None)
         pipeline.run()
     return _report(chosen, plan, pipeline)
 
@@ -189,13 +199,46 @@ def _tensors(
     options: Options,
     *,
     ahead_bytes: int | None,
+    copies: InPlaceCopies | None = None,
     on_report: Callable[[Report], None] = lambda report: None,
 ) -> Iterator[tuple[str, Tensor]]:
     with ExitStack() as stack:
         files, chosen = _look(stack, path, options)
         chosen = _choose(chosen, names)
+        wants = _wants(files, chosen, ranks)
+        reader = _make_reader(options)
+
+        def read(numbers: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+            if not numbers:
+                return iter(())
+            part = [files[n] for n in numbers], [wants[n] for n in numbers]
+            return _read(*part, reader, device, options, ahead_bytes, on_report)
+
+        cold: list[int] = []
+        for number, file in enumerate(files):
+            warm = copies.map(file, reader) if copies is not None else None
+            if copies is None or warm is None:
+                cold.append(number)
+                continue
+            yield from read(cold)
+            cold = []
+            yield from copies.tensors(warm, wants[number].portions)
+        yield from read(cold)
+
+
+def _read(
+    files: Sequence[OpenFile],
+    wants: Sequence[FileWant],
+    reader: WeightReader,
+    device: Any,
+    options: Options,
+    ahead_bytes: int | None,
+    on_report: Callable[[Report], None],
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of files, read by the pipeline."""
+    with ExitStack() as stack:
         batch_bytes = BATCH_BYTES if ahead_bytes is None else ahead_bytes // BATCHES_AHEAD
-        plan = _plan(files, chosen, ranks, batch_bytes)
+        plan = make_plan(wants, batch_bytes=batch_bytes)
         target = make_target(
             device,
             # Kept tensors' memory is just what they need; what is used again is all of one size.
@@ -206,7 +249,7 @@ def _tensors(
         )
         # Closed in this order: the pipeline's threads, the ring's copies, the target.
         stack.callback(target.close)
-        pipeline = _make_pipeline(stack, plan, files, options, target, ahead_bytes)
+        pipeline = _make_pipeline(stack, plan, files, reader, options, target, ahead_bytes)
         batches = pipeline.batches()
         stack.callback(batches.close)  # type: ignore[attr-defined]
         for arena in batches:
@@ -219,7 +262,7 @@ def _tensors(
                 yield portion.name, tensor
                 del tensor
             del arena
-    on_report(_report(chosen, plan, pipeline))
+    on_report(_report([want.portions for want in wants], plan, pipeline))
 
 
 def _look(
@@ -244,12 +287,10 @@ def _choose(
     return [tuple(entry for entry in entries if entry.name in wanted) for entries in chosen]
 
 
-def _plan(
-    files: Sequence[OpenFile],
-    chosen: Sequence[tuple[TensorEntry, ...]],
-    ranks: _Ranks,
-    batch_bytes: int,
-) -> ReadPlan:
+def _wants(
+    files: Sequence[OpenFile], chosen: Sequence[tuple[TensorEntry, ...]], ranks: _Ranks
+) -> list[FileWant]:
+    """What is wanted of each file, by this rank. Raises ``BadFile``."""
     wants = []
     for file, entries in zip(files, chosen, strict=True):
         portions = []
@@ -263,13 +304,27 @@ def _plan(
         wants.append(
             FileWant(size_bytes=file.size_bytes, portions=tuple(portions), verified=bool(file.sums))
         )
-    return make_plan(wants, batch_bytes=batch_bytes)
+    return wants
+
+
+def _make_reader(options: Options) -> WeightReader:
+    return WeightReader(
+        how=options.how,
+        count_cached=count_by_cachestat,
+        turns=threading.Semaphore(_count_copiers(options)),
+    )
+
+
+def _count_copiers(options: Options) -> int:
+    """Threads that copy out of the page cache at once."""
+    return min(len(usable_cores()), options.threads)
 
 
 def _make_pipeline(
     stack: ExitStack,
     plan: ReadPlan,
     files: Sequence[OpenFile],
+    reader: WeightReader,
     options: Options,
     target: TensorTarget | None,
     ahead_bytes: int | None,
@@ -281,12 +336,6 @@ def _make_pipeline(
         slots = min(options.threads * SLOTS_A_THREAD, most, max(1, len(plan.reads)))
         ring = StagingBuffers(slots, READ_BYTES, target.lock_memory if target else None)
         stack.callback(ring.close)
-    copiers = min(len(usable_cores()), options.threads)
-    reader = WeightReader(
-        how=options.how,
-        count_cached=count_by_cachestat,
-        turns=threading.Semaphore(copiers),
-    )
     return Pipeline(
         plan=plan,
         files=files,
@@ -294,14 +343,12 @@ def _make_pipeline(
         target=target,
         ring=ring,
         threads=options.threads,
-        copiers=copiers,
+        copiers=_count_copiers(options),
         ahead_bytes=ahead_bytes,
     )
 
 
-def _report(
-    chosen: Sequence[tuple[TensorEntry, ...]], plan: ReadPlan, pipeline: Pipeline
-) -> Report:
+def _report(chosen: Sequence[Sequence[object]], plan: ReadPlan, pipeline: Pipeline) -> Report:
     return Report(
         files=len(chosen),
         tensors=sum(len(entries) for entries in chosen),

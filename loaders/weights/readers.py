@@ -11,7 +11,8 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -76,13 +77,32 @@ class WeightReader:
         """
         hasher = xxhash.xxh3_64() if read.piece is not None and file.sums else None
         fd = self._choose(file, read)
-        try:
+        with self.errors_of(file):
             if fd is None or not self._fill_direct(fd, read, places, hasher, tally):
                 with self.turns:
                     for segment, place in zip(read.segments, places, strict=True):
                         self._fill_cached(file.fd, segment.start, segment.end, place, hasher, tally)
             if hasher is not None and file.sums is not None and read.piece is not None:
                 file.sums.check(read.piece, hasher.intdigest())
+
+    def copy_cached(
+        self,
+        file: OpenFile,
+        start: int,
+        end: int,
+        place: ReadBuffer,
+        hasher: xxhash.xxh3_64 | None = None,
+    ) -> None:
+        """Copy bytes ``start`` to ``end`` out of the page cache, hashed on the way. ``place`` need
+        not be aligned. Raises ``BadFile`` where they are not there."""
+        with self.errors_of(file):
+            self._fill_cached(file.fd, start, end, place, hasher, Tally())
+
+    @contextmanager
+    def errors_of(self, file: OpenFile) -> Iterator[None]:
+        """What goes wrong with ``file`` is a ``BadFile`` that names it."""
+        try:
+            yield
         except BadFile as error:
             raise BadFile(error.message, path=str(file.path), piece=error.piece) from None
         except OSError as error:

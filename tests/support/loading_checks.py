@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import loaders
 from loaders.weights import device as devices
 from loaders.weights import load
 from modelcache.safetensors_index import BadFile
+from modelcache.types import PIECE_BYTES
 
 Tensors = dict[str, Any]
 
@@ -288,6 +290,155 @@ def check_device_copies_are_waited_for(model: Path) -> None:
                 assert fake.late_copies > 0
         finally:
             load.make_target = real  # type: ignore[attr-defined]
+
+
+def copied(path: Any, to: Tensors, *, cut: int = 1, **options: Any) -> int:
+    """Copies as vLLM makes them: whole tensors, or of each part of the rows one by one. Returns how
+    many were made by reading."""
+    made = 0
+    with loaders.in_place_copies() as copies:
+        copy = copies.copy
+
+        def count(target: Any, source: Any) -> bool:
+            nonlocal made
+            made += (done := copy(target, source))
+            return done
+
+        copies.copy = count  # type: ignore[method-assign]
+        for name, tensor in loaders.iterate(path, copies=copies, **options):
+            rows = tensor.shape[0] if tensor.ndim else 0
+            if cut > 1 and rows and rows % cut == 0:
+                for part in range(cut):
+                    at, length = part * rows // cut, rows // cut
+                    to[name].narrow(0, at, length).copy_(tensor.narrow(0, at, length))
+            else:
+                to[name].copy_(tensor)
+            del tensor
+    return made
+
+
+def empty_like(expected: Tensors) -> Tensors:
+    return {name: torch.empty_like(tensor) for name, tensor in expected.items()}
+
+
+def check_copies_of_cached_files_are_made_in_place(model: Path) -> None:
+    expected = safetensors.torch.load_file(model / "model.safetensors")
+    sums = {str(model / "model.safetensors"): sums_of((model / "model.safetensors").read_bytes())}
+    for cut in (1, 2):
+        for way in ({"verify": False}, {"sums": sums, "verify": True}):
+            got = empty_like(expected)
+            assert copied(model, got, cut=cut, **way) >= len(expected)
+            must_be(got, expected)
+    for seed in range(3):
+        with sharded(30 + seed) as (place, tensors):
+            sums = {str(file): sums_of(file.read_bytes()) for file in place.glob("*.safetensors")}
+            for cut in (1, 3):
+                got = empty_like(tensors)
+                assert copied(place, got, cut=cut, sums=sums) > len(tensors) / 2
+                must_be(got, tensors)
+
+
+def check_what_is_read_another_way_is_right_too(model: Path) -> None:
+    """Other types, other layouts, rows of a transposed matrix, a tensor changed before its copy,
+    tensors kept to the end."""
+    rows = [("a", "F32", [300, 40], 48000), ("b", "F32", [40, 300], 48000), ("c", "F32", [9], 36)]
+    data = (100 * torch.rand(24009)).numpy().tobytes()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.safetensors")
+        path.write_bytes(header(layout(rows)) + data)
+        sums = {str(path): sums_of(path.read_bytes())}
+        expected = safetensors.torch.load_file(path)
+        with loaders.in_place_copies() as copies:
+            kept = dict(loaders.iterate(path, sums=sums, copies=copies))
+            must_be({name: tensor.clone() for name, tensor in kept.items()}, expected)
+            for name, tensor in loaders.iterate(path, sums=sums, copies=copies):
+                whole = expected[name]
+                half = torch.empty(whole.shape, dtype=torch.bfloat16)
+                half.copy_(tensor)
+                assert same(half, whole.bfloat16())
+                number = torch.empty(whole.shape, dtype=torch.int32)
+                number.copy_(tensor)
+                assert same(number, whole.int()), "as many bytes, but not the same"
+                turned = torch.empty(tuple(reversed(whole.shape)))
+                turned.copy_(tensor.t())
+                assert same(turned, whole.t())
+                wider = torch.empty((2, *whole.shape))
+                wider.copy_(tensor)
+                assert same(wider[1], whole)
+                part, length = torch.empty(whole.shape[-1] // 3), whole.shape[-1] // 3
+                part.copy_(tensor.reshape(-1, whole.shape[-1])[-1, length : 2 * length])
+                assert same(part, whole.reshape(-1, whole.shape[-1])[-1, length : 2 * length])
+                tensor.data[..., 1] *= 2
+                place = torch.empty_like(whole)
+                place.copy_(tensor)
+                must = whole.clone()
+                must[..., 1] *= 2
+                assert same(place, must), "changed in memory, copied from the file"
+        assert path.read_bytes().endswith(data), "the file is as it was"
+
+
+def check_flipped_bits_are_found_by_copies(model: Path) -> None:
+    chance = random.Random(17)
+    sizes = [5_000_000, 3, 4_000_000, 9_000_000, 17, 30]
+    rows = [(f"t{i}", "U8", [size], size) for i, size in enumerate(sizes)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.safetensors")
+        whole = header(layout(rows)) + chance.randbytes(sum(sizes))
+        path.write_bytes(whole)
+        sums = {str(path): sums_of(whole)}
+        expected = safetensors.torch.load_file(path)
+        for number in range(8):
+            data = bytearray(whole)
+            # Behind the piece that the header is checked with.
+            data[chance.randrange(PIECE_BYTES, len(data))] ^= 1 << chance.randrange(8)
+            path.write_bytes(data)
+            if number % 4 == 3:  # copied or not
+
+                def skip() -> None:
+                    with loaders.in_place_copies() as copies:
+                        for _ in loaders.iterate(path, sums=sums, copies=copies):
+                            pass
+
+                refused(skip, str(path))
+                continue
+            refused(
+                partial(copied, path, empty_like(expected), cut=1 + number % 2, sums=sums),
+                str(path),
+            )
+        path.write_bytes(whole)
+        for some in (["t0", "t3"], ["t1"], ["t5", "t4"], ["t2"]):
+            got = empty_like({name: expected[name] for name in some})
+            assert copied(path, got, sums=sums, tensors=some) == len(some)
+            must_be(got, {name: expected[name] for name in some})
+
+
+def check_nobody_cuts_a_file_that_is_mapped(model: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.safetensors")
+        path.write_bytes(
+            header(layout([("a", "U8", [9000], 9000), ("b", "U8", [9], 9)])) + b"x" * 9009
+        )
+        with loaders.in_place_copies() as copies:
+            weights = loaders.iterate(path, copies=copies)
+            _, first = next(weights)
+            cut = subprocess.Popen(
+                [sys.executable, "-c", f"import os; os.truncate({str(path)!r}, 0)"]
+            )
+            with suppress(subprocess.TimeoutExpired):
+                cut.wait(2)
+            assert first[8999] == ord("x"), "it would be SIGBUS"
+            refused(partial(next, weights), "changed while it was read")
+            del first, weights
+            assert cut.wait(30) == 0
+        with path.open("r+b") as writer:
+            writer.write(
+                header(layout([("a", "U8", [9000], 9000), ("b", "U8", [9], 9)])) + b"x" * 9009
+            )
+            writer.flush()
+            expected = safetensors.torch.load_file(path)
+            got = empty_like(expected)
+            assert copied(path, got) == 0, "it may be written any time"
+            must_be(got, expected)
 
 
 def check_an_unknown_device_is_refused(model: Path) -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -42,6 +44,12 @@ def make_loader_class() -> type:
         def __init__(self, load_config: Any) -> None:
             # "auto" is how the default loader looks for files; its validators have run already.
             super().__init__(replace(load_config, load_format="auto"))
+            self._copies: Any = None
+
+        def load_weights(self, model: Any, model_config: Any) -> None:
+            """vLLM's, with what it copies to a CPU copied there straight from cached files."""
+            with copies_to(model) as self._copies:
+                super().load_weights(model, model_config)
 
         def _get_weights_iterator(self, source: Any) -> Iterator[tuple[str, Any]]:
             theirs = super()._get_weights_iterator
@@ -56,7 +64,9 @@ def make_loader_class() -> type:
                     source.fall_back_to_pt,
                     source.allow_patterns_overrides,
                 )
-                weights = read_files(files) if is_safetensors else "not safetensors"
+                weights = (
+                    read_files(files, copies=self._copies) if is_safetensors else "not safetensors"
+                )
                 if not isinstance(weights, str):
                     log.info("Loading weights with load format tidegate: %d files", len(files))
                     return ((source.prefix + name, tensor) for name, tensor in weights)
@@ -88,20 +98,36 @@ def make_loader_class() -> type:
     return TidegateLoader
 
 
+@contextmanager
+def copies_to(model: Any) -> Iterator[Any]:
+    """``in_place_copies`` where the whole model is on the CPU; ``None`` elsewhere."""
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        yield None
+        return
+    try:
+        reader = importlib.import_module("loaders.weights.load")
+    except ImportError:  # read_files says so
+        yield None
+        return
+    with reader.in_place_copies() as copies:
+        yield copies
+
+
 def read_files(
-    files: Sequence[str], iterate: Iterate | None = None
+    files: Sequence[str], iterate: Iterate | None = None, *, copies: Any = None
 ) -> Iterator[tuple[str, Any]] | str:
-    """The tensors of safetensors files, or why our reader is not to be had.
+    """The tensors of safetensors files, or why our reader is not to be had. ``copies`` is what
+    ``copies_to`` gave.
 
     The first tensor is read at once, so that a reader that cannot work here is known before any
     weight is in place. Errors in a file are raised.
     """
     if iterate is None:
         try:
-            ours: Iterate = importlib.import_module("loaders.weights.load").iterate
+            ours = importlib.import_module("loaders.weights.load").iterate
         except (ImportError, AttributeError) as error:
             return str(error)
-        iterate = ours
+        iterate = partial(ours, copies=copies)
     tensors = iter(iterate(list(files)))
     try:
         first = next(tensors)
