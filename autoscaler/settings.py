@@ -25,11 +25,13 @@ from modelcache.types import Tier
 
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 OWN_HEADERS = frozenset({"host", "content-length", "transfer-encoding", "connection", "upgrade"})
+URL_PATH = re.compile(r"[\x21-\x7e]*")
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def check_url(url: str) -> str:
-    """A server's base URL, without a trailing ``/`` or ``/v1``; ``ValueError`` when it is none."""
+    """A server's base URL, without a trailing ``/`` or ``/v1``; ``ValueError`` when it is none. Its
+    path, if any, goes before that of each request."""
     parts = urlsplit(url)
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ValueError("must be http://host:port or https://host:port")
@@ -42,9 +44,9 @@ def check_url(url: str) -> str:
     except ValueError:
         raise ValueError("has a port that is not 0 to 65535") from None
     path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
-    if path:
-        raise ValueError("must not have a path: the request's own path is used")
-    return f"{parts.scheme}://{parts.netloc}"
+    if not URL_PATH.fullmatch(path):
+        raise ValueError("has a path with characters that a request cannot carry")
+    return f"{parts.scheme}://{parts.netloc}{path}"
 
 
 def check_env(env: dict[str, str]) -> dict[str, str]:
@@ -306,8 +308,8 @@ class StaticPoolSettings(ConsistentSettings):
     """Where the servers of a ``static`` pool are, and how they are asked."""
 
     urls: tuple[Url, ...] = Field(default=(), max_length=1_000)
-    """Base URLs of the servers, one replica each; at least one is required. A trailing ``/v1`` is
-    taken off."""
+    """Base URLs of the servers, one replica each; at least one is required. A path is kept
+    (``https://node/team-a``), a trailing ``/v1`` taken off."""
 
     headers: Annotated[dict[str, str], AfterValidator(check_headers)] = Field(default_factory=dict)
     """Headers added to every request to the servers."""
@@ -334,7 +336,12 @@ class PoolSettings(ConsistentSettings):
     """What clients write in ``"model"``. Without white space, unique among names and aliases."""
 
     aliases: tuple[Name, ...] = Field(default=(), max_length=100)
-    """Further names clients may use for this pool."""
+    """Further names clients may use for this pool. A server that lists one as a model of its own is
+    asked for it by that name."""
+
+    adapters: tuple[Name, ...] = Field(default=(), max_length=1_000)
+    """LoRA adapters that the engines serve beside the model, each by the name in the engine's
+    ``--lora-modules``. Clients ask for them by name, and ``GET /v1/models`` lists them."""
 
     backend: BackendName = "process"
     """``process``: engines are child processes of Tidegate. ``static``: externally
@@ -398,12 +405,16 @@ class PoolSettings(ConsistentSettings):
     tiers: TierSettings = TierSettings()
     """How warm a ``process`` pool stays while it is at zero."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that clients may use for this pool."""
+        return (self.name, *self.aliases, *self.adapters)
+
     def _conflicts(self) -> Iterator[str]:
         if self.min_replicas > self.max_replicas:
             yield f"min_replicas ({self.min_replicas}) > max_replicas ({self.max_replicas})"
-        names = (self.name, *self.aliases)
-        if len(set(names)) != len(names):
-            yield "aliases repeat a name"
+        if len(set(self.names)) != len(self.names):
+            yield "aliases or adapters repeat a name"
         yield from (
             self._process_conflicts() if self.backend == "process" else (self._static_conflicts())
         )

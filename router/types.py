@@ -27,8 +27,10 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     ``slot`` indexes the shared ledger and is not reused while any worker still counts tokens on
     it; it is -1 until the gateway has given one. ``url`` is the engine's base URL
     (``http://127.0.0.1:9001``). The three limits are ``None`` where they are unknown: unknown
-    is not zero and not infinity, the pool's setting applies. ``stream_usage``: it reports the usage
-    of a stream, at its end, if a request asks for it as vLLM's may.
+    is not zero and not infinity, the pool's setting applies. ``names`` are those of its
+    pool that it knows models by itself: requests for them keep the name that the client wrote.
+    ``stream_usage``: it reports the usage of a stream, at its end, if a request asks for it as
+    vLLM's may.
     """
 
     id: str
@@ -42,6 +44,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     max_inflight_tokens: int | None = None
     headers: tuple[tuple[str, str], ...] = ()
     stream_usage: bool = False
+    names: tuple[str, ...] = ()
 
 
 class Pool(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,11 +55,15 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     that is ``draining`` was removed: its names are unknown to new requests, those it has are
     served. One that is ``disabled`` is out of service: its requests are refused. ``slot`` is its
     place in the shared counters, -1 until the gateway has given one.
+    ``adapters`` are further models that its replicas serve over the same base model;
+    ``max_model_len_tokens`` is what its replicas reported last, ``None`` before the first did.
     """
 
     name: str
     slot: int = -1
     aliases: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+    max_model_len_tokens: int | None = None
     replicas: tuple[Replica, ...] = ()
     wake_eta_s: float | None = None
     phase: str = ""

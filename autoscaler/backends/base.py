@@ -51,8 +51,8 @@ class Probe:
     """What a look at a replica showed. ``None`` is unknown: neither well nor ill.
 
     ``alive`` is false when the process is gone, ``ready`` when the engine does not answer as
-    healthy. ``detail`` explains a false, ``phase`` says what a starting engine is at.
-    ``stream_usage`` is as of a ``ServedModel``.
+    healthy. ``detail`` explains a false, ``phase`` says what a starting engine is at. ``listed``
+    are the models that the engine lists. ``stream_usage`` is as of a ``ServedModel``.
     """
 
     alive: bool | None = None
@@ -61,6 +61,7 @@ class Probe:
     phase: str = ""
     url: str | None = None
     served_model: str | None = None
+    listed: tuple[str, ...] = ()
     max_model_len_tokens: int | None = None
     pid: int | None = None
     gpus: tuple[int, ...] = ()

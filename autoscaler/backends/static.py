@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from autoscaler.backends.base import AdoptedReplica, BackendError, Probe, ReplicaSpec
 from autoscaler.settings import AutoscalerSettings
-from loaders.engines.base import ServedModel, choose_model, engine_of
+from loaders.engines.base import ServedModel, choose_model, engine_of, list_names
 from loaders.engines.client import EngineClient
 
 
@@ -20,6 +20,7 @@ class Server:
     spec: ReplicaSpec
     headers: dict[str, str]
     model: ServedModel | None = None
+    listed: tuple[str, ...] = ()
 
 
 class StaticBackend:
@@ -66,6 +67,7 @@ class StaticBackend:
         elif health.ready and server.model is None:
             models = await engine.list_models(self._client, server.url, server.headers)
             server.model = choose_model(models, pool.model, pool.name)
+            server.listed = list_names(models)
         model = server.model
         learned = None if model is None else model.name
         length = None if model is None else model.max_model_len_tokens
@@ -75,6 +77,7 @@ class StaticBackend:
             detail=health.detail,
             url=server.url,
             served_model=pool.model or learned,
+            listed=server.listed,
             max_model_len_tokens=pool.max_model_len_tokens or length,
             headers=tuple(server.headers.items()),
             stream_usage=model is not None and model.stream_usage,

@@ -336,6 +336,7 @@ class Actuator:
             probe,
             url=probe.url or known.url,
             served_model=probe.served_model or known.served_model,
+            listed=probe.listed or known.listed,
             max_model_len_tokens=probe.max_model_len_tokens or known.max_model_len_tokens,
             pid=probe.pid or known.pid,
             gpus=probe.gpus or known.gpus,
@@ -344,6 +345,7 @@ class Actuator:
             stream_usage=probe.stream_usage or known.stream_usage,
         )
         record.probe = merged
+        pool.reported_len_tokens = merged.max_model_len_tokens or pool.reported_len_tokens
         if merged != known:
             self._on_change()
         if probe.alive is False and record.backend.owns_replicas:

@@ -159,6 +159,8 @@ class PoolRecord:
         self.retry_at_s: float | None = None
         self.error: str | None = None
         self.ready_at_s: float | None = None
+        self.reported_len_tokens: int | None = None
+        """What a replica reported last as its longest prompt and answer together."""
         self._numbers = numbers
 
     def _use(self, settings: AutoscalerSettings) -> None:
@@ -172,6 +174,7 @@ class PoolRecord:
         """Take other settings. Replicas that would be started alike go on as they are."""
         if digest != self.digest:
             self.failures, self.retry_at_s, self.error = 0, None, None
+            self.reported_len_tokens = None
         self.pool, self.backend, self.digest = pool, backend, digest
         self._use(settings)
         self.window.resize(self.policy)
@@ -410,6 +413,8 @@ def publish_pool(pool: PoolRecord) -> Pool:
     return Pool(
         name=pool.pool.name,
         aliases=pool.pool.aliases,
+        adapters=pool.pool.adapters,
+        max_model_len_tokens=pool.pool.max_model_len_tokens or pool.reported_len_tokens,
         replicas=tuple(
             Replica(
                 id=record.id,
@@ -422,6 +427,7 @@ def publish_pool(pool: PoolRecord) -> Pool:
                 max_inflight_tokens=pool.pool.max_inflight_tokens,
                 headers=record.probe.headers,
                 stream_usage=record.probe.stream_usage,
+                names=find_own_names(pool.pool, record.probe),
             )
             for record in pool.replicas.values()
             if record.state in PUBLISHED and record.probe.url is not None
@@ -431,6 +437,11 @@ def publish_pool(pool: PoolRecord) -> Pool:
         draining=pool.removed,
         disabled=pool.disabled,
     )
+
+
+def find_own_names(pool: PoolSettings, probe: Probe) -> tuple[str, ...]:
+    """The names of a pool that a replica knows models by: its adapters, and those it lists."""
+    return tuple(name for name in pool.names if name in pool.adapters or name in probe.listed)
 
 
 def report_pool(pool: PoolRecord) -> PoolReport:

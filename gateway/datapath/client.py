@@ -12,20 +12,39 @@ import logging
 import re
 import socket
 import struct
+from collections import deque
 from typing import Any, Final
 
 from gateway.datapath import local, metrics
 from gateway.datapath.context import WorkerContext
 from gateway.datapath.exchange import Downstream, Exchange, buffer_full
 from gateway.datapath.pool import ANSWER, SENT, PoolDirectory
+from gateway.datapath.protocol.bodies import JsonReader
 from gateway.datapath.protocol.chunks import ChunkDecoder
-from gateway.datapath.protocol.errors import ApiError, Reason, api_of, render
-from gateway.datapath.protocol.http1 import RequestHead, has_bare_line_end, parse_request_head
-from gateway.datapath.protocol.openai import PROXIED
+from gateway.datapath.protocol.errors import (
+    ApiError,
+    Reason,
+    api_of,
+    encoding_unsupported,
+    render,
+)
+from gateway.datapath.protocol.http1 import (
+    KEEP_ALIVE,
+    RequestHead,
+    has_bare_line_end,
+    parse_request_head,
+)
+from gateway.datapath.protocol.openai import plain_path
 
 log = logging.getLogger("tidegate.datapath")
 
 _MAX_PIPELINED_BYTES: Final = 65536
+# Large bodies and chunked ones are read a slice at a time, those of all connections in turns, until
+# one turn of the event loop has seen so many parts of them (chunks, brackets, strings): a body may
+# be made so that each of its bytes is one.
+_SLICE_BYTES: Final = 16384
+_PARTS_PER_TURN: Final = 4096
+_PARTS_PER_SLICE: Final = 128
 # Refused connections beyond the limit that are closed gently at one time.
 _MAX_LINGERING: Final = 256
 _LINGER_S: Final = 5.0
@@ -59,6 +78,9 @@ class ClientConnection(Downstream):
         self._scanned = 0  # so much of the buffer holds no end of a head
         self._body_left = 0
         self._chunks: ChunkDecoder | None = None
+        self._waiting = b""  # received of a body, and read up to the position that follows
+        self._waiting_at = 0
+        self._waits = False  # nothing is read from it meanwhile
         self._reading_body = False
         self._paused = False
         self._paused_s: float = 0.0
@@ -100,7 +122,9 @@ class ClientConnection(Downstream):
         if self._closing:
             return
         try:
-            if self._reading_body:
+            if self._waiting:
+                self._waiting += data
+            elif self._reading_body:
                 self._body(data)
             elif self.exchange is not None:
                 self._buffer += data
@@ -165,7 +189,11 @@ class ClientConnection(Downstream):
         """Read the client again."""
         if self._paused and not self._closing:
             self._paused = False
-            self.transport.resume_reading()
+            if self._waiting:
+                # Not from here: the exchange that asks is in the middle of something.
+                self.context.loop.call_soon(self.clients.take_turn, self)
+            else:
+                self.transport.resume_reading()
 
     # Reading
 
@@ -216,7 +244,9 @@ class ClientConnection(Downstream):
         context = self.context
         self.keep_alive = head.keep_alive and not context.draining
         self.origin = head.origin
-        if head.method != b"POST" or head.path not in PROXIED:
+        if head.path not in context.proxied:
+            head.path = plain_path(head.path)
+        if head.method != b"POST" or head.path not in context.proxied:
             self._local(head, rest)
             return
         now = context.now()
@@ -225,7 +255,14 @@ class ClientConnection(Downstream):
         self.deadline_s = now + context.gateway.request_timeout_s
         length = head.content_length
         try:
-            if not head.chunked and length == len(rest):
+            if head.content_encoding is not None:
+                self._reading_body = True
+                raise encoding_unsupported(head.content_encoding)
+            if (
+                length == len(rest) < context.at_once_bytes
+                and not head.chunked
+                and exchange.reader is None
+            ):
                 exchange.complete_at_once(rest)
                 return
             if length > context.gateway.max_body_bytes:
@@ -241,23 +278,72 @@ class ClientConnection(Downstream):
         self._reading_body = True
         self._chunks = ChunkDecoder() if head.chunked else None
         self._body_left = length
+        if exchange.reader is None and (head.chunked or length >= context.at_once_bytes):
+            exchange.reader = JsonReader()
         if head.expect_continue and not rest:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._body(rest)
 
     def _body(self, data: bytes) -> None:
+        """Some of a body: read it at once, or wait for a turn where that may take a while."""
+        exchange = self.exchange
+        if exchange is not None and exchange.reader is not None and data:
+            self._waiting, self._waiting_at = data, 0
+            if not self._paused:
+                self.clients.take_turn(self)
+            if self._waiting and not self._closing:
+                self._waits = True
+                self.transport.pause_reading()
+        else:
+            self._read_body(data, b"")
+
+    def read_on(self) -> int:
+        """It is this connection's turn: read the next slice of what was received. Returns how many
+        parts it had."""
+        if self._paused or self._closing or not self._waiting:
+            return 0  # ``resume`` asks for another turn
+        start, exchange = self._waiting_at, self.exchange
+        reader = None if exchange is None else exchange.reader
+        before = 0 if reader is None else reader.parts
+        data = self._waiting[start : start + _SLICE_BYTES]
+        later = b""
+        if start + len(data) < len(self._waiting):
+            self._waiting_at = start + len(data)
+            if self._chunks is not None or self._body_left <= len(data):
+                later = self._waiting[self._waiting_at :]
+        else:
+            self._waiting = b""
+        parts = 0
+        try:
+            parts = self._read_body(data, later)
+        except Exception:  # noqa: BLE001 -- as in ``data_received``
+            self._internal_error()
+        if self._waiting:
+            if not self._paused:
+                self.clients.take_turn(self)
+        elif self._waits and not self._closing:
+            self._waits = False
+            if not self._paused:
+                self.transport.resume_reading()
+        return _PARTS_PER_SLICE + parts + (0 if reader is None else reader.parts - before)
+
+    def _read_body(self, data: bytes, later: bytes) -> int:
+        """Read some of the body, of which ``later`` was received as well. Returns the number of
+        chunks that it had."""
         exchange = self.exchange
         if exchange is None:
-            return
+            return 0
         gateway = self.context.gateway
         self.deadline_s = min(
             self.now() + gateway.body_timeout_s,
             exchange.started_s + gateway.request_timeout_s,
         )
         rest: bytes | None = None
+        chunks = 0
         try:
             if self._chunks is not None:
                 payload, rest = self._chunks.feed(data)
+                chunks = len(payload)
                 if payload:
                     exchange.feed(payload[0] if len(payload) == 1 else b"".join(payload))
             else:
@@ -269,13 +355,15 @@ class ClientConnection(Downstream):
                     exchange.feed(data)
             if rest is not None and self.exchange is exchange:
                 self._reading_body = False
-                self._buffer = rest
+                self._buffer = rest + later
+                self._waiting = b""
                 self.deadline_s = exchange.started_s + self.context.gateway.request_timeout_s
                 exchange.complete()
         except ApiError as error:
             if self._reading_body:
                 self.keep_alive = False
             exchange.reject(error)
+        return chunks
 
     def _local(self, head: RequestHead, rest: bytes) -> None:
         """What the gateway answers itself. Its body, if any, has no meaning and is not read,
@@ -290,7 +378,8 @@ class ClientConnection(Downstream):
                 head,
                 request_id=request_id,
                 close=not self.keep_alive,
-                extra=self.context.cors_lines(self.origin),
+                extra=self.context.cors_lines(self.origin)
+                + (KEEP_ALIVE if head.http10 and self.keep_alive else b""),
             )
         )
         if len(rest) < head.content_length or head.chunked:
@@ -368,8 +457,9 @@ class ClientConnection(Downstream):
         """Close after an early answer. Closing with unread bytes would reset the connection, and
         the client would lose the answer: so end the sending side, and read on for a moment."""
         self._closing = True
-        if self._paused:
-            self._paused = False
+        self._waiting = b""
+        if self._paused or self._waits:
+            self._paused = self._waits = False
             self.transport.resume_reading()
         self.deadline_s = self.now() + _LINGER_S
         if self.transport.can_write_eof():
@@ -475,6 +565,10 @@ class ClientConnections:
         self.context = context
         self.pools = pools
         self._open: set[ClientConnection] = set()
+        self._turns: deque[ClientConnection] = deque()
+        self._parts_left: int = _PARTS_PER_TURN
+        self._is_giving = False
+        self._is_next_due = False
         self._all_closed = asyncio.Event()
         self._no_room_until_s: float = 0.0
 
@@ -518,6 +612,28 @@ class ClientConnections:
                 largest = other
         largest.reject(buffer_full())
         return True
+
+    def take_turn(self, client: ClientConnection) -> None:
+        """Have a connection read on, after those that asked before it."""
+        self._turns.append(client)
+        if not self._is_giving:
+            self._give_turns()
+
+    def _give_turns(self) -> None:
+        self._is_giving = True
+        while self._turns and self._parts_left > 0:
+            self._parts_left -= self._turns.popleft().read_on()
+        self._is_giving = False
+        if not self._is_next_due:
+            self._is_next_due = True
+            self.context.loop.call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        """The event loop has seen to the others: so many parts may be read again."""
+        self._is_next_due = False
+        self._parts_left = _PARTS_PER_TURN
+        if self._turns:
+            self._give_turns()
 
     def sweep(self, now: float) -> None:
         """End what waited too long."""

@@ -19,6 +19,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Final
 
+import msgspec
+
 from gateway.datapath import metrics
 from gateway.datapath.context import WorkerContext
 from gateway.datapath.pool import (
@@ -34,6 +36,16 @@ from gateway.datapath.pool import (
     UpstreamEndpoint,
 )
 from gateway.datapath.protocol import sse
+from gateway.datapath.protocol.bodies import (
+    BodyReader,
+    FormReader,
+    JsonReader,
+    form_boundary,
+    read_bool,
+    read_json,
+    smallest_bound,
+    splice,
+)
 from gateway.datapath.protocol.chunks import ChunkDecoder
 from gateway.datapath.protocol.errors import (
     Api,
@@ -43,8 +55,8 @@ from gateway.datapath.protocol.errors import (
     engine_error,
     render,
 )
-from gateway.datapath.protocol.http1 import RequestHead, ResponseHead
-from gateway.datapath.protocol.openai import peek_model, quote_model, read_head, rewrite_model
+from gateway.datapath.protocol.http1 import KEEP_ALIVE, RequestHead, ResponseHead
+from gateway.datapath.protocol.openai import TAKES_JSON, find_model, read_head
 from gateway.datapath.upstream import Upstream, UpstreamConnection
 from router.failures import is_fault, is_pressure
 from router.request import RoutingRequest
@@ -52,6 +64,10 @@ from router.request import RoutingRequest
 _LARGE_BODY_BYTES: Final = 32768
 # A body that comes too slowly has its place at a replica for so long.
 _SLOW_BODY_S: Final = 5.0
+# A body that is read as it comes, and that no reader could follow is decoded too, up to this size.
+_MAX_DECODED_BYTES: Final = 262_144
+# Speech and pictures: so many bytes of a form are one byte of text to the token estimate.
+_FORM_BYTES: Final = 64
 _SMALL_PART_BYTES: Final = 4096
 _QUEUE_WAIT_ZERO: Final = metrics.HISTOGRAM_OFFSETS[metrics.QUEUE_WAIT]
 
@@ -134,7 +150,8 @@ def buffer_full() -> ApiError:
 class Exchange(PooledRequest):
     """See the module. Class attributes are the values before the answer began: setting thirty
     fields per request would cost more than reading its head. ``body_bytes`` counts the request's
-    body, ``whole`` says that it was received whole, ``committed`` that a head was sent."""
+    body, ``whole`` says that it was received whole, ``committed`` that a head was sent. ``reader``
+    is there for a body that is read as it comes."""
 
     client: Downstream
     request_id: bytes
@@ -143,7 +160,7 @@ class Exchange(PooledRequest):
     parts: list[bytes]
     whole: bool = False
     committed: bool = False
-    peek: tuple[str, int, int] | None = None
+    reader: BodyReader | None = None
     output_bound: int | None = None
     attempts: int = 0
     pool: PoolRuntime | None = None
@@ -177,6 +194,10 @@ class Exchange(PooledRequest):
         self.state = GATHER
         self.model = ""
         self.parts = []
+        if head.path not in TAKES_JSON:
+            boundary = form_boundary(head.kept)
+            if boundary is not None:
+                self.reader = FormReader(boundary)
 
     @property
     def address(self) -> str:
@@ -186,7 +207,8 @@ class Exchange(PooledRequest):
     # The request's body, from the client
 
     def feed(self, data: bytes) -> None:
-        """Some of the body. Raises ``ApiError`` where it is too much."""
+        """Some of the body, a slice of what was received. Raises ``ApiError`` where it is too
+        much, or names two models."""
         context = self.client.context
         gateway = context.gateway
         self.body_bytes += len(data)
@@ -196,6 +218,9 @@ class Exchange(PooledRequest):
                 Reason.BODY_TOO_LARGE,
                 f"The request body is larger than {gateway.max_body_bytes} bytes.",
             )
+        reader = self.reader
+        if reader is not None:
+            reader.feed(data)
         if self.state >= SENT:
             self._forward(data)
             return
@@ -213,11 +238,12 @@ class Exchange(PooledRequest):
             self._peek()
 
     def _peek(self) -> None:
-        """A large body: route by its beginning where that names the model, and stream the rest."""
-        self._peeked = True
-        self.peek = peek_model(self._join())
-        if self.peek is not None:
-            self.model = self.peek[0]
+        """A large body: route by what has come of it once that names the model, and stream the
+        rest."""
+        reader = self.reader
+        if reader is not None and reader.model:
+            self._peeked = True
+            self._take_fields(reader)
             pool = self.client.pools.find(self.model)
             if pool.may_stream(self, self.client.now()):
                 pool.uploads += 1
@@ -235,10 +261,18 @@ class Exchange(PooledRequest):
             return
         if self.state == CONNECT:
             return
-        body = self._join()
-        self._read(body)
+        reader = self.reader
+        is_small = self.body_bytes < self.client.context.at_once_bytes
+        if reader is None or (is_small and isinstance(reader, JsonReader)):
+            self.reader = None
+            self._read(self._join())
+        else:
+            if reader.broken and not reader.model and self.body_bytes <= _MAX_DECODED_BYTES:
+                reader = self._decode(self._join())
+            reader.check()
+            self._take_fields(reader)
         if self.pool is None:
-            self._route(len(body))
+            self._route(self.body_bytes)
 
     def complete_at_once(self, body: bytes) -> None:
         """The whole body came with the head: the common case, in one step."""
@@ -247,13 +281,42 @@ class Exchange(PooledRequest):
         self.body_bytes = size = len(body)
         self.client.context.buffered_bytes += size
         self._read(body)
-        self._route(size)
+        self._route(self.body_bytes)
 
     def _read(self, body: bytes) -> None:
         fields = read_head(body)
-        self.stream = bool(fields.stream)
-        self.output_bound = fields.output_bound()
+        if fields is None:
+            self._take_fields(self._decode(body))
+            return
         self.model = fields.model or ""
+        if fields.stream is not None:
+            self.stream = read_bool(fields.stream)
+        if not (
+            fields.max_tokens is None
+            and fields.max_completion_tokens is None
+            and fields.max_output_tokens is None
+        ):
+            self.output_bound = smallest_bound(
+                fields.max_tokens, fields.max_completion_tokens, fields.max_output_tokens
+            )
+
+    def _decode(self, body: bytes) -> BodyReader:
+        """Read a body that is out of the ordinary; from here on it is UTF-8."""
+        self.reader, plain = read_json(body)
+        self.client.context.buffered_bytes += len(plain) - len(body)
+        self.body_bytes = len(plain)
+        self.parts[:] = [plain]
+        return self.reader
+
+    def _take_fields(self, reader: BodyReader) -> None:
+        self.model = reader.model or ""
+        self.stream = reader.stream
+        self.output_bound = reader.output_bound()
+
+    def _text_bytes(self, body_bytes: int) -> int:
+        """What a body counts as in the estimate of its tokens."""
+        is_form = isinstance(self.reader, FormReader)
+        return body_bytes // _FORM_BYTES if is_form else body_bytes
 
     def _join(self) -> bytes:
         parts = self.parts
@@ -267,7 +330,10 @@ class Exchange(PooledRequest):
 
     def _count_tokens(self, pool: PoolRuntime) -> None:
         """The body of a request that was routed by its beginning is whole: count what came."""
-        prompt_tokens, tokens = pool.estimate(self.body_bytes, self.output_bound)
+        if self.reader is not None:
+            self.output_bound = self.reader.output_bound()
+        body_bytes = self._text_bytes(self.body_bytes)
+        prompt_tokens, tokens = pool.estimate(body_bytes, self.output_bound)
         more = tokens - self.routing.tokens
         integers = pool.counters.integers
         if self.endpoint is not None:
@@ -292,7 +358,7 @@ class Exchange(PooledRequest):
 
     def _route(self, body_bytes: int) -> None:
         self.pool = pool = self.client.pools.find(self.model)
-        prompt_tokens, tokens = pool.estimate(body_bytes, self.output_bound)
+        prompt_tokens, tokens = pool.estimate(self._text_bytes(body_bytes), self.output_bound)
         if not self.whole:  # no engine works on it before, so it is no demand yet
             _, tokens = pool.estimate(0, self.output_bound)
         self.routing = RoutingRequest(prompt_tokens, tokens)
@@ -367,28 +433,27 @@ class Exchange(PooledRequest):
         else:
             counters.observe(metrics.QUEUE_WAIT, now - self.started_s)
         parts = self.parts
-        body = parts[0] if len(parts) == 1 else self._join()
         served = endpoint.served_model
-        if served is not None and served != self.model:
-            body = self._renamed(body, served)
+        if served is not None and served != self.model and self.model not in endpoint.names:
+            parts = self._renamed(served)
         self._adds_usage = False
         if self.stream and endpoint.replica.stream_usage and self.whole:
-            body = self._ask_usage(body)
+            parts = self._ask_usage(parts)
+        size = len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
         upstream = endpoint.upstream
         head = self.head
         kept = head.kept
         if upstream.overrides:
             kept = upstream.without_overridden(kept)
         if self.whole:
-            framing = b"\r\ncontent-length: %d\r\n\r\n" % len(body)
+            framing = b"\r\ncontent-length: %d\r\n\r\n" % size
             self.body_sent = True
         elif head.chunked:
-            framing = b"\r\ntransfer-encoding: chunked\r\n\r\n"
-            body = sse.chunk(body)
+            framing = b"\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n" % size
+            parts = [*parts, b"\r\n"]
         else:
-            length = head.content_length - self.body_bytes + len(body)
+            length = head.content_length - self.body_bytes + size
             framing = b"\r\ncontent-length: %d\r\n\r\n" % length
-        size = len(body)
         first = (
             upstream.request_start,
             head.path,
@@ -401,31 +466,33 @@ class Exchange(PooledRequest):
         )
         write = connection.transport.write
         if size <= _LARGE_BODY_BYTES:
-            write(b"".join((*first, body)))
+            write(b"".join((*first, *parts)))
         else:
-            write(b"".join(first))
-            write(body)
+            connection.transport.writelines((b"".join(first), *parts))
         counters.integers[metrics.REQUEST_BYTES] += size
 
-    def _ask_usage(self, body: bytes) -> bytes:
+    def _ask_usage(self, parts: list[bytes]) -> list[bytes]:
         """The body, with a question for the stream's usage where it has none."""
         if (
             self.head.path in _USAGE_PATHS
             and not self.head.http10
             and self.client.context.gateway.count_stream_usage
+            and (self.reader is None or not self.reader.has_stream_options)
         ):
-            asking = sse.ask_usage(body)
+            asking = sse.ask_usage(parts[0])
             if asking is not None:
                 self._adds_usage = True
-                return asking
-        return body
+                return [asking, *parts[1:]]
+        return parts
 
-    def _renamed(self, body: bytes, served: str) -> bytes:
-        """The body with the replica's own name for the model."""
-        if self.peek is not None:
-            _, start, end = self.peek
-            return body[:start] + quote_model(served) + body[end:]
-        return rewrite_model(body, served)
+    def _renamed(self, served: str) -> list[bytes]:
+        """The body with the replica's own name for the model; every other byte as it came."""
+        reader = self.reader
+        if reader is not None:
+            return splice(self.parts, reader.start, reader.end, reader.quote(served))
+        body = self._join()
+        start, end = find_model(body)
+        return [body[:start] + msgspec.json.encode(served) + body[end:]]
 
     def _forward(self, data: bytes) -> None:
         """The tail of a large body, straight on. From here it cannot be sent a second time."""
@@ -534,7 +601,9 @@ class Exchange(PooledRequest):
         lines = b"\r\n" + cors[:-2] if cors else b""
         if self.head.path.startswith(_ANTHROPIC_PATH):
             lines += b"\r\nrequest-id: " + self.request_id
-        return lines if client.keep_alive else lines + b"\r\nconnection: close"
+        if not client.keep_alive:
+            return lines + b"\r\nconnection: close"
+        return lines + b"\r\n" + KEEP_ALIVE[:-2] if self.head.http10 else lines
 
     def _begin_otherwise(self, head: ResponseHead, body: bytes) -> None:
         """Our head is out already, or the client or the engine cannot frame a body."""
@@ -677,7 +746,7 @@ class Exchange(PooledRequest):
             tail = self._previous_block[-_TAIL_BYTES:] + tail
         prompt, output = self._clamp(*sse.read_usage(tail))
         size = self.body_bytes if self.whole else self.head.content_length
-        pool.estimator.learn(size, prompt, output)
+        pool.estimator.learn(self._text_bytes(size), prompt, output)
         if answer.is_stream:
             if output is None:
                 prompt = self.routing.prompt_tokens if prompt is None else prompt
@@ -881,7 +950,8 @@ class Exchange(PooledRequest):
                     error,
                     request_id=self.request_id,
                     close=not client.keep_alive,
-                    extra=client.context.cors_lines(client.origin),
+                    extra=client.context.cors_lines(client.origin)
+                    + (KEEP_ALIVE if self.head.http10 and client.keep_alive else b""),
                     api=api_of(self.head.path),
                 )
             )

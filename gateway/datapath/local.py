@@ -10,7 +10,7 @@ from gateway.datapath.context import WorkerContext
 from gateway.datapath.pool import PoolDirectory, unknown_model
 from gateway.datapath.protocol.errors import ApiError, Reason, api_of, render, response
 from gateway.datapath.protocol.http1 import RequestHead
-from gateway.datapath.protocol.openai import PROXIED, model_card, model_list
+from gateway.datapath.protocol.openai import model_card
 
 _READ = (b"GET", b"HEAD")
 _HEALTH = (b"/health", b"/ping")
@@ -47,10 +47,10 @@ def _answer(
     path, method = head.path, head.method
     is_models = path == b"/v1/models" or path.startswith(b"/v1/models/")
     is_local = is_models or path in _HEALTH
-    if method == b"OPTIONS" and (path == b"*" or is_local or path in PROXIED):
+    if method == b"OPTIONS" and (path == b"*" or is_local or path in context.proxied):
         allowed = b"GET, HEAD, OPTIONS" if is_local else b"POST, OPTIONS"
         return _options(allowed, request_id, close, extra)
-    if path in PROXIED:
+    if path in context.proxied:
         raise ApiError(
             405,
             Reason.METHOD_NOT_ALLOWED,
@@ -87,19 +87,18 @@ def _health(context: WorkerContext) -> bytes:
 
 
 def _models(context: WorkerContext, pools: PoolDirectory, path: bytes) -> bytes:
-    names = pools.model_names()
+    cards = {name: model_card(name, pool, context.started_wall_s) for name, pool in pools.models()}
     model = unquote(path[len(b"/v1/models/") :].decode("latin-1"))
     if not model:
-        return model_list(names, context.started_wall_s)
-    for name, root in names:
-        if name == model:
-            return msgspec.json.encode(model_card(name, root, context.started_wall_s))
-    raise unknown_model(model)
+        return msgspec.json.encode({"object": "list", "data": list(cards.values())})
+    if model not in cards:
+        raise unknown_model(model)
+    return msgspec.json.encode(cards[model])
 
 
 def _options(allowed: bytes, request_id: bytes, close: bool, extra: bytes) -> bytes:
     lines = extra + b"allow: " + allowed + b"\r\n"
-    if extra:  # the origin may: say what it may
+    if extra.startswith(b"access-control"):  # the origin may: say what it may
         lines += b"access-control-allow-methods: " + allowed + b"\r\n"
         lines += (
             b"access-control-allow-headers: *, authorization\r\naccess-control-max-age: 600\r\n"

@@ -97,6 +97,7 @@ class UpstreamEndpoint(Endpoint):
         for index in range(metrics.REPLICA_INTEGERS):  # the slot was another replica's
             self._counters[index] = 0
         self.served_model: str | None = replica.served_model
+        self.names: frozenset[str] = frozenset(replica.names)
         self.failures = 0
         self.suspect_until_s: float = 0.0
 
@@ -121,6 +122,7 @@ class UpstreamEndpoint(Endpoint):
         if begins:
             context.ledger.close_window(self.slot)
         self.served_model = replica.served_model
+        self.names = frozenset(replica.names)
 
     def is_at(self, replica: Replica) -> bool:
         """Whether the replica still has this address, headers and slot."""
@@ -348,7 +350,9 @@ class PoolRuntime:
             if weights[which] > most:
                 heaviest, most = address, weights[which]
         own = self._held_by.get(request.address)
-        with_it = (request.body_bytes if by_bytes else 1) + (0 if own is None else own[which])
+        with_it = 0 if own is None else own[which]
+        if request.state != HELD:
+            with_it += request.body_bytes if by_bytes else 1
         if most <= with_it:
             return None
         for held in reversed(self.queue):
@@ -361,11 +365,17 @@ class PoolRuntime:
         request.held_bytes += more_bytes
         self.counters.integers[metrics.QUEUED_BYTES] += more_bytes
         self._held_by[request.address][1] += more_bytes
-        self.counters.flush()
-        total = self.context.shared.pool_total
-        if total(self.pool.slot, metrics.QUEUED_BYTES) > self.context.gateway.holding.max_bytes:
-            held = total(self.pool.slot, metrics.QUEUED_REQUESTS)
-            raise self._hold_queue_full(request, held)
+        total, slot = self.context.shared.pool_total, self.pool.slot
+        most_bytes = self.context.gateway.holding.max_bytes
+        for _ in range(_MOST_GIVE_WAY):
+            self.counters.flush()
+            if total(slot, metrics.QUEUED_BYTES) <= most_bytes:
+                return
+            held = total(slot, metrics.QUEUED_REQUESTS)
+            heaviest = self._find_heaviest(request, by_bytes=True)
+            if heaviest is None:
+                raise self._hold_queue_full(request, held)
+            heaviest.reject(self._hold_queue_full(heaviest, held))
 
     def _count_held(self, request: PooledRequest, sign: int) -> None:
         integers = self.counters.integers
@@ -589,7 +599,7 @@ class PoolDirectory:
                 runtime = PoolRuntime(self._context, pool)
             self.by_name[pool.name] = runtime
             if not pool.draining:
-                for name in (pool.name, *pool.aliases):
+                for name in (pool.name, *pool.aliases, *pool.adapters):
                     self._names[name] = runtime
         for gone in old.values():
             gone.close()
@@ -618,10 +628,10 @@ class PoolDirectory:
             raise unknown_model(model)
         return runtime
 
-    def model_names(self) -> list[tuple[str, str | None]]:
-        """All names clients may use, with the pool that an alias stands for."""
+    def models(self) -> list[tuple[str, Pool]]:
+        """All names clients may use, with the pool that each stands for."""
         return [
-            (name, None if name == runtime.pool.name else runtime.pool.name)
+            (name, runtime.pool)
             for name, runtime in self._names.items()
             if not runtime.pool.disabled
         ]

@@ -114,9 +114,16 @@ class GatewaySettings(BaseModel):
     """Bytes of request bodies one worker has in memory at once, held requests included; past it
     new requests are answered 503. 256 MiB bounds a worker's memory whatever the clients send."""
 
+    proxied_paths: tuple[Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~-]+)+$")], ...] = Field(
+        default=(), max_length=1_000
+    )
+    """Further paths, besides those of vLLM, OpenAI's audio and OpenAI's images, that are passed to
+    the pool which the ``model`` of a POST's body names, as JSON or as a form
+    (``["/v1/videos"]``)."""
+
     peek_bytes: int = Field(default=65_536, ge=1_024, le=16_777_216)
-    """Bytes of a body read before a replica is chosen: enough to find ``model`` and ``stream`` in
-    it. What follows is streamed through and not kept."""
+    """Bytes of a body read before a replica is chosen, and more until its ``model`` is found. What
+    follows is streamed through and not kept."""
 
     head_timeout_s: float = Field(default=10.0, gt=0.0, le=3_600.0)
     """Seconds a client has to send a whole request head. 10 ends slow-head attacks and forgives a

@@ -103,12 +103,13 @@ def find_name_conflicts(tree: Mapping[str, Any], origin: Origin) -> Iterator[Pro
     for index, pool in enumerate(pools if isinstance(pools, list) else ()):
         if not isinstance(pool, dict):
             continue
-        aliases = pool.get("aliases")
         names = [(f"pools.{index}.name", pool.get("name"))]
-        names += [
-            (f"pools.{index}.aliases.{number}", name)
-            for number, name in enumerate(aliases if isinstance(aliases, list) else ())
-        ]
+        for field in ("aliases", "adapters"):
+            given = pool.get(field)
+            names += [
+                (f"pools.{index}.{field}.{number}", name)
+                for number, name in enumerate(given if isinstance(given, list) else ())
+            ]
         for path, name in names:
             if not isinstance(name, str):
                 continue

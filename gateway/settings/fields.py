@@ -262,6 +262,7 @@ PATTERNS = {
     r"^https?://[^\s/@?#]+$": "a URL like http://host:port, without user, path or final /",
     r"^http://[^\s/@?#:\[\]]+(:[0-9]{1,5})?$": "a URL like http://name:port, without user, path or "
     "final /",
+    r"^(/[A-Za-z0-9._~-]+)+$": "a path such as /v1/videos",
     r"^!?[^!/\s][^\s]*$": "a pattern of file names{}, without white space or a leading /",
     r"^[0-9a-f]{64}$": "a SHA-256 of 64 digits 0 to f",
     r"^[^/].*$": "text{} that does not begin with /",

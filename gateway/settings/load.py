@@ -361,7 +361,7 @@ def _read_file(draft: _Draft, path: Path) -> None:
             raise ValueError(
                 f"is larger than {MAX_FILE_BYTES} bytes, so it is an unknown settings file"
             )
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
         tree = tomllib.loads(text)
     except OSError as error:
         draft.found.append(Problem("", f"cannot be read: {error.strerror or error}", str(path)))

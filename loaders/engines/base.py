@@ -34,6 +34,9 @@ MAX_SIGN_CHARACTERS = 300
 """Length of a log message that shows a phase; vLLM's dumps of its configuration, which have all the
 words in them, are longer."""
 
+MAX_LISTED_NAMES = 1_000
+"""Models of one server whose names are remembered: some bases and all of their adapters."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
@@ -218,3 +221,8 @@ def choose_model(
         if name in listed:
             return listed[name]
     return models[0]
+
+
+def list_names(models: tuple[ServedModel, ...] | None) -> tuple[str, ...]:
+    """The names that are listed, the first ``MAX_LISTED_NAMES`` of them."""
+    return tuple(model.name for model in (models or ())[:MAX_LISTED_NAMES])

@@ -71,7 +71,13 @@ from autoscaler.backends.process.replica import (
 )
 from autoscaler.policy.device_assignment import GpuCapacity
 from autoscaler.settings import AutoscalerSettings
-from loaders.engines.base import DEFAULT_HEALTH_PATH, Placement, choose_model, engine_of
+from loaders.engines.base import (
+    DEFAULT_HEALTH_PATH,
+    Placement,
+    choose_model,
+    engine_of,
+    list_names,
+)
 from loaders.engines.client import EngineClient
 from loaders.engines.vllm.forkserver.client import ForkedProcess, ForkError, ServerLost
 
@@ -364,6 +370,7 @@ class ProcessBackend:
         if health.ready and child.model is None:
             models = await engine.list_models(self._client, child.url, {})
             child.model = choose_model(models, pool.name, pool.model)
+            child.listed = list_names(models)
         phase = "" if health.ready else child.describe_phase()
         return make_probe(child, alive=True, ready=health.ready, detail=health.detail, phase=phase)
 

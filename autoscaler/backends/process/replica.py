@@ -111,6 +111,7 @@ class ReplicaProcess:
     pid: int | None = None
     family: Family | None = None
     model: ServedModel | None = None
+    listed: tuple[str, ...] = ()
     ended: bool = False
     proven: bool = False
     phase: str = START_PHASES[0]
@@ -254,6 +255,7 @@ def make_probe(
         phase=phase,
         url=child.url,
         served_model=None if model is None else model.name,
+        listed=child.listed,
         max_model_len_tokens=length or pool.max_model_len_tokens,
         stream_usage=model is not None and model.stream_usage,
         pid=child.pid,

@@ -44,6 +44,7 @@ class Reason(StrEnum):
     HEAD_TIMEOUT = "head_timeout"
     BODY_TIMEOUT = "body_timeout"
     UPGRADE_UNSUPPORTED = "upgrade_unsupported"
+    ENCODING_UNSUPPORTED = "encoding_unsupported"
     EXPECTATION_UNSUPPORTED = "expectation_unsupported"
     CONNECTIONS_FULL = "connections_full"
     BUFFER_FULL = "buffer_full"
@@ -112,6 +113,17 @@ class ApiError(Exception):
             "code": "model_not_found" if self.reason is Reason.MODEL_UNKNOWN else self.reason,
         }
         return msgspec.json.encode({"error": error})
+
+
+def encoding_unsupported(encoding: bytes) -> ApiError:
+    """415 for a compressed body, which neither the engines nor the gateway decode."""
+    name = encoding.decode("latin-1")[:100]
+    return ApiError(
+        415,
+        Reason.ENCODING_UNSUPPORTED,
+        f"The request body has the content encoding '{name}', which is not understood: send it "
+        "as it is.",
+    )
 
 
 def engine_error(status: int, body: bytes, api: Api) -> ApiError | bytes:
@@ -183,6 +195,8 @@ def render(
     if error.retry_after_s is not None:
         # Whole seconds, rounded up: a client that comes back early is refused again.
         headers += b"retry-after: %d\r\n" % max(1, -int(-error.retry_after_s // 1))
+    if error.status == 415:
+        headers += b"accept-encoding: identity\r\n"  # RFC 9110 15.5.16
     if error.status == 405:
         headers += b"allow: " + (error.param or "POST").encode() + b"\r\n"
     return response(

@@ -20,11 +20,12 @@ from gateway.datapath.protocol.errors import ApiError, Reason
 
 # Headers of a request that do not travel: hop-by-hop ones (RFC 9110 7.6.1), framing, which the
 # gateway sets itself, accept-encoding (a compressed answer would hide its usage and its first
-# token), and origin (CORS is the gateway's to answer; an engine that saw it would answer "*").
+# token), origin (CORS is the gateway's to answer; an engine that saw it would answer "*"), and
+# content-encoding (only "identity" is taken).
 _REQUEST_SPECIAL: Final = re.compile(
     rb"\r\n((?i:host|connection|keep-alive|proxy-connection|proxy-authorization|te|trailer"
     rb"|transfer-encoding|content-length|upgrade|expect|accept-encoding|x-request-id"
-    rb"|http2-settings|origin)):[ \t]*([^\r]*)"
+    rb"|http2-settings|origin|content-encoding)):[ \t]*([^\r]*)"
 )
 _RESPONSE_SPECIAL: Final = re.compile(
     rb"\r\n((?i:connection|keep-alive|proxy-connection|transfer-encoding|content-length|upgrade"
@@ -38,6 +39,7 @@ _REQUEST_ID: Final = 5
 _ORIGIN: Final = 6
 _EXPECT: Final = 7
 _UPGRADE: Final = 8
+_ENCODING: Final = 9
 _KINDS: Final = {
     b"host": _HOST,
     b"Host": _HOST,
@@ -50,6 +52,7 @@ _KINDS: Final = {
     b"origin": _ORIGIN,
     b"expect": _EXPECT,
     b"upgrade": _UPGRADE,
+    b"content-encoding": _ENCODING,
 }
 # The status line; then, where no other header of note comes first, a plain Content-Length.
 _STATUS: Final = re.compile(
@@ -59,6 +62,8 @@ _STATUS: Final = re.compile(
 )
 # Control bytes: of no use in a head, and what a log or a terminal makes of them is not known.
 _CONTROLS: Final = bytes(byte for byte in range(32) if byte not in b"\t\r\n") + b"\x7f"
+# HTTP/1.0 closes unless both sides say otherwise, and ``ab`` waits for that end.
+KEEP_ALIVE: Final = b"connection: keep-alive\r\n"
 _CONNECTION_OPTIONS: Final = frozenset((b"", b"close", b"keep-alive", b"te", b"upgrade"))
 _BARE_LF: Final = re.compile(rb"(?<!\r)\n|\r(?![\n])(?=.)", re.DOTALL)
 _AUTHORITY: Final = re.compile(rb"\A[^/?#]*")
@@ -86,6 +91,7 @@ class RequestHead:
     request_id: bytes | None = None
     origin: bytes | None = None
     named: frozenset[bytes] = frozenset()
+    content_encoding: bytes | None = None
 
 
 class _Silent:
@@ -190,6 +196,9 @@ def _set_rare(result: RequestHead, kind: int, value: bytes) -> None:
                 417, Reason.EXPECTATION_UNSUPPORTED, "Only 'Expect: 100-continue' is met."
             )
         result.expect_continue = not result.http10
+    elif kind == _ENCODING:
+        if value.lower() not in (b"", b"identity"):
+            result.content_encoding = value
     elif kind == _UPGRADE and value.lower() == b"websocket":
         raise ApiError(400, Reason.UPGRADE_UNSUPPORTED, "WebSocket is not spoken here.")
 

@@ -7,143 +7,109 @@ by a decoder that skips everything else, and of a large body only the first byte
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
-from gateway.datapath.protocol.errors import ApiError, Reason
+from router.types import Pool
 
-# Paths passed to the pool that the body's ``model`` names: vLLM's own, with the aliases it takes.
-PROXIED: frozenset[bytes] = frozenset(
+# Paths passed to the pool that the body's ``model`` names: what vLLM serves, with the aliases it
+# takes, and what servers of speech and pictures serve, in JSON or in forms.
+TAKES_JSON: frozenset[bytes] = frozenset(
     {
         b"/v1/chat/completions",
+        b"/v1/chat/completions/batch",
+        b"/v1/chat/completions/render",
+        b"/v1/chat/completions/derender",
         b"/v1/completions",
-        b"/v1/embeddings",
+        b"/v1/completions/render",
+        b"/v1/completions/derender",
         b"/v1/responses",
+        b"/v1/responses/render",
         b"/v1/messages",
         b"/v1/messages/count_tokens",
+        b"/v1/messages/render",
+        b"/v1/embeddings",
+        b"/v2/embed",
         b"/v1/rerank",
         b"/v2/rerank",
         b"/rerank",
         b"/v1/score",
         b"/score",
-        b"/tokenize",
-        b"/detokenize",
+        b"/generative_scoring",
         b"/pooling",
         b"/classify",
+        b"/tokenize",
+        b"/detokenize",
+        b"/inference/v1/generate",
+        b"/invocations",
+        b"/cohere/v2/chat",
     }
 )
+PROXIED: frozenset[bytes] = TAKES_JSON | {
+    b"/v1/audio/speech",
+    b"/v1/audio/transcriptions",
+    b"/v1/audio/translations",
+    b"/v1/images/generations",
+    b"/v1/images/edits",
+    b"/v1/images/variations",
+}
 
-# Members of the top object that are plain values, up to "model". Anchored at the start, so a
-# "model" inside a message can never match; possessive-free but linear, as members cannot overlap.
-_PEEK = re.compile(
-    rb'\s*\{(?:\s*"[^"\\]{0,64}"\s*:\s*(?:"[^"\\]{0,1024}"|-?[0-9][0-9.eE+-]{0,40}|true|false|null)\s*,)'
-    rb'{0,64}?\s*"model"\s*:\s*("[^"\\]{0,1024}")\s*[,}]'
-)
+_SLASHES: Final = re.compile(rb"/{2,}")
 
-_Number = int | float | None
+
+def plain_path(path: bytes) -> bytes:
+    """A path without stray slashes, which base URLs that end in one lead to."""
+    return _SLASHES.sub(b"/", path).rstrip(b"/") or b"/"
+
+
+_MODEL: Final = re.compile(rb'"model"[ \t\n\r]*:[ \t\n\r]*("(?:[^"\\]|\\.)*")')
 
 
 class Head(msgspec.Struct):
-    """The routed fields of a body. ``output_bound`` is the request's own limit of output tokens."""
+    """The routed fields of a body, as the client wrote them."""
 
     model: str | None = None
-    stream: bool | int | str | None = None
-    max_tokens: _Number = None
-    max_completion_tokens: _Number = None
-    max_output_tokens: _Number = None
-
-    def output_bound(self) -> int | None:
-        """The smallest positive bound the request gives on its output, in tokens."""
-        if self.max_completion_tokens is None and self.max_output_tokens is None:
-            value = self.max_tokens
-            return int(value) if value is not None and value > 0 else None
-        values = (self.max_tokens, self.max_completion_tokens, self.max_output_tokens)
-        return min(
-            (int(value) for value in values if value is not None and value > 0), default=None
-        )
+    stream: Any = None
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    max_output_tokens: Any = None
 
 
 _decode = msgspec.json.Decoder(Head).decode
-_decode_raw = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_FIELD = re.compile(r"`\$\.?([^`]*)`")
 
 
-def read_head(body: bytes | bytearray) -> Head:
-    """The routed fields of a whole body. Raises ``ApiError`` 400 on JSON that is not an object,
-    or a routed field of the wrong type, naming the field."""
+def read_head(body: bytes) -> Head | None:
+    """The routed fields of a small JSON body; ``None`` where it is out of the ordinary, and
+    ``bodies.read_json`` has to look at it: not valid, no model, or perhaps more than one."""
     try:
         head = _decode(body)
-    except msgspec.ValidationError as error:
-        text = str(error)
-        field = _FIELD.search(text)
-        param = field[1] if field and field[1] else None
-        raise ApiError(
-            400, Reason.BAD_REQUEST, f"The request body is not valid: {text}.", param=param
-        ) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(
-            400, Reason.BAD_JSON, f"The request body is not valid JSON: {error}."
-        ) from None
-    if not head.model:
-        raise ApiError(
-            400,
-            Reason.MODEL_MISSING,
-            "The request body must name a model: set 'model' to one that GET /v1/models lists.",
-            param="model",
-        )
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    # A second key "model" is written out or holds an escaped letter (m, o, d, e, l: 6c to 6f).
+    if not head.model or body.count(b'"model"') != 1 or b"\\u006" in body:
+        return None
     return head
 
 
-def peek_model(prefix: bytes | bytearray) -> tuple[str, int, int] | None:
-    """The model named at the start of a body of which only a prefix is here, and where it stands.
-
-    Returns (model, start, end) with ``prefix[start:end]`` the quoted JSON string, or ``None`` when
-    it does not come before the first nested value: then the whole body must be read.
-    """
-    match = _PEEK.match(prefix)
-    if match is None:
-        return None
-    try:
-        model: Any = msgspec.json.decode(match[1])
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
-    return (model, match.start(1), match.end(1)) if model else None
+def find_model(body: bytes) -> tuple[int, int]:
+    """Where the quoted model stands in a body that ``read_head`` has read."""
+    match = _MODEL.search(body)
+    return (0, 0) if match is None else match.span(1)
 
 
-def rewrite_model(body: bytes | bytearray, model: str) -> bytes:
-    """The body with another ``model``; every other member keeps its bytes and its place.
-
-    A body that passes ``read_head`` and still is not whole JSON (a key that is not UTF-8) is
-    returned as it is: it is the engine's to refuse.
-    """
-    try:
-        members = _decode_raw(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return bytes(body)
-    members["model"] = msgspec.Raw(msgspec.json.encode(model))
-    return msgspec.json.encode(members)
-
-
-def quote_model(model: str) -> bytes:
-    """A model name as a JSON string."""
-    return msgspec.json.encode(model)
-
-
-def model_list(names: list[tuple[str, str | None]], created_s: int) -> bytes:
-    """``GET /v1/models``: (id, root) pairs; ``root`` is the pool an alias stands for."""
-    return msgspec.json.encode(
-        {"object": "list", "data": [model_card(name, root, created_s) for name, root in names]}
-    )
-
-
-def model_card(name: str, root: str | None, created_s: int) -> dict[str, Any]:
-    """One model as OpenAI describes it."""
-    return {
+def model_card(name: str, pool: Pool, created_s: int) -> dict[str, Any]:
+    """One model as OpenAI and vLLM describe it. ``root`` is the pool that an alias stands for,
+    ``parent`` the one whose model an adapter was made for."""
+    is_adapter = name in pool.adapters
+    card: dict[str, Any] = {
         "id": name,
         "object": "model",
         "created": created_s,
         "owned_by": "tidegate",
-        "root": root or name,
-        "parent": None,
+        "root": name if is_adapter else pool.name,
+        "parent": pool.name if is_adapter else None,
     }
+    if pool.max_model_len_tokens is not None:
+        card["max_model_len"] = pool.max_model_len_tokens
+    return card

@@ -62,6 +62,10 @@ class Site:
     def ask(self, data: bytes, address: str = "10.0.0.1") -> ClientConnection:
         client = self.connect(address)
         client.data_received(data)
+        loop = self.worker.context.loop
+        for _ in range(10):  # a large body is read over some turns of the loop
+            loop.call_soon(loop.stop)
+            loop.run_forever()
         return client
 
     def begin(self, claimed: int, sent: int, address: str = "10.0.0.1") -> ClientConnection:

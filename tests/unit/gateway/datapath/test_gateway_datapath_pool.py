@@ -207,7 +207,7 @@ def test_names_and_aliases_lead_to_the_pool_and_follow_it(loop: Loop) -> None:
     worker, _ = make(loop)
     worker.pools.apply(fleet(1))
     assert worker.pools.find("a") is worker.pools.find("m")
-    assert worker.pools.model_names() == [("m", None), ("a", "m")]
+    assert [(name, pool.name) for name, pool in worker.pools.models()] == [("m", "m"), ("a", "m")]
     worker.pools.apply(fleet(2, aliases=("b",)))
     with pytest.raises(ApiError) as raised:
         worker.pools.find("a")
@@ -223,7 +223,7 @@ def test_a_draining_pool_is_unknown_to_new_requests_and_keeps_what_it_has(loop: 
     worker.pools.apply(fleet(2, replica(), draining=True))
     assert worker.pools.by_name["m"] is runtime
     assert runtime.ready
-    assert worker.pools.model_names() == []
+    assert worker.pools.models() == []
     with pytest.raises(ApiError) as raised:
         worker.pools.find("m")
     assert (raised.value.status, raised.value.reason) == (404, Reason.MODEL_UNKNOWN)
