@@ -106,8 +106,8 @@ class Store:
     def lock(self) -> Iterator[None]:
         """No other process changes the store meanwhile. Held for moments, never while fetching.
 
-        Raises ``CacheError`` where the cache's directory is another user's or cannot be used,
-        ``NoSpace`` where the disk is full."""
+        Raises ``CacheError`` where the cache's directory is another user's or damaged, ``NoSpace``
+        where the disk is full."""
         with self.disk_errors():
             make_private(self.layout.root)
             with locked(self.layout.store_lock):
@@ -116,12 +116,14 @@ class Store:
     @contextmanager
     def disk_errors(self) -> Iterator[None]:
         """Raise ``NoSpace``, which says what can be freed, where the disk turns out to be full, and
-        ``CacheError`` where the cache's files cannot be used."""
+        ``CacheError`` where a file of the cache is a directory, or the other way round."""
         try:
             yield
+        except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+            raise CacheError(f"the cache at {self.layout.root} is damaged: {error}") from error
         except OSError as error:
             if error.errno not in FULL:
-                raise CacheError(f"the cache at {self.layout.root} fails: {error}") from error
+                raise
             raise NoSpace(self.capacity.explain_full(error)) from error
 
     # What is there
