@@ -51,7 +51,8 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     """The replicas of one model, and how its requests are held when none can take them.
 
     ``wake_eta_s`` is how long the next wake may take, ``None`` before one was measured. ``phase``
-    says in a few words what the replica nearest to ready is doing, for clients that wait. A pool
+    says in a few words what the replica nearest to ready is doing, for clients that wait;
+    ``failed_starts`` counts engines that did not come up, in a row, the last for ``cause``. A pool
     that is ``draining`` was removed: its names are unknown to new requests, those it has are
     served. One that is ``disabled`` is out of service: its requests are refused. ``slot`` is its
     place in the shared counters, -1 until the gateway has given one.
@@ -67,6 +68,8 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     replicas: tuple[Replica, ...] = ()
     wake_eta_s: float | None = None
     phase: str = ""
+    failed_starts: int = 0
+    cause: str = ""
     draining: bool = False
     disabled: bool = False
 

@@ -51,14 +51,16 @@ class Probe:
     """What a look at a replica showed. ``None`` is unknown: neither well nor ill.
 
     ``alive`` is false when the process is gone, ``ready`` when the engine does not answer as
-    healthy. ``detail`` explains a false, ``phase`` says what a starting engine is at. ``listed``
-    are the models that the engine lists. ``stream_usage`` is as of a ``ServedModel``.
+    healthy. ``detail`` explains a false, ``phase`` says what a starting engine is at, ``cause`` why
+    one has ended, in a line. ``listed`` are the models that the engine lists. ``stream_usage`` is
+    as of a ``ServedModel``.
     """
 
     alive: bool | None = None
     ready: bool | None = None
     detail: str = ""
     phase: str = ""
+    cause: str = ""
     url: str | None = None
     served_model: str | None = None
     listed: tuple[str, ...] = ()

@@ -94,6 +94,9 @@ class Actuator:
                 pool.crashes += 1
             elif record.woken_from is not None:
                 pool.tiers.record_failed_start(record.woken_from)
+                others = [one for one in pool.replicas.values() if one is not record]
+                if record.prepared is not None and not any(one.state in LOADING for one in others):
+                    pool.failed_starts += 1
         if found.state is not record.state:
             record.state = found.state
             record.since_s = now_s
@@ -108,6 +111,7 @@ class Actuator:
             self._perform(pool, record, action, now_s)
         if found.state is State.READY and event in {Event.BECAME_READY, Event.WOKEN}:
             pool.ready_at_s = now_s
+            pool.failed_starts = 0
         self._on_change()
 
     def _perform(
@@ -147,6 +151,8 @@ class Actuator:
         pool.failures += 1
         pool.retry_at_s = now_s + self.backoff_s(pool.failures)
         pool.error = record.error
+        pool.cause = record.probe.cause or first_line(record.error or "")
+        LOG.warning("%s failed: %s", record.id, first_line(record.error or ""))
 
     def backoff_s(self, failures: int) -> float:
         """The pause after this many failures in a row: doubled by each, up to the limit."""
@@ -430,3 +436,8 @@ class Actuator:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def first_line(text: str) -> str:
+    """What comes before the lines that an engine wrote."""
+    return next(iter(text.strip().splitlines()), "")

@@ -158,6 +158,10 @@ class PoolRecord:
         self.crashes = 0
         self.retry_at_s: float | None = None
         self.error: str | None = None
+        self.cause = ""
+        """Why it failed last, in a line for clients: without what is of this machine."""
+        self.failed_starts = 0
+        """Engines that did not come up, in a row."""
         self.ready_at_s: float | None = None
         self.reported_len_tokens: int | None = None
         """What a replica reported last as its longest prompt and answer together."""
@@ -175,6 +179,7 @@ class PoolRecord:
         if digest != self.digest:
             self.failures, self.retry_at_s, self.error = 0, None, None
             self.reported_len_tokens = None
+            self.failed_starts = 0
         self.pool, self.backend, self.digest = pool, backend, digest
         self._use(settings)
         self.window.resize(self.policy)
@@ -434,6 +439,8 @@ def publish_pool(pool: PoolRecord) -> Pool:
         ),
         wake_eta_s=pool.estimate_wake_s(),
         phase=phase,
+        failed_starts=pool.failed_starts,
+        cause=pool.cause if pool.failed_starts else "",
         draining=pool.removed,
         disabled=pool.disabled,
     )

@@ -149,6 +149,7 @@ class PoolRuntime:
         """[requests, bytes] held, by the address of the client."""
         self._waiting: Any = context.shared.waiting_rows(pool.slot)
         self._waiting_since = 0
+        self._failed_starts = pool.failed_starts
         self._closed = False
         self._releasing = False
 
@@ -196,6 +197,11 @@ class PoolRuntime:
             for request in list(self.queue):
                 request.reject(out_of_service(request.model))
         self.release()
+        before, self._failed_starts = self._failed_starts, pool.failed_starts
+        if pool.failed_starts > max(before, 1) and not self.ready:
+            # The first may have been bad luck. Who comes from now on waits for the next try.
+            for request in list(self.queue):
+                request.reject(self._engine_failed(request))
 
     def _renew_ready(self) -> None:
         now = self.context.now()
@@ -400,6 +406,15 @@ class PoolRuntime:
             retry_after_s=1.0,
         )
 
+    def _engine_failed(self, request: PooledRequest) -> ApiError:
+        return ApiError(
+            503,
+            Reason.ENGINE_FAILED,
+            f"The model '{request.model}' does not start: its engine failed "
+            f"{self.pool.failed_starts} times in a row, at last with: {self.pool.cause}",
+            retry_after_s=self.retry_after_s(),
+        )
+
     def refuse_held(self) -> None:
         """Refuse the held requests: no replica will be woken for them."""
         for request in list(self.queue):
@@ -494,7 +509,8 @@ class PoolRuntime:
                     503,
                     Reason.HOLD_DEADLINE,
                     f"The model '{self.queue[0].model}' did not become ready within "
-                    f"{holding.deadline_s:g} s.",
+                    f"{holding.deadline_s:g} s."
+                    + (f" Its engine failed: {self.pool.cause}" if self.pool.cause else ""),
                     retry_after_s=self.retry_after_s(),
                 )
             )

@@ -120,6 +120,9 @@ class Engine(Protocol):
     phase_signs: ClassVar[Sequence[tuple[str, re.Pattern[str]]]] = ()
     """What is found in log messages, by the start phase it shows to have begun."""
 
+    consequences: ClassVar[re.Pattern[str]] = re.compile("(?!)")
+    """Found in the errors of its log that only say that another of its processes has failed."""
+
     def check(self, args: Sequence[str]) -> Iterator[str]:
         """What is wrong with a pool's ``engine_args``, each as words that follow the field."""
         if args:

@@ -140,6 +140,25 @@ def test_crash_loop_backs_off_says_why_and_goes_on_at_the_bounded_rate() -> None
     run_virtual(story())
 
 
+def test_clients_are_told_how_often_an_engine_did_not_come_up_and_why() -> None:
+    """Several that are started together and fail are one failure."""
+
+    async def story() -> None:
+        backend = FakeBackend(start_s=10.0, dies_after_s=2.0)
+        async with World([process_pool(min_replicas=3)], QUICK, backend) as world:
+            await world.until(lambda: len(backend.stopped) >= 3)
+            assert (world.seen["m"].failed_starts, world.seen["m"].cause) == (
+                1,
+                "it died: out of luck",
+            )
+            await world.until(lambda: world.seen["m"].failed_starts == 3)
+            backend.dies_after_s = None
+            await world.until(lambda: len(world.ready()) >= 1, 60.0)
+            assert (world.seen["m"].failed_starts, world.seen["m"].cause) == (0, "")
+
+    run_virtual(story())
+
+
 def test_crash_loop_of_many_replicas_starts_one_at_a_time() -> None:
     async def story() -> None:
         backend = FakeBackend(start_s=10.0, dies_after_s=2.0)

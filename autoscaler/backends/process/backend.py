@@ -58,13 +58,13 @@ from autoscaler.backends.process.replica import (
     AdoptedProcess,
     ReplicaProcess,
     Standby,
-    describe_end,
     describe_engine,
     describe_standby,
     find_engine,
     make_env,
     make_probe,
     open_gate,
+    probe_ended,
     secrets_of,
     spawn_plainly,
     to_the_end,
@@ -355,8 +355,7 @@ class ProcessBackend:
             return Probe(alive=False, ready=False, detail="it has no process")
         status = child.process.poll()
         if status is not None:
-            detail = describe_end(child, status, lines=self._settings.log_tail_lines)
-            return make_probe(child, alive=False, ready=False, detail=detail)
+            return probe_ended(child, status, lines=self._settings.log_tail_lines)
         if not child.proven:
             refusal = await self._registry.run(why_not_ours, child)
             if refusal:  # nothing is sent to what may be another's: no prompt, no key

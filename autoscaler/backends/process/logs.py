@@ -20,12 +20,17 @@ from modelcache.store.files import create, make_directory
 TAIL_BYTES = 65_536
 LINE_CHARACTERS = 1_000
 PREFIX = re.compile(
-    r"(\([^()]* pid=\d+\)\s*)?"  # (EngineCore pid=987)
-    r"((DEBUG|INFO|WARNING|ERROR|CRITICAL)\s+)?"
-    r"([\d/-]+[ T][\d:,.]+\s+)?"  # 11-23 17:09:20
-    r"(\[[\w./]+:\d+\]\s*)?"  # [compilation.py:317]
+    r"(?P<process>\([^()]* pid=\d+\)\s?)?"  # (EngineCore pid=987)
+    r"((?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL)\s+)?"
+    r"([\d/-]+[ T][\d:,.]+\s)?"  # 11-23 17:09:20
+    r"(\[[\w./]+:\d+\]\s?)?"  # [compilation.py:317]
 )
 """What logging writes before a message, of vLLM and of most others."""
+CAUSE_CHARACTERS = 300
+CONSEQUENCE = re.compile(
+    r"^(EOFError|BrokenPipeError|Connection\w*Error|KeyboardInterrupt|SystemExit|\w*CancelledError)\b"
+)
+"""Errors that processes end with because another one has ended, or they were told to."""
 
 
 class ReplicaLog:
@@ -87,6 +92,45 @@ class ReplicaLog:
 def message_of(line: str) -> str:
     """A log line without what logging wrote before the message."""
     return line[match.end() :] if (match := PREFIX.match(line)) else line
+
+
+def find_error(lines: Sequence[str], consequences: re.Pattern[str]) -> str:
+    """The line of a log that says why its engine failed; empty where none is seen to.
+
+    Errors that only say that another process has failed (``consequences``) are left out, if there
+    are others, and so is all that a process writes when it ends. Of the errors of tracebacks the
+    last is taken, else the last line that was logged as an error, or says "error:".
+    """
+    raised: list[str] = []
+    logged: list[str] = []
+    unfinished: dict[str, bool] = {}  # by process: a traceback has begun, and counts
+    last: dict[str, str] = {}
+    for line in lines:
+        match = PREFIX.match(line)
+        process, level = (match["process"] or "", match["level"]) if match else ("", None)
+        message = line if match is None else line[match.end() :]
+        if message.startswith("Traceback (most recent call last)"):
+            unfinished[process] = not last.get(process, "").startswith("Exception ignored")
+        elif process in unfinished:
+            ends = bool(message[:1].strip())  # the first line that is not indented is the error
+            if ends and unfinished.pop(process):
+                raised.append(message)
+        elif raised and last.get(process) == raised[-1] and message[:1].isspace():
+            raised[-1] = f"{raised[-1]} {message.strip()}"  # pydantic says what in the next ones
+            message = raised[-1]
+        elif level in {"ERROR", "CRITICAL"} or re.search(r"\berror: ", message):
+            logged.append(message)
+        last[process] = message
+    for found in (raised, logged):
+        causes = [one for one in found if not (CONSEQUENCE.search(one) or consequences.search(one))]
+        if causes or found:
+            return make_printable((causes or found)[-1])[:CAUSE_CHARACTERS]
+    return ""
+
+
+def make_printable(text: str) -> str:
+    """A text on one line, without control characters."""
+    return " ".join("".join(one if one.isprintable() else " " for one in text).split())
 
 
 def prune(directory: Path, *, keep: int, living: set[Path]) -> None:

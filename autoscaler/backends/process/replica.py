@@ -19,7 +19,7 @@ from typing import Any
 from autoscaler.backends.base import Probe, ReplicaSpec
 from autoscaler.backends.process import guard
 from autoscaler.backends.process.family import Family, StartedEngine
-from autoscaler.backends.process.logs import ReplicaLog, message_of
+from autoscaler.backends.process.logs import ReplicaLog, find_error, message_of
 from autoscaler.backends.process.procs import ProcessId, list_stats, read_pss_bytes, read_stat
 from autoscaler.settings import PoolSettings
 from loaders.engines.base import (
@@ -36,6 +36,7 @@ from modelcache.refs import SECRET_NAME, secret_arguments
 
 PHASE_CHARACTERS = 160
 PHASE_LINES = 200
+ERROR_LINES = 1_000
 
 STORE_CREDENTIAL = re.compile(
     r"GOOGLE_APPLICATION_CREDENTIALS|(HF|HUGGING_FACE_HUB|AWS|OSS|ALIBABA_CLOUD)_"
@@ -243,7 +244,13 @@ def secrets_of(pool: PoolSettings, environ: Mapping[str, str]) -> Iterator[str]:
 
 
 def make_probe(
-    child: ReplicaProcess, *, alive: bool, ready: bool | None, detail: str, phase: str = ""
+    child: ReplicaProcess,
+    *,
+    alive: bool,
+    ready: bool | None,
+    detail: str,
+    phase: str = "",
+    cause: str = "",
 ) -> Probe:
     """What was seen of a replica, with what is known of it."""
     pool, model = child.spec.pool, child.model
@@ -253,6 +260,7 @@ def make_probe(
         ready=ready,
         detail=detail,
         phase=phase,
+        cause=cause,
         url=child.url,
         served_model=None if model is None else model.name,
         listed=child.listed,
@@ -264,15 +272,21 @@ def make_probe(
     )
 
 
-def describe_end(child: ReplicaProcess, status: int, *, lines: int) -> str:
-    """How a process ended, with the last lines it wrote."""
+def probe_ended(child: ReplicaProcess, status: int, *, lines: int) -> Probe:
+    """A replica whose process has ended: how, why, and the last lines it wrote."""
     how = "has ended" if status == UNKNOWN_STATUS else f"exited with status {status}"
     if status < 0:
         with contextlib.suppress(ValueError):
             how = f"was ended by {signal.Signals(-status).name}"
-    tail = child.log.tail(lines)
-    said = "; it wrote nothing" if not tail else "; its last lines:\n" + "\n".join(tail)
-    return f"the engine {how} (log: {child.log.path}){said}"
+    tail = child.log.tail(ERROR_LINES)
+    cause = find_error(tail, engine_of(child.spec.pool.engine).consequences)
+    why = f": {cause}" if cause else ""
+    shown = "\n".join(tail[-lines:])
+    said = f"\nits last lines:\n{shown}" if tail else "; it wrote nothing"
+    detail = f"the engine {how}{why} (log: {child.log.path}){said}"
+    return make_probe(
+        child, alive=False, ready=False, detail=detail, cause=cause or f"the engine {how}"
+    )
 
 
 async def to_the_end(work: Coroutine[Any, Any, None]) -> None:

@@ -50,6 +50,7 @@ class Reason(StrEnum):
     BUFFER_FULL = "buffer_full"
     HOLD_QUEUE_FULL = "hold_queue_full"
     HOLD_DEADLINE = "hold_deadline"
+    ENGINE_FAILED = "engine_failed"
     REPLICA_FAILED = "replica_failed"
     REPLICA_TIMEOUT = "replica_timeout"
     REPLICA_CUT = "replica_cut"

@@ -122,6 +122,10 @@ class VllmEngine(OpenAICompatibleEngine):
         compile_cache=True,
     )
     phase_signs = PHASE_SIGNS
+    consequences = re.compile(
+        r"(WorkerProc|Engine core) initialization failed|EngineDeadError|died unexpectedly|"
+        r"[Ss]ee (the )?(root cause|stack trace)|EngineCore (failed|encountered)"
+    )
 
     def check(self, args: Sequence[str]) -> Iterator[str]:
         """See ``Engine``. By its address Tidegate finds a replica."""

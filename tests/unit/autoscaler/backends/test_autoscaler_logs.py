@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from autoscaler.backends.process.logs import ReplicaLog, message_of, prune
+from autoscaler.backends.process.logs import ReplicaLog, find_error, message_of, prune
+from loaders.engines.vllm.engine import VllmEngine
 
 
 @pytest.mark.parametrize(
@@ -86,3 +88,69 @@ def test_pruning_spares_the_living_and_the_newest(tmp_path: Path) -> None:
         "a-3.log.1",
     }
     prune(tmp_path / "absent", keep=1, living=set())
+
+
+CORE = "(EngineCore pid=9) ERROR 11-29 18:28:34 [core.py:1510] "
+ROOT_CAUSE = f"""\
+(APIServer pid=8) INFO 11-29 18:16:31 [api_utils.py:286] non-default args: {{'port': 1}}
+{CORE}EngineCore failed to start.
+{CORE}Traceback (most recent call last):
+{CORE}  File "core.py", line 1482, in run_engine_core
+{CORE}    engine_core = EngineCoreProc(*args)
+{CORE}                  ^^^^^^^^^^^^^^^^^^^^^
+{CORE}ValueError: No available memory for the cache blocks.
+Process EngineCore:
+Traceback (most recent call last):
+  File "process.py", line 314, in _bootstrap
+(APIServer pid=8) INFO 11-29 18:28:35 [x.py:1] meanwhile
+ValueError: No available memory for the cache blocks.
+(APIServer pid=8) Traceback (most recent call last):
+(APIServer pid=8)   File "entry.py", line 33, in main
+(APIServer pid=8) RuntimeError: Engine core initialization failed. See root cause above.
+Exception ignored in: <function Client.__del__ at 0x7f>
+Traceback (most recent call last):
+  File "client.py", line 9, in __del__
+AttributeError: 'NoneType' object has no attribute 'close'
+nanobind: leaked 12 functions!
+""" + "".join(f' - leaked function "f{number}"\n' for number in range(12))
+PYDANTIC = """\
+Traceback (most recent call last):
+  File "config.py", line 3
+ValidationError: 1 validation error for ModelConfig
+  Value error, The checkpoint has model type `foo`
+"""
+CHAINED = """\
+Traceback (most recent call last):
+  File "a.py", line 3
+KeyError: 'x'
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "b.py", line 3
+OSError: Can't load the configuration
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "error"),
+    [
+        (ROOT_CAUSE, "ValueError: No available memory for the cache blocks."),
+        (PYDANTIC, "ValidationError: 1 validation error for ModelConfig Value error, The "
+                   "checkpoint has model type `foo`"),
+        (CHAINED, "OSError: Can't load the configuration"),
+        ("usage: x\nx.py: error: unrecognized arguments: --foo\n",
+         "x.py: error: unrecognized arguments: --foo"),
+        ("ERROR 2026-11-29 17:00:00,1 no such GPU\nINFO 2026-11-29 17:00:00,1 bye\n",
+         "no such GPU"),
+        ("Traceback (most recent call last):\n  File\nEOFError\n", "EOFError"),
+        ("Traceback (most recent call last):\n  File\nE: \x1b[31mred\x07 " + "x" * 999 + "\n",
+         ("E: [31mred " + "x" * 999)[:300]),
+        ("INFO all is well\n", ""),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_the_line_that_says_why_an_engine_failed(log: str, error: str) -> None:
+    lines = [line for line in log.splitlines() if line.strip()]
+    found = find_error(lines, VllmEngine.consequences)
+    assert re.sub(" +", " ", found) == error

@@ -304,3 +304,33 @@ def test_a_held_stream_says_what_it_waits_for(
     assert text in transport.sent
     client.connection_lost(None)
     worker.check_integrity()
+
+
+def test_those_who_wait_are_told_when_the_engine_fails_again(loop: Loop) -> None:
+    """Not at its first failure, and not those who ask afterwards: they wait for the next try."""
+    worker, _ = make(loop)
+    worker.pools.apply(fleet(1))
+
+    def ask() -> tuple[ClientConnection, MemoryTransport]:
+        client, transport = ClientConnection(worker.clients), MemoryTransport()
+        client.connection_made(transport)
+        client.data_received(post({"model": "m"}))
+        return client, transport
+
+    first, told = ask()
+    worker.pools.apply(fleet(2, failed_starts=1, cause="ValueError: no memory"))
+    assert told.sent == b""
+    worker.pools.apply(fleet(3, failed_starts=2, cause="ValueError: no memory"))
+    assert b"503 " in told.sent
+    assert b"x-tidegate-reason: engine_failed" in told.sent
+    assert b"retry-after: " in told.sent
+    assert b"2 times in a row" in told.sent
+    assert b"ValueError: no memory" in told.sent
+    second, waits = ask()
+    worker.pools.apply(fleet(4, failed_starts=2, cause="ValueError: no memory", wake_eta_s=1.0))
+    assert waits.sent == b""
+    worker.pools.apply(fleet(5, failed_starts=3, cause="ValueError: no memory"))
+    assert b"engine_failed" in waits.sent
+    for client in (first, second):
+        client.connection_lost(None)
+    worker.check_integrity()
