@@ -137,17 +137,20 @@ def find_files(path: ModelPath) -> Found:
             raise BadFile("no file was named")
         return Found(paths=paths)
     place = Path(path)
-    if not place.is_dir():
-        return Found(paths=(place,))
-    index = _find_index(place)
+    try:
+        if not place.is_dir():
+            return Found(paths=(place,))
+        index = _find_index(place)
+    except OSError as error:
+        raise BadFile(f"cannot be looked at: {error.strerror}", path=str(place)) from None
     if index is not None:
+        file = _open(index, lambda path: None)
         try:
-            with index.open("rb") as file:
-                names = parse_weight_map(file.read(WEIGHT_MAP_LIMIT_BYTES + 1))
-        except OSError as error:
-            raise BadFile(f"cannot be read: {error.strerror}", path=str(index)) from None
+            names = parse_weight_map(_read(file, WEIGHT_MAP_LIMIT_BYTES + 1))
         except BadFile as error:
             raise BadFile(error.message, path=str(index)) from None
+        finally:
+            file.close()
         weight_map = {name: place / file for name, file in names.items()}
         return Found(paths=tuple(sorted(set(weight_map.values()))), weight_map=weight_map)
     if (place / SINGLE).exists():
@@ -261,7 +264,7 @@ def find_sums(path: Path) -> FileSums | None:
     layout, digest, size_bytes = found
     try:
         return of_pieces(read_pieces(layout.pieces(digest), digest, size_bytes))
-    except Damaged as error:
+    except (Damaged, ValueError) as error:  # such as a digest with a zero byte in it
         raise BadFile(f"cannot be verified: {error}", path=str(path)) from None
 
 
@@ -289,7 +292,7 @@ def _find_by_blob(place: Path) -> tuple[Layout, str, int] | None:
     try:
         blob = place.resolve(strict=True)
         size_bytes = blob.stat().st_size
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, ValueError):
         return None
     if not DIGEST.fullmatch(blob.name) or blob.parent.parent.name != "blobs":
         return None

@@ -41,6 +41,15 @@ def test_a_file_of_a_view_has_its_blob_s_checksums(cached: tuple[Layout, str, by
     assert find_sums(layout.snapshot(URL, REVISION) / "sub" / "x.safetensors") == sums_of(data)
 
 
+def test_a_digest_that_names_no_file_is_an_error(cached: tuple[Layout, str, bytes]) -> None:
+    layout, _, data = cached
+    entry = FileEntry(path="sub/x.safetensors", size_bytes=len(data), digest="\0")
+    manifest = Manifest(url=URL, revision=REVISION, files=(entry,), created_at_s=0.0)
+    (layout.revision(URL, REVISION) / "manifest.json").write_bytes(seal(manifest))
+    with pytest.raises(BadFile, match="cannot be verified"):
+        find_sums(layout.snapshot(URL, REVISION) / "sub" / "x.safetensors")
+
+
 def test_so_has_a_link_to_the_blob(cached: tuple[Layout, str, bytes], tmp_path: Path) -> None:
     layout, digest, data = cached
     (tmp_path / "link").symlink_to(layout.blob(digest))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,22 @@ def test_a_bad_index_is_an_error_that_names_it(tmp_path: Path) -> None:
     write_index(tmp_path, {"a": "gone.safetensors"})
     with pytest.raises(BadFile, match=r"gone\.safetensors.*No such file"):
         opened(find_files(tmp_path), lambda _: None).__enter__()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_an_index_that_is_no_file_is_an_error_and_is_not_waited_for(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / "model.safetensors.index.json")
+    with pytest.raises(BadFile, match=r"index\.json: not a regular file"):
+        find_files(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "y/" * 3000])
+def test_a_path_that_cannot_be_looked_at_is_an_error(path: str) -> None:
+    with pytest.raises(BadFile, match="cannot be looked at"):
+        find_files(path)
 
 
 def test_an_index_that_names_what_is_not_there_is_an_error(tmp_path: Path) -> None:
