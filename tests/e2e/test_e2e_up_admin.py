@@ -118,19 +118,28 @@ def test_metrics_agree_with_what_was_sent(tidegate: Tidegate) -> None:
     tidegate.wait_count(good, "tidegate_requests_total", pool="counted", outcome="ok")
     tidegate.wait_count(refused, "tidegate_requests_total", pool="counted", outcome="client_error")
     metrics = tidegate.metrics()
-    count = {name: metrics.sum(f"tidegate_{name}", pool="counted") for name in (
-        "requests_total", "arrivals_total", "ttft_seconds_count", "e2e_seconds_count",
-        "queue_wait_seconds_count", "held_total", "output_tokens_total", "prompt_tokens_total",
-    )}  # fmt: skip
+    count = {
+        name: metrics.sum(f"tidegate_{name}", pool="counted")
+        for name in (
+            "requests_total",
+            "arrivals_total",
+            "time_to_first_token_seconds_count",
+            "e2e_request_latency_seconds_count",
+            "request_queue_time_seconds_count",
+            "held_total",
+            "generation_tokens_total",
+            "prompt_tokens_total",
+        )
+    }
     engine = tidegate.engine_metrics("counted")
     assert count == {
         "requests_total": every,
         "arrivals_total": every,
-        "ttft_seconds_count": every,
-        "e2e_seconds_count": every,
-        "queue_wait_seconds_count": every,
+        "time_to_first_token_seconds_count": every,
+        "e2e_request_latency_seconds_count": every,
+        "request_queue_time_seconds_count": every,
         "held_total": 1,
-        "output_tokens_total": good * tokens,
+        "generation_tokens_total": good * tokens,
         "prompt_tokens_total": engine.sum("vllm:prompt_tokens_total"),
     }
     assert engine.sum("vllm:generation_tokens_total") == good * tokens

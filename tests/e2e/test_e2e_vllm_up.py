@@ -202,7 +202,7 @@ def test_cancelled_stream_is_cancelled_in_vllm(tidegate: Tidegate, api: OpenAI) 
 
 def test_many_at_once_agree_with_the_metrics(tidegate: Tidegate) -> None:
     count, tokens = 24, 12
-    names = ("ttft_seconds_count", "arrivals_total", "output_tokens_total")
+    names = ("time_to_first_token_seconds_count", "arrivals_total", "generation_tokens_total")
     engine_before = tidegate.engine_metrics("small")
     before = tidegate.metrics()
 
