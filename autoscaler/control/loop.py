@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 from autoscaler.backends.base import Backend, ReplicaSpec, Unsupported
 from autoscaler.control.actuator import Actuator, ErrorCounts
 from autoscaler.control.disabled_pools import DisabledPools
+from autoscaler.control.replica_numbers import ReplicaNumbers
 from autoscaler.control.replicas import ASLEEP, PoolRecord, publish_pool, report_pool
 from autoscaler.policy.decide import decide, decide_removed, note_replacement
 from autoscaler.policy.lifecycle import ENDED_STATES, Event, State
@@ -69,6 +69,7 @@ class ControlLoop:
         preparer: Preparer,
         wake_times: WakeTimes,
         disabled_pools: DisabledPools | None = None,
+        numbers: ReplicaNumbers | None = None,
         engine_client: EngineClient | None = None,
         earlier_drain_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
@@ -78,7 +79,7 @@ class ControlLoop:
         replicas are started with: replicas with another are replaced. ``observe`` reads the data
         path now, on the same clock; ``publish`` is called with the pools and their replicas
         whenever they change. ``preparer`` brings models near, and is closed with the loop.
-        ``disabled_pools`` are those out of service from the start.
+        ``disabled_pools`` are those out of service from the start, ``numbers`` those of replicas.
         ``earlier_drain_s`` is how long the workers of an earlier control process finish requests
         with replicas that are taken over."""
         self._settings = settings
@@ -104,7 +105,7 @@ class ControlLoop:
             errors=self._errors,
         )
         self._pools: dict[str, PoolRecord] = {}
-        self._numbers: Counter[str] = Counter()
+        self._numbers = numbers or ReplicaNumbers()
         for pool in pools:
             self._pools[pool.name] = self._make_pool(pool, digests[pool.name])
         self._observation = Observation()
@@ -305,6 +306,8 @@ class ControlLoop:
                 self._tick_pool(pool, now_s)
             except Exception as error:  # noqa: BLE001 -- one pool's bug must not stop the rest
                 self._errors.add(f"pool {pool.pool.name}", error)
+        if self._numbers.are_new:
+            self._actuator.spawn(self._numbers.save(), "replica numbers")
         self._publish_changes()
 
     def _tick_pool(self, pool: PoolRecord, now_s: float) -> None:

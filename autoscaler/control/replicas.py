@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from autoscaler.backends.base import AdoptedReplica, Backend, BackendError, Probe, ReplicaSpec
 from autoscaler.control import start_steps
+from autoscaler.control.replica_numbers import ReplicaNumbers
 from autoscaler.policy.decide import DecideState, remember_recommendation
 from autoscaler.policy.lifecycle import ENDED_STATES, PUBLIC, State
 from autoscaler.policy.plan import LOADING, SERVING, ReplicaStatus
@@ -123,8 +124,7 @@ class PoolRecord:
     ``digest`` is that of what its replicas are started with; those with another are outdated.
     ``removed``: the settings have it no more, and it ends when its last request is answered.
     ``disabled``: an operator has taken it out of service.
-    ``numbers`` are the last ones given to replicas, by slug, for all pools of the control loop: so
-    no id is used twice, whichever pools come and go.
+    ``numbers`` are those of replicas, for all pools of the control loop.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class PoolRecord:
         settings: AutoscalerSettings,
         backend: Backend,
         slug: str,
-        numbers: Counter[str],
+        numbers: ReplicaNumbers,
         *,
         digest: str,
         tiers: TierManager,
@@ -226,9 +226,8 @@ class PoolRecord:
         self.decide_state = DecideState(arrivals_total=self.decide_state.arrivals_total)
 
     def add_replica(self, now_s: float, *, url: str | None = None) -> None:
-        """A new replica, scheduled, with an id this loop has not used before."""
-        self._numbers[self.slug] += 1
-        name = f"{self.slug}-{self._numbers[self.slug]}"
+        """A new replica, scheduled, with an id that was not used before."""
+        name = self._numbers.make_id(self.slug)
         not_before_s = now_s if self.retry_at_s is None else max(now_s, self.retry_at_s)
         self.replicas[name] = ReplicaRecord(
             id=name,
@@ -250,10 +249,7 @@ class PoolRecord:
         """A replica that an earlier control process started, as it is, under the id it has. That
         one's workers finish their requests with it within ``earlier_drain_s``."""
         is_current = found.spec.digest == self.digest  # a reload may have come meanwhile
-        # Its pool's slug may have been another then, and be another pool's now.
-        slug, _, number = found.spec.id.rpartition("-")
-        if number.isdecimal():
-            self._numbers[slug] = max(self._numbers[slug], int(number))
+        self._numbers.note(found.spec.id)
         awake = State.READY if found.probe.ready else State.UNHEALTHY
         record = ReplicaRecord(
             id=found.spec.id,

@@ -30,6 +30,7 @@ from autoscaler.backends.process.placement import list_gpus
 from autoscaler.backends.static import StaticBackend
 from autoscaler.control.disabled_pools import DisabledPools
 from autoscaler.control.loop import ControlLoop
+from autoscaler.control.replica_numbers import ReplicaNumbers
 from autoscaler.settings import PoolSettings
 from autoscaler.tiers.preparer import NodePreparer
 from autoscaler.tiers.wake_times import WakeTimes
@@ -81,6 +82,7 @@ log = logging.getLogger("tidegate")
 
 WAKE_TIMES = "wake_times.json"
 DISABLED_POOLS = "disabled_pools.json"
+REPLICA_NUMBERS = "replica_numbers.json"
 _SPARE_REPLICA_SLOTS = 64
 _MIN_REPLICA_SLOTS = 2_048
 _MAX_POOLS = 1_024
@@ -151,6 +153,7 @@ class _Tidegate:
             preparer=self._preparer(),
             wake_times=load_wake_times(settings),
             disabled_pools=load_disabled_pools(settings),
+            numbers=load_replica_numbers(settings),
             earlier_drain_s=settings.gateway.drain_s,
         )
         self.workers = Workers(
@@ -306,6 +309,13 @@ def load_disabled_pools(settings: Settings) -> DisabledPools:
     pools = DisabledPools(settings.state_dir / DISABLED_POOLS)
     pools.load()
     return pools
+
+
+def load_replica_numbers(settings: Settings) -> ReplicaNumbers:
+    """The numbers given to replicas so far."""
+    numbers = ReplicaNumbers(settings.state_dir.absolute() / REPLICA_NUMBERS)
+    numbers.load()
+    return numbers
 
 
 def load_wake_times(settings: Settings) -> WakeTimes:
