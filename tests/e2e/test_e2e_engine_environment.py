@@ -19,7 +19,8 @@ import pytest
 
 from gateway.doctor.machine import Machine
 from loaders.engines.base import EngineOptions, Placement, engine_of
-from loaders.engines.vllm.engine import find_install
+from loaders.engines.vllm.engine import find_install, site_packages
+from loaders.engines.vllm.tool_calls import FORMATS, has_parser
 from loaders.settings import LoaderSettings
 from modelcache.prepare.default_model import find_damage
 
@@ -141,3 +142,8 @@ def test_sigterm_ends_its_whole_process_group(engine: Engine) -> None:
             return
         time.sleep(0.2)
     pytest.fail("processes of the engine outlived SIGTERM")
+
+
+def test_every_parser_of_tool_calls_that_we_choose_is_in_this_vllm(engine_python: Path) -> None:
+    sites = site_packages(engine_python)
+    assert [name for name, _ in FORMATS if not has_parser(name, sites)] == []

@@ -27,6 +27,7 @@ from loaders.engines.client import EngineClient
 from loaders.engines.openai_compatible import OpenAICompatibleEngine
 from loaders.engines.vllm.forkserver.patches import share_port
 from loaders.engines.vllm.load_format import ENTRY_POINT, LOAD_FORMAT
+from loaders.engines.vllm.tool_calls import find_tool_parser
 from loaders.settings import LoaderSettings
 
 LAUNCHER = f"""\
@@ -61,6 +62,14 @@ ALIASES: Mapping[str, str] = {
 NEGATABLE = frozenset({"--enforce-eager", "--disable-uvicorn-access-log"})
 
 SLEEP_FLAG = "--enable-sleep-mode"
+
+TOOL_FLAGS = frozenset(
+    {
+        *("--enable-auto-tool-choice", "--no-enable-auto-tool-choice", "--tool-call-parser"),
+        *("--tool-parser-plugin", "--chat-template", "--tokenizer", "--config"),
+    }
+)
+"""Arguments with which the user says how tools are called, or changes what would tell us."""
 
 PHASE_SIGNS: Sequence[tuple[str, re.Pattern[str]]] = (
     ("loading", re.compile(
@@ -181,6 +190,10 @@ class VllmEngine(OpenAICompatibleEngine):
             flags.append(("--gpu-memory-utilization", f"{placement.gpu_memory_fraction:.4f}"))
         if sleeps:
             flags.append((SLEEP_FLAG, None))
+        if not _flags_in(args) & TOOL_FLAGS:
+            parser = find_tool_parser(options.model, site_packages(python))
+            if parser is not None:
+                flags += [("--enable-auto-tool-choice", None), ("--tool-call-parser", parser)]
         env = _environment(python, options.model, settings)
         if placement.gpus:
             env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
