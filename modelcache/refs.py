@@ -50,7 +50,7 @@ SCHEMES: Mapping[str, Scheme] = {
     "oss": Scheme(
         credentials="OSS_ACCESS_KEY_ID and OSS_ACCESS_KEY_SECRET (and OSS_SESSION_TOKEN), or "
         "~/.ossutilconfig",
-        client="oss2",
+        client="ossfs",
         object_store=True,
     ),
     "s3": Scheme(

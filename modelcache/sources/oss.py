@@ -1,6 +1,7 @@
-"""Models in Alibaba Cloud OSS: listed and signed by oss2, read by ranges of signed URLs.
+"""Models in Alibaba Cloud OSS: listed by ossfs, signed by oss2, read by ranges of signed URLs.
 
-oss2's own reads are not used: a checksum in Python makes them slow.
+ossfs's own reads are not used: its ranges end one byte late, some of its cache types return wrong
+bytes, and a checksum in Python makes it slow. Every range is checked here all the same.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from modelcache.ports import ONCE, Retries
@@ -77,7 +78,7 @@ class OssSource(RangedSource):
         keys = self._keys(retries)
         bucket = self._open_bucket(keys)
         below = f"{self._prefix}/" if self._prefix else ""
-        found = self._ask(lambda: _find(bucket, below), keys, retries)
+        found = self._ask(lambda: self._find(keys, below), keys, retries)
         if not found and self._prefix:
             found, below = [self._prefix], self._prefix[: self._prefix.rfind("/") + 1]
         self._below = below.rstrip("/")
@@ -99,30 +100,58 @@ class OssSource(RangedSource):
 
         return keep_asking(once, retries)
 
+    def _find(self, keys: OssKeys, below: str) -> Sequence[str]:
+        """The keys of all objects below a prefix but the markers of folders."""
+        import ossfs
+
+        system = ossfs.OSSFileSystem(
+            endpoint=self._access.endpoint,
+            key=keys.key or None,
+            secret=keys.secret or None,
+            token=keys.token or None,
+            # fsspec would keep it, and the keys in it, for as long as the process lives.
+            skip_instance_cache=True,
+        )
+        system._session = self._open_session(keys)
+        # Not ``find``: a whole bucket it walks, where fsspec skips folders whose listing is cut off
+        # and a last question (for all buckets of the account) goes over another session.
+        found = system._ls_dir(
+            self._bucket, delimiter="", prefix=below, connect_timeout=self._timeout_s
+        )
+        names = (str(one["name"]).removeprefix(f"{self._bucket}/") for one in found)
+        return [key for key in names if not key.endswith("/")]
+
     def _open_bucket(self, keys: OssKeys) -> oss2.Bucket:
         import oss2
 
-        logging.getLogger("oss2").setLevel(logging.CRITICAL)  # it logs what was signed
         if not keys.key:
             auth = oss2.AnonymousAuth()
         elif keys.token:
             auth = oss2.StsAuth(keys.key, keys.secret, keys.token)
         else:
             auth = oss2.Auth(keys.key, keys.secret)
-        if self._session is None:
-            self._session = oss2.Session()
-            self._session.session.trust_env = False  # its own rule for proxies, and netrc
-            self._session.session.verify = certificates(self.reader.environ) or True
-        proxy = proxy_of(self._url_of_bucket(), self.reader.environ)
+        session = self._open_session(keys)
         with failing(self.ref.url, keys):
             return oss2.Bucket(
                 auth,
                 self._access.endpoint,
                 self._bucket,
-                session=self._session,
+                session=session,
                 connect_timeout=self._timeout_s,
-                proxies={"http": proxy, "https": proxy} if proxy else None,
             )
+
+    def _open_session(self, keys: OssKeys) -> _Session:
+        import oss2
+
+        logging.getLogger("oss2").setLevel(logging.CRITICAL)  # it logs what was signed
+        if self._session is None:
+            proxy = proxy_of(self._url_of_bucket(), self.reader.environ)
+            session = oss2.Session()
+            session.session.trust_env = False  # its own rule for proxies, and netrc
+            session.session.verify = certificates(self.reader.environ) or True
+            session.session.proxies = {"http": proxy, "https": proxy} if proxy else {}
+            self._session = session
+        return _Session(self._session, self.ref.url, keys)
 
     def _url_of_bucket(self) -> str:
         """Where its requests go: the bucket's host, or the endpoint's where that is an address."""
@@ -144,12 +173,23 @@ class OssSource(RangedSource):
         return HttpRequest(url=url, shown=shown, hint=HINT, signed=bool(keys.key))
 
 
-def _find(bucket: oss2.Bucket, below: str) -> Sequence[str]:
-    """The keys of all objects below a prefix but the markers of folders."""
-    import oss2
+@dataclass(frozen=True, slots=True)
+class _Session:
+    """What oss2 and ossfs send requests by. Its errors are ours at once: oss2 would ask again by a
+    rule of its own, and ossfs would take a bucket that may not be listed for an empty one."""
 
-    found = oss2.ObjectIterator(bucket, prefix=below, max_keys=1_000, max_retries=1)
-    return [str(one.key) for one in found if not str(one.key).endswith("/")]
+    session: oss2.Session
+    what: str
+    keys: OssKeys
+
+    def do_request(self, request: Any, timeout: Any) -> Any:
+        import oss2
+
+        with failing(self.what, self.keys):
+            answer = self.session.do_request(request, timeout)
+            if answer.status // 100 != 2:
+                raise oss2.exceptions.make_exception(answer)
+            return answer
 
 
 def _file_of(bucket: oss2.Bucket, key: str, path: str) -> RemoteFile:
@@ -169,7 +209,7 @@ def _file_of(bucket: oss2.Bucket, key: str, path: str) -> RemoteFile:
 
 @contextlib.contextmanager
 def failing(what: str, keys: OssKeys) -> Iterator[None]:
-    """Make oss2's errors ``SourceError``s that name ``what`` and show no secret."""
+    """Make oss2's and ossfs's errors ``SourceError``s that name ``what`` and show no secret."""
     import oss2
 
     try:

@@ -1,5 +1,5 @@
 """What every source does, against the real thing where that runs here: nginx, moto's S3, ossfs and
-oss2 with a server that checks signatures, huggingface_hub with a hub of ours."""
+oss2 with a server that checks signatures, a hub of ours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from nginx_server import nginx
-from object_server import IndexedServer, ObjectServer, serving
+from object_server import Answer, IndexedServer, ObjectServer, serving
 from store_servers import GcsServer, HubServer, OssServer
 
 from modelcache.ports import ANNOUNCE_BYTES, RangeRead, Retries, Source
@@ -451,6 +451,56 @@ class TestOss(ServedContract):
         wanted = oss2.utils.Crc64()
         wanted.update(FILES["config.json"])
         assert file.digests == {"crc64": f"{wanted.crc:016x}"}
+
+    def test_ossfs_lists_the_bucket_and_keeps_no_key(self, store: Store, server: OssServer) -> None:
+        import ossfs
+
+        with store.opened() as source:
+            source.list()
+        listed = [headers for _, path, headers in server.asked if "prefix=" in path]
+        assert listed
+        assert all(headers["user-agent"].endswith("/ossfs") for headers in listed)
+        assert not ossfs.OSSFileSystem._cache
+
+    def test_a_whole_bucket_is_a_model_too(self, store: Store, server: OssServer) -> None:
+        for path in ("", "llm/", "llm/tiny/original/"):
+            server.put(path, b"")
+        with store.opened("oss://models") as source:
+            found = {file.path for file in source.list().files}
+        assert found == {f"llm/tiny/{path}" for path in FILES} | {f"llm/{p}" for p in NEIGHBOUR}
+
+    @pytest.mark.parametrize("url", ["oss://models/llm/tiny", "oss://models"])
+    def test_a_bucket_that_may_not_be_listed_is_not_empty(
+        self, store: Store, server: OssServer, monkeypatch: pytest.MonkeyPatch, url: str
+    ) -> None:
+        def refuse(query: dict[str, str]) -> Answer:
+            return server._error(403, "AccessDenied", "not yours")
+
+        monkeypatch.setattr(server, "_list", refuse)
+        with store.opened(url) as source, pytest.raises(SourceError, match="AccessDenied"):
+            source.list(Retries(most=2))
+        assert len(server.asked) == 1
+
+    @pytest.mark.parametrize("url", ["oss://models/llm/tiny", "oss://models"])
+    def test_half_a_listing_is_none(
+        self, store: Store, server: OssServer, monkeypatch: pytest.MonkeyPatch, url: str
+    ) -> None:
+        whole, pages = server._list, 0
+
+        def cut_off(query: dict[str, str]) -> Answer:
+            nonlocal pages
+            pages += 1
+            status, headers, body = whole(query)
+            if pages > 1:
+                headers = {**headers, "Content-Length": str(len(body)), "Connection": "close"}
+                body = body[: len(body) // 2]
+            return status, headers, body
+
+        monkeypatch.setattr(server, "_list", cut_off)
+        with store.opened(url) as source, pytest.raises(SourceError) as raised:
+            source.list()
+        assert raised.value.retryable
+        assert pages == 2
 
 
 class TestOssWithToken(TestOss):

@@ -142,8 +142,8 @@ CASES: list[tuple[str, Answers, dict[str, Any], str, Status, str]] = [
         "0 model revisions, 0 B;",
     ),
     (
-        "extra missing, not asked for", Answers(missing=("oss2",)), {}, "model sources",
-        Status.OK, "oss:// (oss2)",
+        "extra missing, not asked for", Answers(missing=("ossfs",)), {}, "model sources",
+        Status.OK, "oss:// (ossfs)",
     ),
     ("pages unknown", Answers(ways=""), {}, "page cache", Status.WARN, "residency is unknown"),
     (
@@ -176,10 +176,10 @@ def test_findings(
 @pytest.mark.parametrize(
     ("model", "missing", "status"),
     [
-        ("oss://bucket/m", ("oss2",), Status.FAIL),
+        ("oss://bucket/m", ("ossfs",), Status.FAIL),
         ("oss://bucket/m", ("obstore",), Status.OK),
-        ("hf://org/m", ("oss2", "obstore"), Status.OK),
-        ("https://host/m/", ("oss2", "obstore"), Status.OK),
+        ("hf://org/m", ("ossfs", "obstore"), Status.OK),
+        ("https://host/m/", ("ossfs", "obstore"), Status.OK),
     ],
 )
 def test_a_pool_s_source_that_cannot_be_read_fails(
