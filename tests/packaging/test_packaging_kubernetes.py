@@ -317,7 +317,7 @@ def test_it_starts_answers_its_probes_and_ends_in_time(
     assert started.ask(alive).returncode == 0
     refused = started.ask([*alive[:-1], "http://127.0.0.1:8001/no-such-path"])
     assert refused.returncode == 1
-    assert ": 404 " in refused.stderr
+    assert ": 401 " in refused.stderr
     # As `kubectl exec` would: the same environment leads it to the agent.
     listed = started.run(COMMAND, "model", "ls")
     assert listed.returncode == 0, listed.stderr
