@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None, effects: Effects | None = None)
     if arguments is None and sys.argv[1:2] in (["up"], ["agent"]):
         # A reload during the start must not end it. ``take_signals`` takes it when all is there.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        if os.getpid() == 1:
+            be_init()
     given = None if arguments is None else list(arguments)
 
     def run() -> int:
@@ -56,6 +58,31 @@ def main(arguments: Sequence[str] | None = None, effects: Effects | None = None)
         return result if isinstance(result, int) else 0
 
     return guard(run)
+
+
+def be_init() -> None:
+    """Be process 1 of a container, and run the command in a child; returns in the child only.
+
+    The kernel makes process 1 the parent of every orphan: somebody has to take note of their ends.
+    Signals are passed on, and this ends as the child does.
+    """
+    passed_on = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*passed_on, signal.SIGCHLD})
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return
+    while True:
+        number = signal.sigwait({*passed_on, signal.SIGCHLD})
+        if number != signal.SIGCHLD:
+            os.kill(child, number)
+            continue
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        while pid:
+            if pid == child:
+                code = os.waitstatus_to_exitcode(status)
+                os._exit(code if code >= 0 else 128 - code)
+            pid, status = os.waitpid(-1, os.WNOHANG)
 
 
 def guard(run: Callable[[], int]) -> int:

@@ -47,6 +47,7 @@ from autoscaler.backends.process.logs import ReplicaLog, prune
 from autoscaler.backends.process.placement import HOST, gpu_memory_fraction, place, reserve_port
 from autoscaler.backends.process.procs import (
     KILLED_S,
+    ProcessId,
     ProcessStat,
     boot_id,
     carries,
@@ -84,6 +85,7 @@ from loaders.engines.vllm.forkserver.client import ForkedProcess, ForkError, Ser
 LOG = logging.getLogger("tidegate.autoscaler")
 Result = TypeVar("Result")
 KEEP_S = 1.0
+ORPHAN_S = 30.0
 DRIVER_THREADS = 2
 PORT_HELD_S = 30.0
 """How long the port of a replica that has ended stays ours: longer than any worker may take to hear
@@ -128,6 +130,8 @@ class ProcessBackend:
         self._client = EngineClient(timeout_s=settings.health_timeout_s)
         self._children: dict[str, ReplicaProcess] = {}
         self._standbys: dict[str, ReplicaProcess] = {}
+        self._ended_at_s: dict[ProcessId, float] = {}
+        """Children that have ended, by when that was seen."""
         self._ports: deque[tuple[float, socket.socket]] = deque()
         """Ports of replicas that have ended, each with when it did."""
         self._drivers = ThreadPoolExecutor(DRIVER_THREADS, thread_name_prefix="tidegate-drivers")
@@ -498,7 +502,7 @@ class ProcessBackend:
         while True:
             await asyncio.sleep(KEEP_S)
             self._free_ports(before_s=asyncio.get_running_loop().time() - PORT_HELD_S)
-            if not self._all():
+            if not self._all() and self._forks is None:
                 continue
             # A full disk, say, must not end an engine: the next look tries again.
             with contextlib.suppress(OSError):
@@ -509,9 +513,21 @@ class ProcessBackend:
                     families = [one.family for one in self._all() if one.family is not None]
                     known = {pid for family in families for pid in family.pids()}
                     reap_orphans(leaders, known, stats)
+                    self._reap_left(leaders, stats)
                 for child in [one for one in self._all() if not one.lock.locked()]:
                     async with child.lock:
                         await self._registry.run(self._keep_one, child, stats)
+
+    def _reap_left(self, leaders: set[int], stats: Sequence[ProcessStat]) -> None:
+        """Let go of what has ended, came to us when its own parent ended, and is of no replica. It
+        is told from a child of ours by that: its end was not taken note of for long."""
+        now_s, before = asyncio.get_running_loop().time(), self._ended_at_s
+        mine = [one.id for one in stats if one.gone and one.parent == os.getpid()]
+        self._ended_at_s = {one: before.get(one, now_s) for one in mine if one.pid not in leaders}
+        for one, at_s in self._ended_at_s.items():
+            if now_s - at_s >= ORPHAN_S:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(one.pid, os.WNOHANG)
 
     def _free_ports(self, *, before_s: float = math.inf) -> None:
         """Give back the ports of replicas that ended before this time of the event loop."""
