@@ -182,7 +182,7 @@ def _loading(arguments: argparse.Namespace) -> int:
 
     options = loading.Options(
         gb=arguments.gb or (loading.QUICK_GB if arguments.quick else loading_files.FULL_GB),
-        rounds=arguments.rounds,
+        rounds=arguments.rounds or (loading.QUICK_ROUNDS if arguments.quick else 3),
         only=tuple(arguments.only.split(",")) if arguments.only else (),
         quick=arguments.quick,
         out=arguments.out,
@@ -211,8 +211,8 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="only warm, in place on the CPU, without other loaders"
     )
-    parser.add_argument("--gb", type=float, metavar="X", help="of weights (4.06; --quick: 1)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of all (3)")
+    parser.add_argument("--gb", type=float, metavar="X", help="of weights (4.06; --quick: 0.5)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="of all (3; --quick: 9)")
     parser.add_argument("--only", metavar="A,B", help="these contenders, and the raw limits")
     parser.add_argument(
         "--out", type=Path, default=Path("bench/results"), help="folder of the report"

@@ -15,7 +15,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,9 @@ PEERS = frozenset(
 )  # fmt: skip
 """What runs in the peers' environment; all else runs in the engine's, as vLLM has it."""
 QUICK = ("tidegate", "tidegate-unverified", "load_file", "safe_open", "vllm-lazy")
-QUICK_GB = 1.0
-"""Of the short form: to the model's own memory, warm."""
+QUICK_GB = 0.5
+QUICK_ROUNDS = 9
+"""The short form: to the model's own memory, warm."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,13 +160,15 @@ def run(options: Options) -> Results:
         model.save(description)
         print(f"{model.size_bytes / 1e9:.2f} GB, {model.tensors} tensors, {len(model.files)} "
               f"files, {options.rounds} rounds of {len(jobs)} contenders", flush=True)  # fmt: skip
+        if options.quick:
+            _take_turns(python, description, model, options.rounds, results)
+            jobs = []
         for number in range(options.rounds):
             # No loader is always first, and what is compared most closely is never far apart.
             turn = number * len(jobs) // max(1, options.rounds)
             for sink, name in jobs[turn:] + jobs[:turn]:
                 if f"{sink}/{name}" not in results.missing:
-                    cold = not options.quick
-                    _measure(python[name], description, model, sink, name, results, cold=cold)
+                    _measure(python[name], description, model, sink, name, results)
     results.elapsed_s = time.monotonic() - began_s
     return results
 
@@ -177,8 +180,6 @@ def _measure(
     sink: str,
     name: str,
     results: Results,
-    *,
-    cold: bool,
 ) -> None:
     try:
         if name == "fio":
@@ -187,7 +188,7 @@ def _measure(
             results.add(sink, name, "cold", took.pop("gb"), took)
         else:
             with _child(python, name, sink, description) as ask:
-                _passes(ask, model, sink, name, results, cold=cold)
+                _passes(ask, model, sink, name, results)
     except FailedError as error:
         results.missing[f"{sink}/{name}"] = str(error)
     rows = results.figures.get(sink, {}).get(name, {})
@@ -195,14 +196,39 @@ def _measure(
     print(f"  {sink:6}{name:22}{said or results.missing.get(f'{sink}/{name}', '')}", flush=True)
 
 
-def _passes(
-    ask: Any, model: loading_files.Model, sink: str, name: str, results: Results, *, cold: bool
+def _take_turns(
+    python: Mapping[str, Path],
+    description: Path,
+    model: loading_files.Model,
+    rounds: int,
+    results: Results,
 ) -> None:
-    if cold and name != "memcpy":
+    """The short form: all contenders stand ready, and take turns pass by pass, so that each round
+    has the same share of what else the machine does."""
+    with contextlib.ExitStack() as stack:
+        asks = {
+            name: stack.enter_context(_child(runs, name, "model", description))
+            for name, runs in python.items()
+        }
+        warm(model.files)
+        for name, ask in asks.items():
+            if ask("check")["digest"] != model.digest:
+                results.wrong.append(f"{name}: not the bytes of the files")
+        for number in range(rounds):
+            turn = number % len(asks)
+            for name, ask in [*asks.items()][turn:] + [*asks.items()][:turn]:
+                took = ask("go")
+                results.add("model", name, "warm", took["bytes"] / 1e9, took)
+            said = (f"{name} {results.figures['model'][name]['warm'][-1][0]:.2f}" for name in asks)
+            print(f"  {', '.join(said)} GB/s", flush=True)
+
+
+def _passes(ask: Any, model: loading_files.Model, sink: str, name: str, results: Results) -> None:
+    if name != "memcpy":
         drop(model.files)
-        took = ask("go")
-        _expect(model, name, took, results)
-        results.add(sink, name, "cold", took["bytes"] / 1e9, took)
+        cold = ask("go")
+        _expect(model, name, cold, results)
+        results.add(sink, name, "cold", cold["bytes"] / 1e9, cold)
     if name == "raw-direct":
         return
     warm(model.files)

@@ -166,10 +166,11 @@ def markdown(made: Mapping[str, Any]) -> str:
         "",
         f"Versions: {versions}.",
         "",
-        "Each contender is a process of its own in every round; the order turns from round to "
-        "round. Cold: none of the files' pages is cached. Warm: all are; the middle one of "
-        f"{loading.WARM_PASSES} passes after one to warm up. CPU is user and system of the whole "
-        "process. No GPU was there: a pinned copy is not among the limits.",
+        "Each contender is a process of its own, in every round but in the short form; the order "
+        "turns from round to round. Cold: none of the files' pages is cached. Warm: all are; the "
+        f"middle one of {loading.WARM_PASSES} passes after one to warm up (the short form: one "
+        "pass a round, all contenders in turn). CPU is user and system of the whole process. No "
+        "GPU was there: a pinned copy is not among the limits.",
         "",
         "## The bars",
         "",
