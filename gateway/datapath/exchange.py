@@ -151,7 +151,8 @@ class Exchange(PooledRequest):
     """See the module. Class attributes are the values before the answer began: setting thirty
     fields per request would cost more than reading its head. ``body_bytes`` counts the request's
     body, ``whole`` says that it was received whole, ``committed`` that a head was sent. ``reader``
-    is there for a body that is read as it comes."""
+    is there for a body that is read as it comes. ``_series`` says which of the histograms by
+    endpoint and stream the answer belongs to."""
 
     client: Downstream
     request_id: bytes
@@ -178,6 +179,7 @@ class Exchange(PooledRequest):
     _answer: ResponseHead | None = None
     _blocks: int = 0
     _events: int = 0
+    _series: int = 2 * metrics.OTHER_ENDPOINT
     _sent_bytes: int = 0
     _last_block: bytes = b""
     _previous_block: bytes = b""
@@ -291,13 +293,16 @@ class Exchange(PooledRequest):
         self.model = fields.model or ""
         if fields.stream is not None:
             self.stream = read_bool(fields.stream)
-        if not (
-            fields.max_tokens is None
-            and fields.max_completion_tokens is None
+        bound = fields.max_tokens
+        if (
+            fields.max_completion_tokens is None
             and fields.max_output_tokens is None
+            and (bound is None or (type(bound) is int and bound > 0))
         ):
+            self.output_bound = bound  # as it mostly is
+        else:
             self.output_bound = smallest_bound(
-                fields.max_tokens, fields.max_completion_tokens, fields.max_output_tokens
+                bound, fields.max_completion_tokens, fields.max_output_tokens
             )
 
     def _decode(self, body: bytes) -> BodyReader:
@@ -687,10 +692,15 @@ class Exchange(PooledRequest):
         events = 0 if connection is None else connection.events
         if self._blocks:
             if sse.USAGE_EVENT not in data and sse.LAST_EVENT not in data:
-                tokens = max(1, events - self._events)
-                pool.counters.observe(metrics.ITL, (now - self.last_s) / tokens, tokens)
+                tokens = events - self._events
+                if tokens <= 1:
+                    pool.counters.observe(metrics.ITL, now - self.last_s)
+                else:
+                    pool.counters.observe(metrics.ITL, (now - self.last_s) / tokens, tokens)
         else:
-            pool.counters.observe(metrics.TTFT + self._series(), now - self.started_s)
+            kind = metrics.ENDPOINT_INDEX.get(self.head.path, metrics.OTHER_ENDPOINT)
+            self._series = series = 2 * kind + (self._answer is not None and self._answer.is_stream)
+            pool.counters.observe(metrics.TTFT + series, now - self.started_s)
             if self.endpoint is not None:
                 self.endpoint.count_first_token(now - self.last_s)
         self._events = events
@@ -725,18 +735,13 @@ class Exchange(PooledRequest):
             integers[metrics.OK] += 1
         else:
             integers[metrics.CLIENT_ERROR if status < 500 else metrics.ENGINE_ERROR] += 1
-        integers[metrics.code_index(status)] += 1
+        integers[metrics.OK_CODE if status == 200 else metrics.code_index(status)] += 1
         if self.endpoint is not None:
             self.endpoint.count_answer(ok=status < 500)
         if self._mode != _COLLECT:
             if status < 400:
                 self._learn(pool, answer, events)
-            pool.counters.observe(metrics.E2E + self._series(), self.last_s - self.started_s)
-
-    def _series(self) -> int:
-        """Which of the histograms by endpoint and stream this answer belongs to."""
-        kind = metrics.ENDPOINT_INDEX.get(self.head.path, metrics.OTHER_ENDPOINT)
-        return 2 * kind + (self._answer is not None and self._answer.is_stream)
+            pool.counters.observe(metrics.E2E + self._series, self.last_s - self.started_s)
 
     def _learn(self, pool: PoolRuntime, answer: ResponseHead, events: int) -> None:
         """Count what the answer says it cost, and size the model's next requests by it."""
@@ -744,7 +749,9 @@ class Exchange(PooledRequest):
         tail = self._last_block
         if len(tail) < _TAIL_BYTES and self._previous_block:
             tail = self._previous_block[-_TAIL_BYTES:] + tail
-        prompt, output = self._clamp(*sse.read_usage(tail))
+        prompt, output = sse.read_usage(tail)
+        if (prompt or 0) > self.body_bytes or (output or 0) > self._sent_bytes:
+            prompt, output = self._clamp(prompt, output)
         size = self.body_bytes if self.whole else self.head.content_length
         pool.estimator.learn(self._text_bytes(size), prompt, output)
         if answer.is_stream:

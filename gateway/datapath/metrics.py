@@ -146,6 +146,10 @@ def code_index(status: int) -> int:
     return _CODES_AT + _code(status)
 
 
+OK_CODE: Final = _CODES_AT
+"""That of 200."""
+
+
 def worker_code_index(status: int) -> int:
     """Where they are counted in a worker's, of requests that named no pool."""
     return _WORKER_CODES_AT + _code(status)

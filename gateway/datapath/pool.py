@@ -13,6 +13,7 @@ it. Else the worker that frees a place would always fill it again, and the other
 from __future__ import annotations
 
 from abc import abstractmethod
+from array import array
 from collections import deque
 from typing import Any, Final
 
@@ -93,9 +94,9 @@ class UpstreamEndpoint(Endpoint):
         )
         context.ledger.close_window(self.slot)  # of whichever replica had the slot before
         self.upstream = Upstream(context, replica.url, replica.headers)
-        self._counters: Any = context.shared.replica_counters(context.index, replica.slot)
-        for index in range(metrics.REPLICA_INTEGERS):  # the slot was another replica's
-            self._counters[index] = 0
+        self._row: Any = context.shared.replica_counters(context.index, replica.slot)
+        self._counts = [0] * metrics.REPLICA_INTEGERS
+        self.publish_counters()  # the slot was another replica's
         self.served_model: str | None = replica.served_model
         self.names: frozenset[str] = frozenset(replica.names)
         self.failures = 0
@@ -103,12 +104,16 @@ class UpstreamEndpoint(Endpoint):
 
     def count_first_token(self, wait_s: float) -> None:
         """The first byte of an answer has come, so long after the request was sent."""
-        self._counters[metrics.REPLICA_FIRST_TOKENS] += 1
-        self._counters[metrics.REPLICA_FIRST_TOKEN_US] += int(wait_s * 1e6)
+        self._counts[metrics.REPLICA_FIRST_TOKENS] += 1
+        self._counts[metrics.REPLICA_FIRST_TOKEN_US] += int(wait_s * 1e6)
 
     def count_answer(self, *, ok: bool) -> None:
         """An answer has ended."""
-        self._counters[metrics.REPLICA_OK if ok else metrics.REPLICA_ERROR] += 1
+        self._counts[metrics.REPLICA_OK if ok else metrics.REPLICA_ERROR] += 1
+
+    def publish_counters(self) -> None:
+        """Copy what was counted into shared memory."""
+        self._row[:] = array("q", self._counts)
 
     def publish(self, context: WorkerContext, replica: Replica) -> None:
         """The replica was published again, or the settings changed."""
@@ -497,6 +502,8 @@ class PoolRuntime:
             self.counters.dirty = True
         if self.counters.dirty:
             self.counters.flush()
+            for endpoint in self.endpoints.values():
+                endpoint.publish_counters()
         if len(self.ready) < len(self.endpoints):
             self._renew_ready()  # those whose time is over may be tried again
         if not self.queue:
