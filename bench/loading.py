@@ -78,6 +78,7 @@ class Results:
     versions: dict[str, str] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     elapsed_s: float = 0.0
+    gb: float = 0.0
 
     def add(self, sink: str, name: str, kind: str, gb: float, took: dict[str, Any]) -> None:
         """One pass: GB a second, CPU seconds a GB."""
@@ -158,6 +159,7 @@ def run(options: Options) -> Results:
     with loading_files.made(FILES_FOLDER, gb=options.gb) as model:
         description = FILES_FOLDER / "model.json"
         model.save(description)
+        results.gb = round(model.size_bytes / 1e9, 2)
         print(f"{model.size_bytes / 1e9:.2f} GB, {model.tensors} tensors, {len(model.files)} "
               f"files, {options.rounds} rounds of {len(jobs)} contenders", flush=True)  # fmt: skip
         if options.quick:

@@ -137,7 +137,7 @@ def document(
         "noise": dict(noise),
         "elapsed_s": round(results.elapsed_s, 1),
         "rounds": options.rounds,
-        "gb": options.gb,
+        "gb": results.gb,
         "versions": results.versions,
         "missing": results.missing,
         "wrong": results.wrong,
@@ -154,7 +154,7 @@ def markdown(made: Mapping[str, Any]) -> str:
     lines = [
         f"# Loading weights, {made['date']}",
         "",
-        f"`{made['command']}` · {made['gb']:.2f} GB of BF16 tensors in 4 safetensors files, "
+        f"`{made['command']}` · {made['gb']:.2f} GB of BF16 tensors in safetensors files, "
         f"{made['rounds']} rounds, {made['elapsed_s']:.0f} s",
         "",
         f"{machine['cpu']}, {machine['cores']} cores"
