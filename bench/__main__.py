@@ -12,6 +12,8 @@
   python -m bench pages       files into the page cache, what is cached, and whether it stays
   python -m bench remote      models from stores to the disk, beside the stores' own clients
   python -m bench cache       ten nodes that start the same model at once, from one limited store
+  python -m bench clients     real clients and load tools: outcomes and tokens beside the engine's
+                              own counters
   python -m bench adoption    seconds until a control process that was killed has its engines back
 
 Everything listens on 127.0.0.1 and ends within a stated time. bench/README.md explains the methods.
@@ -220,6 +222,36 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_loading)
 
 
+def _clients(arguments: argparse.Namespace) -> int:
+    from bench import real_clients
+
+    return real_clients.run(
+        real_clients.Options(
+            engine=arguments.engine,
+            requests=arguments.requests,
+            only=tuple(arguments.only.split(",")) if arguments.only else (),
+            model=arguments.model,
+            engine_python=arguments.engine_python,
+            out=arguments.out,
+        )
+    )
+
+
+def _add_clients(parser: argparse.ArgumentParser) -> None:
+    from bench import real_clients
+
+    parser.add_argument("--engine", choices=("simulated", "vllm"), default="simulated")
+    parser.add_argument("--requests", type=int, default=40, metavar="N", help="of each (40)")
+    parser.add_argument("--only", metavar="A,B",
+                        help="of those in bench/real_clients.py")  # fmt: skip
+    parser.add_argument("--model", type=Path, default=real_clients.MODEL_FOLDER, metavar="FOLDER",
+                        help="what vLLM serves, and the load tools' tokenizer")  # fmt: skip
+    parser.add_argument("--engine-python", type=Path, default=real_clients.ENGINE_PYTHON,
+                        metavar="FILE", help="the interpreter that has vLLM")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder of the record")
+    parser.set_defaults(run=_clients)
+
+
 def _command() -> str:
     return " ".join(["python -m bench", *sys.argv[1:]])
 
@@ -372,6 +404,14 @@ def _parser() -> argparse.ArgumentParser:
         description="One node alone, then ten that know each other, fetch the same model at once: "
         "what the store sent, and how long it took. Every node is a process with its own disk "
         "store; needs about 6 GB of disk. About 3 minutes. Exit code 1 when a bar is missed.",
+    ))  # fmt: skip
+    _add_clients(commands.add_parser(
+        "clients",
+        help="real clients and load tools: outcomes and tokens beside the engine's own counters",
+        description="Runs openai, anthropic, LangChain, guidellm, aiperf, genai-bench, vllm bench "
+        "serve, ab, hey, oha and wrk, each from an environment of its own under "
+        ".tidegate/clients, against one Tidegate. Installs what is missing (several GB for all). "
+        "Exit code 1 when a client fails, or a count of tokens is off by more than 1 %%.",
     ))  # fmt: skip
     _add_adoption(commands.add_parser(
         "adoption",

@@ -1,0 +1,65 @@
+"""The table of real clients: what is summed, and what is judged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bench.real_clients import CLIENTS, Counts, is_good, terminal
+
+ROW: dict[str, Any] = {
+    "client": "openai",
+    "exit_status": 0,
+    "outcomes": {"ok": 3},
+    "engine_requests": 3,
+    "prompt_tokens": {"tidegate": 1000, "engine": 1000},
+    "prompt_off_percent": 0.0,
+    "output_tokens": {"tidegate": 101, "engine": 100},
+    "output_off_percent": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "good"),
+    [
+        ({}, True),
+        ({"exit_status": 1}, False),
+        ({"exit_status": None}, False),
+        ({"outcomes": {}}, False),
+        ({"outcomes": {"ok": 2, "cancelled": 1}}, True),
+        ({"outcomes": {"ok": 2, "engine_error": 1}}, False),
+        ({"prompt_off_percent": -1.1}, False),
+        ({"output_off_percent": None}, True),
+        ({"unavailable": "pip: no such package"}, True),
+    ],
+)
+def test_a_client_is_judged_by_its_end_its_outcomes_and_its_tokens(
+    change: dict[str, Any], good: bool
+) -> None:
+    assert is_good({**ROW, **change}) is good
+
+
+def test_the_table_has_every_client_and_says_what_could_not_be_run() -> None:
+    missing = {"client": "oha", "unavailable": "oha is not installed"}
+    text = terminal([ROW, missing])
+    assert "openai" in text
+    assert "101 / 100" in text
+    assert "oha is not installed" in text
+
+
+def test_what_was_counted_before_is_taken_off() -> None:
+    def counts(ok: int, tokens: int) -> Counts:
+        tokens_of = {"prompt": tokens, "output": 0}
+        outcomes = {"ok": ok, "cancelled": 4}
+        return Counts(outcomes=outcomes, tidegate=tokens_of, engine=tokens_of, busy=0)
+
+    since = counts(9, 50).since(counts(2, 20))
+    assert since.outcomes == {"ok": 7}
+    assert since.tidegate == {"prompt": 30, "output": 0}
+
+
+def test_the_names_are_unique_and_only_the_engine_environment_is_not_installed_into() -> None:
+    names = [client.name for client in CLIENTS]
+    assert len(set(names)) == len(names)
+    assert all(bool(client.packages) != bool(client.program) for client in CLIENTS)
