@@ -73,12 +73,13 @@ _QUEUE_WAIT_ZERO: Final = metrics.HISTOGRAM_OFFSETS[metrics.QUEUE_WAIT]
 
 # How an answer's body travels to the client: as it is, as chunks of our own (our head was sent
 # with the first keep-alive comment), bare until close (HTTP/1.0), collected for an error event, or
-# less the usage that the client did not ask for.
+# less the usage that the client did not ask for; or not at all, once it has left with all tokens.
 _RAW: Final = 0
 _WRAP: Final = 1
 _PLAIN: Final = 2
 _COLLECT: Final = 3
 _LESS_USAGE: Final = 4
+_UNHEARD: Final = 5
 _MAX_COLLECTED_BYTES: Final = 65536
 _TAIL_BYTES: Final = 4096
 # The end of an answer often comes in scraps ("[DONE]", the last chunk): they are kept with the
@@ -91,6 +92,8 @@ _ANTHROPIC_PATH: Final = b"/v1/messages"
 _USAGE_PATHS: Final = frozenset({b"/v1/chat/completions", b"/v1/completions"})
 # Until a chunk is whole so much of a stream is held back, where usage is taken out of it.
 _MAX_HELD_BACK_BYTES: Final = 65536
+# The usage comes with the last token, or a moment later.
+_USAGE_WAIT_S: Final = 1.0
 # A model whose replica does not say how long its context is has none that is longer.
 _MAX_MODEL_LEN_TOKENS: Final = 1_048_576
 
@@ -655,6 +658,8 @@ class Exchange(PooledRequest):
             if len(self._collected) < _MAX_COLLECTED_BYTES:
                 self._collected += data
             return
+        if self._mode == _UNHEARD:
+            return
         if self._mode == _WRAP:
             data = sse.chunk(data)
         elif self._mode == _LESS_USAGE:
@@ -905,6 +910,8 @@ class Exchange(PooledRequest):
                 self._failed_at = (*self._failed_at, endpoint)
                 self.routing.exclude = self.routing.exclude | {endpoint.id}
             self._attempt_failed(why)
+        elif self._mode == _UNHEARD:
+            self._end_unheard()
         elif self.state == ANSWER:
             self.cut(why)
 
@@ -984,10 +991,15 @@ class Exchange(PooledRequest):
                 answer is not None
                 and answer.is_stream
                 and answer.status == 200
-                and sse.is_whole(self._previous_block + self._last_block)
+                and sse.is_whole(end := self._previous_block + self._last_block)
             ):
                 # Clients close at the last event, which often comes a chunk before the end of the
                 # body, or at the last token: they have all of the answer.
+                if self._mode == _LESS_USAGE and sse.USAGE_EVENT not in end:
+                    self._mode = _UNHEARD
+                    self.resume_answer()
+                    self.client.context.loop.call_later(_USAGE_WAIT_S, self._end_unheard)
+                    return
                 self._count_answer(pool, answer, events)
             else:
                 pool.counters.integers[metrics.CANCELLED] += 1
@@ -995,6 +1007,15 @@ class Exchange(PooledRequest):
                     integers = pool.counters.integers
                     integers[metrics.PROMPT_TOKENS] += self.routing.prompt_tokens
                     integers[metrics.OUTPUT_TOKENS] += self._count_events(events)
+        self.drop_upstream()
+        self.end()
+
+    def _end_unheard(self) -> None:
+        """The client left with all tokens, and no more comes of the answer."""
+        pool, answer = self.pool, self._answer
+        if self.state == DONE or pool is None or answer is None:
+            return
+        self._count_answer(pool, answer, 0 if self.upstream is None else self.upstream.events)
         self.drop_upstream()
         self.end()
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 from datapath_rig import (
     STREAM,
+    WAIT_S,
     Answer,
     Asked,
     Gateway,
@@ -377,6 +379,42 @@ def test_a_client_that_closes_when_it_has_all_is_not_counted_as_cancelled(
             lambda: outcomes() == (before[0] + expected[0], before[1] + expected[1]),
         )
         served.publish()
+    served.settle()
+
+
+@pytest.mark.parametrize("then", ["usage", "nothing", "close"])
+def test_of_a_client_that_closes_at_the_last_token_the_usage_is_counted_too(
+    served: Gateway, then: str
+) -> None:
+    left = threading.Event()
+
+    def script(asked: Asked) -> None:
+        asked.request()
+        asked.send(STREAM + chunks(TOKEN.replace(b"null", b'"stop"')))
+        left.wait(WAIT_S)
+        if then == "usage":
+            asked.send(USAGE_CHUNK + chunks(DONE) + LAST)
+        if then != "close":
+            asked.cancelled()
+
+    before = counts(served)
+    ok, failed = served.pool_count(metrics.OK), served.pool_count(metrics.ENGINE_ERROR)
+    with ScriptedReplica(script) as replica:
+        served.publish(served.replica(replica.url, stream_usage=True))
+        with served.connect() as client:
+            client.send(post(BODY, path=COMPLETIONS))
+            client.until(b'"stop"}]}\n\n\r\n')
+        eventually(lambda: not served.worker_count(metrics.CONNECTIONS))
+        left.set()
+        eventually(lambda: served.pool_count(metrics.OK) == ok + 1)
+        prompt, output = counts(served)
+        if then == "usage":
+            assert (prompt, output) == (before[0] + 31, before[1] + 5)
+        else:
+            assert output == before[1] + 1
+            assert prompt > before[0]
+        served.publish()
+    assert served.pool_count(metrics.ENGINE_ERROR) == failed
     served.settle()
 
 
