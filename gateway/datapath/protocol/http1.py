@@ -54,14 +54,13 @@ _KINDS: Final = {
     b"upgrade": _UPGRADE,
     b"content-encoding": _ENCODING,
 }
-# The status line; then, where no other header of note comes first, a plain Content-Length.
+# The status line, of which llhttp lets any byte but a line end pass; then, where no other header of
+# note comes first, a plain Content-Length.
 _STATUS: Final = re.compile(
-    rb"HTTP/1\.[01] ([1-9][0-9][0-9])(?=[ \r]|\Z)"
+    rb"HTTP/1\.[01] ([1-9][0-9][0-9])(?=(?: [\t -~\x80-\xff]*)?(?:\r|\Z))"
     rb"(?:(?<=HTTP/1\.1 200)[^\r]*(?:\r\n(?![CcKkPpRrTtUuXx])[^\r]*)*"
     rb"\r\ncontent-length: ([0-9]{1,15})(?=\r|\Z))?"
 )
-# Control bytes: of no use in a head, and what a log or a terminal makes of them is not known.
-_CONTROLS: Final = bytes(byte for byte in range(32) if byte not in b"\t\r\n") + b"\x7f"
 # HTTP/1.0 closes unless both sides say otherwise, and ``ab`` waits for that end.
 KEEP_ALIVE: Final = b"connection: keep-alive\r\n"
 _CONNECTION_OPTIONS: Final = frozenset((b"", b"close", b"keep-alive", b"te", b"upgrade"))
@@ -100,8 +99,6 @@ class _Silent:
 
 def check_head(head: bytes) -> None:
     """Let llhttp judge a whole request head (with its final blank line). Raises 400."""
-    if has_controls(head):
-        raise bad_request("The request head has control bytes in it.")
     parser = httptools.HttpRequestParser(_Silent())
     try:
         parser.feed_data(head)
@@ -203,11 +200,6 @@ def _set_rare(result: RequestHead, kind: int, value: bytes) -> None:
         raise ApiError(400, Reason.UPGRADE_UNSUPPORTED, "WebSocket is not spoken here.")
 
 
-def has_controls(head: bytes) -> bool:
-    """Whether a head has control bytes in it, apart from tabs and line ends."""
-    return len(head.translate(None, _CONTROLS)) != len(head)
-
-
 def without_named(kept: bytes, named: frozenset[bytes]) -> bytes:
     """Header lines, each led by CRLF or the status line, less those of ``named`` headers."""
     return b"\r\n".join(
@@ -248,8 +240,6 @@ def parse_response_head(head: bytes) -> ResponseHead:
     match = _STATUS.match(head)
     if match is None:
         raise ValueError(f"not an HTTP/1 status line: {head[:80]!r}")
-    if has_controls(head):
-        raise ValueError("control bytes in the head")
     try:
         httptools.HttpResponseParser(_Silent()).feed_data(head + b"\r\n\r\n")
     except httptools.HttpParserError as error:

@@ -87,7 +87,8 @@ def read_head(body: bytes) -> Head | None:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     # A second key "model" is written out or holds an escaped letter (m, o, d, e, l: 6c to 6f).
-    if not head.model or body.count(b'"model"') != 1 or b"\\u006" in body:
+    escaped = b"\\" in body and b"\\u006" in body  # one byte is found much sooner
+    if not head.model or escaped or body.count(b'"model"') != 1:
         return None
     return head
 

@@ -47,6 +47,7 @@ _OUTPUT: Final = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,9})')
 # OpenAI's, Anthropic's, that of a response. vLLM has a ``stop_reason`` beside its
 # ``finish_reason``, with what stopped it: so the order counts.
 _FINISH_NAMES: Final = (b'"finish_reason"', b'"stop_reason"', b'"status"')
+_STOPPED: Final = b'"finish_reason":"stop"'  # as vLLM writes what is most often so
 _TEXT: Final = re.compile(rb'\s*:\s*"([^"\\]{1,40})"')
 _FINISH_REASONS: Final = {
     b"stop": "stop",
@@ -148,6 +149,8 @@ def read_usage(tail: bytes) -> tuple[int | None, int | None]:
 def read_finish_reason(tail: bytes) -> str | None:
     """Why the engine ended an answer, as OpenAI's APIs call it, from the answer's end; ``None``
     where it does not say. An unknown reason is ``other``."""
+    if _STOPPED in tail:
+        return "stop"
     for name in _FINISH_NAMES:
         at = tail.rfind(name)
         while at >= 0:
