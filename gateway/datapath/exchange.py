@@ -323,8 +323,9 @@ class Exchange(PooledRequest):
 
     def _text_bytes(self, body_bytes: int) -> int:
         """What a body counts as in the estimate of its tokens."""
-        is_form = isinstance(self.reader, FormReader)
-        return body_bytes // _FORM_BYTES if is_form else body_bytes
+        if self.reader is None or not isinstance(self.reader, FormReader):
+            return body_bytes
+        return body_bytes // _FORM_BYTES
 
     def _join(self) -> bytes:
         parts = self.parts
@@ -685,7 +686,7 @@ class Exchange(PooledRequest):
             if len(data) <= _MAX_HELD_BACK_BYTES:
                 self._held_back = data
                 return b""
-        elif sse.USAGE_EVENT in data:
+        elif data.find(sse.USAGE_EVENT) >= 0:
             data = sse.without_usage(data)
         return data
 
@@ -696,7 +697,8 @@ class Exchange(PooledRequest):
         connection = self.upstream
         events = 0 if connection is None else connection.events
         if self._blocks:
-            if sse.USAGE_EVENT not in data and sse.LAST_EVENT not in data:
+            # Not with ``in``: bytes first try the other side as a number, which costs an error.
+            if data.find(sse.USAGE_EVENT) < 0 and data.find(sse.LAST_EVENT) < 0:
                 tokens = events - self._events
                 if tokens <= 1:
                     pool.counters.observe(metrics.ITL, now - self.last_s)

@@ -223,7 +223,7 @@ class ResponseHead:
     def __init__(self, status: int, kept: bytes) -> None:
         self.status = status
         self.kept = kept
-        self.is_stream = b"text/event-stream" in kept
+        self.is_stream = kept.find(b"text/event-stream") >= 0
         self.content_length: int | None = None
         self.chunked = False
         self.keep_alive = True

@@ -87,7 +87,8 @@ def read_head(body: bytes) -> Head | None:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     # A second key "model" is written out or holds an escaped letter (m, o, d, e, l: 6c to 6f).
-    escaped = b"\\" in body and b"\\u006" in body  # one byte is found much sooner
+    # One byte is found much sooner; and ``in`` would first try the bytes as a number.
+    escaped = body.find(b"\\") >= 0 and body.find(b"\\u006") >= 0
     if not head.model or escaped or body.count(b'"model"') != 1:
         return None
     return head

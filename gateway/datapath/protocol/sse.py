@@ -149,7 +149,7 @@ def read_usage(tail: bytes) -> tuple[int | None, int | None]:
 def read_finish_reason(tail: bytes) -> str | None:
     """Why the engine ended an answer, as OpenAI's APIs call it, from the answer's end; ``None``
     where it does not say. An unknown reason is ``other``."""
-    if _STOPPED in tail:
+    if tail.find(_STOPPED) >= 0:
         return "stop"
     for name in _FINISH_NAMES:
         at = tail.rfind(name)
