@@ -349,11 +349,14 @@ def _row(
 
 
 def is_good(row: dict[str, Any]) -> bool:
-    """Whether the client ran well and the tokens agree. What was not there is not judged."""
+    """Whether the client ran well and the tokens agree. What was not there is not judged, nor are
+    the tokens of a client that left before every answer: of those that do not stream nothing is
+    known."""
     if "unavailable" in row:
         return True
     off = [row[f"{kind}_off_percent"] for kind in _TOKENS]
     within = all(value is None or abs(value) <= BAR_PERCENT for value in off)
+    within = within or set(row["outcomes"]) == {"cancelled"}
     failed = set(row["outcomes"]) & {"client_error", "engine_error", "rejected"}
     return row["exit_status"] == 0 and bool(row["outcomes"]) and within and not failed
 

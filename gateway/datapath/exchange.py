@@ -1005,7 +1005,8 @@ class Exchange(PooledRequest):
                 self._count_answer(pool, answer, events)
             else:
                 pool.counters.integers[metrics.CANCELLED] += 1
-                if answer is not None and answer.is_stream:  # the engine worked for it until now
+                if answer is not None and answer.is_stream and self._blocks:
+                    # The engine worked for it until now; before its first token it counts nothing.
                     integers = pool.counters.integers
                     integers[metrics.PROMPT_TOKENS] += self.routing.prompt_tokens
                     integers[metrics.OUTPUT_TOKENS] += self._count_events(events)

@@ -418,23 +418,28 @@ def test_of_a_client_that_closes_at_the_last_token_the_usage_is_counted_too(
     served.settle()
 
 
-def test_what_the_engine_did_for_a_client_that_left_is_counted(served: Gateway) -> None:
+@pytest.mark.parametrize("events", [0, 4])
+def test_what_the_engine_did_for_a_client_that_left_is_counted(
+    served: Gateway, events: int
+) -> None:
     def script(asked: Asked) -> None:
         asked.request()
         asked.send(STREAM)
-        for _ in range(4):
+        for _ in range(events):
             asked.send(chunks(TOKEN))
         asked.cancelled()
 
-    before = counts(served)
+    before, cancelled = counts(served), served.pool_count(metrics.CANCELLED)
     with ScriptedReplica(script) as replica:
         served.publish(replica)
         with served.connect() as client:
             client.send(post(BODY, path=COMPLETIONS))
-            for _ in range(4):
+            client.until(b"\r\n\r\n")
+            for _ in range(events):
                 client.until(chunks(TOKEN))
-        eventually(lambda: counts(served)[1] == before[1] + 4)
-        assert counts(served)[0] > before[0]
+        eventually(lambda: served.pool_count(metrics.CANCELLED) == cancelled + 1)
+        assert counts(served)[1] == before[1] + events
+        assert (counts(served)[0] > before[0]) == (events > 0)
         served.publish()
     served.settle()
 

@@ -31,6 +31,8 @@ ROW: dict[str, Any] = {
         ({"outcomes": {"ok": 2, "engine_error": 1}}, False),
         ({"prompt_off_percent": -1.1}, False),
         ({"output_off_percent": None}, True),
+        ({"outcomes": {"cancelled": 3}, "output_off_percent": -100.0}, True),
+        ({"outcomes": {"ok": 1, "cancelled": 3}, "output_off_percent": -9.0}, False),
         ({"unavailable": "pip: no such package"}, True),
     ],
 )
