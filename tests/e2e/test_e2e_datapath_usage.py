@@ -404,6 +404,7 @@ def test_of_a_client_that_closes_at_the_last_token_the_usage_is_counted_too(
         with served.connect() as client:
             client.send(post(BODY, path=COMPLETIONS))
             client.until(b'"stop"}]}\n\n\r\n')
+            eventually(lambda: served.worker_count(metrics.CONNECTIONS) == 1)
         eventually(lambda: not served.worker_count(metrics.CONNECTIONS))
         left.set()
         eventually(lambda: served.pool_count(metrics.OK) == ok + 1)
