@@ -144,10 +144,9 @@ _FIELDS: Final = {
 _SPACE: Final = re.compile(rb"[ \t\n\r]*+")
 _BOM: Final = b"\xef\xbb\xbf"
 _STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
-_IN_STRING: Final = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _SCALAR: Final = re.compile(rb'[^ \t\n\r,\]}\[{":]*+')
-# Everything in nested values but brackets, and plain members of the top object, many at a time.
-_IN_NESTED: Final = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
+# Short members of nested values, many at a time, and plain members of the top object.
+_IN_NESTED: Final = re.compile(rb'(?:[^"\[\]{}]++|"[^"\\]{0,32}+")*+', re.DOTALL)
 _MEMBERS: Final = re.compile(
     rb'(?:[ \t\n\r]*+"(?!(?:model|stream|stream_options|max_(?:completion_|output_)?tokens)")'
     rb'[^"\\]*+"[ \t\n\r]*+:'
@@ -326,7 +325,7 @@ class JsonReader(BodyReader):
         if self._escaped:
             self._escaped = False
             position += 1
-        position = _IN_STRING.match(data, position).end()  # type: ignore[union-attr]
+        position = self._in_string(data, position)
         if position < len(data):
             if data[position] == 0x22:
                 self._state = self._after_string
@@ -335,6 +334,22 @@ class JsonReader(BodyReader):
             position += 1
         return position
 
+    def _in_string(self, data: bytes, position: int) -> int:
+        """The position of the quote that ends a string, of a backslash whose other half is not here
+        yet, or the end. A byte is found many times sooner than an expression passes over others."""
+        while True:
+            quote = data.find(b'"', position)
+            end = len(data) if quote < 0 else quote
+            if end > position and data[end - 1] == 0x5C:
+                self.parts += 1
+                escapes = end - position - len(data[position:end].rstrip(b"\\"))
+                if escapes % 2:  # the last of them escapes what follows
+                    if quote < 0:
+                        return end - 1
+                    position = quote + 1
+                    continue
+            return end
+
     def _nested(self, data: bytes, position: int) -> int:
         skip, size, depth = _IN_NESTED.match, len(data), self._depth
         while depth > 0:
@@ -342,11 +357,15 @@ class JsonReader(BodyReader):
             if position == size:
                 break
             byte = data[position]
-            if byte == 0x22:
-                break
-            depth += 1 if byte in (0x5B, 0x7B) else -1
-            position += 1
             self.parts += 1
+            if byte == 0x22:
+                end = self._in_string(data, position + 1)
+                if end == size or data[end] != 0x22:
+                    break  # it is not whole yet
+                position = end
+            else:
+                depth += 1 if byte in (0x5B, 0x7B) else -1
+            position += 1
         self._depth = depth
         if depth == 0:
             self._state = _AFTER
