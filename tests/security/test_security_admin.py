@@ -137,7 +137,7 @@ def test_a_foreign_name_is_refused_on_every_address(served: ServedAdmin) -> None
         ("s3://models/llm-2", False),
         ("s3://models", False),
         ("file:///etc", False),
-        ("file:///root/.ssh", False),
+        ("file:///var/lib/secrets", False),
         ("/etc", False),
         ("/", False),
         ("http://169.254.169.254/latest/meta-data/", False),
