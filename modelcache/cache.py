@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,8 +127,9 @@ class ModelCache:
         tell = on_progress or (lambda progress: None)
         stopped = cancelled or (lambda: False)
         tell(Progress(phase="listing"))
-        with closing(self._open_source(ref)) as source:
+        with ExitStack() as opened:
             try:
+                source = opened.enter_context(closing(self._open_source(ref)))
                 # With one here already, a source that cannot be asked is not waited for.
                 most = 0 if self.lookup.resolve(ref) is not None else self.settings.retries
                 retries = Retries(most=most, cancelled=stopped)

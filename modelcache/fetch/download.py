@@ -374,8 +374,15 @@ class Download:
 
     def _progress(self) -> Progress:
         with self.lock:
-            moving = sum(one.moved_bytes for one in (*self.reading, *self.asking))
-            moving += sum(job.partial.bytes_begun for job in self.jobs)
+            moving = sum(job.partial.bytes_begun for job in self.jobs)
+            # By piece, as two may read the same one; part of what came of it may be kept already.
+            ahead: dict[tuple[DownloadJob, int], int] = {}
+            for one in (*self.reading, *self.asking):
+                job, index = one.job, one.index
+                kept = job.partial.span(index)[0] + job.partial.beginning(index)
+                more = one.start + one.moved_bytes - kept
+                ahead[job, index] = max(more, ahead.get((job, index), 0))
+            moving += sum(ahead.values())
             # What was thrown away is read again before it counts anew: a bar does not go back.
             done = max(self._told_bytes, min(self._total_bytes, self._done_bytes + moving))
             self._told_bytes = done

@@ -130,6 +130,8 @@ class Rig:
     root: Path
     free_bytes: int = 1 << 40
     down: bool = False
+    shut: bool = False
+    """Its source cannot even be opened."""
     digests: bool = True
     clock: Callable[[], float] = time.time
     before: Callable[[RangeRead], None] = lambda want: None
@@ -153,6 +155,8 @@ class Rig:
 
     def source(self, ref: ModelRef) -> FolderSource:
         self.sources.append(ref)
+        if self.shut:
+            raise SourceError("the line is dead")
         return FolderSource(
             ref=ref, root=self.models, log=self.log, down=self.down, digests=self.digests,
             before=self.before, revisions=self.revisions,

@@ -89,11 +89,12 @@ def test_a_name_that_moves_is_asked_for_and_an_exact_revision_is_not(
     assert cache.find(url, "v3") is None
 
 
+@pytest.mark.parametrize("fails", ["down", "shut"])
 def test_where_the_store_cannot_be_asked_what_is_here_is_used(
-    rig: Rig, cache: ModelCache, url: str
+    rig: Rig, cache: ModelCache, url: str, fails: str
 ) -> None:
     model = cache.preload(url)
-    rig.down = True
+    setattr(rig, fails, True)
     offline = cache.preload(url, expected_use_at_s=9.0)
     assert offline.path == model.path
     assert offline.note == (

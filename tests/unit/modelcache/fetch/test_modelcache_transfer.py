@@ -272,6 +272,28 @@ def test_progress_does_not_go_back_when_a_piece_is_read_again(tmp_path: Path) ->
     assert seen[-1].bytes_done == 4 * PIECE_BYTES
 
 
+def test_what_was_kept_of_a_piece_on_its_way_is_told_once(tmp_path: Path) -> None:
+    source = MemorySource({"w": make_content(PIECE_BYTES)})
+    seen: list[Progress] = []
+    told: list[int] = []
+
+    def look(path: str, index: int, nth: int, chunk: int) -> float:
+        if chunk == 6:
+            enough = len(seen) + 2
+            for _ in range(3_000):
+                if len(seen) >= enough:
+                    break
+                time.sleep(0.01)
+            told.append(seen[-1].bytes_done)
+        return 0.0
+
+    source.chunk_s = look
+    now_s = itertools.count(step=1.5)
+    node = make_alone(tmp_path, clock=lambda: next(now_s))
+    node.fetch(source, on_progress=seen.append)
+    assert told == [6 * MIB]
+
+
 # -- slow lines and slow connections ---------------------------------------------------------------
 
 SMALL = {f"{n}.json": b"{}" * 50 for n in range(8)}
