@@ -348,17 +348,26 @@ def _row(
     return row
 
 
-def is_good(row: dict[str, Any]) -> bool:
-    """Whether the client ran well and the tokens agree. What was not there is not judged, nor are
-    the tokens of a client that left before every answer: of those that do not stream nothing is
-    known."""
+def find_problem(row: dict[str, Any]) -> str:
+    """Why the row of a client is no good: how it ended, its outcomes or its tokens; empty where it
+    is. What was not there is not judged, nor are the tokens of a client that left before every
+    answer: of those that do not stream nothing is known."""
     if "unavailable" in row:
-        return True
-    off = [row[f"{kind}_off_percent"] for kind in _TOKENS]
-    within = all(value is None or abs(value) <= BAR_PERCENT for value in off)
-    within = within or set(row["outcomes"]) == {"cancelled"}
-    failed = set(row["outcomes"]) & {"client_error", "engine_error", "rejected"}
-    return row["exit_status"] == 0 and bool(row["outcomes"]) and within and not failed
+        return ""
+    if row["exit_status"] is None:
+        return "it did not end"
+    if row["exit_status"] != 0:
+        return f"exit status {row['exit_status']}"
+    if not row["outcomes"]:
+        return "no request"
+    failed = row["outcomes"].keys() & {"client_error", "engine_error", "rejected"}
+    if failed:
+        return ", ".join(sorted(failed))
+    off = {kind: row[f"{kind}_off_percent"] for kind in _TOKENS}
+    beyond = [kind for kind, value in off.items() if value and abs(value) > BAR_PERCENT]
+    if beyond and row["outcomes"].keys() != {"cancelled"}:
+        return f"{' and '.join(beyond)} tokens are off by more than {BAR_PERCENT:g} %"
+    return ""
 
 
 def terminal(rows: Sequence[dict[str, Any]]) -> str:
@@ -377,7 +386,8 @@ def terminal(rows: Sequence[dict[str, Any]]) -> str:
             tokens, off = row[f"{kind}_tokens"], row[f"{kind}_off_percent"]
             both = f"{tokens['tidegate']} / {tokens['engine']}"
             text += f" {both:>17} {'-' if off is None else f'{off:+.1f}':>6}"
-        lines.append(text if is_good(row) else f"{text}  <- exit status {row['exit_status']}")
+        problem = find_problem(row)
+        lines.append(f"{text}  <- {problem}" if problem else text)
         lines += [f"    {line[:160]}" for line in row.get("log", "").splitlines()]
     return "\n".join(lines)
 
@@ -443,4 +453,4 @@ def run(options: Options) -> int:
     record = {"date": date, "engine": options.engine, "machine": machine.describe(), "rows": rows}
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"\nwrote {path}")
-    return 0 if all(map(is_good, rows)) else 1
+    return 1 if any(map(find_problem, rows)) else 0

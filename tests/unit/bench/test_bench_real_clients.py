@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench.real_clients import CLIENTS, Counts, is_good, terminal
+from bench.real_clients import CLIENTS, Counts, find_problem, terminal
 
 ROW: dict[str, Any] = {
     "client": "openai",
@@ -21,25 +21,29 @@ ROW: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("change", "good"),
+    ("change", "problem"),
     [
-        ({}, True),
-        ({"exit_status": 1}, False),
-        ({"exit_status": None}, False),
-        ({"outcomes": {}}, False),
-        ({"outcomes": {"ok": 2, "cancelled": 1}}, True),
-        ({"outcomes": {"ok": 2, "engine_error": 1}}, False),
-        ({"prompt_off_percent": -1.1}, False),
-        ({"output_off_percent": None}, True),
-        ({"outcomes": {"cancelled": 3}, "output_off_percent": -100.0}, True),
-        ({"outcomes": {"ok": 1, "cancelled": 3}, "output_off_percent": -9.0}, False),
-        ({"unavailable": "pip: no such package"}, True),
+        ({}, ""),
+        ({"exit_status": 1}, "exit status 1"),
+        ({"exit_status": None}, "did not end"),
+        ({"outcomes": {}}, "no request"),
+        ({"outcomes": {"ok": 2, "cancelled": 1}}, ""),
+        ({"outcomes": {"ok": 2, "engine_error": 1}}, "engine_error"),
+        ({"prompt_off_percent": -1.1}, "prompt tokens"),
+        ({"output_off_percent": None}, ""),
+        ({"outcomes": {"cancelled": 3}, "output_off_percent": -100.0}, ""),
+        ({"outcomes": {"ok": 1, "cancelled": 3}, "output_off_percent": -9.0}, "output tokens"),
+        ({"unavailable": "pip: no such package"}, ""),
     ],
 )
 def test_a_client_is_judged_by_its_end_its_outcomes_and_its_tokens(
-    change: dict[str, Any], good: bool
+    change: dict[str, Any], problem: str
 ) -> None:
-    assert is_good({**ROW, **change}) is good
+    row = {**ROW, **change}
+    assert bool(find_problem(row)) is bool(problem)
+    shown = terminal([row])
+    assert ("<-" in shown) is bool(problem)
+    assert problem in shown.partition("<-")[2]
 
 
 def test_the_table_has_every_client_and_says_what_could_not_be_run() -> None:
