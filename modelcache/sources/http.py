@@ -63,24 +63,23 @@ class HttpSource(RangedSource):
         super().__init__(ref, reader)
         self._headers = netrc_headers(ref, environ)
         self._single = False
-        self._retries = ONCE
 
     def list(self, retries: Retries = ONCE) -> Listing:
         """See ``Source.list``."""
-        url, self._retries = self.ref.url, retries
+        url = self.ref.url
         _, host, port = wire.origin_of(url)
         if wire.find_reach(host, port, resolve=proxy_of(url, self.reader.environ) is None) == 0:
             raise SourceError(f"{url}: that is a cloud's metadata service, no store of models")
         if not url.endswith("/"):
-            single = self._stat_single(url)
+            single = self._stat_single(url, retries)
             if single is not None:
                 self._single = True
                 return self.probed(answers.make_listing(self.ref, [single]), retries)
             url += "/"
         self._single = False
-        found = self._walk(url)
-        files = self._stat_all(url, found) if found else self._usual(url)
-        files = self._with_checksums(url, files)
+        found = self._walk(url, retries)
+        files = self._stat_all(url, found, retries) if found else self._usual(url, retries)
+        files = self._with_checksums(url, files, retries)
         return self.probed(answers.make_listing(self.ref, files), retries)
 
     def request_of(self, file: RemoteFile) -> HttpRequest:
@@ -94,10 +93,10 @@ class HttpSource(RangedSource):
             url=url, shown=url, hint=HINT, headers=self._headers, signed=bool(self._headers)
         )
 
-    def _stat_single(self, url: str) -> RemoteFile | None:
+    def _stat_single(self, url: str, retries: Retries) -> RemoteFile | None:
         """The file that ``url`` is, or ``None`` where it looks like a directory."""
         try:
-            head = self.reader.head(self._request(url), self._retries)
+            head = self.reader.head(self._request(url), retries)
         except SourceError as error:
             if error.retryable:
                 raise
@@ -106,7 +105,7 @@ class HttpSource(RangedSource):
             return None
         return _file_of(head, unquote(url.rpartition("/")[2]), url)
 
-    def _walk(self, url: str) -> Sequence[str]:
+    def _walk(self, url: str, retries: Retries) -> Sequence[str]:
         """URLs of all files that the server lists below ``url``; none where it lists nothing."""
         files = dict[str, None]()
         folders, seen = [(url, 0)], 0
@@ -116,7 +115,7 @@ class HttpSource(RangedSource):
             if depth > MOST_DEPTH or seen > MOST_FOLDERS:
                 raise SourceError(f"{url}: too many folders within each other; is it one model?")
             try:
-                head, page = self.reader.page(self._request(folder), self._retries)
+                head, page = self.reader.page(self._request(folder), retries)
             except NotFound:
                 links = None
             except SourceError as error:
@@ -132,22 +131,22 @@ class HttpSource(RangedSource):
                     files[link] = None
         return tuple(files)
 
-    def _stat_all(self, base: str, links: Sequence[str]) -> Sequence[RemoteFile]:
+    def _stat_all(self, base: str, links: Sequence[str], retries: Retries) -> Sequence[RemoteFile]:
         """The files behind links of listings; those that turn out to be folders are left out."""
 
         def stat(link: str) -> RemoteFile | None:
-            head = self.reader.head(self._request(link), self._retries)
+            head = self.reader.head(self._request(link), retries)
             if head.url != link and urlsplit(head.url).path.endswith("/"):
                 return None
             return _file_of(head, unquote(link.removeprefix(base)), link)
 
         return [file for file in ask_each(stat, links) if file is not None]
 
-    def _usual(self, url: str) -> Sequence[RemoteFile]:
+    def _usual(self, url: str, retries: Retries) -> Sequence[RemoteFile]:
         """Files by their usual names, and the shards that an index of weights names."""
-        files = self._stat_there(url, USUAL_FILES)
+        files = self._stat_there(url, USUAL_FILES, retries)
         if any(file.path == SHARDS_FILE for file in files):
-            _, page = self.reader.page(self._request(url + SHARDS_FILE), self._retries)
+            _, page = self.reader.page(self._request(url + SHARDS_FILE), retries)
             try:
                 names = sorted(set(parse_weight_map(page).values()))
             except BadFile as error:
@@ -157,7 +156,8 @@ class HttpSource(RangedSource):
             problem = find_path_problem(names)
             if problem is not None:
                 raise SourceError(f"{url}{SHARDS_FILE}: the index {problem}")
-            files = [*files, *self._stat_all(url, [url + quote(name) for name in names])]
+            links = [url + quote(name) for name in names]
+            files = [*files, *self._stat_all(url, links, retries)]
         if not any(file.path.endswith(".safetensors") for file in files):
             raise NotFound(
                 f"{url}: the server lists no files there, and there is no model.safetensors "
@@ -165,22 +165,24 @@ class HttpSource(RangedSource):
             )
         return files
 
-    def _stat_there(self, url: str, names: Sequence[str]) -> Sequence[RemoteFile]:
+    def _stat_there(self, url: str, names: Sequence[str], retries: Retries) -> Sequence[RemoteFile]:
         def stat(name: str) -> RemoteFile | None:
             try:
-                head = self.reader.head(self._request(url + name), self._retries)
+                head = self.reader.head(self._request(url + name), retries)
             except NotFound:
                 return None
             return _file_of(head, name, url + name)
 
         return [file for file in ask_each(stat, names) if file is not None]
 
-    def _with_checksums(self, url: str, files: Sequence[RemoteFile]) -> Sequence[RemoteFile]:
+    def _with_checksums(
+        self, url: str, files: Sequence[RemoteFile], retries: Retries
+    ) -> Sequence[RemoteFile]:
         """The files, with SHA-256s where a file of checksums lies beside them."""
         there = {file.path for file in files} & set(CHECKSUM_FILES)
         known: dict[str, str] = {}
         for name in sorted(there):
-            _, page = self.reader.page(self._request(url + name), self._retries)
+            _, page = self.reader.page(self._request(url + name), retries)
             known.update(read_checksums(page))
         return [
             dataclasses.replace(file, digests={"sha256": known[file.path]})

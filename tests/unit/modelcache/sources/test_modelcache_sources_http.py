@@ -16,7 +16,7 @@ import pytest
 from nginx_server import nginx
 from object_server import IndexedServer, ObjectServer, serving
 
-from modelcache.ports import RangeRead, Source
+from modelcache.ports import RangeRead, Retries, Source
 from modelcache.refs import parse_ref
 from modelcache.settings import ModelCacheSettings
 from modelcache.sources.opening import open_source
@@ -246,6 +246,23 @@ def test_files_by_their_usual_names_where_nothing_is_listed(server: IndexedServe
     server.objects = {"q/config.json": b"{}"}
     with pytest.raises(NotFound, match="lists no files"):
         list_at(f"{server.url}/q")
+
+
+def test_each_listing_has_retries_of_its_own(server: IndexedServer) -> None:
+    source = open_at(f"{server.url}/m/")
+    another: list[Listing] = []
+
+    def pausing() -> bool:
+        """While the first listing waits to ask again, another is made, which does not retry."""
+        if not another:
+            another.append(source.list())
+            server.busy, server.busy_from = 1, len(server.asked) + 1
+        return False
+
+    server.busy = 1
+    assert source.list(Retries(most=2, cancelled=pausing)) == another[0]
+    assert server.busy == 0
+    source.close()
 
 
 def test_one_file_is_a_model_too(server: IndexedServer, tmp_path: Path) -> None:
