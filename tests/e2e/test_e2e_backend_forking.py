@@ -15,7 +15,15 @@ from typing import Any
 
 import fake_vllm
 import pytest
-from process_fixtures import ask, is_alive, record_of, tiny_backend, wait_for_probe, wait_ready
+from process_fixtures import (
+    after_the_loop,
+    ask,
+    is_alive,
+    record_of,
+    tiny_backend,
+    wait_for_probe,
+    wait_ready,
+)
 
 from autoscaler.backends.base import BackendError, ReplicaSpec, Unsupported
 from autoscaler.backends.process import fork_server
@@ -53,12 +61,14 @@ def run(
     without: str = "",
     endless: bool = False,
     late: bool = False,
+    after_loop: bool = False,
     **limits: Any,
 ) -> None:
     """Tell a story with a backend whose vLLM is the fake one, to import which may be ``endless``;
     all it started is gone after it. Where the server answers ``late``, it may be ended while it
     forks: then the fork ends too, but as a child of this process of which nothing is known, and
-    stays a zombie until this process ends."""
+    stays a zombie until this process ends. ``after_loop``: a command takes until the event loop has
+    done something else."""
     environ = {
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(fake_vllm.make(directory / "fake", without=without)),
@@ -77,8 +87,9 @@ def run(
 
     async def tell() -> None:
         before = set(zombies())  # an earlier test's, if any
+        make = after_the_loop(asyncio.get_running_loop(), command) if after_loop else command
         backend = tiny_backend(
-            directory / "state", command=command, environ=lambda: environ, fork_plan=plan
+            directory / "state", command=make, environ=lambda: environ, fork_plan=plan
         )
         await backend.adopt(())
         try:
@@ -378,6 +389,17 @@ def test_a_standby_for_something_else_is_ended(tmp_path: Path) -> None:
         assert not is_alive(third.pid)
 
     run(tmp_path, story)
+
+
+def test_the_event_loop_goes_on_while_a_standby_is_compared(tmp_path: Path) -> None:
+    async def story(backend: ProcessBackend) -> None:
+        await backend.standby(replica("s-1"))
+        (standby,) = backend.standbys()
+        await backend.standby(replica("s-2"))
+        await backend.start(replica("r-1"))
+        assert await pid_of(backend, "r-1") == standby.pid
+
+    run(tmp_path, story, after_loop=True)
 
 
 def test_a_standby_that_is_cancelled_while_a_replica_takes_it_is_ended_once(tmp_path: Path) -> None:

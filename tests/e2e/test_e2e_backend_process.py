@@ -17,11 +17,13 @@ from pathlib import Path
 import pytest
 from process_fixtures import (
     SETTINGS,
+    after_the_loop,
     ask,
     children_of,
     is_alive,
     record_of,
     tiny_backend,
+    tiny_command,
     tiny_pool,
     wait_for_probe,
     wait_ready,
@@ -339,6 +341,19 @@ def test_command_that_cannot_be_made_fails_the_start(tmp_path: Path) -> None:
         with pytest.raises(BackendError, match="--port is Tidegate's"):
             await backend.start(spec())
         assert (await backend.probe("r-1")).alive is False
+        await backend.close()
+
+    asyncio.run(story())
+
+
+def test_the_event_loop_goes_on_while_a_command_is_made(tmp_path: Path) -> None:
+    """It asks the GPU's driver, which may hang."""
+
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        backend = tiny_backend(tmp_path, command=after_the_loop(loop, tiny_command))
+        await backend.start(spec())
+        await wait_ready(backend, "r-1")
         await backend.close()
 
     asyncio.run(story())

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+import threading
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import tiny_engine
 
-from autoscaler.backends.base import Backend, Probe, ReplicaSpec
+from autoscaler.backends.base import Backend, MakeCommand, Probe, ReplicaSpec
 from autoscaler.backends.process.backend import ProcessBackend
 from autoscaler.settings import AutoscalerSettings, PoolSettings
 from loaders.engines.base import EngineCommand, Placement
@@ -26,6 +27,19 @@ def tiny_command(spec: ReplicaSpec, placement: Placement) -> EngineCommand:
     script = tiny_engine.__file__
     argv = (sys.executable, script, "--port", str(placement.port), *spec.pool.engine_args)
     return EngineCommand(argv=argv, env={"TINY": "yes"})
+
+
+def after_the_loop(loop: asyncio.AbstractEventLoop, make: MakeCommand) -> MakeCommand:
+    """Makes the same commands, each once the event loop has done something meanwhile."""
+
+    def command(spec: ReplicaSpec, placement: Placement) -> EngineCommand:
+        turned = threading.Event()
+        loop.call_soon_threadsafe(turned.set)
+        if not turned.wait(5.0):
+            raise ValueError("the event loop waits for the command")
+        return make(spec, placement)
+
+    return command
 
 
 def tiny_pool(*engine_args: str, **fields: Any) -> PoolSettings:

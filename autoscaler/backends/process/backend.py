@@ -74,6 +74,7 @@ from autoscaler.policy.device_assignment import GpuCapacity
 from autoscaler.settings import AutoscalerSettings
 from loaders.engines.base import (
     DEFAULT_HEALTH_PATH,
+    EngineCommand,
     Placement,
     choose_model,
     engine_of,
@@ -187,23 +188,19 @@ class ProcessBackend:
             host=HOST, port=port, gpus=gpus, cpus=cpus, gpu_memory_fraction=fraction
         )
         directory = self._logs / re.sub(r"[^A-Za-z0-9._-]+", "-", spec.pool.name)
-        try:
-            command = self._command(spec, placement)
-        except ValueError as error:
-            reserved.close()
-            raise BackendError(f"{spec.id} was not started: {error}") from error
         child = ReplicaProcess(
             spec=spec,
             placement=placement,
             port=reserved,
             mark=secrets.token_hex(16),
             log=self._make_log(directory / f"{spec.id}.log", spec),
-            command=command,
+            command=EngineCommand(argv=()),
         )
-        shelf[key] = child
+        shelf[key] = child  # what it was given is taken from now on
         try:
             async with child.lock:
                 try:
+                    child.command = await self._ask_drivers(self._command, spec, placement)
                     living = {one.log.path for one in self._all()}
                     await self._registry.run(
                         partial(prune, directory, keep=self._settings.log_replicas, living=living)
@@ -246,7 +243,7 @@ class ProcessBackend:
         kept = self._standbys.get(spec.pool.name)
         if kept is not None:
             alive = kept.process is not None and kept.process.poll() is None
-            if alive and self._fits(kept, spec):
+            if alive and await self._fits(kept, spec):
                 return
             await self.end_standby(spec.pool.name)
         self._registry.claim()
@@ -272,10 +269,10 @@ class ProcessBackend:
         """How the fork server is; ``None`` where there is to be none."""
         return None if self._forks is None else self._forks.status()
 
-    def _fits(self, child: ReplicaProcess, spec: ReplicaSpec) -> bool:
+    async def _fits(self, child: ReplicaProcess, spec: ReplicaSpec) -> bool:
         """Whether a standby is what would be started for ``spec`` now, on what is free now."""
         try:
-            command = self._command(spec, child.placement)
+            command = await self._ask_drivers(self._command, spec, child.placement)
         except ValueError:
             return False
         ours, others = child.placement, [one.placement for one in self._children.values()]
@@ -289,7 +286,7 @@ class ProcessBackend:
         process, family = child.process, child.family
         if not isinstance(process, ForkedProcess) or family is None or child.ended:
             return False
-        if process.poll() is not None or not self._fits(child, spec):
+        if process.poll() is not None or not await self._fits(child, spec):
             return False
         log = self._make_log(child.log.path.with_name(f"{spec.id}.log"), spec)
         engine = describe_engine(spec, child.placement, log)
