@@ -247,6 +247,33 @@ def test_what_is_not_taken_over_is_ended(tmp_path: Path, why: str) -> None:
     asyncio.run(story())
 
 
+def test_what_cannot_be_looked_at_is_not_taken_over_and_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        gpus = {"list_gpus": lambda: [GpuCapacity(index=0, memory_bytes=100)]}
+        one = spec(process={"gpus_per_replica": 1})
+        first = tiny_backend(tmp_path, **gpus)
+        await first.start(one)
+        pid = (await wait_ready(first, "r-1")).pid
+        assert pid is not None
+        await first.close(keep=True)
+        second = tiny_backend(tmp_path, **gpus)
+
+        def fail(guard_pid: int) -> int:
+            raise OSError("too many open files")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("autoscaler.backends.process.backend.find_engine", fail)
+            assert await second.adopt([one]) == []
+        await second.start(one)  # the same id, and the only GPU
+        assert not is_alive(pid)
+        assert (await wait_ready(second, "r-1")).gpus == (0,)
+        await second.close()
+
+    asyncio.run(story())
+
+
 def start_stranger() -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 

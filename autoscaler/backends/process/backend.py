@@ -57,6 +57,7 @@ from autoscaler.backends.process.procs import (
 )
 from autoscaler.backends.process.replica import (
     AdoptedProcess,
+    Process,
     ReplicaProcess,
     Standby,
     describe_engine,
@@ -354,7 +355,10 @@ class ProcessBackend:
         child = self._children.get(replica_id)
         if child is None or child.process is None:
             return Probe(alive=False, ready=False, detail="it has no process")
-        status = child.process.poll()
+        return await self._probe(child, child.process)
+
+    async def _probe(self, child: ReplicaProcess, process: Process) -> Probe:
+        status = process.poll()
         if status is not None:
             return probe_ended(child, status, lines=self._settings.log_tail_lines)
         if not child.proven:
@@ -366,7 +370,7 @@ class ProcessBackend:
         pool, engine = child.spec.pool, engine_of(child.spec.pool.engine)
         health = await engine.health(self._client, child.url, {}, DEFAULT_HEALTH_PATH)
         if child.pid is None:
-            child.pid = await self._registry.run(find_engine, child.process.pid)
+            child.pid = await self._registry.run(find_engine, process.pid)
         if health.ready and child.model is None:
             models = await engine.list_models(self._client, child.url, {})
             child.model = choose_model(models, pool.name, pool.model)
@@ -455,7 +459,7 @@ class ProcessBackend:
                     process=process,
                     family=Family(await self._registry.run(trust, record), self._registry),
                 )
-                probe = await self._look_at_adopted(child)
+                probe = await self._look_at_adopted(child, process)
                 unless_adopted.pop_all()
         except (OSError, ValueError) as error:
             LOG.info("%s is not taken over: %s", record.replica_id, error)
@@ -463,17 +467,16 @@ class ProcessBackend:
         LOG.info("%s is taken over, with its engine (pid %s)", spec.id, probe.pid)
         return AdoptedReplica(spec=spec, probe=probe)
 
-    async def _look_at_adopted(self, child: ReplicaProcess) -> Probe:
+    async def _look_at_adopted(self, child: ReplicaProcess, process: Process) -> Probe:
         """See what an engine that runs already is like; it is our replica then. One that is too
         busy to answer is, too: its health checks go on. Raises ``ValueError`` for one that is gone
         or does not listen."""
+        probe = await self._probe(child, process)
+        if not (probe.alive and child.proven):
+            raise ValueError(probe.detail)
         if child.spec.id in self._children:  # a leftover of an even earlier run has the same id
             raise ValueError("another replica has its id")
         self._children[child.spec.id] = child
-        probe = await self.probe(child.spec.id)
-        if not (probe.alive and child.proven):
-            del self._children[child.spec.id]
-            raise ValueError(probe.detail)
         return probe
 
     async def _end_rest(self, records: Sequence[ProcessRecord]) -> None:
