@@ -61,8 +61,18 @@ class Node:
     def element(self) -> Node:
         """What a list holds, or the values of a table."""
         key = "items" if self.kind == "list" else "additionalProperties"
-        sub = self.schema.get(key)
+        sub = self.schema.get(key) or next(iter(self._by_pattern.values()), None)
         return _node(sub if isinstance(sub, dict) else {})
+
+    @property
+    def key_pattern(self) -> str:
+        """The pattern that the keys of a table have to match; empty where any may be used."""
+        return next(iter(self._by_pattern), "")
+
+    @property
+    def _by_pattern(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.schema.get("patternProperties", {})
+        return found
 
     @property
     def is_path(self) -> bool:
@@ -225,7 +235,8 @@ def _describe(node: Node) -> str:
     if node.kind == "section":
         return "a table"
     if node.kind == "table":
-        return f"a table, each value {_describe(node.element)}"
+        keys = f" each key {PATTERNS[node.key_pattern]}," if node.key_pattern else ""
+        return f"a table,{keys} each value {_describe(node.element)}"
     if node.kind == "list":
         most = f" of at most {number(schema['maxItems'])}" if "maxItems" in schema else ""
         return f"a list{most}, each {_describe(node.element)}"
@@ -264,6 +275,7 @@ PATTERNS = {
     "final /",
     r"^(/[A-Za-z0-9._~-]+)+$": "a path such as /v1/videos",
     r"^!?[^!/\s][^\s]*$": "a pattern of file names{}, without white space or a leading /",
+    r"^[0-9a-f]{32}$": "32 digits 0 to f",
     r"^[0-9a-f]{64}$": "a SHA-256 of 64 digits 0 to f",
     r"^[^/].*$": "text{} that does not begin with /",
     r"^[^\s\x00-\x1f\x7f]+$": "text{} without white space",

@@ -370,6 +370,18 @@ def test_a_variable_that_is_named_or_kubernetes_own_is_not_warned_about() -> Non
             'pools.0.aliases.0 = "a b": it must be text of 1 to 256 characters without white space '
             "(FILE, line 5)",
         ),
+        (
+            "a table whose keys are bounded",
+            '[modelcache]\nbundles = { "hf://org/model" = 3 }',
+            'modelcache.bundles."hf://org/model" = 3: it must be a table, each key 32 digits 0 to '
+            "f, each value a SHA-256 of 64 digits 0 to f (FILE, line 2)",
+        ),
+        (
+            "a value below such a key",
+            f"[modelcache.bundles.\"hf://org/model\"]\n{'0' * 32} = 'x'",
+            f'modelcache.bundles."hf://org/model".{"0" * 32} = "x": it must be a SHA-256 of 64 '
+            "digits 0 to f (FILE, line 2)",
+        ),
         ("syntax", "[gateway\n", "FILE: is not valid TOML: "),
         ("key twice", "a = 1\na = 2", "FILE: is not valid TOML: "),
     ],

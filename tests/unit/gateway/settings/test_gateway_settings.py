@@ -76,6 +76,7 @@ def test_every_pattern_is_said_in_words() -> None:
         if isinstance(schema, dict):
             found = schema.get("pattern")
             below = set().union(*map(patterns, schema.values()))
+            below |= set(schema.get("patternProperties", ()))
             return below | ({found} if isinstance(found, str) else set())
         return set().union(*map(patterns, schema)) if isinstance(schema, list) else set()
 
