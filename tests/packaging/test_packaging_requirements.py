@@ -156,6 +156,18 @@ def test_cleaning_spares_what_still_runs(prepare: ModuleType, tmp_path: Path) ->
     assert not program.exists()
 
 
+def test_cleaning_removes_all_that_git_ignores(
+    prepare: ModuleType, deploy: Path, tmp_path: Path
+) -> None:
+    ignored = (deploy.parent / ".gitignore").read_text().split()
+    folders = [name.strip("/") for name in ignored if "*" not in name and name != "__pycache__/"]
+    assert {".venv", ".venv-engine", ".venv-bench", ".tidegate"} <= set(folders)
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+    prepare.clean(prepare.MADE, tmp_path)
+    assert [folder for folder in folders if (tmp_path / folder).exists()] == []
+
+
 def test_a_second_preparation_waits_for_the_first(prepare: ModuleType, tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(prepare.DEPLOY)!r})\n"
