@@ -268,6 +268,8 @@ def _pool(
     model = machine.model(_path(Path(given)))
     if model is None and given.startswith((".", "/", "~")):
         yield fail(name, f"there is no directory {given}", "`make engine` makes the default model")
+    elif model is None and "://" in given:
+        yield ok(name, f"{used}; {given} is fetched into the model cache by the first request")
     elif model is None:
         yield ok(name, f"{used}; {given} is a name, which the engine fetches at its first start")
     elif model.damage:

@@ -195,6 +195,10 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, Status, str]] = [
         "pool p", Status.OK, "fetches at its first start",
     ),
     (
+        "model by url", {**POOL, "model": "hf://org/model"}, {"checkpoint": None},
+        "pool p", Status.OK, "fetched into the model cache by the first request",
+    ),
+    (
         "damaged model", POOL,
         {"checkpoint": Model(weights_bytes=1, damage=("x is missing",), verified=True)},
         "pool p", Status.FAIL, "makes it again",
