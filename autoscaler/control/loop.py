@@ -526,9 +526,11 @@ class ControlLoop:
         """
         record = self._find(pool)
         if record.disabled:
-            raise ValueError(f"{pool} is disabled; take it back with `pool enable {pool}`")
+            raise ValueError(f"{pool} is disabled; take it back with `tidegate pool enable {pool}`")
         if record.override == 0:
-            raise ValueError(f"{pool} is scaled to 0; give it back with `scale {pool} auto`")
+            raise ValueError(
+                f"{pool} is scaled to 0; give it back with `tidegate scale {pool} auto`"
+            )
         record.sleep_requested = False
         record.wake_signal = True
         static = not record.backend.owns_replicas

@@ -72,7 +72,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def tidegate(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and end.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     """One OpenAI-compatible endpoint in front of vLLM that scales to zero and back without losing
@@ -231,7 +234,7 @@ def status(
     DESIRED is what the autoscaler decided; "(held)" after it means an operator did. QUEUED requests
     wait in the gateway, INFLIGHT ones are with an engine, TOKENS are estimates of both. WAKE is how
     long a start takes, measured from earlier ones. A `?` is unknown, which is not zero. Of a cache
-    agent it shows its peers, its room and its traffic.
+    agent it shows its peers, disk use and traffic.
 
     **Examples:** `tidegate status`, `tidegate status --watch`,
     `tidegate status --json | jq '.pools[].ready'`
