@@ -187,8 +187,8 @@ class AutoscalerSettings(ConsistentSettings):
 
     keep_engines_s: float = Field(default=60.0, ge=0.0, le=86_400.0)
     """Seconds an engine goes on after its control process has died. A ``tidegate up`` with the same
-    ``state_dir`` that comes in time takes over the engines that are healthy and that it would start
-    in the same way; else they end. 0: engines end with their control process."""
+    ``state_dir`` that comes in time takes over the engines that still listen and that it would
+    start in the same way; else they end. 0: engines end with their control process."""
 
     call_timeout_s: float = Field(default=60.0, ge=0.1, le=3_600.0)
     """Seconds one call to a backend may take (start, sleep, wake) before it counts as failed. A

@@ -15,8 +15,8 @@ class LoaderSettings(BaseModel):
 
     engine_python: Path = Path(".venv-engine/bin/python")
     """Python interpreter of the environment vLLM is installed in. Engines live apart from the
-    gateway so that their pins never meet ours; ``make run`` makes this one. Relative to the
-    working directory."""
+    gateway so that their pins never meet ours; ``make run`` makes this one. The default is relative
+    to the working directory, a path in a file to that file."""
 
     engine_log_level: Literal["debug", "info", "warning", "error"] = "info"
     """How much an engine writes to its own log file. ``info`` shows the phases of a start, which

@@ -105,9 +105,9 @@ class ModelCacheSettings(BaseModel):
     disk; several Tidegates on one node may share it."""
 
     quota_bytes: int | None = Field(default=None, ge=0)
-    """Most bytes the cache may take, results of preparation steps included; what was not used for
-    longest goes first, never what is pinned or leased. Unset: all of the disk but
-    ``reserve_bytes``."""
+    """Most bytes the cache may take, results of preparation steps included. What goes first is what
+    costs least to load again for the time until its next use, never what is pinned or leased.
+    Unset: all of the disk but ``reserve_bytes``."""
 
     reserve_bytes: int = Field(default=2_147_483_648, ge=0)
     """Bytes of the disk that are left free whatever the quota says. 2 GiB keeps logs and a
@@ -125,7 +125,8 @@ class ModelCacheSettings(BaseModel):
     the number of connections."""
 
     retries: int = Field(default=5, ge=0, le=100)
-    """Times one range is asked for again after an error that may pass, with growing pauses."""
+    """Times a listing, a head or a range is asked for again after an error that may pass, with
+    growing pauses."""
 
     timeout_s: float = Field(default=30.0, gt=0.0, le=3_600.0)
     """Seconds without one byte before a read counts as failed."""
@@ -154,8 +155,9 @@ class ModelCacheSettings(BaseModel):
     hub_names: bool = True
     """Whether a pool whose model is a hub's ``org/name`` has it fetched into this cache, as
     ``hf://org/name`` is. Without, engines fetch such a model themselves; so they do where their
-    arguments name a revision, another repository or a place for downloads, or the pool's ``env``
-    says where the hub is or which token to use."""
+    arguments name a revision, a place for downloads, a token, another repository (LoRA adapters, a
+    draft model, a tokenizer, a config) or the load format ``dummy``, ``pt`` or ``npcache``, or the
+    pool's ``env`` says where the hub is or which token to use."""
 
     peers: tuple[BaseUrl, ...] = ()
     """Other nodes' caches (``http://10.0.0.7:8002``), asked for pieces before the source."""

@@ -23,9 +23,9 @@ class RouterSettings(BaseModel):
     of traffic within about 20 answers and is not moved much by one unusual request."""
 
     max_inflight_requests: int = Field(default=256, ge=1, le=100_000)
-    """Requests one replica is given at once, where neither the pool nor the engine says. 256 is
-    vLLM's own ``max_num_seqs``: what is beyond it waits in the gateway, where it can still be
-    sent to another replica."""
+    """Requests one replica is given at once, where the pool does not say. 256 is vLLM's own
+    ``max_num_seqs``: what is beyond it waits in the gateway, where it can still be sent to another
+    replica."""
 
     max_inflight_tokens: int | None = Field(default=None, ge=1)
     """Estimated tokens one replica is given at once; unset: bounded by requests only. A single

@@ -88,8 +88,10 @@ class GatewaySettings(BaseModel):
 
     admin_token_file: Path | None = None
     """File with the token (16 characters or more) that requests to the admin listener carry as
-    ``Authorization: Bearer``; it must not be readable by every user. Unset: ``admin-token`` in
-    ``state_dir``, made at the first start with mode 0600."""
+    ``Authorization: Bearer``. Unset: ``admin-token`` in ``state_dir``, made at the first start with
+    mode 0600. A file that is another user's (but not root's), or that others may use or its group
+    may write, is an error at the start. Where none can be made (a full disk) Tidegate starts on
+    loopback only, and answers health and metrics over TCP."""
 
     admin_allowed_models: tuple[ModelBeginning, ...] = ()
     """Models that requests to the admin listener may name beside those of the pools, by the
@@ -160,7 +162,8 @@ class GatewaySettings(BaseModel):
     or a request may be sent into a closing connection. 0 opens a new one for each request."""
 
     max_retries: int = Field(default=2, ge=0, le=10)
-    """Further replicas tried when one refuses, or closes before its first byte of answer. After
+    """Further attempts of a request after one that ended before its first byte of answer, or was
+    answered 5xx or 429 (see ``router.retry_fraction``). A refused connection is no attempt. After
     the first byte there is never a retry."""
 
     drain_s: float = Field(default=30.0, ge=0.0, le=3_600.0)

@@ -26,9 +26,15 @@ WIDTH = 98
 POOLS = "pools"
 
 SAMPLES: Mapping[str, Any] = {
+    "gateway.admin_token_file": "/etc/tidegate/admin-token",
     "gateway.tls_certificate": "/etc/tidegate/tls.crt",
     "gateway.tls_key": "/etc/tidegate/tls.key",
     "router.max_inflight_tokens": 65_536,
+    "modelcache.dir": "/mnt/models",
+    "modelcache.quota_bytes": 500_000_000_000,
+    "modelcache.bandwidth_bytes_s": 500_000_000,
+    "modelcache.page_budget_bytes": 64_000_000_000,
+    "modelcache.peer_port": 8002,
     "pools.*.engine": DEFAULT_ENGINE,
     "pools.*.model": "./models/my-model",
     "pools.*.max_inflight_requests": 64,
@@ -37,9 +43,13 @@ SAMPLES: Mapping[str, Any] = {
     "pools.*.idle_to_zero_s": 900,
     "pools.*.scale_down_delay_s": 120,
     "pools.*.start_timeout_s": 1_800,
+    "pools.*.prepare_timeout_s": 14_400,
     "pools.*.process.gpu_memory_bytes": 25_769_803_776,
     "pools.*.process.cpus_per_replica": 4,
     "pools.*.static.api_key_env": "MY_ENGINE_API_KEY",
+    "pools.*.tiers.forked_s": 3_600,
+    "pools.*.tiers.paged_s": 86_400,
+    "pools.*.tiers.on_disk_s": 604_800,
 }
 """What an unset field could be set to; a field that is not listed shows its bounds' lower end."""
 

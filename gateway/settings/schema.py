@@ -29,8 +29,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     state_dir: Path = Path(".tidegate")
-    """Directory for everything Tidegate writes: logs of the replicas, history, the record of
-    processes it owns. Created at start, by default in the working directory."""
+    """Directory for everything Tidegate writes: logs of the replicas, the record of its processes,
+    wake times, which pools are disabled, the admin socket and token, and the model cache unless
+    ``modelcache.dir`` is set. Created at start, by default in the working directory."""
 
     gateway: GatewaySettings = GatewaySettings()
     """The two listeners and the data path between clients and engines."""
