@@ -85,20 +85,23 @@ def check_status(
     what: str,
     hint: str = "",
     *,
-    body: bytes = b"",
+    code: str = "",
+    text: str = "",
     signed: bool = True,
     page: str = "",
 ) -> None:
     """Raise what a status outside 2xx means for ``what``, and what to do about it.
 
-    ``hint``: where credentials go; ``signed``: whether any were sent. ``body`` may be the beginning
-    of the answer's, ``page`` where a person asks the owners for access.
+    ``hint``: where credentials go; ``signed``: whether any were sent. ``code`` is the store's own
+    name for what is wrong, where it is known apart from the headers and ``text``, the beginning of
+    the answer's body, in which S3 and OSS say where a bucket is: it is searched, and not shown.
+    ``page`` is where a person asks the owners for access.
     """
     if 200 <= status < 300:
         return
-    text = body[:MOST_ERROR_BYTES].decode("utf-8", "replace")
-    code, said = _code_of(headers, text)
-    known = explain(code, text, what, hint, signed=signed, headers=headers, page=page, said=said)
+    code = _code_of(code, headers, text)
+    said = _message_of(headers)
+    known = _explain(code, text, what, hint, signed, headers, page, said)
     if known is not None:
         raise known
     if status == 401 and signed and "credential" in said.lower():
@@ -123,13 +126,18 @@ def check_status(
     )
 
 
-def _code_of(headers: Mapping[str, str], text: str) -> tuple[str, str]:
-    """The store's own name for what is wrong, and what it says in words: never a key."""
-    code = headers.get("x-error-code", "") or headers.get("x-oss-ec-code", "")
-    found = _CODE.search(text)
-    code = code or (found[1] if found is not None else "")
+def _code_of(code: str, headers: Mapping[str, str], text: str) -> str:
+    """The store's own name for what is wrong: never a key."""
+    code = code or headers.get("x-error-code", "") or headers.get("x-oss-ec-code", "")
+    if not code and (found := _CODE.search(text)) is not None:
+        code = found[1]
+    return code if _IS_CODE.fullmatch(code) else ""
+
+
+def _message_of(headers: Mapping[str, str]) -> str:
+    """What the store says in words: never a key."""
     said = headers.get("x-error-message", "")[:200]
-    return (code if _IS_CODE.fullmatch(code) else ""), redact(said) if said.isprintable() else ""
+    return redact(said) if said.isprintable() else ""
 
 
 def _in_words(code: str, said: str) -> str:
@@ -170,19 +178,17 @@ _NO_RIGHTS = frozenset({
 })  # fmt: skip
 
 
-def explain(
+def _explain(
     code: str,
     text: str,
     what: str,
     hint: str,
-    *,
     signed: bool,
-    headers: Mapping[str, str] | None = None,
-    page: str = "",
-    said: str = "",
+    headers: Mapping[str, str],
+    page: str,
+    said: str,
 ) -> SourceError | None:
-    """What a store's own error ``code`` means and what to do about it; ``None`` for one that is not
-    known. ``text`` is the whole answer, in which S3 and OSS say where a bucket is."""
+    """What a store's own error ``code`` means; ``None`` for one that is not known."""
     refused = f"{what}: the source refuses access ({code})"
     if code in _EXPIRED:
         return SourceError(f"{refused}: the credentials have expired, get new ones: {hint}")
@@ -192,7 +198,7 @@ def explain(
         return SourceError(f"{refused}: the secret key is not that of the access key: check {hint}")
     if code in _SKEWED or "Request has expired" in text:
         return SourceError(f"{refused}: this machine's clock is wrong: set it (NTP) and try again")
-    region = (headers or {}).get("x-amz-bucket-region", "")
+    region = headers.get("x-amz-bucket-region", "")
     if code in _ELSEWHERE or (code in _NO_RIGHTS and "specified endpoint" in text):
         return SourceError(f"{what}: {_say_region(what, region, text)}")
     if code in _NO_BUCKET:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,6 @@ from modelcache.ports import ANNOUNCE_BYTES, ONCE, RangeRead, Retries
 from modelcache.refs import SCHEMES
 from modelcache.sources import answers, wire
 from modelcache.sources.obstore_client import (
-    Listed,
     ObjectStoreAccess,
     list_objects,
     obstore_errors,
@@ -26,7 +25,6 @@ from modelcache.sources.obstore_client import (
 )
 from modelcache.sources.proxy import proxy_of
 from modelcache.sources.reader import home_of
-from modelcache.sources.retry import keep_asking
 from modelcache.types import Listing, ModelRef, RemoteFile, SourceError
 
 STORE = "https://storage.googleapis.com"
@@ -55,15 +53,9 @@ class GsSource:
 
     def list(self, retries: Retries = ONCE) -> Listing:
         """See ``Source.list``."""
-
-        def ask(question: Callable[[], Listed]) -> Listed:
-            def once() -> Listed:
-                with self._errors(self.ref.url):
-                    return question()
-
-            return keep_asking(once, retries)
-
-        metas, self._below = list_objects(self._store, self._prefix, ask)
+        metas, self._below = list_objects(
+            self._store, self._prefix, lambda: self._errors(self.ref.url), retries
+        )
         return answers.make_listing(self.ref, [_file_of(meta, self._below) for meta in metas])
 
     def fetch(self, want: RangeRead) -> None:

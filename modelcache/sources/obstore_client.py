@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from modelcache.ports import Retries
 from modelcache.refs import redact
 from modelcache.sources import answers
 from modelcache.sources.reader import ask_each
+from modelcache.sources.retry import keep_asking
 from modelcache.sources.wire import CONNECT_S
 from modelcache.types import CacheError, NotFound, SourceError
 
@@ -19,7 +22,6 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 Opened = TypeVar("Opened")
-Listed = Sequence[Mapping[str, Any]]
 
 NO_PROXY_URL = "http://127.0.0.1:9"
 ALL_DIRECT = "*,0.0.0.0/0,::/0"
@@ -27,7 +29,7 @@ ALWAYS_DIRECT = (
     "localhost,127.0.0.0/8,::1,169.254.0.0/16,fe80::/10,100.100.100.200,metadata.google.internal"
 )
 
-_STATUS = re.compile(r"status code: (\d{3})")
+_STATUS = re.compile(r"status code: ([3-9]\d\d)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,34 +80,40 @@ def open_bucket(
 
 
 def list_objects(
-    store: ObjectStore, prefix: str, ask: Callable[[Callable[[], Listed]], Listed]
+    store: ObjectStore,
+    prefix: str,
+    errors: Callable[[], AbstractContextManager[None]],
+    retries: Retries,
 ) -> tuple[Sequence[Mapping[str, Any]], str]:
     """Obstore's description of each object below a prefix, or of the one that ``prefix`` names;
-    and what their keys begin with before the path within the model. ``ask`` asks the store, and
-    again where that may help."""
+    and what their keys begin with before the path within the model. ``errors`` is
+    ``obstore_errors`` of the model; ``retries`` is for each question."""
     import obstore
 
-    def list_all() -> Listed:
+    def list_all() -> Sequence[Mapping[str, Any]]:
         return [meta for page in obstore.list(store, prefix=prefix or None) for meta in page]
 
+    def head(key: str) -> Mapping[str, Any]:
+        return keep_asking(lambda: obstore.head(store, key), retries, errors)
+
+    def is_file(meta: Mapping[str, Any]) -> bool:
+        """Whether it is no marker of a folder: obstore leaves out the ``/`` that the name of one
+        ends with, and there is no object without it."""
+        if meta["size"]:
+            return True
+        try:
+            head(meta["path"])
+        except NotFound:
+            return False
+        return True
+
     below = f"{prefix}/" if prefix else ""
-    metas = [meta for meta in ask(list_all) if meta["path"].startswith(below)]
+    found = keep_asking(list_all, retries, errors)
+    metas = [meta for meta in found if meta["path"].startswith(below)]
     if not metas and prefix:
-        return ask(lambda: [obstore.head(store, prefix)]), prefix[: prefix.rfind("/") + 1]
-    files = ask_each(lambda meta: meta["size"] or _is_object(store, meta["path"], ask), metas)
-    return [meta for meta, is_file in zip(metas, files, strict=True) if is_file], below
-
-
-def _is_object(store: ObjectStore, key: str, ask: Callable[[Callable[[], Listed]], Listed]) -> bool:
-    """Whether an empty object has this name. Obstore leaves out the ``/`` that a name ends with, by
-    which a marker of a folder is told from an empty file; there is no object without it."""
-    import obstore
-
-    try:
-        ask(lambda: [obstore.head(store, key)])
-    except NotFound:
-        return False
-    return True
+        return [head(prefix)], prefix[: prefix.rfind("/") + 1]
+    files = ask_each(is_file, metas)
+    return [meta for meta, wanted in zip(metas, files, strict=True) if wanted], below
 
 
 @contextlib.contextmanager
@@ -121,25 +129,16 @@ def obstore_errors(
     except CacheError:
         raise
     except (exceptions.BaseError, OSError, ValueError) as error:
-        text, found = str(error), _STATUS.search(str(error))
-        status = int(found[1]) if found is not None else 0
-        if status >= 300:
-            answers.check_status(status, {}, what, hint, body=_body_of(text), signed=signed)
-        if isinstance(error, exceptions.NotFoundError | FileNotFoundError):
-            answers.check_status(404, {}, what, hint, body=_body_of(text), signed=signed)
-        if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
-            answers.check_status(403, {}, what, hint, body=_body_of(text), signed=signed)
-        if isinstance(error, exceptions.PreconditionError):
-            raise SourceError(f"{what}: it has changed since it was listed") from None
-        shown = redact(_reason(text), secrets) or type(error).__name__
-        raise SourceError(f"{what}: {shown}", retryable=True) from None
-
-
-def _body_of(text: str) -> bytes:
-    """What the store itself said, in an error of obstore's."""
-    return text.partition("\n\nDebug source")[0].encode("utf-8", "replace")
-
-
-def _reason(text: str) -> str:
-    """The first lines of an error without its debug dump."""
-    return " ".join(text.partition("\n\nDebug source")[0].split())[:300]
+        text = str(error).partition("\n\nDebug source")[0]
+        if (found := _STATUS.search(str(error))) is not None:
+            status = int(found[1])
+        elif isinstance(error, exceptions.NotFoundError | FileNotFoundError):
+            status = 404
+        elif isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+            status = 403
+        elif isinstance(error, exceptions.PreconditionError):
+            status = 412
+        else:
+            shown = redact(" ".join(text.split())[:300], secrets) or type(error).__name__
+            raise SourceError(f"{what}: {shown}", retryable=True) from None
+        answers.check_status(status, {}, what, hint, text=text, signed=signed)

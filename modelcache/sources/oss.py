@@ -12,13 +12,13 @@ import ipaddress
 import json
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from modelcache.ports import ONCE, Retries
@@ -41,10 +41,6 @@ if TYPE_CHECKING:
 
 
 SIGNED_FOR_S = 3_600
-_ENDPOINT = re.compile(r"<Endpoint>[a-z0-9.-]{2,120}</Endpoint>")
-
-T = TypeVar("T")
-
 
 HINT = SCHEMES["oss"].credentials
 METADATA = "http://100.100.100.200/latest/meta-data/ram/security-credentials/"
@@ -78,13 +74,17 @@ class OssSource(RangedSource):
         keys = self._keys(retries)
         bucket = self._open_bucket(keys)
         below = f"{self._prefix}/" if self._prefix else ""
-        found = self._ask(lambda: self._find(keys, below), keys, retries)
+
+        def errors() -> AbstractContextManager[None]:
+            return failing(self.ref.url, keys)
+
+        found = keep_asking(lambda: self._find(keys, below), retries, errors)
         if not found and self._prefix:
             found, below = [self._prefix], self._prefix[: self._prefix.rfind("/") + 1]
         self._below = below.rstrip("/")
         files = ask_each(
-            lambda key: self._ask(
-                lambda: _file_of(bucket, key, key.removeprefix(below)), keys, retries
+            lambda key: keep_asking(
+                lambda: _file_of(bucket, key, key.removeprefix(below)), retries, errors
             ),
             found,
         )
@@ -92,13 +92,6 @@ class OssSource(RangedSource):
 
     def _keys(self, retries: Retries = ONCE) -> OssKeys:
         return keep_asking(self._access.keys, retries)
-
-    def _ask(self, question: Callable[[], T], keys: OssKeys, retries: Retries) -> T:
-        def once() -> T:
-            with failing(self.ref.url, keys):
-                return question()
-
-        return keep_asking(once, retries)
 
     def _find(self, keys: OssKeys, below: str) -> Sequence[str]:
         """The keys of all objects below a prefix but the markers of folders."""
@@ -221,13 +214,11 @@ def failing(what: str, keys: OssKeys) -> Iterator[None]:
         raise SourceError(f"{what}: it cannot be reached ({reason})", retryable=True) from None
     except oss2.exceptions.ServerError as error:
         # Its message repeats the key and the signed text: only the code is shown.
-        place = _ENDPOINT.search(str(getattr(error, "body", "")))
-        told = f"<Code>{error.code}</Code>{place[0] if place is not None else ''}"
-        if "specified endpoint" in str(getattr(error, "message", "")):
-            told += "specified endpoint"
+        text = f"{error.body} {error.message}"
         answers.check_status(
-            error.status, error.headers, what, HINT, body=told.encode(), signed=bool(keys.key)
-        )
+            error.status, error.headers, what, HINT,
+            code=error.code or "", text=text, signed=bool(keys.key),
+        )  # fmt: skip
         raise SourceError(f"{what}: the source answered {error.status}") from None
     except Exception as error:  # noqa: BLE001 - oss2 lets those of its XML parser and others through
         text = redact(" ".join(str(error).split())[:300], keys.secrets) or type(error).__name__

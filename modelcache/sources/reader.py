@@ -351,7 +351,7 @@ def _check(request: HttpRequest, head: answers.SourceResponse, body: bytes) -> N
         head.headers,
         request.shown,
         request.hint,
-        body=body,
+        text=body.decode("utf-8", "replace"),
         signed=request.signed,
         page=request.page,
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from modelcache.ports import Retries
@@ -25,13 +27,18 @@ def pause(tries: int, chance: float, asked_s: float | None = None) -> float:
     return pause_s if asked_s is None else max(pause_s, min(asked_s, MOST_ASKED_PAUSE_S))
 
 
-def keep_asking(ask: Callable[[], T], retries: Retries) -> T:
+def keep_asking(
+    ask: Callable[[], T],
+    retries: Retries,
+    errors: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+) -> T:
     """What ``ask`` returns, asked again after each error that may pass. Raises the last error, or
-    ``Cancelled``."""
+    ``Cancelled``. ``errors`` makes the errors of a source's client ``SourceError``s."""
     tries = 0
     while True:
         try:
-            return ask()
+            with errors():
+                return ask()
         except SourceError as error:
             if not error.retryable or tries >= retries.most:
                 raise

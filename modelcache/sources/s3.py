@@ -19,7 +19,6 @@ from modelcache.ports import ONCE, Retries
 from modelcache.refs import SCHEMES
 from modelcache.sources import answers
 from modelcache.sources.obstore_client import (
-    Listed,
     ObjectStoreAccess,
     list_objects,
     obstore_errors,
@@ -27,7 +26,6 @@ from modelcache.sources.obstore_client import (
 )
 from modelcache.sources.proxy import proxy_of
 from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, ask_each, home_of
-from modelcache.sources.retry import keep_asking
 from modelcache.types import Listing, ModelRef, RemoteFile, SourceError
 
 if TYPE_CHECKING:
@@ -98,15 +96,9 @@ class S3Source(RangedSource):
 
     def list(self, retries: Retries = ONCE) -> Listing:
         """See ``Source.list``."""
-
-        def ask(question: Callable[[], Listed]) -> Listed:
-            def once() -> Listed:
-                with self._errors(self.ref.url):
-                    return question()
-
-            return keep_asking(once, retries)
-
-        metas, below = list_objects(self._open(retries), self._prefix, ask)
+        metas, below = list_objects(
+            self._open(retries), self._prefix, lambda: self._errors(self.ref.url), retries
+        )
         self._below = below
         files = ask_each(lambda meta: self._file_of(meta, below, retries), metas)
         return self.probed(answers.make_listing(self.ref, files), retries)

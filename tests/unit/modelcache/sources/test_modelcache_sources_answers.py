@@ -150,7 +150,7 @@ def test_what_a_store_says_becomes_what_to_do(
     with pytest.raises(SourceError) as raised:
         check_status(
             status, headers, "s3://models/m", "AWS_ACCESS_KEY_ID",
-            body=body.encode() if code else b"", signed=signed,
+            text=body if code else "", signed=signed,
         )  # fmt: skip
     assert says in str(raised.value)
     assert "AKIASECRET" not in str(raised.value)
