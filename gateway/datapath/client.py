@@ -17,7 +17,13 @@ from typing import Any, Final
 
 from gateway.datapath import local, metrics
 from gateway.datapath.context import WorkerContext
-from gateway.datapath.exchange import Downstream, Exchange, buffer_full
+from gateway.datapath.exchange import (
+    AT_ONCE_BYTES,
+    SMALL_BODY_BYTES,
+    Downstream,
+    Exchange,
+    buffer_full,
+)
 from gateway.datapath.pool import ANSWER, SENT, PoolDirectory
 from gateway.datapath.protocol.bodies import JsonReader
 from gateway.datapath.protocol.chunks import ChunkDecoder
@@ -44,7 +50,7 @@ _MAX_PIPELINED_BYTES: Final = 65536
 # be made so that each of its bytes is one.
 _SLICE_BYTES: Final = 16384
 _PARTS_PER_TURN: Final = 4096
-_PARTS_PER_SLICE: Final = 128
+_PARTS_PER_SLICE: Final = 32
 # Refused connections beyond the limit that are closed gently at one time.
 _MAX_LINGERING: Final = 256
 _LINGER_S: Final = 5.0
@@ -259,11 +265,11 @@ class ClientConnection(Downstream):
                 self._reading_body = True
                 raise encoding_unsupported(head.content_encoding)
             if (
-                length == len(rest) < context.at_once_bytes
+                length == len(rest) < AT_ONCE_BYTES
                 and not head.chunked
                 and exchange.reader is None
+                and exchange.complete_at_once(rest)
             ):
-                exchange.complete_at_once(rest)
                 return
             if length > context.gateway.max_body_bytes:
                 self._reading_body = True  # it is still on its way: linger, or a reset ends it
@@ -278,7 +284,8 @@ class ClientConnection(Downstream):
         self._reading_body = True
         self._chunks = ChunkDecoder() if head.chunked else None
         self._body_left = length
-        if exchange.reader is None and (head.chunked or length >= context.at_once_bytes):
+        from_bytes = min(context.gateway.peek_bytes, SMALL_BODY_BYTES)
+        if exchange.reader is None and (head.chunked or length >= from_bytes):
             exchange.reader = JsonReader()
         if head.expect_continue and not rest:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -67,8 +67,6 @@ class WorkerContext:
         """Take other settings from now on."""
         self.gateway = config.gateway
         self.router = config.router
-        # A body that is smaller is decoded when it is whole, a larger one read as it comes.
-        self.at_once_bytes: int = min(config.gateway.peek_bytes, 65536)
         self.proxied = PROXIED | {path.encode() for path in config.gateway.proxied_paths}
         self._cors = frozenset([origin.encode() for origin in config.gateway.cors_allow_origins])
 

@@ -56,16 +56,20 @@ from gateway.datapath.protocol.errors import (
     render,
 )
 from gateway.datapath.protocol.http1 import KEEP_ALIVE, RequestHead, ResponseHead
-from gateway.datapath.protocol.openai import TAKES_JSON, find_model, read_head
+from gateway.datapath.protocol.openai import TAKES_JSON, read_head
 from gateway.datapath.upstream import Upstream, UpstreamConnection
 from router.failures import is_fault, is_pressure
 from router.request import RoutingRequest
 
+# A whole body of fewer bytes is decoded at once: that takes a millisecond, whatever is in it.
+AT_ONCE_BYTES: Final = 262_144
+# One that is out of the ordinary is read in Python, up to this size at once.
+SMALL_BODY_BYTES: Final = 65_536
+# A body that is read as it comes, and that no reader could follow is decoded too, up to this size.
+_MAX_DECODED_BYTES: Final = 262_144
 _LARGE_BODY_BYTES: Final = 32768
 # A body that comes too slowly has its place at a replica for so long.
 _SLOW_BODY_S: Final = 5.0
-# A body that is read as it comes, and that no reader could follow is decoded too, up to this size.
-_MAX_DECODED_BYTES: Final = 262_144
 # Speech and pictures: so many bytes of a form are one byte of text to the token estimate.
 _FORM_BYTES: Final = 64
 _SMALL_PART_BYTES: Final = 4096
@@ -176,6 +180,7 @@ class Exchange(PooledRequest):
     _upload_since_s: float = 0.0
     _upload_from_bytes: int = 0
     _failed_at: tuple[UpstreamEndpoint, ...] = ()
+    _says_usage: bool = False
     _adds_usage: bool = False
     _held_back: bytes = b""
     _mode: int = _RAW
@@ -267,10 +272,12 @@ class Exchange(PooledRequest):
         if self.state == CONNECT:
             return
         reader = self.reader
-        is_small = self.body_bytes < self.client.context.at_once_bytes
+        is_small = self.body_bytes < SMALL_BODY_BYTES
         if reader is None or (is_small and isinstance(reader, JsonReader)):
             self.reader = None
-            self._read(self._join())
+            body = self._join()
+            if not self._read(body):
+                self._take_fields(self._decode(body))
         else:
             if reader.broken and not reader.model and self.body_bytes <= _MAX_DECODED_BYTES:
                 reader = self._decode(self._join())
@@ -279,23 +286,31 @@ class Exchange(PooledRequest):
         if self.pool is None:
             self._route(self.body_bytes)
 
-    def complete_at_once(self, body: bytes) -> None:
-        """The whole body came with the head: the common case, in one step."""
+    def complete_at_once(self, body: bytes) -> bool:
+        """The whole body came with the head: the common case, in one step. Returns false for a
+        large one that is out of the ordinary: it must be fed, as one that comes in pieces."""
+        size = len(body)
+        read = self._read(body)
+        if not read and size >= SMALL_BODY_BYTES:
+            return False
         self.whole = True
         self.parts.append(body)
-        self.body_bytes = size = len(body)
+        self.body_bytes = size
         self.client.context.buffered_bytes += size
-        self._read(body)
-        self._route(self.body_bytes)
-
-    def _read(self, body: bytes) -> None:
-        fields = read_head(body)
-        if fields is None:
+        if not read:
             self._take_fields(self._decode(body))
-            return
-        self.model = fields.model or ""
+        self._route(self.body_bytes)
+        return True
+
+    def _read(self, body: bytes) -> bool:
+        """Take what routes a whole body. Returns false where it is out of the ordinary."""
+        read = read_head(body)
+        if read is None:
+            return False
+        self.model, fields = read
         if fields.stream is not None:
             self.stream = read_bool(fields.stream)
+            self._says_usage = fields.stream_options is not msgspec.UNSET
         bound = fields.max_tokens
         if (
             fields.max_completion_tokens is None
@@ -307,6 +322,7 @@ class Exchange(PooledRequest):
             self.output_bound = smallest_bound(
                 bound, fields.max_completion_tokens, fields.max_output_tokens
             )
+        return True
 
     def _decode(self, body: bytes) -> BodyReader:
         """Read a body that is out of the ordinary; from here on it is UTF-8."""
@@ -319,6 +335,7 @@ class Exchange(PooledRequest):
     def _take_fields(self, reader: BodyReader) -> None:
         self.model = reader.model or ""
         self.stream = reader.stream
+        self._says_usage = reader.has_stream_options
         self.output_bound = reader.output_bound()
 
     def _text_bytes(self, body_bytes: int) -> int:
@@ -486,7 +503,7 @@ class Exchange(PooledRequest):
             self.head.path in _USAGE_PATHS
             and not self.head.http10
             and self.client.context.gateway.count_stream_usage
-            and (self.reader is None or not self.reader.has_stream_options)
+            and not self._says_usage
         ):
             asking = sse.ask_usage(parts[0])
             if asking is not None:
@@ -497,11 +514,10 @@ class Exchange(PooledRequest):
     def _renamed(self, served: str) -> list[bytes]:
         """The body with the replica's own name for the model; every other byte as it came."""
         reader = self.reader
-        if reader is not None:
-            return splice(self.parts, reader.start, reader.end, reader.quote(served))
-        body = self._join()
-        start, end = find_model(body)
-        return [body[:start] + msgspec.json.encode(served) + body[end:]]
+        if reader is None:
+            self.reader = reader = JsonReader()
+            reader.feed(self._join())
+        return splice(self.parts, reader.start, reader.end, reader.quote(served))
 
     def _forward(self, data: bytes) -> None:
         """The tail of a large body, straight on. From here it cannot be sent a second time."""

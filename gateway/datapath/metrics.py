@@ -354,7 +354,8 @@ _offset = len(POOL_METRICS)
 for _histogram in POOL_HISTOGRAMS:
     HISTOGRAM_OFFSETS.append(_offset)
     _offset += len(_histogram.bounds) + 1
-_BOUNDS: Final = tuple(histogram.bounds for histogram in POOL_HISTOGRAMS)
+# Floats: bisect compares them with floats in a fifth of the time that integers take.
+_BOUNDS: Final = tuple(tuple(map(float, histogram.bounds)) for histogram in POOL_HISTOGRAMS)
 POOL_INTEGERS: Final = _offset
 POOL_SUMS: Final = len(POOL_HISTOGRAMS)
 WORKER_INTEGERS: Final = len(WORKER_METRICS)

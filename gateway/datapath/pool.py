@@ -269,10 +269,13 @@ class PoolRuntime:
 
     def may_stream(self, request: PooledRequest, now: float) -> bool:
         """Whether a request may have a place before its body is whole: while it comes fast enough,
-        and for half of the places of a fresh replica at most. Whole requests have the others,
-        however many clients begin bodies that they do not end."""
-        gateway = self.context.gateway
-        most = gateway.holding.release_initial // (2 * self.context.shared.workers)
+        and for half of the places at most. Whole requests have the others, however many clients
+        begin bodies that they do not end."""
+        gateway, opened = self.context.gateway, self.context.ledger.opened
+        places = gateway.holding.release_initial
+        if self.ready:
+            places = sum([endpoint.window(opened[endpoint.slot]) for endpoint in self.ready])
+        most = places // (2 * self.context.shared.workers)
         took_s = now - request.started_s
         slowest = gateway.min_body_bytes_per_s
         return self.uploads < max(1, most) and request.body_bytes >= took_s * slowest

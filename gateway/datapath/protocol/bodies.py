@@ -342,7 +342,9 @@ class JsonReader(BodyReader):
             end = len(data) if quote < 0 else quote
             if end > position and data[end - 1] == 0x5C:
                 self.parts += 1
-                escapes = end - position - len(data[position:end].rstrip(b"\\"))
+                escapes = 1
+                if end - position > 1 and data[end - 2] == 0x5C:
+                    escapes = end - position - len(data[position:end].rstrip(b"\\"))
                 if escapes % 2:  # the last of them escapes what follows
                     if quote < 0:
                         return end - 1

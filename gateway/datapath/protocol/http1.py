@@ -18,18 +18,31 @@ import httptools
 
 from gateway.datapath.protocol.errors import ApiError, Reason
 
+
+def _header_lines(*names: str) -> re.Pattern[bytes]:
+    """Matches a header line with one of these names: the name, and the value. By the first letter,
+    of either case, most lines are passed over before any name is tried."""
+    by_letter: dict[str, list[str]] = {}
+    for name in names:
+        by_letter.setdefault(name[0], []).append(name[1:])
+    tried = "|".join(
+        f"[{letter.upper()}{letter}](?i:{'|'.join(rests)})" for letter, rests in by_letter.items()
+    )
+    return re.compile(rb"\r\n(%b):[ \t]*([^\r]*)" % tried.encode())
+
+
 # Headers of a request that do not travel: hop-by-hop ones (RFC 9110 7.6.1), framing, which the
 # gateway sets itself, accept-encoding (a compressed answer would hide its usage and its first
 # token), origin (CORS is the gateway's to answer; an engine that saw it would answer "*"), and
 # content-encoding (only "identity" is taken).
-_REQUEST_SPECIAL: Final = re.compile(
-    rb"\r\n((?i:host|connection|keep-alive|proxy-connection|proxy-authorization|te|trailer"
-    rb"|transfer-encoding|content-length|upgrade|expect|accept-encoding|x-request-id"
-    rb"|http2-settings|origin|content-encoding)):[ \t]*([^\r]*)"
+_REQUEST_SPECIAL: Final = _header_lines(
+    *("host", "connection", "keep-alive", "proxy-connection", "proxy-authorization", "te"),
+    *("trailer", "transfer-encoding", "content-length", "upgrade", "expect", "accept-encoding"),
+    *("x-request-id", "http2-settings", "origin", "content-encoding"),
 )
-_RESPONSE_SPECIAL: Final = re.compile(
-    rb"\r\n((?i:connection|keep-alive|proxy-connection|transfer-encoding|content-length|upgrade"
-    rb"|trailer|x-request-id|request-id)):[ \t]*([^\r]*)"
+_RESPONSE_SPECIAL: Final = _header_lines(
+    *("connection", "keep-alive", "proxy-connection", "transfer-encoding", "content-length"),
+    *("upgrade", "trailer", "x-request-id", "request-id"),
 )
 _HOST: Final = 1
 _LENGTH: Final = 2

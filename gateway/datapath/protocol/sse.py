@@ -108,12 +108,10 @@ def is_whole(end: bytes) -> bool:
 
 
 def ask_usage(body: bytes) -> bytes | None:
-    """A body that asks for the usage of its stream too; ``None`` where it has a word on that. The
-    member comes first: should it be there again, however it is spelt, the later one counts."""
+    """The first part of a body, asking for the usage of the stream too; ``None`` where the object
+    does not begin in it."""
     start = body.find(b"{") + 1
-    if not start or b'"stream_options"' in body:
-        return None
-    return b"".join((body[:start], _ASKED_USAGE, body[start:]))
+    return b"".join((body[:start], _ASKED_USAGE, body[start:])) if start else None
 
 
 def without_usage(block: bytes) -> bytes:

@@ -7,6 +7,7 @@ import json
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from gateway.datapath.protocol.bodies import (
     splice,
 )
 from gateway.datapath.protocol.errors import ApiError, Reason, render
-from gateway.datapath.protocol.openai import find_model, read_head
+from gateway.datapath.protocol.openai import read_head
 
 scalars = st.one_of(
     st.none(),
@@ -72,14 +73,17 @@ def read(body: bytes, *cuts: int) -> BodyReader:
     return reader
 
 
-def read_small(body: bytes) -> tuple[str | None, bool, int | None]:
-    """Model, stream and output bound of a body that came whole."""
-    head = read_head(body)
-    if head is None:
+def read_small(body: bytes) -> tuple[str | None, bool, int | None, bool]:
+    """Model, stream, output bound and whether there are stream options, of a body that came
+    whole."""
+    found = read_head(body)
+    if found is None:
         reader, _ = read_json(body)
-        return reader.model, reader.stream, reader.output_bound()
+        return reader.model, reader.stream, reader.output_bound(), reader.has_stream_options
+    model, head = found
     bounds = (head.max_tokens, head.max_completion_tokens, head.max_output_tokens)
-    return head.model, read_bool(head.stream), smallest_bound(*bounds)
+    says = head.stream_options is not msgspec.UNSET
+    return model, read_bool(head.stream), smallest_bound(*bounds), says
 
 
 @settings(max_examples=60, deadline=None)
@@ -97,14 +101,22 @@ def test_a_body_reads_the_same_however_it_is_cut(
     parts = [text[start:end] for start, end in pairwise((0, *sorted(cuts), len(text)))]
     renamed = b"".join(splice(parts, reader.start, reader.end, reader.quote(other)))
     assert json.loads(renamed) == {**body, "model": other}
-    head = read_head(text)
-    if head is not None:
-        assert find_model(text) == (reader.start, reader.end)
 
 
 ODD_KEYS = st.sampled_from(
     [
-        *(b'"%b"' % name for name in (b"model", b"stream", b"max_tokens", b"x", b"a b", b"model ")),
+        *(
+            b'"%b"' % name
+            for name in (
+                b"model",
+                b"stream",
+                b"stream_options",
+                b"max_tokens",
+                b"x",
+                b"a b",
+                b"model ",
+            )
+        ),
         b'"\\u006dodel"',
         b'"m\\u006Fdel"',
         b'"\\"model"',
@@ -184,7 +196,8 @@ def test_what_pythons_json_accepts_is_read_as_it_reads_it(
         assert reader.model != "m"
     assert reader.stream == read_bool(body.get("stream"))
     if known and model:
-        assert read_small(text) == (reader.model, reader.stream, reader.output_bound())
+        says = reader.has_stream_options
+        assert read_small(text) == (reader.model, reader.stream, reader.output_bound(), says)
 
 
 @given(st.binary(max_size=60), st.lists(st.integers(0, 60), max_size=3))
@@ -212,9 +225,8 @@ def test_every_encoding_that_pythons_json_reads_is_read(encoding: str) -> None:
 def test_renaming_keeps_the_very_bytes_of_every_other_value() -> None:
     """A number is not reformatted, a string not escaped anew."""
     odd = b'{"a": 1.0e+02, "model": "x\\"y", "b": "\\u00e9\\/", "c": [ 1 ,2]}'
-    assert read_head(odd) is not None
-    start, end = find_model(odd)
-    assert odd[start:end] == b'"x\\"y"'
+    reader = read(odd)
+    assert odd[reader.start : reader.end] == b'"x\\"y"'
 
 
 @pytest.mark.parametrize(
