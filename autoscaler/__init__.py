@@ -2,5 +2,5 @@
 
 ``signals`` collects demand, ``policy`` decides (pure), ``control`` acts on replicas, ``tiers``
 keeps pools at zero warm, ``backends`` run engines. ``types`` and ``settings`` are shared by all of
-them.
+them; ``state_file`` is what a small record of theirs is kept in.
 """

@@ -440,17 +440,18 @@ class ControlLoop:
         names = [one.pool.name for one in self._pools.values() if not one.removed]
         raise NotKnown("pool", name, names)
 
-    def disable(self, pool: str) -> PoolReport:
+    async def disable(self, pool: str) -> PoolReport:
         """Take a pool out of service, over restarts too, until ``enable``: its requests are
-        refused, those under way are finished, then its replicas end. Raises ``NotKnown`` for an
-        unknown pool, ``OSError`` where that cannot be kept."""
-        return self._set_disabled(pool, disabled=True)
+        refused, those under way are finished, then its replicas end. It is kept on disk when this
+        returns; where it cannot be, that is an error recorded. Raises ``NotKnown`` for an unknown
+        pool."""
+        return await self._set_disabled(pool, disabled=True)
 
-    def enable(self, pool: str) -> PoolReport:
-        """Take a pool back into service. Raises as ``disable``."""
-        return self._set_disabled(pool, disabled=False)
+    async def enable(self, pool: str) -> PoolReport:
+        """Take a pool back into service. Otherwise as ``disable``."""
+        return await self._set_disabled(pool, disabled=False)
 
-    def _set_disabled(self, pool: str, *, disabled: bool) -> PoolReport:
+    async def _set_disabled(self, pool: str, *, disabled: bool) -> PoolReport:
         record = self._find(pool)
         self._disabled_pools.set(record.pool.name, disabled=disabled)
         if record.disabled and not disabled:
@@ -459,6 +460,7 @@ class ControlLoop:
         record.wake_signal = record.sleep_requested = False
         self._note_change()
         self._publish_changes()
+        await self._actuator.spawn(self._disabled_pools.save(), "disabled pools")
         return report_pool(record)
 
     def set_replicas(self, pool: str, replicas: int | None) -> PoolReport:

@@ -173,8 +173,7 @@ class TierManager:
         counts[bisect_left(START_BOUNDS_S, seconds)] += 1
         self._start_sums_s[tier] = self._start_sums_s.get(tier, 0.0) + seconds
         self._wake_times.add(self._model, tier, seconds)
-        if self._wake_times.is_kept:
-            self._spawn(self._wake_times.save(), "wake times")
+        self._spawn(self._wake_times.save(), "wake times")
 
     def record_failed_start(self, tier: Tier) -> None:
         """Count a start or wake from ``tier`` that failed."""

@@ -1,12 +1,7 @@
-"""How long wakes took: measured seconds per model, node and tier, kept over restarts.
-
-One small JSON file, replaced as a whole. Where it cannot be read, wake times are measured anew.
-"""
+"""How long wakes took: measured seconds per model, node and tier, kept over restarts."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import statistics
 from collections import deque
 from collections.abc import Iterable
@@ -15,10 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from modelcache.store.files import write_whole
+from autoscaler.state_file import StateFile
 from modelcache.types import TIERS, Tier
-
-LOG = logging.getLogger("tidegate.autoscaler")
 
 MODELS = 1_000
 """Pairs of model and node that are remembered, the last used of them."""
@@ -52,15 +45,12 @@ class WakeTimes:
 
     def __init__(self, *, samples: int, node: str = "", path: Path | None = None) -> None:
         self._node = node
-        self._path = path
         self._samples = samples
         self._times: dict[tuple[str, str], dict[Tier, deque[float]]] = {}
-        self._saving = asyncio.Lock()
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether ``save`` writes anything."""
-        return self._path is not None
+        self._file = StateFile(path, WakeTimesFile, "wake times are measured anew")
+        found = self._file.read()
+        for one in () if found is None else found.wakes:
+            self._put((one.model, one.node), one.tier, one.seconds)
 
     def add(self, model: str, tier: Tier, seconds: float) -> None:
         """Remember that a wake of ``model`` out of ``tier`` took so long."""
@@ -87,27 +77,9 @@ class WakeTimes:
                 return max(times_s)
         return None
 
-    def load(self) -> None:
-        """Take in what is on disk, if it can be read."""
-        if self._path is None:
-            return
-        try:
-            found = WakeTimesFile.model_validate_json(self._path.read_bytes())
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError) as error:
-            LOG.warning("%s is not read (%s); wake times are measured anew", self._path, error)
-            return
-        for one in found.wakes:
-            self._put((one.model, one.node), one.tier, one.seconds)
-
     async def save(self) -> None:
-        """Replace the file, in a thread. Raises ``OSError``."""
-        if self._path is None:
-            return
-        async with self._saving:  # or an older text could replace a newer one
-            text = WakeTimesFile(wakes=self._measured()).model_dump_json(indent=1) + "\n"
-            await asyncio.to_thread(write_whole, self._path, text.encode(), tmp=self._path.parent)
+        """Keep them on disk. Raises ``OSError``."""
+        await self._file.write(WakeTimesFile(wakes=self._measured()))
 
     def _put(self, key: tuple[str, str], tier: Tier, times_s: Iterable[float]) -> None:
         tiers = self._times.pop(key, {})

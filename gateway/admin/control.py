@@ -191,7 +191,7 @@ class LiveControl:
     async def set_disabled(self, pool: str, *, disabled: bool) -> schema.ServiceAnswer:
         """Take a pool out of service, or back."""
         change = self._loop.disable if disabled else self._loop.enable
-        report = change(pool)
+        report = await change(pool)
         return schema.ServiceAnswer(pool=report.name, disabled=report.disabled)
 
     async def drain(self, replica_id: str) -> schema.DrainAnswer:

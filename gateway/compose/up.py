@@ -143,6 +143,7 @@ class _Tidegate:
         self.page_holder = make_page_holder(settings)
         self.compiled = make_compile_cache(settings)
         self.process = process = self._process_backend()
+        state_dir = settings.state_dir.absolute()
         self.loop = ControlLoop(
             pools=settings.pools,
             settings=settings.autoscaler,
@@ -151,9 +152,13 @@ class _Tidegate:
             observe=self.book.observe,
             publish=self._publish,
             preparer=self._preparer(),
-            wake_times=load_wake_times(settings),
-            disabled_pools=load_disabled_pools(settings),
-            numbers=load_replica_numbers(settings),
+            wake_times=WakeTimes(
+                node=socket.gethostname(),
+                path=state_dir / WAKE_TIMES,
+                samples=settings.autoscaler.wake_samples,
+            ),
+            disabled_pools=DisabledPools(state_dir / DISABLED_POOLS),
+            numbers=ReplicaNumbers(state_dir / REPLICA_NUMBERS),
             earlier_drain_s=settings.gateway.drain_s,
         )
         self.workers = Workers(
@@ -302,31 +307,6 @@ class _Tidegate:
                 log.error("the settings were not reloaded: %s", problem)
         except Exception:
             log.exception("the settings were not reloaded")
-
-
-def load_disabled_pools(settings: Settings) -> DisabledPools:
-    """The pools that were out of service when the last control process ended."""
-    pools = DisabledPools(settings.state_dir / DISABLED_POOLS)
-    pools.load()
-    return pools
-
-
-def load_replica_numbers(settings: Settings) -> ReplicaNumbers:
-    """The numbers given to replicas so far."""
-    numbers = ReplicaNumbers(settings.state_dir.absolute() / REPLICA_NUMBERS)
-    numbers.load()
-    return numbers
-
-
-def load_wake_times(settings: Settings) -> WakeTimes:
-    """The wake times measured on this node so far."""
-    times = WakeTimes(
-        node=socket.gethostname(),
-        path=settings.state_dir.absolute() / WAKE_TIMES,
-        samples=settings.autoscaler.wake_samples,
-    )
-    times.load()
-    return times
 
 
 def find_digests(pools: Sequence[PoolSettings], loaders: LoaderSettings) -> dict[str, str]:

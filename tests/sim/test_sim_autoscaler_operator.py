@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 from fake_fleet import FakeBackend, World, process_pool
@@ -291,15 +290,15 @@ def test_failed_wake_is_replaced_by_a_start() -> None:
     run_virtual(story())
 
 
-def test_a_disabled_pool_finishes_what_it_has_and_does_not_wake(tmp_path: Path) -> None:
+def test_a_disabled_pool_finishes_what_it_has_and_does_not_wake() -> None:
     async def story() -> None:
-        kept = DisabledPools(tmp_path / "disabled.json")
+        kept = DisabledPools()
         pool = process_pool(min_replicas=1, aliases=("other",))
         async with World([pool], QUICK, disabled_pools=kept) as world:
             tasks = world.burst(1, 15.0)
             await world.until(lambda: len(world.ready()) == 1)
             await asyncio.sleep(1.0)
-            report = world.loop.disable("other")  # by its alias
+            report = await world.loop.disable("other")  # by its alias
             assert (report.name, report.disabled) == ("m", True)
             await asyncio.gather(*world.burst(3, 1.0))
             assert world.refused == 3
@@ -313,17 +312,13 @@ def test_a_disabled_pool_finishes_what_it_has_and_does_not_wake(tmp_path: Path) 
             await asyncio.gather(*world.burst(3, 1.0))
             await asyncio.sleep(100.0)
             assert not world.views
-        kept = DisabledPools(tmp_path / "disabled.json")
-        kept.load()
         async with World([pool], QUICK, disabled_pools=kept) as world:  # after a restart
             await asyncio.sleep(50.0)
             assert not world.views
-            assert not world.loop.enable("m").disabled
+            assert not (await world.loop.enable("m")).disabled
             await world.until(lambda: len(world.ready()) == 1, 30.0)
             await asyncio.gather(*world.burst(2, 1.0))
             assert (world.answered, world.refused) == (2, 0)
-        kept = DisabledPools(tmp_path / "disabled.json")
-        kept.load()
         assert "m" not in kept
 
     run_virtual(story())
@@ -342,7 +337,7 @@ def test_a_replica_that_is_not_serving_ends_when_its_pool_is_disabled(when: str)
             else:
                 await task
                 await world.until(lambda: [v.state for v in world.views] == [ReplicaState.SLEEPING])
-            world.loop.disable("m")
+            await world.loop.disable("m")
             await world.until(lambda: not world.views, 10.0)
             assert backend.living() == []
 
@@ -353,27 +348,29 @@ def test_a_static_pool_that_is_disabled_keeps_its_servers() -> None:
     async def story() -> None:
         async with World([static_pool()], QUICK, FakeBackend(owns_replicas=False)) as world:
             await world.until(lambda: len(world.ready("s")) > 0)
-            world.loop.disable("s")
+            await world.loop.disable("s")
             await asyncio.sleep(30.0)
             assert world.ready("s")
             assert world.seen["s"].disabled
-            world.loop.enable("s")
+            await world.loop.enable("s")
             assert not world.seen["s"].disabled
 
     run_virtual(story())
 
 
-def test_a_file_of_disabled_pools_that_cannot_be_read_disables_none(tmp_path: Path) -> None:
-    for text in ("", "[1]", '{"pools": [1]}', "[" * 100_000):
-        path = tmp_path / "disabled.json"
-        path.write_text(text)
-        pools = DisabledPools(path)
-        pools.load()
-        assert "m" not in pools
-        pools.set("m", disabled=True)
-        again = DisabledPools(path)
-        again.load()
-        assert "m" in again
+class UnkeptPools(DisabledPools):
+    async def save(self) -> None:
+        raise OSError("no space left on the device")
+
+
+def test_a_pool_is_disabled_where_the_disk_is_full_too() -> None:
+    async def story() -> None:
+        async with World([process_pool()], QUICK, disabled_pools=UnkeptPools()) as world:
+            assert (await world.loop.disable("m")).disabled
+            assert world.seen["m"].disabled
+            assert world.loop.status().errors["disabled pools"] == 1
+
+    run_virtual(story())
 
 
 def test_verbs_take_an_alias_for_a_pool() -> None:

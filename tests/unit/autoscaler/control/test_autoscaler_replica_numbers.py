@@ -10,23 +10,17 @@ import pytest
 from autoscaler.control.replica_numbers import ReplicaNumbers
 
 
-def start(path: Path) -> ReplicaNumbers:
-    numbers = ReplicaNumbers(path)
-    numbers.load()
-    return numbers
-
-
 def test_no_id_is_given_twice_over_restarts(tmp_path: Path) -> None:
     async def story() -> None:
         path = tmp_path / "numbers.json"
-        first = start(path)
+        first = ReplicaNumbers(path)
         assert [first.make_id("m"), first.make_id("m"), first.make_id("n-1")] == [
             *("m-1", "m-2", "n-1-1"),
         ]
         assert first.are_new
         await asyncio.gather(first.save(), first.save())
         assert not first.are_new
-        second = start(path)
+        second = ReplicaNumbers(path)
         assert not second.are_new
         second.note("m-7")  # it was adopted
         second.note("odd")
@@ -42,4 +36,4 @@ def test_no_id_is_given_twice_over_restarts(tmp_path: Path) -> None:
 def test_what_cannot_be_read_begins_anew(tmp_path: Path, text: str) -> None:
     path = tmp_path / "numbers.json"
     path.write_text(text)
-    assert start(path).make_id("m") == "m-1"
+    assert ReplicaNumbers(path).make_id("m") == "m-1"

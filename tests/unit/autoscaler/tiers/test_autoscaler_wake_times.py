@@ -52,17 +52,14 @@ def test_nothing_is_known_before_the_first() -> None:
 def test_they_survive_a_restart_and_nodes_do_not_mix(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "wake_times.json"
     one = WakeTimes(node="one", path=path, samples=8)
-    one.load()
     one.add(M, Tier.PAGED, 3.25)
     one.add(M, Tier.FORKED, 1.5)
     asyncio.run(one.save())
     other = WakeTimes(node="other", path=path, samples=8)
-    other.load()
     assert other.estimate_s(M, Tier.PAGED) is None
     other.add(M, Tier.PAGED, 7.0)
     asyncio.run(other.save())
     again = WakeTimes(node="one", path=path, samples=8)
-    again.load()
     assert again.measured(M, Tier.PAGED) == (3.25,)
     assert again.measured(M, Tier.FORKED) == (1.5,)
     assert os.listdir(path.parent) == [path.name]
@@ -93,7 +90,6 @@ def test_what_makes_no_sense_is_as_good_as_not_measured(tmp_path: Path, text: st
     path = tmp_path / "wake_times.json"
     path.write_text(text)
     times = WakeTimes(path=path, samples=8)
-    times.load()
     assert times.estimate_s(M, Tier.PAGED) is None
     times.add(M, Tier.PAGED, 1.0)
     asyncio.run(times.save())
