@@ -8,6 +8,7 @@ wait on a worker that died are taken by its successor.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from autoscaler.backends.process.procs import KILLED_S, has_ended
 from gateway.datapath.messages import (
     Drain,
     FailureReport,
@@ -39,7 +41,6 @@ log = logging.getLogger("tidegate.workers")
 _RESTART_S = 0.5
 _RESTART_MAX_S = 10.0
 _EXIT_GRACE_S = 5.0
-_EXIT_POLL_S = 0.02
 # A worker beats several times a second. The checks are counted that saw no beat since the one
 # before, not the time: after this process was stopped itself, its workers are not to blame.
 _WATCH_S = 0.5
@@ -203,6 +204,8 @@ class Workers:
                 entry.silent_s,
             )
             process.kill()
+            if entry.writer is not None:  # what hangs in the kernel would keep its end open
+                entry.writer.close()
 
     async def _run_once(self, entry: WorkerProcess) -> None:
         channel, inherited = socket.socketpair()
@@ -246,19 +249,17 @@ class Workers:
             self._changed.set()
 
     async def _reap(self, entry: WorkerProcess) -> None:
-        """The channel closed: wait for the process to end, and clear what it had in flight."""
+        """The channel closed: end the process, and clear what it had in flight."""
         entry.listening = False
         if entry.writer is not None:
             entry.writer.close()
             entry.writer = None
-        process, entry.process = entry.process, None
-        if process is not None:
-            left_s = _EXIT_GRACE_S
-            while process.poll() is None:
-                if left_s <= 0.0:
-                    process.kill()
-                await asyncio.sleep(_EXIT_POLL_S)
-                left_s -= _EXIT_POLL_S
+        process = entry.process
+        if process is not None and not await has_ended(process.poll, within_s=_EXIT_GRACE_S):
+            process.kill()
+            if not await has_ended(process.poll, within_s=KILLED_S):
+                log.error("worker %d: process %d survives SIGKILL", entry.index, process.pid)
+        entry.process = None
         self.shared.clear_worker(entry.index)
         self._changed.set()
 
@@ -285,6 +286,7 @@ class Workers:
         for entry in self.processes:
             if entry.process is not None and entry.process.poll() is None:
                 entry.process.kill()
-                entry.process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    entry.process.wait(KILLED_S)
         while self._nudge_fds:
             os.close(self._nudge_fds.pop())

@@ -343,6 +343,26 @@ def test_a_worker_that_hangs_is_noticed_and_replaced() -> None:
         assert served.ask(SMALL).status == 200
 
 
+def test_a_worker_that_cannot_be_killed_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It hangs in the kernel, say."""
+    monkeypatch.setattr("gateway.compose.workers.KILLED_S", 0.1)
+    with ScriptedReplica(answers()) as replica, gateway(worker_timeout_s=4.0) as served:
+        served.publish(replica)
+        hung = served.workers.processes[0].process
+        assert hung is not None
+        kills: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(hung, "kill", lambda: kills.append(1))
+            os.kill(hung.pid, signal.SIGSTOP)
+            eventually(lambda: served.pids() not in ([], [hung.pid]))
+            eventually(lambda: served.workers.all_listening)
+        assert served.ask(SMALL).status == 200
+        assert hung.poll() is None
+        assert len(kills) == 2
+        hung.kill()
+        hung.wait(WAIT_S)
+
+
 def test_a_worker_that_was_stopped_for_a_moment_goes_on() -> None:
     with ScriptedReplica(answers()) as replica, gateway(worker_timeout_s=60.0) as served:
         served.publish(replica)
