@@ -8,6 +8,8 @@ weights are loaded. What a source itself publishes (a SHA-256, an MD5) is checke
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
@@ -15,6 +17,12 @@ from enum import IntEnum, StrEnum
 PIECE_BYTES = 8 * 1024 * 1024
 """Bytes of a piece: the unit of checking, of resuming and of sharing between nodes. Part of what a
 digest means, so not a setting."""
+
+DIGEST = re.compile(r"[0-9a-f]{64}")
+"""A BLAKE3 or a SHA-256 as it is written."""
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""What a file system answers that has no room left."""
 
 PREPARED = "prepared"
 """The scheme of models that were made here: ``prepared://<key>``. No source has them."""

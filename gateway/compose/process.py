@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import math
 import os
@@ -17,7 +16,7 @@ from gateway.settings.errors import Problem
 from gateway.settings.load import ConfigError, LoadedSettings, find_service_links
 from gateway.settings.schema import Settings
 from modelcache.store.files import make_private
-from modelcache.types import CacheError
+from modelcache.types import FULL, CacheError
 
 log = logging.getLogger("tidegate")
 
@@ -81,7 +80,7 @@ def check_writable(
     except OSError as error:
         is_file = isinstance(error, FileExistsError | NotADirectoryError)
         why = "it is no directory" if is_file else error.strerror or str(error)
-        if may_be_full and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        if may_be_full and error.errno in FULL:
             log.warning("%s = %s: %s; what is there is served", field, directory, why)
             return
         message = f"cannot be written to: {why} (as user {os.geteuid()})"

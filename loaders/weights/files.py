@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,11 +34,10 @@ from modelcache.safetensors_index import (
 )
 from modelcache.store.digest import PieceDigests, read_pieces
 from modelcache.store.layout import Layout
-from modelcache.types import Damaged
+from modelcache.types import DIGEST, Damaged
 
 SINGLE = "model.safetensors"
 INDEX_ENDING = ".safetensors.index.json"
-DIGEST = re.compile(r"[0-9a-f]{64}")
 
 ModelPath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """A model's directory, one safetensors file, or several."""

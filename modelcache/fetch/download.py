@@ -23,9 +23,9 @@ from modelcache.peers.wire import PieceState
 from modelcache.ports import IsCancelled, OnProgress, Source
 from modelcache.settings import ModelCacheSettings
 from modelcache.store.digest import count_pieces
-from modelcache.store.files import FULL
 from modelcache.store.partial_files import Partial
 from modelcache.types import (
+    FULL,
     CacheError,
     Cancelled,
     Damaged,

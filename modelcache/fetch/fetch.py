@@ -19,7 +19,6 @@ from typing import Protocol
 from modelcache.ports import ONCE, IsCancelled, OnProgress, Retries, Source
 from modelcache.store.digest import RECORD, PieceDigests, count_pieces
 from modelcache.store.files import (
-    FULL,
     copy_range,
     link,
     link_or_clone,
@@ -32,6 +31,7 @@ from modelcache.store.partial_files import TREE, Partial
 from modelcache.store.records import FETCHING, Fetching, check_listing
 from modelcache.store.store import Damage, Store, compare_file, hash_file
 from modelcache.types import (
+    FULL,
     CacheError,
     Cancelled,
     Damaged,

@@ -30,9 +30,9 @@ from modelcache.peers.piece_inventory import FetchingFile
 from modelcache.ports import ANNOUNCE_BYTES, IsCancelled, OnProgress, RangeRead, Source
 from modelcache.settings import ModelCacheSettings
 from modelcache.sources.retry import pause
-from modelcache.store.files import FULL
 from modelcache.store.partial_files import Partial
 from modelcache.types import (
+    FULL,
     PIECE_BYTES,
     CacheError,
     Cancelled,

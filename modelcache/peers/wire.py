@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from modelcache.sources.answers import SourceResponse
-from modelcache.types import CacheError
+from modelcache.types import DIGEST, CacheError
 
 LEAST_TOKEN_CHARACTERS = 16
 MOST_HEAD_BYTES = 16_384
@@ -35,7 +35,6 @@ HELLO = "/v1/hello"
 STATE = "/v1/state"
 PIECE = "/v1/piece"
 NAME = re.compile(r"[0-9a-f]{32}")
-DIGEST = re.compile(r"[0-9a-f]{64}")
 BITS = re.compile(r"[0-9a-f]+")
 MOST_NUMBER = 2**63 - 1
 NEWLINE = "\n"

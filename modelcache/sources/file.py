@@ -12,7 +12,7 @@ from pathlib import Path
 
 from modelcache.ports import ANNOUNCE_BYTES, ONCE, RangeRead, Retries
 from modelcache.sources import answers, wire
-from modelcache.types import Cancelled, Listing, ModelRef, NotFound, RemoteFile, SourceError
+from modelcache.types import FULL, Cancelled, Listing, ModelRef, NotFound, RemoteFile, SourceError
 
 _NOT_HERE = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 """What ``copy_file_range`` says where two file systems cannot do it between them."""
@@ -103,7 +103,7 @@ def _copy(source: int, target: int, at: int, most: int, what: str) -> int:
         if moved:
             return moved
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             with wire.writing():
                 raise
         if error.errno not in _NOT_HERE:

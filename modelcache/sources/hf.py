@@ -14,7 +14,7 @@ from modelcache.ports import ONCE, Retries
 from modelcache.refs import SCHEMES
 from modelcache.sources import answers
 from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, home_of
-from modelcache.types import Listing, ModelRef, NotFound, RemoteFile, SourceError
+from modelcache.types import DIGEST, Listing, ModelRef, NotFound, RemoteFile, SourceError
 
 ENDPOINT = "https://huggingface.co"
 HINT = SCHEMES["hf"].credentials
@@ -107,7 +107,7 @@ def _file_of(ref: ModelRef, sibling: Mapping[str, Any], below: str) -> RemoteFil
     blob = blob.lower() if isinstance(blob, str) and _HEX.fullmatch(blob.lower()) else ""
     if isinstance(lfs, dict):
         sha256 = str(lfs.get("sha256") or lfs.get("oid") or "").lower().removeprefix("sha256:")
-        if not _HEX.fullmatch(sha256):
+        if not DIGEST.fullmatch(sha256):
             raise SourceError(f"{ref.url}: the hub has no SHA-256 of {path[:200]!r}")
         digests["sha256"] = sha256
     elif blob:

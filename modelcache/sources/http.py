@@ -19,7 +19,7 @@ from modelcache.safetensors_index import BadFile, parse_weight_map
 from modelcache.sources import answers, wire
 from modelcache.sources.proxy import proxy_of
 from modelcache.sources.reader import HttpReader, HttpRequest, RangedSource, ask_each, home_of
-from modelcache.types import Listing, ModelRef, NotFound, RemoteFile, SourceError
+from modelcache.types import DIGEST, Listing, ModelRef, NotFound, RemoteFile, SourceError
 
 MOST_SHARDS = 4_096
 _LINK = re.compile(
@@ -276,6 +276,6 @@ def read_checksums(page: bytes) -> Mapping[str, str]:
     for line in page.decode("utf-8", "replace").splitlines():
         digest, _, path = line.strip().partition(" ")
         digest, path = digest.lower(), path.strip().removeprefix("*").removeprefix("./")
-        if len(digest) == 64 and not set(digest) - set("0123456789abcdef") and path:
+        if DIGEST.fullmatch(digest) and path:
             found[path] = digest
     return found

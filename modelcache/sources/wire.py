@@ -12,7 +12,6 @@ Only what was asked for is ever taken: see ``answers``. Connections are kept and
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import ipaddress
 import os
@@ -27,7 +26,7 @@ from urllib.parse import urlsplit
 
 from modelcache.ports import ANNOUNCE_BYTES, IsCancelled, OnBytes, RangeRead
 from modelcache.sources import answers
-from modelcache.types import CacheError, Cancelled, NoSpace, SourceError
+from modelcache.types import FULL, CacheError, Cancelled, NoSpace, SourceError
 
 SLICE_S = 0.25
 """How long a read waits for more before it takes what there is, and looks whether it is still
@@ -243,7 +242,7 @@ def writing() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise NoSpace(f"the disk is full: {error.strerror}") from error
         raise CacheError(f"the file cannot be written: {error.strerror}") from error
 

@@ -27,8 +27,6 @@ CANNOT = frozenset(
     {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EXDEV, errno.EPERM, errno.ENOTTY}
 )
 """What a file system answers that cannot do what was asked at all."""
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-"""What it answers that has no room left."""
 
 
 def make_directory(path: Path) -> None:

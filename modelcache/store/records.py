@@ -20,6 +20,7 @@ from modelcache.store import leases
 from modelcache.store.files import directories, is_locked
 from modelcache.store.layout import REFS, Layout, file_key, result_key, result_url
 from modelcache.types import (
+    DIGEST,
     SHORT_CHARACTERS,
     CacheError,
     Damaged,
@@ -140,13 +141,9 @@ def _find_problem(body: object) -> str | None:
     if problem is None and any(file.size_bytes < 0 for file in body.files):
         problem = "lists a file of less than no bytes"
     digests = [file.digest for file in body.files if isinstance(file, FileEntry)]
-    if problem is None and not all(map(_is_digest, digests)):
+    if problem is None and not all(map(DIGEST.fullmatch, digests)):
         problem = "lists a file without a digest"
     return problem
-
-
-def _is_digest(text: str) -> bool:
-    return len(text) == 64 and not set(text) - set("0123456789abcdef")
 
 
 def check_listing(files: tuple[RemoteFile, ...]) -> None:
@@ -254,7 +251,7 @@ def read_known(path: Path) -> str | None:
         text = path.read_bytes().decode("ascii")
     except (OSError, UnicodeDecodeError):
         return None
-    return text if _is_digest(text) else None
+    return text if DIGEST.fullmatch(text) else None
 
 
 def known_blobs(layout: Layout, key: str, file: RemoteFile) -> list[str]:

@@ -29,7 +29,6 @@ from modelcache.store.digest import (
     read_pieces,
 )
 from modelcache.store.files import (
-    FULL,
     locked,
     make_private,
     put,
@@ -62,6 +61,7 @@ from modelcache.store.records import (
 )
 from modelcache.store.snapshots import build_snapshot, show_in_hub, snapshot_is_whole
 from modelcache.types import (
+    FULL,
     PIECE_BYTES,
     CacheError,
     Cancelled,

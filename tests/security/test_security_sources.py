@@ -142,6 +142,7 @@ def sibling(**changed: object) -> bytes:
         sibling(rfilename="é" * 200),
         sibling(rfilename=7),
         sibling(lfs={"sha256": "../../x"}),
+        sibling(lfs={"sha256": "a" * 40}),
         b'{"sha":"' + b"1" * 40 + b'","siblings":[{"rfilename":"a","size":' + b"9" * 5_000 + b"}]}",
     ],
 )

@@ -14,6 +14,7 @@ from modelcache.refs import parse_ref
 from modelcache.sources import answers, http, wire
 from modelcache.sources.answers import check_status, digest_of, make_listing
 from modelcache.sources.file import FileSource
+from modelcache.sources.oss import OssKeys, failing
 from modelcache.types import NotFound, RemoteFile, SourceError
 
 REF = parse_ref("s3://models/tiny")
@@ -155,6 +156,23 @@ def test_what_a_store_says_becomes_what_to_do(
     assert says in str(raised.value)
     assert "AKIASECRET" not in str(raised.value)
     assert not raised.value.retryable
+
+
+def test_an_oss_bucket_elsewhere_is_said_with_its_endpoint_and_without_a_key() -> None:
+    from oss2.exceptions import ServerError
+
+    said = (
+        "<Message>The bucket you are attempting to access must be addressed using the specified "
+        "endpoint.</Message><OSSAccessKeyId>AKSECRET</OSSAccessKeyId>"
+    )
+    body = f"<Endpoint>oss-cn-beijing.aliyuncs.com</Endpoint>{said}".encode()
+    details = {"Code": "AccessDenied", "Message": said}
+    with (
+        pytest.raises(SourceError, match="OSS_ENDPOINT=https://oss-cn-beijing") as raised,
+        failing("oss://models/m", OssKeys(key="AKSECRET", secret="s3cret")),
+    ):
+        raise ServerError(403, {}, body, details)
+    assert "AKSECRET" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
