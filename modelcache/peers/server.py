@@ -196,7 +196,7 @@ class PeerServer:
         with self._lock:
             peer.proven = True
         body = read_body(connection, head, first)
-        request = None if body is None else self._keyring.read_request(head, body)
+        request = None if body is None else wire.with_body(request, head, body)
         if request is None:
             return False
         target = urlsplit(request.target)

@@ -109,6 +109,13 @@ class PeerRequest:
     body: bytes = b""
 
 
+def with_body(request: PeerRequest, head: PeerHead, body: bytes) -> PeerRequest | None:
+    """The request whose ``head`` ``Keyring.read_head`` has found to be signed, with its body;
+    ``None`` where it is another body than was signed."""
+    digest = hashlib.sha256(body).hexdigest()
+    return replace(request, body=body) if digest == head.headers["x-tidegate-body"] else None
+
+
 def read_json(data: bytes | bytearray) -> dict[str, Any]:
     """The JSON object that a body is. Its numbers may be any, ``NaN`` too, until ``read_int`` or
     ``read_seconds`` has read them. Raises ``BadMessage``."""
@@ -219,14 +226,6 @@ class Keyring:
         signature = given.get("x-tidegate-signature", "").encode("latin-1")
         wanted = self._of_request(request, head.length, digest).encode()
         return request if hmac.compare_digest(wanted, signature) else None
-
-    def read_request(self, head: PeerHead, body: bytes) -> PeerRequest | None:
-        """The request that a head and body are; ``None`` where the signature is not ours."""
-        request = self.read_head(head)
-        digest = head.headers.get("x-tidegate-body", "")
-        if request is None or not hmac.compare_digest(hashlib.sha256(body).hexdigest(), digest):
-            return None
-        return replace(request, body=body)
 
     def answer_headers(self, nonce: str, status: int, length: int, digest: str) -> dict[str, str]:
         """The headers of an answer to the request with ``nonce``; ``digest`` is its body's."""

@@ -205,8 +205,11 @@ class BadPeer:
     def serve(self, connection: socket.socket) -> None:
         with contextlib.suppress(OSError, wire.BadMessage):
             while (read := read_head(connection)) is not None:
-                body = read_body(connection, *read)
-                request = None if body is None else self.keyring.read_request(read[0], body)
+                head, _ = read
+                request, body = self.keyring.read_head(head), read_body(connection, *read)
+                assert request is not None
+                assert body is not None
+                request = wire.with_body(request, head, body)
                 assert request is not None
                 self.answer(connection, request)
 
