@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
-from types import MappingProxyType
 from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -33,7 +32,7 @@ from autoscaler.control.start_steps import STEPS_TO_READY
 from autoscaler.types import FleetReport, TierReport
 from gateway.admin.schema import ForkServerEntry
 from gateway.datapath import metrics
-from gateway.datapath.shared import Shared
+from gateway.datapath.shared import Shared, buckets_of
 from modelcache.types import TIERS
 from router.types import ReplicaState
 
@@ -66,8 +65,8 @@ def render(
     report: FleetReport | None,
     version: str,
     traffic: Mapping[str, Any],
-    replicas: Mapping[str, int] = MappingProxyType({}),
-    workers: Sequence[Mapping[str, Any]] = (),
+    replicas: Mapping[str, int],
+    workers: Sequence[Mapping[str, Any]],
     forks: ForkServerEntry | None = None,
 ) -> bytes:
     """The whole page, in Prometheus text format 0.0.4. ``pools``: their slots in ``shared`` by
@@ -75,14 +74,18 @@ def render(
     ``workers``: index, pid and restarts of each; ``forks``: the fork server's figures, as
     ``/status`` has them."""
     page = _Page(version)
+    totals = {pool: shared.pool_totals(slot) for pool, slot in pools.items()}
     for pool, slot in pools.items():
         for index, metric in enumerate(metrics.POOL_METRICS):
             if index == metrics.HELD_SINCE:
                 page.add(metric, _age_s(shared.held_since_ms(slot)), pool=pool)
             else:
-                page.add(metric, shared.pool_total(slot, index), pool=pool)
+                page.add(metric, totals[pool][index], pool=pool)
     for number, spec in enumerate(metrics.POOL_HISTOGRAMS):
-        _add_histogram(page, shared, pools, number, spec)
+        for pool, slot in pools.items():
+            counts = totals[pool][buckets_of(number)]
+            if any(counts) or not spec.labels:  # of the many combinations those that there were
+                page.observe(spec, spec.bounds, counts, shared.pool_sum(slot, number), pool=pool)
     counters = [shared.worker_counters(worker) for worker in range(shared.workers)]
     for index, metric in enumerate(metrics.WORKER_METRICS):
         if metric.labels:  # of requests that named no pool
@@ -177,18 +180,6 @@ class _Page(Collector):
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self)
         return generate_latest(registry)
-
-
-def _add_histogram(
-    page: _Page, shared: Shared, pools: Mapping[str, int], number: int, spec: metrics.Buckets
-) -> None:
-    start = metrics.HISTOGRAM_OFFSETS[number]
-    for pool, slot in pools.items():
-        indexes = range(start, start + len(spec.bounds) + 1)
-        counts = [shared.pool_total(slot, index) for index in indexes]
-        if any(counts) or not spec.labels:  # of the many combinations those that there were
-            total = shared.pool_sum(slot, number)
-            page.observe(spec, spec.bounds, counts, total, pool=pool)
 
 
 def _age_s(since_ms: int) -> float:

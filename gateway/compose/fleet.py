@@ -17,7 +17,7 @@ import msgspec
 from autoscaler.types import Observation, PoolDemand, ReplicaLoad
 from gateway.admin.schema import RecentTraffic
 from gateway.datapath import metrics
-from gateway.datapath.shared import Shared
+from gateway.datapath.shared import Shared, buckets_of
 from router.types import Fleet, Pool, Replica
 
 RECENT_S = 60.0
@@ -187,16 +187,13 @@ class FleetBook:
                 samples.popleft()
 
     def _read(self, slot: int, now_s: float) -> _Sample:
-        def buckets(histogram: int) -> list[int]:
-            start = metrics.HISTOGRAM_OFFSETS[histogram]
-            stop = start + len(metrics.POOL_HISTOGRAMS[histogram].bounds) + 1
-            return self._shared.pool_totals(slot, start, stop)
-
+        counts = self._shared.pool_totals(slot)
+        streams = [counts[buckets_of(histogram)] for histogram in _STREAMS]
         return _Sample(
             at_s=now_s,
-            counts=self._shared.pool_totals(slot, 0, metrics.RESPONSE_BYTES),
-            ttft=[sum(column) for column in zip(*map(buckets, _STREAMS), strict=True)],
-            itl=buckets(metrics.ITL),
+            counts=counts[: metrics.RESPONSE_BYTES],
+            ttft=[sum(column) for column in zip(*streams, strict=True)],
+            itl=counts[buckets_of(metrics.ITL)],
         )
 
     def check_integrity(self) -> None:

@@ -21,8 +21,10 @@ from typing import Any
 
 from gateway.datapath.metrics import (
     HELD_SINCE,
+    HISTOGRAM_OFFSETS,
     INFLIGHT_REQUESTS,
     INFLIGHT_TOKENS,
+    POOL_HISTOGRAMS,
     POOL_INTEGERS,
     POOL_SUMS,
     QUEUED_BYTES,
@@ -41,6 +43,13 @@ _POOL_GAUGES = (
     *(INFLIGHT_REQUESTS, INFLIGHT_TOKENS, QUEUED_REQUESTS, QUEUED_TOKENS, QUEUED_BYTES),
     HELD_SINCE,
 )
+
+
+def buckets_of(histogram: int) -> slice:
+    """Where a histogram's buckets are among a pool's counters: those of its bounds, and the one
+    beyond them."""
+    start = HISTOGRAM_OFFSETS[histogram]
+    return slice(start, start + len(POOL_HISTOGRAMS[histogram].bounds) + 1)
 
 
 class Shared:
@@ -160,10 +169,10 @@ class Shared:
         """A pool's counter summed over the workers, as last published."""
         return sum(self.pool_rows(worker, pool_slot)[0][index] for worker in range(self.workers))
 
-    def pool_totals(self, pool_slot: int, start: int, stop: int) -> list[int]:
-        """A pool's counters from ``start`` up to ``stop``, each summed over the workers."""
-        rows = (self.pool_rows(worker, pool_slot)[0] for worker in range(self.workers))
-        return [sum(column) for column in zip(*(row[start:stop] for row in rows), strict=True)]
+    def pool_totals(self, pool_slot: int) -> list[int]:
+        """All of a pool's counters, each summed over the workers."""
+        rows = (self.pool_rows(worker, pool_slot)[0].tolist() for worker in range(self.workers))
+        return [sum(column) for column in zip(*rows, strict=True)]
 
     def held_since_ms(self, pool_slot: int) -> int:
         """When the pool's oldest held request began to wait, on the monotonic clock; 0 for none."""

@@ -113,6 +113,7 @@ def samples(served: Gateway, pool: str = "m") -> Callable[..., float]:
         version="1",
         traffic={},
         replicas=replicas,
+        workers=(),
     ).decode()
     found = {
         (one.name.removeprefix("tidegate_"), frozenset(one.labels.items())): one.value

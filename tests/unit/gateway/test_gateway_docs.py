@@ -246,7 +246,14 @@ def test_what_is_not_known_of_the_fork_server_is_left_out() -> None:
     def samples(forks: ForkServerEntry | None) -> dict[str, float]:
         shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
         page = metrics_page.render(
-            shared=shared, pools={}, report=None, version="1", traffic={}, forks=forks
+            shared=shared,
+            pools={},
+            report=None,
+            version="1",
+            traffic={},
+            replicas={},
+            workers=(),
+            forks=forks,
         )
         return {
             " ".join([one.name, *one.labels.values()]): one.value

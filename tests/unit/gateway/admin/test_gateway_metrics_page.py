@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from dataclasses import replace
+from typing import Any
 
 from autoscaler.types import FleetReport, HistogramCounts, PoolReport, ReplicaReport, TierReport
 from gateway.admin.metrics_page import FRESH_S, STALE_S, UsagePoller, render, render_cache
@@ -32,7 +33,9 @@ def test_bytes_to_fetch_that_are_not_known_are_left_out() -> None:
         )  # fmt: skip
         shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
         report = FleetReport(at_s=0.0, pools=(pool,), decisions={}, errors={})
-        text = render(shared=shared, pools={}, report=report, version="1", traffic={})
+        text = render(
+            shared=shared, pools={}, report=report, version="1", traffic={}, replicas={}, workers=()
+        )
         shared.close()
         return text.decode()
 
@@ -57,7 +60,9 @@ def test_starts_and_crashes_of_a_pool() -> None:
 
     def samples(pool: PoolReport) -> dict[str, float]:
         report = FleetReport(at_s=0.0, pools=(pool,), decisions={}, errors={})
-        text = render(shared=shared, pools={}, report=report, version="1", traffic={})
+        text = render(
+            shared=shared, pools={}, report=report, version="1", traffic={}, replicas={}, workers=()
+        )
         lines = (line for line in text.decode().splitlines() if not line.startswith("#"))
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
@@ -83,7 +88,7 @@ def test_processes_are_measured_and_a_worker_that_is_down_is_not() -> None:
         {"index": 1, "pid": None, "restarts": 9},
     ]
     text = render(
-        shared=shared, pools={}, report=None, version="1", traffic={}, workers=workers
+        shared=shared, pools={}, report=None, version="1", traffic={}, replicas={}, workers=workers
     ).decode()
     shared.close()
     assert 'tidegate_worker_restarts_total{worker="0"} 2.0' in text
@@ -93,6 +98,31 @@ def test_processes_are_measured_and_a_worker_that_is_down_is_not() -> None:
     own = next(line for line in text.splitlines() if line.startswith("process_resident_memory"))
     assert float(own.split()[1]) > 1_000_000
     assert "tidegate_tls_certificate" not in text  # no TLS here
+
+
+class CountingShared(Shared):
+    rows_read = 0
+
+    def pool_rows(self, worker: int, pool_slot: int) -> tuple[Any, Any]:
+        self.rows_read += 1
+        return super().pool_rows(worker, pool_slot)
+
+
+def test_a_pools_counters_are_read_together() -> None:
+    """And not one by one: there are hundreds, of each worker, for each of a thousand pools."""
+    made = Shared.create(workers=2, max_replicas=4, max_pools=1)
+    shared = CountingShared(made.fd, workers=2, max_replicas=4, max_pools=1)
+    render(
+        shared=shared,
+        pools={"p": 0},
+        report=None,
+        version="1",
+        traffic={},
+        replicas={},
+        workers=(),
+    )
+    shared.close()
+    assert shared.rows_read < 20
 
 
 class Disk:

@@ -9,7 +9,7 @@ import pytest
 from gateway.compose.fleet import FleetBook
 from gateway.datapath import metrics
 from gateway.datapath.metrics import PoolCounters
-from gateway.datapath.shared import Shared
+from gateway.datapath.shared import Shared, buckets_of
 from router.types import Pool, Replica, ReplicaState
 
 WORKERS = 2
@@ -122,7 +122,5 @@ def test_a_quantile_by_buckets(values: list[float], q: float, expected: float | 
     counters = PoolCounters(*shared.pool_rows(0, 0))
     for value in values:
         counters.observe(metrics.TTFT, value)
-    stop = len(metrics.POOL_HISTOGRAMS[metrics.TTFT].bounds) + 1
-    start = metrics.HISTOGRAM_OFFSETS[metrics.TTFT]
-    found = metrics.quantile(metrics.TTFT, counters.integers[start : start + stop], q)
+    found = metrics.quantile(metrics.TTFT, counters.integers[buckets_of(metrics.TTFT)], q)
     assert found == (None if expected is None else pytest.approx(expected))

@@ -221,7 +221,13 @@ def test_the_page_parses_and_its_histograms_are_true(
     for worker in range(2):
         shared.worker_counters(worker)[metrics.WORKER_REASON_INDEX[Reason.MODEL_UNKNOWN]] = 9
     page = render(
-        shared=shared, pools={"idle": 0, "m": 1}, report=None, version="1", traffic={}
+        shared=shared,
+        pools={"idle": 0, "m": 1},
+        report=None,
+        version="1",
+        traffic={},
+        replicas={},
+        workers=(),
     ).decode()
     families = {family.name: family for family in text_string_to_metric_families(page)}
     assert all(name.startswith((PREFIX, "process_")) for name in families)
