@@ -309,7 +309,7 @@ class ModelCache:
             if not self.store.is_whole(manifest):
                 return None
             self.store.note_ref(manifest, want.ref.revision)
-            self.store.advise(manifest.url, manifest.revision, used_at_s=self._clock())
+            self.store.note_use(manifest.url, manifest.revision, used_at_s=self._clock())
         return manifest
 
     @contextmanager
@@ -404,5 +404,5 @@ class ModelCache:
     def _expecting(self, model: CachedModel, at_s: float | None) -> CachedModel:
         if at_s is not None:
             with self.store.lock():
-                self.store.advise(model.url, model.revision, expected_use_at_s=at_s)
+                self.store.note_use(model.url, model.revision, expected_use_at_s=at_s)
         return model

@@ -405,7 +405,7 @@ class Fetch:
             changes: dict[str, float | None] = {"used_at_s": self._clock()}
             if self._fetched_bytes > 0:
                 changes["reload_s_per_gb"] = took_s / (self._fetched_bytes / 1e9)
-            self.store.advise(manifest.url, manifest.revision, **changes)
+            self.store.note_use(manifest.url, manifest.revision, **changes)
         return manifest
 
     def _hash(self, path: Path) -> PieceDigests:

@@ -119,7 +119,7 @@ class Results:
     def _note_final(self, model: CachedModel) -> None:
         if not read_use(self._layout.revision(model.url, model.revision)).final:
             with self._store.lock():
-                self._store.advise(model.url, model.revision, final=True)
+                self._store.note_use(model.url, model.revision, final=True)
 
     # Making one. The caller of these holds the result's lock.
 
@@ -195,7 +195,7 @@ class Results:
             size_bytes = 0 if model.manifest is None else model.manifest.size_bytes
             with self._store.lock():
                 cost = took_s / (size_bytes / 1e9) if size_bytes and took_s else None
-                self._store.advise(url, RESULT, reload_s_per_gb=cost, final=final)
+                self._store.note_use(url, RESULT, reload_s_per_gb=cost, final=final)
                 # What is used of a pinned model is as pinned as the model.
                 if final and (layout.revision(made.model, made.revision) / PIN).exists():
                     self._store.set_pin(url, RESULT, pinned=True)

@@ -185,16 +185,13 @@ class Store:
         show_in_hub(self.layout, manifest, name)
 
     def note_use(self, url: str, revision: str, **changes: Any) -> None:
-        """Change the record of a revision's use (the fields of ``Use``)."""
+        """Change the record of a revision's use (the fields of ``Use``). It is advice only: a disk
+        that does not take it, a full one, is no error."""
         directory = self.layout.revision(url, revision)
-        if directory.is_dir():
-            use = replace(read_use(directory), **changes)
-            write_whole(directory / USE, seal(use), tmp=self.layout.tmp)
-
-    def advise(self, url: str, revision: str, **changes: Any) -> None:
-        """``note_use`` where the disk takes it: it is advice only, so a full disk is no error."""
         try:
-            self.note_use(url, revision, **changes)
+            if directory.is_dir():
+                use = replace(read_use(directory), **changes)
+                write_whole(directory / USE, seal(use), tmp=self.layout.tmp)
         except OSError as error:
             LOG.warning("%s: how it is used cannot be noted: %s", url, error)
 
@@ -219,10 +216,10 @@ class Store:
         def released() -> None:
             with self.lock():
                 remove_empty(directory, directory.parent)
-                self.advise(url, revision, used_at_s=self._clock())
+                self.note_use(url, revision, used_at_s=self._clock())
 
         directory = self.layout.leases(url, revision)
-        self.advise(url, revision, used_at_s=self._clock())
+        self.note_use(url, revision, used_at_s=self._clock())
         # Last: whatever failed after it would leave a lease that could not be released.
         return leases.take(self.layout, directory, holder, released)
 

@@ -20,8 +20,8 @@ from modelcache.ports import CachedModel
 from modelcache.prepare.run import LeasedModel, Preparation, PrepareRequest, Results, input_digest
 from modelcache.prepare.step_process import DEFAULT_LIMITS, StepFailed, StepLimits
 from modelcache.settings import PreparationStep
-from modelcache.store.files import open_lock, try_lock
-from modelcache.store.records import StepRecord
+from modelcache.store.files import open_lock, try_lock, write_whole
+from modelcache.store.records import USE, StepRecord
 from modelcache.store.store import Store
 from modelcache.store.unfinished_results import read_unfinished_results
 from modelcache.types import Made, NoSpace, Progress
@@ -115,14 +115,18 @@ def fail(wanted: Callable[..., bool], error: BaseException, real: Callable[..., 
 # Leases on a full disk
 
 
-@pytest.fixture
-def use_is_not_noted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+def let_no_use_be_noted(patch: pytest.MonkeyPatch) -> None:
     """From now on no record of a use can be written."""
 
-    def begin() -> None:
-        monkeypatch.setattr(Store, "note_use", fail(lambda *a, **k: True, FULL, Store.note_use))
+    def wanted(path: Path, *args: Any, **more: Any) -> bool:
+        return path.name == USE
 
-    return begin
+    patch.setattr("modelcache.store.store.write_whole", fail(wanted, FULL, write_whole))
+
+
+@pytest.fixture
+def use_is_not_noted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    return lambda: let_no_use_be_noted(monkeypatch)
 
 
 def test_a_full_disk_is_no_reason_to_have_no_lease(
@@ -203,7 +207,7 @@ def test_no_lease_is_left_where_holding_fails(
         return "final" in changes
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "note_use", fail(wanted, FULL, Store.note_use))
+        let_no_use_be_noted(patch)
         held = results.hold(key_of(cache, model), "m-1", final=True)
         assert held is not None, "that it is wanted for itself is advice only"
         held.lease.release()
