@@ -1,7 +1,7 @@
 """How quickly each load format reads weights here.
 
-``python -m loaders.weights.format_benchmark FILE…`` prints a JSON line per format; ``doctor`` reads
-them.
+``python -P -m loaders.weights.format_benchmark FILE…`` prints a JSON line per format; ``doctor``
+reads them.
 
 Runs under the engine's Python and uses vLLM's own reading functions, so a format is measured as
 vLLM would use it. Each tensor is copied to where a model would have it (memory that is there
@@ -211,7 +211,7 @@ def choose(files: Sequence[Path], most_bytes: int) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """See the module."""
-    parser = argparse.ArgumentParser(prog="python -m loaders.weights.format_benchmark")
+    parser = argparse.ArgumentParser(prog="python -P -m loaders.weights.format_benchmark")
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--work-dir", type=Path, help="where a file may be copied for a moment")
     parser.add_argument("--within-s", type=float, default=30.0)

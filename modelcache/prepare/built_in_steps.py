@@ -1,7 +1,7 @@
 """The built-in preparation steps, run in the engine's environment as a process of their own.
 
-    python -m modelcache.prepare.built_in_steps gguf_to_safetensors INPUT OUTPUT --dtype bfloat16
-    python -m modelcache.prepare.built_in_steps cast INPUT OUTPUT --dtype float16
+    python -P -m modelcache.prepare.built_in_steps gguf_to_safetensors INPUT OUTPUT --dtype bfloat16
+    python -P -m modelcache.prepare.built_in_steps cast INPUT OUTPUT --dtype float16
 
 One tensor is in memory at a time, but for GGUF, which transformers reads whole. A file of the
 output that is there is whole: a run that was interrupted is gone on with.

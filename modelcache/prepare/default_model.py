@@ -9,8 +9,8 @@ into it; a manifest inside holds the size and SHA-256 of every file, so one that
 is noticed and made again. Making one needs the engine environment; everything else here, and
 importing this module, needs only the standard library.
 
-    python -m modelcache.prepare.default_model make DIRECTORY
-    python -m modelcache.prepare.default_model verify DIRECTORY
+    python -P -m modelcache.prepare.default_model make DIRECTORY
+    python -P -m modelcache.prepare.default_model verify DIRECTORY
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ def test_the_trap_works(trap: Path) -> None:
         ((COMMAND, "config", "check"), 0),
         ((COMMAND, "doctor", "--no-measure"), 1),
         ((sys.executable, "-m", "gateway.cli.main", "--version"), 0),
-        ((sys.executable, "-m", "loaders.engines.simulated", "--help"), 0),
-        ((sys.executable, "-m", "modelcache.prepare.default_model", "verify", "nowhere"), 1),
+        ((sys.executable, "-P", "-m", "loaders.engines.simulated", "--help"), 0),
+        ((sys.executable, "-P", "-m", "modelcache.prepare.default_model", "verify", "nowhere"), 1),
     ],
 )
 def test_commands(trap: Path, argv: tuple[str, ...], code: int) -> None:

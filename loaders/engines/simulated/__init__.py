@@ -6,7 +6,7 @@ measure Tidegate and not a GPU. Everything it says is labelled a simulation: the
 the metric ``tidegate_simulated_engine``. No figure that comes out of it says anything about the
 speed of a real engine.
 
-Run it with ``python -m loaders.engines.simulated --model NAME --port 9000``; ``--help`` explains
+Run it with ``python -P -m loaders.engines.simulated --model NAME --port 9000``; ``--help`` explains
 the rest. ``loaders.engines.simulated.scheduler`` can be used alone: a pure model of one engine, in
 virtual time.
 

@@ -1,4 +1,4 @@
-"""``python -m loaders.engines.simulated``: one simulated engine as its own process."""
+"""``python -P -m loaders.engines.simulated``: one simulated engine as its own process."""
 
 from __future__ import annotations
 

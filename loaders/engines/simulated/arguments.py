@@ -68,16 +68,16 @@ KV blocks and cached prefixes, wait when the batch is full, and are preempted wh
 _EXAMPLES = """\
 examples:
   an engine that is ready at once
-    python -m loaders.engines.simulated --model demo --port 9000
+    python -P -m loaders.engines.simulated --model demo --port 9000
   one that takes 20 s to start and answers like a large model on a small GPU
-    python -m loaders.engines.simulated --model demo --port 9000 --startup-s 20 \\
+    python -P -m loaders.engines.simulated --model demo --port 9000 --startup-s 20 \\
         --prefill-tokens-per-s 3000 --decode-tokens-per-s 25 --max-num-seqs 16
   a cheap target for a load test: all the time spent is the network's and yours
-    python -m loaders.engines.simulated --model demo --port 9000 \\
+    python -P -m loaders.engines.simulated --model demo --port 9000 \\
         --prefill-tokens-per-s inf --decode-tokens-per-s inf
   one that dies at its eleventh request; one whose every third answer is a 500
-    python -m loaders.engines.simulated --model demo --port 9000 --fault crash:after_requests=10
-    python -m loaders.engines.simulated --model demo --port 9000 --fault error500:every=3
+    python -P -m loaders.engines.simulated --model demo --port 9000 --fault crash:after_requests=10
+    python -P -m loaders.engines.simulated --model demo --port 9000 --fault error500:every=3
 
 while it runs:
   curl localhost:9000/v1/chat/completions -H 'content-type: application/json' \\
@@ -123,7 +123,7 @@ def _add_numbers(add: Callable[..., Any], defaults: object, *rows: tuple[str, st
 def _parser() -> argparse.ArgumentParser:
     """Every flag is stored under the name of its field, except those that ``_settings`` reads."""
     parser = argparse.ArgumentParser(
-        prog="python -m loaders.engines.simulated",
+        prog="python -P -m loaders.engines.simulated",
         description=_ABOUT,
         epilog=f"{_faults_help()}\n\n{_EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
