@@ -101,17 +101,8 @@ def load(config: Path | None, sets: list[str] | None) -> LoadedSettings:
 
 
 def address(admin: str | None, config: Path | None, sets: list[str] | None) -> client.Listener:
-    """The admin listener to ask: the one named, the one that runs here, the one in the settings."""
-    from gateway.compose.listeners import make_url
-
-    if admin is not None and client.check_address(admin).startswith(client.UNIX):
-        return client.Listener(url=client.check_address(admin))
-    settings = load(config, sets).settings
-    found = client.find_listener(admin, settings)
-    if found is not None:
-        return found
-    url = make_url(settings.gateway.admin_host, settings.gateway.admin_port)
-    return client.tcp_listener(url, settings)
+    """The admin listener to ask."""
+    return client.find_listener(admin, lambda: load(config, sets).settings)
 
 
 def screen() -> Screen:

@@ -35,11 +35,10 @@ ANSWER_TIMEOUT_S = 70.0
 CANCEL_TIMEOUT_S = 30.0
 """Seconds that a verb in this process is given to end in good order after Ctrl-C."""
 
-OnProgress = Callable[[Progress], None]
-
-
 TOKEN_VARIABLE = "TIDEGATE_ADMIN_TOKEN"
 UNIX = "unix:"
+
+OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,38 +84,42 @@ def check_address(address: str) -> str:
     return text.rstrip("/")
 
 
-def find_listener(admin: str | None, settings: Settings) -> Listener | None:
-    """The listener that ``admin`` names, else that of what runs with this state directory; ``None``
-    where nothing does. Where it has a socket for its user, that; else over TCP with ``token_for``
-    it."""
-    from gateway.compose.listeners import find_running
+def find_listener(admin: str | None, load: Callable[[], Settings]) -> Listener:
+    """The listener that is asked: the one that ``admin`` names, else that of what runs with this
+    state directory, else the one in the settings. What runs here is asked over its socket where it
+    has one, which only its user can connect to."""
+    from gateway.compose.listeners import find_running, make_url
 
-    running = find_running(settings.state_dir)
     url = None if admin is None else check_address(admin)
+    if url is not None and url.startswith(UNIX):
+        return Listener(url=url)
+    settings = load()
+    running = find_running(settings.state_dir)
     if running is not None and url in {None, running.admin_url}:
         if running.admin_socket is not None:
             return Listener(url=f"{UNIX}{running.admin_socket}")
         url = running.admin_url
-    return None if url is None else tcp_listener(url, settings)
+    gateway = settings.gateway
+    url = url or make_url(gateway.admin_host, gateway.admin_port)
+    return Listener(url=url, token=_find_token(settings))
 
 
-def tcp_listener(url: str, settings: Settings) -> Listener:
-    """A listener with the token of the environment, else that of the file that the settings name.
+def _find_token(settings: Settings) -> str:
+    """The token of the environment, else that of the file that the settings name; else none.
 
     The token in a state directory is not used: who listens there may be another than made it.
     """
+    from gateway.compose.admin_token import check_token, read_token
+
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
     path = settings.gateway.admin_token_file
-    if not token and path is not None and not url.startswith(UNIX):
-        from gateway.compose.listeners import read_token
-
-        try:
-            token = read_token(path)
-        except (OSError, ValueError) as error:
-            raise typer.BadParameter(f"gateway.admin_token_file: {path}: {error}") from None
-    if not token.isascii() or not token.isprintable():
-        raise typer.BadParameter(f"{TOKEN_VARIABLE}: a token is ASCII without white space")
-    return Listener(url=url, token=token)
+    where = TOKEN_VARIABLE if token else f"gateway.admin_token_file: {path}"
+    try:
+        if token:
+            return check_token(token)
+        return "" if path is None else read_token(path)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{where}: {error}") from None
 
 
 @contextmanager
@@ -314,11 +317,11 @@ def model_verbs(
 ) -> RemoteVerbs | LocalVerbs:
     """Those of the listener that is named, of what runs with this state directory, or else of this
     process."""
-    listener = find_listener(admin, settings)
-    if listener is not None:
-        return RemoteVerbs(listener)
     from gateway.compose.cache import cache_dir
+    from gateway.compose.listeners import find_running
 
+    if admin is not None or find_running(settings.state_dir) is not None:
+        return RemoteVerbs(find_listener(admin, lambda: settings))
     _check_directory(
         cache_dir(settings), "state_dir" if settings.modelcache.dir is None else "modelcache.dir"
     )

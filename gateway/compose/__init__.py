@@ -2,6 +2,7 @@
 
 ``up`` is ``tidegate up`` and ``agent`` is ``tidegate agent``. ``workers`` starts and watches the
 data path's processes on the sockets of ``listeners``, which also has the record of where a running
-Tidegate listens; ``fleet`` publishes replicas to them and reads demand back. ``cache`` builds this
-node's model cache, ``engines`` what is run for a replica. ``process`` has logs and signals.
+Tidegate listens; ``admin_token`` is what its admin listener wants to be shown. ``fleet`` publishes
+replicas to the workers and reads demand back. ``cache`` builds this node's model cache, ``engines``
+what is run for a replica. ``process`` has logs and signals.
 """

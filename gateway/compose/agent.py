@@ -25,13 +25,13 @@ from gateway.admin.models import Models
 from gateway.admin.operations import METRICS_TYPE
 from gateway.admin.schema import AdminError
 from gateway.admin.server import serve_admin
+from gateway.compose.admin_token import admin_token
 from gateway.compose.cache import NodeCache, make_models, make_page_holder, open_cache
 from gateway.compose.listeners import (
     AGENT_NAME,
     ClaimError,
     Running,
     admin_listeners,
-    admin_token,
     claim_for_agent,
     leave_record,
     listen,

@@ -34,6 +34,7 @@ from autoscaler.control.replica_numbers import ReplicaNumbers
 from autoscaler.settings import PoolSettings
 from autoscaler.tiers.preparer import NodePreparer
 from autoscaler.tiers.wake_times import WakeTimes
+from gateway.compose.admin_token import admin_token
 from gateway.compose.cache import (
     cache_dir,
     make_models,
@@ -56,7 +57,6 @@ from gateway.compose.listeners import (
     RECORD_NAME,
     Running,
     admin_listeners,
-    admin_token,
     leave_record,
     listen,
     make_url,

@@ -22,6 +22,7 @@ from typing import Any
 
 import httpx
 import pytest
+import typer
 from admin_rig import BEARER, TOKEN, ServedAdmin, gateway_status
 from fake_cache import FakeCache, fake_models
 
@@ -29,11 +30,11 @@ from autoscaler.settings import PoolSettings
 from gateway.admin import server
 from gateway.admin.operations import OPEN, OPERATIONS, STATUS, VERBS
 from gateway.cli import client
+from gateway.compose.admin_token import admin_token
 from gateway.compose.listeners import (
     RECORD_NAME,
     SOCKET_NAMES,
     Running,
-    admin_token,
     leave_record,
 )
 from gateway.settings.load import ConfigError
@@ -179,11 +180,10 @@ def test_the_socket_is_the_owners_whatever_its_path_is_long(
             assert stat.S_ISSOCK(mode)
             assert stat.S_IMODE(mode) == 0o600
             leave_record(state_dir, Running(pid=os.getpid(), url="", admin_url=served.url))
-            listener = client.find_listener(None, Settings(state_dir=state_dir))
-            assert listener is not None
+            listener = client.find_listener(None, lambda: Settings(state_dir=state_dir))
             assert (listener.url, listener.token) == (f"unix:{path}", "")
             assert client.ask(listener, STATUS).root.version
-            by_url = client.find_listener(served.url, Settings(state_dir=state_dir))
+            by_url = client.find_listener(served.url, lambda: Settings(state_dir=state_dir))
             assert by_url == listener, "its own address is its socket, too"
     finally:
         os.umask(umask)
@@ -270,18 +270,23 @@ def test_the_command_line_shows_the_token_to_nobody_unasked(
     """What listens at an address may be another user's: the token goes where the operator says."""
     monkeypatch.delenv(client.TOKEN_VARIABLE, raising=False)
     token = admin_token(settings(tmp_path))
-    for url in ("http://127.0.0.1:8001", "http://gpu-1.lan:8001"):
-        found = client.find_listener(url, settings(tmp_path))
-        assert found is not None
-        assert found.token == ""
-    path = tmp_path / "admin-token"
-    found = client.find_listener(url, settings(tmp_path, admin_token_file=path))
-    assert found is not None
-    assert found.token == token
-    monkeypatch.setenv(client.TOKEN_VARIABLE, "from the environment")
-    found = client.find_listener(url, settings(tmp_path, admin_token_file=path))
-    assert found is not None
-    assert found.token == "from the environment"
+    for url in ("http://127.0.0.1:8001", "http://gpu-1.lan:8001", None):
+        assert client.find_listener(url, lambda: settings(tmp_path)).token == ""
+    named = settings(tmp_path, admin_token_file=tmp_path / "admin-token")
+    assert client.find_listener(url, lambda: named).token == token
+    monkeypatch.setenv(client.TOKEN_VARIABLE, "from-the-environment")
+    assert client.find_listener(url, lambda: named).token == "from-the-environment"
+
+
+@pytest.mark.parametrize("token", ["a token with white space", "short", "tökentökentökentöken"])
+def test_what_can_be_no_token_is_not_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv(client.TOKEN_VARIABLE, token)
+    with pytest.raises(typer.BadParameter) as error:
+        client.find_listener("gpu-1.lan:8001", lambda: settings(tmp_path))
+    assert client.TOKEN_VARIABLE in str(error.value)
+    assert token not in str(error.value)
 
 
 # ── What strangers cost ───────────────────────────────────────────────────────────────────────────
