@@ -601,6 +601,7 @@ class Exchange(PooledRequest):
                 pool.failed(endpoint)
         if other is None:
             return False
+        endpoint.count_answer(ok=status < 500)
         self.drop_upstream()
         self._begin_again(pool)
         self.send(other)
@@ -713,13 +714,7 @@ class Exchange(PooledRequest):
         connection = self.upstream
         events = 0 if connection is None else connection.events
         if self._blocks:
-            # Not with ``in``: bytes first try the other side as a number, which costs an error.
-            if data.find(sse.USAGE_EVENT) < 0 and data.find(sse.LAST_EVENT) < 0:
-                tokens = events - self._events
-                if tokens <= 1:
-                    pool.counters.observe(metrics.ITL, now - self.last_s)
-                else:
-                    pool.counters.observe(metrics.ITL, (now - self.last_s) / tokens, tokens)
+            self._observe_gap(pool, data, events - self._events, now - self.last_s)
         else:
             kind = metrics.ENDPOINT_INDEX.get(self.head.path, metrics.OTHER_ENDPOINT)
             self._series = series = 2 * kind + (self._answer is not None and self._answer.is_stream)
@@ -735,6 +730,22 @@ class Exchange(PooledRequest):
         else:
             self._previous_block = last
             self._last_block = data
+
+    def _observe_gap(self, pool: PoolRuntime, data: bytes, tokens: int, gap_s: float) -> None:
+        """Observe the time before a block with so many events, each of them a token but the last
+        two of a stream: its usage, and the word that it is over."""
+        # Not with ``in``: bytes first try the other side as a number, which costs an error. In a
+        # block that is larger than the last event, and is one event, that is not looked for.
+        if (tokens > 1 or len(data) < _SCRAP_BYTES) and data.find(sse.LAST_EVENT) >= 0:
+            tokens -= 1
+            if tokens < 1:
+                return
+        if data.find(sse.USAGE_EVENT) >= 0:
+            return
+        if tokens <= 1:
+            pool.counters.observe(metrics.ITL, gap_s)
+        else:
+            pool.counters.observe(metrics.ITL, gap_s / tokens, tokens)
 
     def answer_ended(self, events: int = 0) -> None:
         """The answer is whole, in ``events`` chunks where it came in chunks: engines send one for

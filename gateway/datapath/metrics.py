@@ -202,7 +202,11 @@ POOL_HISTOGRAMS: Final[tuple[Buckets, ...]] = (
     ),
     Buckets("request_queue_time_seconds", "Request head read to sent to an engine.", _WAIT_S),
     Buckets("held_seconds", "Time in the hold queue, of those that were held.", _WAIT_S),
-    Buckets("request_prompt_tokens", "Prompt tokens of a request, by usage.", _LENGTH_TOKENS),
+    Buckets(
+        "request_prompt_tokens",
+        "Prompt tokens of a request, by usage or estimated.",
+        _LENGTH_TOKENS,
+    ),
     Buckets("request_generation_tokens", "Output tokens of an answer.", _LENGTH_TOKENS),
 )
 

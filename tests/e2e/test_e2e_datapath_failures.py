@@ -221,6 +221,9 @@ def test_an_error_answer_is_asked_of_another_replica(served: Gateway, status: in
             eventually(lambda: known[0].id in served.failures)
         else:
             assert len(bad.requests) < 20  # spared each time, for a moment
+        tried = len(bad.requests)
+        counted = [0, tried, 0, 0] if status >= 500 else [tried, 0, 0, 0]
+        eventually(lambda: served.shared.replica_counters(0, known[0].slot).tolist() == counted)
     assert len(good.requests) == 100
     assert len({request.headers["x-request-id"] for request in good.requests}) == 100
 
