@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +85,11 @@ class ForkAbility:
 
 
 class Machine:
-    """Asks this machine. Each answer is a value, ``None`` where it cannot be told."""
+    """Asks this machine. Each answer is a value, ``None`` where it cannot be told. ``environ`` is
+    what the environment of an engine is made of."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = _without_python(environ)
 
     def python(self) -> tuple[int, int, int]:
         """Version of the Python that runs this."""
@@ -138,7 +142,7 @@ class Machine:
                 capture_output=True,
                 text=True,
                 timeout=IMPORT_TIMEOUT_S,
-                env=_engine_environment(),
+                env=self._environ,
                 check=False,
             )
         except OSError as error:
@@ -263,7 +267,7 @@ class Machine:
     def fork_ability(self, python: Path, device: str) -> ForkAbility:
         """Whether vLLM can be imported once and engines be forked from that."""
         try:
-            return asyncio.run(_ask_fork_server(python, device))
+            return asyncio.run(_ask_fork_server(python, device, self._environ))
         except OSError as error:
             return ForkAbility(problem=error.strerror or str(error))
 
@@ -282,7 +286,7 @@ class Machine:
                     capture_output=True,
                     text=True,
                     timeout=PREPARE_TIMEOUT_S + MEASURE_S,
-                    env=_engine_environment(),
+                    env=self._environ,
                     check=False,
                 )
             except OSError as error:
@@ -333,7 +337,7 @@ def parse_speeds(text: str) -> list[FormatSpeed]:
     return found
 
 
-async def _ask_fork_server(python: Path, device: str) -> ForkAbility:
+async def _ask_fork_server(python: Path, device: str, environ: Mapping[str, str]) -> ForkAbility:
     """Start a fork server, wait until it has imported everything, end it."""
     from loaders.engines.vllm.forkserver.client import ForkServer, ServerLost, server_argv
 
@@ -345,7 +349,7 @@ async def _ask_fork_server(python: Path, device: str) -> ForkAbility:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env=_engine_environment(),
+            env=environ,
         )
     server = ForkServer(ours)
     try:
@@ -363,14 +367,10 @@ async def _ask_fork_server(python: Path, device: str) -> ForkAbility:
         await process.wait()
 
 
-def _engine_environment() -> dict[str, str]:
-    """Ours, without what leads another Python astray (what lies in the working directory, too), and
-    with vLLM quiet."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("PYTHON", "TIDEGATE_"))
-    }
+def _without_python(environ: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what leads another Python astray (what lies in the working directory,
+    too), and with vLLM quiet."""
+    kept = {name: value for name, value in environ.items() if not name.startswith("PYTHON")}
     kept.pop("VIRTUAL_ENV", None)
     return {**kept, "PYTHONSAFEPATH": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 

@@ -6,12 +6,14 @@ Every check says what was found, also when it is well, and every one that is not
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from autoscaler.policy.device_assignment import GpuCapacity
 from autoscaler.settings import PoolSettings
+from gateway.compose.process import child_environ
 from gateway.doctor.checks import Check, Status, diagnose_cache, fail, ok, warn
 from gateway.doctor.machine import Machine
 from gateway.settings.schema import Settings
@@ -31,7 +33,7 @@ FILES_BESIDE_CONNECTIONS = 512
 def run_doctor(settings: Settings, *, measure: bool = True) -> list[Check]:
     """Look at this machine. Takes as long as importing vLLM does, some ten seconds; with
     ``measure`` three times that, for what is started and timed."""
-    machine = Machine()
+    machine = Machine(child_environ(settings, os.environ))
     checks = diagnose(settings, machine)
     engine = next((check for check in checks if check.name == "engine"), None)
     device = None

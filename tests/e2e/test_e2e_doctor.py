@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def test_it_says_what_forking_and_reading_take_here(
 
 
 def test_formats_that_are_not_installed_are_said_so(engine_python: Path, model_dir: Path) -> None:
-    speeds = Machine().speeds(engine_python, sorted(model_dir.glob("*.safetensors")))
+    speeds = Machine(os.environ).speeds(engine_python, sorted(model_dir.glob("*.safetensors")))
     assert not isinstance(speeds, str), speeds
     by_name = {one.format: one for one in speeds}
     for name in ("tidegate", "safetensors"):

@@ -99,7 +99,7 @@ def engine(
 def test_the_environment_is_what_it_says(engine_python: Path, model_dir: Path) -> None:
     install = find_install(engine_python)
     assert install is not None
-    assert Machine().engine_device(engine_python) == (install.device, "")
+    assert Machine(os.environ).engine_device(engine_python) == (install.device, "")
     assert find_damage(model_dir) == []
 
 

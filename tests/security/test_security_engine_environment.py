@@ -12,6 +12,7 @@ from tidegate_process import simulated, up
 from autoscaler.backends.base import ReplicaSpec
 from autoscaler.backends.process.replica import make_env
 from gateway.compose.process import child_environ
+from gateway.doctor.report import run_doctor
 from gateway.settings.load import find_service_links, load
 from gateway.settings.schema import Settings
 from loaders.engines.base import EngineCommand, Placement
@@ -95,6 +96,35 @@ def test_services_of_the_namespace_are_no_settings() -> None:
     loaded = load(None, LINKS, ())
     assert not [one for one in loaded.warnings if "environment" in one.origin]
     assert loaded.settings.gateway.port == Settings().gateway.port
+
+
+def test_what_doctor_starts_to_try_the_engine_has_it_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, python = tmp_path / "seen", tmp_path / "bin" / "python"
+    (tmp_path / "lib/python3.11/site-packages/vllm-0.11.0+cpu.dist-info").mkdir(parents=True)
+    python.parent.mkdir()
+    python.write_text(f"#!/bin/sh\nenv > {seen}\necho device cpu\n")
+    python.chmod(0o755)
+    for name, value in {**LINKS, **OURS}.items():
+        monkeypatch.setenv(name, value)
+    settings = {
+        "state_dir": tmp_path / "state",
+        "loaders": {"engine_python": python},
+        "modelcache": {"peer_token_env": "PEERS"},
+        "pools": [
+            {"name": "m", "engine": "vllm", "model": "org/name"},
+            {
+                "name": "other",
+                "backend": "static",
+                "static": {"urls": ["http://127.0.0.1:1"], "api_key_env": "OTHER_POOLS_KEY"},
+            },
+        ],
+    }
+    run_doctor(Settings.model_validate(settings), measure=False)
+    names = {line.partition("=")[0] for line in seen.read_text().splitlines()}
+    assert "PATH" in names
+    assert not names & {*LINKS, *OURS}
 
 
 def test_a_tidegate_among_services_runs(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_what_doctor_runs_with_the_python_of_engines(trap: Path, tmp_path: Path)
     python = Path(sys.executable)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes((2).to_bytes(8, "little") + b"{}")
-    machine = Machine()
+    machine = Machine(os.environ)
     machine.engine_device(python)
     machine.fork_ability(python, "cpu")
     machine.speeds(python, [weights])

@@ -279,7 +279,7 @@ def test_certificates_must_be_usable() -> None:
     checks = diagnose(settings, replace(WELL, bad_files=("/c.pem", "/k.pem")))
     assert [c.status for c in checks if c.name == "tls"] == [Status.FAIL, Status.FAIL]
     assert look(settings, WELL)["tls"].status is Status.OK
-    assert [str(path) for path, _ in Machine().bad_tls(settings)] == ["/c.pem", "/k.pem"]
+    assert [str(path) for path, _ in Machine(os.environ).bad_tls(settings)] == ["/c.pem", "/k.pem"]
 
 
 def test_a_port_of_the_systems_choice_is_not_tried() -> None:
@@ -316,10 +316,16 @@ def test_this_machine_answers_everything(tmp_path: Path) -> None:
 
 
 def test_who_runs_here_is_read_from_its_record(tmp_path: Path) -> None:
-    assert (Machine().owner(tmp_path), Machine().agent(tmp_path)) == (None, None)
+    assert (Machine(os.environ).owner(tmp_path), Machine(os.environ).agent(tmp_path)) == (
+        None,
+        None,
+    )
     running = Running(pid=os.getpid(), url="http://a", admin_url="http://b")
     leave_record(tmp_path, running, AGENT_NAME)
-    assert (Machine().owner(tmp_path), Machine().agent(tmp_path)) == (None, os.getpid())
+    assert (Machine(os.environ).owner(tmp_path), Machine(os.environ).agent(tmp_path)) == (
+        None,
+        os.getpid(),
+    )
 
 
 def test_a_taken_port_is_seen() -> None:
@@ -327,35 +333,35 @@ def test_a_taken_port_is_seen() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen(1)
         port = taken.getsockname()[1]
-        assert str(port) in (Machine().can_listen("127.0.0.1", port) or "")
-        assert Machine().can_connect("127.0.0.1", port) is None
-    assert Machine().can_listen("127.0.0.1", port) is None
-    assert Machine().can_connect("127.0.0.1", port) == "Connection refused"
-    assert Machine().can_listen("no such host", 80) is not None
+        assert str(port) in (Machine(os.environ).can_listen("127.0.0.1", port) or "")
+        assert Machine(os.environ).can_connect("127.0.0.1", port) is None
+    assert Machine(os.environ).can_listen("127.0.0.1", port) is None
+    assert Machine(os.environ).can_connect("127.0.0.1", port) == "Connection refused"
+    assert Machine(os.environ).can_listen("no such host", 80) is not None
 
 
 def test_a_model_directory_is_looked_into(tmp_path: Path) -> None:
-    assert Machine().model(tmp_path / "none") is None
-    empty = Machine().model(tmp_path)
+    assert Machine(os.environ).model(tmp_path / "none") is None
+    empty = Machine(os.environ).model(tmp_path)
     assert empty == Model(
         weights_bytes=0, damage=("config.json is missing", "there are no weights in it")
     )
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"12345")
-    assert Machine().model(tmp_path) == Model(weights_bytes=5)
+    assert Machine(os.environ).model(tmp_path) == Model(weights_bytes=5)
     (tmp_path / "tidegate-manifest.json").write_text("{}")
-    damaged = Machine().model(tmp_path)
+    damaged = Machine(os.environ).model(tmp_path)
     assert damaged is not None
     assert damaged.verified
     assert damaged.damage
 
 
 def test_an_engine_that_cannot_be_imported_says_why(tmp_path: Path) -> None:
-    device, problem = Machine().engine_device(tmp_path / "python")
+    device, problem = Machine(os.environ).engine_device(tmp_path / "python")
     assert (device, problem) == (None, "No such file or directory")
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\necho 'ImportError: broken' >&2\nexit 1\n")
     script.chmod(0o755)
-    assert Machine().engine_device(script) == (None, "ImportError: broken")
+    assert Machine(os.environ).engine_device(script) == (None, "ImportError: broken")
     script.write_text("#!/bin/sh\necho noise\necho device cpu\n")
-    assert Machine().engine_device(script) == ("cpu", "")
+    assert Machine(os.environ).engine_device(script) == ("cpu", "")

@@ -256,14 +256,14 @@ def test_a_secret_of_the_cluster_that_is_missing_is_to_be_set(
             "modelcache": {"peer_port": 0, "peer_token_env": "MY_SECRET"},
         }
     )
-    check = next(iter(diagnose_cache(given, Machine(), device=None, measure=False)))
+    check = next(iter(diagnose_cache(given, Machine(os.environ), device=None, measure=False)))
     assert (check.name, check.status) == ("model cache", Status.WARN)
     assert "MY_SECRET" in check.finding
     assert (check.advice or "").startswith("set the environment variable MY_SECRET")
 
 
 def test_this_machine_answers(tmp_path: Path) -> None:
-    machine = Machine()
+    machine = Machine(os.environ)
     given = Settings.model_validate({"state_dir": str(tmp_path / "not" / "there")})
     assert machine.listing(given) is None
     assert machine.can_write(tmp_path) is None
@@ -276,13 +276,13 @@ def test_this_machine_answers(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_is_not_there_is_said(tmp_path: Path) -> None:
-    machine, python = Machine(), tmp_path / "python"
+    machine, python = Machine(os.environ), tmp_path / "python"
     assert machine.fork_ability(python, "cpu").problem == "No such file or directory"
     assert machine.speeds(python, [tmp_path / "x"]) == "No such file or directory"
 
 
 def test_an_engine_without_vllm_is_said(tmp_path: Path) -> None:
-    machine, python = Machine(), Path(sys.executable)
+    machine, python = Machine(os.environ), Path(sys.executable)
     assert "vllm" in machine.fork_ability(python, "cpu").problem
     assert "vllm" in str(machine.speeds(python, [tmp_path / "x"]))
 
