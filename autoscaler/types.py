@@ -154,16 +154,13 @@ NAMED = 20
 """Most names that an error lists."""
 
 
-class NotKnown(KeyError):
+class NotKnown(LookupError):
     """There is no pool or replica of this name; the message names those that there are."""
 
     def __init__(self, kind: str, name: str, known: Sequence[str]) -> None:
         shown = ", ".join(known[:NAMED]) + (", …" if len(known) > NAMED else "")
         there_are = f"the {kind}s are {shown}" if known else f"there is no {kind} at all"
         super().__init__(f"There is no {kind} {name!r}; {there_are}.")
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class Signal(StrEnum):

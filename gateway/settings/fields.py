@@ -214,10 +214,6 @@ def _without_unit(name: str) -> str:
     return stem if unit in _UNITS else name.removesuffix("s")
 
 
-def _did_you_mean(names: Sequence[str]) -> str:
-    return f"; did you mean {' or '.join(names[:3])}?"
-
-
 def describe(node: Node) -> str:
     """What a field allows, to be read after "must be": ``an integer from 0 to 65535``."""
     text = _describe(node)

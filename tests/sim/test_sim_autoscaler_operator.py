@@ -14,7 +14,7 @@ from autoscaler.backends.base import BackendError, Unsupported
 from autoscaler.control.disabled_pools import DisabledPools
 from autoscaler.policy.lifecycle import State
 from autoscaler.settings import AutoscalerSettings, PoolSettings
-from autoscaler.types import ScaleReason
+from autoscaler.types import NotKnown, ScaleReason
 from router.types import ReplicaState
 
 QUICK = AutoscalerSettings(
@@ -88,13 +88,13 @@ def test_scale_refuses_what_cannot_be(replicas: int, error: type[Exception]) -> 
         async with World([process_pool()], QUICK) as world:
             with pytest.raises(error, match="0 to 8"):
                 world.loop.set_replicas("m", replicas)
-            with pytest.raises(KeyError):
+            with pytest.raises(NotKnown):
                 world.loop.set_replicas("unknown", 1)
-            with pytest.raises(KeyError):
+            with pytest.raises(NotKnown):
                 world.loop.decisions("unknown")
-            with pytest.raises(KeyError):
+            with pytest.raises(NotKnown):
                 await world.loop.drain("unknown")
-            with pytest.raises(KeyError):
+            with pytest.raises(NotKnown):
                 await world.loop.wake("unknown")
             world.loop.signal_wake("unknown")
 
@@ -384,7 +384,7 @@ def test_verbs_take_an_alias_for_a_pool() -> None:
             world.loop.set_replicas("other", None)
             assert (await world.loop.wake("other")).name == "m"
             for unknown in ("none", ""):
-                with pytest.raises(KeyError):
+                with pytest.raises(NotKnown):
                     world.loop.set_replicas(unknown, 1)
 
     run_virtual(story())

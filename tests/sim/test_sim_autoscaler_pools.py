@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from virtual_time import now, run_virtual
 
 from autoscaler.settings import AutoscalerSettings, PoolSettings
-from autoscaler.types import Bound, Decision, ScaleReason
+from autoscaler.types import Bound, Decision, NotKnown, ScaleReason
 from router.types import ReplicaState
 
 QUICK = AutoscalerSettings(
@@ -90,7 +90,7 @@ def test_a_removed_pool_answers_what_it_holds_and_ends() -> None:
             await asyncio.sleep(0.02)
             await world.request(1.0)
             assert world.unknown == 1
-            with pytest.raises(KeyError):
+            with pytest.raises(NotKnown):
                 world.loop.set_replicas("m", 1)
             began_s = now()
             await asyncio.gather(*held)
