@@ -17,6 +17,7 @@ from virtual_time import now, run_virtual
 
 from autoscaler.backends.base import BackendError
 from autoscaler.settings import AutoscalerSettings
+from autoscaler.types import NotKnown
 from router.types import Replica, ReplicaState
 
 SUPPLY = {
@@ -154,7 +155,7 @@ class Story:
 
     async def ask(self, work: Any) -> None:
         """What an operator asks may be refused, in the ways that are documented."""
-        with contextlib.suppress(BackendError, ValueError, KeyError):
+        with contextlib.suppress(BackendError, ValueError, NotKnown):
             await work
 
     def awake(self) -> list[Replica]:
