@@ -87,17 +87,9 @@ class Actuator:
             return
         if found is None:
             return
-        now_s = self._clock()
-        LOG.info("%s: %s -> %s (%s)", record.id, record.state, found.state, event)
-        if Action.COUNT_FAILURE in found.actions:
-            if record.state not in LOADING:
-                pool.crashes += 1
-            elif record.woken_from is not None:
-                pool.tiers.record_failed_start(record.woken_from)
-                others = [one for one in pool.replicas.values() if one is not record]
-                if record.prepared is not None and not any(one.state in LOADING for one in others):
-                    pool.failed_starts += 1
-        if found.state is not record.state:
+        now_s, before = self._clock(), record.state
+        LOG.info("%s: %s -> %s (%s)", record.id, before, found.state, event)
+        if found.state is not before:
             record.state = found.state
             record.since_s = now_s
             record.health_failures = 0
@@ -108,14 +100,14 @@ class Actuator:
         if event is Event.KEEP:
             record.drain_at_s = None
         for action in found.actions:
-            self._perform(pool, record, action, now_s)
+            self._perform(pool, record, action, before, now_s)
         if found.state is State.READY and event in {Event.BECAME_READY, Event.WOKEN}:
             pool.ready_at_s = now_s
             pool.failed_starts = 0
         self._on_change()
 
     def _perform(
-        self, pool: PoolRecord, record: ReplicaRecord, action: Action, now_s: float
+        self, pool: PoolRecord, record: ReplicaRecord, action: Action, before: State, now_s: float
     ) -> None:
         match action:
             case Action.PREPARE:
@@ -145,9 +137,18 @@ class Actuator:
                 if record.begun_at_s is not None and record.woken_from is not None:
                     pool.tiers.record_wake(record.woken_from, now_s - record.begun_at_s)
             case Action.COUNT_FAILURE:
-                self._count_failure(pool, record, now_s)
+                self._count_failure(pool, record, before, now_s)
 
-    def _count_failure(self, pool: PoolRecord, record: ReplicaRecord, now_s: float) -> None:
+    def _count_failure(
+        self, pool: PoolRecord, record: ReplicaRecord, before: State, now_s: float
+    ) -> None:
+        if before not in LOADING:
+            pool.crashes += 1
+        elif record.woken_from is not None:
+            pool.tiers.record_failed_start(record.woken_from)
+            others = [one for one in pool.replicas.values() if one is not record]
+            if record.prepared is not None and not any(one.state in LOADING for one in others):
+                pool.failed_starts += 1
         pool.failures += 1
         pool.retry_at_s = now_s + self.backoff_s(pool.failures)
         pool.error = record.error

@@ -1,9 +1,8 @@
 """The data path under test: real worker processes, replicas that follow a script, raw clients.
 
 Everything speaks bytes over real sockets, so a test says exactly what is on the wire. The workers
-are the real ones (``gateway.compose.workers.Workers``), in processes of their own; only the
-control side
-is played by the test, which publishes the fleet.
+are the real ones (``gateway.compose.workers.Workers``), in processes of their own; only the control
+side is played by the test, which publishes the fleet.
 """
 
 from __future__ import annotations

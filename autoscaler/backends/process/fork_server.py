@@ -296,7 +296,6 @@ async def _end_late(guard: int, engine: int) -> None:
     """End an engine that was forked for a start that was cancelled, and learn its end. Its
     guard is our child, so that its number is its own until then; should that have been killed, the
     engine is."""
-
     for child in (guard, engine):
         with contextlib.suppress(ChildProcessError, ProcessLookupError):
             if poll_child(child) is None:

@@ -215,9 +215,9 @@ def make_env(
 ) -> dict[str, str]:
     """The environment of an engine, but for its mark.
 
-    The credentials of stores are for engines that fetch their
-    models themselves. ``SPT_NOENV`` keeps setproctitle (vLLM uses it) from overwriting the
-    environment, in which the mark is found again.
+    The credentials of stores are for engines that fetch their models themselves. ``SPT_NOENV``
+    keeps setproctitle (vLLM uses it) from overwriting the environment, in which the mark is found
+    again.
     """
     model = spec.pool.model or ""
     loads = engine_of(spec.pool.engine).capabilities.loads_weights
