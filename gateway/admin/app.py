@@ -12,7 +12,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -377,13 +377,9 @@ class ModelRoutes:
             text = f"{self._max_slow} of these run already; try again."
             raise AdminError("too_many", text, retry_after="5")
         self._slow += 1
-        work = _SlowWork()
-        run = partial(
-            self._models.run, verb, body, on_progress=work.progressed, cancelled=work.left.is_set
-        )
-        work.ends = asyncio.get_running_loop().run_in_executor(self._slow_threads, run)
-        work.ends.add_done_callback(self._slow_is_over)
-        return _LinesResponse(work)
+        answer = _SlowAnswer(partial(self._models.run, verb, body), self._slow_threads)
+        answer.ends.add_done_callback(self._slow_is_over)
+        return answer
 
     def _check_name(self, body: schema.ModelRequest, owner: bool) -> None:
         """Raise ``AdminError`` for a name that is none, or may not be named by this client."""
@@ -411,44 +407,37 @@ class ModelRoutes:
             log.error("a verb of the model cache failed", exc_info=problem)
 
 
-class _SlowWork:
-    """A slow verb that runs: where it is, how it ends, and whether its client has left."""
+class _SlowAnswer(StreamingResponse):
+    """The answer of a slow verb: ``run`` in one of the ``threads``, its progress and its end a line
+    each. It is cancelled where they are not read to the end."""
 
-    ends: asyncio.Future[schema.ModelAnswer]
-
-    def __init__(self) -> None:
-        self.left = threading.Event()
-        self.latest = Progress(phase="waiting")
-
-    def progressed(self, progress: Progress) -> None:
-        """It is there now; called from its thread."""
-        self.latest = progress
-
-    async def lines(self) -> AsyncIterator[str]:
-        """Its progress and its end, each a line."""
-        shown: Progress | None = None
-        silent_s = 0.0
-        while not (await asyncio.wait({self.ends}, timeout=BEAT_S))[0]:
-            silent_s += BEAT_S
-            now = self.latest
-            if now != shown or silent_s >= SILENCE_S:
-                shown, silent_s = now, 0.0
-                yield _line(schema.ProgressLine(progress=now))
-        yield _line(await _end_of(self.ends))
-
-
-class _LinesResponse(StreamingResponse):
-    """The lines of a slow verb, which is cancelled where they are not read to the end."""
-
-    def __init__(self, work: _SlowWork) -> None:
-        super().__init__(work.lines(), media_type=LINES_TYPE)
-        self._work = work
+    def __init__(self, run: Callable[..., schema.ModelAnswer], threads: Executor) -> None:
+        self._left = threading.Event()
+        self._latest = Progress(phase="waiting")
+        work = partial(run, on_progress=self._progressed, cancelled=self._left.is_set)
+        self.ends = asyncio.get_running_loop().run_in_executor(threads, work)
+        super().__init__(self._lines(), media_type=LINES_TYPE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._work.left.set()  # the client has gone, or it is over anyway
+            self._left.set()  # the client has gone, or it is over anyway
+
+    def _progressed(self, progress: Progress) -> None:
+        """It is there now; called from its thread."""
+        self._latest = progress
+
+    async def _lines(self) -> AsyncIterator[str]:
+        shown: Progress | None = None
+        silent_s = 0.0
+        while not (await asyncio.wait({self.ends}, timeout=BEAT_S))[0]:
+            silent_s += BEAT_S
+            now = self._latest
+            if now != shown or silent_s >= SILENCE_S:
+                shown, silent_s = now, 0.0
+                yield _line(schema.ProgressLine(progress=now))
+        yield _line(await _end_of(self.ends))
 
 
 async def _end_of(work: asyncio.Future[schema.ModelAnswer]) -> BaseModel:

@@ -126,7 +126,7 @@ class Worker:
         config: WorkerConfig,
         shared: Shared,
         send: Any,
-        nudge: Callable[[int], None] = lambda other: None,
+        nudge: Callable[[int], None],
     ) -> None:
         """``send`` takes messages for the control process; ``nudge`` wakes another worker, where
         there are others."""
