@@ -32,6 +32,7 @@ from gateway.datapath.messages import WorkerConfig
 from gateway.datapath.protocol.errors import Reason
 from gateway.datapath.settings import GatewaySettings, HoldingSettings
 from gateway.datapath.shared import Shared
+from gateway.datapath.worker import Worker
 from router.settings import RouterSettings
 from router.types import Fleet, Pool, Replica, ReplicaState
 
@@ -115,6 +116,26 @@ class MemoryTransport:
 
     def is_closing(self) -> bool:
         return self.closed
+
+
+class ClockLoop(asyncio.SelectorEventLoop):
+    """A loop whose clock the test sets."""
+
+    now_s = 100.0
+
+    def time(self) -> float:
+        return self.now_s
+
+
+def make_worker(
+    loop: asyncio.AbstractEventLoop,
+    *,
+    send: Callable[[Any], object] = lambda message: None,
+    **changes: Any,
+) -> Worker:
+    """A worker in this process, which is the only one; ``changes`` as of ``configure``."""
+    shared = Shared.create(workers=1, max_replicas=8, max_pools=4)
+    return Worker(loop, configure(**changes), shared, send, lambda other: None)
 
 
 # Clients

@@ -11,13 +11,11 @@ from collections.abc import Iterator
 
 import msgspec
 import pytest
-from datapath_rig import STREAM, MemoryTransport, chunks, configure, post
+from datapath_rig import STREAM, MemoryTransport, chunks, make_worker, post
 
 from gateway.datapath import metrics
 from gateway.datapath.client import ClientConnection
-from gateway.datapath.shared import Shared
 from gateway.datapath.upstream import UpstreamConnection
-from gateway.datapath.worker import Worker
 from router.types import Fleet, Pool, Replica, ReplicaState
 
 LIMIT_S = 0.05
@@ -32,22 +30,12 @@ CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
 FAILED = b"HTTP/1.1 500 X\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
-class Transport(MemoryTransport):
-    def pause_reading(self) -> None: ...
-
-    def resume_reading(self) -> None: ...
-
-    def get_extra_info(self, name: str) -> None: ...
-
-
 def ask(request: bytes, answer: list[bytes]) -> tuple[float, bytes]:
     """Answer one request block by block; returns the longest callback in seconds, and what the
     client was sent."""
     loop = asyncio.SelectorEventLoop()
     try:
-        shared = Shared.create(workers=1, max_replicas=2, max_pools=1)
-        config = configure(max_retries=0)
-        worker = Worker(loop, config, shared, lambda message: None, lambda index: None)
+        worker = make_worker(loop, max_retries=0)
         url = "http://127.0.0.1:1"
         starting = Replica(id="r", pool="m", slot=0, url=url, state=ReplicaState.STARTING)
         ready = msgspec.structs.replace(starting, state=ReplicaState.READY)
@@ -59,9 +47,9 @@ def ask(request: bytes, answer: list[bytes]) -> tuple[float, bytes]:
         publish(1, starting)
         runtime = worker.pools.by_name["m"]
         connection = UpstreamConnection(runtime.endpoints["r"].upstream)
-        connection.connection_made(Transport())
+        connection.connection_made(MemoryTransport())
         runtime.endpoints["r"].upstream.release(connection)
-        client, transport = ClientConnection(worker.clients), Transport()
+        client, transport = ClientConnection(worker.clients), MemoryTransport()
         client.connection_made(transport)
         client.data_received(request)
         if request is HELD:

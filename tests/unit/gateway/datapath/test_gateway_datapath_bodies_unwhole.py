@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from datapath_rig import MemoryTransport, configure, post
+from datapath_rig import ClockLoop, MemoryTransport, make_worker, post
 
 from gateway.datapath import metrics
 from gateway.datapath.client import ClientConnection
-from gateway.datapath.shared import Shared
-from gateway.datapath.worker import Worker
 from router.types import Fleet, Pool, Replica, ReplicaState
 
 MB = 1 << 20
 SMALL = post({"model": "m", "prompt": "hello"})
 
 
-class Loop(asyncio.SelectorEventLoop):
-    """A loop whose clock the test sets."""
-
-    now_s = 100.0
-
-    def time(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
-def loop() -> Iterator[Loop]:
-    running = Loop()
+def loop() -> Iterator[ClockLoop]:
+    running = ClockLoop()
     yield running
     running.close()
 
@@ -38,11 +26,9 @@ def loop() -> Iterator[Loop]:
 class Site:
     """A worker with one pool at zero, and clients of any address."""
 
-    def __init__(self, loop: Loop, **changes: Any) -> None:
-        shared = Shared.create(workers=1, max_replicas=8, max_pools=1)
-        self.worker = Worker(
-            loop, configure(**changes), shared, lambda message: None, lambda worker: None
-        )
+    def __init__(self, loop: ClockLoop, **changes: Any) -> None:
+        self.worker = make_worker(loop, **changes)
+        self.clients: list[ClientConnection] = []
         self.publish()
 
     def publish(self, **limits: Any) -> None:
@@ -57,6 +43,7 @@ class Site:
     def connect(self, address: str = "10.0.0.1") -> ClientConnection:
         client = ClientConnection(self.worker.clients)
         client.connection_made(MemoryTransport(address))
+        self.clients.append(client)
         return client
 
     def ask(self, data: bytes, address: str = "10.0.0.1") -> ClientConnection:
@@ -74,12 +61,16 @@ class Site:
         body = b'{"model":"m","prompt":"'
         return self.ask(head + body + b"x" * (sent - len(body)), address)
 
+    def leave(self, client: ClientConnection) -> None:
+        self.clients.remove(client)
+        client.connection_lost(None)
+
     def count(self, index: int) -> int:
         return self.pool.counters.integers[index]
 
     def end(self) -> None:
         """All leave: the books are at zero."""
-        for client in list(self.worker.clients._open):
+        for client in self.clients:
             client.connection_lost(None)
         self.worker.check_integrity()
         assert self.worker.context.buffered_bytes == 0
@@ -93,7 +84,7 @@ def status(client: ClientConnection) -> int | None:
     return int(sent[9:12]) if sent else None
 
 
-def test_bytes_claimed_fill_no_hold_queue_and_are_no_demand(loop: Loop) -> None:
+def test_bytes_claimed_fill_no_hold_queue_and_are_no_demand(loop: ClockLoop) -> None:
     site = Site(loop)
     for _ in range(2):
         site.begin(64 * MB, 70_000)
@@ -104,7 +95,7 @@ def test_bytes_claimed_fill_no_hold_queue_and_are_no_demand(loop: Loop) -> None:
     site.end()
 
 
-def test_what_comes_of_a_held_body_counts_as_it_comes(loop: Loop) -> None:
+def test_what_comes_of_a_held_body_counts_as_it_comes(loop: ClockLoop) -> None:
     site = Site(loop, max_bytes=500_000)
     client = site.begin(200_000, 100_000)
     tokens = site.count(metrics.QUEUED_TOKENS)
@@ -119,7 +110,7 @@ def test_what_comes_of_a_held_body_counts_as_it_comes(loop: Loop) -> None:
     site.end()
 
 
-def test_no_request_is_more_demand_than_the_engine_takes(loop: Loop) -> None:
+def test_no_request_is_more_demand_than_the_engine_takes(loop: ClockLoop) -> None:
     """A body of images is mostly not tokens, and no engine computes a prompt past its context."""
     site = Site(loop)
     site.publish(max_model_len_tokens=4096)
@@ -128,11 +119,11 @@ def test_no_request_is_more_demand_than_the_engine_takes(loop: Loop) -> None:
     site.end()
 
 
-def test_half_of_the_places_of_a_fresh_replica_are_for_whole_bodies(loop: Loop) -> None:
+def test_half_of_the_places_of_a_fresh_replica_are_for_whole_bodies(loop: ClockLoop) -> None:
     site = Site(loop, release_initial=8)
     begun = [site.begin(20 * MB, 70_000) for _ in range(12)]
     assert site.count(metrics.QUEUED_REQUESTS) == 4
-    begun[0].connection_lost(None)
+    site.leave(begun[0])
     site.begin(20 * MB, 70_000)
     assert site.count(metrics.QUEUED_REQUESTS) == 4
     # What gets no place before it is whole is read whole, and served as any other.
@@ -143,7 +134,7 @@ def test_half_of_the_places_of_a_fresh_replica_are_for_whole_bodies(loop: Loop) 
     site.end()
 
 
-def test_a_body_that_comes_slowly_is_read_whole_first(loop: Loop) -> None:
+def test_a_body_that_comes_slowly_is_read_whole_first(loop: ClockLoop) -> None:
     site = Site(loop, min_body_bytes_per_s=16_384)
     client = site.begin(120_000, 30_000)
     loop.now_s += 20
@@ -154,7 +145,7 @@ def test_a_body_that_comes_slowly_is_read_whole_first(loop: Loop) -> None:
     site.end()
 
 
-def test_one_client_cannot_have_the_whole_hold_queue(loop: Loop) -> None:
+def test_one_client_cannot_have_the_whole_hold_queue(loop: ClockLoop) -> None:
     site = Site(loop, max_requests=10)
     greedy = [site.ask(SMALL, "10.0.0.1") for _ in range(10)]
     assert status(site.ask(SMALL, "10.0.0.1")) == 429
@@ -167,7 +158,7 @@ def test_one_client_cannot_have_the_whole_hold_queue(loop: Loop) -> None:
     site.end()
 
 
-def test_one_client_cannot_have_all_bytes_of_the_hold_queue(loop: Loop) -> None:
+def test_one_client_cannot_have_all_bytes_of_the_hold_queue(loop: ClockLoop) -> None:
     site = Site(loop, max_bytes=1_000_000)
     for _ in range(10):
         site.ask(post({"model": "m", "prompt": "x" * 99_000}), "2001:db8::1")
@@ -177,7 +168,7 @@ def test_one_client_cannot_have_all_bytes_of_the_hold_queue(loop: Loop) -> None:
     site.end()
 
 
-def test_in_a_full_buffer_the_client_with_most_of_it_gives_way(loop: Loop) -> None:
+def test_in_a_full_buffer_the_client_with_most_of_it_gives_way(loop: ClockLoop) -> None:
     site = Site(loop, max_buffered_bytes=MB, peek_bytes=200_000)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
     greedy = [site.ask(head % MB + b"{" + b" " * size) for size in (300_000, 400_000, 200_000)]

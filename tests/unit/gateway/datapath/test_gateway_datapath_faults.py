@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from datapath_rig import DEFAULTS, MemoryTransport, configure, post
+from datapath_rig import DEFAULTS, MemoryTransport, configure, make_worker, post
 
 from gateway.datapath import metrics
 from gateway.datapath.client import ClientConnection
 from gateway.datapath.protocol.errors import Reason
-from gateway.datapath.shared import Shared
 from gateway.datapath.upstream import UpstreamConnection
 from gateway.datapath.worker import Worker
 from router.types import Fleet, Pool, Replica, ReplicaState
@@ -40,8 +39,7 @@ def loop() -> Iterator[Loop]:
 
 
 def make(loop: Loop, *replicas: Replica, send: Any = lambda message: None) -> Worker:
-    shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
-    worker = Worker(loop, DEFAULTS, shared, send, lambda worker: None)
+    worker = make_worker(loop, send=send)
     worker.pools.apply(Fleet(version=1, pools=(Pool(name="m", slot=0, replicas=replicas),)))
     return worker
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 import pytest
-from datapath_rig import DEFAULTS, MemoryTransport, configure, post
+from datapath_rig import DEFAULTS, ClockLoop, MemoryTransport, configure, make_worker, post
 
 from gateway.datapath import metrics
 from gateway.datapath.client import ClientConnection
@@ -17,36 +16,21 @@ from gateway.datapath.messages import FailureReport, WakeSignal
 from gateway.datapath.pool import PoolRuntime
 from gateway.datapath.protocol.errors import ApiError, Reason
 from gateway.datapath.protocol.http1 import parse_request_head
-from gateway.datapath.shared import Shared
 from gateway.datapath.upstream import Upstream, UpstreamConnection
 from gateway.datapath.worker import Worker
 from router.types import Fleet, Pool, Replica, ReplicaState
 
 
-class Loop(asyncio.SelectorEventLoop):
-    """A loop whose clock the test sets."""
-
-    now_s = 100.0
-
-    def time(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
-def loop() -> Iterator[Loop]:
-    running = Loop()
+def loop() -> Iterator[ClockLoop]:
+    running = ClockLoop()
     yield running
     running.close()
 
 
-def nobody(worker: int) -> None:
-    """There is no other worker."""
-
-
-def make(loop: Loop, **changes: Any) -> tuple[Worker, list[Any]]:
+def make(loop: ClockLoop, **changes: Any) -> tuple[Worker, list[Any]]:
     sent: list[Any] = []
-    shared = Shared.create(workers=1, max_replicas=8, max_pools=4)
-    return Worker(loop, configure(**changes), shared, sent.append, nobody), sent
+    return make_worker(loop, send=sent.append, **changes), sent
 
 
 def replica(slot: int = 0, **changes: Any) -> Replica:
@@ -72,7 +56,7 @@ def connect(upstream: Upstream) -> UpstreamConnection:
     return connection
 
 
-def test_a_body_in_tiny_pieces_is_kept_in_few_parts(loop: Loop) -> None:
+def test_a_body_in_tiny_pieces_is_kept_in_few_parts(loop: ClockLoop) -> None:
     worker, _ = make(loop)
     head = parse_request_head(
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n"
@@ -85,7 +69,7 @@ def test_a_body_in_tiny_pieces_is_kept_in_few_parts(loop: Loop) -> None:
     assert worker.context.buffered_bytes == exchange.body_bytes == 60_000
 
 
-def test_a_replica_that_stays_dead_for_days_is_tried_every_few_seconds(loop: Loop) -> None:
+def test_a_replica_that_stays_dead_for_days_is_tried_every_few_seconds(loop: ClockLoop) -> None:
     worker, _ = make(loop)
     worker.pools.apply(fleet(1, replica()))
     pool = worker.pools.by_name["m"]
@@ -102,7 +86,7 @@ def test_a_replica_that_stays_dead_for_days_is_tried_every_few_seconds(loop: Loo
     assert max(pauses) == 8.0
 
 
-def test_republishing_a_suspect_clears_it(loop: Loop) -> None:
+def test_republishing_a_suspect_clears_it(loop: ClockLoop) -> None:
     worker, _ = make(loop)
     worker.pools.apply(fleet(1, replica()))
     pool = worker.pools.by_name["m"]
@@ -112,7 +96,9 @@ def test_republishing_a_suspect_clears_it(loop: Loop) -> None:
     assert len(pool.ready) == 1
 
 
-def test_what_is_ejected_comes_back_with_time_and_not_because_it_was_published(loop: Loop) -> None:
+def test_what_is_ejected_comes_back_with_time_and_not_because_it_was_published(
+    loop: ClockLoop,
+) -> None:
     worker, _ = make(loop)
     worker.pools.apply(fleet(1, replica(), replica(1)))
     pool = worker.pools.by_name["m"]
@@ -128,7 +114,7 @@ def test_what_is_ejected_comes_back_with_time_and_not_because_it_was_published(l
     assert len(pool.ready) == 2
 
 
-def test_a_failing_replica_is_reported_at_most_twice_a_second(loop: Loop) -> None:
+def test_a_failing_replica_is_reported_at_most_twice_a_second(loop: ClockLoop) -> None:
     worker, sent = make(loop)
     for _ in range(100):
         worker.context.report_failure("r0")
@@ -137,13 +123,13 @@ def test_a_failing_replica_is_reported_at_most_twice_a_second(loop: Loop) -> Non
 
 
 @pytest.mark.parametrize("state", ReplicaState)
-def test_only_ready_replicas_are_offered(loop: Loop, state: ReplicaState) -> None:
+def test_only_ready_replicas_are_offered(loop: ClockLoop, state: ReplicaState) -> None:
     worker, _ = make(loop)
     worker.pools.apply(fleet(1, replica(0), replica(1, state=state)))
     assert len(worker.pools.by_name["m"].ready) == (2 if state is ReplicaState.READY else 1)
 
 
-def test_an_older_picture_is_ignored(loop: Loop) -> None:
+def test_an_older_picture_is_ignored(loop: ClockLoop) -> None:
     worker, _ = make(loop)
     worker.pools.apply(fleet(5, replica()))
     worker.pools.apply(fleet(4))
@@ -152,7 +138,7 @@ def test_an_older_picture_is_ignored(loop: Loop) -> None:
     assert len(worker.pools.by_name["m"].ready) == 1
 
 
-def test_what_stays_the_same_keeps_its_window_and_its_connections(loop: Loop) -> None:
+def test_what_stays_the_same_keeps_its_window_and_its_connections(loop: ClockLoop) -> None:
     worker, _ = make(loop, release_initial=2)
     worker.pools.apply(fleet(1, replica()))
     pool = worker.pools.by_name["m"]
@@ -173,7 +159,7 @@ def test_what_stays_the_same_keeps_its_window_and_its_connections(loop: Loop) ->
     "change", [{"url": "http://127.0.0.1:99"}, {"slot": 5}, {"headers": (("a", "b"),)}]
 )
 def test_a_replica_that_changes_place_loses_its_connections(
-    loop: Loop, change: dict[str, Any]
+    loop: ClockLoop, change: dict[str, Any]
 ) -> None:
     worker, _ = make(loop)
     worker.pools.apply(fleet(1, replica()))
@@ -188,7 +174,7 @@ def test_a_replica_that_changes_place_loses_its_connections(
     assert busy.transport.closed
 
 
-def test_a_pool_in_another_slot_or_gone_is_closed(loop: Loop) -> None:
+def test_a_pool_in_another_slot_or_gone_is_closed(loop: ClockLoop) -> None:
     worker, _ = make(loop)
     worker.pools.apply(fleet(1, replica()))
     first = worker.pools.by_name["m"]
@@ -203,7 +189,7 @@ def test_a_pool_in_another_slot_or_gone_is_closed(loop: Loop) -> None:
         worker.pools.find("m")
 
 
-def test_names_and_aliases_lead_to_the_pool_and_follow_it(loop: Loop) -> None:
+def test_names_and_aliases_lead_to_the_pool_and_follow_it(loop: ClockLoop) -> None:
     worker, _ = make(loop)
     worker.pools.apply(fleet(1))
     assert worker.pools.find("a") is worker.pools.find("m")
@@ -215,7 +201,7 @@ def test_names_and_aliases_lead_to_the_pool_and_follow_it(loop: Loop) -> None:
     assert worker.pools.find("b") is worker.pools.find("m")
 
 
-def test_a_draining_pool_is_unknown_to_new_requests_and_keeps_what_it_has(loop: Loop) -> None:
+def test_a_draining_pool_is_unknown_to_new_requests_and_keeps_what_it_has(loop: ClockLoop) -> None:
     worker, _ = make(loop)
     worker.pools.apply(fleet(1, replica()))
     runtime = worker.pools.by_name["m"]
@@ -235,7 +221,7 @@ def test_a_draining_pool_is_unknown_to_new_requests_and_keeps_what_it_has(loop: 
     assert worker.pools.find("m") is runtime
 
 
-def test_a_slot_that_is_free_again_begins_at_zero(loop: Loop) -> None:
+def test_a_slot_that_is_free_again_begins_at_zero(loop: ClockLoop) -> None:
     worker, _ = make(loop)
     shared = worker.context.shared
     worker.pools.apply(fleet(1))
@@ -250,11 +236,12 @@ def test_a_slot_that_is_free_again_begins_at_zero(loop: Loop) -> None:
     shared.pool_rows(0, 3)[0][metrics.ARRIVALS] = 5
     shared.clear_worker(0)
     assert shared.applied() == 0
-    Worker(loop, DEFAULTS, shared, lambda message: None, nobody).pools.apply(fleet(3))
+    successor = Worker(loop, DEFAULTS, shared, lambda message: None, lambda other: None)
+    successor.pools.apply(fleet(3))
     assert (shared.pool_total(3, metrics.ARRIVALS), shared.applied()) == (0, 3)
 
 
-def test_other_settings_apply_to_what_is_there(loop: Loop) -> None:
+def test_other_settings_apply_to_what_is_there(loop: ClockLoop) -> None:
     worker, _ = make(loop, max_inflight_requests=4, default_output_tokens=10)
     worker.pools.apply(fleet(1, replica(), replica(1, max_inflight_requests=2)))
     runtime = worker.pools.by_name["m"]
@@ -272,7 +259,7 @@ def test_other_settings_apply_to_what_is_there(loop: Loop) -> None:
     assert runtime.estimator.estimate(0, None) == (1, 21)
 
 
-def test_retry_after_is_the_measured_wake_time_or_a_guess(loop: Loop) -> None:
+def test_retry_after_is_the_measured_wake_time_or_a_guess(loop: ClockLoop) -> None:
     worker, _ = make(loop)
     for number, (eta, expected) in enumerate([(None, 30.0), (0.2, 1.0), (17.5, 17.5)]):
         worker.pools.apply(fleet(number, wake_eta_s=eta))
@@ -289,7 +276,7 @@ def test_retry_after_is_the_measured_wake_time_or_a_guess(loop: Loop) -> None:
     ],
 )
 def test_a_held_stream_says_what_it_waits_for(
-    loop: Loop, phase: str, states: tuple[ReplicaState, ...], said: str
+    loop: ClockLoop, phase: str, states: tuple[ReplicaState, ...], said: str
 ) -> None:
     worker, sent = make(loop, keepalive_s=3.0)
     replicas = [replica(slot, state=state) for slot, state in enumerate(states)]
@@ -306,7 +293,7 @@ def test_a_held_stream_says_what_it_waits_for(
     worker.check_integrity()
 
 
-def test_those_who_wait_are_told_when_the_engine_fails_again(loop: Loop) -> None:
+def test_those_who_wait_are_told_when_the_engine_fails_again(loop: ClockLoop) -> None:
     """Not at its first failure, and not those who ask afterwards: they wait for the next try."""
     worker, _ = make(loop)
     worker.pools.apply(fleet(1))

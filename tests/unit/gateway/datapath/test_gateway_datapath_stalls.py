@@ -11,31 +11,14 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from datapath_rig import MemoryTransport, configure
+from datapath_rig import MemoryTransport, make_worker
 
 from gateway.datapath.client import ClientConnection
-from gateway.datapath.shared import Shared
-from gateway.datapath.worker import Worker
 from router.types import Fleet, Pool
 
 LIMIT_S = 0.05
 BLOCK_BYTES = 250_000
 """As much as uvloop reads from a connection at a time."""
-
-
-class PausedTransport(MemoryTransport):
-    """A transport that delivers nothing while its reading is paused."""
-
-    reading = True
-
-    def pause_reading(self) -> None:
-        self.reading = False
-
-    def resume_reading(self) -> None:
-        self.reading = True
-
-    def can_write_eof(self) -> bool:
-        return False
 
 
 class Stopwatch:
@@ -59,18 +42,17 @@ class Stopwatch:
 async def send_all(bodies: list[bytes], head: bytes) -> float:
     """Send bodies over a connection each, all at once; returns the longest stall in seconds."""
     loop = asyncio.get_running_loop()
-    shared = Shared.create(workers=1, max_replicas=1, max_pools=1)
-    config = configure(max_buffered_bytes=1 << 30, max_body_bytes=1 << 28)
-    worker = Worker(loop, config, shared, lambda message: None)
+    worker = make_worker(loop, max_buffered_bytes=1 << 30, max_body_bytes=1 << 28)
     worker.pools.apply(Fleet(version=1, pools=(Pool(name="m", slot=0),)))
     left: dict[ClientConnection, Iterator[bytes]] = {}
     for body in bodies:
         client = ClientConnection(worker.clients)
-        client.connection_made(PausedTransport())
+        client.connection_made(MemoryTransport())
         client.data_received(head)
         left[client] = (
             body[start : start + BLOCK_BYTES] for start in range(0, len(body), BLOCK_BYTES)
         )
+    clients = list(left)
     watch = Stopwatch(loop)
     while left:
         for client, blocks in list(left.items()):
@@ -83,10 +65,10 @@ async def send_all(bodies: list[bytes], head: bytes) -> float:
         await asyncio.sleep(0)
     for _ in range(10_000):
         await asyncio.sleep(0)
-        if all(client.transport.reading for client in worker.clients._open):
+        if all(client.transport.reading for client in clients):
             break
     watch.running = False
-    for client in list(worker.clients._open):
+    for client in clients:
         client.connection_lost(None)
     worker.check_integrity()
     assert worker.context.buffered_bytes == 0
