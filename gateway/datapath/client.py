@@ -16,15 +16,15 @@ from collections import deque
 from typing import Any, Final
 
 from gateway.datapath import local, metrics
+from gateway.datapath.answer import Downstream
 from gateway.datapath.context import WorkerContext
 from gateway.datapath.exchange import (
     AT_ONCE_BYTES,
     SMALL_BODY_BYTES,
-    Downstream,
     Exchange,
     buffer_full,
 )
-from gateway.datapath.pool import ANSWER, SENT, PoolDirectory
+from gateway.datapath.pool import ANSWER, SENT, PoolDirectory, PooledRequest
 from gateway.datapath.protocol.bodies import JsonReader
 from gateway.datapath.protocol.chunks import ChunkDecoder
 from gateway.datapath.protocol.errors import (
@@ -179,10 +179,10 @@ class ClientConnection(Downstream):
             self._address = ":".join(host.split(":")[:4]) if ":" in host else host
         return self._address
 
-    def make_room(self, exchange: Exchange) -> bool:
+    def make_room(self, request: PooledRequest) -> bool:
         """End the largest body of the client that has most bytes of bodies that are not whole, if
-        that is not this exchange's client. Returns whether there was one."""
-        return self.clients.make_room(exchange)
+        that is not this request's client. Returns whether there was one."""
+        return self.clients.make_room(request)
 
     def pause(self) -> None:
         """Stop reading the client."""
@@ -396,9 +396,9 @@ class ClientConnection(Downstream):
 
     # Ends
 
-    def exchange_ended(self, exchange: Exchange) -> None:
-        """The exchange is over; go on with the next request, or close."""
-        if self.exchange is not exchange:
+    def exchange_ended(self, request: PooledRequest) -> None:
+        """The request is over: go on with the next one, or close."""
+        if self.exchange is not request:
             return
         self.exchange = None
         if self._reading_body:
@@ -595,7 +595,7 @@ class ClientConnections:
         if self.context.draining and not self._open:
             self._all_closed.set()
 
-    def make_room(self, exchange: Exchange) -> bool:
+    def make_room(self, request: PooledRequest) -> bool:
         """See ``ClientConnection.make_room``."""
         now = self.context.now()
         if now < self._no_room_until_s:
@@ -610,7 +610,7 @@ class ClientConnections:
             for address, others in unfinished.items()
         }
         heaviest = max(sizes, key=sizes.__getitem__, default="")
-        if sizes.get(heaviest, 0) <= sizes.get(exchange.address, 0):
+        if sizes.get(heaviest, 0) <= sizes.get(request.address, 0):
             self._no_room_until_s = now + _NO_ROOM_S
             return False
         largest = unfinished[heaviest][0]

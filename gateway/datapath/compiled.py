@@ -27,6 +27,7 @@ from pathlib import Path
 from types import ModuleType
 
 MODULES = (
+    "gateway.datapath.answer",
     "gateway.datapath.protocol.bodies",
     "gateway.datapath.protocol.chunks",
     "gateway.datapath.client",

@@ -8,21 +8,17 @@ An exchange belongs to one client connection and at any time to at most one of: 
 upstream that connects for it, an upstream connection. Whatever happens, it leaves the ledger
 exactly once (``_unreserve``) and ends exactly once (``end``).
 
-The answer's bytes go through as they come. What is read in passing (first byte, usage, number of
-events) is read from the same blocks and changes nothing.
+How the answer's bytes travel is in ``answer.py``.
 """
 
 from __future__ import annotations
 
-import asyncio
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from gateway.datapath import metrics
-from gateway.datapath.context import WorkerContext
+from gateway.datapath.answer import Answer, Downstream, extra_lines
 from gateway.datapath.pool import (
     ANSWER,
     CONNECT,
@@ -30,7 +26,6 @@ from gateway.datapath.pool import (
     GATHER,
     HELD,
     SENT,
-    PoolDirectory,
     PooledRequest,
     PoolRuntime,
     UpstreamEndpoint,
@@ -46,13 +41,11 @@ from gateway.datapath.protocol.bodies import (
     smallest_bound,
     splice,
 )
-from gateway.datapath.protocol.chunks import ChunkDecoder
 from gateway.datapath.protocol.errors import (
     Api,
     ApiError,
     Reason,
     api_of,
-    engine_error,
     render,
 )
 from gateway.datapath.protocol.http1 import KEEP_ALIVE, RequestHead, ResponseHead
@@ -75,73 +68,12 @@ _FORM_BYTES: Final = 64
 _SMALL_PART_BYTES: Final = 4096
 _QUEUE_WAIT_ZERO: Final = metrics.HISTOGRAM_OFFSETS[metrics.QUEUE_WAIT]
 
-# How an answer's body travels to the client: as it is, as chunks of our own (our head was sent
-# with the first keep-alive comment), bare until close (HTTP/1.0), collected for an error event, or
-# less the usage that the client did not ask for; or not at all, once it has left with all tokens.
-_RAW: Final = 0
-_WRAP: Final = 1
-_PLAIN: Final = 2
-_COLLECT: Final = 3
-_LESS_USAGE: Final = 4
-_UNHEARD: Final = 5
-_MAX_COLLECTED_BYTES: Final = 65536
-_TAIL_BYTES: Final = 4096
-# The end of an answer often comes in scraps ("[DONE]", the last chunk): they are kept with the
-# block before them, so that the last two blocks hold the usage however it was cut.
-_SCRAP_BYTES: Final = 64
-_EVENT_ENDS: Final = (b"\n\n", b"\r\n\r\n")
-# Its clients read the request's id from a header of their own (``errors.id_lines``).
-_ANTHROPIC_PATH: Final = b"/v1/messages"
 # Of these vLLM reports the usage only if asked to, and says it in an event of its own.
 _USAGE_PATHS: Final = frozenset({b"/v1/chat/completions", b"/v1/completions"})
-# Until a chunk is whole so much of a stream is held back, where usage is taken out of it.
-_MAX_HELD_BACK_BYTES: Final = 65536
 # The usage comes with the last token, or a moment later.
 _USAGE_WAIT_S: Final = 1.0
 # A model whose replica does not say how long its context is has none that is longer.
 _MAX_MODEL_LEN_TOKENS: Final = 1_048_576
-
-
-class Downstream(asyncio.Protocol, ABC):
-    """The client connection of an exchange, as the exchange sees it.
-
-    ``keep_alive`` says whether the connection takes another request after this one, ``origin`` is
-    the ``Origin`` header of the current one. ``now`` is the event loop's clock.
-    """
-
-    context: WorkerContext
-    pools: PoolDirectory
-    now: Callable[[], float]
-    transport: Any
-    keep_alive: bool
-    origin: bytes | None
-    writing_paused: bool
-
-    @abstractmethod
-    def pause(self) -> None:
-        """Stop reading the client."""
-
-    @abstractmethod
-    def resume(self) -> None:
-        """Read the client again."""
-
-    @abstractmethod
-    def reset(self) -> None:
-        """End the connection with a reset: where an orderly end would say that a body is whole."""
-
-    @property
-    @abstractmethod
-    def address(self) -> str:
-        """Where the client is, without the port."""
-
-    @abstractmethod
-    def make_room(self, exchange: Exchange) -> bool:
-        """End the largest body of the client that has most bytes of bodies that are not whole, if
-        that is not this exchange's client. Returns whether there was one."""
-
-    @abstractmethod
-    def exchange_ended(self, exchange: Exchange) -> None:
-        """The exchange is over: go on with the next request, or close."""
 
 
 def buffer_full() -> ApiError:
@@ -158,8 +90,7 @@ class Exchange(PooledRequest):
     """See the module. Class attributes are the values before the answer began: setting thirty
     fields per request would cost more than reading its head. ``body_bytes`` counts the request's
     body, ``whole`` says that it was received whole, ``committed`` that a head was sent. ``reader``
-    is there for a body that is read as it comes. ``_series`` says which of the histograms by
-    endpoint and stream the answer belongs to."""
+    is there for a body that is read as it comes."""
 
     client: Downstream
     request_id: bytes
@@ -182,17 +113,7 @@ class Exchange(PooledRequest):
     _failed_at: tuple[UpstreamEndpoint, ...] = ()
     _says_usage: bool = False
     _adds_usage: bool = False
-    _held_back: bytes = b""
-    _mode: int = _RAW
-    _answer: ResponseHead | None = None
-    _blocks: int = 0
-    _events: int = 0
-    _series: int = 2 * metrics.OTHER_ENDPOINT
-    _sent_bytes: int = 0
-    _last_block: bytes = b""
-    _previous_block: bytes = b""
-    _collected: bytearray | None = None
-    _decoder: ChunkDecoder | None = None
+    _answer: Answer | None = None
 
     def __init__(self, client: Downstream, head: RequestHead, now: float) -> None:
         self.client = client
@@ -545,30 +466,25 @@ class Exchange(PooledRequest):
         elif self._answered_badly(head.status):
             return
         self.state = ANSWER
-        self._answer = head
+        self._answer = answer = Answer(self.client, self.head, self.request_id, head)
         self.release_parts()
         if not self.whole:  # an early answer: what is still to come of the body has no reader
             self.client.keep_alive = False
-        if (
-            self._adds_usage
-            or self.committed
-            or self.head.http10
-            or (head.content_length is None and not head.chunked)
-        ):
-            self._begin_otherwise(head, body)
-        else:
-            client = self.client
-            anthropic = self.head.path.startswith(_ANTHROPIC_PATH)
-            if client.keep_alive and client.origin is None and not anthropic:
-                end = b"\r\n\r\n"
-            else:
-                end = self._extra_lines() + b"\r\n\r\n"
-            first = b"".join((head.kept, b"\r\nx-request-id: ", self.request_id, end, body))
-            client.transport.write(first)
-            self._sent_bytes = len(first)
-            self.committed = True
+        committed, self.committed = self.committed, True
+        connection = self.upstream
+        between_chunks = connection is None or connection.between_chunks
+        try:
+            answer.begin(
+                body,
+                between_chunks=between_chunks,
+                committed=committed,
+                adds_usage=self._adds_usage,
+            )
+        except ApiError as error:
+            self.cut(error.message)
+            return
         if body:
-            self._count_block(body)
+            self._count_block(answer, body)
 
     def _answered_well(self) -> None:
         pool, endpoint = self.pool, self.endpoint
@@ -619,133 +535,26 @@ class Exchange(PooledRequest):
         if not self.whole:
             self.client.resume()  # reading may be paused for the connection that is gone
 
-    def _extra_lines(self) -> bytes:
-        """The gateway's own header lines for an answer passed on, less ``x-request-id``, each led
-        by CRLF."""
-        client = self.client
-        cors = client.context.cors_lines(client.origin)
-        lines = b"\r\n" + cors[:-2] if cors else b""
-        if self.head.path.startswith(_ANTHROPIC_PATH):
-            lines += b"\r\nrequest-id: " + self.request_id
-        if not client.keep_alive:
-            return lines + b"\r\nconnection: close"
-        return lines + b"\r\n" + KEEP_ALIVE[:-2] if self.head.http10 else lines
-
-    def _begin_otherwise(self, head: ResponseHead, body: bytes) -> None:
-        """Our head is out already, or the client or the engine cannot frame a body."""
-        client = self.client
-        if self.committed:  # 200, event stream, chunked
-            if not (head.status == 200 and head.is_stream):
-                self._mode = _COLLECT
-                self._collected = bytearray()
-            elif not head.chunked:
-                self._mode = _WRAP
-            elif self._adds_usage:
-                self._mode = _LESS_USAGE
-        else:
-            kept = head.kept
-            if self._adds_usage and (head.chunked or head.content_length is not None):
-                self._mode = _LESS_USAGE if head.chunked and head.is_stream else _RAW
-            else:
-                self._mode = _PLAIN
-            if (
-                self._mode == _PLAIN and head.content_length is None
-            ):  # HTTP/1.0 has no framing for a body of unknown length
-                kept = head.without_framing()
-                client.keep_alive = False
-                if head.chunked:
-                    self._decoder = ChunkDecoder()
-            client.transport.write(
-                b"%b\r\nx-request-id: %b%b\r\n\r\n" % (kept, self.request_id, self._extra_lines())
-            )
-            self.committed = True
-        if body:
-            self._write_block(body)
-
     def answer_block(self, data: bytes) -> None:
         """The next block. The hottest lines of a stream."""
-        if self._mode == _RAW:
-            self.client.transport.write(data)
-            self._sent_bytes += len(data)
-        else:
-            self._write_block(data)
-        self._count_block(data)
-
-    def _write_block(self, data: bytes) -> None:
-        if self._collected is not None:
-            if len(self._collected) < _MAX_COLLECTED_BYTES:
-                self._collected += data
+        answer, connection = self._answer, self.upstream
+        if answer is None or connection is None:
             return
-        if self._mode == _UNHEARD:
+        try:
+            answer.write(data, between_chunks=connection.between_chunks)
+        except ApiError as error:
+            self.cut(error.message)
             return
-        if self._mode == _WRAP:
-            data = sse.chunk(data)
-        elif self._mode == _LESS_USAGE:
-            data = self._less_usage(data)
-        elif self._decoder is not None:
-            try:
-                payload, _ = self._decoder.feed(data)
-            except ApiError as error:  # we are stricter than llhttp, which let it pass
-                self.cut(error.message)
-                return
-            data = b"".join(payload)
-        if data:
-            self.client.transport.write(data)
-            self._sent_bytes += len(data)
+        self._count_block(answer, data)
 
-    def _less_usage(self, data: bytes) -> bytes:
-        """What of a block goes to a client that did not ask for the usage in it."""
-        if self._held_back:
-            data = self._held_back + data
-            self._held_back = b""
-        connection = self.upstream
-        if connection is not None and not connection.between_chunks:
-            if len(data) <= _MAX_HELD_BACK_BYTES:
-                self._held_back = data
-                return b""
-        elif data.find(sse.USAGE_EVENT) >= 0:
-            data = sse.without_usage(data)
-        return data
-
-    def _count_block(self, data: bytes) -> None:
-        pool = self.pool
+    def _count_block(self, answer: Answer, data: bytes) -> None:
+        pool, connection, now = self.pool, self.upstream, self.client.now()
         assert pool is not None
-        now = self.client.now()
-        connection = self.upstream
         events = 0 if connection is None else connection.events
-        if self._blocks:
-            self._observe_gap(pool, data, events - self._events, now - self.last_s)
-        else:
-            kind = metrics.ENDPOINT_INDEX.get(self.head.path, metrics.OTHER_ENDPOINT)
-            self._series = series = 2 * kind + (self._answer is not None and self._answer.is_stream)
-            pool.counters.observe(metrics.TTFT + series, now - self.started_s)
-            if self.endpoint is not None:
-                self.endpoint.count_first_token(now - self.last_s)
-        self._events = events
-        self.last_s = now
-        self._blocks += 1
-        last = self._last_block
-        if len(data) < _SCRAP_BYTES and len(last) < _TAIL_BYTES:
-            self._last_block = last + data
-        else:
-            self._previous_block = last
-            self._last_block = data
-
-    def _observe_gap(self, pool: PoolRuntime, data: bytes, tokens: int, gap_s: float) -> None:
-        """Observe the time before a block with so many events, each of them a token but the last
-        two of a stream: its usage, and the word that it is over."""
-        # Not with ``in``: bytes first try the other side as a number, which costs an error. In a
-        # block that is larger than the last event, and is one event, that is not looked for.
-        if (tokens > 1 or len(data) < _SCRAP_BYTES) and data.find(sse.LAST_EVENT) >= 0:
-            tokens -= 1
-            if tokens < 1:
-                return
-        if data.find(sse.USAGE_EVENT) >= 0:
-            return
-        if tokens <= 1:
-            pool.counters.observe(metrics.ITL, gap_s)
-        else:
-            pool.counters.observe(metrics.ITL, gap_s / tokens, tokens)
+        gap_s, self.last_s = now - self.last_s, now
+        if not answer.blocks and self.endpoint is not None:
+            self.endpoint.count_first_token(gap_s)
+        answer.count_block(pool.counters, data, events, gap_s, now - self.started_s)
 
     def answer_ended(self, events: int = 0) -> None:
         """The answer is whole, in ``events`` chunks where it came in chunks: engines send one for
@@ -754,17 +563,17 @@ class Exchange(PooledRequest):
         answer, pool = self._answer, self.pool
         if answer is None or pool is None:
             return
-        if self._mode == _COLLECT:
-            self._end_collected(answer.status)
-        elif self._mode == _WRAP:
-            self.client.transport.write(sse.LAST_CHUNK)
+        if answer.is_error_event:
+            self._end_with_error(answer.read_error())
+        else:
+            answer.end()
         self._count_answer(pool, answer, events)
         self.end()
 
-    def _count_answer(self, pool: PoolRuntime, answer: ResponseHead, events: int) -> None:
+    def _count_answer(self, pool: PoolRuntime, answer: Answer, events: int) -> None:
         """Count an answer that the client has the whole of."""
         integers = pool.counters.integers
-        status = answer.status
+        status = answer.head.status
         if status < 400:
             integers[metrics.OK] += 1
         else:
@@ -772,27 +581,25 @@ class Exchange(PooledRequest):
         integers[metrics.OK_CODE if status == 200 else metrics.code_index(status)] += 1
         if self.endpoint is not None:
             self.endpoint.count_answer(ok=status < 500)
-        if self._mode != _COLLECT:
+        if not answer.is_error_event:
             if status < 400:
                 self._learn(pool, answer, events)
-            pool.counters.observe(metrics.E2E + self._series, self.last_s - self.started_s)
+            answer.count_end(pool.counters, self.last_s - self.started_s)
 
-    def _learn(self, pool: PoolRuntime, answer: ResponseHead, events: int) -> None:
+    def _learn(self, pool: PoolRuntime, answer: Answer, events: int) -> None:
         """Count what the answer says it cost, and size the model's next requests by it."""
         integers = pool.counters.integers
-        tail = self._last_block
-        if len(tail) < _TAIL_BYTES and self._previous_block:
-            tail = self._previous_block[-_TAIL_BYTES:] + tail
+        tail = answer.tail()
         prompt, output = sse.read_usage(tail)
-        if (prompt or 0) > self.body_bytes or (output or 0) > self._sent_bytes:
-            prompt, output = self._clamp(prompt, output)
+        if (prompt or 0) > self.body_bytes or (output or 0) > answer.sent_bytes:
+            prompt, output = self._clamp(prompt, output, answer.sent_bytes)
         size = self.body_bytes if self.whole else self.head.content_length
         pool.estimator.learn(self._text_bytes(size), prompt, output)
-        if answer.is_stream:
+        if answer.head.is_stream:
             if output is None:
                 prompt = self.routing.prompt_tokens if prompt is None else prompt
-                output = self._count_events(events)
-            integers[metrics.CHUNKS] += self._blocks
+                output = answer.count_events(events)
+            integers[metrics.CHUNKS] += answer.blocks
         if prompt is not None:
             integers[metrics.PROMPT_TOKENS] += prompt
             pool.counters.observe(metrics.PROMPT_LENGTH, prompt)
@@ -802,9 +609,11 @@ class Exchange(PooledRequest):
         reason = sse.read_finish_reason(tail)
         if reason is not None:
             integers[metrics.FINISH_INDEX[reason]] += 1
-        integers[metrics.RESPONSE_BYTES] += self._sent_bytes
+        integers[metrics.RESPONSE_BYTES] += answer.sent_bytes
 
-    def _clamp(self, prompt: int | None, output: int | None) -> tuple[int | None, int | None]:
+    def _clamp(
+        self, prompt: int | None, output: int | None, sent_bytes: int
+    ) -> tuple[int | None, int | None]:
         """Usage within what can be: one lie would be in the metrics for ever. A sequence fits the
         model's context, and of several each token has a byte."""
         endpoint = self.endpoint
@@ -813,25 +622,8 @@ class Exchange(PooledRequest):
         size = max(self.body_bytes, self.head.content_length, longest)
         return (
             None if prompt is None else min(prompt, size),
-            None if output is None else min(output, max(self._sent_bytes, longest)),
+            None if output is None else min(output, max(sent_bytes, longest)),
         )
-
-    def _count_events(self, events: int) -> int:
-        """Output tokens of a stream that does not say: its events, less the one with the role and
-        the one that says that it is over."""
-        events = events or self._blocks
-        events -= self.head.path == b"/v1/chat/completions"
-        events -= sse.LAST_EVENT in self._last_block
-        return max(events, 0)
-
-    def _end_collected(self, status: int) -> None:
-        body = bytes(self._collected or b"")
-        if self._answer is not None and self._answer.chunked:
-            try:
-                body = b"".join(ChunkDecoder().feed(body)[0])
-            except ApiError:
-                body = b""
-        self._end_with_error(engine_error(status, body, api_of(self.head.path)))
 
     def _end_with_error(self, error: ApiError | bytes) -> None:
         """End a stream whose head is out, and of whose answer nothing came, with an error."""
@@ -863,10 +655,8 @@ class Exchange(PooledRequest):
         self._count_rejection(Reason.REPLICA_CUT, 502)
         error = ApiError(502, Reason.REPLICA_CUT, f"The model's replica failed mid-answer ({why}).")
         answer = self._answer
-        if self._mode == _COLLECT:
-            self.client.transport.write(self._error_event(error, seen=b""))
-        elif answer is not None and answer.is_stream and self._at_event_boundary(answer):
-            self.client.transport.write(self._error_event(error, seen=self._last_block))
+        if answer is not None and answer.takes_event():
+            self.client.transport.write(self._error_event(error, seen=answer.seen))
         self._break_off()
 
     def _break_off(self) -> None:
@@ -874,21 +664,9 @@ class Exchange(PooledRequest):
         client, answer = self.client, self._answer
         client.keep_alive = False
         self.drop_upstream()
-        if self._mode == _PLAIN and (answer is None or answer.content_length is None):
+        if answer is not None and answer.ends_with_connection:
             client.reset()  # an orderly end of the connection would be the end of the body
         self.end()
-
-    def _at_event_boundary(self, answer: ResponseHead) -> bool:
-        if not self._blocks:
-            return self._mode == _WRAP or answer.chunked
-        if self._mode == _WRAP:
-            return self._last_block.endswith(_EVENT_ENDS)
-        return (
-            (self._mode == _RAW or (self._mode == _LESS_USAGE and not self._held_back))
-            and answer.chunked
-            and self._last_block.endswith(b"\r\n")
-            and self._last_block[:-2].endswith(_EVENT_ENDS)
-        )
 
     def drop_upstream(self) -> None:
         """Close the connection to the replica: what it still computes for us is cancelled."""
@@ -939,7 +717,7 @@ class Exchange(PooledRequest):
                 self._failed_at = (*self._failed_at, endpoint)
                 self.routing.exclude = self.routing.exclude | {endpoint.id}
             self._attempt_failed(why)
-        elif self._mode == _UNHEARD:
+        elif self._answer is not None and self._answer.is_unheard:
             self._end_unheard()
         elif self.state == ANSWER:
             self.cut(why)
@@ -1016,27 +794,19 @@ class Exchange(PooledRequest):
         pool, answer = self.pool, self._answer
         if pool is not None:
             events = 0 if self.upstream is None else self.upstream.events
-            if (
-                answer is not None
-                and answer.is_stream
-                and answer.status == 200
-                and sse.is_whole(end := self._previous_block + self._last_block)
-            ):
-                # Clients close at the last event, which often comes a chunk before the end of the
-                # body, or at the last token: they have all of the answer.
-                if self._mode == _LESS_USAGE and sse.USAGE_EVENT not in end:
-                    self._mode = _UNHEARD
+            if answer is not None and answer.is_whole():
+                if answer.wait_for_usage():
                     self.resume_answer()
                     self.client.context.loop.call_later(_USAGE_WAIT_S, self._end_unheard)
                     return
                 self._count_answer(pool, answer, events)
             else:
                 pool.counters.integers[metrics.CANCELLED] += 1
-                if answer is not None and answer.is_stream and self._blocks:
+                if answer is not None and answer.head.is_stream and answer.blocks:
                     # The engine worked for it until now; before its first token it counts nothing.
                     integers = pool.counters.integers
                     integers[metrics.PROMPT_TOKENS] += self.routing.prompt_tokens
-                    integers[metrics.OUTPUT_TOKENS] += self._count_events(events)
+                    integers[metrics.OUTPUT_TOKENS] += answer.count_events(events)
         self.drop_upstream()
         self.end()
 
@@ -1093,7 +863,7 @@ class Exchange(PooledRequest):
             frame = b"%bx-request-id: %b%b\r\n\r\n%b" % (
                 sse.STREAM_HEAD,
                 self.request_id,
-                self._extra_lines(),
+                extra_lines(client, self.head, self.request_id),
                 frame,
             )
         client.transport.write(frame)
