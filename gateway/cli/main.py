@@ -4,7 +4,8 @@ Exit codes: 0 done; 1 refused, or ``doctor`` found a failure; 2 wrong usage, wro
 Tidegate to ask; 70 a fault of Tidegate's own; 130 interrupted. Errors are one line each, on
 standard error.
 
-Nothing is imported at the top that takes time: Ctrl-C must be no traceback from the first moment.
+Nothing is imported at the top but what Python has at its start: Ctrl-C must be no traceback from
+our first line on. What comes before that, the interpreter's own start, is not ours to guard.
 
 The packages' names are plain words (``router``, ``gateway``), so another distribution in the same
 environment, or a folder on ``PYTHONPATH``, could stand before or over them. ``assert_ours`` looks
@@ -13,20 +14,22 @@ at that before anything is imported, because what it causes otherwise is hard to
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
     from gateway.cli.base import Effects
 
 FAULT = 70
 INTERRUPTED = 130
 DEBUG_VARIABLE = "TIDEGATE_DEBUG"
+ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
+"""The signals that would end a process that does not take them."""
 
 LEAVES = {
     "gateway": "datapath/worker",
@@ -40,14 +43,18 @@ LEAVES = {
 
 def main(arguments: Sequence[str] | None = None, effects: Effects | None = None) -> int:
     """Run the command line and return its exit code; no exception and no traceback leaves it."""
-    if arguments is None and sys.argv[1:2] in (["up"], ["agent"]):
-        # A reload during the start must not end it. ``take_signals`` takes it when all is there.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-        if os.getpid() == 1:
-            be_init()
+    serves = arguments is None and sys.argv[1:2] in (["up"], ["agent"])
     given = None if arguments is None else list(arguments)
 
     def run() -> int:
+        if serves:
+            # A reload during the start must not end it. ``take_signals`` takes it when all is
+            # there, and the others too: before that there is nothing to put in order.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+            leave_on({signal.SIGINT}, INTERRUPTED)
+            leave_on({signal.SIGTERM, signal.SIGQUIT}, 0)
+            if os.getpid() == 1:
+                be_init()
         assert_ours()
         from gateway.cli.base import Effects
         from gateway.cli.verbs import make_command
@@ -57,7 +64,25 @@ def main(arguments: Sequence[str] | None = None, effects: Effects | None = None)
         )
         return result if isinstance(result, int) else 0
 
-    return guard(run)
+    code = guard(run)
+    if serves:
+        # One more signal cuts what Python still waits for (threads), and keeps the exit code; after
+        # that, where the interpreter gives up its handlers, it must do nothing.
+        import atexit
+
+        leave_on(ENDING, code)
+        for number in ENDING:
+            atexit.register(signal.signal, number, signal.SIG_IGN)
+    return code
+
+
+def leave_on(numbers: set[signal.Signals], code: int) -> None:
+    """Have each of these signals end this process at once with this exit code.
+
+    Not by an exception: one that is raised at any odd moment is lost in a destructor, or replaced.
+    """
+    for number in numbers:
+        signal.signal(number, lambda *_: os._exit(code))
 
 
 def be_init() -> None:
@@ -66,14 +91,13 @@ def be_init() -> None:
     The kernel makes process 1 the parent of every orphan: somebody has to take note of their ends.
     Signals are passed on, and this ends as the child does.
     """
-    passed_on = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*passed_on, signal.SIGCHLD})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*ENDING, signal.SIGCHLD})
     child = os.fork()
     if child == 0:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return
     while True:
-        number = signal.sigwait({*passed_on, signal.SIGCHLD})
+        number = signal.sigwait({*ENDING, signal.SIGCHLD})
         if number != signal.SIGCHLD:
             os.kill(child, number)
             continue
@@ -93,6 +117,8 @@ def guard(run: Callable[[], int]) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         # The reader had enough (`| head`). What is left in the buffer must not complain at exit.
+        import contextlib
+
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -185,6 +211,8 @@ def assert_ours(
     ``root`` is the directory that holds the packages, by default that of this very file; ``locate``
     finds where a package would be imported from. Nothing is imported.
     """
+    from pathlib import Path
+
     root = (root or Path(__file__).resolve().parents[2]).resolve()
     for package, leaf in LEAVES.items():
         found = (locate or _locate)(package)
@@ -208,6 +236,7 @@ def assert_ours(
 def _locate(package: str) -> Path | None:
     """The directory a package would be imported from."""
     import importlib.util
+    from pathlib import Path
 
     spec = importlib.util.find_spec(package)
     if spec is None:

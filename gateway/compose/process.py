@@ -20,6 +20,9 @@ from modelcache.types import FULL, CacheError
 
 log = logging.getLogger("tidegate")
 
+ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
+"""The signals that would end a process that does not take them."""
+
 # A signal to a whole process group can reach us twice, directly and passed on by our parent (make
 # does so): within this time it is one request to stop, not a second one to hurry.
 _ONE_SIGNAL_S = 1.0
@@ -95,7 +98,7 @@ def take_signals(
     keep: asyncio.Event | None = None,
 ) -> None:
     """The first SIGINT or SIGTERM sets ``stop``, a later one ``hurry``; SIGHUP calls ``reload``,
-    and SIGQUIT sets ``keep`` and ``stop``.
+    and SIGQUIT sets ``keep`` too, where there is something to keep.
 
     SIGHUP is also what a terminal sends that is closed: then it is a signal to stop, unless it was
     ignored before (nohup). It ends no process at once; one that cannot reload says so.
@@ -116,8 +119,17 @@ def take_signals(
             keep.set()
         on_signal()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        running.add_signal_handler(number, on_signal)
+    def take(number: signal.Signals, callback: Callable[[], None]) -> None:
+        # Not the loop's own way: it gives signals their defaults back when it closes, and one more
+        # would then kill a process that has stopped in order.
+        def handle(*_: object) -> None:
+            if not running.is_closed():
+                running.call_soon_threadsafe(callback)
+
+        signal.signal(number, handle)
+
+    take(signal.SIGINT, on_signal)
+    take(signal.SIGTERM, on_signal)
     on_terminal = sys.stderr.isatty()
     was_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
@@ -132,7 +144,6 @@ def take_signals(
         else:
             log.warning("SIGHUP: this process reads its settings at its start only; restart it")
 
-    running.add_signal_handler(signal.SIGHUP, on_hangup)
+    take(signal.SIGHUP, on_hangup)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # held back since the start
-    if keep is not None:
-        running.add_signal_handler(signal.SIGQUIT, on_quit)
+    take(signal.SIGQUIT, on_quit)

@@ -369,12 +369,6 @@ def _curl(url: str, model: str) -> str:
 
 
 async def _run(settings: Settings, read_again: Callable[[], LoadedSettings]) -> int:
-    tidegate = _Tidegate(settings, read_again)
-    with tidegate.stack:
-        return await _live(tidegate)
-
-
-async def _live(tidegate: _Tidegate) -> int:
     stop, hurry, keep = asyncio.Event(), asyncio.Event(), asyncio.Event()
     reloads: set[asyncio.Task[None]] = set()
 
@@ -383,7 +377,16 @@ async def _live(tidegate: _Tidegate) -> int:
         reloads.add(task)
         task.add_done_callback(reloads.discard)
 
+    # Before the ports are bound: who sees one may send a signal. It is heeded when all is there.
     take_signals(stop, hurry, reload, keep)
+    tidegate = _Tidegate(settings, read_again)
+    with tidegate.stack:
+        return await _live(tidegate, stop, hurry, keep)
+
+
+async def _live(
+    tidegate: _Tidegate, stop: asyncio.Event, hurry: asyncio.Event, keep: asyncio.Event
+) -> int:
     tidegate.workers.start()
     try:
         await tidegate.loop.open()

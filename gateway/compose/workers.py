@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import msgspec
 
 from autoscaler.backends.process.procs import KILLED_S, has_ended
+from gateway.compose.process import ENDING
 from gateway.datapath.messages import (
     Drain,
     FailureReport,
@@ -232,8 +233,7 @@ class Workers:
         # A fork and exec of a small process: a millisecond, so it need not leave the loop.
         # Ctrl-C and Ctrl-\ reach the whole process group, and a worker ignores signals. Until it
         # has said so itself they are blocked, which it inherits; one for this process comes after.
-        held_back = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
             return subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL)
         finally:

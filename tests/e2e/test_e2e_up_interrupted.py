@@ -1,4 +1,7 @@
-"""Ctrl-C before Tidegate is ready. A terminal gives it to the whole process group, workers too."""
+"""Ctrl-C and other signals before Tidegate is ready, and while it ends.
+
+A terminal gives Ctrl-C to the whole process group, workers too.
+"""
 
 from __future__ import annotations
 
@@ -111,3 +114,79 @@ def test_an_interrupt_while_it_imports_is_130_and_no_traceback(tmp_path: Path) -
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+# The command sends itself a signal at a chosen moment: when it imports typer, when it has bound its
+# first port, when its event loop has closed, when the interpreter ends.
+SIGNAL_AT = """
+import asyncio, atexit, os, signal, sys
+
+def send(moment):
+    if os.environ["MOMENT"] == moment:
+        os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+
+def audit(event, arguments):
+    global bound
+    if event == "import" and arguments[0] == "typer":
+        send("import")
+    if event == "socket.bind" and not bound:
+        bound = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        send("bind")
+
+bound = False
+close = asyncio.SelectorEventLoop.close
+
+def close_and_send(loop):
+    close(loop)
+    send("loop closed")
+
+if "gateway.datapath" not in sys.orig_argv:
+    sys.addaudithook(audit)
+    asyncio.SelectorEventLoop.close = close_and_send
+    atexit.register(send, "exit")
+"""
+MOMENTS = [
+    ("up", "import", signal.SIGINT),
+    ("up", "import", signal.SIGTERM),
+    ("up", "bind", signal.SIGINT),
+    ("up", "bind", signal.SIGQUIT),
+    ("up", "loop closed", signal.SIGINT),
+    ("up", "loop closed", signal.SIGHUP),
+    ("up", "exit", signal.SIGTERM),
+    ("agent", "import", signal.SIGTERM),
+    ("agent", "bind", signal.SIGQUIT),
+    ("agent", "loop closed", signal.SIGTERM),
+    ("agent", "exit", signal.SIGINT),
+]
+
+
+@pytest.mark.parametrize(("verb", "moment", "number"), MOMENTS)
+def test_a_signal_at_any_moment_ends_it_in_order(
+    tmp_path: Path, verb: str, moment: str, number: signal.Signals
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SIGNAL_AT)
+    flags = {
+        "up": ["--engine", "simulated", "--port", "0", "--workers", "1"],
+        "agent": ["--peer-port", "0", "-s", f"modelcache.dir={tmp_path / 'cache'}"],
+    }
+    done = subprocess.run(
+        [COMMAND, verb, *flags[verb], "--admin-port", "0", "-s", f"state_dir={tmp_path / 'state'}"],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(tmp_path),
+            "MOMENT": moment,
+            "SIGNAL": str(int(number)),
+            "TIDEGATE_PEER_TOKEN": "a-secret-of-this-test-only-0123456789",
+        },
+        check=False,
+    )
+    interrupted = (moment, number) == ("import", signal.SIGINT)
+    assert done.returncode == (130 if interrupted else 0), done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert not (tmp_path / "state" / "running.json").exists()
