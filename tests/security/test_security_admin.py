@@ -150,14 +150,14 @@ def test_over_tcp_only_models_that_the_settings_name(
     for verb in VERBS:
         answer = served.http.post(f"/models/{verb}", json={"model": model})
         if let_in:
-            assert answer.status_code != 403, verb
+            assert answer.status_code not in {401, 403}, verb
         else:
             assert answer.status_code == 403, verb
             assert answer.json()["error"]["code"] == "model_not_allowed"
     if not let_in:
         assert cache.calls == []
         answer = served.owner.post("/models/pin", json={"model": model})
-        assert answer.status_code != 403, "the owner names any"
+        assert answer.status_code not in {401, 403}, "the owner names any"
 
 
 # ── The socket ────────────────────────────────────────────────────────────────────────────────────
@@ -307,8 +307,8 @@ def test_idle_connections_keep_nobody_out(
         assert httpx.get(served.url + path, trust_env=False).status_code == 200
     assert served.http.get("/status").status_code == 200
     assert served.owner.get("/status").status_code == 200
-    closed = sum(is_closed(one) for one in idle)
-    assert closed >= len(idle) - server.MAX_CONNECTIONS_PER_ADDRESS
+    kept = sum(not is_closed(one) for one in idle)
+    assert kept <= server.MAX_CONNECTIONS_PER_ADDRESS < 200
     assert len(caplog.records) <= 1, "a line a minute"
     for one in idle:
         one.close()
@@ -342,10 +342,10 @@ def test_a_head_that_does_not_come_is_given_up(
 def test_a_connection_is_used_again_while_it_asks(
     served: ServedAdmin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "HEAD_TIMEOUT_S", 1.5)
+    monkeypatch.setattr(server, "HEAD_TIMEOUT_S", 3.0)
     with connect(served) as one:
-        for _ in range(4):
-            time.sleep(0.5)
+        for _ in range(8):
+            time.sleep(0.5)  # all of it takes longer, none of it does
             one.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
             answer = b""
             while not answer.endswith(b"}"):
