@@ -200,4 +200,4 @@ def test_hiding_takes_no_time_whatever_an_engine_writes(tmp_path: Path, piece: s
     assert ReplicaLog(path, max_bytes=10**6, files=1).tail(200)[-1] == "end"
     path.write_text("\n".join([piece * (300 // len(piece))] * 200))
     ReplicaLog(path, max_bytes=10**6, files=1).tail(200)
-    assert time.process_time() - began_s < 1.0
+    assert time.process_time() - began_s < 3.0

@@ -164,6 +164,8 @@ SPACES = st.sampled_from([b"", b" ", b"\n\t", b" " * 5000])
     st.sampled_from([b"", b"\xef\xbb\xbf"]),
     st.lists(st.integers(0, 30_000), max_size=6),
 )
+@example([(b"", b'"model"', b"", b'"m"', b""), (b"", b'"model"', b"", b'"n"', b"")], b"", [])
+@example([(b"", b'"model"', b"", b'"m"', b""), (b"", b'"\\u006dodel"', b"", b"7", b"")], b"", [9])
 def test_what_pythons_json_accepts_is_read_as_it_reads_it(
     members: list[tuple[bytes, ...]], start: bytes, cuts: list[int]
 ) -> None:

@@ -82,6 +82,7 @@ def test_no_tail_crashes_the_reader(tail: bytes) -> None:
         ),
         (b'{"finish_reason":"tool_calls","stop_reason":128001}', "tool_calls"),
         (b'{"finish_reason":"stop"}\n{"finish_reason":null,"stop_reason":null}', "stop"),
+        (b'{"finish_reason":"length"}\n{"finish_reason":null,"stop_reason":null}', "length"),
         (b'{"finish_reason":"stop","stop_reason":"</s>"}', "stop"),
         (b'{"finish_reason":"content_filter"}', "other"),
         (b'{"type":"message_delta","delta":{"stop_reason":"end_turn"}}', "stop"),
