@@ -529,7 +529,7 @@ def test_logs_are_rotated_while_the_engine_writes(
         await backend.close()
         files = sorted(folder.iterdir())
         assert [file.name for file in files] == ["r-1.log", "r-1.log.1", "r-1.log.2"]
-        assert all(file.stat().st_size <= 20_000 for file in files[1:])
+        assert all(file.stat().st_size <= 40_000 for file in files[1:])  # some came meanwhile
         assert files[1].read_bytes().count(b"y") >= 5_000
 
     asyncio.run(story())

@@ -506,9 +506,10 @@ class ProcessBackend:
                 continue
             # A full disk, say, must not end an engine: the next look tries again.
             with contextlib.suppress(OSError):
+                if self._forks is not None:
+                    await self._registry.run(self._forks.log.rotate)
                 stats = await self._registry.run(list_stats)
                 if self._forks is not None:
-                    self._forks.log.rotate()
                     leaders = {one.process.pid for one in self._all() if one.process is not None}
                     families = [one.family for one in self._all() if one.family is not None]
                     known = {pid for family in families for pid in family.pids()}

@@ -3,7 +3,8 @@
 The engine appends to a file, not to a pipe: a Tidegate that hangs or is killed can neither block
 it nor break its output. Rotation copies the file and cuts it to nothing; since the engine appends,
 its next line is at the new beginning. What it writes in the microseconds between the end of the
-copy and the cut is lost; that is the price of needing no reader at the other end.
+copy and the cut is lost, and of one that floods its log most is; that is the price of needing no
+reader at the other end.
 """
 
 from __future__ import annotations
@@ -68,9 +69,11 @@ class ReplicaLog:
         return True
 
     def _copy_end(self, source: int, target: int) -> None:
-        """Copy the last ``max_bytes`` that are in the file by the time the copy reaches its end."""
+        """Copy the last ``max_bytes`` of the file, and as much again of what is written meanwhile:
+        an engine that writes as fast as this copies would have it go on for ever."""
         offset = max(0, os.fstat(source).st_size - self._max_bytes)
-        while sent := os.sendfile(target, source, offset, 1 << 20):
+        end = offset + 2 * self._max_bytes
+        while sent := os.sendfile(target, source, offset, min(1 << 20, end - offset)):
             offset += sent
 
     def _older(self, number: int) -> Path:

@@ -65,6 +65,28 @@ def test_a_writer_goes_on_at_the_new_beginning(tmp_path: Path) -> None:
     assert log.path.read_text() == "after\n"
 
 
+def test_an_engine_that_writes_as_fast_as_it_is_copied_does_not_hold_the_rotation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = ReplicaLog(tmp_path / "a.log", max_bytes=1_000, files=2)
+    engine, copied, send = log.open(), 0, os.sendfile
+
+    def send_while_it_writes(target: int, source: int, offset: int, count: int) -> int:
+        nonlocal copied
+        copied += (sent := send(target, source, offset, count))
+        assert copied < 1_000_000
+        os.write(engine, b"y" * sent)
+        return sent
+
+    os.write(engine, b"x" * 50_000)
+    monkeypatch.setattr(os, "sendfile", send_while_it_writes)
+    assert log.rotate() is True
+    os.close(engine)
+    assert (tmp_path / "a.log.1").read_text().startswith("x" * 1_000)
+    assert (tmp_path / "a.log.1").stat().st_size <= 2_000
+    assert log.path.stat().st_size == 0
+
+
 def test_last_lines(tmp_path: Path) -> None:
     log = ReplicaLog(tmp_path / "a.log", max_bytes=10**7, files=2)
     assert log.tail(3) == []
