@@ -10,7 +10,6 @@ to nothing, no message is sent, and a worker that dies takes at most a moment's 
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
@@ -358,7 +357,6 @@ _offset = len(POOL_METRICS)
 for _histogram in POOL_HISTOGRAMS:
     HISTOGRAM_OFFSETS.append(_offset)
     _offset += len(_histogram.bounds) + 1
-# Floats: bisect compares them with floats in a fifth of the time that integers take.
 _BOUNDS: Final = tuple(tuple(map(float, histogram.bounds)) for histogram in POOL_HISTOGRAMS)
 POOL_INTEGERS: Final = _offset
 POOL_SUMS: Final = len(POOL_HISTOGRAMS)
@@ -397,7 +395,11 @@ class PoolCounters:
 
     def observe(self, histogram: int, value: float, times: int = 1) -> None:
         """Add one value, in the histogram's unit, as often as it was seen."""
-        at = HISTOGRAM_OFFSETS[histogram] + bisect_left(_BOUNDS[histogram], value)
+        at = HISTOGRAM_OFFSETS[histogram]
+        for bound in _BOUNDS[histogram]:  # compiled, this is a third of what a bisection costs
+            if value <= bound:
+                break
+            at += 1
         self.integers[at] += times
         self.sums[histogram] += value * times
 
