@@ -78,19 +78,24 @@ def create(path: Path, flags: int = 0) -> int:
 def write_whole(path: Path, data: bytes, *, tmp: Path, mtime_ns: int | None = None) -> None:
     """Write a small file by way of ``tmp`` (a directory on the same file system).
 
-    After a crash at any moment ``path`` has its old content or all of the new. ``mtime_ns`` is
-    the modification time to give it.
+    After a crash at any moment ``path`` has its old content or all of the new; what could not be
+    written (a full disk) leaves nothing behind. ``mtime_ns`` is the modification time to give it.
     """
     make_directory(path.parent)
     make_directory(tmp)
     fresh = tmp / f"{path.name}.{os.getpid()}"
-    with open(create(fresh, os.O_TRUNC), "wb") as file:
-        file.write(data)
-        file.flush()
-        if mtime_ns is not None:
-            os.utime(file.fileno(), ns=(mtime_ns, mtime_ns))
-        os.fsync(file.fileno())
-    put(fresh, path)
+    try:
+        with open(create(fresh, os.O_TRUNC), "wb") as file:
+            file.write(data)
+            file.flush()
+            if mtime_ns is not None:
+                os.utime(file.fileno(), ns=(mtime_ns, mtime_ns))
+            os.fsync(file.fileno())
+        put(fresh, path)
+    except OSError:
+        with suppress(OSError):
+            fresh.unlink()
+        raise
     sync_directory(path.parent)
 
 

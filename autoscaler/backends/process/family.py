@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -163,9 +164,14 @@ class ProcessRegistry:
         draft = path.with_suffix(".new")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         # Not synced to disk: a record is of use only until the next boot.
-        with open(os.open(draft, flags, 0o600), "wb") as file:
-            file.write(render_record(record))
-        draft.replace(path)
+        try:
+            with open(os.open(draft, flags, 0o600), "wb") as file:
+                file.write(render_record(record))
+            draft.replace(path)
+        except OSError:
+            with suppress(OSError):
+                draft.unlink()
+            raise
 
     def has(self, mark: str) -> bool:
         """Whether there is a record of this mark."""

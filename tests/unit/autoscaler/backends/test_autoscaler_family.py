@@ -234,6 +234,23 @@ def test_a_process_that_cannot_be_looked_at_is_not_gone() -> None:
     assert procs.read_stat(2**22 + 1) is None
 
 
+def test_a_record_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    registry = ProcessRegistry(tmp_path)
+    registry.claim()
+    registry.write(record(MARKS[0]))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        for mark in MARKS[:2]:
+            with pytest.raises(OSError, match="File too large"):
+                registry.write(record(mark, replica_id="r-2"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    registry.release()
+
+
 def test_a_record_that_cannot_be_read_is_still_a_mark(tmp_path: Path) -> None:
     registry = ProcessRegistry(tmp_path)
     registry.claim()

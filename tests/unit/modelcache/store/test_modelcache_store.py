@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -355,3 +356,15 @@ def test_what_is_not_what_its_store_says_is_asked_for_twice_and_not_kept(rig: Ri
     assert not any((cache.dir / "blobs").rglob("*"))
     assert_accounted(cache)
     assert read_tree(cache.preload(url).path) == {"a.bin": SAME, "b.bin": OWN}
+
+
+def test_a_small_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    files.write_whole(tmp_path / "a.json", b"{}", tmp=tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            files.write_whole(tmp_path / "a.json", b"[1]", tmp=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert read_tree(tmp_path) == {"a.json": b"{}"}
