@@ -628,9 +628,11 @@ class ClientConnections:
 
     def _give_turns(self) -> None:
         self._is_giving = True
-        while self._turns and self._parts_left > 0:
-            self._parts_left -= self._turns.popleft().read_on()
-        self._is_giving = False
+        try:
+            while self._turns and self._parts_left > 0:
+                self._parts_left -= self._turns.popleft().read_on()
+        finally:
+            self._is_giving = False
         if not self._is_next_due:
             self._is_next_due = True
             self.context.loop.call_soon(self._next_turn)
