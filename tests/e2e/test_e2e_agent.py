@@ -171,7 +171,9 @@ def test_an_agent_says_how_it_is(agents: Callable[..., Agent], store: IndexedSer
 
 def test_a_signal_to_reload_does_not_end_an_agent(agents: Callable[..., Agent]) -> None:
     agent = agents("one")
+    assert agent.process.stdout is not None
     agent.process.send_signal(signal.SIGHUP)
+    assert any("SIGHUP" in line for line in agent.process.stdout), "it ended"
     assert json.loads(fetch(agent.admin_url + "/readyz"))["ready"] is True
     assert agent.process.poll() is None
 

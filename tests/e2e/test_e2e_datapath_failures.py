@@ -165,10 +165,12 @@ def test_stale_kept_connections_cost_the_client_nothing(served: Gateway) -> None
         assert replica.connections == 9
 
 
+@pytest.mark.parametrize("between", [6, 1])
 def test_a_request_that_engines_die_of_is_sent_three_times_and_harms_no_other(
-    served: Gateway,
+    served: Gateway, between: int
 ) -> None:
-    """Over kept connections, which looks like connections that were idle for too long."""
+    """Over kept connections, which looks like connections that were idle for too long, and over
+    new ones; ``between``: requests that go well in the meantime."""
     poison = post({"model": "m", "prompt": "poison"})
     died = []
 
@@ -187,7 +189,7 @@ def test_a_request_that_engines_die_of_is_sent_three_times_and_harms_no_other(
     ):
         served.publish(one, two, three)
         for _ in range(12):
-            for _ in range(6):
+            for _ in range(between):
                 assert served.ask(SMALL).status == 200
             died.clear()
             answer = served.ask(poison)

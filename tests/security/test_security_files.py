@@ -15,6 +15,7 @@ from autoscaler.backends.process.logs import ReplicaLog
 from gateway.compose.listeners import Running, claim_for_agent, leave_record
 from gateway.compose.process import check_writable
 from gateway.settings.load import ConfigError, load
+from modelcache.store import files
 from modelcache.store.files import make_private
 from modelcache.types import CacheError
 
@@ -64,7 +65,12 @@ def test_a_cache_that_others_could_enter_is_narrowed(
     assert f"{tmp_path / 'cache'} was open to other users (mode 777)" in caplog.text
 
 
-def test_what_only_its_owner_could_read_stays_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("links", [True, False])
+def test_what_only_its_owner_could_read_stays_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    if not links:  # another file system
+        monkeypatch.setattr(files, "link", lambda source, target: False)
     rig = Rig(root=tmp_path)
     rig.put("models/a", {"config.json": b"{}", "shadow": b"secret"})
     source = rig.models / "models/a/shadow"

@@ -239,6 +239,20 @@ ODD = {
 }
 
 
+@pytest.mark.parametrize("name", sorted(ODD.keys() - {"a size beyond numbers"}))
+def test_what_is_no_record_of_ours_is_not_believed(tmp_path: Path, name: str) -> None:
+    odd, path = ODD[name], tmp_path / MANIFEST
+    path.write_bytes(manifest_with(b"x", b"1", b"a" * 64))
+    assert read_record(path, Manifest) is not None
+    path.unlink()
+    if odd is None:
+        path.mkdir()
+    else:
+        path.write_bytes(odd)
+    with pytest.raises(Damaged):
+        read_record(path, Manifest)
+
+
 @pytest.mark.parametrize("odd", [pytest.param(odd, id=name) for name, odd in ODD.items()])
 def test_whatever_a_file_of_the_cache_is_it_is_an_error_of_the_cache_or_mended(
     tmp_path: Path, odd: bytes | None
