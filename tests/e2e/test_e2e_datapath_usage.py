@@ -289,9 +289,13 @@ def test_a_client_of_http_1_0_gets_the_stream_as_it_is(served: Gateway) -> None:
 
 
 def test_an_engines_refusal_passes_untouched(served: Gateway) -> None:
-    refusal = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 12\r\n\r\n" + b'{"choices":['
-    _, answer = ask_vllm(served, [refusal], post(BODY))
-    assert (answer.status, answer.body) == (400, b'{"choices":[')
+    start = b"HTTP/1.1 400 Bad Request\r\n"
+    for refusal in (
+        start + b"content-length: %d\r\n\r\n" % len(USAGE) + USAGE,
+        start + b"transfer-encoding: chunked\r\n\r\n" + USAGE_CHUNK + LAST,
+    ):
+        _, answer = ask_vllm(served, [refusal], post(BODY))
+        assert (answer.status, answer.body) == (400, USAGE)
 
 
 def test_of_a_stream_that_was_held_the_usage_is_taken_out_too() -> None:
