@@ -193,6 +193,8 @@ class PoolRecord:
             if self.removed and record.state is State.DRAINING:
                 record.recallable = True  # it drains because the pool was removed
         self.removed = False
+        if self.make_status().supply == 0:
+            self.forget_demand()  # at zero it waits for a request, whatever the settings
 
     def remove(self) -> None:
         """It is in the settings no more: what an operator asked of it is void."""

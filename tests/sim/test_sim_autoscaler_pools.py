@@ -47,6 +47,42 @@ def decision(world: World, pool: str = "m") -> Decision:
     return found.last_decision
 
 
+@pytest.mark.parametrize("tiers", [{}, {"sleeping_s": 1e6}])
+@pytest.mark.parametrize(
+    "fields", [{"idle_to_zero_s": 500.0}, {"idle_to_zero_s": 500.0, "engine_args": OTHER}]
+)
+def test_settings_do_not_wake_a_pool_at_zero(
+    fields: dict[str, Any], tiers: dict[str, float]
+) -> None:
+    async def story() -> None:
+        slow = QUICK.model_copy(update={"stable_window_s": 60.0, "idle_to_zero_s": 15.0})
+        async with World([process_pool(tiers=tiers)], slow) as world:
+            await world.request(20.0)
+            await world.until(lambda: not world.ready(), 60.0)
+            started = len(world.backend.started)
+            world.set_pools(process_pool(tiers=tiers, **fields))
+            for _ in range(80):
+                await asyncio.sleep(0.5)
+                assert decision(world).desired == 0, decision(world).detail
+            assert len(world.backend.started) == started
+            await world.request(1.0)
+            assert world.answered == 2
+
+    run_virtual(story())
+
+
+def test_settings_lose_no_request_that_came_with_them() -> None:
+    async def story() -> None:
+        async with World([process_pool()], QUICK) as world:
+            (held,) = world.burst(1, 1.0)
+            await asyncio.sleep(0)
+            world.set_pools(process_pool(idle_to_zero_s=500.0))
+            await asyncio.wait_for(held, 30.0)
+            assert world.answered == 1
+
+    run_virtual(story())
+
+
 def test_an_added_pool_is_served_from_zero() -> None:
     async def story() -> None:
         async with World([process_pool()], QUICK) as world:
