@@ -121,7 +121,11 @@ class Actuator:
                 self._call(pool, record, self._release)
             case Action.START:
                 self._call(pool, record, self._start)
+                record.starting = record.operation
             case Action.STOP:
+                # A start may wait for long (a fork server that imports), and is of no use any more.
+                if record.starting not in {None, asyncio.current_task()}:
+                    record.starting.cancel()
                 self._call(pool, record, self._stop)
             case Action.STOP_LATER:
                 self._call(pool, record, self._stop_later)

@@ -64,6 +64,7 @@ class ReplicaRecord:
     launched: bool = False
     ended: bool = False
     operation: asyncio.Task[None] | None = None
+    starting: asyncio.Task[None] | None = None
     preparation: asyncio.Task[None] | None = None
     prepared: ReplicaSpec | None = None
     progress: Progress | None = None

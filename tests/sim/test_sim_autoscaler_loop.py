@@ -368,6 +368,22 @@ def test_close_while_starting() -> None:
     run_virtual(story())
 
 
+def test_close_does_not_wait_for_a_start_that_waits() -> None:
+    async def story() -> None:
+        backend = FakeBackend(start_call_s=50.0)
+        world = World([process_pool(min_replicas=2)], QUICK, backend)
+        running = asyncio.create_task(world.loop.run())
+        await asyncio.sleep(5.0)
+        began_s = now()
+        await world.loop.close()
+        assert now() - began_s < 5.0
+        await running
+        assert [call for call, _ in backend.calls] == ["start", "start", "stop", "stop"]
+        assert backend.engines == {}
+
+    run_virtual(story())
+
+
 def test_nothing_is_started_beside_another_tidegate_that_lives() -> None:
     async def story() -> None:
         backend = FakeBackend(adopt_error=StateInUse("it belongs to another"))

@@ -51,6 +51,8 @@ class FakeBackend:
     clock: Callable[[], float] = now
     owns_replicas: bool = True
     start_s: float = 5.0
+    start_call_s: float = 0.0
+    """How long it takes before there is an engine."""
     wake_s: float = 1.0
     stop_s: float = 0.0
     room: int = 1_000
@@ -70,6 +72,8 @@ class FakeBackend:
 
     async def start(self, spec: ReplicaSpec) -> None:
         self.calls.append(("start", spec.id))
+        if self.start_call_s:
+            await asyncio.sleep(self.start_call_s)
         if self.start_error is not None:
             raise self.start_error
         if len(self.living()) >= self.room:
