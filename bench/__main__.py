@@ -29,7 +29,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import contenders, scenarios
+MISSING = "bench: the bench needs packages that are not installed: `make dev`"
+
+try:
+    from bench import contenders, scenarios
+except ModuleNotFoundError:
+    print(MISSING, file=sys.stderr)
+    sys.exit(2)
 
 
 def _datapath(arguments: argparse.Namespace) -> int:
@@ -446,6 +452,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         code: int = arguments.run(arguments)
+    except ModuleNotFoundError as error:
+        print(f"{MISSING} ({error.name})", file=sys.stderr)
+        return 2
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 3

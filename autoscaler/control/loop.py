@@ -10,7 +10,10 @@ loop; the methods are called from it.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import re
+import shlex
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
@@ -45,6 +48,7 @@ from router.types import Pool
 
 LOG = logging.getLogger("tidegate.autoscaler")
 
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 MIN_TICK_S = 0.01
 """Shortest time between two ticks: wake signals that come faster are answered together."""
 CLOSE_POLL_S = 0.1
@@ -474,9 +478,13 @@ class ControlLoop:
             if not record.backend.owns_replicas:
                 raise ValueError(f"{pool} is static: its servers are externally managed")
             if not 0 <= replicas <= record.pool.max_replicas:
+                name, most = record.pool.name, record.pool.max_replicas
+                key = name if _BARE_KEY.fullmatch(name) else json.dumps(name, ensure_ascii=False)
+                more = shlex.quote(f"pools.{key}.max_replicas={replicas}")
+                advice = f"; raise it in tidegate.toml, or start with `--set {more}`"
                 raise ValueError(
-                    f"replicas must be 0 to {record.pool.max_replicas} (max_replicas of {pool}), "
-                    f"not {replicas}"
+                    f"replicas must be 0 to {most} (max_replicas of {name}), not {replicas}"
+                    f"{advice if replicas > most else ''}"
                 )
         if replicas is None and record.override == 0 and record.make_status().supply == 0:
             # It was put at zero, and the demand of before is no reason to start it again.

@@ -61,6 +61,11 @@ class RequestRefused(Exception):
     """Tidegate answered with an error; the message is its own."""
 
 
+class ValueRefused(Exception):
+    """Tidegate, or its part in this process, cannot take a value it was given; the message is its
+    own."""
+
+
 class SettingsRefused(Exception):
     """Tidegate cannot use the settings that it read again; a line for each mistake."""
 
@@ -172,7 +177,7 @@ def ask(
 ) -> Any:
     """Do an operation of the admin API, and its parsed answer. ``path`` has the parts of its path.
 
-    Raises ``Unreachable`` and ``RequestRefused``.
+    Raises ``Unreachable``, ``RequestRefused`` and ``ValueRefused``.
     """
     quoted = {name: quote(part, safe="") for name, part in path.items()}
     with reach(base) as client:
@@ -207,7 +212,7 @@ def _refusal(text: str | bytes, otherwise: str) -> Exception:
             "gateway.admin_token_file)"
         )
     if error.code == "bad_value":
-        return typer.BadParameter(error.message)
+        return ValueRefused(error.message)
     return RequestRefused(error.message)
 
 
@@ -232,8 +237,8 @@ class RemoteVerbs:
         return found
 
     def run(self, verb: str, asked: ModelRequest, on_progress: OnProgress) -> ModelAnswer:
-        """Do it. The connection keeps slow work going: closing it cancels it. Wrong values are a
-        usage error, what could not be done is ``RequestRefused``."""
+        """Do it. The connection keeps slow work going: closing it cancels it. Wrong values are
+        ``ValueRefused``, what could not be done is ``RequestRefused``."""
         from gateway.admin import schema
         from gateway.admin.operations import VERBS
 
@@ -276,8 +281,8 @@ class LocalVerbs:
             raise CacheError(str(error)) from error
 
     def run(self, verb: str, asked: ModelRequest, on_progress: OnProgress) -> ModelAnswer:
-        """Do it. Ctrl-C cancels it in good order first. Wrong values are a usage error, what could
-        not be done is ``CacheError``."""
+        """Do it. Ctrl-C cancels it in good order first. Wrong values are ``ValueRefused``, what
+        could not be done is ``CacheError``."""
         left, running = threading.Event(), threading.Lock()
         ends: list[ModelAnswer | BaseException] = []
 
@@ -304,7 +309,7 @@ class LocalVerbs:
             raise
         (end,) = ends
         if isinstance(end, ValueError):
-            raise typer.BadParameter(str(end)) from end
+            raise ValueRefused(str(end)) from end
         if isinstance(end, OSError):
             raise CacheError(str(end)) from end
         if isinstance(end, BaseException):

@@ -139,7 +139,7 @@ def _ended(error: Exception) -> int:
     """The line and the exit code of what a verb raised."""
     import typer
 
-    from gateway.cli.client import RequestRefused, SettingsRefused, Unreachable
+    from gateway.cli.client import RequestRefused, SettingsRefused, Unreachable, ValueRefused
     from gateway.terminal import complain
     from modelcache.types import CacheError
 
@@ -154,7 +154,7 @@ def _ended(error: Exception) -> int:
         for line in str(error).splitlines():
             complain(line)
         return 2
-    if isinstance(error, Unreachable | NotOursError):
+    if isinstance(error, ValueRefused | Unreachable | NotOursError):
         complain(str(error))
         return 2
     if isinstance(error, usage_problem):

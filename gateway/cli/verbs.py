@@ -23,7 +23,7 @@ from gateway.cli.base import (
     screen,
 )
 from gateway.cli.model import model_app
-from gateway.terminal import complain, out
+from gateway.terminal import complain, count, out
 from gateway.terminal import version as installed_version
 from loaders.engines.base import EngineName
 
@@ -87,7 +87,7 @@ def tidegate(
     **Look at it:** `tidegate status` shows pools and replicas, `tidegate explain POOL` why there
     are as many as there are.
 
-    **Take over:** `tidegate scale POOL 2` holds a pool at two replicas, `tidegate scale POOL auto`
+    **Take over:** `tidegate scale POOL 1` holds a pool at one replica, `tidegate scale POOL auto`
     gives it back.
 
     **Bring models here ahead of time:** `tidegate model preload MODEL`, `tidegate model ls`.
@@ -286,21 +286,21 @@ def scale(
     from a request: replicas that go finish what they have, and at 0 the next request still wakes
     the pool (`tidegate pool disable` takes it out of service).
 
-    **Examples:** `tidegate scale smollm2 2`, `tidegate scale smollm2 0`,
+    **Examples:** `tidegate scale smollm2 1`, `tidegate scale smollm2 0`,
     `tidegate scale smollm2 auto`
     """
     if replicas != "auto" and not (replicas.isascii() and replicas.isdigit()):
         raise typer.BadParameter(f"{replicas!r} is neither a number from 0 nor auto")
     from gateway.admin.operations import SCALE
 
-    count = None if replicas == "auto" else int(replicas)
-    answer = client.ask(address(admin, config, sets), SCALE, {"replicas": count}, pool=pool)
+    number = None if replicas == "auto" else int(replicas)
+    answer = client.ask(address(admin, config, sets), SCALE, {"replicas": number}, pool=pool)
     if as_json:
         out(as_text(answer))
-    elif count is None:
+    elif number is None:
         out(f"{pool} is scaled by the autoscaler again.\n")
     else:
-        out(f"{pool} is held at {count}; `tidegate scale {pool} auto` gives it back.\n")
+        out(f"{pool} is held at {number}; `tidegate scale {pool} auto` gives it back.\n")
     return 0
 
 
@@ -448,7 +448,7 @@ def config_check(config: Config = None, sets: Sets = None, as_json: AsJson = Fal
     **Examples:** `tidegate config check`, `tidegate config check -c prod.toml -s gateway.port=0`
     """
     from gateway.settings.defaults import load_installed
-    from gateway.settings.load import ConfigError
+    from gateway.settings.load import BUILT_IN, ConfigError
 
     try:
         loaded = load_installed(partial(load, config, sets), given_only=True)
@@ -463,9 +463,14 @@ def config_check(config: Config = None, sets: Sets = None, as_json: AsJson = Fal
         return 0
     for warning in loaded.warnings:
         complain(f"warning: {warning.as_warning()}")
-    given = sum(origin != "default" for origin in loaded.origins.values())
+    given = sum(origin not in {"default", BUILT_IN} for origin in loaded.origins.values())
     source = f"{loaded.path}" if loaded.path else "no file (there is no ./tidegate.toml)"
-    out(f"The settings are valid: {source}, {given} of {len(loaded.origins)} values given.\n")
+    out(f"The settings are valid: {source}, {count(given, 'value')} given.\n")
+    if BUILT_IN in loaded.origins.values():
+        out(
+            "The built-in pool's engine and model were not looked for; `tidegate doctor` does "
+            "that.\n"
+        )
     return 0
 
 

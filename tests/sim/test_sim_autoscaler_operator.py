@@ -86,8 +86,9 @@ def test_scale_to_zero_waits_for_streams_and_requests_still_wake() -> None:
 def test_scale_refuses_what_cannot_be(replicas: int, error: type[Exception]) -> None:
     async def story() -> None:
         async with World([process_pool()], QUICK) as world:
-            with pytest.raises(error, match="0 to 8"):
+            with pytest.raises(error, match="0 to 8") as refused:
                 world.loop.set_replicas("m", replicas)
+            assert replicas < 0 or "`--set pools.m.max_replicas=9`" in str(refused.value)
             with pytest.raises(NotKnown):
                 world.loop.set_replicas("unknown", 1)
             with pytest.raises(NotKnown):

@@ -82,6 +82,8 @@ class ScriptedControl:
     async def scale(self, pool: str, replicas: int | None) -> schema.ScaleAnswer:
         if pool not in {"chat", "org/m 1"}:
             raise NotKnown("pool", pool, ("chat", "org/m 1"))
+        if replicas is not None and replicas > 9:
+            raise ValueError("replicas must be 0 to 9")
         self.scaled.append((pool, replicas))
         return schema.ScaleAnswer(pool=pool, override=replicas)
 
@@ -273,6 +275,15 @@ def test_scale(
     assert tidegate("scale", "org/m 1", count, "--admin", served.url) == 0
     assert served.control.scaled[-1] == ("org/m 1", expected)
     assert says in capsys.readouterr().out
+
+
+def test_a_number_that_is_refused_is_no_wrong_usage(
+    served: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tidegate("scale", "chat", "99", "--admin", served.url) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("tidegate: replicas must be 0 to 9")
+    assert "--help" not in err
 
 
 def test_a_pool_is_taken_out_of_service_and_back(
@@ -564,7 +575,14 @@ def test_a_state_dir_that_cannot_be_written_to_is_one_line(
 
 def test_config_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert tidegate("config", "check") == 0
-    assert "The settings are valid" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "The settings are valid" in out
+    assert "0 values given" in out  # what the built-in pool says, nobody gave
+    assert "`tidegate doctor`" in out  # and it was not looked for
+    assert tidegate("config", "check", "-s", "pools=[]", "-s", "gateway.port=1") == 0
+    out = capsys.readouterr().out
+    assert "2 values given" in out
+    assert "doctor" not in out
     Path("other.toml").write_text("[gateway]\nport = 1\nprot = 2\n", encoding="utf-8")
     assert tidegate("config", "check", "-c", "other.toml", "-s", "gateway.workers=-1") == 2
     out, err = capsys.readouterr()

@@ -199,7 +199,7 @@ def test_what_is_wrong_is_a_line_and_exit_code_2(
     assert chatting(*words) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith("tidegate: Invalid value: ")
+    assert err.startswith("tidegate: ")
     assert line in err
 
 
