@@ -268,7 +268,9 @@ class _PoolRoutes:
         with _known("pool"):
             decisions = self.control.explain(pool)
         newest = decisions[-query.limit :] if query.limit else decisions
-        return schema.ExplainAnswer(pool=pool, decisions=tuple(newest))
+        pools = self.control.status().pools
+        current = next((one for one in pools if pool in (one.name, *one.aliases)), None)
+        return schema.ExplainAnswer(pool=pool, decisions=tuple(newest), current=current)
 
     async def scale(self, pool: str, body: schema.ScaleRequest) -> schema.ScaleAnswer:
         with _known("pool", "replicas"):

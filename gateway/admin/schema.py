@@ -159,7 +159,7 @@ class DecisionEntry(AdminAnswer):
     at_s: float
     desired: int
     supply: int
-    """Replicas that are ready or on their way."""
+    """Replicas that are there, healthy or not, or on their way."""
     reason: ScaleReason
     detail: str
     """The reason in words."""
@@ -381,6 +381,8 @@ class ExplainAnswer(AdminAnswer):
 
     pool: str
     decisions: tuple[PastDecisionEntry, ...]
+    current: PoolEntry | None = None
+    """The pool as it is now, with what fails in it; ``null`` where it has just gone."""
 
 
 class ScaleRequest(AdminRequest):

@@ -131,17 +131,13 @@ def _pools(pools: Iterable[schema.PoolEntry], screen: Screen) -> str:
     )
     for pool in pools:
         enough = pool.ready >= pool.desired
-        others = {
-            state: getattr(pool, state)
-            for state in ("starting", "unhealthy", "draining", "sleeping")
-        }
         tokens = (pool.inflight_tokens, pool.queued_tokens)
         table.add(
             pool.name + (" (removed)" if pool.removed else " (disabled)" if pool.disabled else ""),
             pool.engine,
             (figure(pool.ready), GOOD if enough and pool.ready else BUSY if not enough else ""),
             figure(pool.desired) + (" (held)" if pool.override is not None else ""),
-            ", ".join(f"{number} {state}" for state, number in others.items() if number) or NONE,
+            ", ".join(_not_ready(pool)) or NONE,
             figure(pool.queued_requests),
             figure(pool.inflight_requests),
             figure(None if None in tokens else sum(filter(None, tokens))),
@@ -149,6 +145,12 @@ def _pools(pools: Iterable[schema.PoolEntry], screen: Screen) -> str:
             NONE if pool.wake_eta_s is None else duration(pool.wake_eta_s),
         )
     return table.render(screen)
+
+
+def _not_ready(pool: schema.PoolEntry) -> list[str]:
+    """How many replicas are in each state but ready: ``1 starting``."""
+    states = ("starting", "unhealthy", "draining", "sleeping")
+    return [f"{number} {state}" for state in states if (number := getattr(pool, state))]
 
 
 def _decision(decision: schema.DecisionEntry | None, now_s: float) -> str:
@@ -161,10 +163,18 @@ def _errors(pool: schema.PoolEntry, error: str) -> list[str]:
     """Why a pool's engines fail: what happened, and the engine's own last lines below it."""
     first, *rest = error.strip().splitlines() or [UNKNOWN]
     times = f"{pool.failures} failures in a row" if pool.failures > 1 else "failed"
-    retry = "" if pool.retry_in_s is None else f", next try in {duration(pool.retry_in_s)}"
+    retry = _retry(pool, ", ")
     return [f"{pool.name}: {times}{retry}: {one_line(first)}"] + [
         f"  {one_line(one)}" for one in rest
     ]
+
+
+def _retry(pool: schema.PoolEntry, separator: str) -> str:
+    """When an engine is started again after failures; nothing where none is to be."""
+    if pool.retry_in_s is None or not pool.starting:
+        return ""
+    due = f"next try in {duration(pool.retry_in_s)}" if pool.retry_in_s else "trying again now"
+    return separator + due
 
 
 def _replicas(pools: Iterable[schema.PoolEntry], screen: Screen) -> str:
@@ -184,10 +194,14 @@ def _replicas(pools: Iterable[schema.PoolEntry], screen: Screen) -> str:
 
 
 def _detail(replica: schema.ReplicaEntry) -> str:
-    # An error may bring an engine's log with it: its first line.
-    text = next(iter((replica.error or replica.phase).strip().splitlines()), "")
+    text = _first_line(replica.error or replica.phase)
     outdated = "to be replaced: its start-up arguments have changed"
     return "; ".join(part for part in (text, outdated if replica.outdated else "") if part)
+
+
+def _first_line(text: str) -> str:
+    """An error may bring an engine's log with it: what it begins with."""
+    return next(iter(text.strip().splitlines()), "")
 
 
 def tier_lines(pools: Iterable[schema.PoolEntry]) -> list[str]:
@@ -296,10 +310,11 @@ def explain(answer: schema.ExplainAnswer, screen: Screen, now_s: float) -> str:
     """Why a pool has the replicas it has: the newest decision in full, then how it came to it."""
     if not answer.decisions:
         return f"{answer.pool}: no decision yet.\n"
-    newest = answer.decisions[-1]
+    newest, pool = answer.decisions[-1], answer.current
+    there = [] if pool is None else [f"{figure(pool.ready)} ready", *_not_ready(pool)]
     lines = [
-        f"{answer.pool}: {figure(newest.desired)} desired, {figure(newest.supply)} ready or on "
-        "their way",
+        f"{answer.pool}: {', '.join([f'{figure(newest.desired)} desired', *there])}",
+        *(f"  trouble {one_line(one)}" for one in ([] if pool is None else _troubles(pool))),
         f"  why     {one_line(newest.detail or newest.reason)}",
         f"  signal  {SIGNALS.get(newest.signal, newest.signal)}",
         f"  bound   {BOUNDS.get(newest.bound or '', newest.bound or 'none')}",
@@ -319,6 +334,19 @@ def explain(answer: schema.ExplainAnswer, screen: Screen, now_s: float) -> str:
             one.detail,
         )
     return "\n".join([*lines, "", table.render(screen)])
+
+
+def _troubles(pool: schema.PoolEntry) -> list[str]:
+    """What keeps a pool from having the replicas it shall have: failures, and what is unhealthy."""
+    troubles = []
+    if pool.error:
+        times = "" if pool.failures < 2 else f" {pool.failures} times in a row, at last"
+        troubles.append(f"its engine failed{times}: {_first_line(pool.error)}{_retry(pool, '; ')}")
+    for replica in pool.replicas:
+        if replica.state == "unhealthy":
+            why = f": {_first_line(replica.error)}" if replica.error else ""
+            troubles.append(f"{replica.id} is unhealthy{why}")
+    return troubles
 
 
 SIGNALS = {

@@ -178,6 +178,7 @@ def test_explain(app: Starlette, pool: str) -> None:
     assert [one["desired"] for one in found["decisions"]] == [0, 1, 2, 3, 4]
     newest = call(app, "GET", f"/pools/{pool}/explain?limit=2").json()["decisions"]
     assert [one["desired"] for one in newest] == [3, 4]
+    assert found["current"]["name"] == found["pool"]
 
 
 @pytest.mark.parametrize("limit", ["-1", "0", "x", "1e3", "99999999999", "²"])

@@ -300,7 +300,7 @@ def test_explain(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     assert tidegate("explain", "chat", "--admin", served.url) == 0
     out = capsys.readouterr().out
     for text in (
-        "chat: 1 desired, 1 ready",
+        "chat: 1 desired, 0 ready, 1 starting",
         "why     3 requests are held",
         "signal  requests held in the gateway",
         "bound   none",
@@ -876,6 +876,46 @@ def test_status_of_no_pools() -> None:
     assert "POOL" in tables.status(gateway_status(), PIPE, NOW_S)
     nothing = schema.ExplainAnswer(pool="p", decisions=())
     assert "no decision yet" in tables.explain(nothing, PIPE, NOW_S)
+
+
+def explained(current: schema.PoolEntry) -> list[str]:
+    answer = schema.ExplainAnswer(
+        pool="chat", decisions=(past_decision(desired=1, supply=1),), current=current
+    )
+    return tables.explain(answer, PIPE, NOW_S).splitlines()
+
+
+def test_explain_says_what_fails() -> None:
+    failing = pool(error="CUDA out of\x1b memory\nthe log", failures=4, retry_in_s=4)
+    assert explained(failing)[:2] == [
+        "chat: 1 desired, 0 ready, 1 starting",
+        "  trouble its engine failed 4 times in a row, at last: CUDA out of  memory; "
+        "next try in 4.0 s",
+    ]
+    once = explained(pool(error="it ended", failures=1, retry_in_s=0.0))
+    assert once[1] == "  trouble its engine failed: it ended; trying again now"
+    assert not any("trouble" in line for line in explained(pool()))
+
+
+def test_explain_does_not_count_an_unhealthy_server_as_ready() -> None:
+    dead = pool(
+        starting=0,
+        unhealthy=1,
+        replicas=(replica(id="s-1", state="unhealthy", error="connection refused"),),
+    )
+    assert explained(dead)[:2] == [
+        "chat: 1 desired, 0 ready, 1 unhealthy",
+        "  trouble s-1 is unhealthy: connection refused",
+    ]
+
+
+def test_a_try_under_way_is_not_one_in_no_time() -> None:
+    failing = pool(error="it ended", failures=2, retry_in_s=0.0)
+    text = tables.status(gateway_status(failing), PIPE, NOW_S)
+    assert "chat: 2 failures in a row, trying again now: it ended" in text
+    recovered = pool(error="it ended", failures=2, retry_in_s=0.0, starting=0, ready=1)
+    text = tables.status(gateway_status(recovered), PIPE, NOW_S)
+    assert "chat: 2 failures in a row: it ended" in text
 
 
 def test_banner() -> None:
