@@ -205,8 +205,8 @@ class ReplicaEntry(AdminAnswer):
 
 
 class RecentTraffic(AdminAnswer):
-    """What a pool answered in the last ``window_s`` seconds. Quantiles are read off histograms;
-    ``null``: nothing was measured."""
+    """What a pool answered in the last ``window_s`` seconds. Means are exact; quantiles are read
+    off histograms, and say little of few values. ``null``: nothing was measured."""
 
     window_s: float
     requests_per_s: float
@@ -215,11 +215,17 @@ class RecentTraffic(AdminAnswer):
     """Those that an engine or the gateway answered with an error."""
     prompt_tokens_per_s: float
     generation_tokens_per_s: float
-    ttft_p50_s: float | None
+    ttft_count: int
+    """Streams whose first byte came."""
+    ttft_mean_s: float | None
     """Request read to first byte, of streams."""
+    ttft_p50_s: float | None
     ttft_p95_s: float | None
+    itl_count: int
+    """Pauses between two tokens of a stream."""
+    itl_mean_s: float | None
+    """How long they were."""
     itl_p50_s: float | None
-    """Between two tokens of a stream."""
     itl_p95_s: float | None
 
 

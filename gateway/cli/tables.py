@@ -38,6 +38,8 @@ STATE_STYLES = {
 TIER_STYLES = {"running": GOOD, "sleeping": GOOD, "paged": GOOD, "forked": GOOD, "on_disk": "cyan"}
 PEERS_NAMED = 5
 """Peers that are named where they are not reached; of more the number is enough."""
+FEW = 20
+"""Of fewer values a mean is shown: a 95th percentile would be the largest of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,7 +228,8 @@ def tier_lines(pools: Iterable[schema.PoolEntry]) -> list[str]:
 
 def traffic_lines(pools: Iterable[schema.PoolEntry]) -> list[str]:
     """A line for each pool that had requests in the last minute: ``chat: 2.1 requests/s, first
-    token in 210 ms (p95 1.2 s), 24 ms between tokens, 310 prompt and 140 output tokens/s``."""
+    token in 210 ms (p95 1.2 s), 24 ms between tokens, 310 prompt and 140 output tokens/s``. Times
+    are medians; of few values, where a histogram's quantiles are only its bounds, the mean."""
     lines = []
     for pool in pools:
         seen = pool.recent
@@ -235,11 +238,16 @@ def traffic_lines(pools: Iterable[schema.PoolEntry]) -> list[str]:
         parts = [f"{seen.requests_per_s:.3g} requests/s"]
         if seen.errors_per_s:
             parts[0] += f" ({seen.errors_per_s:.3g}/s failed)"
-        if seen.ttft_p50_s is not None:
-            late = _brief(seen.ttft_p95_s)
-            parts.append(f"first token in {_brief(seen.ttft_p50_s)} (p95 {late})")
-        if seen.itl_p50_s is not None:
-            parts.append(f"{_brief(seen.itl_p50_s)} between tokens")
+        if seen.ttft_mean_s is not None:
+            few = seen.ttft_count < FEW
+            first = f"first token in {_brief(seen.ttft_mean_s if few else seen.ttft_p50_s)} "
+            parts.append(
+                first
+                + (f"(mean of {seen.ttft_count})" if few else f"(p95 {_brief(seen.ttft_p95_s)})")
+            )
+        if seen.itl_mean_s is not None:
+            pause_s = seen.itl_mean_s if seen.itl_count < FEW else seen.itl_p50_s
+            parts.append(f"{_brief(pause_s)} between tokens")
         parts.append(
             f"{seen.prompt_tokens_per_s:,.0f} prompt and "
             f"{seen.generation_tokens_per_s:,.0f} output tokens/s"

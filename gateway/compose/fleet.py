@@ -29,12 +29,15 @@ _ENDS = (metrics.OK, metrics.CLIENT_ERROR, metrics.CANCELLED, *_ERRORS)
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """A pool's counters at one moment: those of requests, and the buckets of two histograms."""
+    """A pool's counters at one moment: those of requests, and the buckets and sums of two
+    histograms."""
 
     at_s: float
     counts: list[int]
     ttft: list[int]
+    ttft_sum_s: float
     itl: list[int]
+    itl_sum_s: float
 
 
 class FleetBook:
@@ -163,14 +166,19 @@ class FleetBook:
             return round(sum(now.counts[i] - old.counts[i] for i in indexes) / window_s, 3)
 
         ttft, itl = _minus(now.ttft, old.ttft), _minus(now.itl, old.itl)
+        ttft_count, itl_count = sum(ttft), sum(itl)
         return RecentTraffic(
             window_s=round(window_s, 3),
             requests_per_s=rate(*_ENDS),
             errors_per_s=rate(*_ERRORS),
             prompt_tokens_per_s=rate(metrics.PROMPT_TOKENS),
             generation_tokens_per_s=rate(metrics.OUTPUT_TOKENS),
+            ttft_count=ttft_count,
+            ttft_mean_s=_mean(now.ttft_sum_s - old.ttft_sum_s, ttft_count),
             ttft_p50_s=metrics.quantile(metrics.TTFT, ttft, 0.5),
             ttft_p95_s=metrics.quantile(metrics.TTFT, ttft, 0.95),
+            itl_count=itl_count,
+            itl_mean_s=_mean(now.itl_sum_s - old.itl_sum_s, itl_count),
             itl_p50_s=metrics.quantile(metrics.ITL, itl, 0.5),
             itl_p95_s=metrics.quantile(metrics.ITL, itl, 0.95),
         )
@@ -193,7 +201,9 @@ class FleetBook:
             at_s=now_s,
             counts=counts[: metrics.RESPONSE_BYTES],
             ttft=[sum(column) for column in zip(*streams, strict=True)],
+            ttft_sum_s=sum(self._shared.pool_sum(slot, histogram) for histogram in _STREAMS),
             itl=counts[buckets_of(metrics.ITL)],
+            itl_sum_s=self._shared.pool_sum(slot, metrics.ITL),
         )
 
     def check_integrity(self) -> None:
@@ -203,6 +213,10 @@ class FleetBook:
             raise AssertionError(f"a slot is used twice: {self._slots}, {self._retiring}")
         if len(set(pools)) != len(pools) or set(self._retiring_pools) & set(pools):
             raise AssertionError(f"a pool's slot is used twice: {self._pool_slots}")
+
+
+def _mean(total: float, count: int) -> float | None:
+    return total / count if count > 0 else None
 
 
 def _minus(now: list[int], old: list[int]) -> list[int]:

@@ -983,7 +983,8 @@ def test_a_line_for_each_pool_that_had_requests() -> None:
         values: dict[str, Any] = {
             "window_s": 60.0, "requests_per_s": 2.12, "errors_per_s": 0.0,
             "prompt_tokens_per_s": 310.04, "generation_tokens_per_s": 1400.0,
-            "ttft_p50_s": 0.2104, "ttft_p95_s": 12.0, "itl_p50_s": 0.0237, "itl_p95_s": 0.1,
+            "ttft_count": 20, "ttft_mean_s": 0.3, "ttft_p50_s": 0.2104, "ttft_p95_s": 12.0,
+            "itl_count": 500, "itl_mean_s": 0.03, "itl_p50_s": 0.0237, "itl_p95_s": 0.1,
         }  # fmt: skip
         return RecentTraffic(**(values | given))
 
@@ -991,12 +992,20 @@ def test_a_line_for_each_pool_that_had_requests() -> None:
         pool(name="new", recent=None),
         pool(name="idle", recent=seen(requests_per_s=0.0)),
         pool(name="chat", recent=seen()),
-        pool(name="bad", recent=seen(errors_per_s=1.5, ttft_p50_s=None, itl_p50_s=None)),
+        pool(name="bad", recent=seen(errors_per_s=1.5, ttft_mean_s=None, itl_mean_s=None)),
+        pool(
+            name="one",
+            recent=seen(
+                ttft_count=1, ttft_mean_s=42.0, ttft_p50_s=60.0, ttft_p95_s=78.0, itl_count=19
+            ),
+        ),
     ]
     assert tables.traffic_lines(pools) == [
         "chat: 2.12 requests/s, first token in 210 ms (p95 12 s), 23.7 ms between tokens, "
         "310 prompt and 1,400 output tokens/s",
         "bad: 2.12 requests/s (1.5/s failed), 310 prompt and 1,400 output tokens/s",
+        "one: 2.12 requests/s, first token in 42 s (mean of 1), 30 ms between tokens, "
+        "310 prompt and 1,400 output tokens/s",
     ]
 
 

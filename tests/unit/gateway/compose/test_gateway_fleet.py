@@ -91,7 +91,7 @@ def test_what_a_pool_answered_in_the_last_minute() -> None:
     seen = book.recent_traffic("a")
     assert seen is not None
     assert seen.requests_per_s == 0
-    assert seen.ttft_p50_s is None
+    assert (seen.ttft_p50_s, seen.ttft_mean_s, seen.ttft_count) == (None, None, 0)
     answer(27)
     answer(3, failed=True)
     now += 1.0
@@ -105,6 +105,9 @@ def test_what_a_pool_answered_in_the_last_minute() -> None:
     assert seen.ttft_p50_s == pytest.approx(0.035)
     assert seen.ttft_p95_s == pytest.approx(0.02 + 0.95 * 0.03)
     assert seen.itl_p50_s == pytest.approx(0.0225)
+    assert (seen.ttft_count, seen.itl_count) == (60, 1800)
+    assert seen.ttft_mean_s == pytest.approx(0.04)
+    assert seen.itl_mean_s == pytest.approx(0.022)
     assert book.recent_traffic("b") is None
 
 
