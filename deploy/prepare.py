@@ -210,7 +210,8 @@ def _announce(pending: Sequence[Step]) -> None:
 def locked(state: Path) -> Iterator[int]:
     """One preparation at a time. Commands under way hold the lock too, so that one which outlives
     us, because we were killed, is waited for and not joined by a second."""
-    state.mkdir(parents=True, exist_ok=True)
+    # Tidegate's state lies there too, and that is its user's alone.
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (state / "setup.lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -90,10 +90,10 @@ def check_address(address: str) -> str:
 
 
 def find_listener(admin: str | None, load: Callable[[], Settings]) -> Listener:
-    """The listener that is asked: the one that ``admin`` names, else that of what runs with this
-    state directory, else the one in the settings. What runs here is asked over its socket where it
-    has one, which only its user can connect to."""
-    from gateway.compose.listeners import find_running, make_url
+    """The listener that is asked: the one that ``admin`` names, else that of what runs or starts
+    with this state directory, else the one in the settings. What runs here is asked over its socket
+    where it has one, which only its user can connect to."""
+    from gateway.compose.listeners import find_running, find_socket, make_url
 
     url = None if admin is None else check_address(admin)
     if url is not None and url.startswith(UNIX):
@@ -104,6 +104,8 @@ def find_listener(admin: str | None, load: Callable[[], Settings]) -> Listener:
         if running.admin_socket is not None:
             return Listener(url=f"{UNIX}{running.admin_socket}")
         url = running.admin_url
+    elif running is None and url is None and (own := find_socket(settings.state_dir)) is not None:
+        return Listener(url=f"{UNIX}{own}")
     gateway = settings.gateway
     url = url or make_url(gateway.admin_host, gateway.admin_port)
     return Listener(url=url, token=_find_token(settings))
@@ -208,8 +210,8 @@ def _refusal(text: str | bytes, otherwise: str) -> Exception:
     if error.code == "unauthorized":
         return RequestRefused(
             f"{otherwise}: it wants its token. Run this with the state directory of the Tidegate "
-            f"that is meant, or put its token into {TOKEN_VARIABLE} (or a file, "
-            "gateway.admin_token_file)"
+            "that is meant (one that is starting takes a moment), or put its token into "
+            f"{TOKEN_VARIABLE} (or a file, gateway.admin_token_file)"
         )
     if error.code == "bad_value":
         return ValueRefused(error.message)

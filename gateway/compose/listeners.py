@@ -17,6 +17,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from gateway.settings.errors import Problem, show
 from gateway.settings.load import ConfigError, LoadedSettings
@@ -156,6 +157,27 @@ def naming_origins(loaded: LoadedSettings) -> Iterator[None]:
         raise ConfigError(problems) from error
 
 
+@contextlib.contextmanager
+def naming_this_one(state_dir: Path) -> Iterator[None]:
+    """A port that is taken by the Tidegate that runs with this very state directory: then it is a
+    ``ClaimError`` that says so."""
+    try:
+        yield
+    except ConfigError as error:
+        running = read_record(state_dir)
+        cause = error.__cause__
+        in_use = isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE
+        if running is None or not in_use or running.pid == os.getpid():
+            raise
+        its_ports = {str(urlsplit(one).port) for one in (running.url, running.admin_url)}
+        if error.problems[0].value not in its_ports:
+            raise
+        raise ClaimError(
+            f"Tidegate already runs here (process {running.pid}, {running.url}): "
+            "see `tidegate status`"
+        ) from error
+
+
 def url(listener: socket.socket) -> str:
     """Where a listening socket is reached from this machine."""
     host, port = listener.getsockname()[:2]
@@ -172,7 +194,7 @@ def make_url(host: str, port: int, scheme: str = "http") -> str:
 
 
 class ClaimError(Exception):
-    """The state directory is another agent's that is running, or cannot be locked; the message
+    """The state directory is that of another that is running, or cannot be locked; the message
     says which."""
 
 
@@ -243,6 +265,19 @@ def read_record(state_dir: Path, name: str = RECORD_NAME) -> Running | None:
 def find_running(state_dir: Path) -> Running | None:
     """The Tidegate that runs with this state directory, else the cache agent."""
     return read_record(state_dir) or read_record(state_dir, AGENT_NAME)
+
+
+def find_socket(state_dir: Path) -> Path | None:
+    """The admin socket of what takes connections here without a record: it is starting or ending,
+    or could not leave one."""
+    for name in SOCKET_NAMES.values():
+        path = state_dir.absolute() / name
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            with socket_path(path) as address:
+                probe.settimeout(1.0)
+                probe.connect(address)
+            return path
+    return None
 
 
 def remove_record(state_dir: Path, pid: int, name: str = RECORD_NAME) -> None:

@@ -18,7 +18,9 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -55,12 +57,14 @@ from gateway.compose.engines import (
 from gateway.compose.fleet import FleetBook
 from gateway.compose.listeners import (
     RECORD_NAME,
+    ClaimError,
     Running,
     admin_listeners,
     leave_record,
     listen,
     make_url,
     naming_origins,
+    naming_this_one,
     remove_record,
     url,
 )
@@ -103,9 +107,9 @@ def run(loaded: LoadedSettings, read_again: Callable[[], LoadedSettings]) -> int
     if settings.modelcache.dir is not None:
         check_writable(loaded, "modelcache.dir", cache_dir(settings), may_be_full=True)
     try:
-        with naming_origins(loaded):
+        with naming_origins(loaded), naming_this_one(settings.state_dir):
             return asyncio.run(_run(settings, read_again))
-    except (BackendError, CacheError) as error:
+    except (BackendError, CacheError, ClaimError) as error:
         complain(str(error))
         return 2
 
@@ -348,8 +352,20 @@ def banner(url: str, admin_url: str, pools: Sequence[PoolSettings]) -> str:
         lines.append("  No pool is configured; see tidegate.example.toml.")
     else:
         lines += ["", "Try it:", "", f"  {_curl(url, pools[0].name)}"]
-    lines += ["", "Watch it with `tidegate status --watch`; stop it with Ctrl-C.", ""]
+    lines += ["", f"Watch it with `{_own_command()} status --watch`; stop it with Ctrl-C.", ""]
     return "\n".join(lines)
+
+
+def _own_command() -> str:
+    """This command as a shell in this directory finds it, also where it is not in the PATH."""
+    started = sys.argv[0]
+    found = shutil.which("tidegate")
+    if Path(started).name != "tidegate" or (found and os.path.samefile(found, started)):
+        return "tidegate"
+    path = Path(os.path.abspath(started))
+    return shlex.quote(
+        str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    )
 
 
 def _curl(url: str, model: str) -> str:
@@ -414,6 +430,12 @@ async def _live(
         status = 1
     finally:
         complain("stopping: answers under way are finished; Ctrl-C again to cut them")
+        keep_s = tidegate.settings.autoscaler.keep_engines_s
+        if keep.is_set() and keep_s:
+            complain(
+                f"the engines stay for {keep_s:g} s more; a `tidegate up` here in that time takes "
+                "them over"
+            )
         await _stop(tidegate, looping, hurry, keep=keep.is_set())
         admin_stop.set()
         await asyncio.wait({admin}, timeout=10)

@@ -55,6 +55,12 @@ class Settings(BaseModel):
 def find_warnings(settings: Settings) -> Iterator[tuple[str, str]]:
     """What is allowed but probably not meant, each as (dotted path, what to think about)."""
     gateway = settings.gateway
+    if not is_loopback(gateway.host):
+        yield (
+            "gateway.host",
+            f"{gateway.host} is reachable from other machines, and clients are not authenticated; "
+            "put a proxy that does it in front",
+        )
     if not is_loopback(gateway.admin_host):
         yield (
             "gateway.admin_host",

@@ -186,6 +186,7 @@ def test_sigquit_finishes_what_there_is_and_leaves_the_engines(tmp_path: Path) -
 
         text_of(run(first, story))
         assert first.process.wait(60) == 0
+        assert "the engines stay for 60 s" in first.log()
         with up(tmp_path, pools=pools) as second:
             assert engines(second, "one") == before
             assert second.starts("one") == 0

@@ -172,9 +172,10 @@ def test_a_second_preparation_waits_for_the_first(prepare: ModuleType, tmp_path:
     code = (
         f"import sys; sys.path.insert(0, {str(prepare.DEPLOY)!r})\n"
         "import pathlib, prepare\n"
-        f"with prepare.locked(pathlib.Path({str(tmp_path)!r})): print('in', flush=True)\n"
+        f"with prepare.locked(pathlib.Path({str(tmp_path / 'state')!r})): print('in', flush=True)\n"
     )
-    with prepare.locked(tmp_path):
+    with prepare.locked(tmp_path / "state"):
+        assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         assert "waiting" in process.stdout.readline()

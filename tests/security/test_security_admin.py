@@ -179,6 +179,8 @@ def test_the_socket_is_the_owners_whatever_its_path_is_long(
             mode = path.stat().st_mode
             assert stat.S_ISSOCK(mode)
             assert stat.S_IMODE(mode) == 0o600
+            starting = client.find_listener(None, lambda: Settings(state_dir=state_dir))
+            assert (starting.url, starting.token) == (f"unix:{path}", ""), "before its record"
             leave_record(state_dir, Running(pid=os.getpid(), url="", admin_url=served.url))
             listener = client.find_listener(None, lambda: Settings(state_dir=state_dir))
             assert (listener.url, listener.token) == (f"unix:{path}", "")

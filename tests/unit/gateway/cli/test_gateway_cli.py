@@ -940,6 +940,19 @@ def test_banner() -> None:
     assert body["messages"]
 
 
+def test_banner_names_the_command_as_this_shell_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = tmp_path / ".venv" / "bin" / "tidegate"
+    command.parent.mkdir(parents=True)
+    command.touch(0o755)
+    monkeypatch.setattr(sys, "argv", [str(command), "up"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "`.venv/bin/tidegate status --watch`" in banner("http://h", "http://a", [])
+    monkeypatch.setenv("PATH", str(command.parent))
+    assert "`tidegate status --watch`" in banner("http://h", "http://a", [])
+
+
 def test_banner_without_pools() -> None:
     text = banner("http://h", "http://a", [])
     assert "No pool is configured" in text

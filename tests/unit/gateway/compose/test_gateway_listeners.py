@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from pathlib import Path
 
 import pytest
 
-from gateway.compose.listeners import listen, naming_origins
+from gateway.compose.listeners import (
+    ClaimError,
+    Running,
+    leave_record,
+    listen,
+    naming_origins,
+    naming_this_one,
+)
 from gateway.settings.load import ConfigError, load
 
 
@@ -19,6 +28,25 @@ def test_a_port_in_use_is_one_clear_line(shared_by: int | None) -> None:
     (line,) = [str(problem) for problem in caught.value.problems]
     assert f"cannot listen on 127.0.0.1:{port}" in line
     assert "gateway.port" in line
+
+
+def test_a_port_in_use_by_the_tidegate_of_this_directory_is_told_so(tmp_path: Path) -> None:
+    def take(port: int) -> None:
+        with naming_this_one(tmp_path):
+            listen("127.0.0.1", port, field="gateway.port")
+
+    with socket.create_server(("127.0.0.1", 0)) as own:
+        url, pid = f"http://127.0.0.1:{own.getsockname()[1]}", os.getppid()
+        with pytest.raises(ConfigError, match="another program"):
+            take(own.getsockname()[1])
+        leave_record(tmp_path, Running(pid=pid, url=url, admin_url="http://127.0.0.1:1"))
+        with pytest.raises(ClaimError, match=f"already runs here .process {pid}, {url}.*status"):
+            take(own.getsockname()[1])
+    with (
+        socket.create_server(("127.0.0.1", 0)) as other,
+        pytest.raises(ConfigError, match="another program"),
+    ):
+        take(other.getsockname()[1])
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])

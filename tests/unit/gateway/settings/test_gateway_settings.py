@@ -157,9 +157,10 @@ def test_warnings() -> None:
     quiet = Settings.model_validate({"pools": [POOL]})
     assert list(find_warnings(quiet)) == []
     loud = Settings.model_validate(
-        {"gateway": {"admin_host": "0.0.0.0", "admin_allowed_hosts": ["*"]}}
+        {"gateway": {"host": "::", "admin_host": "0.0.0.0", "admin_allowed_hosts": ["*"]}}
     )
     assert [path for path, _ in find_warnings(loud)] == [
+        "gateway.host",
         "gateway.admin_host",
         "gateway.admin_allowed_hosts",
         "pools",
