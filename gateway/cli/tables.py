@@ -207,18 +207,20 @@ def _first_line(text: str) -> str:
 
 
 def tier_lines(pools: Iterable[schema.PoolEntry]) -> list[str]:
-    """A line for each pool with tiers: measured wakes from hot to cold, and when the next step down
-    is due: ``chat: wakes from forked in 3.1 s, paged in 5.2 s; colder in 4 min``."""
+    """A line for each pool with tiers: medians of its last wakes from hot to cold, and when the
+    next step down is due: ``chat: wakes from forked in 3.1 s, paged in 5.2 s; colder in 4 min``."""
     lines = []
     for pool in pools:
-        wakes = [
-            one.tier + ("" if one.wake_s is None else f" in {duration(one.wake_s)}")
-            for one in pool.tiers
-            if one.available
+        known = [one for one in pool.tiers if one.available]
+        measured = [
+            f"{one.tier} in {duration(one.wake_s)}" for one in known if one.wake_s is not None
         ]
-        if not wakes:
+        others = [one.tier for one in known if one.wake_s is None]
+        parts = [", ".join(measured)] if measured else []
+        parts += [f"{', '.join(others)}: not measured yet"] if others else []
+        if not parts:
             continue
-        text = f"{pool.name}: wakes from {', '.join(wakes)}"
+        text = f"{pool.name}: wakes from {'; '.join(parts)}"
         if pool.step_down_in_s is not None:
             text += f"; colder in {duration(pool.step_down_in_s)}"
         text += "".join(f"; not {one.tier}: {one.why_not}" for one in pool.tiers if one.why_not)

@@ -233,8 +233,9 @@ def status(
 
     DESIRED is what the autoscaler decided; "(held)" after it means an operator did. QUEUED requests
     wait in the gateway, INFLIGHT ones are with an engine, TOKENS are estimates of both. WAKE is how
-    long a start takes, measured from earlier ones. A `?` is unknown, which is not zero. Of a cache
-    agent it shows its peers, disk use and traffic.
+    long the next start takes at most: the longest of the last ones from the tier it is in, or from
+    the nearest that was measured; "wakes from" has their medians. A `?` is unknown, which is not
+    zero. Of a cache agent it shows its peers, disk use and traffic.
 
     **Examples:** `tidegate status`, `tidegate status --watch`,
     `tidegate status --json | jq '.pools[].ready'`

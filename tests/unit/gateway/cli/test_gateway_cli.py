@@ -968,7 +968,7 @@ def tier(name: str, **given: Any) -> TierReport:
     [
         (
             {"tiers": (tier("forked", wake_s=3.14), tier("paged", wake_s=5.2), tier("on_disk"))},
-            ["chat: wakes from forked in 3.1 s, paged in 5.2 s, on_disk"],
+            ["chat: wakes from forked in 3.1 s, paged in 5.2 s; on_disk: not measured yet"],
         ),
         (
             {"tiers": (tier("sleeping", wake_s=0.4),), "step_down_in_s": 250.0},
@@ -981,7 +981,14 @@ def tier(name: str, **given: Any) -> TierReport:
                     tier("on_disk"),
                 )
             },
-            ["chat: wakes from on_disk; not sleeping: the engine has no  [1m/sleep"],
+            [
+                "chat: wakes from on_disk: not measured yet; "
+                "not sleeping: the engine has no  [1m/sleep"
+            ],
+        ),
+        (
+            {"tiers": (tier("forked"), tier("paged"), tier("on_disk", wake_s=45.0))},
+            ["chat: wakes from on_disk in 45 s; forked, paged: not measured yet"],
         ),
         ({"tiers": ()}, []),
         ({"tiers": (tier("forked", available=False),)}, []),
