@@ -171,8 +171,8 @@ class LiveControl:
 
     async def scale(self, pool: str, replicas: int | None) -> schema.ScaleAnswer:
         """Hold the pool at this many replicas; ``None`` gives it back to the autoscaler."""
-        self._loop.set_replicas(pool, replicas)
-        return schema.ScaleAnswer(pool=pool, override=replicas)
+        report = self._loop.set_replicas(pool, replicas)
+        return schema.ScaleAnswer(pool=pool, override=replicas, disabled=report.disabled)
 
     async def sleep(self, pool: str, level: int) -> schema.SleepAnswer:
         """Put the pool's ready replicas to sleep: level 1 keeps weights in host memory, 2 drops

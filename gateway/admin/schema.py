@@ -403,6 +403,8 @@ class ScaleAnswer(AdminAnswer):
 
     pool: str
     override: int | None
+    disabled: bool = False
+    """The pool is out of service: the number counts from its ``enable`` on."""
 
 
 class SleepRequest(AdminRequest):

@@ -298,6 +298,9 @@ def scale(
     answer = client.ask(address(admin, config, sets), SCALE, {"replicas": number}, pool=pool)
     if as_json:
         out(as_text(answer))
+    elif answer.disabled:
+        how = "scaled by the autoscaler" if number is None else f"held at {number}"
+        out(f"{pool} is out of service: {how} from `tidegate pool enable {pool}` on.\n")
     elif number is None:
         out(f"{pool} is scaled by the autoscaler again.\n")
     else:

@@ -66,6 +66,7 @@ class ScriptedControl:
     def __init__(self) -> None:
         self.scaled: list[tuple[str, int | str | None]] = []
         self.mistakes: list[str] = []
+        self.disabled = False
 
     def status(self) -> schema.GatewayStatus:
         return STATUS
@@ -85,7 +86,7 @@ class ScriptedControl:
         if replicas is not None and replicas > 9:
             raise ValueError("replicas must be 0 to 9")
         self.scaled.append((pool, replicas))
-        return schema.ScaleAnswer(pool=pool, override=replicas)
+        return schema.ScaleAnswer(pool=pool, override=replicas, disabled=self.disabled)
 
     async def set_disabled(self, pool: str, *, disabled: bool) -> schema.ServiceAnswer:
         self.scaled.append((pool, "disabled" if disabled else "enabled"))
@@ -284,6 +285,21 @@ def test_a_number_that_is_refused_is_no_wrong_usage(
     err = capsys.readouterr().err
     assert err.startswith("tidegate: replicas must be 0 to 9")
     assert "--help" not in err
+
+
+@pytest.mark.parametrize(("number", "how"), [("1", "held at 1"), ("auto", "scaled by the")])
+def test_scale_says_that_a_pool_is_out_of_service(
+    served: Served,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: str,
+    how: str,
+) -> None:
+    monkeypatch.setattr(served.control, "disabled", True)
+    assert tidegate("scale", "chat", number, "--admin", served.url) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"chat is out of service: {how}")
+    assert out.endswith("from `tidegate pool enable chat` on.\n")
 
 
 def test_a_pool_is_taken_out_of_service_and_back(
