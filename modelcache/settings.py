@@ -199,8 +199,8 @@ class ModelCacheSettings(BaseModel):
     bundles: dict[str, dict[BundleName, Sha256]] = Field(default_factory=dict)
     """Compiled code that a model's store ships and engines here may run: SHA-256 by the name of the
     file below ``tidegate-bundles`` (without ``.tar``), by the model as pools name it. ``tidegate
-    model bundle`` prints what to write. No other is fetched or used: whoever can write to a store
-    could run code here."""
+    model bundle`` prints what to write. No other is fetched or used: anyone who can write to a
+    store could run code here."""
 
     @field_validator("peer_names")
     @classmethod

@@ -1,9 +1,9 @@
 """The server of the admin API: connections, and what is done where there are too many.
 
-uvicorn speaks HTTP. Connections are accepted here, for nobody has shown a token yet who opens one:
-each has a time limit for its heads, and where there is no room for a new one the oldest on which
-nothing is asked makes it. So connections that ask nothing cannot keep a probe or a scrape out,
-however many there are.
+uvicorn speaks HTTP. Connections are accepted here, because a client that opens one has shown no
+token yet: each has a time limit for its heads, and where there is no room for a new one the oldest
+on which nothing is asked makes it. So connections that ask nothing cannot keep a probe or a scrape
+out, however many there are.
 """
 
 from __future__ import annotations

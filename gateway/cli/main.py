@@ -88,7 +88,7 @@ def leave_on(numbers: set[signal.Signals], code: int) -> None:
 def be_init() -> None:
     """Be process 1 of a container, and run the command in a child; returns in the child only.
 
-    The kernel makes process 1 the parent of every orphan: somebody has to take note of their ends.
+    The kernel makes process 1 the parent of every orphan, and it has to reap each that ends.
     Signals are passed on, and this ends as the child does.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*ENDING, signal.SIGCHLD})

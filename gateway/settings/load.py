@@ -426,7 +426,7 @@ def _lowered(parts: Parts) -> Parts:
 
 def find_service_links(environ: Mapping[str, str]) -> set[str]:
     """The variables by which Kubernetes tells of the services of a namespace: named after
-    services, they may be called like anything, and are meant for nobody here."""
+    services, they may be called like anything, and are not meant for Tidegate."""
     found = set()
     for name, value in environ.items():
         link = SERVICE_LINK.fullmatch(name)

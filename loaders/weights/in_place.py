@@ -8,7 +8,7 @@ copied once, and what is checked is what the model has. All else that torch does
 reads the mapping, and then what no copy has hashed is read for its checksum.
 
 A process that touches a mapping of a file that was cut short is ended (``SIGBUS``). Files are
-mapped only under a read lease, by which the kernel lets nobody write or cut them meanwhile; where
+mapped only under a read lease, by which the kernel lets no one write or cut them meanwhile; where
 it gives none (another's file, one open for writing, a network's), the file is not mapped.
 """
 
@@ -82,7 +82,7 @@ class InPlaceCopies:
         self._helpers = _Helpers()
 
     def map(self, file: OpenFile, reader: WeightReader) -> WarmFile | None:
-        """``file`` if it is warm and stays as it is: nobody else can write it from now on, until it
+        """``file`` if it is warm and stays as it is: no one else can write it from now on, until it
         is closed and the last tensor of it gone."""
         if reader.how == "direct":
             return None
@@ -286,7 +286,7 @@ def _lease(fd: int) -> bool:
     """Have the kernel keep others from writing to an open file; it goes when the file is closed and
     no longer mapped."""
     try:
-        # Told that another waits to write, by a signal that nobody minds; SIGIO would end us.
+        # That another waits to write is told by a signal, which is ignored; SIGIO would end us.
         fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError:

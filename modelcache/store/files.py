@@ -1,7 +1,7 @@
 """Files written so that they are whole or not there, and blocks shared instead of copied.
 
 Directories and files are made for our user alone, whatever the umask: what is copied here may have
-been its owner's alone, and whoever can open a lock file for reading can lock it.
+been its owner's alone, and anyone who can open a lock file for reading can lock it.
 """
 
 from __future__ import annotations

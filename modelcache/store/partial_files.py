@@ -201,7 +201,7 @@ class Partial:
             return sum(self._beginnings.values())
 
     def keep(self, index: int, size_bytes: int) -> None:
-        """Count the first bytes of piece ``index`` as there, for whoever fetches the rest. Nothing
+        """Count the first bytes of piece ``index`` as there, for the fetch of the rest. Nothing
         to do for a piece that is committed, or for fewer than are there."""
         with self._lock:
             if index in self._pieces or size_bytes <= self._beginnings.get(index, 0):

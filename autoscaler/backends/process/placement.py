@@ -103,7 +103,7 @@ def reserve_port(port: int = 0) -> socket.socket:
     """A port that no other user can bind until this is closed; 0 for any free one.
 
     It is bound and does not listen. Engines bind it too (SO_REUSEPORT), which the kernel grants to
-    processes of one user only, so whoever answers there, now or after an engine has died, is our
+    processes of one user only, so what answers there, now or after an engine has died, is our
     user. Raises ``OSError`` where another has it.
     """
     held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)

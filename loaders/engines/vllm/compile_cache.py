@@ -296,7 +296,7 @@ def bundle_env(root: Path) -> dict[str, str]:
 
 def keep_private(folder: Path) -> None:
     """Make a folder of which engines run what is in it, for our user alone. One that others could
-    enter is emptied unless all in it is ours and nobody else may write there.
+    enter is emptied unless all in it is ours and no one else may write there.
 
     Raises ``CacheError`` where it is another user's, ``OSError``.
     """
