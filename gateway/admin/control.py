@@ -139,6 +139,8 @@ class LiveControl:
         obstacle."""
         if self._workers.all_listening:
             return True, "accepting requests"
+        if self._workers.is_draining():
+            return False, "Tidegate is stopping"
         return False, "not every worker listens and responds"
 
     def metrics(self) -> bytes:

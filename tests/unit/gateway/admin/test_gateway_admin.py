@@ -6,6 +6,7 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -20,6 +21,7 @@ from starlette.routing import Route
 from autoscaler.types import NotKnown
 from gateway.admin import schema
 from gateway.admin.app import create_app
+from gateway.admin.control import LiveControl
 from gateway.admin.operations import METRICS_TYPE, OPERATIONS
 from gateway.admin.server import serve_admin
 from gateway.compose.listeners import listen, url
@@ -169,6 +171,27 @@ def test_ready_and_not_ready(app: Starlette, control: RecordingControl) -> None:
     check_error(answer, 503, "not_ready")
     assert answer.json()["error"]["message"] == "not every worker is listening"
     assert call(app, "GET", "/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("listening", "draining", "ready", "says"),
+    [
+        (True, False, True, "accepting"),
+        (False, False, False, "not every worker"),
+        (False, True, False, "Tidegate is stopping"),
+    ],
+)
+def test_readiness_says_why_not(listening: bool, draining: bool, ready: bool, says: str) -> None:
+    unused: Any = SimpleNamespace()
+    workers: Any = SimpleNamespace(all_listening=listening, is_draining=lambda: draining)
+    control = LiveControl(
+        loop=unused, workers=workers, version="1", url="", admin_url="", clock=lambda: 0.0,
+        observe=unused, pool_slots=unused, replica_slots=unused, recent=unused, traffic=unused,
+        forks=unused, reload=unused,
+    )  # fmt: skip
+    found, reason = control.ready()
+    assert found is ready
+    assert says in reason
 
 
 @pytest.mark.parametrize("pool", ["chat", "org%2Fmodel%201.5", "org/model%201.5"])
