@@ -33,12 +33,12 @@ def recommend(policy: PoolPolicy, demand: WindowedDemand) -> WindowRecommendatio
     tokens, requests = policy.target_inflight_tokens, policy.max_inflight_requests
     stable_s, panic_s = policy.stable_window_s, policy.panic_window_s
     stable = larger(
-        divide(demand.stable_tokens, tokens, Signal.STABLE_TOKENS, "tokens", stable_s),
-        divide(demand.stable_requests, requests, Signal.STABLE_REQUESTS, "requests", stable_s),
+        divide(demand.stable_tokens, tokens, Signal.STABLE_TOKENS, "token", stable_s),
+        divide(demand.stable_requests, requests, Signal.STABLE_REQUESTS, "request", stable_s),
     )
     panic = larger(
-        divide(demand.panic_tokens, tokens, Signal.PANIC_TOKENS, "tokens", panic_s),
-        divide(demand.panic_requests, requests, Signal.PANIC_REQUESTS, "requests", panic_s),
+        divide(demand.panic_tokens, tokens, Signal.PANIC_TOKENS, "token", panic_s),
+        divide(demand.panic_requests, requests, Signal.PANIC_REQUESTS, "request", panic_s),
     )
     return WindowRecommendations(stable=stable, panic=panic)
 
@@ -50,7 +50,8 @@ def divide(
     if mean is None or target is None or not math.isfinite(mean):
         return None
     replicas = math.ceil(max(mean, 0.0) / target - ROUNDING)
-    text = f"{mean:.0f} {noun} in flight and queued over {window_s:g} s, {target} per replica"
+    number = f"{mean:.0f} {noun}" if round(mean) == 1 else f"{mean:.0f} {noun}s"
+    text = f"{number} in flight and queued over {window_s:g} s, {target} per replica"
     return Recommendation(replicas=replicas, signal=signal, text=text)
 
 

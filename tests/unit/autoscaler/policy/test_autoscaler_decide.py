@@ -237,6 +237,15 @@ def test_decision(
     assert (decision.pool, decision.at_s, decision.supply) == ("m", NOW, status.supply)
 
 
+@pytest.mark.parametrize(("number", "noun"), [(0.4, "0 tokens"), (1.2, "1 token"), (5, "5 tokens")])
+def test_one_token_is_not_tokens(number: float, noun: str) -> None:
+    decision, _ = decide(POLICY, PoolStatus(ready=1), known(number), RECENT, NOW)
+    assert decision.detail.startswith(f"{noun} in flight")
+    requests = replace(POLICY, max_inflight_requests=1)
+    decision, _ = decide(requests, PoolStatus(ready=1), known(0, 1), RECENT, NOW)
+    assert decision.detail.startswith("1 request in flight")
+
+
 @pytest.mark.parametrize(
     ("status", "demand", "desired", "reason", "bound"),
     [
