@@ -21,6 +21,9 @@ digest means, so not a setting."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 """A BLAKE3 or a SHA-256 as it is written."""
 
+MOST_SIZE_BYTES = 2**63 - 1
+"""The largest size of a file: what any file system can say."""
+
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """What a file system answers that has no room left."""
 

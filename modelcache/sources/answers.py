@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
 from modelcache.refs import find_path_problem, redact
-from modelcache.types import Listing, ModelRef, NotFound, RemoteFile, SourceError
+from modelcache.types import (
+    MOST_SIZE_BYTES,
+    Listing,
+    ModelRef,
+    NotFound,
+    RemoteFile,
+    SourceError,
+)
 
 MOST_HEAD_BYTES = 65_536
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -22,8 +29,6 @@ MOST_FILES = 100_000
 
 MOST_ERROR_BYTES = 16_384
 """Of the body of an answer that is an error: the code is there."""
-
-MOST_SIZE_BYTES = 2**63 - 1
 
 _CODE = re.compile(r"<Code>\s*([^<]{1,80}?)\s*</Code>")
 _IS_CODE = re.compile(r"[A-Za-z][A-Za-z0-9._-]{1,63}")

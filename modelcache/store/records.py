@@ -21,6 +21,7 @@ from modelcache.store.files import directories, is_locked
 from modelcache.store.layout import REFS, Layout, file_key, result_key, result_url
 from modelcache.types import (
     DIGEST,
+    MOST_SIZE_BYTES,
     SHORT_CHARACTERS,
     CacheError,
     Damaged,
@@ -138,8 +139,8 @@ def _find_problem(body: object) -> str | None:
     if not isinstance(body, Manifest | Fetching):
         return None
     problem = find_path_problem([file.path for file in body.files])
-    if problem is None and any(file.size_bytes < 0 for file in body.files):
-        problem = "lists a file of less than no bytes"
+    if problem is None and not all(0 <= f.size_bytes <= MOST_SIZE_BYTES for f in body.files):
+        problem = "lists a file of a size that there is not"
     digests = [file.digest for file in body.files if isinstance(file, FileEntry)]
     if problem is None and not all(map(DIGEST.fullmatch, digests)):
         problem = "lists a file without a digest"
