@@ -20,6 +20,7 @@ TAIL_BYTES = 8192
 FAILURE_LINES = 15
 
 PIP_PHRASES = (
+    (re.compile(r"\s*Processing (?:\S*/)?([^/\s]+)"), "preparing: {0}"),
     (re.compile(r"\s*Collecting (\S+?)[\s(]"), "looking for {0}"),
     (re.compile(r"\s*Downloading (?:\S+/)?([^/\s]+) \(([^)]+)\)"), "downloading {0} ({1})"),
     (re.compile(r"\s*Using cached (?:\S+/)?([^/\s]+)"), "from the cache: {0}"),
@@ -27,7 +28,7 @@ PIP_PHRASES = (
     (re.compile(r"\s*Installing collected packages: (.+)"), "installing {count} packages"),
     (
         re.compile(r"\s*(?:Attempting uninstall|Found existing|Uninstalling|Successfully un)(.*)"),
-        "installing, over what was there",
+        "replacing a package by the one that is wanted",
     ),
     (re.compile(r"\s*Successfully installed (.+)"), "checking every file"),
     (re.compile(r"\s*(?:Installing|Getting|Preparing|Building) (.+)"), "preparing: {0}"),

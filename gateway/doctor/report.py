@@ -17,7 +17,7 @@ from gateway.compose.process import child_environ
 from gateway.doctor.checks import Check, Status, diagnose_cache, fail, ok, warn
 from gateway.doctor.machine import Machine
 from gateway.settings.schema import Settings
-from gateway.terminal import count
+from gateway.terminal import count, size
 from loaders.engines.base import engine_of
 from loaders.engines.vllm.engine import EngineInstall
 
@@ -169,7 +169,7 @@ def _disk(settings: Settings, machine: Machine) -> Check:
         return warn("disk", "free space is not known", f"look at {settings.state_dir}")
     kept = settings.autoscaler
     logs = kept.log_bytes * kept.log_files * kept.log_replicas * max(1, len(settings.pools))
-    text = f"{_gib(free)} free at {settings.state_dir}; logs take {_gib(logs)} at most"
+    text = f"{size(free)} free at {settings.state_dir}; logs take {size(logs)} at most"
     if free < min(MIN_DISK_BYTES, logs):
         return warn("disk", text, "free space, or lower autoscaler.log_bytes and log_replicas")
     return ok("disk", text)

@@ -315,7 +315,7 @@ def failing(what: str) -> Iterator[None]:
         raise SourceError(f"{what}: {_untrusted(str(reason))}") from None
     except socket.gaierror as error:
         raise SourceError(
-            f"{what}: its host is unknown: {error.strerror}", retryable=True
+            f"{what}: its host is unknown: {error.strerror}; {_NO_HOST}", retryable=True
         ) from None
     except TimeoutError as error:
         raise SourceError(f"{what}: timed out: {error}", retryable=True) from None
@@ -328,6 +328,12 @@ def failing(what: str) -> Iterator[None]:
         if "CERTIFICATE_VERIFY_FAILED" in shown:
             reason = shown.rpartition("failed: ")[2].partition(" (_ssl")[0]
             raise SourceError(f"{what}: {_untrusted(reason)}") from None
+        if (unknown := _find_unknown(error)) is not None:
+            host = error.request.url.host
+            raise SourceError(
+                f"{what}: the host {host}, or the proxy to it, is unknown: {unknown}; {_NO_HOST}",
+                retryable=True,
+            ) from None
         if isinstance(error, httpx.ProxyError):
             if "407" in shown:
                 answers.check_status(407, {}, what)
@@ -335,6 +341,16 @@ def failing(what: str) -> Iterator[None]:
         raise SourceError(f"{what}: {shown}", retryable=True) from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise SourceError(f"{what}: {redact(str(error))}") from None
+
+
+_NO_HOST = "is there a network and DNS, and is HTTPS_PROXY right where one is needed?"
+
+
+def _find_unknown(error: BaseException | None) -> str | None:
+    """Why a name could not be looked up, where that is what is behind this error."""
+    while error is not None and not isinstance(error, socket.gaierror):
+        error = error.__cause__ or error.__context__
+    return None if error is None else str(error.strerror)
 
 
 def _untrusted(reason: str) -> str:

@@ -125,13 +125,14 @@ def test_pip_is_not_led_elsewhere(
 # ── long commands ─────────────────────────────────────────────────────────────────────────────────
 
 PIP_LINES = [
+    ("Processing /tmp/x/wheels/numpy-2-cp311.whl", "preparing: numpy-2-cp311.whl"),
     ("Collecting torch==2.13.0", "looking for torch==2.13.0"),
     ("  Downloading https://x.org/a/torch-2.whl (180.5 MB)", "downloading torch-2.whl (180.5 MB)"),
     ("  Using cached numpy-2-cp311.whl (16 MB)", "from the cache: numpy-2-cp311.whl"),
     ("Requirement already satisfied: idna in /x (3.1)", "there already: idna"),
     ("Installing collected packages: a, b, c", "installing 3 packages"),
     ("  Preparing metadata (x): started", "preparing: metadata (x): started"),
-    ("      Successfully uninstalled a-1", "installing, over what was there"),
+    ("      Successfully uninstalled a-1", "replacing a package by the one that is wanted"),
     ("Successfully installed a-1 b-2", "checking every file"),
     ("something else", "something else"),
     ("WARNING: noise", None),

@@ -174,6 +174,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, Status, str]] = [
     ),
     ("memory on gpu", POOL, {**on_gpu, "memory": (4 * GIB, GIB)}, "memory", Status.OK, "4.0"),
     ("little disk", POOL, {"disk": 100 << 20}, "disk", Status.WARN, "free space"),
+    ("disk in GB", POOL, {"disk": 50 * 10**9}, "disk", Status.OK, "50.0 GB free"),
     ("unknown disk", POOL, {"disk": None}, "disk", Status.WARN, "not known"),
     ("silent driver", POOL, {"gpu_list": None}, "gpu", Status.WARN, "nvidia-smi"),
     ("no gpu", POOL, {}, "gpu", Status.OK, "on the CPU"),

@@ -413,3 +413,14 @@ def test_with_a_bandwidth_limit_little_is_taken_in_ahead(server: IndexedServer) 
     assert buffer_bytes(1_000_000) == 2 * 65_536  # the kernel doubles what it is given
     assert buffer_bytes(24_000_000) == 2 * 180_000
     assert buffer_bytes(None) != buffer_bytes(24_000_000)
+
+
+@pytest.mark.parametrize("url", ["hf://org/m", "https://no-such-host.invalid/m"])
+def test_a_host_without_an_address_is_named(url: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        list_at(url, {"HF_ENDPOINT": "https://no-such-host.invalid"})
+    assert "no-such-host.invalid" in str(caught.value)
+    assert "DNS" in str(caught.value)
+    assert "PROXY" in str(caught.value)
+    assert "Errno" not in str(caught.value)
+    assert caught.value.retryable
