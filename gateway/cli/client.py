@@ -44,10 +44,12 @@ OnProgress = Callable[[Progress], None]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listener:
     """An admin listener: ``http://host:port``, or ``unix:`` and the path of its socket. ``token``
-    is what it is shown over TCP."""
+    is what it is shown over TCP. ``state_dir`` is set where its socket was looked for in vain: one
+    that is starting listens on TCP first."""
 
     url: str
     token: str = ""
+    state_dir: Path | None = None
 
     def __str__(self) -> str:
         return self.url
@@ -108,7 +110,8 @@ def find_listener(admin: str | None, load: Callable[[], Settings]) -> Listener:
         return Listener(url=f"{UNIX}{own}")
     gateway = settings.gateway
     url = url or make_url(gateway.admin_host, gateway.admin_port)
-    return Listener(url=url, token=_find_token(settings))
+    state_dir = settings.state_dir if admin is None and running is None else None
+    return Listener(url=url, token=_find_token(settings), state_dir=state_dir)
 
 
 def _find_token(settings: Settings) -> str:
@@ -189,6 +192,11 @@ def ask(
             params=query,
             json=(body or {}) if operation.request is not None else None,
         )
+    if answer.status_code == 401 and base.state_dir is not None:
+        from gateway.compose.listeners import find_socket
+
+        if (own := find_socket(base.state_dir)) is not None:  # it was starting
+            return ask(Listener(url=f"{UNIX}{own}"), operation, body, query=query, **path)
     if answer.status_code >= 400:
         raise _refusal(answer.content, f"{base} answered {answer.status_code}")
     try:

@@ -192,6 +192,22 @@ def test_the_socket_is_the_owners_whatever_its_path_is_long(
     assert not path.exists()
 
 
+def test_one_that_was_starting_is_asked_over_its_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It listens on TCP before it has a socket, and answers there without a token 401."""
+    monkeypatch.delenv(client.TOKEN_VARIABLE, raising=False)
+    with ServedAdmin(control(), state_dir=tmp_path) as served:
+        nowhere = {
+            "state_dir": tmp_path / "none",
+            "gateway": {"admin_port": int(served.url.rpartition(":")[2])},
+        }
+        listener = client.find_listener(None, lambda: Settings.model_validate(nowhere))
+        with pytest.raises(client.RequestRefused, match="it wants its token"):
+            client.ask(listener, STATUS)
+        assert client.ask(replace(listener, state_dir=tmp_path), STATUS).root.version
+
+
 # ── The token ─────────────────────────────────────────────────────────────────────────────────────
 
 
