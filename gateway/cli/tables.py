@@ -324,7 +324,7 @@ def explain(answer: schema.ExplainAnswer, screen: Screen, now_s: float) -> str:
     there = [] if pool is None else [f"{figure(pool.ready)} ready", *_not_ready(pool)]
     lines = [
         f"{answer.pool}: {', '.join([f'{figure(newest.desired)} desired', *there])}",
-        *(f"  trouble {one_line(one)}" for one in ([] if pool is None else _troubles(pool))),
+        *(f"  problem {one_line(one)}" for one in ([] if pool is None else _problems(pool))),
         f"  why     {one_line(newest.detail or newest.reason)}",
         f"  signal  {SIGNALS.get(newest.signal, newest.signal)}",
         f"  bound   {BOUNDS.get(newest.bound or '', newest.bound or 'none')}",
@@ -346,17 +346,17 @@ def explain(answer: schema.ExplainAnswer, screen: Screen, now_s: float) -> str:
     return "\n".join([*lines, "", table.render(screen)])
 
 
-def _troubles(pool: schema.PoolEntry) -> list[str]:
+def _problems(pool: schema.PoolEntry) -> list[str]:
     """What keeps a pool from having the replicas it shall have: failures, and what is unhealthy."""
-    troubles = []
+    problems = []
     if pool.error:
         times = "" if pool.failures < 2 else f" {pool.failures} times in a row, at last"
-        troubles.append(f"its engine failed{times}: {_first_line(pool.error)}{_retry(pool, '; ')}")
+        problems.append(f"its engine failed{times}: {_first_line(pool.error)}{_retry(pool, '; ')}")
     for replica in pool.replicas:
         if replica.state == "unhealthy":
             why = f": {_first_line(replica.error)}" if replica.error else ""
-            troubles.append(f"{replica.id} is unhealthy{why}")
-    return troubles
+            problems.append(f"{replica.id} is unhealthy{why}")
+    return problems
 
 
 SIGNALS = {

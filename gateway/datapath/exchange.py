@@ -54,12 +54,11 @@ from gateway.datapath.upstream import Upstream, UpstreamConnection
 from router.failures import is_fault, is_pressure
 from router.request import RoutingRequest
 
-# A whole body of fewer bytes is decoded at once: that takes a millisecond, whatever is in it.
+# A whole body of fewer bytes is decoded at once: that takes a millisecond, whatever is in it. So is
+# one that was read as it came, and that the reader could not follow.
 AT_ONCE_BYTES: Final = 262_144
 # One that is out of the ordinary is read in Python, up to this size at once.
 SMALL_BODY_BYTES: Final = 65_536
-# A body that is read as it comes, and that no reader could follow is decoded too, up to this size.
-_MAX_DECODED_BYTES: Final = 262_144
 _LARGE_BODY_BYTES: Final = 32768
 # A body that comes too slowly has its place at a replica for so long.
 _SLOW_BODY_S: Final = 5.0
@@ -200,7 +199,7 @@ class Exchange(PooledRequest):
             if not self._read(body):
                 self._take_fields(self._decode(body))
         else:
-            if reader.broken and not reader.model and self.body_bytes <= _MAX_DECODED_BYTES:
+            if reader.broken and not reader.model and self.body_bytes < AT_ONCE_BYTES:
                 reader = self._decode(self._join())
             reader.check()
             self._take_fields(reader)

@@ -905,12 +905,12 @@ def test_explain_says_what_fails() -> None:
     failing = pool(error="CUDA out of\x1b memory\nthe log", failures=4, retry_in_s=4)
     assert explained(failing)[:2] == [
         "chat: 1 desired, 0 ready, 1 starting",
-        "  trouble its engine failed 4 times in a row, at last: CUDA out of  memory; "
+        "  problem its engine failed 4 times in a row, at last: CUDA out of  memory; "
         "next try in 4.0 s",
     ]
     once = explained(pool(error="it ended", failures=1, retry_in_s=0.0))
-    assert once[1] == "  trouble its engine failed: it ended; trying again now"
-    assert not any("trouble" in line for line in explained(pool()))
+    assert once[1] == "  problem its engine failed: it ended; trying again now"
+    assert not any("  problem " in line for line in explained(pool()))
 
 
 def test_explain_does_not_count_an_unhealthy_server_as_ready() -> None:
@@ -921,7 +921,7 @@ def test_explain_does_not_count_an_unhealthy_server_as_ready() -> None:
     )
     assert explained(dead)[:2] == [
         "chat: 1 desired, 0 ready, 1 unhealthy",
-        "  trouble s-1 is unhealthy: connection refused",
+        "  problem s-1 is unhealthy: connection refused",
     ]
 
 
