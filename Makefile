@@ -15,7 +15,7 @@ ARGS ?=
 ENGINE ?=
 BOOTSTRAP := $(PYTHON) deploy/bootstrap.py $(NAMED) $(if $(filter simulated,$(ENGINE)),--simulated)
 BIN := .venv/bin
-PACKAGES := gateway autoscaler loaders modelcache router
+PACKAGES := gateway autoscaler loaders forecaster modelcache router
 SOURCES := $(PACKAGES) bench deploy tests
 
 help: ## This list

@@ -1,6 +1,7 @@
 """The autoscaler: how many replicas each pool has, and the means to get there.
 
 ``signals`` collects demand, ``policy`` decides (pure), ``control`` acts on replicas, ``tiers``
-keeps pools at zero warm, ``backends`` run engines. ``types`` and ``settings`` are shared by all of
-them; ``state_file`` is what a small record of theirs is kept in.
+keeps pools at zero warm, ``backends`` run engines, ``replay`` runs a past through policies.
+``types`` and ``settings`` are shared by all of them; ``state_file`` is what a small record of
+theirs is kept in.
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = {"gateway", "autoscaler", "loaders", "modelcache", "router"}
+PACKAGES = {"gateway", "autoscaler", "loaders", "forecaster", "modelcache", "router"}
 
 
 @pytest.fixture(scope="module")

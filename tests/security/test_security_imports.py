@@ -19,7 +19,7 @@ PLANTED = (
     *("sitecustomize", "usercustomize", "pathlib", "_tidegate"),
 )
 """Of the standard library, of what Tidegate and engines use, and what nobody has."""
-FOLDERS = ("gateway", "autoscaler", "loaders", "modelcache", "router", "deploy")
+FOLDERS = ("gateway", "autoscaler", "loaders", "forecaster", "modelcache", "router", "deploy")
 COMMAND = str(Path(sys.executable).with_name("tidegate"))
 
 

@@ -19,7 +19,7 @@ from gateway.settings.schema import Settings
 from loaders.engines.base import ENGINES
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("gateway", "autoscaler", "loaders", "modelcache", "router")
+PACKAGES = ("gateway", "autoscaler", "loaders", "forecaster", "modelcache", "router")
 MOST_MODULES = 14
 """In one folder."""
 
@@ -151,7 +151,7 @@ def test_architecture_lists_the_import_contracts() -> None:
 
 
 def test_architecture_is_short_and_maps_every_folder() -> None:
-    assert len(ARCHITECTURE.splitlines()) <= 150
+    assert len(ARCHITECTURE.splitlines()) <= 170
     listed = re.findall(r"^\| `([\w/]+)/` \|", block("map"), re.MULTILINE)
     assert len(set(listed)) == len(listed)
     folders = {str(path.parent.relative_to(ROOT)) for path in modules().values()}
