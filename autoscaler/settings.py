@@ -101,6 +101,24 @@ class ConsistentSettings(BaseModel):
         return self
 
 
+class PriceSettings(BaseModel):
+    """What a replica, memory and a waiting user cost, all in one currency. Decisions that weigh a
+    replica against a wait use them; only what they are to one another matters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    replica_hour: float = Field(default=2.0, gt=0.0, le=1e6)
+    """Price of one replica for an hour. 2 is about that of a GPU of the H100 class on demand."""
+
+    waited_second: float = Field(default=0.01, gt=0.0, le=1e6)
+    """Price of one second that one request waits longer than it should (for a cold start, or in a
+    queue). 0.01 is 36 an hour, the time of a person; a batch job's waits are worth far less."""
+
+    memory_gib_hour: float = Field(default=0.004, ge=0.0, le=1e6)
+    """Price of one GiB of host memory for an hour, for what is kept warm at zero. 0.004 is about
+    what clouds ask."""
+
+
 class AutoscalerSettings(ConsistentSettings):
     """How many replicas a pool has, and how they are started, watched and stopped."""
 
@@ -217,6 +235,9 @@ class AutoscalerSettings(ConsistentSettings):
     wake_samples: int = Field(default=8, ge=1, le=1_000)
     """Newest measured wake times of a model and tier that are kept. The estimate of the next wake
     is their maximum, so that a client told to come back is not told too early."""
+
+    prices: PriceSettings = PriceSettings()
+    """What a replica, memory and a waiting user cost."""
 
     def _conflicts(self) -> Iterator[str]:
         if self.panic_window_s > self.stable_window_s:
@@ -377,6 +398,10 @@ class PoolSettings(ConsistentSettings):
     max_model_len_tokens: int | None = Field(default=None, ge=1, le=1_000_000_000)
     """Longest prompt and answer together. Given to a vLLM that is started; unset: the model's own,
     as the engine reports it."""
+
+    replica_hour_price: float | None = Field(default=None, gt=0.0, le=1e6)
+    """This pool's own ``autoscaler.prices.replica_hour``: a replica on four GPUs costs four times
+    as much."""
 
     idle_to_zero_s: float | None = Field(default=None, ge=0.0, le=604_800.0)
     """This pool's own ``autoscaler.idle_to_zero_s``."""

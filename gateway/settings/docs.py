@@ -40,6 +40,7 @@ SAMPLES: Mapping[str, Any] = {
     "pools.*.max_inflight_requests": 64,
     "pools.*.max_inflight_tokens": 65_536,
     "pools.*.max_model_len_tokens": 8_192,
+    "pools.*.replica_hour_price": 8,
     "pools.*.idle_to_zero_s": 900,
     "pools.*.scale_down_delay_s": 120,
     "pools.*.start_timeout_s": 1_800,

@@ -41,6 +41,7 @@ APPLIES = {
         "health_interval_s health_failures unhealthy_restart_s backoff_initial_s backoff_max_s "
         "backoff_reset_s drain_s drain_settle_s failed_kept"
     ),
+    "autoscaler.prices": "replica_hour waited_second memory_gib_hour",
 }
 """Fields that a reload applies: what uses them reads them from the settings in force each time, or
 takes them in the ``configure`` or ``set_pools`` that the reload calls. Look at that before a field
