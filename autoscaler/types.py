@@ -19,7 +19,9 @@ class PoolDemand:
     """What the gateway saw of one pool at one moment, summed over its workers.
 
     Every figure is ``None`` when it is unknown, which is never read as zero. ``*_total`` are
-    counters that only grow, so a request that came and went between two ticks is still seen.
+    counters that only grow, so a request that came and went between two ticks is still seen:
+    ``arrived_tokens_total`` are the tokens of the requests in ``arrivals_total``, a large body's
+    from when it is whole.
     ``queued`` requests are those held in the gateway (at zero, or while all replicas are full);
     ``inflight`` ones are with an engine. Tokens are estimates: prompt + expected output.
     """
@@ -30,6 +32,7 @@ class PoolDemand:
     queued_requests: int | None = None
     queued_tokens: int | None = None
     arrivals_total: int | None = None
+    arrived_tokens_total: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -150,6 +150,8 @@ class FleetBook:
             queued_requests=total(slot, metrics.QUEUED_REQUESTS),
             queued_tokens=total(slot, metrics.QUEUED_TOKENS),
             arrivals_total=total(slot, metrics.ARRIVALS),
+            arrived_tokens_total=total(slot, metrics.ARRIVED_PROMPT_TOKENS)
+            + total(slot, metrics.ARRIVED_OUTPUT_TOKENS),
         )
 
     def recent_traffic(self, pool: str) -> RecentTraffic | None:

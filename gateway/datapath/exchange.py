@@ -288,6 +288,8 @@ class Exchange(PooledRequest):
         elif self.state == HELD:
             integers[metrics.QUEUED_TOKENS] += more
         self.routing.prompt_tokens, self.routing.tokens = prompt_tokens, tokens
+        integers[metrics.ARRIVED_PROMPT_TOKENS] += prompt_tokens
+        integers[metrics.ARRIVED_OUTPUT_TOKENS] += tokens - prompt_tokens
         pool.counters.dirty = True
 
     def is_too_slow(self, now: float) -> bool:
@@ -305,11 +307,15 @@ class Exchange(PooledRequest):
     def _route(self, body_bytes: int) -> None:
         self.pool = pool = self.client.pools.find(self.model)
         prompt_tokens, tokens = pool.estimate(self._text_bytes(body_bytes), self.output_bound)
-        if not self.whole:  # no engine works on it before, so it is no demand yet
+        counters = pool.counters
+        integers = counters.integers
+        integers[metrics.ARRIVALS] += 1
+        if self.whole:
+            integers[metrics.ARRIVED_PROMPT_TOKENS] += prompt_tokens
+            integers[metrics.ARRIVED_OUTPUT_TOKENS] += tokens - prompt_tokens
+        else:  # no engine works on it before, so it is no demand yet
             _, tokens = pool.estimate(0, self.output_bound)
         self.routing = RoutingRequest(prompt_tokens, tokens)
-        counters = pool.counters
-        counters.integers[metrics.ARRIVALS] += 1
         counters.dirty = True
         pool.retries.add_request()
         pool.dispatch(self)

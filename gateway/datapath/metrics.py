@@ -73,25 +73,27 @@ _LENGTH_TOKENS = (
 
 # Per pool. The first ones are what the autoscaler reads; their order is part of the layout.
 ARRIVALS: Final = 0
-INFLIGHT_REQUESTS: Final = 1
-INFLIGHT_TOKENS: Final = 2
-QUEUED_REQUESTS: Final = 3
-QUEUED_TOKENS: Final = 4
-QUEUED_BYTES: Final = 5
-OK: Final = 6
-CLIENT_ERROR: Final = 7
-ENGINE_ERROR: Final = 8
-CANCELLED: Final = 9
-REJECTED: Final = 10
-RETRIES: Final = 11
-HELD: Final = 12
-PROMPT_TOKENS: Final = 13
-OUTPUT_TOKENS: Final = 14
-CHUNKS: Final = 15
-REQUEST_BYTES: Final = 16
-RESPONSE_BYTES: Final = 17
-EJECTIONS: Final = 18
-HELD_SINCE: Final = 19
+ARRIVED_PROMPT_TOKENS: Final = 1
+ARRIVED_OUTPUT_TOKENS: Final = 2
+INFLIGHT_REQUESTS: Final = 3
+INFLIGHT_TOKENS: Final = 4
+QUEUED_REQUESTS: Final = 5
+QUEUED_TOKENS: Final = 6
+QUEUED_BYTES: Final = 7
+OK: Final = 8
+CLIENT_ERROR: Final = 9
+ENGINE_ERROR: Final = 10
+CANCELLED: Final = 11
+REJECTED: Final = 12
+RETRIES: Final = 13
+HELD: Final = 14
+PROMPT_TOKENS: Final = 15
+OUTPUT_TOKENS: Final = 16
+CHUNKS: Final = 17
+REQUEST_BYTES: Final = 18
+RESPONSE_BYTES: Final = 19
+EJECTIONS: Final = 20
+HELD_SINCE: Final = 21
 """When the oldest held request began to wait: ms of the monotonic clock, 0 for none."""
 
 REASONS: Final[tuple[Reason, ...]] = tuple(Reason)
@@ -105,6 +107,8 @@ CODES: Final = (
 
 _POOL_PLAIN: Final[tuple[Metric, ...]] = (
     Metric("arrivals_total", "Requests that named this pool and were read whole or in part."),
+    Metric("arrived_prompt_tokens_total", "Estimated prompt tokens of the requests that came."),
+    Metric("arrived_output_tokens_total", "Output tokens expected of the requests that came."),
     Metric("inflight_requests", "Requests with an engine now.", gauge=True),
     Metric("inflight_tokens", "Estimated tokens of the requests with an engine.", gauge=True),
     Metric("queued_requests", "Requests held in the gateway now.", gauge=True),

@@ -265,6 +265,7 @@ class PoolRuntime:
         prompt_tokens, tokens = self.estimator.estimate(body_bytes, output_bound)
         if tokens > self._longest_tokens > 0:
             tokens = self._longest_tokens
+            prompt_tokens = min(prompt_tokens, tokens)
         return prompt_tokens, tokens
 
     def may_stream(self, request: PooledRequest, now: float) -> bool:

@@ -36,7 +36,7 @@ from gateway.datapath.metrics import (
 )
 
 _MAGIC = 0x7469646567617465  # "tidegate"
-_LAYOUT = 4
+_LAYOUT = 5
 _HEADER_WORDS = 8
 _GAUGES = tuple(index for index, metric in enumerate(WORKER_METRICS) if metric.gauge)
 _POOL_GAUGES = (

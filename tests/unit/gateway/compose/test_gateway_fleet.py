@@ -66,6 +66,16 @@ def test_what_a_removed_pool_has_is_unknown_until_no_worker_gives_it_more() -> N
     assert book.observe().pools["a"].inflight_requests == 0
 
 
+def test_arrived_tokens_are_those_of_prompts_and_of_answers_expected() -> None:
+    book, shared = make()
+    apply(shared, book.publish((Pool(name="a"),)).version)
+    for worker in range(WORKERS):
+        row = shared.pool_rows(worker, 0)[0]
+        row[metrics.ARRIVED_PROMPT_TOKENS] = 100
+        row[metrics.ARRIVED_OUTPUT_TOKENS] = 20
+    assert book.observe().pools["a"].arrived_tokens_total == 240
+
+
 def test_what_a_pool_answered_in_the_last_minute() -> None:
     now = 1000.0
     book, shared = make(clock=lambda: now)

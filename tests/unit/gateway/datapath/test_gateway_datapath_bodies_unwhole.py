@@ -182,3 +182,28 @@ def test_in_a_full_buffer_the_client_with_most_of_it_gives_way(loop: ClockLoop) 
     again = site.ask(head % MB + b"{" + b" " * 400_000)
     assert [status(client) for client in (*greedy, again)] == [None, 503, *[None] * 8, 503]
     site.end()
+
+
+def test_tokens_arrive_with_whole_bodies(loop: ClockLoop) -> None:
+    site = Site(loop)
+    arrived = (metrics.ARRIVED_PROMPT_TOKENS, metrics.ARRIVED_OUTPUT_TOKENS)
+    site.ask(post({"model": "m", "prompt": "x" * 4_000, "max_tokens": 7}))
+    prompt, output = map(site.count, arrived)
+    assert prompt + output == site.count(metrics.QUEUED_TOKENS)
+    assert (prompt > 500, output) == (True, 7)
+    client = site.begin(200_000, 100_000)
+    assert site.count(metrics.ARRIVALS) == 2
+    assert list(map(site.count, arrived)) == [prompt, output]
+    client.data_received(b"x" * 99_998 + b'"}')
+    total = sum(map(site.count, arrived))
+    assert total == site.count(metrics.QUEUED_TOKENS) > prompt + output + 20_000
+    site.end()
+
+
+def test_no_more_tokens_arrive_than_a_replica_takes(loop: ClockLoop) -> None:
+    site = Site(loop)
+    site.publish(max_model_len_tokens=1_000)
+    site.ask(post({"model": "m", "prompt": "x" * 40_000}))
+    assert site.count(metrics.ARRIVED_PROMPT_TOKENS) == 1_000
+    assert site.count(metrics.ARRIVED_OUTPUT_TOKENS) == 0
+    site.end()
