@@ -13,6 +13,8 @@ Floats = NDArray[np.float64]
 QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975, 0.99)
 """The nine that are forecast unless others are asked for."""
 
+MOST_HORIZON_STEPS = 1440
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class History:
@@ -24,13 +26,19 @@ class History:
     step_s: float = 60.0
     start_s: float | None = None
 
+    @property
+    def end_s(self) -> float | None:
+        """When the last step ended, which is when the first forecast step begins."""
+        return None if self.start_s is None else self.start_s + len(self.values) * self.step_s
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Forecast:
-    """Demand of the steps that follow a history, in its unit.
+    """Demand of the steps that follow a history, in its unit: never negative, never NaN.
 
-    ``quantiles[q, step]`` is the quantile ``levels[q]`` of that step, ``mean[step]`` its mean.
-    ``model`` names what made it.
+    ``levels`` rise. ``quantiles[q, step]`` is the quantile ``levels[q]`` of that step,
+    ``mean[step]`` its mean; ``maxima[q, step]`` is the quantile of the largest of the steps up to
+    and with ``step``. ``model`` names what made it. ``start_s`` is when the first step begins.
     """
 
     model: str
@@ -38,9 +46,25 @@ class Forecast:
     levels: tuple[float, ...]
     quantiles: Floats
     mean: Floats
-    leads: tuple[int, ...] = ()
-    maxima: Floats | None = None
-    """``maxima[q, i]``: the quantile of the largest of the first ``leads[i]`` steps."""
+    maxima: Floats
+    start_s: float | None = None
+
+    @property
+    def horizon_steps(self) -> int:
+        """How many steps there are."""
+        return int(self.quantiles.shape[1])
+
+    def maximum(self, lead_steps: int) -> Floats:
+        """The quantiles ``[quantile]`` of the largest of the first ``lead_steps`` steps. They rise
+        with the level and with the lead. Raises ``ValueError`` outside of 1 to the horizon."""
+        if not 1 <= lead_steps <= self.horizon_steps:
+            raise ValueError(f"lead_steps is {lead_steps}, not within 1 to {self.horizon_steps}")
+        return self.maxima[:, lead_steps - 1].copy()
+
+    def maximum_at(self, lead_steps: int, level: float) -> float:
+        """One quantile of that maximum, at a level between those that were forecast; beyond them
+        the outermost."""
+        return float(np.interp(level, self.levels, self.maximum(lead_steps)))
 
 
 class Forecaster(Protocol):
@@ -54,5 +78,6 @@ class Forecaster(Protocol):
     def forecast(
         self, history: History, horizon_steps: int, levels: tuple[float, ...] = QUANTILES
     ) -> Forecast:
-        """The steps that follow ``history``. Raises ``ValueError`` where it is too short."""
+        """The steps that follow ``history``; ``levels`` rise. Raises ``ValueError`` where it is
+        too short."""
         ...

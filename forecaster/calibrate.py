@@ -1,0 +1,72 @@
+"""From what was seen to quantiles: of a weighted sample, and over the steps of a forecast."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.ndimage import maximum_filter1d
+
+from forecaster.types import Floats, Forecast, History
+
+_MOST = 1e300
+"""Beyond it a quantile is cut: infinity helps no one."""
+
+
+def weighted_quantiles(
+    values: Floats, weights: Floats, levels: Floats | tuple[float, ...]
+) -> Floats:
+    """The quantiles ``[level]`` of a sample, interpolated between its points."""
+    order = np.argsort(values, kind="stable")
+    heaped = np.cumsum(weights[order])
+    places = (heaped - 0.5 * weights[order]) / heaped[-1]
+    return np.interp(levels, places, values[order])
+
+
+def targets(values: Floats, lead: int) -> tuple[Floats, Floats]:
+    """For each step ``t`` that has them: the value of step ``t + lead``, and the largest known one
+    of the steps ``t + 1`` to ``t + lead``."""
+    if len(values) <= lead:
+        return np.empty(0), np.empty(0)
+    ahead = values[lead:]
+    known = np.where(np.isfinite(values), values, -np.inf)
+    highest: Floats = maximum_filter1d(known, lead, origin=(lead - 1) // 2, mode="nearest")
+    return ahead, highest[lead:]
+
+
+def lead_grid(horizon_steps: int) -> tuple[int, ...]:
+    """The leads for which a model is fitted; between them quantiles are interpolated."""
+    marks = (1, 2, 3, 5, 8, 12, 15, 20, 30, 45, 60, 90, 120, 180, 300, 480, 720, 1080, 1440)
+    return tuple(mark for mark in marks if mark < horizon_steps) + (horizon_steps,)
+
+
+def over_steps(at_leads: Floats, leads: tuple[int, ...], horizon_steps: int) -> Floats:
+    """Rows ``[row, lead]`` interpolated to ``[row, step]``."""
+    steps = np.arange(1, horizon_steps + 1)
+    return np.array([np.interp(steps, leads, row) for row in at_leads])
+
+
+def made_forecast(
+    model: str,
+    history: History,
+    levels: tuple[float, ...],
+    quantiles: Floats,
+    mean: Floats,
+    maxima: Floats,
+) -> Forecast:
+    """A forecast that keeps its promises: quantiles ``[level, step]`` that rise with the level,
+    maxima that rise with the lead too. The quantile of a maximum is never below the same quantile
+    of any step it covers, which holds for every distribution."""
+
+    def clean(rows: Floats) -> Floats:
+        return np.clip(np.nan_to_num(rows, nan=0.0, posinf=_MOST), 0.0, _MOST)
+
+    quantiles = np.maximum.accumulate(clean(quantiles), axis=0)
+    maxima = np.maximum.accumulate(np.maximum(clean(maxima), quantiles), axis=0)
+    return Forecast(
+        model=model,
+        step_s=history.step_s,
+        levels=levels,
+        quantiles=quantiles,
+        mean=clean(mean),
+        maxima=np.maximum.accumulate(maxima, axis=1),
+        start_s=history.end_s,
+    )
