@@ -119,6 +119,17 @@ class PriceSettings(BaseModel):
     what clouds ask."""
 
 
+class HistorySettings(ConsistentSettings):
+    """How much of the past is kept in ``state_dir``: series of each pool, minute by minute."""
+
+    max_age_s: float = Field(default=5_184_000.0, ge=3_600.0, le=315_360_000.0)
+    """Seconds for which a minute is kept. 60 days show what changes from week to week."""
+
+    max_bytes: int = Field(default=1_073_741_824, ge=1_048_576, le=1_099_511_627_776)
+    """Bytes of the file; the oldest minutes go first. A busy pool takes some 180 kB a day, one
+    without requests 50 kB."""
+
+
 class AutoscalerSettings(ConsistentSettings):
     """How many replicas a pool has, and how they are started, watched and stopped."""
 
@@ -231,6 +242,9 @@ class AutoscalerSettings(ConsistentSettings):
 
     history_size: int = Field(default=256, ge=1, le=100_000)
     """Decisions kept per pool for ``tidegate explain``; equal ones in a row count as one."""
+
+    history: HistorySettings = HistorySettings()
+    """How much of the past is kept."""
 
     wake_samples: int = Field(default=8, ge=1, le=1_000)
     """Newest measured wake times of a model and tier that are kept. The estimate of the next wake

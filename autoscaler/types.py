@@ -230,6 +230,45 @@ class HistogramCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecentTraffic:
+    """What a pool was asked and answered in the last ``window_s`` seconds. Means are exact;
+    quantiles are read off histograms, and say little of few values. ``None``: nothing was
+    measured."""
+
+    window_s: float
+    arrivals_per_s: float | None = None
+    """Requests that came."""
+    arrived_prompt_tokens_per_s: float | None = None
+    """Their prompts' tokens, estimated."""
+    arrived_output_tokens_per_s: float | None = None
+    """Their answers' tokens, as expected."""
+    requests_per_s: float
+    """Requests that ended, however."""
+    errors_per_s: float
+    """Those that an engine or the gateway answered with an error."""
+    prompt_tokens_per_s: float
+    generation_tokens_per_s: float
+    queue_wait_mean_s: float | None = None
+    """Request read to sent to an engine."""
+    queue_wait_p95_s: float | None = None
+    ttft_count: int
+    """Streams whose first byte came."""
+    ttft_mean_s: float | None
+    """Request read to first byte, of streams."""
+    ttft_p50_s: float | None
+    ttft_p95_s: float | None
+    itl_count: int
+    """Pauses between two tokens of a stream."""
+    itl_mean_s: float | None
+    """How long they were."""
+    itl_p50_s: float | None
+    itl_p95_s: float | None
+    e2e_mean_s: float | None = None
+    """Request read to answer finished."""
+    e2e_p95_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TierReport:
     """One tier of a pool on this node, from hot to cold.
 

@@ -75,6 +75,7 @@ class ControlLoop:
         disabled_pools: DisabledPools | None = None,
         numbers: ReplicaNumbers | None = None,
         engine_client: EngineClient | None = None,
+        record: Callable[[Observation], None] = lambda seen: None,
         earlier_drain_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -84,10 +85,12 @@ class ControlLoop:
         path now, on the same clock; ``publish`` is called with the pools and their replicas
         whenever they change. ``preparer`` brings models near, and is closed with the loop.
         ``disabled_pools`` are those out of service from the start, ``numbers`` those of replicas.
+        ``record`` is given what each tick observed.
         ``earlier_drain_s`` is how long the workers of an earlier control process finish requests
         with replicas that are taken over."""
         self._settings = settings
         self._observe = observe
+        self._record = record
         self._publish = publish
         self._clock = clock
         self._sleep = sleep
@@ -305,6 +308,10 @@ class ControlLoop:
         except Exception as error:  # noqa: BLE001 -- an unknown demand is handled, an end is not
             self._errors.add("observe", error)
             self._observation = Observation()
+        try:
+            self._record(self._observation)
+        except Exception as error:  # noqa: BLE001 -- pools are scaled without a history too
+            self._errors.add("record", error)
         for pool in list(self._pools.values()):
             try:
                 self._tick_pool(pool, now_s)

@@ -1,1 +1,5 @@
-"""What the autoscaler sees: ``window`` holds demand as means over the stable and panic windows."""
+"""What the autoscaler sees.
+
+``window`` demand as means over the stable and panic windows, ``series`` a pool's counters minute by
+minute, ``history`` the past of all pools in a file, ``recorder`` what keeps both.
+"""

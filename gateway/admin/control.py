@@ -12,7 +12,14 @@ from typing import Any, Protocol, TypeVar
 
 from autoscaler.backends.base import BackendError
 from autoscaler.control.loop import ControlLoop
-from autoscaler.types import Decision, Observation, PoolReport, ReplicaLoad, ReplicaReport
+from autoscaler.types import (
+    Decision,
+    Observation,
+    PoolReport,
+    RecentTraffic,
+    ReplicaLoad,
+    ReplicaReport,
+)
 from gateway.admin import metrics_page, schema
 from gateway.admin.schema import AdminError
 from gateway.datapath import metrics
@@ -65,7 +72,7 @@ class LiveControl:
         observe: Callable[[], Observation],
         pool_slots: Callable[[], Mapping[str, int]],
         replica_slots: Callable[[], Mapping[str, int]],
-        recent: Callable[[str], schema.RecentTraffic | None],
+        recent: Callable[[str], RecentTraffic | None],
         traffic: Callable[[], Mapping[str, Any]],
         forks: Callable[[], schema.ForkServerEntry | None],
         reload: Callable[[], Awaitable[SettingsChanges]],

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
+from autoscaler import types
 from gateway.admin import schema
 from gateway.admin.schema import (
     ERRORS,
@@ -236,7 +237,7 @@ def describe(operations: Sequence[Operation], version: str) -> dict[str, Any]:
     """The OpenAPI 3.1 document of these operations."""
     models = list(dict.fromkeys(one for operation in operations for one in _models(operation)))
     refs, defs = models_json_schema(models, ref_template="#/components/schemas/{model}")
-    for name, fields in docstrings(schema).items():
+    for name, fields in (docstrings(types) | docstrings(schema)).items():
         for field, text in fields.items():
             defs["$defs"].get(name, {}).get("properties", {}).get(field, {})["description"] = text
     paths: dict[str, Any] = {}

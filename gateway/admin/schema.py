@@ -12,7 +12,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, SerializeAsAny
 
-from autoscaler.types import Bound, ScaleReason, Signal, TierReport
+from autoscaler.types import Bound, RecentTraffic, ScaleReason, Signal, TierReport
 from gateway.settings.changes import PoolChange
 from modelcache.types import ModelEntry, Progress, Residency, Tier
 from router.types import ReplicaState
@@ -202,31 +202,6 @@ class ReplicaEntry(AdminAnswer):
     error: str | None
     outdated: bool = False
     """It was started with other arguments than its pool has now, and is to be replaced."""
-
-
-class RecentTraffic(AdminAnswer):
-    """What a pool answered in the last ``window_s`` seconds. Means are exact; quantiles are read
-    off histograms, and say little of few values. ``null``: nothing was measured."""
-
-    window_s: float
-    requests_per_s: float
-    """Requests that ended, however."""
-    errors_per_s: float
-    """Those that an engine or the gateway answered with an error."""
-    prompt_tokens_per_s: float
-    generation_tokens_per_s: float
-    ttft_count: int
-    """Streams whose first byte came."""
-    ttft_mean_s: float | None
-    """Request read to first byte, of streams."""
-    ttft_p50_s: float | None
-    ttft_p95_s: float | None
-    itl_count: int
-    """Pauses between two tokens of a stream."""
-    itl_mean_s: float | None
-    """How long they were."""
-    itl_p50_s: float | None
-    itl_p95_s: float | None
 
 
 class PoolEntry(AdminAnswer):

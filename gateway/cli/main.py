@@ -35,6 +35,7 @@ LEAVES = {
     "gateway": "datapath/worker",
     "autoscaler": "policy/decide",
     "loaders": "weights/plan",
+    "forecaster": "types",
     "modelcache": "refs",
     "router": "pick",
 }

@@ -8,36 +8,20 @@ pool's only when every worker has applied a fleet without the pool, which clears
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import msgspec
 
-from autoscaler.types import Observation, PoolDemand, ReplicaLoad
-from gateway.admin.schema import RecentTraffic
+from autoscaler.signals.series import PoolTotals
+from autoscaler.types import HistogramCounts, Observation, PoolDemand, ReplicaLoad
 from gateway.datapath import metrics
 from gateway.datapath.shared import Shared, buckets_of
 from router.types import Fleet, Pool, Replica
 
-RECENT_S = 60.0
-SAMPLE_S = 5.0
 _STREAMS = range(metrics.TTFT + 1, metrics.TTFT + 2 * len(metrics.ENDPOINTS), 2)
+_E2E = range(metrics.E2E, metrics.E2E + 2 * len(metrics.ENDPOINTS))
 _ERRORS = (metrics.ENGINE_ERROR, metrics.REJECTED)
 _ENDS = (metrics.OK, metrics.CLIENT_ERROR, metrics.CANCELLED, *_ERRORS)
-
-
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """A pool's counters at one moment: those of requests, and the buckets and sums of two
-    histograms."""
-
-    at_s: float
-    counts: list[int]
-    ttft: list[int]
-    ttft_sum_s: float
-    itl: list[int]
-    itl_sum_s: float
 
 
 class FleetBook:
@@ -54,7 +38,6 @@ class FleetBook:
         self._draining: dict[str, int] = {}
         """Pools that were removed, with the first version of the fleet that says so."""
         self._version = 0
-        self._samples: dict[str, deque[_Sample]] = {}
 
     def publish(self, pools: Sequence[Pool]) -> Fleet:
         """The next fleet: the pools with their slots. Replicas and pools for which no slot is free
@@ -127,7 +110,6 @@ class FleetBook:
         """Read the counters: demand per pool, load per replica."""
         now = self._clock()
         applied = self._shared.applied()
-        self._sample(now)
         pools = {}
         for name, slot in self._pool_slots.items():
             if self._draining.get(name, 0) > applied:
@@ -142,70 +124,46 @@ class FleetBook:
         return Observation(pools=pools, replicas=replicas)
 
     def _demand(self, slot: int, now_s: float) -> PoolDemand:
-        total = self._shared.pool_total
+        counts = self._shared.pool_totals(slot, metrics.QUEUED_TOKENS + 1)
+        prompts, answers = metrics.ARRIVED_PROMPT_TOKENS, metrics.ARRIVED_OUTPUT_TOKENS
         return PoolDemand(
             observed_at_s=now_s,
-            inflight_requests=total(slot, metrics.INFLIGHT_REQUESTS),
-            inflight_tokens=total(slot, metrics.INFLIGHT_TOKENS),
-            queued_requests=total(slot, metrics.QUEUED_REQUESTS),
-            queued_tokens=total(slot, metrics.QUEUED_TOKENS),
-            arrivals_total=total(slot, metrics.ARRIVALS),
-            arrived_tokens_total=total(slot, metrics.ARRIVED_PROMPT_TOKENS)
-            + total(slot, metrics.ARRIVED_OUTPUT_TOKENS),
+            inflight_requests=counts[metrics.INFLIGHT_REQUESTS],
+            inflight_tokens=counts[metrics.INFLIGHT_TOKENS],
+            queued_requests=counts[metrics.QUEUED_REQUESTS],
+            queued_tokens=counts[metrics.QUEUED_TOKENS],
+            arrivals_total=counts[metrics.ARRIVALS],
+            arrived_tokens_total=counts[prompts] + counts[answers],
         )
 
-    def recent_traffic(self, pool: str) -> RecentTraffic | None:
-        """What the pool answered in the last minute; ``None`` where it is too new to say."""
-        samples, slot = self._samples.get(pool), self._pool_slots.get(pool)
-        if not samples or slot is None:
+    def totals(self, pool: str) -> PoolTotals | None:
+        """What a pool's counters have come to; ``None`` for one without a slot."""
+        slot = self._pool_slots.get(pool)
+        if slot is None:
             return None
-        now, old = self._read(slot, self._clock()), samples[0]
-        window_s = now.at_s - old.at_s
-        if window_s < 1.0:
-            return None
-
-        def rate(*indexes: int) -> float:
-            return round(sum(now.counts[i] - old.counts[i] for i in indexes) / window_s, 3)
-
-        ttft, itl = _minus(now.ttft, old.ttft), _minus(now.itl, old.itl)
-        ttft_count, itl_count = sum(ttft), sum(itl)
-        return RecentTraffic(
-            window_s=round(window_s, 3),
-            requests_per_s=rate(*_ENDS),
-            errors_per_s=rate(*_ERRORS),
-            prompt_tokens_per_s=rate(metrics.PROMPT_TOKENS),
-            generation_tokens_per_s=rate(metrics.OUTPUT_TOKENS),
-            ttft_count=ttft_count,
-            ttft_mean_s=_mean(now.ttft_sum_s - old.ttft_sum_s, ttft_count),
-            ttft_p50_s=metrics.quantile(metrics.TTFT, ttft, 0.5),
-            ttft_p95_s=metrics.quantile(metrics.TTFT, ttft, 0.95),
-            itl_count=itl_count,
-            itl_mean_s=_mean(now.itl_sum_s - old.itl_sum_s, itl_count),
-            itl_p50_s=metrics.quantile(metrics.ITL, itl, 0.5),
-            itl_p95_s=metrics.quantile(metrics.ITL, itl, 0.95),
-        )
-
-    def _sample(self, now_s: float) -> None:
-        """Remember the counters of each pool, every few seconds, for as long as they are recent."""
-        for gone in self._samples.keys() - self._pool_slots.keys():
-            del self._samples[gone]
-        for name, slot in self._pool_slots.items():
-            samples = self._samples.setdefault(name, deque())
-            if not samples or now_s - samples[-1].at_s >= SAMPLE_S:
-                samples.append(self._read(slot, now_s))
-            while now_s - samples[0].at_s > RECENT_S + SAMPLE_S:
-                samples.popleft()
-
-    def _read(self, slot: int, now_s: float) -> _Sample:
         counts = self._shared.pool_totals(slot)
-        streams = [counts[buckets_of(histogram)] for histogram in _STREAMS]
-        return _Sample(
-            at_s=now_s,
-            counts=counts[: metrics.RESPONSE_BYTES],
-            ttft=[sum(column) for column in zip(*streams, strict=True)],
-            ttft_sum_s=sum(self._shared.pool_sum(slot, histogram) for histogram in _STREAMS),
-            itl=counts[buckets_of(metrics.ITL)],
-            itl_sum_s=self._shared.pool_sum(slot, metrics.ITL),
+
+        def histogram(numbers: Sequence[int]) -> HistogramCounts:
+            """Those of these numbers, which have the same bounds, as one."""
+            columns = zip(*(counts[buckets_of(number)] for number in numbers), strict=True)
+            return HistogramCounts(
+                bounds_s=metrics.POOL_HISTOGRAMS[numbers[0]].bounds,
+                counts=tuple(map(sum, columns)),
+                sum_s=sum(self._shared.pool_sum(slot, number) for number in numbers),
+            )
+
+        return PoolTotals(
+            arrivals=counts[metrics.ARRIVALS],
+            input_tokens=counts[metrics.ARRIVED_PROMPT_TOKENS],
+            predicted_output_tokens=counts[metrics.ARRIVED_OUTPUT_TOKENS],
+            prompt_tokens=counts[metrics.PROMPT_TOKENS],
+            output_tokens=counts[metrics.OUTPUT_TOKENS],
+            ended=sum(counts[index] for index in _ENDS),
+            errors=sum(counts[index] for index in _ERRORS),
+            queue_wait=histogram((metrics.QUEUE_WAIT,)),
+            ttft=histogram(_STREAMS),
+            itl=histogram((metrics.ITL,)),
+            e2e=histogram(_E2E),
         )
 
     def check_integrity(self) -> None:
@@ -215,11 +173,3 @@ class FleetBook:
             raise AssertionError(f"a slot is used twice: {self._slots}, {self._retiring}")
         if len(set(pools)) != len(pools) or set(self._retiring_pools) & set(pools):
             raise AssertionError(f"a pool's slot is used twice: {self._pool_slots}")
-
-
-def _mean(total: float, count: int) -> float | None:
-    return total / count if count > 0 else None
-
-
-def _minus(now: list[int], old: list[int]) -> list[int]:
-    return [new - before for new, before in zip(now, old, strict=True)]

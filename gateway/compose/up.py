@@ -34,6 +34,8 @@ from autoscaler.control.disabled_pools import DisabledPools
 from autoscaler.control.loop import ControlLoop
 from autoscaler.control.replica_numbers import ReplicaNumbers
 from autoscaler.settings import PoolSettings
+from autoscaler.signals.history import FILE_NAME, HistoryStore, HistoryWriter
+from autoscaler.signals.recorder import Recorder
 from autoscaler.tiers.preparer import NodePreparer
 from autoscaler.tiers.wake_times import WakeTimes
 from gateway.compose.admin_token import admin_token
@@ -148,12 +150,21 @@ class _Tidegate:
         self.compiled = make_compile_cache(settings)
         self.process = process = self._process_backend()
         state_dir = settings.state_dir.absolute()
+        history = settings.autoscaler.history
+        self.history = HistoryStore(
+            state_dir / FILE_NAME, max_age_s=history.max_age_s, max_bytes=history.max_bytes
+        )
+        self.recorder = Recorder(
+            read=self.book.totals, writer=HistoryWriter(self.history, time.time)
+        )
+        self.stack.callback(self.recorder.close)
         self.loop = ControlLoop(
             pools=settings.pools,
             settings=settings.autoscaler,
             backends={"process": process, "static": StaticBackend(settings=settings.autoscaler)},
             digests=find_digests(settings.pools, settings.loaders),
             observe=self.book.observe,
+            record=self.recorder.observe,
             publish=self._publish,
             preparer=self._preparer(),
             wake_times=WakeTimes(
@@ -235,7 +246,7 @@ class _Tidegate:
             observe=self.book.observe,
             pool_slots=self.book.pool_slots,
             replica_slots=self.book.replica_slots,
-            recent=self.book.recent_traffic,
+            recent=self.recorder.recent,
             traffic=models.traffic,
             forks=lambda: describe_forks(self.process),
             reload=self.reload,
@@ -262,6 +273,8 @@ class _Tidegate:
             settings = changes.settings
             plan = await asyncio.to_thread(self._fork_plan, settings)
             self.loop.set_pools(settings.pools, digests, settings.autoscaler)
+            self.history.max_age_s = settings.autoscaler.history.max_age_s
+            self.history.max_bytes = settings.autoscaler.history.max_bytes
             if worker_config(settings) != worker_config(self.settings):
                 self.workers.configure(worker_config(settings))
             set_up_logging(settings.gateway.log_level)

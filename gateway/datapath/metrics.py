@@ -367,20 +367,6 @@ POOL_SUMS: Final = len(POOL_HISTOGRAMS)
 WORKER_INTEGERS: Final = len(WORKER_METRICS)
 
 
-def quantile(histogram: int, counts: Sequence[int], q: float) -> float | None:
-    """The quantile of a histogram's values, by its buckets, as Prometheus' ``histogram_quantile``
-    has it: values lie evenly in a bucket, those beyond the last bound at it. ``None`` of none."""
-    bounds, total = _BOUNDS[histogram], sum(counts)
-    if total <= 0:
-        return None
-    rank, below, start = q * total, 0, 0.0
-    for bound, count in zip(bounds, counts, strict=False):
-        if below + count >= rank:
-            return start + (bound - start) * (rank - below) / count if count else bound
-        below, start = below + count, bound
-    return bounds[-1]
-
-
 class PoolCounters:
     """One worker's counters of one pool: counted in lists, published into shared memory.
 

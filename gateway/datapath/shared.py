@@ -169,9 +169,10 @@ class Shared:
         """A pool's counter summed over the workers, as last published."""
         return sum(self.pool_rows(worker, pool_slot)[0][index] for worker in range(self.workers))
 
-    def pool_totals(self, pool_slot: int) -> list[int]:
-        """All of a pool's counters, each summed over the workers."""
-        rows = (self.pool_rows(worker, pool_slot)[0].tolist() for worker in range(self.workers))
+    def pool_totals(self, pool_slot: int, count: int = POOL_INTEGERS) -> list[int]:
+        """A pool's counters, the first ``count`` of them, each summed over the workers."""
+        workers = range(self.workers)
+        rows = (self.pool_rows(worker, pool_slot)[0][:count].tolist() for worker in workers)
         return [sum(column) for column in zip(*rows, strict=True)]
 
     def held_since_ms(self, pool_slot: int) -> int:

@@ -27,9 +27,8 @@ from admin_rig import (
 from datapath_rig import make_certificate
 
 from autoscaler.settings import PoolSettings, ProcessPoolSettings
-from autoscaler.types import Bound, NotKnown, Signal, TierReport
+from autoscaler.types import Bound, NotKnown, RecentTraffic, Signal, TierReport
 from gateway.admin import schema
-from gateway.admin.schema import RecentTraffic
 from gateway.cli import client, main, tables, verbs
 from gateway.cli.base import Effects
 from gateway.cli.client import TOKEN_VARIABLE

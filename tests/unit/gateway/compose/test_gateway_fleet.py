@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
+from autoscaler.signals.series import quantile
 from gateway.compose.fleet import FleetBook
 from gateway.datapath import metrics
 from gateway.datapath.metrics import PoolCounters
-from gateway.datapath.shared import Shared, buckets_of
+from gateway.datapath.shared import Shared
 from router.types import Pool, Replica, ReplicaState
 
 WORKERS = 2
@@ -76,64 +77,38 @@ def test_arrived_tokens_are_those_of_prompts_and_of_answers_expected() -> None:
     assert book.observe().pools["a"].arrived_tokens_total == 240
 
 
-def test_what_a_pool_answered_in_the_last_minute() -> None:
-    now = 1000.0
-    book, shared = make(clock=lambda: now)
-    apply(shared, book.publish((Pool(name="a"),)).version)
-    workers = [PoolCounters(*shared.pool_rows(worker, 0)) for worker in range(WORKERS)]
-
-    def answer(number: int, *, failed: bool = False) -> None:
-        for one in workers:
-            one.integers[metrics.ENGINE_ERROR if failed else metrics.OK] += number
-            one.integers[metrics.PROMPT_TOKENS] += 10 * number
-            one.integers[metrics.OUTPUT_TOKENS] += 30 * number
-            one.observe(metrics.TTFT + 1, 0.04, number)  # a stream
-            one.observe(metrics.TTFT, 500.0, number)  # a plain answer: its first byte is its last
-            one.observe(metrics.ITL, 0.022, 30 * number)
-            one.flush()
-
-    book.observe()
-    assert book.recent_traffic("a") is None
-    answer(1000)  # an hour ago
-    for _ in range(3600):
-        now += 1.0
-        book.observe()
-    seen = book.recent_traffic("a")
+def test_what_a_pools_counters_have_come_to_over_its_workers() -> None:
+    book, shared = make()
+    assert book.totals("a") is None
+    apply(shared, book.publish((Pool(name="b"), Pool(name="a"))).version)
+    for worker in range(WORKERS):
+        one = PoolCounters(*shared.pool_rows(worker, 1))
+        counts = {metrics.ARRIVALS: 9, metrics.PROMPT_TOKENS: 50, metrics.OUTPUT_TOKENS: 60}
+        counts |= {metrics.ARRIVED_PROMPT_TOKENS: 70, metrics.ARRIVED_OUTPUT_TOKENS: 80}
+        counts |= {metrics.OK: 1, metrics.CLIENT_ERROR: 1, metrics.CANCELLED: 1}
+        for index, number in (counts | {metrics.ENGINE_ERROR: 1, metrics.REJECTED: 1}).items():
+            one.integers[index] += number
+        for endpoint in (0, 2):
+            one.observe(metrics.TTFT + 2 * endpoint + 1, 0.04)  # a stream
+            one.observe(metrics.TTFT + 2 * endpoint, 500.0)  # a plain answer: all came at once
+            one.observe(metrics.E2E + 2 * endpoint + 1, 3.0)
+            one.observe(metrics.E2E + 2 * endpoint, 4.0)
+        one.observe(metrics.ITL, 0.022, 30)
+        one.observe(metrics.QUEUE_WAIT, 0.3)
+        one.flush()
+    seen = book.totals("a")
     assert seen is not None
-    assert seen.requests_per_s == 0
-    assert (seen.ttft_p50_s, seen.ttft_mean_s, seen.ttft_count) == (None, None, 0)
-    answer(27)
-    answer(3, failed=True)
-    now += 1.0
-    seen = book.recent_traffic("a")
-    assert seen is not None
-    assert 60 <= seen.window_s <= 66
-    assert seen.requests_per_s * seen.window_s == pytest.approx(60, abs=0.1)
-    assert seen.errors_per_s * seen.window_s == pytest.approx(6, abs=0.1)
-    assert seen.prompt_tokens_per_s * seen.window_s == pytest.approx(600, abs=0.1)
-    assert seen.generation_tokens_per_s * seen.window_s == pytest.approx(1800, abs=0.1)
-    assert seen.ttft_p50_s == pytest.approx(0.035)
-    assert seen.ttft_p95_s == pytest.approx(0.02 + 0.95 * 0.03)
-    assert seen.itl_p50_s == pytest.approx(0.0225)
-    assert (seen.ttft_count, seen.itl_count) == (60, 1800)
-    assert seen.ttft_mean_s == pytest.approx(0.04)
-    assert seen.itl_mean_s == pytest.approx(0.022)
-    assert book.recent_traffic("b") is None
-
-
-@pytest.mark.parametrize(
-    ("values", "q", "expected"),
-    [
-        ([], 0.5, None),
-        ([0.007], 0.5, 0.0075),  # halfway from 0.005 to 0.01
-        ([0.001] * 3 + [5000.0], 0.5, 0.005 * 2 / 3),
-        ([0.001, 5000.0], 0.95, 640.0),
-    ],
-)
-def test_a_quantile_by_buckets(values: list[float], q: float, expected: float | None) -> None:
-    _, shared = make()
-    counters = PoolCounters(*shared.pool_rows(0, 0))
-    for value in values:
-        counters.observe(metrics.TTFT, value)
-    found = metrics.quantile(metrics.TTFT, counters.integers[buckets_of(metrics.TTFT)], q)
-    assert found == (None if expected is None else pytest.approx(expected))
+    assert (seen.arrivals, seen.input_tokens, seen.predicted_output_tokens) == (18, 140, 160)
+    assert (seen.prompt_tokens, seen.output_tokens) == (100, 120)
+    assert (seen.ended, seen.errors) == (10, 4)
+    for histogram, count, total in (
+        (seen.ttft, 4, 0.16),
+        (seen.e2e, 8, 28.0),
+        (seen.itl, 60, 1.32),
+        (seen.queue_wait, 2, 0.6),
+    ):
+        assert sum(histogram.counts) == count
+        assert histogram.sum_s == pytest.approx(total)
+        assert len(histogram.counts) == len(histogram.bounds_s) + 1
+    assert quantile(seen.ttft, 0.5) == pytest.approx(0.035)
+    assert book.totals("b").arrivals == 0  # type: ignore[union-attr]

@@ -41,6 +41,7 @@ APPLIES = {
         "health_interval_s health_failures unhealthy_restart_s backoff_initial_s backoff_max_s "
         "backoff_reset_s drain_s drain_settle_s failed_kept"
     ),
+    "autoscaler.history": "max_age_s max_bytes",
     "autoscaler.prices": "replica_hour waited_second memory_gib_hour",
 }
 """Fields that a reload applies: what uses them reads them from the settings in force each time, or
