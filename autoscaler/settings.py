@@ -183,6 +183,11 @@ class AutoscalerSettings(ConsistentSettings):
     """Seconds one health check may take before it counts as failed. A busy engine is slow to
     answer; 5 is generous for one small request."""
 
+    metrics_interval_s: float = Field(default=5.0, ge=0.5, le=3_600.0)
+    """Seconds between two readings of a replica's own metrics (requests that run and wait, use of
+    its KV cache) and of the GPUs. At most 50 replicas are read in a second, so that this takes no
+    more than a tenth of a core: of very many each is read less often."""
+
     health_failures: int = Field(default=3, ge=1, le=100)
     """Health checks in a row that must fail before a ready replica is given no more requests. One
     success brings it back."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from loaders.engines.base import EngineLoad
 from modelcache.types import Progress, Tier
 from router.types import ReplicaState
 
@@ -44,11 +45,32 @@ class ReplicaLoad:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineObservation:
+    """What the engine of a replica last said of itself, and when.
+
+    The rates are means over the ``window_s`` between its last two readings, and ``None`` where they
+    are not known: at the first, and where a counter began again. ``prefix_cache_hit_fraction`` is
+    the share of the prompt tokens looked up then that its prefix cache had; ``None`` where none
+    were.
+    """
+
+    observed_at_s: float
+    load: EngineLoad
+    window_s: float | None = None
+    prefix_cache_hit_fraction: float | None = None
+    prompt_tokens_per_s: float | None = None
+    generation_tokens_per_s: float | None = None
+    preemptions_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """One look at the data path: demand by pool name, load by replica id."""
+    """One look at the data path, demand by pool name and load by replica id; and at what engines
+    say themselves, by replica id (one that is missing is not known)."""
 
     pools: Mapping[str, PoolDemand] = field(default_factory=dict)
     replicas: Mapping[str, ReplicaLoad] = field(default_factory=dict)
+    engines: Mapping[str, EngineObservation] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,11 @@ def figure(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:,.0f}"
 
 
+def percent(fraction: float | None) -> str:
+    """A share of 0 to 1: ``43 %``."""
+    return UNKNOWN if fraction is None else f"{100 * fraction:.0f} %"
+
+
 def count(number: float | None, one: str, many: str | None = None) -> str:
     """A number of things: ``1 server``, ``2 servers``; ``many`` where that is no s at the end."""
     return f"{figure(number)} {one if number == 1 else many or f'{one}s'}"

@@ -14,6 +14,7 @@ from autoscaler.backends.base import BackendError
 from autoscaler.control.loop import ControlLoop
 from autoscaler.types import (
     Decision,
+    EngineObservation,
     Observation,
     PoolReport,
     RecentTraffic,
@@ -137,7 +138,8 @@ class LiveControl:
             last_decision=_decision(report.last_decision, now),
             retry_in_s=_seconds_until(report.retry_at_s, now),
             replicas=tuple(
-                _replica(one, seen.replicas.get(one.id), now) for one in report.replicas
+                _replica(one, seen.replicas.get(one.id), seen.engines.get(one.id), now)
+                for one in report.replicas
             ),
         )
 
@@ -152,15 +154,17 @@ class LiveControl:
 
     def metrics(self) -> bytes:
         """Prometheus text."""
+        report = self._loop.status()
         return metrics_page.render(
             shared=self._workers.shared,
             pools=self._pool_slots(),
-            report=self._loop.status(),
+            report=report,
             version=self._version,
             traffic=self._traffic(),
             replicas=self._replica_slots(),
             workers=self._workers.status(),
             forks=self._fork_server(),
+            engines=self._observe().engines,
         )
 
     def explain(self, pool: str) -> list[schema.PastDecisionEntry]:
@@ -248,11 +252,20 @@ def _decision(decision: Decision | None, now: float) -> schema.DecisionEntry | N
     return _filled(schema.DecisionEntry, decision, at_s=_wall(decision.at_s, now))
 
 
-def _replica(replica: ReplicaReport, load: ReplicaLoad | None, now: float) -> schema.ReplicaEntry:
+def _engine(seen: EngineObservation | None, now: float) -> schema.EngineEntry | None:
+    if seen is None:
+        return None
+    return _filled(schema.EngineEntry, seen.load, seen, age_s=round(now - seen.observed_at_s, 3))
+
+
+def _replica(
+    replica: ReplicaReport, load: ReplicaLoad | None, engine: EngineObservation | None, now: float
+) -> schema.ReplicaEntry:
     return _filled(
         schema.ReplicaEntry,
         replica,
         inflight_requests=load.inflight_requests if load else None,
         inflight_tokens=load.inflight_tokens if load else None,
         since_s=round(now - replica.since_s, 3),
+        engine=_engine(engine, now),
     )

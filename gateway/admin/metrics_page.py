@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -29,7 +30,7 @@ from prometheus_client.registry import Collector
 
 from autoscaler.backends.process.fork_server import FORK_STATES
 from autoscaler.control.start_steps import STEPS_TO_READY
-from autoscaler.types import FleetReport, TierReport
+from autoscaler.types import EngineObservation, FleetReport, TierReport
 from gateway.admin.schema import ForkServerEntry
 from gateway.datapath import metrics
 from gateway.datapath.shared import Shared, buckets_of
@@ -68,11 +69,12 @@ def render(
     replicas: Mapping[str, int],
     workers: Sequence[Mapping[str, Any]],
     forks: ForkServerEntry | None = None,
+    engines: Mapping[str, EngineObservation] = MappingProxyType({}),
 ) -> bytes:
     """The whole page, in Prometheus text format 0.0.4. ``pools``: their slots in ``shared`` by
     name; ``replicas``: theirs by id; ``traffic``: the model cache's figures;
     ``workers``: index, pid and restarts of each; ``forks``: the fork server's figures, as
-    ``/status`` has them."""
+    ``/status`` has them; ``engines``: what engines say themselves, by replica id."""
     page = _Page(version)
     totals = {pool: shared.pool_totals(slot) for pool, slot in pools.items()}
     for pool, slot in pools.items():
@@ -100,6 +102,8 @@ def render(
         for replica in (one for each in report.pools for one in each.replicas):
             if replica.id in replicas:
                 _add_replica(page, shared, replica.pool, replica.id, replicas[replica.id])
+            if replica.id in engines:
+                _add_engine(page, replica.pool, replica.id, engines[replica.id], report.at_s)
     if forks is not None:
         _add_forks(page, forks)
     _add_traffic(page, traffic)
@@ -196,6 +200,16 @@ def _add_replica(page: _Page, shared: Shared, pool: str, replica: str, slot: int
     page.add(metrics.REPLICA_REQUESTS, ok, **labels, outcome="ok")
     page.add(metrics.REPLICA_REQUESTS, error, **labels, outcome="error")
     page.sum_up(metrics.REPLICA_TTFT, answers, wait_us / 1e6, **labels)
+
+
+def _add_engine(
+    page: _Page, pool: str, replica: str, seen: EngineObservation, now_s: float
+) -> None:
+    labels = {"pool": pool, "replica": replica}
+    for field, metric in metrics.ENGINE_METRICS.items():
+        page.add(metric, getattr(seen.load, field), **labels)
+    page.add(metrics.ENGINE_HIT_FRACTION, seen.prefix_cache_hit_fraction, **labels)
+    page.add(metrics.ENGINE_AGE, max(0.0, now_s - seen.observed_at_s), **labels)
 
 
 def _add_processes(page: _Page, workers: Sequence[Mapping[str, Any]]) -> None:

@@ -178,6 +178,33 @@ class PastDecisionEntry(DecisionEntry):
     last_at_s: float
 
 
+class EngineEntry(AdminAnswer):
+    """What a replica's engine says of itself. ``null``: it does not say. Rates are means between
+    its last two readings; counters grow from the engine's start."""
+
+    age_s: float
+    """Seconds since it said so."""
+    running_requests: int | None
+    waiting_requests: int | None
+    max_running_requests: int | None
+    """Most requests that it runs at once."""
+    kv_cache_usage_fraction: float | None
+    kv_cache_tokens: int | None
+    """Tokens that its KV cache holds."""
+    prefix_cache_hit_fraction: float | None
+    """Share of the prompt tokens looked up in its prefix cache that were there."""
+    prompt_tokens_per_s: float | None
+    generation_tokens_per_s: float | None
+    preemptions_per_s: float | None
+    prefix_cache_queries_tokens: float | None
+    prefix_cache_hits_tokens: float | None
+    preemptions: int | None
+    prompt_tokens: float | None
+    generation_tokens: float | None
+    sleep_level: int | None
+    """0 while it is awake."""
+
+
 class ReplicaEntry(AdminAnswer):
     """One replica."""
 
@@ -202,6 +229,8 @@ class ReplicaEntry(AdminAnswer):
     error: str | None
     outdated: bool = False
     """It was started with other arguments than its pool has now, and is to be replaced."""
+    engine: EngineEntry | None = None
+    """What its engine says of itself; ``null`` where that could not be read."""
 
 
 class PoolEntry(AdminAnswer):

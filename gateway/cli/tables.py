@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from gateway.terminal import NONE, UNKNOWN, ago, count, duration, figure, one_line, size
+from gateway.terminal import NONE, UNKNOWN, ago, count, duration, figure, one_line, percent, size
 from loaders.engines.base import ENGINES, engine_of
 from modelcache.types import PREPARED, SHORT_CHARACTERS, ModelEntry
 
@@ -36,6 +36,8 @@ STATE_STYLES = {
     "fail": BAD,
 }
 TIER_STYLES = {"running": GOOD, "sleeping": GOOD, "paged": GOOD, "forked": GOOD, "on_disk": "cyan"}
+WITH_METRICS = frozenset({"ready", "unhealthy", "draining", "sleeping"})
+"""States of replicas whose engines say how they are loaded."""
 PEERS_NAMED = 5
 """Peers that are named where they are not reached; of more the number is enough."""
 FEW = 20
@@ -180,7 +182,10 @@ def _retry(pool: schema.PoolEntry, separator: str) -> str:
 
 
 def _replicas(pools: Iterable[schema.PoolEntry], screen: Screen) -> str:
-    table = Table(("REPLICA", "STATE", "FOR", "INFLIGHT", "TOKENS", "PID", "URL", "DETAIL"))
+    table = Table(
+        ("REPLICA", "STATE", "FOR", "INFLIGHT", "TOKENS", "RUNNING", "WAITING", "KV", "PID", "URL")
+        + ("DETAIL",)
+    )
     for replica in (replica for pool in pools for replica in pool.replicas):
         table.add(
             replica.id,
@@ -188,11 +193,25 @@ def _replicas(pools: Iterable[schema.PoolEntry], screen: Screen) -> str:
             duration(replica.since_s),
             figure(replica.inflight_requests),
             figure(replica.inflight_tokens),
+            *_engine_figures(replica),
             NONE if replica.pid is None else str(replica.pid),
             replica.url or NONE,
             _detail(replica),
         )
     return table.render(screen)
+
+
+def _engine_figures(replica: schema.ReplicaEntry) -> tuple[str, str, str]:
+    """Requests that the engine runs, those that wait in it, and the use of its KV cache."""
+    engine = replica.engine
+    if engine is None:
+        text = UNKNOWN if replica.state in WITH_METRICS else NONE
+        return (text, text, text)
+    return (
+        figure(engine.running_requests),
+        figure(engine.waiting_requests),
+        percent(engine.kv_cache_usage_fraction),
+    )
 
 
 def _detail(replica: schema.ReplicaEntry) -> str:

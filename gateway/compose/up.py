@@ -23,6 +23,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from autoscaler.backends.base import BackendError
@@ -34,10 +35,12 @@ from autoscaler.control.disabled_pools import DisabledPools
 from autoscaler.control.loop import ControlLoop
 from autoscaler.control.replica_numbers import ReplicaNumbers
 from autoscaler.settings import PoolSettings
+from autoscaler.signals.engine_scraper import EngineScraper
 from autoscaler.signals.history import FILE_NAME, HistoryStore, HistoryWriter
 from autoscaler.signals.recorder import Recorder
 from autoscaler.tiers.preparer import NodePreparer
 from autoscaler.tiers.wake_times import WakeTimes
+from autoscaler.types import Observation
 from gateway.compose.admin_token import admin_token
 from gateway.compose.cache import (
     cache_dir,
@@ -149,6 +152,10 @@ class _Tidegate:
         self.page_holder = make_page_holder(settings)
         self.compiled = make_compile_cache(settings)
         self.process = process = self._process_backend()
+        self.scraper = EngineScraper(
+            interval_s=settings.autoscaler.metrics_interval_s,
+            timeout_s=settings.autoscaler.health_timeout_s,
+        )
         state_dir = settings.state_dir.absolute()
         history = settings.autoscaler.history
         self.history = HistoryStore(
@@ -163,7 +170,7 @@ class _Tidegate:
             settings=settings.autoscaler,
             backends={"process": process, "static": StaticBackend(settings=settings.autoscaler)},
             digests=find_digests(settings.pools, settings.loaders),
-            observe=self.book.observe,
+            observe=self.observe,
             record=self.recorder.observe,
             publish=self._publish,
             preparer=self._preparer(),
@@ -225,6 +232,12 @@ class _Tidegate:
 
     def _publish(self, pools: Sequence[Pool]) -> None:
         self.workers.publish(self.book.publish(pools))
+        engines = {name: pool.engine for name, pool in self.loop.pools().items()}
+        self.scraper.watch(pools, engines)
+
+    def observe(self) -> Observation:
+        """What the data path counts, and what engines say of themselves."""
+        return replace(self.book.observe(), engines=self.scraper.observations())
 
     async def serve_admin(self, stop: asyncio.Event) -> None:
         """Serve the admin API until ``stop`` is set."""
@@ -243,7 +256,7 @@ class _Tidegate:
             url=self.url,
             admin_url=self.admin_url,
             clock=time.monotonic,
-            observe=self.book.observe,
+            observe=self.observe,
             pool_slots=self.book.pool_slots,
             replica_slots=self.book.replica_slots,
             recent=self.recorder.recent,
@@ -278,6 +291,7 @@ class _Tidegate:
             if worker_config(settings) != worker_config(self.settings):
                 self.workers.configure(worker_config(settings))
             set_up_logging(settings.gateway.log_level)
+            self.scraper.interval_s = settings.autoscaler.metrics_interval_s
             self.settings = settings
             self.process.use_fork_plan(plan)
         said = describe(
@@ -425,6 +439,7 @@ async def _live(
     state_dir = Path(tidegate.settings.state_dir)
     admin_stop = asyncio.Event()
     admin = asyncio.create_task(tidegate.serve_admin(admin_stop))
+    scraping = asyncio.create_task(tidegate.scraper.run())
     looping: asyncio.Task[None] | None = None
     status = 0
     try:
@@ -449,6 +464,8 @@ async def _live(
                 f"the engines stay for {keep_s:g} s more; a `tidegate up` here in that time takes "
                 "them over"
             )
+        scraping.cancel()
+        await tidegate.scraper.close()
         await _stop(tidegate, looping, hurry, keep=keep.is_set())
         admin_stop.set()
         await asyncio.wait({admin}, timeout=10)

@@ -315,6 +315,44 @@ REPLICA_TTFT: Final = Metric(
     "replica_time_to_first_token_seconds",
     "Sent to the replica to its first answer byte: how often, and the sum.",
 )
+ENGINE_METRICS: Final[dict[str, Metric]] = {
+    "running_requests": Metric("engine_running_requests", "Requests the engine runs.", gauge=True),
+    "waiting_requests": Metric(
+        "engine_waiting_requests", "Requests that wait in the engine.", gauge=True
+    ),
+    "max_running_requests": Metric(
+        "engine_max_running_requests", "Most requests the engine runs at once.", gauge=True
+    ),
+    "kv_cache_usage_fraction": Metric(
+        "engine_kv_cache_usage_fraction", "Use of the engine's KV cache, 0 to 1.", gauge=True
+    ),
+    "kv_cache_tokens": Metric(
+        "engine_kv_cache_tokens", "Tokens that the engine's KV cache holds.", gauge=True
+    ),
+    "prefix_cache_queries_tokens": Metric(
+        "engine_prefix_cache_queries_tokens_total",
+        "Prompt tokens looked up in the engine's prefix cache.",
+    ),
+    "prefix_cache_hits_tokens": Metric(
+        "engine_prefix_cache_hits_tokens_total",
+        "Prompt tokens found in the engine's prefix cache.",
+    ),
+    "preemptions": Metric("engine_preemptions_total", "Requests the engine has preempted."),
+    "prompt_tokens": Metric("engine_prompt_tokens_total", "Prompt tokens, as the engine counts."),
+    "generation_tokens": Metric(
+        "engine_generation_tokens_total", "Generated tokens, as the engine counts."
+    ),
+    "sleep_level": Metric("engine_sleep_level", "How deep the engine sleeps; 0 awake.", gauge=True),
+}
+"""What a replica's engine says itself, by the field of its ``EngineLoad``."""
+ENGINE_HIT_FRACTION: Final = Metric(
+    "engine_prefix_cache_hit_fraction",
+    "Prompt tokens found in the prefix cache of those looked up between the last two readings.",
+    gauge=True,
+)
+ENGINE_AGE: Final = Metric(
+    "engine_metrics_age_seconds", "Age of what the engine said last.", gauge=True
+)
 WORKER_RESTARTS: Final = Metric("worker_restarts_total", "Times that the worker was restarted.")
 WORKER_PROCESS_METRICS: Final[dict[str, Metric]] = {
     "process_cpu_seconds_total": Metric("worker_cpu_seconds_total", "CPU time of the worker."),

@@ -1,3 +1,4 @@
 """Serving engines: ``base`` is the protocol, ``vllm``, ``simulated`` and ``openai_compatible``
-implement it, ``client`` is the HTTP by which they are asked.
+implement it, ``client`` is the HTTP by which they are asked. ``load_metrics`` has the names by
+which engines tell their load, ``prometheus_text`` reads their format.
 """

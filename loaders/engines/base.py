@@ -106,6 +106,29 @@ class ServedModel:
     stream_usage: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """What an engine says of its load at one moment; ``None`` is what it does not say.
+
+    ``kv_cache_tokens`` is how many tokens its KV cache holds, ``max_running_requests`` how many
+    requests it runs at once. Counters grow from the engine's start: the prompt tokens looked up and
+    found in its prefix cache, preemptions, prompt and generated tokens. ``sleep_level`` is 0 while
+    it is awake.
+    """
+
+    running_requests: int | None = None
+    waiting_requests: int | None = None
+    kv_cache_usage_fraction: float | None = None
+    kv_cache_tokens: int | None = None
+    max_running_requests: int | None = None
+    prefix_cache_queries_tokens: float | None = None
+    prefix_cache_hits_tokens: float | None = None
+    preemptions: int | None = None
+    prompt_tokens: float | None = None
+    generation_tokens: float | None = None
+    sleep_level: int | None = None
+
+
 @runtime_checkable
 class Engine(Protocol):
     """One kind of serving engine. Stateless; every call says which server it is about. What an
@@ -164,6 +187,13 @@ class Engine(Protocol):
         self, client: EngineClient, url: str, headers: Mapping[str, str]
     ) -> tuple[ServedModel, ...] | None:
         """The models a server lists; ``None`` when it does not say in a way that can be read."""
+        ...
+
+    async def load(
+        self, client: EngineClient, url: str, headers: Mapping[str, str]
+    ) -> EngineLoad | None:
+        """What a server's own metrics say of its load; ``None`` where they cannot be had whole, or
+        are those of no engine that is known. Never raises for a server that is gone."""
         ...
 
     async def sleep(self, client: EngineClient, url: str, level: int, *, timeout_s: float) -> None:

@@ -39,9 +39,11 @@ class EngineClient:
         *,
         timeout_s: float | None = None,
         body: Mapping[str, object] | None = None,
+        max_bytes: int = MAX_ANSWER_BYTES,
     ) -> tuple[int, bytes]:
-        """Status and body of an answer, ``body`` sent as JSON if there is one; of a long answer the
-        beginning. Raises ``httpx.HTTPError`` or ``httpx.InvalidURL``."""
+        """Status and body of an answer, ``body`` sent as JSON if there is one; of one longer than
+        ``max_bytes`` somewhat more than so many. Raises ``httpx.HTTPError`` or
+        ``httpx.InvalidURL``."""
         secure = url.startswith("https:")
         if secure not in self._clients:
             self._clients[secure] = httpx.AsyncClient(
@@ -62,7 +64,7 @@ class EngineClient:
         ) as answer:
             async for piece in answer.aiter_bytes(READ_BYTES):
                 answered += piece
-                if len(answered) > MAX_ANSWER_BYTES:
+                if len(answered) > max_bytes:
                     break
         return answer.status_code, bytes(answered)
 

@@ -7,10 +7,17 @@ from collections.abc import Mapping
 
 import httpx
 
-from loaders.engines.base import OPENAI_COMPATIBLE, Engine, EngineHealth, ServedModel
+from loaders.engines.base import OPENAI_COMPATIBLE, Engine, EngineHealth, EngineLoad, ServedModel
 from loaders.engines.client import NO_SUCH_CALL, EngineClient, EngineUnsupported, describe
+from loaders.engines.load_metrics import read_iterations, read_load
 
 MODELS_PATH = "/v1/models"
+METRICS_PATH = "/metrics"
+TRTLLM_METRICS_PATH = "/prometheus/metrics"
+"""Where ``trtllm-serve`` has its Prometheus page; at ``/metrics`` it tells of its iterations."""
+
+MAX_METRICS_BYTES = 2 << 20
+"""Some 20 engines of a data-parallel vLLM, each with some 90 kB."""
 
 
 class OpenAICompatibleEngine(Engine):
@@ -38,6 +45,18 @@ class OpenAICompatibleEngine(Engine):
         except (httpx.HTTPError, ValueError, RecursionError):
             return None
 
+    async def load(
+        self, client: EngineClient, url: str, headers: Mapping[str, str]
+    ) -> EngineLoad | None:
+        """See ``Engine``."""
+        page = await _get_metrics(client, url + METRICS_PATH, headers)
+        if page is None or not page.startswith(b"["):
+            return None if page is None else read_load(page)
+        iterations = read_iterations(page)
+        page = await _get_metrics(client, url + TRTLLM_METRICS_PATH, headers)
+        # The statistics are gone once they are read; those of an engine at rest are none.
+        return iterations if page is None else read_load(page) or iterations
+
     async def sleep(self, client: EngineClient, url: str, level: int, *, timeout_s: float) -> None:
         """See ``Engine``."""
         raise EngineUnsupported(f"engine {self.name} cannot be put to sleep")
@@ -45,6 +64,15 @@ class OpenAICompatibleEngine(Engine):
     async def wake(self, client: EngineClient, url: str, level: int, *, timeout_s: float) -> None:
         """See ``Engine``."""
         raise EngineUnsupported(f"engine {self.name} cannot be woken")
+
+
+async def _get_metrics(client: EngineClient, url: str, headers: Mapping[str, str]) -> bytes | None:
+    """A page of metrics; ``None`` where there is none, or it is longer than it may be."""
+    try:
+        status, page = await client.request("GET", url, headers, max_bytes=MAX_METRICS_BYTES)
+    except (httpx.HTTPError, httpx.InvalidURL):
+        return None
+    return page if status == 200 and len(page) <= MAX_METRICS_BYTES else None
 
 
 async def _get_health(

@@ -22,6 +22,7 @@ from loaders.engines.base import (
     START_PHASES,
     Engine,
     EngineCommand,
+    EngineLoad,
     EngineOptions,
     Placement,
     ServedModel,
@@ -126,6 +127,37 @@ class EngineContract(ABC):
             name=self.model, max_model_len_tokens=MAX_MODEL_LEN_TOKENS, stream_usage=True
         )
         assert models == (known,)  # all of them answer as vLLM does
+
+    def test_it_tells_its_load(self, url: str) -> None:
+        def load() -> EngineLoad:
+            found = self.ask(lambda client: self.engine.load(client, url, {}))
+            assert found is not None
+            return found
+
+        at_rest = load()
+        assert (at_rest.running_requests, at_rest.waiting_requests) == (0, 0)
+        assert at_rest.kv_cache_usage_fraction == 0
+        assert at_rest.kv_cache_tokens is not None
+        assert at_rest.kv_cache_tokens >= MAX_MODEL_LEN_TOKENS
+        assert at_rest.preemptions == 0
+        body = {"model": self.model, "prompt": "word " * 20, "max_tokens": 7, "ignore_eos": True}
+        httpx.post(
+            f"{url}/v1/completions", json=body, trust_env=False, timeout=60
+        ).raise_for_status()
+        end_s = time.monotonic() + 30  # vLLM counts beside its answers
+        while (after := load()).generation_tokens == at_rest.generation_tokens:
+            assert time.monotonic() < end_s
+            time.sleep(0.05)
+        assert after.generation_tokens is not None
+        assert after.generation_tokens - (at_rest.generation_tokens or 0) == 7
+        assert after.prompt_tokens is not None
+        assert after.prompt_tokens - (at_rest.prompt_tokens or 0) >= 20
+        assert after.prefix_cache_queries_tokens is not None
+        assert after.prefix_cache_hits_tokens is not None
+
+    def test_no_server_tells_no_load(self) -> None:
+        nowhere = f"http://127.0.0.1:{free_port()}"
+        assert self.ask(lambda client: self.engine.load(client, nowhere, {})) is None
 
     def test_it_sleeps_and_wakes_or_says_that_it_cannot(self, url: str) -> None:
         async def sleep_and_wake(client: EngineClient, level: int) -> None:

@@ -46,7 +46,12 @@ def running(
         pools=[pool],
         loaders={"engine_python": engine_python},
         gateway={"holding": {"keepalive_s": 0.5}},
-        autoscaler={"scale_down_delay_s": 0, "stable_window_s": 2, "panic_window_s": 1},
+        autoscaler={
+            "scale_down_delay_s": 0,
+            "stable_window_s": 2,
+            "panic_window_s": 1,
+            "metrics_interval_s": 0.5,
+        },
     ) as tidegate:
         yield tidegate
 
@@ -198,6 +203,35 @@ def test_cancelled_stream_is_cancelled_in_vllm(tidegate: Tidegate, api: OpenAI) 
     made = "vllm:generation_tokens_total"
     assert 0 < after.sum(made) - before.sum(made) < wanted / 2
     tidegate.wait_count(1, "tidegate_requests_total", pool="small", outcome="cancelled")
+
+
+def test_what_vllm_says_of_its_load_is_in_status_and_metrics(
+    tidegate: Tidegate, api: OpenAI
+) -> None:
+    def said() -> dict[str, float | None]:
+        replicas = tidegate.pool("small")["replicas"]
+        found: dict[str, float | None] = (replicas[0]["engine"] if replicas else None) or {}
+        return found
+
+    stream = api.chat.completions.create(
+        model="small",
+        messages=[{"role": "user", "content": "Tell me a long story of a lighthouse."}],
+        max_tokens=1_800,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(stream))
+    tidegate.wait("it among the running in status", lambda: said().get("running_requests") == 1)
+    tidegate.wait("use of the KV cache", lambda: (said().get("kv_cache_usage_fraction") or 0) > 0)
+    tidegate.wait("a rate of tokens", lambda: (said().get("generation_tokens_per_s") or 0) > 0)
+    assert said()["waiting_requests"] == 0
+    assert (said()["kv_cache_tokens"] or 0) >= 2_048
+    tidegate.wait_count(1, "tidegate_engine_running_requests", pool="small")
+    of_engine = tidegate.engine_metrics("small").sum("vllm:prompt_tokens_total")
+    tidegate.wait_count(of_engine, "tidegate_engine_prompt_tokens_total", pool="small")
+    stream.close()
+    tidegate.wait("nothing running in status", lambda: said().get("running_requests") == 0)
+    tidegate.wait_count(0, "tidegate_engine_running_requests", pool="small")
 
 
 def test_many_at_once_agree_with_the_metrics(tidegate: Tidegate) -> None:

@@ -8,9 +8,17 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-from autoscaler.types import FleetReport, HistogramCounts, PoolReport, ReplicaReport, TierReport
+from autoscaler.types import (
+    EngineObservation,
+    FleetReport,
+    HistogramCounts,
+    PoolReport,
+    ReplicaReport,
+    TierReport,
+)
 from gateway.admin.metrics_page import FRESH_S, STALE_S, UsagePoller, render, render_cache
 from gateway.datapath.shared import Shared
+from loaders.engines.base import EngineLoad
 from modelcache.types import Progress, Tier
 from router.types import ReplicaState
 
@@ -79,6 +87,35 @@ def test_starts_and_crashes_of_a_pool() -> None:
     external = samples(replace(pool, tier=None, tiers=()))
     assert 'tidegate_max_replicas{pool="p"}' not in external
     shared.close()
+
+
+def test_what_engines_say_is_on_the_page_and_what_they_do_not_say_is_not() -> None:
+    replicas = tuple(
+        ReplicaReport(id=name, pool="p", state=ReplicaState.READY, since_s=0.0)
+        for name in ("p-1", "p-2")
+    )
+    pool = PoolReport(
+        name="p", desired=2, override=None, ready=2, starting=0, unhealthy=0, draining=0,
+        sleeping=0, wake_eta_s=None, last_decision=None, replicas=replicas,
+    )  # fmt: skip
+    load = EngineLoad(running_requests=3, waiting_requests=0, generation_tokens=7.0)
+    seen = EngineObservation(observed_at_s=90.0, load=load, prefix_cache_hit_fraction=0.25)
+    shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
+    report = FleetReport(at_s=92.5, pools=(pool,), decisions={}, errors={})
+    text = render(
+        shared=shared, pools={}, report=report, version="1", traffic={}, replicas={}, workers=(),
+        engines={"p-1": seen, "gone-1": seen},
+    ).decode()  # fmt: skip
+    shared.close()
+    lines = {line for line in text.splitlines() if line.startswith("tidegate_engine_")}
+    labels = '{pool="p",replica="p-1"}'
+    assert lines == {
+        f"tidegate_engine_running_requests{labels} 3.0",
+        f"tidegate_engine_waiting_requests{labels} 0.0",
+        f"tidegate_engine_generation_tokens_total{labels} 7.0",
+        f"tidegate_engine_prefix_cache_hit_fraction{labels} 0.25",
+        f"tidegate_engine_metrics_age_seconds{labels} 2.5",
+    }
 
 
 def test_processes_are_measured_and_a_worker_that_is_down_is_not() -> None:

@@ -154,6 +154,32 @@ def tidegate(*words: str, effects: Effects | None = None) -> int:
 # ── Reading verbs ─────────────────────────────────────────────────────────────────────────────────
 
 
+ENGINE = schema.EngineEntry(
+    age_s=1.5,
+    **{name: None for name in schema.EngineEntry.model_fields if name != "age_s"},
+)
+
+
+@pytest.mark.parametrize(
+    ("state", "engine", "cells"),
+    [
+        ("ready", {"running_requests": 3, "waiting_requests": 0}, "3 0 ?"),
+        ("ready", {"running_requests": 3, "kv_cache_usage_fraction": 0.257}, "3 ? 26 %"),
+        ("unhealthy", None, "? ? ?"),
+        ("starting", None, "- - -"),
+    ],
+)
+def test_status_shows_what_engines_say_of_their_load(
+    state: str, engine: dict[str, float] | None, cells: str
+) -> None:
+    entry = None if engine is None else ENGINE.model_copy(update=engine)
+    one = replica(state=state, engine=entry, inflight_requests=8, inflight_tokens=9)
+    text = tables.status(gateway_status(pool(replicas=(one,))), PIPE, NOW_S)
+    heading, row = (line for line in text.splitlines() if line.startswith(("REPLICA", "chat-1")))
+    at = slice(heading.index("RUNNING"), heading.index("PID"))
+    assert " ".join(row[at].split()) == cells
+
+
 def test_status(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     assert tidegate("status", "--admin", served.url) == 0
     out, err = capsys.readouterr()

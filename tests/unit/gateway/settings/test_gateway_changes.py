@@ -38,7 +38,8 @@ APPLIES = {
     "autoscaler": (
         "tick_s stable_window_s panic_window_s panic_threshold scale_down_delay_s idle_to_zero_s "
         "max_scale_up_per_tick demand_stale_s start_timeout_s prepare_timeout_s start_poll_s "
-        "health_interval_s health_failures unhealthy_restart_s backoff_initial_s backoff_max_s "
+        "health_interval_s metrics_interval_s health_failures unhealthy_restart_s "
+        "backoff_initial_s backoff_max_s "
         "backoff_reset_s drain_s drain_settle_s failed_kept"
     ),
     "autoscaler.history": "max_age_s max_bytes",
