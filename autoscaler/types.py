@@ -93,15 +93,61 @@ class PoolPolicy:
     idle_to_zero_s: float
     max_scale_up_per_tick: int
     demand_stale_s: float
+    max_scale_down_per_tick: int = 1_000
+    target_utilization_fraction: float = 0.8
+    backlog_s: float = 10.0
+    violated_second: float = 5.0
+
+
+class CapacitySource(StrEnum):
+    """Where the figure of a replica's capacity comes from, the best first."""
+
+    SATURATED = "saturated"
+    """Seen while replicas were loaded as far as the SLO allows."""
+    HISTORY = "history"
+    """Seen so by an earlier control process."""
+    DERIVED = "derived"
+    """From the engine's KV cache, its limits and measured times."""
+    HINT = "hint"
+    """From the pool's settings."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """Prompt and output tokens per second that one replica sustains within the SLO, for the mix of
+    lengths that the pool has."""
+
+    tokens_per_s: float
+    source: CapacitySource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """A pool's forecast as ``decide`` reads it.
+
+    ``lead_tokens_per_s[i]`` is the quantile ``levels[i]`` of the highest demand until a replica
+    that is asked for now has served for a step: that is what has to be provisioned.
+    ``hold_tokens_per_s`` is the same until one that is given up now could be back.
+    ``distrust`` says why it is not to be used, for people; empty where it is.
+    """
+
+    made_at_s: float
+    model: str
+    lead_s: float
+    levels: tuple[float, ...]
+    lead_tokens_per_s: tuple[float, ...]
+    hold_tokens_per_s: tuple[float, ...]
+    distrust: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowedDemand:
     """A pool's demand as ``decide`` reads it: now, and as means over the two windows.
 
-    Tokens and requests are in flight and queued together. ``None`` is unknown: never observed,
-    stale, or a part of the sum missing. ``some_requests`` is true as soon as any known part is
-    above zero, even where the sum is unknown; ``some_queued`` where requests are held.
+    Tokens and requests are in flight and queued together; ``*_tokens_per_s`` are those of the
+    requests that came. ``None`` is unknown: never observed, stale, or a part of the sum missing.
+    ``some_requests`` is true as soon as any known part is above zero, even where the sum is
+    unknown; ``some_queued`` where requests are held.
     """
 
     tokens: int | None = None
@@ -110,6 +156,9 @@ class WindowedDemand:
     panic_tokens: float | None = None
     stable_requests: float | None = None
     panic_requests: float | None = None
+    stable_tokens_per_s: float | None = None
+    panic_tokens_per_s: float | None = None
+    queued_tokens: int | None = None
     arrivals_total: int | None = None
     some_requests: bool = False
     some_queued: bool = False
@@ -123,7 +172,9 @@ class PoolStatus:
     ones for their model; ``starting`` ones have a process that is loading; ``waking`` ones come
     back from sleep. ``ready_at_s`` is when a replica last became ready. ``wake_signal``: the data
     path reported a held request since the last decision. ``override``: the number an operator asked
-    for. ``sleep_requested``: put to sleep by an operator, until the next request.
+    for. ``sleep_requested``: put to sleep by an operator, until the next request. ``arriving_s``:
+    in how many seconds each replica on its way is expected to be ready. ``lead_s``: in how many one
+    that is asked for now would be; ``None`` where no start was measured.
     """
 
     scheduled: int = 0
@@ -137,6 +188,8 @@ class PoolStatus:
     wake_signal: bool = False
     sleep_requested: bool = False
     override: int | None = None
+    arriving_s: tuple[float, ...] = ()
+    lead_s: float | None = None
 
     @property
     def supply(self) -> int:
@@ -156,6 +209,7 @@ class ScaleReason(StrEnum):
     AT_ZERO = "at_zero"
     WAKE = "wake"
     DEMAND = "demand"
+    FORECAST = "forecast"
     PANIC = "panic"
     STEADY = "steady"
     SCALE_DOWN = "scale_down"
@@ -196,6 +250,10 @@ class Signal(StrEnum):
     PANIC_TOKENS = "panic_tokens"
     STABLE_REQUESTS = "stable_requests"
     PANIC_REQUESTS = "panic_requests"
+    STABLE_TOKENS_PER_S = "stable_tokens_per_s"
+    PANIC_TOKENS_PER_S = "panic_tokens_per_s"
+    BACKLOG = "backlog"
+    FORECAST = "forecast"
     ARRIVALS = "arrivals"
     HELD = "held"
     OVERRIDE = "override"
@@ -207,7 +265,9 @@ class Bound(StrEnum):
     MIN_REPLICAS = "min_replicas"
     MAX_REPLICAS = "max_replicas"
     MAX_SCALE_UP = "max_scale_up"
+    MAX_SCALE_DOWN = "max_scale_down"
     SCALE_DOWN_DELAY = "scale_down_delay"
+    FORECAST = "forecast"
     PANIC = "panic"
     IDLE_TO_ZERO = "idle_to_zero"
     NEVER_ZERO = "never_zero"
@@ -229,6 +289,15 @@ class Decision:
     signal: Signal = Signal.NONE
     bound: Bound | None = None
     panicking: bool = False
+    reactive: int | None = None
+    """What the windows and the backlog alone recommended, before bounds; ``None``: unknown."""
+    forecast: int | None = None
+    """What the forecast recommended; ``None`` without one that is trusted."""
+    level: float | None = None
+    """The quantile of the forecast that this number covers."""
+    capacity: Capacity | None = None
+    fallback: str = ""
+    """Why there is no forecast in it, for people; empty where there is one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,19 +1,31 @@
 """How many replicas a pool shall have: one pure function of what is known, and when.
 
-The number is recommended from demand (tokens in flight and queued, over what one replica carries).
-Scaling it down is limited by what must not be cut (requests, starting replicas, unknown demand, the
-scale-down delay, a panic), and the number is bounded by ``min_replicas`` and ``max_replicas``. Each
-step can only change the number together with the reason for it, so the decision explains itself.
+The number is the largest of what the forecast recommends (demand at its highest until a new
+replica would serve), and what the windows and the backlog do. A forecast that is trusted brings the
+headroom with it; without one replicas are loaded to ``target_utilization_fraction``. Scaling down
+is limited by what must not be cut (requests, starting replicas, unknown demand, the forecast until
+a replica could be back or else the scale-down delay, a panic), and the number is bounded by
+``min_replicas`` and ``max_replicas``. Each step can only change the number together with the reason
+for it, so the decision explains itself.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from autoscaler.policy.recommend import WindowRecommendations, larger, recommend
+from autoscaler.policy.recommend import (
+    Recommendation,
+    WindowRecommendations,
+    larger,
+    recommend,
+    recommend_for_backlog,
+    recommend_for_forecast,
+)
 from autoscaler.types import (
     Bound,
+    Capacity,
     Decision,
+    Outlook,
     PoolPolicy,
     PoolStatus,
     ScaleReason,
@@ -60,23 +72,47 @@ class Proposal:
     bound: Bound | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recommendations:
+    """All that the number is made from. ``forecast`` is ``None`` without one that is trusted, and
+    ``fallback`` says why; ``hold`` is the fewest replicas the forecast lets go to."""
+
+    windows: WindowRecommendations
+    backlog: Recommendation | None = None
+    forecast: Recommendation | None = None
+    hold: int = 0
+    fallback: str = ""
+
+
 def decide(
-    policy: PoolPolicy, status: PoolStatus, demand: WindowedDemand, state: DecideState, now_s: float
+    policy: PoolPolicy,
+    status: PoolStatus,
+    demand: WindowedDemand,
+    state: DecideState,
+    now_s: float,
+    *,
+    capacity: Capacity | None = None,
+    outlook: Outlook | None = None,
 ) -> tuple[Decision, DecideState]:
-    """How many replicas the pool shall have at ``now_s``, why, and what to remember."""
+    """How many replicas the pool shall have at ``now_s``, why, and what to remember.
+
+    ``capacity`` and ``outlook`` are ``None`` where they are not known: then it reacts alone.
+    """
     arrived = has_arrived(demand, state)
     active = demand.some_requests or demand.some_queued or arrived or status.wake_signal
     state = remember_activity(state, demand, active, now_s)
-    windows = recommend(policy, demand)
+    found = recommend_all(policy, status, demand, capacity, outlook)
+    windows = found.windows
     state = watch_panic(policy, status, windows, state, now_s)
     panicking = state.panic_until_s is not None
 
-    proposal = propose(status, windows, state)
-    state = remember_recommendation(policy, state, proposal.desired, now_s)
+    reactive = propose(status, found, state)
+    state = remember_recommendation(policy, state, reactive.desired, now_s)
+    proposal = look_ahead(status, found, reactive)
     if active:
         proposal = wake(status, proposal, demand)
     if proposal.desired < status.supply:
-        proposal = limit_scale_down(policy, status, demand, windows, proposal, state, now_s)
+        proposal = limit_scale_down(policy, status, demand, found, proposal, state, now_s)
     if not active:
         proposal = scale_to_zero(policy, status, demand, proposal, state, now_s)
     proposal = apply_bounds(policy, status, proposal)
@@ -88,6 +124,7 @@ def decide(
         )
     elif status.override is not None:
         proposal = apply_override(status, demand, proposal, status.override, active=active)
+    forecast = found.forecast
     decision = Decision(
         pool=policy.pool,
         at_s=now_s,
@@ -98,8 +135,39 @@ def decide(
         signal=proposal.signal,
         bound=proposal.bound,
         panicking=panicking,
+        reactive=None if windows.stable is None else reactive.desired,
+        forecast=None if forecast is None else forecast.replicas,
+        level=None if forecast is None else forecast.level,
+        capacity=capacity,
+        fallback=found.fallback,
     )
     return decision, state
+
+
+def recommend_all(
+    policy: PoolPolicy,
+    status: PoolStatus,
+    demand: WindowedDemand,
+    capacity: Capacity | None,
+    outlook: Outlook | None,
+) -> Recommendations:
+    """What each signal recommends."""
+    fallback = ""
+    if outlook is None:
+        fallback = "there is no forecast yet"
+    elif outlook.distrust:
+        fallback = outlook.distrust
+    elif capacity is None:
+        fallback = "what one replica carries is not known yet"
+    share = 1.0 if not fallback else policy.target_utilization_fraction
+    windows = recommend(policy, demand, capacity, share)
+    backlog = None
+    if capacity is not None:
+        backlog = recommend_for_backlog(policy, status, demand, capacity)
+    if fallback or outlook is None or capacity is None:
+        return Recommendations(windows=windows, backlog=backlog, fallback=fallback)
+    forecast, hold = recommend_for_forecast(policy, outlook, capacity)
+    return Recommendations(windows=windows, backlog=backlog, forecast=forecast, hold=hold)
 
 
 def decide_removed(
@@ -191,11 +259,12 @@ def watch_panic(
     return replace(state, panic_until_s=until_s, panic_peak=peak)
 
 
-def propose(status: PoolStatus, windows: WindowRecommendations, state: DecideState) -> Proposal:
-    """What demand recommends, before scaling down is limited.
+def propose(status: PoolStatus, found: Recommendations, state: DecideState) -> Proposal:
+    """What demand recommends by itself, before scaling down is limited.
 
     In a panic (``watch_panic``) the larger of the two windows counts, and nothing below the peak.
     """
+    windows, backlog = found.windows, found.backlog
     stable = windows.stable
     if stable is None:
         return Proposal(
@@ -204,9 +273,9 @@ def propose(status: PoolStatus, windows: WindowRecommendations, state: DecideSta
             detail="demand is unknown, so the replicas there are stay",
             bound=Bound.UNKNOWN_DEMAND,
         )
-    best = stable
+    best = larger(stable, backlog) or stable
     if state.panic_until_s is not None:
-        best = larger(stable, windows.panic) or stable
+        best = larger(best, windows.panic) or best
         if state.panic_peak > best.replicas:
             return Proposal(
                 desired=state.panic_peak,
@@ -222,6 +291,19 @@ def propose(status: PoolStatus, windows: WindowRecommendations, state: DecideSta
     elif best.replicas < status.supply:
         reason = ScaleReason.SCALE_DOWN
     return Proposal(desired=best.replicas, reason=reason, detail=best.text, signal=best.signal)
+
+
+def look_ahead(status: PoolStatus, found: Recommendations, reactive: Proposal) -> Proposal:
+    """The forecast's number where it is larger than what demand recommends by itself."""
+    forecast = found.forecast
+    if forecast is None or forecast.replicas <= reactive.desired:
+        return reactive
+    reason = ScaleReason.FORECAST
+    if forecast.replicas < status.supply:
+        reason = ScaleReason.SCALE_DOWN
+    return Proposal(
+        desired=forecast.replicas, reason=reason, detail=forecast.text, signal=forecast.signal
+    )
 
 
 def remember_recommendation(
@@ -262,7 +344,7 @@ def limit_scale_down(
     policy: PoolPolicy,
     status: PoolStatus,
     demand: WindowedDemand,
-    windows: WindowRecommendations,
+    found: Recommendations,
     proposal: Proposal,
     state: DecideState,
     now_s: float,
@@ -270,7 +352,9 @@ def limit_scale_down(
     """Put off as much of a scale-down as must wait.
 
     What the panic window recommends stays outside a panic (``watch_panic``) too: the load of the
-    last seconds needs it.
+    last seconds needs it. A replica is also kept where the forecast would ask for it again before
+    another could be started; with a forecast that is what tells a lull from an end, without one the
+    scale-down delay does.
     """
     if is_unknown(demand):
         return replace(
@@ -280,7 +364,7 @@ def limit_scale_down(
             detail="demand is unknown, which is never a reason to remove a replica",
             bound=Bound.UNKNOWN_DEMAND,
         )
-    panic = windows.panic
+    panic = found.windows.panic
     if panic is not None and panic.replicas > proposal.desired:
         proposal = Proposal(
             desired=min(panic.replicas, status.supply),
@@ -292,8 +376,17 @@ def limit_scale_down(
         )
     since_s = now_s - policy.scale_down_delay_s
     past = [one.replicas for one in state.recent if one.until_s >= since_s]
-    most = max(past, default=0)
-    if policy.scale_down_delay_s > 0 and most > proposal.desired:
+    most = max(past, default=0) if found.forecast is None else 0
+    if found.hold > proposal.desired:
+        proposal = replace(
+            proposal,
+            desired=min(found.hold, status.supply),
+            reason=ScaleReason.SCALE_DOWN_DELAYED,
+            detail=f"{proposal.detail}; the forecast needs {found.hold} before one that is removed "
+            "could be back",
+            bound=Bound.FORECAST,
+        )
+    elif policy.scale_down_delay_s > 0 and most > proposal.desired:
         proposal = replace(
             proposal,
             desired=min(most, status.supply),
@@ -302,8 +395,18 @@ def limit_scale_down(
             f"{policy.scale_down_delay_s:g} s is {most}",
             bound=Bound.SCALE_DOWN_DELAY,
         )
+    least = status.supply - policy.max_scale_down_per_tick
+    if proposal.desired < least:
+        proposal = replace(
+            proposal,
+            desired=least,
+            bound=Bound.MAX_SCALE_DOWN,
+            detail=f"{proposal.detail}; at most {policy.max_scale_down_per_tick} are removed at "
+            "once",
+        )
+    # With none ready somebody waits for those that load. Else they go before any that is ready.
     there = status.supply - status.scheduled
-    if status.loading and proposal.desired < there:
+    if status.loading and not status.ready and proposal.desired < there:
         return replace(
             proposal,
             desired=there,
@@ -325,8 +428,13 @@ def scale_to_zero(
     """Go to zero, or stay there, only when idle long enough and nothing is on its way."""
     if status.supply == 0 and proposal.desired == 0:
         return Proposal(desired=0, reason=ScaleReason.AT_ZERO, detail="scaled to zero, no demand")
-    if status.loading or proposal.reason is ScaleReason.UNKNOWN_DEMAND:
+    if proposal.reason is ScaleReason.UNKNOWN_DEMAND:
         return proposal
+    if status.loading:
+        if proposal.desired > 0:
+            return proposal
+        text = f"{proposal.detail}; a replica is loading, so it does not go to zero"
+        return replace(proposal, desired=1, detail=text, bound=Bound.STARTING)
     if is_unknown(demand) or demand.arrivals_total is None:
         if proposal.desired > 0:
             return proposal

@@ -54,9 +54,9 @@ def make_plan(
     """What leads from the replicas there are to the desired number.
 
     To grow: call back what drains, wake what sleeps, start the rest; the cheapest first. To
-    shrink: take what waits for its start, then the unhealthy, then the least busy. One that loads
-    is not taken (and no ready one in its place), unless an operator asked for the number. With
-    ``may_sleep`` the last one that is ready goes to sleep instead of ending.
+    shrink: take what waits for its start, then what loads, the unhealthy, and the least busy. While
+    none is ready, one that loads is not taken, unless an operator asked for the number: a request
+    may wait for it. With ``may_sleep`` the last one that is ready goes to sleep instead of ending.
 
     Outdated replicas do not count as what there is: those that serve go one for each other that
     is ready, the rest at once. ``max_replicas`` bounds the starts meanwhile (``None``: nothing
@@ -85,6 +85,7 @@ def make_current_plan(
     """The plan where no replica is outdated."""
     supply = [one for one in replicas if one.state in SUPPLY]
     missing = desired - len(supply)
+    may_stop_loading |= any(one.state is State.READY for one in supply)
     events = shrink(-missing, supply, may_stop_loading) if missing < 0 else []
     if may_sleep and desired == 0:
         events = sleep_last(events, supply)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from autoscaler.types import PoolDemand, PoolPolicy, WindowedDemand
 
 BUCKETS_PER_PANIC_WINDOW = 12
+LEAST_RATE_S = 1.0
+"""Shortest time that tokens are counted over before they are called a rate."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,6 +33,9 @@ class DemandWindow:
     """The recent demand of one pool. One owner writes it; time only moves forward."""
 
     def __init__(self, policy: PoolPolicy) -> None:
+        self._arrived: deque[tuple[float, int]] = deque()
+        """Readings of the counter of tokens that came, a bucket apart; the first is before the
+        stable window, or the first there was."""
         self._spans: deque[DemandSpan] = deque()
         self._latest: PoolDemand | None = None
         self.resize(policy)
@@ -54,6 +59,7 @@ class DemandWindow:
             self._append(self._held(last, demand.observed_at_s))
         self._latest = demand
         self._expire(demand.observed_at_s)
+        self._count(demand)
 
     def read(self, now_s: float) -> WindowedDemand:
         """The demand as known at ``now_s``."""
@@ -73,6 +79,9 @@ class DemandWindow:
             panic_tokens=otherwise(panic_tokens, tokens),
             stable_requests=otherwise(stable_requests, requests),
             panic_requests=otherwise(panic_requests, requests),
+            stable_tokens_per_s=self._rate(now_s, self._stable_window_s) if fresh else None,
+            panic_tokens_per_s=self._rate(now_s, self._panic_window_s) if fresh else None,
+            queued_tokens=last.queued_tokens if fresh else None,
             arrivals_total=last.arrivals_total,
             some_requests=fresh and (queued or inflight),
             some_queued=fresh and queued,
@@ -86,7 +95,36 @@ class DemandWindow:
         for before, after in itertools.pairwise(spans):
             assert before.end_s <= after.start_s, (before, after)
         limit = 2 * (self._stable_window_s / self._bucket_s) + 4
+        assert len(self._arrived) <= limit, f"{len(self._arrived)} readings are kept"
         assert len(spans) <= limit, f"{len(spans)} spans are kept, {limit:g} are allowed"
+
+    def _count(self, demand: PoolDemand) -> None:
+        total, at_s = demand.arrived_tokens_total, demand.observed_at_s
+        arrived = self._arrived
+        if total is None:
+            return
+        if arrived and total < arrived[-1][1]:
+            arrived.clear()  # the counter was reset
+        if not arrived or at_s - arrived[-1][0] >= self._bucket_s:
+            arrived.append((at_s, total))
+        since_s = at_s - self._stable_window_s
+        while len(arrived) > 1 and arrived[1][0] <= since_s:
+            arrived.popleft()
+
+    def _rate(self, now_s: float, window_s: float) -> float | None:
+        """Tokens that came per second of the window; ``None`` before there is a second of it."""
+        last = self._latest
+        if last is None or last.arrived_tokens_total is None:
+            return None
+        since_s = now_s - window_s
+        begin: tuple[float, int] | None = None
+        for reading in self._arrived:
+            if begin is not None and reading[0] > since_s:
+                break
+            begin = reading
+        if begin is None or last.observed_at_s - begin[0] < LEAST_RATE_S:
+            return None
+        return (last.arrived_tokens_total - begin[1]) / (last.observed_at_s - begin[0])
 
     def _held(self, demand: PoolDemand, until_s: float) -> DemandSpan:
         start_s = demand.observed_at_s

@@ -171,8 +171,20 @@ CASES = [
         known(1_500, 3, panic=4_500), RECENT, 5, R.STEADY, Signal.PANIC_TOKENS, None,
     ),
     (
-        "fewer, but one is loading", POLICY, PoolStatus(ready=2, starting=2), known(500, 3),
+        "fewer, and those that load go first", POLICY, PoolStatus(ready=2, starting=2),
+        known(500, 3), RECENT, 1, R.SCALE_DOWN, Signal.STABLE_TOKENS, None,
+    ),
+    (
+        "fewer, but none is ready yet", POLICY, PoolStatus(starting=4), known(500, 3),
         RECENT, 4, R.STARTING, Signal.STABLE_TOKENS, Bound.STARTING,
+    ),
+    (
+        "none needed, but one is loading", POLICY, PoolStatus(ready=2, starting=2), known(),
+        RECENT, 1, R.SCALE_DOWN, Signal.STABLE_TOKENS, Bound.STARTING,
+    ),
+    (
+        "a few at a time", replace(POLICY, max_scale_down_per_tick=2), PoolStatus(ready=9),
+        known(500, 3), RECENT, 7, R.SCALE_DOWN, Signal.STABLE_TOKENS, Bound.MAX_SCALE_DOWN,
     ),
     (
         "many small requests", replace(POLICY, max_inflight_requests=4),
@@ -412,7 +424,7 @@ def test_whatever_is_known_the_invariants_hold(
         assert desired <= max(status.supply, 0) + growth
         if demand.tokens is None or demand.requests is None:
             assert desired >= min(status.supply, policy.max_replicas), "fewer on unknown demand"
-        if status.starting or status.waking:
+        if (status.starting or status.waking) and not status.ready:
             loaded = min(status.supply - status.scheduled, policy.max_replicas)
             assert desired >= loaded, "one that loads would be taken away"
         if decision.panicking:

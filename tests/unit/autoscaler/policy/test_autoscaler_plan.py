@@ -51,7 +51,18 @@ CASES = [
         some(S.UNHEALTHY, S.READY),
         ScalePlan(events=(("a", Event.STOP),)),
     ),
-    ("loading ones stay, and no ready one goes instead", 1, some(S.READY, S.STARTING), ScalePlan()),
+    (
+        "loading ones before ready ones",
+        1,
+        some(S.READY, S.STARTING, S.WAKING),
+        ScalePlan(events=(("c", Event.STOP), ("b", Event.STOP))),
+    ),
+    (
+        "loading ones stay while none is ready, and none goes instead",
+        1,
+        some(S.UNHEALTHY, S.STARTING),
+        ScalePlan(),
+    ),
     ("to zero", 0, some(S.READY, S.SLEEPING), ScalePlan(events=(("a", Event.STOP),))),
 ]
 
@@ -212,6 +223,7 @@ def test_any_plan_leads_to_the_number_or_stays_above_it(
 ) -> None:
     plan = make_plan(desired, replicas, may_stop_loading=may_stop_loading)
     states = {one.id: one.state for one in replicas}
+    may_stop_loading |= any(state is State.READY for state in states.values())
     assert len({name for name, _ in plan.events}) == len(plan.events)
     supply = sum(state in SUPPLY for state in states.values())
     for name, event in plan.events:
