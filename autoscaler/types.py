@@ -113,7 +113,7 @@ class CapacitySource(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Capacity:
+class ReplicaCapacity:
     """Prompt and output tokens per second that one replica sustains within the SLO, for the mix of
     lengths that the pool has."""
 
@@ -295,7 +295,7 @@ class Decision:
     """What the forecast recommended; ``None`` without one that is trusted."""
     level: float | None = None
     """The quantile of the forecast that this number covers."""
-    capacity: Capacity | None = None
+    capacity: ReplicaCapacity | None = None
     fallback: str = ""
     """Why there is no forecast in it, for people; empty where there is one."""
 

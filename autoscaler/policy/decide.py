@@ -23,7 +23,7 @@ from autoscaler.policy.recommend import (
 )
 from autoscaler.types import (
     Bound,
-    Capacity,
+    ReplicaCapacity,
     Decision,
     Outlook,
     PoolPolicy,
@@ -91,7 +91,7 @@ def decide(
     state: DecideState,
     now_s: float,
     *,
-    capacity: Capacity | None = None,
+    capacity: ReplicaCapacity | None = None,
     outlook: Outlook | None = None,
 ) -> tuple[Decision, DecideState]:
     """How many replicas the pool shall have at ``now_s``, why, and what to remember.
@@ -148,7 +148,7 @@ def recommend_all(
     policy: PoolPolicy,
     status: PoolStatus,
     demand: WindowedDemand,
-    capacity: Capacity | None,
+    capacity: ReplicaCapacity | None,
     outlook: Outlook | None,
 ) -> Recommendations:
     """What each signal recommends."""

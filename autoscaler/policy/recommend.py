@@ -10,7 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autoscaler.types import Capacity, Outlook, PoolPolicy, PoolStatus, Signal, WindowedDemand
+from autoscaler.types import (
+    ReplicaCapacity,
+    Outlook,
+    PoolPolicy,
+    PoolStatus,
+    Signal,
+    WindowedDemand,
+)
 
 ROUNDING = 1e-6
 """Parts of a replica that are error of the mean's arithmetic, and ask for no other replica."""
@@ -41,7 +48,7 @@ class WindowRecommendations:
 def recommend(
     policy: PoolPolicy,
     demand: WindowedDemand,
-    capacity: Capacity | None = None,
+    capacity: ReplicaCapacity | None = None,
     utilization_fraction: float = 1.0,
 ) -> WindowRecommendations:
     """What the stable and the panic window recommend, with replicas loaded to this part of their
@@ -102,7 +109,7 @@ def larger(one: Recommendation | None, other: Recommendation | None) -> Recommen
 
 
 def recommend_for_backlog(
-    policy: PoolPolicy, status: PoolStatus, demand: WindowedDemand, capacity: Capacity
+    policy: PoolPolicy, status: PoolStatus, demand: WindowedDemand, capacity: ReplicaCapacity
 ) -> Recommendation | None:
     """What it takes to work off what is queued within ``backlog_s``.
 
@@ -128,7 +135,7 @@ def recommend_for_backlog(
 
 
 def recommend_for_forecast(
-    policy: PoolPolicy, outlook: Outlook, capacity: Capacity
+    policy: PoolPolicy, outlook: Outlook, capacity: ReplicaCapacity
 ) -> tuple[Recommendation, int]:
     """What the demand until a new replica would serve asks for, and the fewest to be kept for that
     until one that is given up could be back."""

@@ -13,7 +13,7 @@ from autoscaler.policy.recommend import provision, recommend_for_backlog, value_
 from autoscaler.settings import AutoscalerSettings, PoolSettings, make_policy
 from autoscaler.types import (
     Bound,
-    Capacity,
+    ReplicaCapacity,
     CapacitySource,
     Outlook,
     PoolStatus,
@@ -27,7 +27,7 @@ POOL = {"name": "m", "engine": "simulated", "model": "m", "max_replicas": 50}
 POLICY = make_policy(
     PoolSettings.model_validate(POOL), AutoscalerSettings(max_scale_up_per_tick=50)
 )
-CAPACITY = Capacity(tokens_per_s=100.0, source=CapacitySource.SATURATED)
+CAPACITY = ReplicaCapacity(tokens_per_s=100.0, source=CapacitySource.SATURATED)
 LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975, 0.99)
 RECENT = DecideState(arrivals_total=0, active_at_s=NOW - 1.0)
 
@@ -101,12 +101,12 @@ CASES = [
         5, ScaleReason.SCALE_DOWN_DELAYED, Signal.FORECAST, Bound.FORECAST,
     ),
     (
-        "a backlog that those there can work off", SIX, arriving(560, queued=1_500), outlook(560),
+        "a backlog that those there can work off", SIX, arriving(450, queued=1_500), outlook(450),
         6, ScaleReason.STEADY, Signal.BACKLOG, None,
     ),
     (
         "a backlog that those there cannot work off", SIX, arriving(600, queued=4_000),
-        outlook(560), 10, ScaleReason.DEMAND, Signal.BACKLOG, None,
+        outlook(450), 10, ScaleReason.DEMAND, Signal.BACKLOG, None,
     ),
     (
         "a backlog for which enough are on their way",
