@@ -42,6 +42,9 @@ class ReplicaModel:
     max_running_requests: int = 256
     kv_tokens: float = 400_000.0
     chunk_tokens: float = 8_192.0
+    after_s: int = 0
+    """How long a request without output stays in flight after its prefill. It takes nothing of the
+    replica; those who watch requests in flight, and replicas that drain, see it."""
 
     def most_running(self, prompt_tokens: float, output_tokens: float) -> float:
         """Requests of this size that run at a time; at least one, or none could ever be served."""
@@ -70,6 +73,17 @@ class ReplicaModel:
         requests have these means."""
         return (prompt_tokens + output_tokens) / self.work_s(prompt_tokens, output_tokens, slo)
 
+    def in_flight(
+        self, prompt_tokens: float, output_tokens: float, slo: Slo, load: float = 1.0
+    ) -> float:
+        """Requests that one replica has in prefill and decode at this part of that capacity."""
+        rate = load / self.work_s(prompt_tokens, output_tokens, slo)
+        prefill_s = prompt_tokens / self.prefill_tokens_per_s
+        if output_tokens == 0.0:
+            return rate * (prefill_s + self.after_s)
+        itl_s = self.itl_base_s / (1.0 - rate * (prefill_s + output_tokens * self.itl_slope_s))
+        return rate * (prefill_s + output_tokens * itl_s)
+
 
 COUNTED = ReplicaModel(
     prefill_tokens_per_s=20.0,
@@ -78,6 +92,7 @@ COUNTED = ReplicaModel(
     max_running_requests=1_000_000,
     kv_tokens=1e12,
     chunk_tokens=1.0,
+    after_s=5,
 )
-"""The model for traces that only count requests: each is one token, and takes 50 ms of a replica.
-What is left of a request's life then is its wait in a queue."""
+"""The model for traces that only count requests: each is one token and takes 50 ms of a replica, so
+what can go wrong is its wait in a queue; and it is in flight for 5 s, as an answer of an LLM is."""

@@ -109,8 +109,13 @@ class FluidPool:
         self._share = 1.0
         self._epoch = 0
         self._drains: deque[tuple[float, int]] = deque()
+        self._after: deque[tuple[int, float, float]] = deque()
+        self._drains_after: deque[tuple[int, int]] = deque()
         self._quick = 0.0
         """Places taken by requests that end within the second they begin in."""
+        self._prefilling = 0.0
+        """Requests in prefill, as the mean of the last second."""
+        self._prefilling_tokens = 0.0
         self._quick_begun: list[tuple[int, float]] = []
         # What an observer sees.
         self._busy_s = [0.0] * UTILIZATION_S
@@ -141,6 +146,8 @@ class FluidPool:
             self._at_ready = 0.0
         if self._heap or self._leaving:
             self._drains.append((self._last_finish, drained))
+        elif self._after:
+            self._drains_after.append((self._after[-1][0], drained))
         else:
             self.supply.release(drained)
 
@@ -155,8 +162,8 @@ class FluidPool:
             arrived_tokens_total=self.arrived_tokens_total,
             queued_requests=self.queued_requests,
             queued_tokens=self.queued_tokens,
-            inflight_requests=self.running + self._quick,
-            inflight_tokens=self.running_tokens,
+            inflight_requests=self.running + self._quick + self._prefilling,
+            inflight_tokens=self.running_tokens + self._prefilling_tokens,
             utilization=min(1.0, sum(self._busy_s) / offered_s) if offered_s else None,
             ttft_s=p90(self._ttft_s[: min(second, LATENCY_S)]),
             itl_s=p90(self._itl_s[: min(second, LATENCY_S)]),
@@ -168,6 +175,8 @@ class FluidPool:
         """One second passes, in which so many requests of these means come."""
         engine, supply, second = self.engine, self.supply, self.second
         supply.begin(second)
+        if self._after or self._drains_after:
+            self._finish_after()
         ready = supply.ready
         if ready:
             per_replica = (self._at_ready + self._quick) / ready
@@ -178,7 +187,7 @@ class FluidPool:
         share = chunk_s / (itl_s + chunk_s)
         full = ready * engine.prefill_tokens_per_s
         budget = full * share
-        self._quick = 0.0
+        self._quick = self._prefilling = self._prefilling_tokens = 0.0
 
         tokens = prompt_tokens + output_tokens
         if arrivals:
@@ -219,6 +228,18 @@ class FluidPool:
             self._decode(seen_s)
         elif self._drains:
             self._release()
+
+    def _finish_after(self) -> None:
+        """What only stays in flight for a while (``after_s``) leaves, and the drained replicas with
+        it."""
+        after, drains = self._after, self._drains_after
+        while after and after[0][0] <= self.second:
+            _, count, tokens = after.popleft()
+            self.answered += count
+            self.running -= count
+            self.running_tokens -= tokens
+        while drains and (not after or drains[0][0] <= self.second):
+            self.supply.release(drains.popleft()[1])
 
     def _fits(
         self, arrivals: float, prompt: float, output: float, itl_s: float, ready: int
@@ -272,7 +293,9 @@ class FluidPool:
     ) -> None:
         """These requests begin on the ready replicas."""
         second, slo = self.second, self.slo
-        ttft_s = wait_s + prompt / (self.engine.prefill_tokens_per_s * share)
+        prefill_s = prompt / (self.engine.prefill_tokens_per_s * share)
+        ttft_s = wait_s + prefill_s
+        self._prefilling += count * prefill_s
         slot = second % LATENCY_S
         if ttft_s > self._ttft_s[slot]:
             self._ttft_s[slot] = ttft_s
@@ -284,9 +307,16 @@ class FluidPool:
         late = ttft_s > slo.ttft_s
         if late:
             self._violate(came, count)
+        if output == 0.0 and self.engine.after_s:
+            self._after.append((second + self.engine.after_s, count, count * prompt))
+            self.running += count
+            self.running_tokens += count * prompt
+            return
         if output * itl_s <= 1.0:
             self.answered += count
-            self._quick += count * output * itl_s
+            quick = count * output * itl_s
+            self._quick += quick
+            self._prefilling_tokens += (count * prefill_s + quick) * (prompt + output)
             if output > 0.0 and not late:
                 self._quick_begun.append((came, count))
             return

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from autoscaler.replay.engine import COUNTED, ReplicaModel, Slo
 from autoscaler.replay.fleet import FluidPool
+from autoscaler.replay.policies.bounds import Oracle, needed_replicas
+from autoscaler.replay.policies.facts import PoolFacts
 from autoscaler.replay.score import Minutes, Score
 from autoscaler.replay.supply import Starts
 from autoscaler.replay.traces import Trace
@@ -14,6 +18,8 @@ from autoscaler.replay.types import ScalingPolicy
 
 DAY_S = 86_400
 HISTORY_DAYS = 7.0
+ORACLE_MARGINS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4)
+TYPICAL_LOAD = 0.7
 RUN_IN_S = 900
 """Simulated before what is scored, so that nobody is judged by how it begins. Longer than the
 longest delay of a peer (Ray Serve: 600 s)."""
@@ -53,14 +59,14 @@ class Cut:
 
 
 def cut(trace: Trace, *, history_days: float = HISTORY_DAYS, days: float | None = None) -> Cut:
-    """Keep up to ``history_days`` before the scored part, which is ``days`` long, or the rest.
-
-    A trace that is shorter than twice that gives half of itself as history, at most.
+    """Keep up to ``history_days`` before the scored part, which is ``days`` long, or the rest (a
+    day at least). Of a trace that is shorter than two of these the first half is history.
     """
-    total_s = trace.seconds
-    history_s = min(history_days * DAY_S, total_s / 2)
+    total_s = float(trace.seconds)
+    scored_s = DAY_S if days is None else days * DAY_S
+    history_s = min(history_days * DAY_S, max(total_s - scored_s, total_s / 2))
     history_s = history_s // trace.step_s * trace.step_s
-    end_s = float(total_s) if days is None else min(total_s, history_s + days * DAY_S)
+    end_s = total_s if days is None else min(total_s, history_s + scored_s)
     run_in_s = min(RUN_IN_S, history_s) // trace.step_s * trace.step_s
     before_s = history_s - run_in_s
     return Cut(
@@ -70,10 +76,52 @@ def cut(trace: Trace, *, history_days: float = HISTORY_DAYS, days: float | None 
     )
 
 
-def scale_to(trace: Trace, pool: ReplayedPool, replicas: float) -> Trace:
-    """The trace with as many requests as keep ``replicas`` loaded as far as the SLO allows, in the
-    mean."""
-    return trace.scaled(replicas * pool.capacity_tokens_per_s(trace) / trace.tokens_per_s)
+def scale_to(part: Cut, pool: ReplayedPool, replicas: float) -> Cut:
+    """With as many requests as make it a pool of about ``replicas``: so many are loaded to 0.7 of
+    what the SLO allows, in the mean of the scored part."""
+    scored = part.played.part(part.run_in_s, part.played.seconds)
+    factor = replicas * TYPICAL_LOAD * pool.capacity_tokens_per_s(scored) / scored.tokens_per_s
+    return Cut(
+        history=None if part.history is None else part.history.scaled(factor),
+        played=part.played.scaled(factor),
+        run_in_s=part.run_in_s,
+    )
+
+
+def facts_of(part: Cut, pool: ReplayedPool) -> PoolFacts:
+    """What every policy is told of this pool before it is played."""
+    prompt, output = part.played.means
+    return PoolFacts(
+        capacity_tokens_per_s=pool.engine.capacity_tokens_per_s(prompt, output, pool.slo),
+        concurrency=pool.engine.in_flight(prompt, output, pool.slo),
+        target_concurrency=pool.engine.in_flight(prompt, output, pool.slo, TYPICAL_LOAD),
+        cold_start_s=pool.starts.cold_start_s,
+        prompt_tokens=prompt,
+        output_tokens=output,
+        min_replicas=pool.min_replicas,
+        max_replicas=pool.max_replicas,
+        history=None if part.history is None else part.history.history(),
+        engine=pool.engine,
+        slo=pool.slo,
+    )
+
+
+def find_oracle(
+    part: Cut, pool: ReplayedPool, *, spread: str = "even", seed: int = 0
+) -> tuple[Oracle, Score]:
+    """The clairvoyant policy for this trace, and its score: the least margin over the work that
+    comes with which nobody is hurt. Where none is enough (a request that even an idle replica
+    would fail), the last."""
+    trace = part.played
+    rate, prompts, outputs = trace.per_second(spread, seed)
+    for margin in ORACLE_MARGINS:
+        needed = needed_replicas(rate, prompts, outputs, pool.engine, pool.slo, margin)
+        bounded = np.clip(needed, pool.min_replicas, pool.max_replicas)
+        oracle = Oracle(bounded, pool.starts.cold_start_s, start_s=trace.start_s or 0.0)
+        score = replay(trace, oracle, pool, run_in_s=part.run_in_s, spread=spread, seed=seed)
+        if score.violations <= 1e-9 * score.requests:
+            break
+    return oracle, score
 
 
 def replay(
@@ -96,7 +144,7 @@ def replay(
     rate, prompts, outputs = (values.tolist() for values in trace.per_second(spread, seed))
     seconds = len(rate)
     first = trace.part(0.0, max(trace.step_s, 60.0))
-    asked = first.tokens_per_s / pool.capacity_tokens_per_s(trace) / 0.7
+    asked = first.tokens_per_s / pool.capacity_tokens_per_s(trace) / TYPICAL_LOAD
     begin = min(pool.max_replicas, max(pool.min_replicas, round(asked + 0.5)))
     fleet = FluidPool(
         pool.engine, pool.slo, pool.starts, ready=begin, seconds=seconds, scored_from=run_in_s
@@ -127,7 +175,10 @@ def replay(
                 minute = Minute(fleet)
                 if progress is not None and (second + 1) % 3600 < 60:
                     progress((second + 1) / seconds)
+    before = fleet.violations
     fleet.close()
+    if minutes.violations:
+        minutes.violations[-1] += fleet.violations - before
     replica_hours = (supply.replica_s - paid_s) / 3600
     return Score(
         policy=policy.name,

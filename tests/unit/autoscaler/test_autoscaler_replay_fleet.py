@@ -186,6 +186,7 @@ def test_no_request_is_lost_and_every_replica_second_is_paid(
         if one.queued_requests + one.running + supply.draining == 0:
             break
         one.advance(0.0, 0.0, 0.0)
+    one.advance(0.0, 0.0, 0.0)
     one.check_integrity()
     assert one.answered == pytest.approx(came)
     assert one.supply.draining == 0
