@@ -188,6 +188,11 @@ class AutoscalerSettings(ConsistentSettings):
     its KV cache) and of the GPUs. At most 50 replicas are read in a second, so that this takes no
     more than a tenth of a core: of very many each is read less often."""
 
+    dcgm_url: Url | None = None
+    """Page of this node's DCGM exporter (``http://127.0.0.1:9400/metrics``), from which GPUs are
+    read. Unset: NVIDIA's library is asked, where the package nvidia-ml-py is installed (the extra
+    ``gpu``)."""
+
     health_failures: int = Field(default=3, ge=1, le=100)
     """Health checks in a row that must fail before a ready replica is given no more requests. One
     success brings it back."""

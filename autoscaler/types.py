@@ -64,13 +64,66 @@ class EngineObservation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GpuCapacity:
+    """A GPU of this machine. ``memory_bytes`` is ``None`` when unknown."""
+
+    index: int
+    memory_bytes: int | None = None
+    name: str = ""
+    free_bytes: int | None = None
+    driver: str = ""
+    uuid: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class XidEvent:
+    """An error of a GPU that the driver reported, by NVIDIA's number. DCGM tells no time: then it
+    is that of the first reading with it."""
+
+    xid: int
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuReading:
+    """What one GPU is and does.
+
+    ``figures`` are those of ``autoscaler.signals.gpus.figures`` that could be read, by name.
+    ``throttle_reasons`` says why its clocks are lower than they could be; ``None`` is unknown.
+    ``xids`` are its newest errors since this process began, newest last, and ``xid_counts`` how
+    many there were, by number. ``processes`` is the device memory of each process that computes, by
+    its pid. ``error`` says why nothing can be read of it.
+    """
+
+    gpu: GpuCapacity
+    figures: Mapping[str, float] = field(default_factory=dict)
+    throttle_reasons: tuple[str, ...] | None = None
+    xids: tuple[XidEvent, ...] = ()
+    xid_counts: Mapping[int, int] = field(default_factory=dict)
+    processes: Mapping[int, int | None] | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuReport:
+    """The GPUs of this node, and when they were read. ``gpus`` is ``None`` where they are not
+    known, and ``why_not`` then says why. ``source`` is ``nvml`` or ``dcgm``."""
+
+    source: str
+    gpus: tuple[GpuReading, ...] | None = None
+    observed_at_s: float | None = None
+    why_not: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """One look at the data path, demand by pool name and load by replica id; and at what engines
-    say themselves, by replica id (one that is missing is not known)."""
+    """One look at the data path, demand by pool name and load by replica id; at what engines say
+    themselves, by replica id (one that is missing is not known); and at the GPUs of this node."""
 
     pools: Mapping[str, PoolDemand] = field(default_factory=dict)
     replicas: Mapping[str, ReplicaLoad] = field(default_factory=dict)
     engines: Mapping[str, EngineObservation] = field(default_factory=dict)
+    gpus: GpuReport | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,16 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuCapacity:
-    """A GPU of this machine. ``memory_bytes`` is ``None`` when unknown."""
-
-    index: int
-    memory_bytes: int | None = None
-    name: str = ""
-    free_bytes: int | None = None
-    driver: str = ""
+from autoscaler.types import GpuCapacity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

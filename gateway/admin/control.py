@@ -12,13 +12,15 @@ from typing import Any, Protocol, TypeVar
 
 from autoscaler.backends.base import BackendError
 from autoscaler.control.loop import ControlLoop
+from autoscaler.policy.gpu_faults import find_fault
 from autoscaler.types import (
     Decision,
     EngineObservation,
+    FleetReport,
+    GpuReport,
     Observation,
     PoolReport,
     RecentTraffic,
-    ReplicaLoad,
     ReplicaReport,
 )
 from gateway.admin import metrics_page, schema
@@ -98,14 +100,16 @@ class LiveControl:
         """Workers, pools, replicas, last decisions."""
         report = self._loop.status()
         seen = self._observe()  # now, not at the loop's last tick
+        faults = _faults(seen.gpus, report.at_s)
         return schema.GatewayStatus(
             version=self._version,
             endpoint=self._url,
             admin=self._admin_url,
             uptime_s=round(self._clock() - self._started_s, 3),
             workers=tuple(map(self._worker, self._workers.status())),
-            pools=tuple(self._pool(pool, seen, report.at_s) for pool in report.pools),
+            pools=tuple(self._pool(pool, seen, faults, report.at_s) for pool in report.pools),
             fork_server=self._fork_server(),
+            gpus=_gpus(seen.gpus, report, faults),
             errors=dict(report.errors),
             last_error=report.last_error,
         )
@@ -124,7 +128,13 @@ class LiveControl:
             self._forks_seen = (now, self._forks())
         return self._forks_seen[1]
 
-    def _pool(self, report: PoolReport, seen: Observation, now: float) -> schema.PoolEntry:
+    def _pool(
+        self,
+        report: PoolReport,
+        seen: Observation,
+        faults: Mapping[int, schema.GpuFaultEntry],
+        now: float,
+    ) -> schema.PoolEntry:
         settings = self._loop.pools()[report.name]
         demand = seen.pools.get(report.name)
         return _filled(
@@ -137,10 +147,7 @@ class LiveControl:
             recent=self._recent(report.name),
             last_decision=_decision(report.last_decision, now),
             retry_in_s=_seconds_until(report.retry_at_s, now),
-            replicas=tuple(
-                _replica(one, seen.replicas.get(one.id), seen.engines.get(one.id), now)
-                for one in report.replicas
-            ),
+            replicas=tuple(_replica(one, seen, faults, now) for one in report.replicas),
         )
 
     def ready(self) -> tuple[bool, str]:
@@ -154,7 +161,7 @@ class LiveControl:
 
     def metrics(self) -> bytes:
         """Prometheus text."""
-        report = self._loop.status()
+        report, seen = self._loop.status(), self._observe()
         return metrics_page.render(
             shared=self._workers.shared,
             pools=self._pool_slots(),
@@ -164,7 +171,8 @@ class LiveControl:
             replicas=self._replica_slots(),
             workers=self._workers.status(),
             forks=self._fork_server(),
-            engines=self._observe().engines,
+            engines=seen.engines,
+            gpus=seen.gpus,
         )
 
     def explain(self, pool: str) -> list[schema.PastDecisionEntry]:
@@ -258,14 +266,55 @@ def _engine(seen: EngineObservation | None, now: float) -> schema.EngineEntry | 
     return _filled(schema.EngineEntry, seen.load, seen, age_s=round(now - seen.observed_at_s, 3))
 
 
+def _faults(report: GpuReport | None, now: float) -> dict[int, schema.GpuFaultEntry]:
+    """The faults of GPUs, by their index."""
+    found = {}
+    for one in (report.gpus if report is not None else None) or ():
+        fault = find_fault(one, now)
+        if fault is not None:
+            at_s = None if fault.at_s is None else _wall(fault.at_s, now)
+            found[one.gpu.index] = _filled(schema.GpuFaultEntry, fault, at_s=at_s)
+    return found
+
+
+def _gpus(
+    seen: GpuReport | None, fleet: FleetReport, faults: Mapping[int, schema.GpuFaultEntry]
+) -> schema.NodeGpus | None:
+    if seen is None:
+        return None
+    replicas = [one for pool in fleet.pools for one in pool.replicas]
+    gpus = tuple(
+        _filled(
+            schema.GpuEntry,
+            one,
+            one.gpu,
+            fault=faults.get(one.gpu.index),
+            replicas=tuple(each.id for each in replicas if one.gpu.index in each.gpus),
+        )
+        for one in seen.gpus or ()
+    )
+    at_s = seen.observed_at_s
+    return _filled(
+        schema.NodeGpus,
+        seen,
+        gpus=None if seen.gpus is None else gpus,
+        age_s=None if at_s is None else round(fleet.at_s - at_s, 3),
+    )
+
+
 def _replica(
-    replica: ReplicaReport, load: ReplicaLoad | None, engine: EngineObservation | None, now: float
+    replica: ReplicaReport,
+    seen: Observation,
+    faults: Mapping[int, schema.GpuFaultEntry],
+    now: float,
 ) -> schema.ReplicaEntry:
+    load = seen.replicas.get(replica.id)
     return _filled(
         schema.ReplicaEntry,
         replica,
         inflight_requests=load.inflight_requests if load else None,
         inflight_tokens=load.inflight_tokens if load else None,
         since_s=round(now - replica.since_s, 3),
-        engine=_engine(engine, now),
+        engine=_engine(seen.engines.get(replica.id), now),
+        gpu_fault=next((faults[gpu] for gpu in replica.gpus if gpu in faults), None),
     )

@@ -30,7 +30,9 @@ from prometheus_client.registry import Collector
 
 from autoscaler.backends.process.fork_server import FORK_STATES
 from autoscaler.control.start_steps import STEPS_TO_READY
-from autoscaler.types import EngineObservation, FleetReport, TierReport
+from autoscaler.policy.gpu_faults import find_fault
+from autoscaler.signals.gpus.figures import GPU_FIGURES, THROTTLE_REASONS
+from autoscaler.types import EngineObservation, FleetReport, GpuReading, GpuReport, TierReport
 from gateway.admin.schema import ForkServerEntry
 from gateway.datapath import metrics
 from gateway.datapath.shared import Shared, buckets_of
@@ -70,11 +72,13 @@ def render(
     workers: Sequence[Mapping[str, Any]],
     forks: ForkServerEntry | None = None,
     engines: Mapping[str, EngineObservation] = MappingProxyType({}),
+    gpus: GpuReport | None = None,
 ) -> bytes:
     """The whole page, in Prometheus text format 0.0.4. ``pools``: their slots in ``shared`` by
     name; ``replicas``: theirs by id; ``traffic``: the model cache's figures;
     ``workers``: index, pid and restarts of each; ``forks``: the fork server's figures, as
-    ``/status`` has them; ``engines``: what engines say themselves, by replica id."""
+    ``/status`` has them; ``engines``: what engines say themselves, by replica id;
+    ``gpus``: what the GPUs of this node do."""
     page = _Page(version)
     totals = {pool: shared.pool_totals(slot) for pool, slot in pools.items()}
     for pool, slot in pools.items():
@@ -102,8 +106,13 @@ def render(
         for replica in (one for each in report.pools for one in each.replicas):
             if replica.id in replicas:
                 _add_replica(page, shared, replica.pool, replica.id, replicas[replica.id])
+            for gpu in replica.gpus:
+                labels = {"pool": replica.pool, "replica": replica.id, "gpu": str(gpu)}
+                page.add(metrics.REPLICA_GPU, 1, **labels)
             if replica.id in engines:
                 _add_engine(page, replica.pool, replica.id, engines[replica.id], report.at_s)
+        for reading in (gpus.gpus if gpus is not None else None) or ():
+            _add_gpu(page, reading, report.at_s)
     if forks is not None:
         _add_forks(page, forks)
     _add_traffic(page, traffic)
@@ -210,6 +219,24 @@ def _add_engine(
         page.add(metric, getattr(seen.load, field), **labels)
     page.add(metrics.ENGINE_HIT_FRACTION, seen.prefix_cache_hit_fraction, **labels)
     page.add(metrics.ENGINE_AGE, max(0.0, now_s - seen.observed_at_s), **labels)
+
+
+def _add_gpu(page: _Page, reading: GpuReading, now_s: float) -> None:
+    gpu = reading.gpu
+    labels = {"gpu": str(gpu.index), "uuid": gpu.uuid}
+    page.add(metrics.GPU_INFO, 1, **labels, name=gpu.name, driver=gpu.driver)
+    for figure in GPU_FIGURES:
+        metric = metrics.Metric(f"gpu_{figure.name}", figure.help, gauge=not figure.counter)
+        page.add(metric, reading.figures.get(figure.name), **labels)
+    if reading.throttle_reasons is not None:
+        for _, reason in THROTTLE_REASONS:
+            is_one = reason in reading.throttle_reasons
+            page.add(metrics.GPU_THROTTLED, is_one, **labels, reason=reason)
+    for xid, count in sorted(reading.xid_counts.items()):
+        page.add(metrics.GPU_XIDS, count, **labels, xid=str(xid))
+    fault = find_fault(reading, now_s)
+    if fault is not None:
+        page.add(metrics.GPU_FAULT, 1, **labels, action=fault.action.value)
 
 
 def _add_processes(page: _Page, workers: Sequence[Mapping[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, SerializeAsAny
 
+from autoscaler.policy.gpu_faults import GpuAction
 from autoscaler.types import Bound, RecentTraffic, ScaleReason, Signal, TierReport
 from gateway.settings.changes import PoolChange
 from modelcache.types import ModelEntry, Progress, Residency, Tier
@@ -205,6 +206,48 @@ class EngineEntry(AdminAnswer):
     """0 while it is awake."""
 
 
+class GpuFaultEntry(AdminAnswer):
+    """What is wrong with a GPU, and what to do about it."""
+
+    action: GpuAction
+    detail: str
+    xid: int | None
+    """NVIDIA's number of the error that says so, where it is one."""
+    at_s: float | None
+
+
+class GpuEntry(AdminAnswer):
+    """One GPU of this node."""
+
+    index: int
+    uuid: str
+    name: str
+    driver: str
+    figures: dict[str, float]
+    """What was read of it, by the names of its metrics without ``tidegate_gpu_``."""
+    throttle_reasons: tuple[str, ...] | None
+    """Why its clocks are lower than they could be."""
+    xid_counts: dict[int, int]
+    """Errors since this process began, by NVIDIA's number."""
+    processes: dict[int, int | None] | None
+    """Bytes of its memory that each process takes, by pid; ``null``: not known."""
+    error: str | None
+    """Why nothing can be read of it."""
+    fault: GpuFaultEntry | None
+    replicas: tuple[str, ...]
+    """Those that were given it."""
+
+
+class NodeGpus(AdminAnswer):
+    """The GPUs of this node. ``gpus`` is ``null`` where they are not known: ``why_not``."""
+
+    source: str
+    """``nvml`` or ``dcgm``."""
+    age_s: float | None
+    why_not: str
+    gpus: tuple[GpuEntry, ...] | None
+
+
 class ReplicaEntry(AdminAnswer):
     """One replica."""
 
@@ -231,6 +274,8 @@ class ReplicaEntry(AdminAnswer):
     """It was started with other arguments than its pool has now, and is to be replaced."""
     engine: EngineEntry | None = None
     """What its engine says of itself; ``null`` where that could not be read."""
+    gpu_fault: GpuFaultEntry | None = None
+    """A fault of one of its GPUs."""
 
 
 class PoolEntry(AdminAnswer):
@@ -311,6 +356,7 @@ class GatewayStatus(AdminAnswer):
     workers: tuple[WorkerEntry, ...]
     pools: tuple[PoolEntry, ...]
     fork_server: ForkServerEntry | None
+    gpus: NodeGpus | None = None
     errors: dict[str, int]
     """Errors that the control loop survived, by where they were raised."""
     last_error: str | None

@@ -36,6 +36,18 @@ STATE_STYLES = {
     "fail": BAD,
 }
 TIER_STYLES = {"running": GOOD, "sleeping": GOOD, "paged": GOOD, "forked": GOOD, "on_disk": "cyan"}
+GPU_ACTIONS = {
+    "ignore": "nothing to be done",
+    "restart_process": "restart the engine",
+    "check_nvlink": "check NVLink",
+    "reset_gpu": "reset the GPU",
+    "drain_and_reset": "drain the node and reset the GPU",
+    "restart_vm": "restart the virtual machine",
+    "reboot_node": "reboot the node",
+    "replace_gpu": "replace the GPU",
+    "unknown": "look it up in NVIDIA's catalog of XIDs",
+}
+"""What is to be done about a fault of a GPU, in words."""
 WITH_METRICS = frozenset({"ready", "unhealthy", "draining", "sleeping"})
 """States of replicas whose engines say how they are loaded."""
 PEERS_NAMED = 5
@@ -111,6 +123,8 @@ def status(report: schema.GatewayStatus, screen: Screen, now_s: float) -> str:
     ]
     if any(pool.replicas for pool in pools):
         parts += ["", _replicas(pools, screen).rstrip("\n")]
+    if gpus := gpu_table(report.gpus, screen):
+        parts += ["", gpus.rstrip("\n")]
     if pools:
         parts += ["", *(f"{pool.name}: {_decision(pool.last_decision, now_s)}" for pool in pools)]
     if traffic := traffic_lines(pools):
@@ -216,8 +230,46 @@ def _engine_figures(replica: schema.ReplicaEntry) -> tuple[str, str, str]:
 
 def _detail(replica: schema.ReplicaEntry) -> str:
     text = _first_line(replica.error or replica.phase)
-    outdated = "to be replaced: its start-up arguments have changed"
-    return "; ".join(part for part in (text, outdated if replica.outdated else "") if part)
+    outdated = "to be replaced: its start-up arguments have changed" if replica.outdated else ""
+    fault = "" if replica.gpu_fault is None else f"fault of its GPU: {_fault(replica.gpu_fault)}"
+    return "; ".join(part for part in (text, outdated, fault) if part)
+
+
+def gpu_table(node: schema.NodeGpus | None, screen: Screen) -> str:
+    """The GPUs of this node; nothing where there are none, and a line where their readings have
+    failed though they were asked of a DCGM exporter."""
+    if node is None or node.gpus is None:
+        failed = node is not None and node.source == "dcgm"
+        return one_line(f"GPUs: not known: {node.why_not}") if node is not None and failed else ""
+    if not node.gpus:
+        return ""
+    table = Table(("GPU", "NAME", "USE", "MEMORY", "POWER", "TEMP", "REPLICAS", "DETAIL"))
+    for gpu in node.gpus:
+        has = gpu.figures.get
+        used, power, temperature = (
+            has("memory_used_bytes"),
+            has("power_watts"),
+            has("temperature_celsius"),
+        )
+        slowed = ", ".join(gpu.throttle_reasons or ()).replace("_", " ")
+        detail = [f"clocks lowered: {slowed}"] if slowed else []
+        if gpu.fault is not None:
+            detail.insert(0, _fault(gpu.fault))
+        table.add(
+            str(gpu.index),
+            gpu.name or UNKNOWN,
+            percent(has("utilization_fraction")),
+            f"{size(used)} of {size(has('memory_total_bytes'))}",
+            UNKNOWN if power is None else f"{power:.0f} W",
+            UNKNOWN if temperature is None else f"{temperature:.0f} °C",
+            ", ".join(gpu.replicas) or NONE,
+            ("; ".join(detail), BAD if gpu.fault is not None else ""),
+        )
+    return table.render(screen)
+
+
+def _fault(fault: schema.GpuFaultEntry) -> str:
+    return f"{fault.detail}: {GPU_ACTIONS[fault.action]}"
 
 
 def _first_line(text: str) -> str:

@@ -36,6 +36,7 @@ from autoscaler.control.loop import ControlLoop
 from autoscaler.control.replica_numbers import ReplicaNumbers
 from autoscaler.settings import PoolSettings
 from autoscaler.signals.engine_scraper import EngineScraper
+from autoscaler.signals.gpus.reader import GpuReader
 from autoscaler.signals.history import FILE_NAME, HistoryStore, HistoryWriter
 from autoscaler.signals.recorder import Recorder
 from autoscaler.tiers.preparer import NodePreparer
@@ -156,6 +157,11 @@ class _Tidegate:
             interval_s=settings.autoscaler.metrics_interval_s,
             timeout_s=settings.autoscaler.health_timeout_s,
         )
+        self.gpus = GpuReader(
+            interval_s=settings.autoscaler.metrics_interval_s,
+            timeout_s=settings.autoscaler.health_timeout_s,
+            dcgm_url=settings.autoscaler.dcgm_url,
+        )
         state_dir = settings.state_dir.absolute()
         history = settings.autoscaler.history
         self.history = HistoryStore(
@@ -236,8 +242,10 @@ class _Tidegate:
         self.scraper.watch(pools, engines)
 
     def observe(self) -> Observation:
-        """What the data path counts, and what engines say of themselves."""
-        return replace(self.book.observe(), engines=self.scraper.observations())
+        """What the data path counts, what engines say of themselves, and what GPUs do."""
+        return replace(
+            self.book.observe(), engines=self.scraper.observations(), gpus=self.gpus.report()
+        )
 
     async def serve_admin(self, stop: asyncio.Event) -> None:
         """Serve the admin API until ``stop`` is set."""
@@ -292,6 +300,7 @@ class _Tidegate:
                 self.workers.configure(worker_config(settings))
             set_up_logging(settings.gateway.log_level)
             self.scraper.interval_s = settings.autoscaler.metrics_interval_s
+            self.gpus.interval_s = settings.autoscaler.metrics_interval_s
             self.settings = settings
             self.process.use_fork_plan(plan)
         said = describe(
@@ -439,7 +448,10 @@ async def _live(
     state_dir = Path(tidegate.settings.state_dir)
     admin_stop = asyncio.Event()
     admin = asyncio.create_task(tidegate.serve_admin(admin_stop))
-    scraping = asyncio.create_task(tidegate.scraper.run())
+    reading = [
+        asyncio.create_task(tidegate.scraper.run()),
+        asyncio.create_task(tidegate.gpus.run()),
+    ]
     looping: asyncio.Task[None] | None = None
     status = 0
     try:
@@ -464,8 +476,9 @@ async def _live(
                 f"the engines stay for {keep_s:g} s more; a `tidegate up` here in that time takes "
                 "them over"
             )
-        scraping.cancel()
-        await tidegate.scraper.close()
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(tidegate.scraper.close(), tidegate.gpus.close())
         await _stop(tidegate, looping, hurry, keep=keep.is_set())
         admin_stop.set()
         await asyncio.wait({admin}, timeout=10)

@@ -353,6 +353,17 @@ ENGINE_HIT_FRACTION: Final = Metric(
 ENGINE_AGE: Final = Metric(
     "engine_metrics_age_seconds", "Age of what the engine said last.", gauge=True
 )
+GPU_INFO: Final = Metric("gpu_info", "The GPUs of this node.", gauge=True)
+GPU_THROTTLED: Final = Metric(
+    "gpu_throttled", "1 for each reason for which the GPU's clocks are lowered.", gauge=True
+)
+GPU_XIDS: Final = Metric(
+    "gpu_xid_errors_total", "Errors of the GPU that the driver has reported, by NVIDIA's number."
+)
+GPU_FAULT: Final = Metric(
+    "gpu_fault", "1 for what is to be done about the GPU's gravest fault.", gauge=True
+)
+REPLICA_GPU: Final = Metric("replica_gpu", "1 for each GPU that the replica has.", gauge=True)
 WORKER_RESTARTS: Final = Metric("worker_restarts_total", "Times that the worker was restarted.")
 WORKER_PROCESS_METRICS: Final[dict[str, Metric]] = {
     "process_cpu_seconds_total": Metric("worker_cpu_seconds_total", "CPU time of the worker."),

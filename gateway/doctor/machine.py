@@ -25,7 +25,7 @@ from pathlib import Path
 
 from autoscaler.backends.process.placement import list_gpus
 from autoscaler.backends.process.procs import read_pss_bytes
-from autoscaler.policy.device_assignment import GpuCapacity
+from autoscaler.types import GpuCapacity
 from gateway.admin.schema import CacheListing
 from gateway.compose.listeners import AGENT_NAME, Running, listen, read_record
 from gateway.datapath import compiled

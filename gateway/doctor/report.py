@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from autoscaler.policy.device_assignment import GpuCapacity
 from autoscaler.settings import PoolSettings
+from autoscaler.types import GpuCapacity
 from gateway.compose.process import child_environ
 from gateway.doctor.checks import Check, Status, diagnose_cache, fail, ok, warn
 from gateway.doctor.machine import Machine

@@ -30,6 +30,7 @@ NEEDS_RESTART = (
     "gateway.head_timeout_s",
     "gateway.tls_certificate",
     "gateway.tls_key",
+    "autoscaler.dcgm_url",
     "autoscaler.health_timeout_s",
     "autoscaler.terminate_s",
     "autoscaler.keep_engines_s",

@@ -33,6 +33,7 @@ SAMPLES: Mapping[str, Any] = {
     "modelcache.dir": "/mnt/models",
     "modelcache.quota_bytes": 500_000_000_000,
     "modelcache.bandwidth_bytes_s": 500_000_000,
+    "autoscaler.dcgm_url": "http://127.0.0.1:9400/metrics",
     "modelcache.page_budget_bytes": 64_000_000_000,
     "modelcache.peer_port": 8002,
     "pools.*.engine": DEFAULT_ENGINE,

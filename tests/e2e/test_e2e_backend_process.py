@@ -38,8 +38,8 @@ from autoscaler.backends.base import (
 )
 from autoscaler.backends.process import guard, procs
 from autoscaler.backends.process.family import ProcessRecord, ProcessRegistry
-from autoscaler.policy.device_assignment import GpuCapacity
 from autoscaler.settings import AutoscalerSettings
+from autoscaler.types import GpuCapacity
 from loaders.engines.base import EngineCommand
 
 FOLDERS = [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parents[2])]

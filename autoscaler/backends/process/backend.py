@@ -71,8 +71,8 @@ from autoscaler.backends.process.replica import (
     spawn_plainly,
     to_the_end,
 )
-from autoscaler.policy.device_assignment import GpuCapacity
 from autoscaler.settings import AutoscalerSettings
+from autoscaler.types import GpuCapacity
 from loaders.engines.base import (
     DEFAULT_HEALTH_PATH,
     EngineCommand,

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from autoscaler.backends.base import NoCapacity, ReplicaSpec
 from autoscaler.backends.process.replica import ReplicaProcess
-from autoscaler.policy.device_assignment import GpuCapacity, GpuUse, assign_cpus, assign_gpus
+from autoscaler.policy.device_assignment import GpuUse, assign_cpus, assign_gpus
 from autoscaler.settings import ProcessPoolSettings
+from autoscaler.types import GpuCapacity
 
 HOST = "127.0.0.1"
 NVIDIA_SMI_TIMEOUT_S = 20.0

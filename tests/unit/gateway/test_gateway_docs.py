@@ -20,7 +20,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from autoscaler import types
 from autoscaler.backends.process.fork_server import FORK_STATES
 from autoscaler.control.start_steps import STEPS_TO_READY
+from autoscaler.policy.gpu_faults import GpuAction
 from autoscaler.policy.lifecycle import TABLE, State
+from autoscaler.signals.gpus.figures import GPU_FIGURES, THROTTLE_REASONS
 from gateway.admin import metrics_page
 from gateway.admin.schema import ForkServerEntry, StandbyEntry
 from gateway.cli.verbs import app
@@ -64,6 +66,18 @@ ENGINE = types.EngineObservation(
     observed_at_s=0.0,
     load=EngineLoad(**dict.fromkeys(EngineLoad.__slots__, 1)),
     prefix_cache_hit_fraction=0.5,
+)
+GPUS = types.GpuReport(
+    source="nvml",
+    gpus=(
+        types.GpuReading(
+            gpu=types.GpuCapacity(index=0, uuid="GPU-0", name="n", driver="d"),
+            figures={figure.name: 1.0 for figure in GPU_FIGURES},
+            throttle_reasons=(),
+            xids=(types.XidEvent(xid=79, at_s=0.0),),
+            xid_counts={79: 1},
+        ),
+    ),
 )
 PAGES = sorted(
     path
@@ -192,6 +206,7 @@ def test_lifecycle_table_is_the_lifecycle() -> None:
 def metric_families() -> list[Any]:
     """Every family that Tidegate can expose, from a page with one of each."""
     replica = types.ReplicaReport(
+        gpus=(0,),
         id="p-1",
         pool="p",
         state=ReplicaState.STARTING,
@@ -244,6 +259,7 @@ def metric_families() -> list[Any]:
         workers=[{"index": 0, "pid": os.getpid(), "restarts": 0}],
         forks=FORKS,
         engines={"p-1": ENGINE},
+        gpus=GPUS,
     )
     page += metrics_page.render_cache(USAGE)
     return list(text_string_to_metric_families(page.decode()))
@@ -318,6 +334,10 @@ def test_label_values_are_explained() -> None:
     )
     assert set(rows_of(METRICS, "`state` of `tidegate_fork_server`")) == set(FORK_STATES)
     assert set(rows_of(METRICS, "`step` of `tidegate_starting_replicas`")) == set(STEPS_TO_READY)
+    reasons = rows_of(METRICS, "`reason` of `tidegate_gpu_throttled`")
+    assert set(reasons) == {name for _, name in THROTTLE_REASONS}
+    actions = rows_of(METRICS, "`action` of `tidegate_gpu_fault`")
+    assert set(actions) == set(GpuAction) - {GpuAction.IGNORE}
     for state in ReplicaState:
         assert f"`{state}`" in METRICS
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from autoscaler.backends.process.placement import gpu_memory_fraction, list_gpus, parse_gpus
-from autoscaler.policy.device_assignment import GpuCapacity
 from autoscaler.settings import ProcessPoolSettings
+from autoscaler.types import GpuCapacity
 
 GIB = 1 << 30
 

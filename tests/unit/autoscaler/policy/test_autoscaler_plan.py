@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoscaler.policy.device_assignment import GpuCapacity, GpuUse, assign_cpus, assign_gpus
+from autoscaler.policy.device_assignment import GpuUse, assign_cpus, assign_gpus
 from autoscaler.policy.lifecycle import Event, State
 from autoscaler.policy.plan import LOADING, SUPPLY, ReplicaStatus, ScalePlan, make_plan
+from autoscaler.types import GpuCapacity
 
 
 def some(*states: State, recallable: bool = True) -> list[ReplicaStatus]:

@@ -26,6 +26,7 @@ from admin_rig import (
 )
 from datapath_rig import make_certificate
 
+from autoscaler.policy.gpu_faults import GpuAction
 from autoscaler.settings import PoolSettings, ProcessPoolSettings
 from autoscaler.types import Bound, NotKnown, RecentTraffic, Signal, TierReport
 from gateway.admin import schema
@@ -178,6 +179,62 @@ def test_status_shows_what_engines_say_of_their_load(
     heading, row = (line for line in text.splitlines() if line.startswith(("REPLICA", "chat-1")))
     at = slice(heading.index("RUNNING"), heading.index("PID"))
     assert " ".join(row[at].split()) == cells
+
+
+def gpu(**given: Any) -> schema.GpuEntry:
+    base = {
+        "index": 0, "uuid": "GPU-0", "name": "NVIDIA H100", "driver": "1", "figures": {},
+        "throttle_reasons": None, "xid_counts": {}, "processes": None, "error": None,
+        "fault": None, "replicas": (),
+    }  # fmt: skip
+    return schema.GpuEntry(**{**base, **given})
+
+
+FIGURES = {
+    "utilization_fraction": 0.87, "memory_used_bytes": 19e9, "memory_total_bytes": 80e9,
+    "power_watts": 312.4, "temperature_celsius": 61.0,
+}  # fmt: skip
+FAULT = schema.GpuFaultEntry(action=GpuAction.RESET_GPU, detail="XID 95", xid=95, at_s=NOW_S)
+
+
+@pytest.mark.parametrize(
+    ("entry", "row"),
+    [
+        (
+            gpu(figures=FIGURES, replicas=("chat-1",), throttle_reasons=("power_cap",)),
+            "0 NVIDIA H100 87 % 19.0 GB of 80.0 GB 312 W 61 °C chat-1 clocks lowered: power cap",
+        ),
+        (gpu(fault=FAULT), "0 NVIDIA H100 ? ? of ? ? ? - XID 95: reset the GPU"),
+    ],
+)
+def test_status_shows_gpus(entry: schema.GpuEntry, row: str) -> None:
+    node = schema.NodeGpus(source="nvml", age_s=1.0, why_not="", gpus=(entry,))
+    text = tables.status(gateway_status(pool(), gpus=node), PIPE, NOW_S)
+    assert row in [" ".join(line.split()) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("source", "gpus", "shown"),
+    [("nvml", None, ""), ("nvml", (), ""), ("dcgm", None, "it is down")],
+)
+def test_status_without_gpus_says_so_only_where_they_were_asked_for(
+    source: str, gpus: tuple[()] | None, shown: str
+) -> None:
+    node = schema.NodeGpus(source=source, age_s=None, why_not="it is down", gpus=gpus)
+    text = tables.gpu_table(node, PIPE)
+    assert bool(text) is bool(shown)
+    assert shown in text
+    assert tables.gpu_table(None, PIPE) == ""
+
+
+def test_a_fault_of_a_gpu_is_in_its_replicas_detail() -> None:
+    one = replica(state="ready", phase="", gpu_fault=FAULT)
+    text = tables.status(gateway_status(pool(replicas=(one,))), PIPE, NOW_S)
+    assert "fault of its GPU: XID 95: reset the GPU" in text
+
+
+def test_every_action_has_words() -> None:
+    assert set(tables.GPU_ACTIONS) == set(GpuAction)
 
 
 def test_status(served: Served, capsys: pytest.CaptureFixture[str]) -> None:

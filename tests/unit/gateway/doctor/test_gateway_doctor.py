@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from autoscaler.policy.device_assignment import GpuCapacity
+from autoscaler.types import GpuCapacity
 from gateway.compose.listeners import AGENT_NAME, Running, leave_record
 from gateway.doctor.checks import Check, Status
 from gateway.doctor.machine import Machine, Model
