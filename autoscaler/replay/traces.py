@@ -27,7 +27,7 @@ import numpy as np
 from forecaster.types import Floats, History
 
 TIMES = ("t_s", "t_ms", "t", "timestamp", "time", "ds", "arrived_at")
-COUNTS = ("requests", "value", "count", "num_requests", "y")
+COUNTS = ("requests", "arrivals", "value", "count", "num_requests", "y")
 PROMPTS = ("input_tokens", "prompt_tokens", "input_length", "contexttokens", "context_tokens")
 OUTPUTS = ("output_tokens", "completion_tokens", "output_length", "generatedtokens")
 MINUTE_S = 60.0

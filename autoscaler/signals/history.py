@@ -140,14 +140,14 @@ class HistoryStore:
     def read(
         self, pool: str, names: Sequence[str], from_s: float | None, until_s: float
     ) -> SeriesWindow:
-        """These series of a pool, of the minutes that began from ``from_s`` on (``None``: from the
-        oldest that there is) and before ``until_s``; it begins with the oldest that there is, where
-        that is later. ``ValueError`` for a series that there is not, and for too many minutes."""
+        """These series of a pool, of the minutes that lie whole from ``from_s`` (``None``: from the
+        oldest that there is) to ``until_s``; it begins with the oldest that there is, where that is
+        later. ``ValueError`` for a series that there is not, and for too many minutes."""
         unknown = [name for name in names if name not in SERIES]
         if unknown:
             raise ValueError(f"no series {unknown[0]!r}; there are {', '.join(SERIES)}")
         first = -LAST_MINUTE if from_s is None else math.ceil(clamp(from_s) / MINUTE_S)
-        end = math.ceil(clamp(until_s) / MINUTE_S)
+        end = minute_of(until_s)
 
         def work(connection: sqlite3.Connection) -> list[tuple[float | None, ...]]:
             columns = ", ".join(("minute", *names))

@@ -2,7 +2,6 @@
 
 ``schema`` has the types of the admin API's requests and answers, ``operations`` its routes and
 its OpenAPI document. ``app`` gives each operation its handler, ``guard`` says who is let in, and
-``server`` serves them. ``control`` is
-what status and scaling act on, ``models`` the verbs over the model cache. ``metrics_page`` writes
-the Prometheus text.
+``server`` serves them. ``control`` is what status and scaling act on, ``models`` the verbs over the
+model cache, ``history`` those over the past of pools. ``metrics_page`` writes the Prometheus text.
 """

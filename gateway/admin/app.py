@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from autoscaler.types import NotKnown
 from gateway.admin import operations, schema
 from gateway.admin.guard import Guard, is_owner
+from gateway.admin.history import Histories
 from gateway.admin.metrics_page import UsagePoller, render_cache
 from gateway.admin.models import Models, error_of
 from gateway.admin.operations import (
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tidegate.models")
 
-MAX_BODY_BYTES = 65_536
-"""A change is a few words; more is a mistake."""
 BODY_TIMEOUT_S = 10.0
 """Seconds a client has to send its few words."""
 
@@ -77,15 +76,19 @@ def create_app(
     token: str | None = None,
     version: str = "",
     models: Models | None = None,
+    histories: Histories | None = None,
     max_slow: int = MAX_SLOW,
     body_timeout_s: float = BODY_TIMEOUT_S,
 ) -> Starlette:
     """The application; ``host`` is the address it is bound to, ``allowed_hosts`` further names.
     Over TCP it wants ``token``; without one it answers only health and metrics there.
 
-    With ``models`` the model cache is shown and worked on too, below ``/models``.
+    With ``models`` the model cache is shown and worked on too, below ``/models``, and with
+    ``histories`` the past of pools.
     """
     handlers = _PoolRoutes(control, models).handlers()
+    if histories is not None:
+        handlers |= HistoryRoutes(histories).handlers()
     if models is not None:
         handlers |= ModelRoutes(models, max_slow).handlers()
     return assemble(handlers, host, allowed_hosts, token, version, body_timeout_s)
@@ -133,7 +136,7 @@ def _route(operation: Operation, handler: Handler, body_timeout_s: float) -> Rou
             kind, text = operation.query, dict(request.query_params)
             given["query"] = _validated(lambda: kind.model_validate_strings(text))
         if operation.request is not None:
-            data = await _body(request, body_timeout_s)
+            data = await _body(request, operation.max_body_bytes, body_timeout_s)
             given["body"] = body = _parsed(operation.request, data)
             if isinstance(body, schema.ModelRequest):
                 given["owner"] = is_owner(request.scope)
@@ -170,14 +173,14 @@ def _validated(validate: Callable[[], AdminRequest]) -> AdminRequest:
         raise AdminError("bad_value", f"{field}: {detail['msg']}.", param=field) from None
 
 
-async def _body(request: Request, timeout_s: float) -> bytes:
+async def _body(request: Request, most: int, timeout_s: float) -> bytes:
     data = bytearray()
     try:
         async with asyncio.timeout(timeout_s):
             async for piece in request.stream():
                 data += piece
-                if len(data) > MAX_BODY_BYTES:
-                    text = f"The body is larger than {MAX_BODY_BYTES} bytes."
+                if len(data) > most:
+                    text = f"The body is larger than {most} bytes."
                     raise AdminError("body_too_large", text, connection="close")
     except TimeoutError:
         text = f"The body did not arrive within {timeout_s:g} s."
@@ -324,6 +327,37 @@ def _known(kind: str, field: str = "") -> Iterator[None]:
     except TimeoutError:
         text = "It was begun and is not done yet; see /status."
         raise AdminError("timeout", text) from None
+
+
+# ── History ───────────────────────────────────────────────────────────────────────────────────────
+
+
+class HistoryRoutes:
+    """The handlers of the past, over one ``Histories``."""
+
+    def __init__(self, histories: Histories) -> None:
+        self._histories = histories
+        # A thread of their own: a disk that hangs must hold up nothing but these.
+        self._threads = ThreadPoolExecutor(1, "history")
+
+    def handlers(self) -> dict[str, Handler]:
+        """Each operation's handler by its name."""
+        return {"history": self.listing, "pool_history": self.read, "fill_history": self.fill}
+
+    async def listing(self) -> schema.HistoryListing:
+        """What there is."""
+        return await self._do(self._histories.listing)
+
+    async def read(self, pool: str, query: schema.HistoryQuery) -> Response:
+        """A part of a pool's past."""
+        return await self._do(lambda: as_response(self._histories.read(pool, query)))
+
+    async def fill(self, pool: str, body: schema.FillRequest) -> schema.FillAnswer:
+        """Add to it."""
+        return await self._do(partial(self._histories.fill, pool, body))
+
+    async def _do(self, call: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
 
 # ── Models ────────────────────────────────────────────────────────────────────────────────────────

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from autoscaler.backends.base import BackendError
 from autoscaler.control.loop import ControlLoop
 from autoscaler.policy.gpu_faults import find_fault
+from autoscaler.signals.history import HistoryWriter
 from autoscaler.types import (
     Decision,
     EngineObservation,
@@ -79,6 +80,7 @@ class LiveControl:
         traffic: Callable[[], Mapping[str, Any]],
         forks: Callable[[], schema.ForkServerEntry | None],
         reload: Callable[[], Awaitable[SettingsChanges]],
+        history: HistoryWriter | None = None,
     ) -> None:
         self._loop = loop
         self._workers = workers
@@ -93,6 +95,7 @@ class LiveControl:
         self._traffic = traffic
         self._forks = forks
         self._reload = reload
+        self._history = history
         self._forks_seen: tuple[float, schema.ForkServerEntry | None] | None = None
         self._started_s = clock()
 
@@ -110,6 +113,7 @@ class LiveControl:
             pools=tuple(self._pool(pool, seen, faults, report.at_s) for pool in report.pools),
             fork_server=self._fork_server(),
             gpus=_gpus(seen.gpus, report, faults),
+            history=self._history_state(),
             errors=dict(report.errors),
             last_error=report.last_error,
         )
@@ -150,6 +154,9 @@ class LiveControl:
             replicas=tuple(_replica(one, seen, faults, now) for one in report.replicas),
         )
 
+    def _history_state(self) -> schema.HistoryState | None:
+        return None if self._history is None else schema.HistoryState.model_validate(self._history)
+
     def ready(self) -> tuple[bool, str]:
         """Whether requests are accepted: the workers listen, and none hangs. A pool at zero is no
         obstacle."""
@@ -162,7 +169,7 @@ class LiveControl:
     def metrics(self) -> bytes:
         """Prometheus text."""
         report, seen = self._loop.status(), self._observe()
-        return metrics_page.render(
+        page = metrics_page.render(
             shared=self._workers.shared,
             pools=self._pool_slots(),
             report=report,
@@ -174,6 +181,8 @@ class LiveControl:
             engines=seen.engines,
             gpus=seen.gpus,
         )
+        history = self._history_state()
+        return page if history is None else page + metrics_page.render_history(history)
 
     def explain(self, pool: str) -> list[schema.PastDecisionEntry]:
         """The pool's decisions, newest last. ``NotKnown`` for an unknown pool."""

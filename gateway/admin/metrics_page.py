@@ -33,7 +33,7 @@ from autoscaler.control.start_steps import STEPS_TO_READY
 from autoscaler.policy.gpu_faults import find_fault
 from autoscaler.signals.gpus.figures import GPU_FIGURES, THROTTLE_REASONS
 from autoscaler.types import EngineObservation, FleetReport, GpuReading, GpuReport, TierReport
-from gateway.admin.schema import ForkServerEntry
+from gateway.admin.schema import ForkServerEntry, HistoryState
 from gateway.datapath import metrics
 from gateway.datapath.shared import Shared, buckets_of
 from modelcache.types import TIERS
@@ -136,6 +136,14 @@ def render_cache(usage: Any | None, failures: int = 0) -> bytes:
         for kind, figure in CACHE_KINDS.items():
             page.add(metrics.CACHE_BYTES, getattr(usage, figure), kind=kind)
         page.add(metrics.CACHE_QUOTA, usage.quota_bytes)
+    return page.text()
+
+
+def render_history(state: HistoryState) -> bytes:
+    """Whether the past of the pools is kept, to follow one of the pages above."""
+    page = _Page()
+    page.add(metrics.HISTORY_BYTES, state.size_bytes)
+    page.add(metrics.HISTORY_FAILURES, state.failures)
     return page.text()
 
 

@@ -29,6 +29,11 @@ from gateway.admin.schema import (
     EvictRequest,
     ExplainAnswer,
     ExplainQuery,
+    FillAnswer,
+    FillRequest,
+    HistoryAnswer,
+    HistoryListing,
+    HistoryQuery,
     Liveness,
     ModelAnswer,
     ModelRequest,
@@ -64,6 +69,11 @@ OPEN = ("metrics", "healthz", "readyz")
 """Operations that TCP clients may have without the token: probes' and Prometheus'."""
 OF_A_BODY = ("bad_json", "unknown_field", "body_timeout", "body_too_large", "content_type")
 
+MAX_BODY_BYTES = 65_536
+"""A change is a few words; more is a mistake."""
+MAX_FILL_BYTES = 2_097_152
+"""Half a day of every series takes a tenth of it."""
+
 AnswerType = type[AdminAnswer] | type[StatusAnswer] | type[ApiDocument]
 
 
@@ -82,6 +92,7 @@ class Operation:
     query: type[AdminRequest] | None = None
     lines: bool = False
     errors: tuple[str, ...] = ()
+    max_body_bytes: int = MAX_BODY_BYTES
 
     @property
     def answers(self) -> tuple[Any, ...]:
@@ -191,6 +202,33 @@ RELOAD = Operation(
     answer=ReloadAnswer,
     errors=("bad_settings", "not_ready"),
 )
+HISTORY = Operation(
+    name="history",
+    method="GET",
+    path="/history",
+    summary="What is kept of the past: of which pools, from when to when.",
+    answer=HistoryListing,
+    errors=("history_failed",),
+)
+POOL_HISTORY = Operation(
+    name="pool_history",
+    method="GET",
+    path="/pools/{pool}/history",
+    summary="A pool's past, minute by minute; two weeks at once at most.",
+    query=HistoryQuery,
+    answer=HistoryAnswer,
+    errors=("pool_not_found", "bad_value", "unknown_field", "history_failed"),
+)
+FILL_HISTORY = Operation(
+    name="fill_history",
+    method="POST",
+    path="/pools/{pool}/history",
+    summary="Add to a pool's past what is unknown in it.",
+    request=FillRequest,
+    answer=FillAnswer,
+    errors=("pool_not_found", "bad_value", "history_failed"),
+    max_body_bytes=MAX_FILL_BYTES,
+)
 MODELS = _get("/models", "models", CacheListing, "The models in the cache, and what they take.")
 VERBS = {
     one.name: one
@@ -226,7 +264,9 @@ VERBS = {
 
 COMMON = (INDEX, OPENAPI, METRICS, HEALTHZ, READYZ, STATUS)
 CACHE = (MODELS, *VERBS.values())
-OPERATIONS = (*COMMON, EXPLAIN, SCALE, SLEEP, WAKE, DISABLE, ENABLE, DRAIN, RELOAD, *CACHE)
+POOLS = (EXPLAIN, SCALE, SLEEP, WAKE, DISABLE, ENABLE, DRAIN, RELOAD)
+PAST = (HISTORY, POOL_HISTORY, FILL_HISTORY)
+OPERATIONS = (*COMMON, *POOLS, *PAST, *CACHE)
 """Every operation of a gateway's admin listener; a cache agent has ``COMMON`` and ``CACHE``."""
 
 

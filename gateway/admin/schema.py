@@ -58,6 +58,7 @@ ERRORS = {
     "too_many": 429,
     "cancelled": 499,
     "cache_failed": 500,
+    "history_failed": 500,
     "internal_error": 500,
     "model_damaged": 500,
     "source_failed": 502,
@@ -345,6 +346,17 @@ class ForkServerEntry(AdminAnswer):
     standbys: tuple[StandbyEntry, ...]
 
 
+class HistoryState(AdminAnswer):
+    """Whether the past of the pools is kept."""
+
+    size_bytes: int | None
+    """Of the file; ``null`` before it was written for the first time."""
+    failures: int
+    """Writes that failed since the process began."""
+    error: str | None
+    """Why the newest write failed; ``null`` where it did not."""
+
+
 class GatewayStatus(AdminAnswer):
     """A running Tidegate."""
 
@@ -357,6 +369,7 @@ class GatewayStatus(AdminAnswer):
     pools: tuple[PoolEntry, ...]
     fork_server: ForkServerEntry | None
     gpus: NodeGpus | None = None
+    history: HistoryState | None = None
     errors: dict[str, int]
     """Errors that the control loop survived, by where they were raised."""
     last_error: str | None
@@ -510,6 +523,70 @@ class DrainAnswer(AdminAnswer):
 
     replica: str
     state: Literal["draining"] = "draining"
+
+
+# ── History ───────────────────────────────────────────────────────────────────────────────────────
+
+SeriesValues = dict[str, tuple[float | None, ...]]
+"""By series, all equally long: a value a minute, ``null`` where it is unknown."""
+
+
+class HistoryExtent(AdminAnswer):
+    """From when to when there is a history of a pool, and how many minutes of it."""
+
+    pool: str
+    from_s: float
+    until_s: float
+    minutes: int
+
+
+class HistoryListing(AdminAnswer):
+    """What is kept of the past."""
+
+    path: str
+    size_bytes: int
+    max_bytes: int
+    max_age_s: float
+    series: tuple[str, ...]
+    """That there are of each pool."""
+    pools: tuple[HistoryExtent, ...]
+
+
+class HistoryQuery(AdminRequest):
+    """Which part of a pool's past."""
+
+    from_s: float | None = Field(default=None, allow_inf_nan=False)
+    """Unix time; unset: all there is."""
+    until_s: float | None = Field(default=None, allow_inf_nan=False)
+    """Unset: now."""
+    series: str | None = None
+    """Names apart by commas; unset: all."""
+
+
+class HistoryAnswer(AdminAnswer):
+    """A part of a pool's past."""
+
+    pool: str
+    start_s: float
+    """Unix time of the first minute."""
+    step_s: float = 60.0
+    series: SeriesValues
+
+
+class FillRequest(AdminRequest):
+    """Minutes of a pool's past from elsewhere."""
+
+    start_s: float = Field(ge=0.0, multiple_of=60.0, le=1e12)
+    """Unix time of the first minute."""
+    series: SeriesValues
+
+
+class FillAnswer(AdminAnswer):
+    """What became of them."""
+
+    pool: str
+    minutes: int
+    """That have passed and are not too old to be kept."""
 
 
 # ── The model cache ───────────────────────────────────────────────────────────────────────────────

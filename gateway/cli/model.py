@@ -387,17 +387,21 @@ class ProgressBar:
 
     def show(self, progress: Progress) -> None:
         """Where it is now."""
+        self.show_part(progress.phase, progress.bytes_done, progress.bytes_total, figures(progress))
+
+    def show_part(self, phase: str, done: int, total: int | None, text: str) -> None:
+        """The same in other units than bytes; ``text`` is what people read of it."""
         if self._bar is not None:
             self._bar.update(
                 self._task,
-                description=f"{self._what}: {progress.phase}",
-                completed=progress.bytes_done,
-                total=progress.bytes_total,
-                figures=figures(progress),
+                description=f"{self._what}: {phase}",
+                completed=done,
+                total=total,
+                figures=text,
             )
         elif self._clock() - self._said_s >= PLAIN_S:
             self._said_s = self._clock()
-            complain(" ".join(f"{self._what}: {progress.phase} {figures(progress)}".split()))
+            complain(" ".join(f"{self._what}: {phase} {text}".split()))
 
 
 def figures(progress: Progress) -> str:

@@ -131,6 +131,8 @@ def status(report: schema.GatewayStatus, screen: Screen, now_s: float) -> str:
         parts += ["", "In the last minute:", *traffic]
     if tiers := [*tier_lines(pools), *fork_lines(report.fork_server)]:
         parts += ["", *tiers]
+    if report.history is not None and report.history.error:
+        parts += ["", f"The history is not kept: {one_line(report.history.error)}"]
     for pool in pools:
         if pool.error:
             parts += ["", *_errors(pool, pool.error)]

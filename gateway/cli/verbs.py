@@ -22,6 +22,8 @@ from gateway.cli.base import (
     load,
     screen,
 )
+from gateway.cli.history import history_app
+from gateway.cli.history_import import history_import
 from gateway.cli.model import model_app
 from gateway.terminal import complain, count, out
 from gateway.terminal import version as installed_version
@@ -45,6 +47,8 @@ app.add_typer(config_app, name="config", help="Check and show the settings.")
 pool_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(pool_app, name="pool", help="Take a pool out of service, and back.")
 app.add_typer(model_app, name="model", help="The models in this node's cache.")
+history_app.command("import")(history_import)
+app.add_typer(history_app, name="history", help="The past of pools, minute by minute.")
 
 
 @cache  # typer reads every signature for it

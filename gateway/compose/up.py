@@ -167,9 +167,8 @@ class _Tidegate:
         self.history = HistoryStore(
             state_dir / FILE_NAME, max_age_s=history.max_age_s, max_bytes=history.max_bytes
         )
-        self.recorder = Recorder(
-            read=self.book.totals, writer=HistoryWriter(self.history, time.time)
-        )
+        self.history_writer = HistoryWriter(self.history, time.time)
+        self.recorder = Recorder(read=self.book.totals, writer=self.history_writer)
         self.stack.callback(self.recorder.close)
         self.loop = ControlLoop(
             pools=settings.pools,
@@ -251,6 +250,7 @@ class _Tidegate:
         """Serve the admin API until ``stop`` is set."""
         from gateway.admin.app import create_app
         from gateway.admin.control import LiveControl
+        from gateway.admin.history import Histories
         from gateway.admin.server import serve_admin
 
         gateway = self.settings.gateway
@@ -271,6 +271,7 @@ class _Tidegate:
             traffic=models.traffic,
             forks=lambda: describe_forks(self.process),
             reload=self.reload,
+            history=self.history_writer,
         )
         app = create_app(
             control,
@@ -279,6 +280,7 @@ class _Tidegate:
             token=self.admin_token,
             version=version(),
             models=models,
+            histories=Histories(self.history, lambda: self.settings.pools, time.time),
         )
         state_dir = Path(self.settings.state_dir)
         with admin_listeners(self.admin_listener, state_dir, RECORD_NAME) as listeners:

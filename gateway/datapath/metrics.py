@@ -380,6 +380,13 @@ CONTROL_ERRORS: Final = Metric(
     "control_errors_total", "Errors the control loop met and survived, by where they were raised."
 )
 
+HISTORY_BYTES: Final = Metric(
+    "history_bytes", "Size of the file with the past of the pools.", gauge=True
+)
+HISTORY_FAILURES: Final = Metric(
+    "history_write_failures_total", "Times that the past of the pools could not be written."
+)
+
 # Of the model cache, by the name of the figure in its traffic report.
 CACHE_METRICS: Final[dict[str, Metric]] = {
     "store_bytes": Metric(

@@ -24,7 +24,7 @@ from autoscaler.policy.gpu_faults import GpuAction
 from autoscaler.policy.lifecycle import TABLE, State
 from autoscaler.signals.gpus.figures import GPU_FIGURES, THROTTLE_REASONS
 from gateway.admin import metrics_page
-from gateway.admin.schema import ForkServerEntry, StandbyEntry
+from gateway.admin.schema import ForkServerEntry, HistoryState, StandbyEntry
 from gateway.cli.verbs import app
 from gateway.datapath.metrics import E2E, TLS_NOT_AFTER, TTFT, PoolCounters
 from gateway.datapath.protocol.errors import Reason
@@ -261,6 +261,7 @@ def metric_families() -> list[Any]:
         engines={"p-1": ENGINE},
         gpus=GPUS,
     )
+    page += metrics_page.render_history(HistoryState(size_bytes=1, failures=0, error=None))
     page += metrics_page.render_cache(USAGE)
     return list(text_string_to_metric_families(page.decode()))
 

@@ -15,7 +15,11 @@ from fake_cache import FakeCache, fake_models
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
+from autoscaler.settings import PoolSettings
+from autoscaler.signals.history import HistoryStore
+from autoscaler.signals.series import PoolMinute
 from gateway.admin import schema
+from gateway.admin.history import Histories
 from gateway.admin.operations import CACHE, OPERATIONS, VERBS, Operation, describe
 from gateway.settings.changes import PoolChange
 
@@ -77,7 +81,12 @@ class OnePool:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     cache = FakeCache(tmp_path_factory.mktemp("cache"))
     cache.preload(URL)
-    with ServedAdmin(OnePool(), fake_models(cache, {"eu": ""})) as one:
+    store = HistoryStore(cache.dir / "history.sqlite3", max_age_s=1e6, max_bytes=1 << 24)
+    chat = PoolSettings(name="chat", engine="simulated", model="m")
+    histories = Histories(store, lambda: (chat,), lambda: 1e9)
+    minute = PoolMinute(pool="chat", minute=int(1e9 // 60) - 1, values={"arrivals": 1.0})
+    store.record([minute], 1e9)
+    with ServedAdmin(OnePool(), fake_models(cache, {"eu": ""}), histories=histories) as one:
         yield one.http
 
 
@@ -86,6 +95,8 @@ def body_of(operation: Operation) -> dict[str, Any] | None:
         return None
     if operation in CACHE:
         return {"model": URL}
+    if operation.name == "fill_history":
+        return {"start_s": 999_999_900, "series": {"arrivals": [1, None]}}
     return {"replicas": 2} if operation.name == "scale" else {}
 
 

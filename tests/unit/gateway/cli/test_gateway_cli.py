@@ -856,6 +856,8 @@ def test_every_verb_has_help_with_an_example() -> None:
     found |= found.pop("config").commands
     found |= found.pop("model").commands
     found |= found.pop("pool").commands
+    past = found.pop("history").commands
+    found |= {f"history {name}": verb for name, verb in past.items()}
     assert set(found) == {
         *(
             "up",
@@ -870,6 +872,7 @@ def test_every_verb_has_help_with_an_example() -> None:
             "example",
         ),
         *("disable", "enable"),
+        *("history show", "history export", "history import"),
         *("ls", "preload", "prewarm", "pin", "unpin", "evict", "verify", "replicate", "bundle"),
     }
     for name, verb in found.items():
