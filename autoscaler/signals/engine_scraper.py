@@ -35,22 +35,15 @@ MAX_SKIPPED_ROUNDS = 15
 """Rounds that a server is left out of after failures in a row, at most."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScrapeTarget:
-    """A replica whose metrics are read. ``headers`` are those of all requests to it."""
+@dataclass(slots=True, kw_only=True)
+class _Target:
+    """A replica whose metrics are read, with the headers of all requests to it: its last reading
+    that was whole, and how many attempts have failed since then."""
 
     replica: str
     url: str
     headers: tuple[tuple[str, str], ...]
     engine: Engine
-
-
-@dataclass(slots=True)
-class _Known:
-    """What is known of a target: its last reading that could be read, and how many attempts have
-    failed since then."""
-
-    target: ScrapeTarget
     seen: EngineObservation | None = None
     failures: int = 0
     skip_rounds: int = 0
@@ -74,68 +67,67 @@ class EngineScraper:
         self._client = client or EngineClient(timeout_s=timeout_s)
         self._clock = clock
         self._sleep = sleep
-        self._known: dict[str, _Known] = {}
+        self._targets: dict[str, _Target] = {}
         self._places = asyncio.Semaphore(MAX_AT_ONCE)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def watch(self, pools: Sequence[Pool], engines: Mapping[str, str | None]) -> None:
         """Read the replicas of these pools from now on, and no others. ``engines`` are the names of
         the pools' engines. Of a replica whose address is as before what is known stays."""
-        known = self._known
-        self._known = {}
+        before = self._targets
+        self._targets = {}
         for pool in pools:
-            for replica in pool.replicas:
-                if replica.state not in SCRAPED:
+            engine = engine_of(engines.get(pool.name))
+            for one in pool.replicas:
+                if one.state not in SCRAPED:
                     continue
-                target = ScrapeTarget(
-                    replica=replica.id,
-                    url=replica.url,
-                    headers=replica.headers,
-                    engine=engine_of(engines.get(pool.name)),
-                )
-                before = known.get(replica.id)
-                if before is None or before.target != target:
-                    before = _Known(target)
-                self._known[replica.id] = before
+                target = before.get(one.id)
+                now = (one.url, one.headers, engine)
+                if target is None or (target.url, target.headers, target.engine) != now:
+                    target = _Target(
+                        replica=one.id, url=one.url, headers=one.headers, engine=engine
+                    )
+                self._targets[one.id] = target
 
     def observations(self) -> dict[str, EngineObservation]:
         """What engines said, by replica: of those whose last reading was whole, and is not older
         than two rounds."""
         oldest_s = self._clock() - 2 * self._round_s() - self._timeout_s
         return {
-            replica: known.seen
-            for replica, known in self._known.items()
-            if known.seen is not None
-            and not known.failures
-            and known.seen.observed_at_s >= oldest_s
+            replica: target.seen
+            for replica, target in self._targets.items()
+            if target.seen is not None
+            and not target.failures
+            and target.seen.observed_at_s >= oldest_s
         }
 
     def _round_s(self) -> float:
-        return max(self.interval_s, len(self._known) / MAX_PER_S)
+        return max(self.interval_s, len(self._targets) / MAX_PER_S)
 
     async def run(self) -> None:
         """Read round after round, until it is cancelled."""
         while True:
             begun_s = self._clock()
-            due = [one for one in self._known.values() if not self._is_skipped(one)]
+            due = [one for one in self._targets.values() if not self._is_skipped(one)]
             gap_s = self._round_s() / max(1, len(due))
-            for known in due:
+            for target in due:
+                if self._targets.get(target.replica) is not target:
+                    continue  # it has gone since the round began
                 await self._places.acquire()
-                task = asyncio.create_task(self._scrape(known))
+                task = asyncio.create_task(self._scrape(target))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
                 await self._sleep(gap_s)
             await self._sleep(max(0.01, begun_s + self._round_s() - self._clock()))
 
     @staticmethod
-    def _is_skipped(known: _Known) -> bool:
-        if not known.skip_rounds:
+    def _is_skipped(target: _Target) -> bool:
+        if not target.skip_rounds:
             return False
-        known.skip_rounds -= 1
+        target.skip_rounds -= 1
         return True
 
-    async def _scrape(self, known: _Known) -> None:
-        target = known.target
+    async def _scrape(self, target: _Target) -> None:
         load: EngineLoad | None = None
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -147,11 +139,11 @@ class EngineScraper:
         finally:
             self._places.release()
         if load is None:
-            known.failures += 1
-            known.skip_rounds = min(MAX_SKIPPED_ROUNDS, 2 ** min(known.failures - 1, 10) - 1)
+            target.failures += 1
+            target.skip_rounds = min(MAX_SKIPPED_ROUNDS, 2 ** min(target.failures - 1, 10) - 1)
             return
-        known.failures = 0
-        known.seen = observe(self._clock(), load, known.seen)
+        target.failures = 0
+        target.seen = observe(self._clock(), load, target.seen)
 
     async def close(self) -> None:
         """End what is under way."""

@@ -41,7 +41,7 @@ from autoscaler.signals.history import FILE_NAME, HistoryStore, HistoryWriter
 from autoscaler.signals.recorder import Recorder
 from autoscaler.tiers.preparer import NodePreparer
 from autoscaler.tiers.wake_times import WakeTimes
-from autoscaler.types import Observation
+from autoscaler.types import GpuCapacity, Observation
 from gateway.compose.admin_token import admin_token
 from gateway.compose.cache import (
     cache_dir,
@@ -207,11 +207,19 @@ class _Tidegate:
             command=lambda spec, placement: engine_command(
                 spec, placement, settings.loaders, self.compiled
             ),
-            list_gpus=list_gpus,
+            list_gpus=self._list_gpus,
             environ=lambda: child_environ(self.settings, os.environ),
             fork_plan=self._fork_plan(settings),
             on_news=lambda replica_id: self.loop.probe_now(replica_id),
         )
+
+    def _list_gpus(self) -> Sequence[GpuCapacity] | None:
+        """The GPUs that replicas can be given, as they were read last: one that is lost is none.
+        What another tool says is asked where NVML is not there to be read."""
+        seen = self.gpus.report()
+        if seen.source == "nvml" and seen.gpus is not None:
+            return [one.gpu for one in seen.gpus if one.error is None]
+        return list_gpus()
 
     def _preparer(self) -> NodePreparer:
         settings = self.settings

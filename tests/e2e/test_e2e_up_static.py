@@ -19,7 +19,12 @@ KEY = "a-secret-key"
 KEY_VARIABLE = "TIDEGATE_TEST_KEY"
 SLOW = ("--decode-tokens-per-s", 20, "--batch-slowdown", 0)
 SETTINGS = {
-    "autoscaler": {"health_interval_s": 0.2, "health_timeout_s": 20, "health_failures": 1},
+    "autoscaler": {
+        "health_interval_s": 0.2,
+        "health_timeout_s": 20,
+        "health_failures": 1,
+        "metrics_interval_s": 0.5,
+    },
     "gateway": {"holding": {"deadline_s": 30, "keepalive_s": 0.3}},
 }
 
@@ -55,6 +60,19 @@ def running(
 def tidegate(running: Tidegate) -> Iterator[Tidegate]:
     yield running
     running.assert_at_rest()
+
+
+def test_servers_say_their_load_themselves(tidegate: Tidegate) -> None:
+    """Their metrics are read with the headers of their pool, whatever path their URL has."""
+
+    def loads() -> list[dict[str, float] | None]:
+        return [one["engine"] for one in tidegate.pool("ours")["replicas"]]
+
+    tidegate.wait("both", lambda: None not in loads())
+    for load in loads():
+        assert load is not None
+        assert (load["running_requests"], load["waiting_requests"]) == (0, 0)
+        assert load["kv_cache_tokens"] > 0
 
 
 def test_name_is_rewritten_both_servers_are_used_and_the_key_is_sent(

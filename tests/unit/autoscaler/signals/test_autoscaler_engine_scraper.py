@@ -249,6 +249,16 @@ def test_a_replica_that_is_gone_is_forgotten_and_one_at_another_address_begins_a
     story(tell, replica("a"), replica("b"), replica("c", ReplicaState.FAILED))
 
 
+def test_a_replica_that_goes_before_its_turn_is_not_asked() -> None:
+    async def tell(engines: Engines, scraper: EngineScraper) -> None:
+        await asyncio.sleep(0.1)
+        assert [host for _, host in engines.asked] == ["a"]
+        scraper.watch(pool(replica("a")), {"p": None})
+        await asyncio.sleep(4 * INTERVAL_S)
+
+    assert {host for _, host in story(tell, replica("a"), replica("b")).asked} == {"a"}
+
+
 LOAD = EngineLoad(
     prefix_cache_queries_tokens=100,
     prefix_cache_hits_tokens=50,

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from loaders.engines.base import EngineLoad, engine_of
-from loaders.engines.client import EngineClient
+from loaders.engines.client import READ_BYTES, EngineClient
 from loaders.engines.load_metrics import read_iterations, read_load
 from loaders.engines.openai_compatible import MAX_METRICS_BYTES
 from loaders.engines.prometheus_text import MAX_FOUND_BYTES
@@ -326,9 +326,11 @@ def test_a_page_without_end_is_not_read_without_end() -> None:
     class Endless(httpx.AsyncByteStream):
         async def __aiter__(self):  # type: ignore[no-untyped-def]
             nonlocal sent
-            while True:
-                sent += 1 << 16
-                yield (b"vllm:num_requests_running 1\n" * 3_000)[: 1 << 16]
+            line = b"vllm:num_requests_running 1\n"
+            while True:  # wherever it is cut, that is after a line
+                sent += READ_BYTES
+                yield line + b"#" * (READ_BYTES - 1 - len(line)) + b"\n"
+                line = b""
 
     client = EngineClient(
         timeout_s=1.0,
