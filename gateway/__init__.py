@@ -3,7 +3,7 @@
 ``datapath`` carries requests, ``admin`` is the operators' HTTP listener, ``settings`` reads what
 was configured, ``cli`` is the ``tidegate`` command, ``doctor`` looks at the machine, and
 ``compose`` puts a running process together from all packages. ``terminal`` is what all of them say
-on one.
+on one, ``charts`` what they draw.
 """
 
 import os

@@ -2,6 +2,7 @@
 
 ``types`` what a policy sees and is · ``traces`` demand from files and stored history · ``engine``
 what one simulated replica can do · ``supply`` starting, ready and draining replicas, and zero ·
-``fleet`` a pool second by second, as a fluid · ``run`` a trace through a policy · ``score`` ·
+``fleet`` a pool second by second, as a fluid ·
+``requests`` one by one, through the real router · ``run`` a trace through a policy · ``score`` ·
 ``policies`` ours, our re-implementations of others', bounds.
 """

@@ -204,14 +204,14 @@ class FluidPool:
             need = arrivals * prompt_tokens
             if need <= budget and self._fits(arrivals, prompt_tokens, output_tokens, itl_s, ready):
                 used = need
-                self._admit(second, arrivals, prompt_tokens, output_tokens, 0.0, share, itl_s)
+                self._admit(second, arrivals, prompt_tokens, output_tokens, 0.0, itl_s)
                 arrivals = 0.0
         if arrivals:
             self._queue.append(Cohort(second, arrivals, arrivals, prompt_tokens, output_tokens))
             self.queued_requests += arrivals
             self.queued_tokens += arrivals * tokens
         if self._queue and budget > 0.0:
-            used = self._serve(budget, share, itl_s, ready)
+            used = self._serve(budget, itl_s, ready)
 
         seen_s = itl_s / (1.0 - used / full) if used and itl_s else itl_s
         self._itl_s[slot] = seen_s if self.running + self._quick > EPSILON else 0.0
@@ -248,7 +248,7 @@ class FluidPool:
         most = ready * self.engine.most_running(prompt, output)
         return arrivals * places <= most - self._at_ready + self._freed
 
-    def _serve(self, budget: float, share: float, itl_s: float, ready: int) -> float:
+    def _serve(self, budget: float, itl_s: float, ready: int) -> float:
         """Take from the queue what this second has time and places for; the prompt tokens used."""
         queue, second = self._queue, self.second
         used = 0.0
@@ -271,7 +271,7 @@ class FluidPool:
             used += count * prompt
             self.queued_requests -= count
             self.queued_tokens -= count * (prompt + output)
-            self._admit(cohort.second, count, prompt, output, max(0.0, middle - came), share, itl_s)
+            self._admit(cohort.second, count, prompt, output, max(0.0, middle - came), itl_s)
             cohort.left -= count
             cohort.served += count
             if cohort.left > 0.0:
@@ -288,12 +288,14 @@ class FluidPool:
         prompt: float,
         output: float,
         wait_s: float,
-        share: float,
         itl_s: float,
     ) -> None:
         """These requests begin on the ready replicas."""
         second, slo = self.second, self.slo
-        prefill_s = prompt / (self.engine.prefill_tokens_per_s * share)
+        # A prompt takes as many engine steps as it has chunks, in each of which decode goes on.
+        engine = self.engine
+        prefill_s = prompt / engine.prefill_tokens_per_s
+        prefill_s += itl_s * max(1.0, prompt / engine.chunk_tokens)
         ttft_s = wait_s + prefill_s
         self._prefilling += count * prefill_s
         slot = second % LATENCY_S

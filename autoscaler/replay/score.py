@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 WAIT_GROWTH = 1.05
@@ -47,6 +48,10 @@ class Minutes:
     starting: list[float] = field(default_factory=list)
     draining: list[float] = field(default_factory=list)
     queued: list[float] = field(default_factory=list)
+    expected: list[float] = field(default_factory=list)
+    """The middle and the upper edge of what a policy that forecasts expected, in replicas as
+    ``demand`` is; empty for others, NaN while it did not."""
+    provisioned: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,3 +88,17 @@ class Score:
         """Requests within the SLO per replica-hour; none without a replica."""
         good = self.requests - self.violations
         return good / self.replica_hours if self.replica_hours else 0.0
+
+
+def frontier(scores: Sequence[Score]) -> set[str]:
+    """The policies that no other beats: none hurts fewer requests at no higher cost."""
+    return {
+        one.policy
+        for one in scores
+        if not any(
+            other.violations <= one.violations
+            and other.cost <= one.cost
+            and (other.violations, other.cost) != (one.violations, one.cost)
+            for other in scores
+        )
+    }

@@ -19,6 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ COUNTS = ("requests", "arrivals", "value", "count", "num_requests", "y")
 PROMPTS = ("input_tokens", "prompt_tokens", "input_length", "contexttokens", "context_tokens")
 OUTPUTS = ("output_tokens", "completion_tokens", "output_length", "generatedtokens")
 MINUTE_S = 60.0
+
+
+class Spread(StrEnum):
+    """How the requests of a step come over its seconds."""
+
+    EVEN = "even"
+    POISSON = "poisson"
 
 
 class TraceError(ValueError):
@@ -106,7 +114,9 @@ class Trace:
             values=np.repeat(tokens / self.step_s, repeat), step_s=MINUTE_S, start_s=self.start_s
         )
 
-    def per_second(self, spread: str = "even", seed: int = 0) -> tuple[Floats, Floats, Floats]:
+    def per_second(
+        self, spread: Spread = Spread.EVEN, seed: int = 0
+    ) -> tuple[Floats, Floats, Floats]:
         """Requests of each second, and their mean prompt and output tokens.
 
         ``even`` spreads a step's requests evenly over it; ``poisson`` draws each second's number
@@ -119,10 +129,8 @@ class Trace:
         repeat = round(self.step_s)
         some = np.maximum(self.requests, 1e-300)
         rate = np.repeat(self.requests / self.step_s, repeat)
-        if repeat > 1 and spread == "poisson":
+        if repeat > 1 and spread is Spread.POISSON:
             rate = np.random.default_rng(seed).poisson(rate).astype(np.float64)
-        elif spread not in ("even", "poisson"):
-            raise TraceError(f"unknown spread {spread!r}: even or poisson")
         prompt = np.repeat(np.where(self.requests > 0, self.prompt_tokens / some, 0.0), repeat)
         output = np.repeat(np.where(self.requests > 0, self.output_tokens / some, 0.0), repeat)
         return rate, prompt, output
@@ -261,8 +269,12 @@ def read(path: Path, column: str | None = None) -> Trace | RequestTrace:
 
 def read_parquet(path: Path) -> Mapping[str, Any]:
     """Columns by name."""
-    from pyarrow import parquet
-
+    try:
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise TraceError(
+            f"{path}: parquet is read with pyarrow, which is not installed; CSV needs nothing"
+        ) from None
     table = parquet.read_table(path)
     return {
         name: table.column(name).to_numpy()

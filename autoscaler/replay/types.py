@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,4 +45,14 @@ class ScalingPolicy(Protocol):
 
     def step(self, now_s: float, seen: PoolObservation) -> int:
         """The desired replicas at ``now_s`` (Unix time, or seconds since the trace began)."""
+        ...
+
+
+@runtime_checkable
+class ForecastingPolicy(ScalingPolicy, Protocol):
+    """One that can also say what demand it expects, for plots."""
+
+    def band(self) -> tuple[float, float] | None:
+        """The middle and the upper edge of the demand it expects now, in tokens per second;
+        ``None`` while it does not."""
         ...

@@ -25,6 +25,7 @@ from gateway.cli.base import (
 from gateway.cli.history import history_app
 from gateway.cli.history_import import history_import
 from gateway.cli.model import model_app
+from gateway.cli.replay import replay
 from gateway.terminal import complain, count, out
 from gateway.terminal import version as installed_version
 from loaders.engines.base import EngineName
@@ -49,6 +50,7 @@ app.add_typer(pool_app, name="pool", help="Take a pool out of service, and back.
 app.add_typer(model_app, name="model", help="The models in this node's cache.")
 history_app.command("import")(history_import)
 app.add_typer(history_app, name="history", help="The past of pools, minute by minute.")
+app.command("replay")(replay)
 
 
 @cache  # typer reads every signature for it

@@ -20,7 +20,7 @@ DAY_MINUTES = 1440
 DAYS = 7
 SMOOTH_MINUTES = 5
 FORWARD_S = 180.0
-PERIODIC = 0.1
+PERIODIC = 0.3
 """Least correlation of a day with the day before that counts as a daily period."""
 
 
@@ -35,25 +35,34 @@ class Ahpa:
         self._forward = int(max(FORWARD_S, facts.cold_start_s) // 60) + 1
         self._reactive = HpaUtilization(facts, target)
         self._minutes = MinuteSeries(facts.history, DAYS * DAY_MINUTES)
-        self._forecast = daily_quantiles(self._minutes.values(), quantile)
-        self._at = 0
+        self._fit()
 
     def step(self, now_s: float, seen: PoolObservation) -> int:
         """The desired replicas."""
         reactive = self._reactive.step(now_s, seen)
         self._at += self._minutes.add(now_s, seen.arrived_tokens_total)
         if self._at >= DAY_MINUTES:
-            self._forecast = daily_quantiles(self._minutes.values(), self._quantile)
-            self._at = 0
+            self._fit()
         if self._forecast is None:
             return reactive
         coming = np.take(self._forecast, range(self._at, self._at + self._forward + 1), mode="wrap")
         return max(reactive, replicas_for(float(coming.max()), self._each))
 
+    def band(self) -> tuple[float, float] | None:
+        """The median and the quantile of this minute."""
+        if self._forecast is None:
+            return None
+        middle, upper = self._forecast[:, self._at % DAY_MINUTES]
+        return float(middle), float(upper)
 
-def daily_quantiles(values: Floats, quantile: float) -> Floats | None:
-    """The quantile of each minute of a day, from the minute after the last on; ``None`` where the
-    values are of under two days, or no day is like the day before."""
+    def _fit(self) -> None:
+        self._forecast = daily_quantiles(self._minutes.values(), (0.5, self._quantile))
+        self._at = 0
+
+
+def daily_quantiles(values: Floats, levels: tuple[float, ...]) -> Floats | None:
+    """The quantiles of each minute of a day, from the minute after the last on (shape [level,
+    minute]); ``None`` where the values are of under two days, or no day is like the day before."""
     days = len(values) // DAY_MINUTES
     if days < 2:
         return None
@@ -66,7 +75,7 @@ def daily_quantiles(values: Floats, quantile: float) -> Floats | None:
         return None
     beside = [np.roll(table, shift, axis=1) for shift in range(-SMOOTH_MINUTES, SMOOTH_MINUTES + 1)]
     pooled = np.concatenate(beside, axis=0)
-    result: Floats = np.quantile(pooled, quantile, axis=0)
+    result: Floats = np.quantile(pooled, levels, axis=0)
     return result
 
 

@@ -71,32 +71,27 @@ def needed_replicas(
     """Replicas that each second needs, so that nobody waits longer than the TTFT allows and decode
     is not slower than the ITL.
 
-    Arrivals may be put off: each second's are spread over as many whole seconds as the TTFT has
-    left after prefill, which waits one less. While the requests of a second decode they need their
-    share too, so the need falls only a decode after the arrivals do.
+    Prefill may be put off: each second's is spread over as many whole seconds as the TTFT has left
+    after it. What a request takes in all is spread over its life, as its mean ITL is.
     """
     known: dict[tuple[float, float], float] = {}
     work = np.empty(len(rate))
-    lasts = prefill_s = 0.0
     for index, sizes in enumerate(zip(prompt_tokens.tolist(), output_tokens.tolist(), strict=True)):
         each = known.get(sizes)
         if each is None:
             each = known[sizes] = engine.work_s(*sizes, slo)
-            lasts = max(lasts, sizes[1] * slo.itl_s)
-            prefill_s = max(prefill_s, sizes[0] / engine.prefill_tokens_per_s)
-        work[index] = each * rate[index] * margin
-    spread = max(1, int(slo.ttft_s - prefill_s))
-    kernel = np.ones(spread) / spread
-    needed = np.ceil(np.convolve(work, kernel)[: len(work)] - 1e-9)
-    return trailing_maximum(needed, math.ceil(lasts) if lasts > 1.0 else 0)
+        work[index] = each * rate[index]
+    prefill = rate * prompt_tokens / engine.prefill_tokens_per_s
+    requests = max(1e-300, float(rate.sum()))
+    mean_prefill_s = float(prefill.sum()) / requests
+    lasts_s = float((rate * output_tokens).sum()) / requests * slo.itl_s
+    off = max(1, int(slo.ttft_s - mean_prefill_s))
+    needed = np.maximum(spread(work, max(off, round(lasts_s))), spread(prefill, off))
+    return np.ceil(needed * margin - 1e-9)
 
 
-def trailing_maximum(values: Floats, width: int) -> Floats:
-    """The largest of each value and the ``width`` before it."""
-    result = values.copy()
-    reach = 0
-    while reach < width:
-        shift = min(reach + 1, width - reach)
-        result[shift:] = np.maximum(result[shift:], result[:-shift].copy())
-        reach += shift
+def spread(values: Floats, seconds: int) -> Floats:
+    """Each value spread evenly over so many seconds from its own on."""
+    sums = np.concatenate([np.zeros(seconds), np.cumsum(values)])
+    result: Floats = (sums[seconds:] - sums[:-seconds]) / seconds
     return result
