@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from loaders.engines.base import EngineLoad
 from modelcache.types import Progress, Tier
@@ -254,6 +255,13 @@ class PoolStatus:
     def loading(self) -> int:
         """Replicas on their way that are being worked on: none of them is given up unasked."""
         return self.preparing + self.starting + self.waking
+
+
+class Gap(NamedTuple):
+    """A time without requests that has ended. ``weight``: as how many such gaps it counts."""
+
+    length_s: float
+    weight: float = 1.0
 
 
 class ScaleReason(StrEnum):

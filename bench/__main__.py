@@ -15,6 +15,7 @@
   python -m bench clients     real clients and load tools: outcomes and tokens beside the engine's
                               own counters
   python -m bench adoption    seconds until a control process that was killed has its engines back
+  python -m bench zero        scale to zero on a trace of small models, beside other rules
 
 Everything listens on 127.0.0.1 and ends within a stated time. bench/README.md explains the methods.
 """
@@ -84,6 +85,13 @@ def _pick(arguments: argparse.Namespace) -> int:
     from bench import pick
 
     return pick.run(arguments.json)
+
+
+def _zero(arguments: argparse.Namespace) -> int:
+    from bench import zero
+
+    date = datetime.date.today().isoformat()
+    return zero.run(arguments.data, arguments.out, _command(), date)
 
 
 def _adoption(arguments: argparse.Namespace) -> int:
@@ -376,6 +384,17 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     picks.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
     picks.set_defaults(run=_pick)
+    zeros = commands.add_parser(
+        "zero",
+        help="scale to zero on a trace of small models, beside other rules",
+        description="What each rule for the idle time costs on a trace of many small models, over "
+        "several prices of a cold start. Needs *_clients_minute.parquet files (t_s, and requests "
+        "per minute of each model). Exit code 1 when ours costs more than 1.03 of the best fixed "
+        "idle time in hindsight.",
+    )  # fmt: skip
+    zeros.add_argument("--data", type=Path, required=True, metavar="DIR", help="the traces")
+    zeros.add_argument("--out", type=Path, default=Path("bench/out"), help="folder of the report")
+    zeros.set_defaults(run=_zero)
     _add_load(commands.add_parser(
         "load",
         help="Locust, streaming chat, on the simulated engine",

@@ -1,0 +1,52 @@
+"""Which gaps between requests are remembered, and for how much they count."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from autoscaler.signals.gaps import KEPT, LONGEST_S, GapRecord
+from autoscaler.types import Gap
+
+
+def test_gaps_are_kept() -> None:
+    record = GapRecord()
+    for length_s, at_s in ((10.0, 100.0), (0.0, 101.0), (300.0, 500.0)):
+        record.add(length_s, at_s)
+    assert sorted(record.read(600.0)) == [Gap(10.0, 1.0), Gap(300.0, 1.0)]
+
+
+def test_many_short_ones_do_not_push_out_the_long() -> None:
+    record = GapRecord()
+    record.add(30_000.0, 30_000.0)
+    for number in range(10 * KEPT):
+        record.add(5.0, 30_000.0 + 10.0 * number)
+    gaps = record.read(30_000.0 + 100.0 * KEPT)
+    assert len(gaps) == KEPT + 1
+    short = [one.weight for one in gaps if one.length_s == 5.0]
+    # So many as there would have been at the rate of the newest.
+    assert short[0] == pytest.approx((30_000.0 + 100.0 * KEPT) / (10.0 * KEPT), rel=0.01)
+    assert [one.weight for one in gaps if one.length_s > 5.0] == [1.0]
+
+
+def test_old_ones_are_forgotten() -> None:
+    record = GapRecord()
+    record.add(100.0, 1_000.0)
+    record.add(200.0, 2_000.0 + LONGEST_S)
+    assert record.read(2_000.0 + LONGEST_S) == (Gap(200.0, 1.0),)
+
+
+@pytest.mark.parametrize(
+    ("name", "counts", "expected"),
+    [
+        ("between requests", [1, 0, 0, 2, 0, 1], [60.0, 120.0]),
+        ("none before the first or after the last", [0, 0, 3, 0, 1, 0, 0], [60.0]),
+        ("unknown is no gap", [1, 0, math.nan, 0, 1, 0, 1], [60.0]),
+        ("nothing", [], []),
+    ],
+)
+def test_gaps_of_a_series(name: str, counts: list[float], expected: list[float]) -> None:
+    record = GapRecord()
+    record.fill(counts, step_s=60.0, start_s=0.0)
+    assert sorted(one.length_s for one in record.read(1e4)) == expected
