@@ -179,18 +179,17 @@ class ReplicaCapacity:
 class Outlook:
     """A pool's forecast as ``decide`` reads it.
 
-    ``lead_tokens_per_s[i]`` is the quantile ``levels[i]`` of the highest demand until a replica
-    that is asked for now has served for a step: that is what has to be provisioned.
-    ``hold_tokens_per_s`` is the same until one that is given up now could be back.
-    ``distrust`` says why it is not to be used, for people; empty where it is.
+    ``tokens_per_s[i]`` is the quantile ``levels[i]`` of the highest demand until a replica that is
+    asked for now would serve, which is also until one that is given up now could be back: that much
+    has to be provisioned. ``distrust`` says why it is not to be used, for people; empty where it
+    is.
     """
 
     made_at_s: float
     model: str
     lead_s: float
     levels: tuple[float, ...]
-    lead_tokens_per_s: tuple[float, ...]
-    hold_tokens_per_s: tuple[float, ...]
+    tokens_per_s: tuple[float, ...]
     distrust: str = ""
 
 
@@ -328,7 +327,6 @@ class Bound(StrEnum):
     MAX_SCALE_UP = "max_scale_up"
     MAX_SCALE_DOWN = "max_scale_down"
     SCALE_DOWN_DELAY = "scale_down_delay"
-    FORECAST = "forecast"
     PANIC = "panic"
     IDLE_TO_ZERO = "idle_to_zero"
     NEVER_ZERO = "never_zero"

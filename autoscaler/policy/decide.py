@@ -3,10 +3,10 @@
 The number is the largest of what the forecast recommends (demand at its highest until a new
 replica would serve), and what the windows and the backlog do. A forecast that is trusted brings the
 headroom with it; without one replicas are loaded to ``target_utilization_fraction``. Scaling down
-is limited by what must not be cut (requests, starting replicas, unknown demand, the forecast until
-a replica could be back or else the scale-down delay, a panic), and the number is bounded by
-``min_replicas`` and ``max_replicas``. Each step can only change the number together with the reason
-for it, so the decision explains itself.
+is limited by what must not be cut (requests, starting replicas, unknown demand, a panic, without a
+forecast the scale-down delay), and the number is bounded by ``min_replicas`` and ``max_replicas``.
+Each step can only change the number together with the reason for it, so the decision explains
+itself.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from autoscaler.policy.recommend import (
 )
 from autoscaler.types import (
     Bound,
-    ReplicaCapacity,
     Decision,
     Outlook,
     PoolPolicy,
     PoolStatus,
+    ReplicaCapacity,
     ScaleReason,
     Signal,
     WindowedDemand,
@@ -75,12 +75,11 @@ class Proposal:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recommendations:
     """All that the number is made from. ``forecast`` is ``None`` without one that is trusted, and
-    ``fallback`` says why; ``hold`` is the fewest replicas the forecast lets go to."""
+    ``fallback`` says why."""
 
     windows: WindowRecommendations
     backlog: Recommendation | None = None
     forecast: Recommendation | None = None
-    hold: int = 0
     fallback: str = ""
 
 
@@ -166,8 +165,8 @@ def recommend_all(
         backlog = recommend_for_backlog(policy, status, demand, capacity)
     if fallback or outlook is None or capacity is None:
         return Recommendations(windows=windows, backlog=backlog, fallback=fallback)
-    forecast, hold = recommend_for_forecast(policy, outlook, capacity)
-    return Recommendations(windows=windows, backlog=backlog, forecast=forecast, hold=hold)
+    forecast = recommend_for_forecast(policy, outlook, capacity)
+    return Recommendations(windows=windows, backlog=backlog, forecast=forecast)
 
 
 def decide_removed(
@@ -352,9 +351,8 @@ def limit_scale_down(
     """Put off as much of a scale-down as must wait.
 
     What the panic window recommends stays outside a panic (``watch_panic``) too: the load of the
-    last seconds needs it. A replica is also kept where the forecast would ask for it again before
-    another could be started; with a forecast that is what tells a lull from an end, without one the
-    scale-down delay does.
+    last seconds needs it. What the forecast recommends is needed before a replica that is given up
+    now could be back, which tells a lull from an end; without a forecast the scale-down delay does.
     """
     if is_unknown(demand):
         return replace(
@@ -377,16 +375,7 @@ def limit_scale_down(
     since_s = now_s - policy.scale_down_delay_s
     past = [one.replicas for one in state.recent if one.until_s >= since_s]
     most = max(past, default=0) if found.forecast is None else 0
-    if found.hold > proposal.desired:
-        proposal = replace(
-            proposal,
-            desired=min(found.hold, status.supply),
-            reason=ScaleReason.SCALE_DOWN_DELAYED,
-            detail=f"{proposal.detail}; the forecast needs {found.hold} before one that is removed "
-            "could be back",
-            bound=Bound.FORECAST,
-        )
-    elif policy.scale_down_delay_s > 0 and most > proposal.desired:
+    if policy.scale_down_delay_s > 0 and most > proposal.desired:
         proposal = replace(
             proposal,
             desired=min(most, status.supply),

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoscaler.types import (
-    ReplicaCapacity,
     Outlook,
     PoolPolicy,
     PoolStatus,
+    ReplicaCapacity,
     Signal,
     WindowedDemand,
 )
@@ -136,23 +136,15 @@ def recommend_for_backlog(
 
 def recommend_for_forecast(
     policy: PoolPolicy, outlook: Outlook, capacity: ReplicaCapacity
-) -> tuple[Recommendation, int]:
-    """What the demand until a new replica would serve asks for, and the fewest to be kept for that
-    until one that is given up could be back."""
-    each = capacity.tokens_per_s
-    replicas, level = provision(
-        outlook.levels, outlook.lead_tokens_per_s, each, policy.violated_second
-    )
-    hold, _ = provision(outlook.levels, outlook.hold_tokens_per_s, each, policy.violated_second)
+) -> Recommendation:
+    """What the highest demand until a new replica would serve asks for."""
+    levels, rates, each = outlook.levels, outlook.tokens_per_s, capacity.tokens_per_s
+    replicas, level = provision(levels, rates, each, policy.violated_second)
     text = (
-        f"{value_at(outlook.levels, outlook.lead_tokens_per_s, level):.0f} tokens/s at most within "
-        f"{outlook.lead_s:.0f} s with a chance of {level:.1%} ({outlook.model}), "
-        f"{each:.0f} per replica"
+        f"{value_at(levels, rates, level):.0f} tokens/s at most within {outlook.lead_s:.0f} s with "
+        f"a chance of {level:.1%} ({outlook.model}), {each:.0f} per replica"
     )
-    return (
-        Recommendation(replicas=replicas, signal=Signal.FORECAST, text=text, level=level),
-        max(replicas, hold),
-    )
+    return Recommendation(replicas=replicas, signal=Signal.FORECAST, text=text, level=level)
 
 
 def provision(

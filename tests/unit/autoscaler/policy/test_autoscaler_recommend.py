@@ -13,10 +13,10 @@ from autoscaler.policy.recommend import provision, recommend_for_backlog, value_
 from autoscaler.settings import AutoscalerSettings, PoolSettings, make_policy
 from autoscaler.types import (
     Bound,
-    ReplicaCapacity,
     CapacitySource,
     Outlook,
     PoolStatus,
+    ReplicaCapacity,
     ScaleReason,
     Signal,
     WindowedDemand,
@@ -50,20 +50,15 @@ def arriving(stable: float, panic: float | None = None, queued: int = 0) -> Wind
     )
 
 
-def outlook(lead: float, hold: float | None = None, spread: float = 0.0, **more: str) -> Outlook:
+def outlook(middle: float, spread: float = 0.0, **more: str) -> Outlook:
     """A forecast around these tokens per second, this wide from its median to its 0.9."""
-    places = [(value_at(LEVELS, range(-4, 5), level)) / 1.0 for level in LEVELS]
-
-    def around(middle: float) -> tuple[float, ...]:
-        return tuple(max(0.0, middle + spread * place) for place in places)
-
+    places = [value_at(LEVELS, range(-4, 5), level) for level in LEVELS]
     return Outlook(
         made_at_s=NOW,
         model="direct",
         lead_s=60.0,
         levels=LEVELS,
-        lead_tokens_per_s=around(lead),
-        hold_tokens_per_s=around(lead if hold is None else hold),
+        tokens_per_s=tuple(max(0.0, middle + spread * place) for place in places),
         **more,
     )
 
@@ -95,10 +90,6 @@ CASES = [
     (
         "down to the forecast", SIX, arriving(150), outlook(210),
         3, ScaleReason.SCALE_DOWN, Signal.FORECAST, None,
-    ),
-    (
-        "no further than will be needed again", SIX, arriving(150), outlook(210, hold=480),
-        5, ScaleReason.SCALE_DOWN_DELAYED, Signal.FORECAST, Bound.FORECAST,
     ),
     (
         "a backlog that those there can work off", SIX, arriving(450, queued=1_500), outlook(450),
@@ -144,7 +135,7 @@ def test_without_a_capacity_tokens_in_flight_count() -> None:
 
 
 def test_the_dearer_a_violation_the_larger_the_quantile() -> None:
-    rows = outlook(1_000, spread=100).lead_tokens_per_s
+    rows = outlook(1_000, spread=100).tokens_per_s
     found = [provision(LEVELS, rows, 100.0, price) for price in (1.0, 5.0, 50.0)]
     replicas, levels = zip(*found, strict=True)
     assert replicas[0] < replicas[1] < replicas[2]
