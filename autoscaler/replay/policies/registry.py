@@ -12,6 +12,7 @@ from autoscaler.replay.policies.knative import Knative
 from autoscaler.replay.policies.kubernetes import HpaRequests, HpaUtilization, Keda
 from autoscaler.replay.policies.llm_d import LlmDSlo, LlmDWva
 from autoscaler.replay.policies.ray_serve import RayServe
+from autoscaler.replay.policies.tidegate import Auto, Reactive
 from autoscaler.replay.policies.windows import replicas_for
 from autoscaler.replay.types import ScalingPolicy
 
@@ -49,7 +50,12 @@ PEERS: Mapping[str, Build] = {
 }
 """Our re-implementations of others' policies."""
 
-POLICIES: Mapping[str, Build] = {**PEERS, "static": static_at_peak}
+POLICIES: Mapping[str, Build] = {
+    "auto": Auto,
+    "reactive": Reactive,
+    **PEERS,
+    "static": static_at_peak,
+}
 """All that need no knowledge of the future."""
 
 TOKENS_ONLY = frozenset({"llm-d-slo", "llm-d-wva"})

@@ -1,0 +1,158 @@
+"""Tidegate's own policies: the production ``decide``, with the forecast (``Auto``) and without it
+(``Reactive``)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from autoscaler.policy.decide import DecideState, decide
+from autoscaler.policy.outlook import FINE_STEP_S, make_outlook
+from autoscaler.replay.policies.facts import PoolFacts
+from autoscaler.replay.types import PoolObservation
+from autoscaler.signals.window import DemandWindow
+from autoscaler.types import (
+    CapacitySource,
+    Decision,
+    Outlook,
+    PoolDemand,
+    PoolPolicy,
+    PoolStatus,
+    ReplicaCapacity,
+)
+from forecaster.types import History
+
+MINUTE_S = 60.0
+FINE_STEPS = 4_320
+"""Six hours of the fine grid."""
+MOST_MINUTES = 14 * 1_440
+UNIT = 1_024.0
+"""Tokens are counted in parts of one: a trace may have fewer than one a second."""
+
+POLICY = PoolPolicy(
+    pool="replay",
+    min_replicas=1,
+    max_replicas=100_000,
+    target_inflight_tokens=8_192,
+    max_inflight_requests=None,
+    stable_window_s=60.0,
+    panic_window_s=6.0,
+    panic_threshold=2.0,
+    scale_down_delay_s=60.0,
+    idle_to_zero_s=300.0,
+    max_scale_up_per_tick=100_000,
+    demand_stale_s=30.0,
+)
+
+
+class Reactive:
+    """What Tidegate does without a forecast."""
+
+    def __init__(self, facts: PoolFacts, *, policy: PoolPolicy = POLICY) -> None:
+        """``policy`` holds all other settings; its least and most replicas are the facts'."""
+        self.name = "reactive"
+        self.interval_s = 1.0
+        self._capacity = ReplicaCapacity(
+            tokens_per_s=facts.capacity_tokens_per_s * UNIT, source=CapacitySource.SATURATED
+        )
+        self._lead_s = facts.cold_start_s
+        self._policy = replace(
+            policy, min_replicas=facts.min_replicas, max_replicas=facts.max_replicas
+        )
+        self._window = DemandWindow(self._policy)
+        self._state = DecideState()
+        self._starts: list[float] = []
+        self._ready = 0
+        self._ready_at_s: float | None = None
+        self.last: Decision | None = None
+        """The newest decision, with all that led to it."""
+
+    def step(self, now_s: float, seen: PoolObservation) -> int:
+        """The desired replicas at ``now_s``."""
+        if seen.ready > self._ready:
+            self._ready_at_s = now_s
+        self._ready = seen.ready
+        # The newest are cancelled first.
+        self._starts = [at_s for at_s in self._starts if at_s > now_s][: seen.starting]
+        self._window.add(
+            PoolDemand(
+                observed_at_s=now_s,
+                inflight_requests=round(seen.inflight_requests),
+                inflight_tokens=round(seen.inflight_tokens * UNIT),
+                queued_requests=round(seen.queued_requests),
+                queued_tokens=round(seen.queued_tokens * UNIT),
+                arrivals_total=round(seen.arrivals_total),
+                arrived_tokens_total=round(seen.arrived_tokens_total * UNIT),
+            )
+        )
+        self.last, self._state = decide(
+            self._policy,
+            PoolStatus(
+                ready=seen.ready,
+                starting=seen.starting,
+                ready_at_s=self._ready_at_s,
+                arriving_s=tuple(at_s - now_s for at_s in self._starts),
+                lead_s=self._lead_s,
+            ),
+            self._window.read(now_s),
+            self._state,
+            now_s,
+            capacity=self._capacity,
+            outlook=self._look(now_s, seen),
+        )
+        more = self.last.desired - seen.ready - seen.starting
+        self._starts += [now_s + self._lead_s] * max(0, more)
+        return self.last.desired
+
+    def _look(self, now_s: float, seen: PoolObservation) -> Outlook | None:
+        return None
+
+
+class Auto(Reactive):
+    """What Tidegate does."""
+
+    def __init__(self, facts: PoolFacts, *, policy: PoolPolicy = POLICY) -> None:
+        super().__init__(facts, policy=policy)
+        self.name = "auto"
+        known = [] if facts.history is None else facts.history.values.tolist()
+        self._minutes = Grid(MINUTE_S, MOST_MINUTES, known)
+        self._fine = Grid(FINE_STEP_S, FINE_STEPS, [])
+        self._outlook: Outlook | None = None
+
+    def _look(self, now_s: float, seen: PoolObservation) -> Outlook | None:
+        ended = self._minutes.add(now_s, seen.arrived_tokens_total)
+        ended |= self._fine.add(now_s, seen.arrived_tokens_total) and self._lead_s < MINUTE_S
+        if ended:
+            self._outlook = make_outlook(
+                self._minutes.history(), self._fine.history(), self._lead_s, now_s
+            )
+        return self._outlook
+
+
+class Grid:
+    """Sums of a counter on an even grid, the newest ``most`` of them."""
+
+    def __init__(self, step_s: float, most: int, history: Sequence[float]) -> None:
+        self._step_s = step_s
+        self._most = most
+        self._values = [float(value) * UNIT for value in history][-most:]
+        self._step: int | None = None
+        self._total = 0.0
+
+    def add(self, now_s: float, total: float) -> bool:
+        """Take in a reading; whether a step has ended with it."""
+        step = int(now_s // self._step_s)
+        if self._step is None:
+            self._step, self._total = step, total
+        if step == self._step:
+            return False
+        each = (total - self._total) * UNIT / (step - self._step)
+        self._values += [each] * min(step - self._step, self._most)
+        del self._values[: -self._most]
+        self._step, self._total = step, total
+        return True
+
+    def history(self) -> History:
+        """What there is, oldest first."""
+        return History(values=np.array(self._values), step_s=self._step_s)
