@@ -114,6 +114,12 @@ class PriceSettings(BaseModel):
     """Price of one second that one request waits longer than it should (for a cold start, or in a
     queue). 0.01 is 36 an hour, the time of a person; a batch job's waits are worth far less."""
 
+    violated_second: float = Field(default=12.0, gt=0.0, le=1e6)
+    """Price of a second in which one replica's worth of requests is answered beyond the SLO, in
+    seconds of a replica. It sets how much headroom a forecast is given: the more this is, the fewer
+    requests are late and the more replicas idle. 1 is the most requests within the SLO per
+    replica-hour."""
+
     memory_gib_hour: float = Field(default=0.004, ge=0.0, le=1e6)
     """Price of one GiB of host memory for an hour, for what is kept warm at zero. 0.004 is about
     what clouds ask."""
@@ -159,6 +165,16 @@ class AutoscalerSettings(ConsistentSettings):
     max_scale_up_per_tick: int = Field(default=8, ge=1, le=1_000)
     """Replicas of one pool started by one decision at most, so that a burst does not start a fleet
     before its first engine is up."""
+
+    max_scale_down_per_tick: int = Field(default=1_000, ge=1, le=10_000)
+    """Replicas of one pool removed by one decision at most."""
+
+    target_utilization_fraction: float = Field(default=0.7, gt=0.0, le=1.0)
+    """The part of its capacity that a replica is loaded to where no forecast is trusted; with one,
+    the forecast says how much headroom is needed. 0.7 is Knative's, and usual for an HPA."""
+
+    backlog_s: float = Field(default=10.0, ge=1.0, le=3_600.0)
+    """Seconds in which what is queued shall be worked off."""
 
     demand_stale_s: float = Field(default=10.0, ge=0.1, le=600.0)
     """Seconds after which an observation of demand no longer counts as known. On unknown demand a
@@ -520,6 +536,10 @@ def make_policy(pool: PoolSettings, settings: AutoscalerSettings) -> PoolPolicy:
         scale_down_delay_s=first(pool.scale_down_delay_s, settings.scale_down_delay_s),
         idle_to_zero_s=first(pool.idle_to_zero_s, settings.idle_to_zero_s),
         max_scale_up_per_tick=settings.max_scale_up_per_tick,
+        max_scale_down_per_tick=settings.max_scale_down_per_tick,
+        target_utilization_fraction=settings.target_utilization_fraction,
+        backlog_s=settings.backlog_s,
+        violated_second=settings.prices.violated_second,
         demand_stale_s=settings.demand_stale_s,
     )
 

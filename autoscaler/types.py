@@ -147,10 +147,10 @@ class PoolPolicy:
     idle_to_zero_s: float
     max_scale_up_per_tick: int
     demand_stale_s: float
-    max_scale_down_per_tick: int = 1_000
-    target_utilization_fraction: float = 0.8
-    backlog_s: float = 10.0
-    violated_second: float = 5.0
+    max_scale_down_per_tick: int
+    target_utilization_fraction: float
+    backlog_s: float
+    violated_second: float
 
 
 class CapacitySource(StrEnum):

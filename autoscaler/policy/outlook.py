@@ -23,18 +23,17 @@ FINE_LEAD_S = 60.0
 def make_outlook(minutes: History, fine: History, lead_s: float, now_s: float) -> Outlook:
     """The outlook of a pool at ``now_s``.
 
-    ``minutes`` and ``fine`` are tokens by minute and by ``FINE_STEP_S``, up to now. Raises
-    ``ValueError`` where neither has a known value.
+    ``minutes`` and ``fine`` are tokens per second by minute and by ``FINE_STEP_S``, up to now.
+    Raises ``ValueError`` where the one that is needed has no known value.
     """
     short = lead_s < FINE_LEAD_S
     history = fine if short else minutes
     steps = math.ceil(lead_s / history.step_s) + 1
     found = forecast(history.values, history.step_s, steps, LEVELS, start_s=history.start_s)
-    rates = found.maximum(steps) / history.step_s
     return Outlook(
         made_at_s=now_s,
         model=found.model,
         lead_s=lead_s,
         levels=found.levels,
-        tokens_per_s=tuple(float(rate) for rate in rates),
+        tokens_per_s=tuple(float(rate) for rate in found.maximum(steps)),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from autoscaler.types import (
     Outlook,
@@ -147,9 +148,10 @@ def recommend_for_forecast(
     return Recommendation(replicas=replicas, signal=Signal.FORECAST, text=text, level=level)
 
 
+@lru_cache(maxsize=4_096)  # a forecast is decided on once a second, and made once a minute
 def provision(
-    levels: Sequence[float],
-    tokens_per_s: Sequence[float],
+    levels: tuple[float, ...],
+    tokens_per_s: tuple[float, ...],
     each: float,
     violated_second: float,
 ) -> tuple[int, float]:

@@ -1,8 +1,9 @@
 """A pool's demand over the last while: time-weighted means over the stable and panic windows.
 
 An observation holds until the next one, for ``demand_stale_s`` at most; time without an
-observation is left out of the mean instead of counting as zero. What is kept is bounded:
-observations that follow each other within ``bucket_s`` are merged into one span.
+observation is left out of the mean instead of counting as zero. What is kept are sums since the
+beginning at points in time, so that a mean is a difference of two of them, whatever the length of
+its window. Their number is bounded: points closer together than ``bucket_s`` become one.
 """
 
 from __future__ import annotations
@@ -19,24 +20,50 @@ LEAST_RATE_S = 1.0
 """Shortest time that tokens are counted over before they are called a rate."""
 
 
-@dataclass(slots=True, kw_only=True)
-class DemandSpan:
-    """A stretch of time and the mean demand in it; ``None`` is unknown."""
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Until ``at_s``: tokens times seconds and the seconds in which they were known, and the same
+    of requests."""
 
-    start_s: float
-    end_s: float
-    tokens: float | None
-    requests: float | None
+    at_s: float
+    token_s: float = 0.0
+    token_known_s: float = 0.0
+    request_s: float = 0.0
+    request_known_s: float = 0.0
+
+    def held(self, demand: PoolDemand, until_s: float) -> Sums:
+        """With this demand until then."""
+        length_s = until_s - self.at_s
+        tokens, requests = totals(demand)
+        return Sums(
+            until_s,
+            self.token_s + (tokens or 0) * length_s,
+            self.token_known_s + (0.0 if tokens is None else length_s),
+            self.request_s + (requests or 0) * length_s,
+            self.request_known_s + (0.0 if requests is None else length_s),
+        )
+
+    def between(self, later: Sums, at_s: float) -> Sums:
+        """The sums at a time between these and later ones."""
+        part = (at_s - self.at_s) / (later.at_s - self.at_s)
+        return Sums(
+            at_s,
+            self.token_s + part * (later.token_s - self.token_s),
+            self.token_known_s + part * (later.token_known_s - self.token_known_s),
+            self.request_s + part * (later.request_s - self.request_s),
+            self.request_known_s + part * (later.request_known_s - self.request_known_s),
+        )
 
 
 class DemandWindow:
     """The recent demand of one pool. One owner writes it; time only moves forward."""
 
     def __init__(self, policy: PoolPolicy) -> None:
+        self._sums: deque[Sums] = deque()
+        """Oldest first. The first is at or before the begin of the stable window, or the oldest
+        there was; the last is when the newest observation was made."""
         self._arrived: deque[tuple[float, int]] = deque()
-        """Readings of the counter of tokens that came, a bucket apart; the first is before the
-        stable window, or the first there was."""
-        self._spans: deque[DemandSpan] = deque()
+        """Readings of the counter of tokens that came, likewise."""
         self._latest: PoolDemand | None = None
         self.resize(policy)
 
@@ -48,18 +75,28 @@ class DemandWindow:
         self._bucket_s = policy.panic_window_s / BUCKETS_PER_PANIC_WINDOW
         if self._latest is not None:
             self._expire(self._latest.observed_at_s)
-        self._trim()
+        while len(self._sums) > self._most():
+            self._sums.popleft()
 
     def add(self, demand: PoolDemand) -> None:
         """Take in an observation. One that is older than the newest is ignored."""
-        last = self._latest
-        if last is not None:
-            if demand.observed_at_s < last.observed_at_s:
-                return
-            self._append(self._held(last, demand.observed_at_s))
+        last, now_s = self._latest, demand.observed_at_s
+        if last is not None and now_s < last.observed_at_s:
+            return
+        if last is None:
+            self._sums.append(Sums(now_s))
+        elif now_s > last.observed_at_s:
+            sums = self._sums[-1]
+            stale_at_s = last.observed_at_s + self._stale_s
+            if now_s > stale_at_s:
+                sums = sums.held(last, stale_at_s)
+                self._append(sums)
+                self._append(sums.held(UNKNOWN, now_s))
+            else:
+                self._append(sums.held(last, now_s))
         self._latest = demand
-        self._expire(demand.observed_at_s)
         self._count(demand)
+        self._expire(now_s)
 
     def read(self, now_s: float) -> WindowedDemand:
         """The demand as known at ``now_s``."""
@@ -70,8 +107,13 @@ class DemandWindow:
         tokens, requests = totals(last) if fresh else (None, None)
         queued = above_zero(last.queued_requests, last.queued_tokens)
         inflight = above_zero(last.inflight_requests, last.inflight_tokens)
-        stable_tokens, stable_requests = self._means(now_s, self._stable_window_s)
-        panic_tokens, panic_requests = self._means(now_s, self._panic_window_s)
+        newest = self._sums[-1]
+        until_s = min(now_s, last.observed_at_s + self._stale_s)
+        if until_s > newest.at_s:
+            newest = newest.held(last, until_s)
+        stable_s, panic_s = now_s - self._stable_window_s, now_s - self._panic_window_s
+        stable_tokens, stable_requests = means(self._before(stable_s, newest), newest)
+        panic_tokens, panic_requests = means(self._before(panic_s, newest), newest)
         return WindowedDemand(
             tokens=tokens,
             requests=requests,
@@ -79,8 +121,8 @@ class DemandWindow:
             panic_tokens=otherwise(panic_tokens, tokens),
             stable_requests=otherwise(stable_requests, requests),
             panic_requests=otherwise(panic_requests, requests),
-            stable_tokens_per_s=self._rate(now_s, self._stable_window_s) if fresh else None,
-            panic_tokens_per_s=self._rate(now_s, self._panic_window_s) if fresh else None,
+            stable_tokens_per_s=self._rate(stable_s) if fresh else None,
+            panic_tokens_per_s=self._rate(panic_s) if fresh else None,
             queued_tokens=last.queued_tokens if fresh else None,
             arrivals_total=last.arrivals_total,
             some_requests=fresh and (queued or inflight),
@@ -88,93 +130,63 @@ class DemandWindow:
         )
 
     def check_integrity(self) -> None:
-        """Raise ``AssertionError`` unless the spans are in order, apart, and bounded in number."""
-        spans = list(self._spans)
-        for span in spans:
-            assert span.start_s < span.end_s, span
-        for before, after in itertools.pairwise(spans):
-            assert before.end_s <= after.start_s, (before, after)
-        limit = 2 * (self._stable_window_s / self._bucket_s) + 4
-        assert len(self._arrived) <= limit, f"{len(self._arrived)} readings are kept"
-        assert len(spans) <= limit, f"{len(spans)} spans are kept, {limit:g} are allowed"
+        """Raise ``AssertionError`` unless all is in order of time, and bounded in number."""
+        for before, after in itertools.pairwise(self._sums):
+            assert before.at_s < after.at_s, (before, after)
+        for earlier, later in itertools.pairwise(self._arrived):
+            assert earlier[0] < later[0], (earlier, later)
+        assert len(self._sums) <= self._most(), f"{len(self._sums)} sums are kept"
+        assert len(self._arrived) <= self._most(), f"{len(self._arrived)} readings are kept"
+
+    def _most(self) -> int:
+        return 2 * int(self._stable_window_s / self._bucket_s) + 5
+
+    def _append(self, sums: Sums) -> None:
+        kept = self._sums
+        if len(kept) > 1 and sums.at_s - kept[-2].at_s <= self._bucket_s:
+            kept[-1] = sums
+        else:
+            kept.append(sums)
+
+    def _expire(self, now_s: float) -> None:
+        since_s = now_s - self._stable_window_s
+        while len(self._sums) > 1 and self._sums[1].at_s <= since_s:
+            self._sums.popleft()
+        while len(self._arrived) > 1 and self._arrived[1][0] <= since_s:
+            self._arrived.popleft()
+
+    def _before(self, at_s: float, newest: Sums) -> Sums:
+        """The sums at a time, or the oldest there are after it."""
+        if newest.at_s <= at_s:
+            return newest
+        later = newest
+        for sums in reversed(self._sums):
+            if sums.at_s <= at_s:
+                return sums.between(later, at_s)
+            later = sums
+        return later
 
     def _count(self, demand: PoolDemand) -> None:
-        total, at_s = demand.arrived_tokens_total, demand.observed_at_s
-        arrived = self._arrived
+        total, at_s, arrived = demand.arrived_tokens_total, demand.observed_at_s, self._arrived
         if total is None:
             return
         if arrived and total < arrived[-1][1]:
             arrived.clear()  # the counter was reset
         if not arrived or at_s - arrived[-1][0] >= self._bucket_s:
             arrived.append((at_s, total))
-        since_s = at_s - self._stable_window_s
-        while len(arrived) > 1 and arrived[1][0] <= since_s:
-            arrived.popleft()
 
-    def _rate(self, now_s: float, window_s: float) -> float | None:
-        """Tokens that came per second of the window; ``None`` before there is a second of it."""
+    def _rate(self, since_s: float) -> float | None:
+        """Tokens that came per second since then; ``None`` before there is a second of it."""
         last = self._latest
-        if last is None or last.arrived_tokens_total is None:
+        if last is None or last.arrived_tokens_total is None or not self._arrived:
             return None
-        since_s = now_s - window_s
-        begin: tuple[float, int] | None = None
-        for reading in self._arrived:
-            if begin is not None and reading[0] > since_s:
-                break
-            begin = reading
-        if begin is None or last.observed_at_s - begin[0] < LEAST_RATE_S:
-            return None
-        return (last.arrived_tokens_total - begin[1]) / (last.observed_at_s - begin[0])
-
-    def _held(self, demand: PoolDemand, until_s: float) -> DemandSpan:
-        start_s = demand.observed_at_s
-        end_s = min(until_s, start_s + self._stale_s)
-        tokens, requests = totals(demand)
-        return DemandSpan(start_s=start_s, end_s=end_s, tokens=tokens, requests=requests)
-
-    def _append(self, span: DemandSpan) -> None:
-        if span.end_s <= span.start_s:
-            return
-        if self._spans:
-            last = self._spans[-1]
-            adjacent = last.end_s == span.start_s
-            if adjacent and span.end_s - last.start_s <= self._bucket_s and alike(last, span):
-                last.tokens = merged(last, span, last.tokens, span.tokens)
-                last.requests = merged(last, span, last.requests, span.requests)
-                last.end_s = span.end_s
-                return
-        self._spans.append(span)
-        self._trim()
-
-    def _trim(self) -> None:
-        limit = 2 * int(self._stable_window_s / self._bucket_s) + 4
-        while len(self._spans) > limit:
-            self._spans.popleft()
-
-    def _expire(self, now_s: float) -> None:
-        while self._spans and self._spans[0].end_s <= now_s - self._stable_window_s:
-            self._spans.popleft()
-
-    def _means(self, now_s: float, window_s: float) -> tuple[float | None, float | None]:
-        since_s = now_s - window_s
-        token_s = token_time_s = request_s = request_time_s = 0.0
-        spans = [*self._spans]
-        if self._latest is not None:
-            spans.append(self._held(self._latest, now_s))
-        for span in spans:
-            length_s = min(span.end_s, now_s) - max(span.start_s, since_s)
-            if length_s <= 0.0:
-                continue
-            if span.tokens is not None:
-                token_s += span.tokens * length_s
-                token_time_s += length_s
-            if span.requests is not None:
-                request_s += span.requests * length_s
-                request_time_s += length_s
-        return (
-            token_s / token_time_s if token_time_s else None,
-            request_s / request_time_s if request_time_s else None,
+        begin_s, total = next(
+            (reading for reading in reversed(self._arrived) if reading[0] <= since_s),
+            self._arrived[0],
         )
+        if last.observed_at_s - begin_s < LEAST_RATE_S:
+            return None
+        return (last.arrived_tokens_total - total) / (last.observed_at_s - begin_s)
 
 
 def totals(demand: PoolDemand) -> tuple[int | None, int | None]:
@@ -202,19 +214,14 @@ def otherwise(mean: float | None, latest: int | None) -> float | None:
     return latest if mean is None else mean
 
 
-def alike(one: DemandSpan, other: DemandSpan) -> bool:
-    """Whether two spans know the same figures, so that their means can be merged."""
-    return (one.tokens is None) == (other.tokens is None) and (
-        (one.requests is None) == (other.requests is None)
+def means(before: Sums, now: Sums) -> tuple[float | None, float | None]:
+    """Mean tokens and requests of the time between, as far as they were known."""
+    token_known_s = now.token_known_s - before.token_known_s
+    request_known_s = now.request_known_s - before.request_known_s
+    return (
+        (now.token_s - before.token_s) / token_known_s if token_known_s > 0.0 else None,
+        (now.request_s - before.request_s) / request_known_s if request_known_s > 0.0 else None,
     )
 
 
-def merged(
-    one: DemandSpan, other: DemandSpan, one_value: float | None, other_value: float | None
-) -> float | None:
-    """The time-weighted mean of two values of adjoining spans."""
-    if one_value is None or other_value is None:
-        return None
-    one_s = one.end_s - one.start_s
-    other_s = other.end_s - other.start_s
-    return (one_value * one_s + other_value * other_s) / (one_s + other_s)
+UNKNOWN = PoolDemand(observed_at_s=0.0)

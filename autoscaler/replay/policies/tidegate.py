@@ -11,6 +11,7 @@ from autoscaler.policy.decide import DecideState, decide
 from autoscaler.policy.outlook import FINE_STEP_S, make_outlook
 from autoscaler.replay.policies.facts import PoolFacts
 from autoscaler.replay.types import PoolObservation
+from autoscaler.settings import AutoscalerSettings, PoolSettings, make_policy
 from autoscaler.signals.window import DemandWindow
 from autoscaler.types import (
     CapacitySource,
@@ -23,6 +24,8 @@ from autoscaler.types import (
 )
 from forecaster.types import History
 
+LONGEST_STEP_S = 30.0
+"""A policy may be stepped as rarely as that."""
 MINUTE_S = 60.0
 FINE_STEPS = 4_320
 """Six hours of the fine grid."""
@@ -30,20 +33,10 @@ MOST_MINUTES = 14 * 1_440
 UNIT = 1_024.0
 """Tokens are counted in parts of one: a trace may have fewer than one a second."""
 
-POLICY = PoolPolicy(
-    pool="replay",
-    min_replicas=1,
-    max_replicas=100_000,
-    target_inflight_tokens=8_192,
-    max_inflight_requests=None,
-    stable_window_s=60.0,
-    panic_window_s=6.0,
-    panic_threshold=2.0,
-    scale_down_delay_s=60.0,
-    idle_to_zero_s=300.0,
-    max_scale_up_per_tick=100_000,
-    demand_stale_s=30.0,
+POLICY = make_policy(
+    PoolSettings.model_construct(name="replay", backend="process"), AutoscalerSettings()
 )
+"""What a pool with no settings of its own has."""
 
 
 class Reactive:
@@ -58,7 +51,11 @@ class Reactive:
         )
         self._lead_s = facts.cold_start_s
         self._policy = replace(
-            policy, min_replicas=facts.min_replicas, max_replicas=facts.max_replicas
+            policy,
+            min_replicas=facts.min_replicas,
+            max_replicas=facts.max_replicas,
+            max_scale_up_per_tick=facts.max_replicas,
+            demand_stale_s=max(policy.demand_stale_s, 2 * LONGEST_STEP_S),
         )
         self._window = DemandWindow(self._policy)
         self._state = DecideState()
@@ -125,18 +122,18 @@ class Auto(Reactive):
         ended |= self._fine.add(now_s, seen.arrived_tokens_total) and self._lead_s < MINUTE_S
         if ended:
             self._outlook = make_outlook(
-                self._minutes.history(), self._fine.history(), self._lead_s, now_s
+                self._minutes.history(UNIT), self._fine.history(UNIT), self._lead_s, now_s
             )
         return self._outlook
 
 
 class Grid:
-    """Sums of a counter on an even grid, the newest ``most`` of them."""
+    """How fast a counter grew, per second, on an even grid: the newest ``most`` steps."""
 
-    def __init__(self, step_s: float, most: int, history: Sequence[float]) -> None:
+    def __init__(self, step_s: float, most: int, values: list[float]) -> None:
         self._step_s = step_s
         self._most = most
-        self._values = [float(value) * UNIT for value in history][-most:]
+        self._values = values[-most:]
         self._step: int | None = None
         self._total = 0.0
 
@@ -147,12 +144,12 @@ class Grid:
             self._step, self._total = step, total
         if step == self._step:
             return False
-        each = (total - self._total) * UNIT / (step - self._step)
-        self._values += [each] * min(step - self._step, self._most)
+        steps = step - self._step
+        self._values += [(total - self._total) / (steps * self._step_s)] * min(steps, self._most)
         del self._values[: -self._most]
         self._step, self._total = step, total
         return True
 
-    def history(self) -> History:
-        """What there is, oldest first."""
-        return History(values=np.array(self._values), step_s=self._step_s)
+    def history(self, unit: float) -> History:
+        """What there is, oldest first, in this many parts of a token."""
+        return History(values=np.array(self._values) * unit, step_s=self._step_s)

@@ -68,7 +68,7 @@ CASES = [
     # name, status, demand, outlook, desired, reason, signal, bound
     (
         "without a forecast replicas are loaded to their target", SIX, arriving(560), None,
-        7, ScaleReason.DEMAND, Signal.STABLE_TOKENS_PER_S, None,
+        8, ScaleReason.DEMAND, Signal.STABLE_TOKENS_PER_S, None,
     ),
     (
         "with one the headroom is the forecast's", SIX, arriving(560), outlook(560),
@@ -85,7 +85,7 @@ CASES = [
     (
         "a forecast that is not trusted is not used", SIX, arriving(560),
         outlook(910, distrust="less than two days of history"),
-        7, ScaleReason.DEMAND, Signal.STABLE_TOKENS_PER_S, None,
+        8, ScaleReason.DEMAND, Signal.STABLE_TOKENS_PER_S, None,
     ),
     (
         "down to the forecast", SIX, arriving(150), outlook(210),
@@ -144,16 +144,16 @@ def test_the_dearer_a_violation_the_larger_the_quantile() -> None:
 
 
 def test_what_is_certain_is_provided_for_exactly() -> None:
-    assert provision(LEVELS, [730.0] * 9, 100.0, 5.0) == (8, pytest.approx(1.0, abs=1e-3))
-    assert provision(LEVELS, [0.0] * 9, 100.0, 5.0)[0] == 1
+    assert provision(LEVELS, (730.0,) * 9, 100.0, 5.0) == (8, pytest.approx(1.0, abs=1e-3))
+    assert provision(LEVELS, (0.0,) * 9, 100.0, 5.0)[0] == 1
 
 
-rates = st.lists(st.floats(0, 1e6), min_size=9, max_size=9).map(sorted)
+rates = st.lists(st.floats(0, 1e6), min_size=9, max_size=9).map(sorted).map(tuple)
 
 
 @given(rates, st.floats(1.0, 1e5), st.floats(0.1, 1e3))
 def test_any_forecast_gives_a_number_within_what_it_says(
-    tokens_per_s: list[float], each: float, price: float
+    tokens_per_s: tuple[float, ...], each: float, price: float
 ) -> None:
     replicas, level = provision(LEVELS, tokens_per_s, each, price)
     assert replicas >= 1
