@@ -1,6 +1,7 @@
 """Pure decisions: no I/O, no clock, no chance.
 
-``recommend`` turns demand into replicas, ``decide`` bounds and delays that, ``plan`` says which
+``recommend`` turns demand and forecasts into replicas, ``outlook`` makes the forecast of the past
+that one of them reads, ``decide`` bounds and delays that, ``plan`` says which
 replicas start or stop, ``lifecycle`` is the table of what a replica does next,
 ``device_assignment`` chooses GPUs and cores, ``tier_policy`` how warm a pool at zero is,
 ``idle_cost`` how long that is worth its price,

@@ -37,13 +37,14 @@ APPLIES = {
     ),
     "autoscaler": (
         "tick_s stable_window_s panic_window_s panic_threshold scale_down_delay_s idle_to_zero_s "
-        "max_scale_up_per_tick demand_stale_s start_timeout_s prepare_timeout_s start_poll_s "
+        "max_scale_up_per_tick max_scale_down_per_tick target_utilization_fraction backlog_s "
+        "demand_stale_s start_timeout_s prepare_timeout_s start_poll_s "
         "health_interval_s metrics_interval_s health_failures unhealthy_restart_s "
         "backoff_initial_s backoff_max_s "
         "backoff_reset_s drain_s drain_settle_s failed_kept"
     ),
     "autoscaler.history": "max_age_s max_bytes",
-    "autoscaler.prices": "replica_hour waited_second memory_gib_hour",
+    "autoscaler.prices": "replica_hour waited_second violated_second memory_gib_hour",
 }
 """Fields that a reload applies: what uses them reads them from the settings in force each time, or
 takes them in the ``configure`` or ``set_pools`` that the reload calls. Look at that before a field
