@@ -14,6 +14,7 @@
   python -m bench cache       ten nodes that start the same model at once, from one limited store
   python -m bench clients     real clients and load tools: outcomes and tokens beside the engine's
                               own counters
+  python -m bench scaling     scaling policies on traces of a folder: violations, cost, goodput
   python -m bench adoption    seconds until a control process that was killed has its engines back
   python -m bench zero        scale to zero on a trace of small models, beside other rules
 
@@ -98,6 +99,36 @@ def _adoption(arguments: argparse.Namespace) -> int:
     from bench import adoption
 
     return adoption.run(arguments.rounds, arguments.limit_s, arguments.json)
+
+
+def _scaling(arguments: argparse.Namespace) -> int:
+    from bench import machine, scaling, scaling_report
+
+    options = scaling.Options(
+        data=arguments.data,
+        cold_starts_s=tuple(float(one) for one in arguments.cold_starts.split(",")),
+        policies=tuple(arguments.policies.split(",")) if arguments.policies else (),
+        only=tuple(arguments.only.split(",")) if arguments.only else (),
+        days=1.0 if arguments.quick else arguments.days,
+        windows=arguments.windows,
+        replicas=arguments.replicas,
+        jobs=arguments.jobs,
+        quick=arguments.quick,
+    )
+    rows = scaling.run_all(options)
+    date = datetime.date.today().isoformat()
+    made = scaling_report.document(
+        rows,
+        date=date,
+        command=_command(),
+        machine=machine.describe(),
+        options=scaling.as_plain(options),
+    )
+    name = f"scaling-{'quick-' if arguments.quick else ''}{date}"
+    paths = scaling_report.write(made, arguments.out, name)
+    print(scaling_report.terminal(made))
+    print(f"wrote {', '.join(str(path) for path in paths)}")
+    return 0
 
 
 def _load(arguments: argparse.Namespace) -> int:
@@ -322,6 +353,21 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_cache)
 
 
+def _add_scaling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="with traces")
+    parser.add_argument("--cold-starts", default="10,60,300", metavar="S,S", help="(10,60,300)")
+    parser.add_argument("--policies", metavar="A,B", help="all unless said")
+    parser.add_argument("--only", metavar="A,B", help="traces whose names have one of these")
+    parser.add_argument("--days", type=float, default=2.0, metavar="N", help="scored (2)")
+    parser.add_argument("--windows", type=int, default=1, metavar="N",
+                        help="parts of a long trace to score (1)")  # fmt: skip
+    parser.add_argument("--replicas", type=float, default=12.0, metavar="N", help="about (12)")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes (2)")
+    parser.add_argument("--quick", action="store_true", help="three traces, a day, 60 s")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="report's folder")
+    parser.set_defaults(run=_scaling)
+
+
 def _add_adoption(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="kills (5)")
     parser.add_argument("--limit-s", type=float, default=60, metavar="S", help="of a start (60)")
@@ -437,6 +483,13 @@ def _parser() -> argparse.ArgumentParser:
         "serve, ab, hey, oha and wrk, each from an environment of its own under "
         ".tidegate/clients, against one Tidegate. Installs what is missing (several GB for all). "
         "Exit code 1 when a client fails, or a count of tokens is off by more than 1 %%.",
+    ))  # fmt: skip
+    _add_scaling(commands.add_parser(
+        "scaling",
+        help="scaling policies on traces: violations, cost, goodput per replica-hour",
+        description="Plays every trace of a folder (CSV, parquet) at several cold starts through "
+        "ours, the peers' and the clairvoyant policy, on virtual time. About 20 minutes on two "
+        "cores, --quick 1. Writes a report.",
     ))  # fmt: skip
     _add_adoption(commands.add_parser(
         "adoption",

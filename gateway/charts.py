@@ -88,9 +88,10 @@ def over_time(
     bottom = y - GAP
     for at_s in time_ticks(length_s):
         x = LEFT + at_s / length_s * plot_width
+        side = "m" if x < WIDTH - 40 else "e"
         parts.append(
             f'<path d="M{x:.1f} {TOP if title else 20}V{bottom}" stroke="{GRID}" fill="none"/>'
-            f'<text x="{x:.1f}" y="{bottom + 16}" class="m n">'
+            f'<text x="{x:.1f}" y="{bottom + 16}" class="{side} n">'
             f"{escape((label or since)(at_s))}</text>"
         )
     return wrap("".join(parts), WIDTH, bottom + BOTTOM, title or panels[0].title)
