@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from bench import remote, remote_clients, remote_report, remote_servers
-from bench.nginx import NginxMissing, nginx_path
+from bench.debian import ProgramMissing
+from bench.nginx import nginx_path
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -138,5 +139,5 @@ def _ask(port: int, path: str, headers: str = "") -> bytes:
 def test_nginx_is_the_installed_one_or_fetched(tmp_path: Path) -> None:
     found = nginx_path(ROOT)
     assert subprocess.run([found, "-v"], check=False).returncode == 0
-    with pytest.raises(NginxMissing, match="no Debian"):
+    with pytest.raises(ProgramMissing, match="no Debian"):
         nginx_path(tmp_path, which=lambda name: None)
