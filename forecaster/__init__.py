@@ -5,8 +5,9 @@
     >>> ahead.quantiles.shape, ahead.maximum(15)
 
 ``forecasting`` from any series to a forecast · ``models`` the ways to do it · ``types`` what goes
-in and comes out · ``calibrate`` from errors to quantiles · ``cron`` recurring windows, in a time
-zone (needs no numpy, and nor does importing this package).
+in and comes out · ``clean`` what of a history is not demand · ``periods`` what repeats in it ·
+``calibrate`` from errors to quantiles · ``backtest`` how good forecasts would have been · ``cron``
+recurring windows, in a time zone (needs no numpy, and nor does importing this package).
 """
 
 from __future__ import annotations

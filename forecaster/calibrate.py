@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from scipy.ndimage import maximum_filter1d
 
@@ -32,9 +34,21 @@ def targets(values: Floats, lead: int) -> tuple[Floats, Floats]:
     return ahead, highest[lead:]
 
 
+def usual_changes(lead: int, step_s: float) -> Floats:
+    """Changes of the square root, as a share of it, that other pools had over this lead: the
+    spread of LLM and web traffic grows from 6 % after a minute to 20 % after an hour, with heavy
+    tails (a Student's t of 4 degrees, by its quantiles)."""
+    minutes = max(lead * step_s / 60.0, 0.5)
+    spread = 0.06 * minutes**0.3
+    places = (np.linspace(-0.97, 0.97, 41) + 1) / 2
+    alpha = 4 * places * (1 - places)
+    bent = np.cos(np.arccos(np.sqrt(alpha)) / 3) / np.sqrt(alpha) - 1
+    return np.asarray(np.sign(places - 0.5) * 2 * np.sqrt(bent) * spread)
+
+
 def lead_grid(horizon_steps: int) -> tuple[int, ...]:
     """The leads for which a model is fitted; between them quantiles are interpolated."""
-    marks = (1, 2, 3, 5, 8, 12, 15, 20, 30, 45, 60, 90, 120, 180, 300, 480, 720, 1080, 1440)
+    marks = (1, 2, 4, 8, 15, 30, 60, 120, 240, 480, 960, 1440)
     return tuple(mark for mark in marks if mark < horizon_steps) + (horizon_steps,)
 
 
@@ -69,4 +83,23 @@ def made_forecast(
         mean=clean(mean),
         maxima=np.maximum.accumulate(maxima, axis=1),
         start_s=history.end_s,
+    )
+
+
+def blended(model: str, history: History, parts: Sequence[tuple[float, Forecast]]) -> Forecast:
+    """Forecasts mixed by their weights, quantile by quantile (Vincentization): the shape stays that
+    of one distribution, where a mixture of distributions would be wider than each."""
+    whole = sum(weight for weight, _ in parts)
+    first = parts[0][1]
+
+    def mixed(rows: Callable[[Forecast], Floats]) -> Floats:
+        return np.asarray(sum(weight / whole * rows(one) for weight, one in parts))
+
+    return made_forecast(
+        model,
+        history,
+        first.levels,
+        mixed(lambda one: one.quantiles),
+        mixed(lambda one: one.mean),
+        mixed(lambda one: one.maxima),
     )

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from forecaster.models.direct import Direct
-from forecaster.models.last_value import LastValue
+from forecaster.models.automatic import Automatic
 from forecaster.types import MOST_HORIZON_STEPS, QUANTILES, Forecast, History
 
 
@@ -33,7 +32,4 @@ def forecast(
         raise ValueError(f"the history has {values.ndim} dimensions, not 1")
     values[~np.isfinite(values) | (values < 0)] = np.nan
     series = History(values=values, step_s=float(step_s), start_s=start_s)
-    try:
-        return Direct().forecast(series, horizon_steps, levels)
-    except ValueError:
-        return LastValue().forecast(series, horizon_steps, levels)
+    return Automatic().forecast(series, horizon_steps, levels)

@@ -1,4 +1,6 @@
 """Ways to forecast, behind ``forecaster.types.Forecaster``.
 
-``last_value`` · ``direct`` our own regression on each lead, of the ``features`` of each step.
+``last_value`` · ``seasonal`` the value of a period ago, and quantiles by the place in the period ·
+``direct`` our own regression on each lead, of the ``features`` of each step · ``automatic`` these,
+by what the history is.
 """

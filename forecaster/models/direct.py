@@ -28,17 +28,21 @@ from forecaster.calibrate import (
     targets,
     weighted_quantiles,
 )
-from forecaster.models.features import DAY_S, FeatureTable
-from forecaster.types import QUANTILES, Floats, Forecast, History
+from forecaster.models.features import FeatureTable
+from forecaster.types import DAY_S, QUANTILES, Floats, Forecast, History
 
 _ROWS_MOST = 10_080
 _ROWS_LEAST = 120
 _BLOCKS = 7
 _RIDGE = 3e-3
+_RIDGE_OVERLAP = 300.0
+"""Rows less than a lead apart share their target: a short history says little of a long lead."""
+
 _RIDGE_SPREAD = 1e-2
 _HALF_LIFE_DAYS = 7.0
 _HALF_LIFE_ERRORS_DAYS = 2.0
 _MOST_DEVIATIONS = 6.0
+_PIECE_ROWS = 128
 _STEPS_OF_A_LEAD = 8
 _STRIDE_MOST = 6
 """Rows of a long lead overlap: an eighth of the lead apart they say as much."""
@@ -70,7 +74,7 @@ class Direct:
         day = round(DAY_S / history.step_s)
         periods = self.periods
         if periods is None:
-            periods = (day,) if len(root) >= 2 * day else ()
+            periods = (day,) if len(root) >= 3 * day else ()
         table = FeatureTable(filled, history.step_s, periods)
         leads = tuple(
             lead
@@ -97,11 +101,21 @@ class _Fit:
         self._table = table
         self._first = max(0, len(root) - _ROWS_MOST)
         self._age = (len(root) - 1 - np.arange(len(root))) / day
-        shared = _standardised(table.shared[self._first :])
-        spread = _standardised(table.spread[self._first :])
-        ones = np.ones((len(shared), 1))
+        ones = np.ones((len(root) - self._first, 1))
+        shared = self._columns(table.moves, table.plain)
         self._shared = np.hstack([shared, ones])
-        self._spread = np.hstack([spread, ones])
+        self._spread = np.hstack([_standardised(table.spread[self._first :]), ones])
+
+    def _columns(self, moves: Floats, plain: Floats) -> Floats:
+        # Moves keep their zero: no move is no reason to move.
+        deviation = np.sqrt(np.mean(moves[self._first :] ** 2, axis=0))
+        flat = deviation <= 1e-9
+        return np.hstack(
+            [
+                moves[self._first :] / np.where(flat, np.inf, deviation),
+                _standardised(plain[self._first :]),
+            ]
+        )
 
     def quantiles(self, lead: int, wanted: Floats) -> Floats:
         """``[level, target]`` in square-root space; the targets are the value at the lead, and the
@@ -117,10 +131,10 @@ class _Fit:
         count = len(weights)
         edges = np.linspace(0, count, max(2, min(_BLOCKS, count // 60)) + 1).astype(int)
         blocks = [slice(a, b) for a, b in itertools.pairwise(edges)]
-        own = _standardised(self._table.of_lead(lead)[self._first :])
-        columns = np.hstack([own, self._shared])
+        columns = np.hstack([self._columns(*self._table.of_lead(lead)), self._shared])
         inside = slice(first - self._first, end - self._first, stride)
-        guess, errors = _ridge(columns[inside], columns[-1], both, weights, blocks, _RIDGE)
+        penalty = _RIDGE * (1.0 + _RIDGE_OVERLAP * lead / len(self._root))
+        guess, errors = _ridge(columns[inside], columns[-1], both, weights, blocks, penalty)
         small = 0.1 * np.median(np.abs(errors), axis=0) + 1e-9
         sizes = np.log(np.abs(errors) + small)
         size, missed = _ridge(
@@ -155,8 +169,8 @@ def _ridge(
     weighed = seen * weights[:, None]
     shrink = np.eye(seen.shape[1]) * penalty * weights.sum()
     shrink[-1, -1] = 1e-9
-    products = [weighed[block].T @ seen[block] for block in blocks]
-    sides = [weighed[block].T @ wanted[block] for block in blocks]
+    products = [_product(weighed[block], seen[block]) for block in blocks]
+    sides = [_product(weighed[block], wanted[block]) for block in blocks]
     product, side = np.sum(products, axis=0), np.sum(sides, axis=0)
     errors = np.empty_like(wanted)
     for block, own_product, own_side in zip(blocks, products, sides, strict=True):
@@ -164,3 +178,12 @@ def _ridge(
         errors[block] = wanted[block] - seen[block] @ found
     expected: Floats = last @ np.linalg.solve(product + shrink, side)
     return expected, errors
+
+
+def _product(left: Floats, right: Floats) -> Floats:
+    """``left.T @ right``, in pieces that are too small for BLAS to share among threads: threads
+    that wait for each other on busy cores made it ten times slower than one."""
+    whole = len(left) - len(left) % _PIECE_ROWS
+    pieces = left[:whole].reshape(-1, _PIECE_ROWS, left.shape[1]).transpose(0, 2, 1)
+    others = right[:whole].reshape(-1, _PIECE_ROWS, right.shape[1])
+    return np.asarray((pieces @ others).sum(axis=0) + left[whole:].T @ right[whole:])

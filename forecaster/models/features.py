@@ -10,14 +10,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from forecaster.types import Floats
+from forecaster.types import DAY_S, Floats
 
-_LEVEL_WINDOWS_S = (60, 120, 180, 300, 480, 900, 1800, 3600, 7200, 21_600)
+_LEVEL_WINDOWS_S = (60, 120, 180, 300, 480, 900, 1800, 3600, 7200, 21_600, DAY_S)
+_WINDOWS_SEEN = 7
+"""How often a window must fit into the history to be of use: its mean has to have varied."""
+
 _BASE_WINDOW_S = 300
 _VOLATILITY_WINDOWS_S = (900, 3600, 14_400)
 _PERIODS_SEEN = 7
 _HARMONICS = 4
-DAY_S = 86_400
+_DAYS_FOR_HARMONICS = 4
+_LINEAR_TO = 2.0
+"""Usual moves up to which a move counts by its size."""
 
 
 def trailing_mean(values: Floats, steps: int) -> Floats:
@@ -57,15 +62,16 @@ class _Season:
 
     smooth: Floats
 
-    def columns(self, lead: int) -> list[Floats]:
-        """Of each step: the change that past periods had over the lead, and their level then."""
+    def columns(self, lead: int) -> tuple[Floats, Floats, Floats]:
+        """Of each step: the change that past periods had over the lead, by the profile and by the
+        last one alone, and their level then. NaN where there was none."""
         steps = np.arange(len(self.smooth))
         back = -(-(lead + self.half) // self.period)
         then = _taken(self.profile, steps + lead - (back - 1) * self.period)
         now = _taken(self.profile, steps)
         last_then = _taken(self.smooth, steps + lead - back * self.period)
         last_now = _taken(self.smooth, steps - back * self.period)
-        return [np.nan_to_num(one) for one in (then - now, last_then - last_now, then)]
+        return then - now, last_then - last_now, then
 
 
 def _taken(values: Floats, at: np.ndarray) -> Floats:
@@ -89,24 +95,33 @@ def _season(root: Floats, period: int) -> _Season:
 
 class FeatureTable:
     """The features of each step of a history without gaps: those that every lead shares, and those
-    of one lead."""
+    of one lead. ``moves`` are differences from the level of the last minutes; there a burst is a
+    hundred times an ordinary value, so they are used by their size's logarithm (arsinh)."""
 
     def __init__(self, root: Floats, step_s: float, periods: tuple[int, ...]) -> None:
         """``root`` is the square root of the values; ``periods`` are in steps."""
-        windows = sorted({max(1, round(window / step_s)) for window in _LEVEL_WINDOWS_S})
+        windows = sorted(
+            {
+                max(1, round(window / step_s))
+                for window in _LEVEL_WINDOWS_S
+                if window * _WINDOWS_SEEN <= len(root) * step_s
+            }
+            | {1}
+        )
         levels = [trailing_mean(root, window) for window in windows]
         self.base = trailing_mean(root, max(1, round(_BASE_WINDOW_S / step_s)))
         """The level that forecasts start from."""
 
-        shared = [*levels, trailing_mean(root, max(1, round(DAY_S / step_s)))]
-        if any(period * step_s == DAY_S for period in periods):
+        day = round(DAY_S / step_s)
+        moves = [level - self.base for level in levels]
+        self.moves = np.column_stack([_squashed(move) for move in moves])
+        plain = [self.base]
+        if day in periods and len(root) >= _DAYS_FOR_HARMONICS * day:
             # A sine and a cosine span every shift, so that one pair serves all leads.
-            phase = 2 * np.pi * np.arange(len(root)) * step_s / DAY_S
+            phase = 2 * np.pi * np.arange(len(root)) / day
             for harmonic in range(1, _HARMONICS + 1):
-                shared += [np.sin(harmonic * phase), np.cos(harmonic * phase)]
-        self.shared = np.column_stack(shared)
-        """``[step, feature]``."""
-
+                plain += [np.sin(harmonic * phase), np.cos(harmonic * phase)]
+        self.plain = np.column_stack(plain)
         squares = root * root
         small = 0.02 * float(root.mean()) + 1e-12
         volatility = [
@@ -116,12 +131,24 @@ class FeatureTable:
         self.spread = np.column_stack(
             [np.log(one + small / 20) for one in volatility]
             + [np.log(one + small) for one in levels[::3]]
+            + [np.log(np.abs(self.moves[:, one]) + 0.3) for one in (0, len(windows) // 2, -1)]
         )
-        """What the size of errors depends on: the logarithms of volatility and level."""
+        """What the size of errors depends on: the logarithms of volatility, level and moves."""
 
         self._seasons = [_season(root, period) for period in periods]
 
-    def of_lead(self, lead: int) -> Floats:
-        """``[step, feature]``: what past periods did over this lead."""
-        found = [column for season in self._seasons for column in season.columns(lead)]
-        return np.column_stack(found) if found else np.empty((len(self.base), 0))
+    def of_lead(self, lead: int) -> tuple[Floats, Floats]:
+        """``moves`` and ``plain`` of one lead: what past periods did over it."""
+        moves, plain = [], []
+        for season in self._seasons:
+            change, last_change, then = season.columns(lead)
+            moves += [_squashed(np.nan_to_num(one)) for one in (change, last_change)]
+            moves.append(_squashed(np.where(np.isfinite(then), then - self.base, 0.0)))
+            plain.append(np.where(np.isfinite(then), then, self.base))
+        empty = np.empty((len(self.base), 0))
+        return (np.column_stack(moves), np.column_stack(plain)) if moves else (empty, empty)
+
+
+def _squashed(move: Floats) -> Floats:
+    usual = 1.4826 * float(np.median(np.abs(move))) + 0.1 * float(move.std()) + 1e-9
+    return np.asarray(_LINEAR_TO * np.arcsinh(move / (_LINEAR_TO * usual)))

@@ -6,25 +6,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from forecaster.calibrate import lead_grid, made_forecast, over_steps, targets, weighted_quantiles
+from forecaster.calibrate import (
+    lead_grid,
+    made_forecast,
+    over_steps,
+    targets,
+    usual_changes,
+    weighted_quantiles,
+)
 from forecaster.types import QUANTILES, Floats, Forecast, History
 
 _PRIOR_WEIGHT = 20.0
-_PRIOR_PLACES = np.linspace(-1.0, 1.0, 41)
 _RECENT_STEPS = 5
 _MOST_STEPS = 20_160
-
-
-def _prior(lead: int, step_s: float) -> Floats:
-    """Changes of the square root, as a share of it, that other pools had over this lead: the
-    spread of LLM and web traffic grows from 6 % after a minute to 20 % after an hour, with heavy
-    tails (a Student's t of 4 degrees, by its quantiles)."""
-    minutes = max(lead * step_s / 60.0, 0.5)
-    spread = 0.06 * minutes**0.3
-    places = (_PRIOR_PLACES * 0.97 + 1) / 2
-    alpha = 4 * places * (1 - places)
-    bent = np.cos(np.arccos(np.sqrt(alpha)) / 3) / np.sqrt(alpha) - 1
-    return np.asarray(np.sign(places - 0.5) * 2 * np.sqrt(bent) * spread)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +44,7 @@ class LastValue:
         leads = lead_grid(horizon_steps)
         steps, means, tops = [], [], []
         for lead in leads:
-            prior = _prior(lead, history.step_s) * level
+            prior = usual_changes(lead, history.step_s) * level
             changes, highest = _changes(root, lead)
             steps.append(_spread(changes, prior, levels, last))
             tops.append(_spread(highest, np.maximum(prior, 0.0), levels, last))

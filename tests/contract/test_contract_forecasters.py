@@ -6,8 +6,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from forecaster.models.automatic import Automatic
 from forecaster.models.direct import Direct
 from forecaster.models.last_value import LastValue
+from forecaster.models.seasonal import PeriodicQuantile, SeasonalNaive
 from forecaster.types import QUANTILES, Forecaster, History
 
 DAY = 288
@@ -106,3 +108,18 @@ class TestLastValue(ForecasterContract):
 class TestDirect(ForecasterContract):
     def forecaster(self) -> Forecaster:
         return Direct()
+
+
+class TestAutomatic(ForecasterContract):
+    def forecaster(self) -> Forecaster:
+        return Automatic()
+
+
+class TestSeasonalNaive(ForecasterContract):
+    def forecaster(self) -> Forecaster:
+        return SeasonalNaive()
+
+
+class TestPeriodicQuantile(ForecasterContract):
+    def forecaster(self) -> Forecaster:
+        return PeriodicQuantile(period=DAY)

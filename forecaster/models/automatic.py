@@ -1,0 +1,59 @@
+"""The forecaster for a pool of which nothing is known yet but its history."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from forecaster.calibrate import blended
+from forecaster.clean import cleaned
+from forecaster.models.direct import Direct
+from forecaster.models.last_value import LastValue
+from forecaster.models.seasonal import PeriodicQuantile
+from forecaster.periods import day_and_week, find_periods
+from forecaster.types import DAY_S, QUANTILES, Forecast, Forecaster, History
+
+_PERIOD_ROWS_MOST = 20_160
+_DAYS_FOR_DAY = 3
+_DAYS_FOR_DIRECT_ALONE = 2.0
+_REPETITIONS_FOR_DIRECT = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Automatic:
+    """The direct model, with the periods that are in the history. As long as that is short, the
+    last value or, where a schedule of minutes or hours is recognised, the periodic quantiles have
+    part of the say: all of it at first, none from two days, or ten repetitions, on."""
+
+    name: str = "automatic"
+
+    def forecast(
+        self, history: History, horizon_steps: int, levels: tuple[float, ...] = QUANTILES
+    ) -> Forecast:
+        """Any history with one known value will do; raises ``ValueError`` where there is none."""
+        history = replace(history, values=cleaned(history.values))
+        known = np.flatnonzero(np.isfinite(history.values))
+        if not len(known):
+            raise ValueError("the history has no known value")
+        values = history.values[known[0] :]
+        days = len(values) * history.step_s / DAY_S
+        day = DAY_S / history.step_s
+        found = find_periods(values[-_PERIOD_ROWS_MOST:], day_and_week(history.step_s))
+        short = [period for period in found if period < 0.9 * day]
+        periods = tuple(short[:1])
+        if days >= _DAYS_FOR_DAY and day == round(day):
+            periods += (round(day),)
+        share = min(1.0, days / _DAYS_FOR_DIRECT_ALONE)
+        if short:
+            share = min(share, len(values) / short[0] / _REPETITIONS_FOR_DIRECT)
+        parts = []
+        try:
+            direct = Direct(periods=periods).forecast(history, horizon_steps, levels)
+            parts.append((share, direct))
+        except ValueError:
+            share = 0.0
+        if share < 1.0:
+            early: Forecaster = PeriodicQuantile(period=short[0]) if short else LastValue()
+            parts.append((1.0 - share, early.forecast(history, horizon_steps, levels)))
+        return blended(self.name, history, parts)
