@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from forecaster.types import QUANTILES, Floats, Forecast, Forecaster, History
+from forecaster.types import QUANTILES, Floats, Forecast, Forecaster, History, pinball
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +31,6 @@ class BacktestScore:
     maximum_pinball: dict[float, float]
     maximum_coverage: dict[float, float]
     refit_s: float | None = None
-
-
-def pinball(actual: Floats, quantiles: Floats, level: float) -> Floats:
-    """The loss of a quantile: ``level`` for each unit that it was too low, ``1 - level`` for each
-    that it was too high (Koenker and Bassett, 1978)."""
-    short = actual - quantiles
-    return np.asarray(np.maximum(level * short, (level - 1.0) * short))
 
 
 def backtest(

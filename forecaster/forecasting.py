@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from forecaster.cron import RecurringWindow
+from forecaster.hints import with_hints
 from forecaster.models.automatic import Automatic
 from forecaster.types import MOST_HORIZON_STEPS, QUANTILES, Forecast, History
 
@@ -18,6 +20,7 @@ def forecast(
     quantiles: Sequence[float] = QUANTILES,
     *,
     start_s: float | None = None,
+    hints: Sequence[RecurringWindow] = (),
 ) -> Forecast:
     """See ``forecaster.forecast``."""
     levels = tuple(sorted(float(level) for level in quantiles))
@@ -32,4 +35,6 @@ def forecast(
         raise ValueError(f"the history has {values.ndim} dimensions, not 1")
     values[~np.isfinite(values) | (values < 0)] = np.nan
     series = History(values=values, step_s=float(step_s), start_s=start_s)
-    return Automatic().forecast(series, horizon_steps, levels)
+    if hints and start_s is None:
+        raise ValueError("hints are times of day: they need start_s")
+    return with_hints(Automatic().forecast(series, horizon_steps, levels), series, hints)

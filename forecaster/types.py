@@ -68,6 +68,13 @@ class Forecast:
         return float(np.interp(level, self.levels, self.maximum(lead_steps)))
 
 
+def pinball(actual: Floats, quantiles: Floats, level: float | Floats) -> Floats:
+    """The loss of a quantile: ``level`` for each unit that it was too low, ``1 - level`` for each
+    that it was too high (Koenker and Bassett, 1978)."""
+    short = actual - quantiles
+    return np.asarray(np.maximum(level * short, (level - 1.0) * short))
+
+
 class Forecaster(Protocol):
     """One way to forecast. It keeps nothing between two calls."""
 
