@@ -24,7 +24,7 @@ from autoscaler.policy.idle_cost import IdlePlan, TierPrice, plan_idle
 from autoscaler.signals.gaps import GapRecord
 from modelcache.types import Tier
 
-BREAK_EVENS_S = (60.0, 120.0, 300.0, 600.0, 1_800.0, 3_600.0, 14_400.0)
+BREAK_EVENS_S = (60.0, 300.0, 900.0, 3_600.0, 14_400.0)
 LOAD_S = 30.0
 LIMIT = 1.03
 """Most that ours may cost, of the best fixed idle time in hindsight."""
