@@ -87,11 +87,12 @@ def render(
                 page.add(metric, _age_s(shared.held_since_ms(slot)), pool=pool)
             else:
                 page.add(metric, totals[pool][index], pool=pool)
+    sums = {pool: shared.pool_sums(slot) for pool, slot in pools.items()}
     for number, spec in enumerate(metrics.POOL_HISTOGRAMS):
-        for pool, slot in pools.items():
+        for pool in pools:
             counts = totals[pool][buckets_of(number)]
             if any(counts) or not spec.labels:  # of the many combinations those that there were
-                page.observe(spec, spec.bounds, counts, shared.pool_sum(slot, number), pool=pool)
+                page.observe(spec, spec.bounds, counts, sums[pool][number], pool=pool)
     counters = [shared.worker_counters(worker) for worker in range(shared.workers)]
     for index, metric in enumerate(metrics.WORKER_METRICS):
         if metric.labels:  # of requests that named no pool

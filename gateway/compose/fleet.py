@@ -9,6 +9,7 @@ pool's only when every worker has applied a fleet without the pool, which clears
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import add
 
 import msgspec
 
@@ -141,15 +142,17 @@ class FleetBook:
         slot = self._pool_slots.get(pool)
         if slot is None:
             return None
-        counts = self._shared.pool_totals(slot)
+        counts, sums = self._shared.pool_totals(slot), self._shared.pool_sums(slot)
 
         def histogram(numbers: Sequence[int]) -> HistogramCounts:
             """Those of these numbers, which have the same bounds, as one."""
-            columns = zip(*(counts[buckets_of(number)] for number in numbers), strict=True)
+            total = counts[buckets_of(numbers[0])]
+            for number in numbers[1:]:
+                total = list(map(add, total, counts[buckets_of(number)]))
             return HistogramCounts(
                 bounds_s=metrics.POOL_HISTOGRAMS[numbers[0]].bounds,
-                counts=tuple(map(sum, columns)),
-                sum_s=sum(self._shared.pool_sum(slot, number) for number in numbers),
+                counts=tuple(total),
+                sum_s=sum(sums[number] for number in numbers),
             )
 
         return PoolTotals(

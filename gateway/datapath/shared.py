@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from operator import add
 from typing import Any
 
 from gateway.datapath.metrics import (
@@ -171,19 +172,22 @@ class Shared:
 
     def pool_totals(self, pool_slot: int, count: int = POOL_INTEGERS) -> list[int]:
         """A pool's counters, the first ``count`` of them, each summed over the workers."""
-        workers = range(self.workers)
-        rows = (self.pool_rows(worker, pool_slot)[0][:count].tolist() for worker in workers)
-        return [sum(column) for column in zip(*rows, strict=True)]
+        totals: list[int] = self.pool_rows(0, pool_slot)[0][:count].tolist()
+        for worker in range(1, self.workers):
+            totals = list(map(add, totals, self.pool_rows(worker, pool_slot)[0][:count]))
+        return totals
+
+    def pool_sums(self, pool_slot: int) -> list[float]:
+        """The sums of all of a pool's histograms, each over the workers, as last published."""
+        totals: list[float] = self.pool_rows(0, pool_slot)[1].tolist()
+        for worker in range(1, self.workers):
+            totals = list(map(add, totals, self.pool_rows(worker, pool_slot)[1]))
+        return totals
 
     def held_since_ms(self, pool_slot: int) -> int:
         """When the pool's oldest held request began to wait, on the monotonic clock; 0 for none."""
         rows = (self.pool_rows(worker, pool_slot)[0] for worker in range(self.workers))
         return min((int(row[HELD_SINCE]) for row in rows if row[HELD_SINCE]), default=0)
-
-    def pool_sum(self, pool_slot: int, histogram: int) -> float:
-        """The sum of a pool's histogram over the workers, as last published."""
-        rows = (self.pool_rows(worker, pool_slot)[1] for worker in range(self.workers))
-        return float(sum(row[histogram] for row in rows))
 
     def replica_total(self, slot: int) -> tuple[int, int]:
         """(requests, tokens) in flight on a replica, over all workers."""

@@ -229,9 +229,9 @@ def test_a_slot_that_is_free_again_begins_at_zero(loop: ClockLoop) -> None:
     counters.integers[metrics.ARRIVALS] = 3
     counters.observe(metrics.TTFT, 1.0)
     counters.flush()
-    assert (shared.pool_total(0, metrics.ARRIVALS), shared.pool_sum(0, metrics.TTFT)) == (3, 1.0)
+    assert (shared.pool_total(0, metrics.ARRIVALS), shared.pool_sums(0)[metrics.TTFT]) == (3, 1.0)
     worker.pools.apply(Fleet(version=2))
-    assert (shared.pool_total(0, metrics.ARRIVALS), shared.pool_sum(0, metrics.TTFT)) == (0, 0.0)
+    assert (shared.pool_total(0, metrics.ARRIVALS), shared.pool_sums(0)[metrics.TTFT]) == (0, 0.0)
     # A pool that is removed while its worker is dead: the next worker clears what that one left.
     shared.pool_rows(0, 3)[0][metrics.ARRIVALS] = 5
     shared.clear_worker(0)

@@ -186,7 +186,7 @@ def test_counters_are_published_by_a_flush() -> None:
     assert shared.pool_total(1, metrics.OK) == 0
     counters.flush()
     assert shared.pool_total(1, metrics.OK) == 3
-    assert shared.pool_sum(1, metrics.TTFT) == pytest.approx(0.3)
+    assert shared.pool_sums(1)[metrics.TTFT] == pytest.approx(0.3)
     again = PoolCounters(*shared.pool_rows(1, 1))  # a worker's successor goes on from there
     again.integers[metrics.OK] += 1
     again.flush()
