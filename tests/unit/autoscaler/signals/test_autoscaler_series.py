@@ -179,6 +179,16 @@ def test_a_minute_that_was_not_seen_whole_is_unknown(
     assert all(48 <= count <= 75 for _, count in site.arrivals())
 
 
+@pytest.mark.parametrize("by_s", [3600, -3600])
+def test_of_which_minute_it_was_is_unknown_where_the_clock_was_set_at_its_end(
+    site: Site, by_s: float
+) -> None:
+    site.wait(178)
+    site.wall_s += by_s
+    site.wait(60)
+    assert [minute for minute, _ in site.arrivals()] == [0, 1]
+
+
 def test_the_first_and_the_last_minute_are_unknown() -> None:
     site = Site(wall_s=START_S + 30)
     site.look()
