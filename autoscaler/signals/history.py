@@ -33,10 +33,6 @@ LOG = logging.getLogger("tidegate.history")
 
 FILE_NAME = "history.sqlite3"
 VERSION = 1
-TABLES: Mapping[str, str] = {"minutes": ", ".join(f"{name} REAL" for name in SERIES)}
-"""Tables by name, with their columns. The key of each is ``pool`` (of ``pools``) and ``minute``
-(Unix time / 60). Columns that a file does not have are added to it."""
-
 BUSY_S = 5.0
 """Seconds that a call waits for another process to finish writing."""
 EXPIRED_AT_ONCE = 10
@@ -45,6 +41,7 @@ while: then little is lost, and with the right time as much is removed as comes.
 SHED_AT_ONCE = 60
 """Oldest minutes that are removed in one step while the file is too large."""
 MOST_STEPS = 48
+"""Such steps of one write."""
 FREE_PAGES = 256
 """Unused pages that stay in the file."""
 GIVEN_BACK_AT_ONCE = 4_096
@@ -54,6 +51,21 @@ MOST_MINUTES = 4 * 366 * 24 * 60
 """That one reading has at most."""
 PENDING = 64
 """Writes that wait while the file cannot be written: an hour, and a few more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryTable:
+    """Records of pools. ``columns`` beside ``pool`` (of ``pools``) and ``minute`` (Unix time / 60),
+    with which its ``key`` begins. Columns that a file does not have are added to it."""
+
+    columns: tuple[str, ...]
+    key: str = "pool, minute"
+
+
+TABLES: Mapping[str, HistoryTable] = {
+    "minutes": HistoryTable(columns=tuple(f"{name} REAL" for name in SERIES))
+}
+"""Tables by name; all are bounded by the age of their minutes and by the size of the file."""
 
 Done = TypeVar("Done")
 Change = Callable[[sqlite3.Connection], None]
@@ -403,23 +415,23 @@ def _make_tables(connection: sqlite3.Connection) -> None:
     connection.execute(
         "CREATE TABLE IF NOT EXISTS pools (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE)"
     )
-    for table, columns in TABLES.items():
+    for name, table in TABLES.items():
+        columns = ", ".join(("pool INTEGER NOT NULL", "minute INTEGER NOT NULL", *table.columns))
         connection.execute(
-            f"CREATE TABLE IF NOT EXISTS {table} (pool INTEGER NOT NULL, minute INTEGER NOT NULL, "
-            f"{columns}, PRIMARY KEY (pool, minute)) WITHOUT ROWID"
+            f"CREATE TABLE IF NOT EXISTS {name} ({columns}, PRIMARY KEY ({table.key})) "
+            "WITHOUT ROWID"
         )
-    for table, column in _missing_columns(connection):
-        connection.execute(f"ALTER TABLE {table} ADD COLUMN {column}")
+    for name, column in _missing_columns(connection):
+        connection.execute(f"ALTER TABLE {name} ADD COLUMN {column}")
     connection.execute(f"PRAGMA user_version = {VERSION}")
 
 
 def _missing_columns(connection: sqlite3.Connection) -> list[tuple[str, str]]:
+    """Columns, of a table that is not there all of them, that a file of before does not have."""
     missing = []
-    for table, columns in TABLES.items():
-        rows = connection.execute(f"PRAGMA table_info({table})").fetchall()
-        present = {name for _, name, *_ in rows}
-        wanted = columns.split(", ")
-        missing += [(table, one) for one in wanted if one.partition(" ")[0] not in present]
+    for name, table in TABLES.items():
+        present = {row[1] for row in connection.execute(f"PRAGMA table_info({name})").fetchall()}
+        missing += [(name, one) for one in table.columns if one.partition(" ")[0] not in present]
     return missing
 
 

@@ -359,6 +359,31 @@ def test_series_that_a_file_does_not_have_yet_are_added(path: Path) -> None:
     store.close()
 
 
+def test_other_records_go_into_the_same_file_and_are_bounded_with_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make(path)
+    store.record([row(NOW - 1, arrivals=1)], at_s(NOW))
+    store.close()
+    table = history.HistoryTable(
+        columns=("number INTEGER NOT NULL", "text TEXT"), key="pool, minute, number"
+    )
+    monkeypatch.setattr(history, "TABLES", {**history.TABLES, "notes": table})
+    store = make(path)
+
+    def put_notes(connection: sqlite3.Connection) -> None:
+        pool = history.pool_id(connection, "a", {})
+        rows = [(pool, minute, n, "why") for minute in (NOW - 7 * DAY - 5, NOW) for n in range(2)]
+        connection.executemany("INSERT INTO notes VALUES (?, ?, ?, ?)", rows)
+
+    store.write([put_notes], at_s(NOW))
+    query = "SELECT minute, number FROM notes"
+    found = store.transact(lambda connection: connection.execute(query).fetchall())
+    assert found == [(NOW, 0), (NOW, 1)]
+    assert arrivals(store, until=NOW) == [1.0]
+    store.close()
+
+
 def test_processes_write_one_after_the_other(path: Path) -> None:
     stores = [make(path), make(path)]
 
