@@ -8,9 +8,12 @@ is made of the finer grid of the last hours.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
+from autoscaler.policy.trust import LEVEL
 from autoscaler.types import Outlook
 from forecaster import forecast
+from forecaster.models.last_value import LastValue
 from forecaster.types import History
 
 LEVELS = (0.05, 0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.965, 0.98, 0.99, 0.995)
@@ -20,20 +23,39 @@ FINE_LEAD_S = 60.0
 """Leads below it are forecast on the fine grid."""
 
 
-def make_outlook(minutes: History, fine: History, lead_s: float, now_s: float) -> Outlook:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeadForecast:
+    """An outlook, and what to judge it by: of the highest demand of the next ``steps`` steps of
+    ``step_s``, the quantile ``trust.LEVEL`` by the forecast and by the last value alone, in tokens
+    per second."""
+
+    outlook: Outlook
+    steps: int
+    step_s: float
+    forecast: float
+    last_value: float
+
+
+def make_outlook(minutes: History, fine: History, lead_s: float, now_s: float) -> LeadForecast:
     """The outlook of a pool at ``now_s``.
 
     ``minutes`` and ``fine`` are tokens per second by minute and by ``FINE_STEP_S``, up to now.
     Raises ``ValueError`` where the one that is needed has no known value.
     """
-    short = lead_s < FINE_LEAD_S
-    history = fine if short else minutes
+    history = fine if lead_s < FINE_LEAD_S else minutes
     steps = math.ceil(lead_s / history.step_s) + 1
     found = forecast(history.values, history.step_s, steps, LEVELS, start_s=history.start_s)
-    return Outlook(
-        made_at_s=now_s,
-        model=found.model,
-        lead_s=lead_s,
-        levels=found.levels,
-        tokens_per_s=tuple(float(rate) for rate in found.maximum(steps)),
+    simple = LastValue().forecast(history, steps, (LEVEL,))
+    return LeadForecast(
+        outlook=Outlook(
+            made_at_s=now_s,
+            model=found.model,
+            lead_s=lead_s,
+            levels=found.levels,
+            tokens_per_s=tuple(float(rate) for rate in found.maximum(steps)),
+        ),
+        steps=steps,
+        step_s=history.step_s,
+        forecast=found.maximum_at(steps, LEVEL),
+        last_value=float(simple.maximum(steps)[0]),
     )

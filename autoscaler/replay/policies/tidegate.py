@@ -12,6 +12,7 @@ from autoscaler.policy.outlook import FINE_STEP_S, make_outlook
 from autoscaler.replay.policies.facts import PoolFacts
 from autoscaler.replay.types import PoolObservation
 from autoscaler.settings import AutoscalerSettings, PoolSettings, make_policy
+from autoscaler.signals.rates import FINE_MOST, MINUTES_MOST, RateGrid
 from autoscaler.signals.window import DemandWindow
 from autoscaler.types import (
     CapacitySource,
@@ -24,12 +25,9 @@ from autoscaler.types import (
 )
 from forecaster.types import History
 
+MINUTE_S = 60.0
 LONGEST_STEP_S = 30.0
 """A policy may be stepped as rarely as that."""
-MINUTE_S = 60.0
-FINE_STEPS = 4_320
-"""Six hours of the fine grid."""
-MOST_MINUTES = 14 * 1_440
 UNIT = 1_024.0
 """Tokens are counted in parts of one: a trace may have fewer than one a second."""
 
@@ -112,44 +110,20 @@ class Auto(Reactive):
     def __init__(self, facts: PoolFacts, *, policy: PoolPolicy = POLICY) -> None:
         super().__init__(facts, policy=policy)
         self.name = "auto"
-        known = [] if facts.history is None else facts.history.values.tolist()
-        self._minutes = Grid(MINUTE_S, MOST_MINUTES, known)
-        self._fine = Grid(FINE_STEP_S, FINE_STEPS, [])
+        known = [] if facts.history is None else (facts.history.values * UNIT).tolist()
+        self._minutes = RateGrid(MINUTE_S, MINUTES_MOST, known)
+        self._fine = RateGrid(FINE_STEP_S, FINE_MOST)
         self._outlook: Outlook | None = None
 
     def _look(self, now_s: float, seen: PoolObservation) -> Outlook | None:
-        ended = self._minutes.add(now_s, seen.arrived_tokens_total)
-        ended |= self._fine.add(now_s, seen.arrived_tokens_total) and self._lead_s < MINUTE_S
+        ended = self._minutes.add(now_s, seen.arrived_tokens_total * UNIT)
+        if self._fine.add(now_s, seen.arrived_tokens_total * UNIT) and self._lead_s < MINUTE_S:
+            ended = 1
         if ended:
-            self._outlook = make_outlook(
-                self._minutes.history(UNIT), self._fine.history(UNIT), self._lead_s, now_s
-            )
+            minutes = History(values=np.array(self._minutes.values))
+            fine = History(values=np.array(self._fine.values), step_s=FINE_STEP_S)
+            try:
+                self._outlook = make_outlook(minutes, fine, self._lead_s, now_s).outlook
+            except ValueError:
+                self._outlook = None  # nothing is known yet
         return self._outlook
-
-
-class Grid:
-    """How fast a counter grew, per second, on an even grid: the newest ``most`` steps."""
-
-    def __init__(self, step_s: float, most: int, values: list[float]) -> None:
-        self._step_s = step_s
-        self._most = most
-        self._values = values[-most:]
-        self._step: int | None = None
-        self._total = 0.0
-
-    def add(self, now_s: float, total: float) -> bool:
-        """Take in a reading; whether a step has ended with it."""
-        step = int(now_s // self._step_s)
-        if self._step is None:
-            self._step, self._total = step, total
-        if step == self._step:
-            return False
-        steps = step - self._step
-        self._values += [(total - self._total) / (steps * self._step_s)] * min(steps, self._most)
-        del self._values[: -self._most]
-        self._step, self._total = step, total
-        return True
-
-    def history(self, unit: float) -> History:
-        """What there is, oldest first, in this many parts of a token."""
-        return History(values=np.array(self._values) * unit, step_s=self._step_s)

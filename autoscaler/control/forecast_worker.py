@@ -1,0 +1,101 @@
+"""The process that makes forecasts, so that the control loop never waits for one.
+
+It reads a job, answers it, and ends with its standard input, and so with the control process. A
+message is its length (four bytes, big endian) and msgpack.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from typing import BinaryIO
+
+import msgspec
+
+from autoscaler.types import Outlook
+
+NICENESS = 10
+"""Requests come before forecasts."""
+MOST_BYTES = 64 * 1024 * 1024
+LENGTH = struct.Struct(">I")
+
+
+class ForecastJob(msgspec.Struct, frozen=True, kw_only=True):
+    """The past of a pool in tokens per second: doubles, oldest first, NaN where unknown.
+    ``start_s`` is the Unix time of the first minute."""
+
+    pool: str
+    minutes: bytes
+    start_s: float
+    fine: bytes
+    lead_s: float
+    now_s: float
+
+
+class LeadForecast(msgspec.Struct, frozen=True, kw_only=True):
+    """As ``autoscaler.policy.outlook`` has it, whose module needs numpy."""
+
+    outlook: Outlook
+    steps: int
+    step_s: float
+    forecast: float
+    last_value: float
+
+
+class ForecastResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What has come of a job, or why nothing has."""
+
+    pool: str
+    found: LeadForecast | None = None
+    error: str = ""
+
+
+def answer(job: ForecastJob) -> ForecastResult:
+    """The result of a job; an error of a model is a result too."""
+    import numpy as np
+
+    from autoscaler.policy.outlook import FINE_STEP_S, make_outlook
+    from forecaster.types import History
+
+    minutes = History(values=np.frombuffer(job.minutes), start_s=job.start_s)
+    fine = History(values=np.frombuffer(job.fine), step_s=FINE_STEP_S)
+    try:
+        found = make_outlook(minutes, fine, job.lead_s, job.now_s)
+    except Exception as error:  # noqa: BLE001 -- one pool's history must not end the process
+        return ForecastResult(pool=job.pool, error=f"{type(error).__name__}: {error}")
+    return ForecastResult(
+        pool=job.pool, found=msgspec.convert(found, LeadForecast, from_attributes=True)
+    )
+
+
+def write_message(stream: BinaryIO, body: bytes) -> None:
+    """Write one message, and flush."""
+    stream.write(LENGTH.pack(len(body)) + body)
+    stream.flush()
+
+
+def read_message(stream: BinaryIO) -> bytes | None:
+    """The next message; ``None`` at the end."""
+    head = stream.read(LENGTH.size)
+    if len(head) < LENGTH.size:
+        return None
+    (length,) = LENGTH.unpack(head)
+    if length > MOST_BYTES:
+        return None
+    body = stream.read(length)
+    return body if len(body) == length else None
+
+
+def main() -> None:
+    """Answer jobs until the standard input ends."""
+    os.nice(NICENESS)
+    jobs, results = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr  # what a library prints must not get among the messages
+    while (body := read_message(jobs)) is not None:
+        job = msgspec.msgpack.decode(body, type=ForecastJob)
+        write_message(results, msgspec.msgpack.encode(answer(job)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""What is expected of each pool: fed by the control loop, answered from what is there.
+
+A pool's arrivals are kept by minute and by five seconds. At the end of each minute (for leads below
+a minute, of each five seconds) a job goes to one process that makes forecasts; its result is the
+pool's outlook until the next. Each forecast is scored when its window has passed, and is left aside
+where it should not be trusted (``autoscaler.policy.trust``). Everything is on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+
+import msgspec
+
+from autoscaler.control.forecast_worker import LENGTH, MOST_BYTES, ForecastJob, ForecastResult
+from autoscaler.policy.trust import SCORED, ForecastScore, Quality, find_distrust, measure
+from autoscaler.signals.rates import FINE_MOST, MINUTES_MOST, RateGrid
+from autoscaler.types import Observation, Outlook
+
+LOG = logging.getLogger("tidegate.forecast")
+
+MINUTE_S = 60.0
+FINE_STEP_S = 5.0
+JOB_S = 60.0
+"""Seconds one forecast may take before its process is ended."""
+RESTART_S = 30.0
+"""Seconds before another process is started after one has failed."""
+STALE_STEPS = 5
+"""Steps after which an outlook is not of now any more."""
+MISSING = "forecasts need the extra `forecast` (numpy, scipy), which is not installed"
+
+ReadPast = Callable[[str, float, float], Awaitable[Sequence[float]]]
+"""A pool's past by minute, in tokens per second, from one Unix time until another; NaN where it is
+unknown."""
+
+
+class PendingScore:
+    """A forecast whose window has not passed: ``left`` steps of it are still to come."""
+
+    __slots__ = ("came", "forecast", "last_value", "left")
+
+    def __init__(self, left: int, forecast: float, last_value: float) -> None:
+        self.left = left
+        self.forecast = forecast
+        self.last_value = last_value
+        self.came = 0.0
+
+
+class PoolForecast:
+    """One pool's arrivals, outlook and scores."""
+
+    def __init__(self) -> None:
+        self.minutes = RateGrid(MINUTE_S, MINUTES_MOST)
+        self.fine = RateGrid(FINE_STEP_S, FINE_MOST)
+        self.lead_s: float | None = None
+        self.outlook: Outlook | None = None
+        self.error = ""
+        self.step_s = MINUTE_S
+        self.pending: deque[PendingScore] = deque()
+        self.scores: deque[ForecastScore] = deque(maxlen=SCORED)
+        self.quality = Quality(scored=0)
+        self.due = False
+        self.loaded = False
+
+    def add(self, wall_s: float, total: int | None) -> bool:
+        """Take in the counter of tokens that came; whether a forecast is due."""
+        minutes = self.minutes.add(wall_s, total)
+        fine = self.fine.add(wall_s, total)
+        short = self.lead_s is not None and self.lead_s < MINUTE_S
+        grid, ended = (self.fine, fine) if self.step_s == FINE_STEP_S else (self.minutes, minutes)
+        if ended:
+            self._score(grid.values[-ended:])
+        return bool(fine if short else minutes)
+
+    def _score(self, came: Sequence[float]) -> None:
+        for rate in came:
+            for one in self.pending:
+                one.left -= 1
+                one.came = max(one.came, rate) if rate == rate else rate  # unknown stays unknown
+            while self.pending and self.pending[0].left <= 0:
+                one = self.pending.popleft()
+                if one.came == one.came:
+                    self.scores.append(
+                        ForecastScore(
+                            forecast=one.forecast, last_value=one.last_value, came=one.came
+                        )
+                    )
+        self.quality = measure(self.scores)
+
+    def take(self, result: ForecastResult) -> None:
+        """The answer to a job."""
+        found = result.found
+        self.error = result.error
+        if found is None:
+            return
+        self.outlook = found.outlook
+        if found.step_s != self.step_s:
+            self.step_s = found.step_s
+            self.pending.clear()
+            self.scores.clear()
+        self.pending.append(PendingScore(found.steps, found.forecast, found.last_value))
+
+
+class Forecasts:
+    """The forecasts of all pools. ``read_past`` gives what the history has of a pool."""
+
+    def __init__(
+        self,
+        *,
+        history_least_s: float,
+        read_past: ReadPast | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_s: Callable[[], float] = time.time,
+    ) -> None:
+        self.history_least_s = history_least_s
+        self._read_past = read_past
+        self._clock = clock
+        self._wall_s = wall_s
+        self._pools: dict[str, PoolForecast] = {}
+        self._wake = asyncio.Event()
+        self._process: asyncio.subprocess.Process | None = None
+        self._restart_at_s = 0.0
+        self._missing = "" if importlib.util.find_spec("scipy") else MISSING
+
+    def observe(self, observation: Observation) -> None:
+        """Take in what the control loop sees."""
+        wall_s = self._wall_s()
+        for gone in self._pools.keys() - observation.pools.keys():
+            del self._pools[gone]
+        for name, demand in observation.pools.items():
+            pool = self._pools.get(name)
+            if pool is None:
+                pool = self._pools[name] = PoolForecast()
+                self._wake.set()
+            if pool.add(wall_s, demand.arrived_tokens_total):
+                pool.due = True
+                self._wake.set()
+
+    def outlook(self, name: str, lead_s: float | None) -> Outlook | None:
+        """What is expected of a pool whose replicas take ``lead_s`` to be ready (``None``:
+        unknown, as before the first start). ``None`` before the first forecast."""
+        pool = self._pools.get(name)
+        if pool is None:
+            return None
+        pool.lead_s = lead_s
+        outlook = pool.outlook
+        if outlook is None:
+            return None
+        why = self._missing or pool.error
+        age_s = self._clock() - outlook.made_at_s
+        if age_s > STALE_STEPS * pool.step_s:
+            why = f"the newest forecast is {age_s:.0f} s old"
+        why = why or find_distrust(pool.minutes.known_s, self.history_least_s, pool.quality)
+        return replace(outlook, distrust=why) if why else outlook
+
+    def quality(self, name: str) -> Quality | None:
+        """How good a pool's forecasts have been."""
+        pool = self._pools.get(name)
+        return None if pool is None else pool.quality
+
+    async def run(self) -> None:
+        """Make forecasts until it is cancelled."""
+        try:
+            while not self._missing:
+                await self._wake.wait()
+                self._wake.clear()
+                for name, pool in list(self._pools.items()):
+                    if not pool.loaded:
+                        pool.loaded = True
+                        await self._load(name, pool)
+                    if pool.due and pool.lead_s is not None:
+                        pool.due = False
+                        await self._forecast(name, pool)
+        finally:
+            self._end_process()
+
+    async def _load(self, name: str, pool: PoolForecast) -> None:
+        end_s = pool.minutes.end_s
+        if self._read_past is None or end_s is None:
+            return
+        begin_s = end_s - (MINUTES_MOST + len(pool.minutes.values)) * MINUTE_S
+        until_s = end_s - len(pool.minutes.values) * MINUTE_S
+        try:
+            past = await self._read_past(name, begin_s, until_s)
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the pool begins without a past
+            LOG.warning("%s: its past could not be read (%s)", name, error)
+            return
+        pool.minutes.prepend(past)
+
+    async def _forecast(self, name: str, pool: PoolForecast) -> None:
+        end_s, lead_s = pool.minutes.end_s, pool.lead_s
+        if end_s is None or lead_s is None:
+            return
+        job = ForecastJob(
+            pool=name,
+            minutes=pool.minutes.values.tobytes(),
+            start_s=end_s - len(pool.minutes.values) * MINUTE_S,
+            fine=pool.fine.values.tobytes() if lead_s < MINUTE_S else b"",
+            lead_s=lead_s,
+            now_s=self._clock(),
+        )
+        try:
+            async with asyncio.timeout(JOB_S):
+                result = await self._ask(job)
+        except (TimeoutError, OSError, EOFError, msgspec.MsgspecError) as error:
+            self._end_process()
+            self._restart_at_s = self._clock() + RESTART_S
+            what = f"{type(error).__name__} {error}".strip()
+            LOG.warning("%s: no forecast (%s)", name, what)
+            pool.error = f"the forecast failed ({what})"
+            return
+        if result is not None:
+            pool.take(result)
+
+    async def _ask(self, job: ForecastJob) -> ForecastResult | None:
+        process = self._process
+        if process is None:
+            if self._clock() < self._restart_at_s:
+                return None
+            process = self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "autoscaler.control.forecast_worker"),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=MOST_BYTES,
+            )
+        if process.stdin is None or process.stdout is None:
+            raise EOFError("the process has no pipes")
+        body = msgspec.msgpack.encode(job)
+        process.stdin.write(LENGTH.pack(len(body)) + body)
+        await process.stdin.drain()
+        (length,) = LENGTH.unpack(await process.stdout.readexactly(LENGTH.size))
+        return msgspec.msgpack.decode(await process.stdout.readexactly(length), type=ForecastResult)
+
+    def _end_process(self) -> None:
+        process, self._process = self._process, None
+        if process is not None and process.returncode is None:
+            process.kill()
