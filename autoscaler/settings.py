@@ -18,7 +18,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from autoscaler.types import PoolPolicy
+from autoscaler.types import PoolPolicy, TimedBounds
+from forecaster.cron import MOST_DURATION_S, RecurringWindow
 from loaders.engines.base import ENGINES, EngineName, engine_of
 from modelcache.refs import parse_ref
 from modelcache.types import Tier
@@ -101,6 +102,20 @@ class ConsistentSettings(BaseModel):
         return self
 
 
+ScalingMode = Literal["auto", "advise", "observe"]
+"""What is done with a decision."""
+
+
+class ForecastSettings(BaseModel):
+    """When forecasts are used."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    history_least_s: float = Field(default=172_800.0, ge=0.0, le=31_536_000.0)
+    """Seconds of a pool's demand that must be known before its forecast is used. Two days show
+    whether a day repeats; before that it reacts."""
+
+
 class PriceSettings(BaseModel):
     """What a replica, memory and a waiting user cost, all in one currency. Decisions that weigh a
     replica against a wait use them; only what they are to one another matters."""
@@ -138,6 +153,12 @@ class HistorySettings(ConsistentSettings):
 
 class AutoscalerSettings(ConsistentSettings):
     """How many replicas a pool has, and how they are started, watched and stopped."""
+
+    mode: ScalingMode = "auto"
+    """``auto``: decisions are carried out. ``advise``: they are published, for another autoscaler
+    or for people, and only what requests that wait, ``min_replicas`` and operators ask for is
+    done. ``observe``: likewise, and they are not published as a recommendation either, only
+    recorded."""
 
     tick_s: float = Field(default=1.0, ge=0.05, le=60.0)
     """Seconds between two decisions for every pool. A held request is decided on at once, without
@@ -276,6 +297,9 @@ class AutoscalerSettings(ConsistentSettings):
     """Newest measured wake times of a model and tier that are kept. The estimate of the next wake
     is their maximum, so that a client told to come back is not told too early."""
 
+    forecast: ForecastSettings = ForecastSettings()
+    """When forecasts are used."""
+
     prices: PriceSettings = PriceSettings()
     """What a replica, memory and a waiting user cost."""
 
@@ -390,6 +414,60 @@ class StaticPoolSettings(ConsistentSettings):
             yield "api_key_env and headers both set Authorization"
 
 
+class ScheduleSettings(ConsistentSettings):
+    """Bounds of a pool's replicas that hold in windows which recur."""
+
+    name: str = Field(min_length=1, max_length=256)
+    """What it is called in ``explain``."""
+
+    cron: str = Field(min_length=1, max_length=200)
+    """When a window begins: minute, hour, day of month, month, day of week."""
+
+    duration_s: float = Field(gt=0.0, le=MOST_DURATION_S)
+    """Seconds a window lasts."""
+
+    timezone: str = Field(default="UTC", min_length=1, max_length=100)
+    """Time zone of ``cron``, by its IANA name."""
+
+    min_replicas: int | None = Field(default=None, ge=0, le=10_000)
+    """Fewest replicas in a window, ready when it begins. Unset: as without it."""
+
+    max_replicas: int | None = Field(default=None, ge=1, le=10_000)
+    """Most replicas in a window. Unset: as without it."""
+
+    @property
+    def bounds(self) -> TimedBounds:
+        """As decisions use it."""
+        return TimedBounds(
+            name=self.name,
+            window=RecurringWindow.parse(self.cron, self.duration_s, self.timezone),
+            min_replicas=self.min_replicas,
+            max_replicas=self.max_replicas,
+        )
+
+    def _conflicts(self) -> Iterator[str]:
+        try:
+            _ = self.bounds
+        except ValueError as error:
+            yield str(error)
+        if self.min_replicas is None and self.max_replicas is None:
+            yield "neither min_replicas nor max_replicas is set"
+        elif (self.min_replicas or 0) > (self.max_replicas or 10_000):
+            yield f"min_replicas ({self.min_replicas}) > max_replicas ({self.max_replicas})"
+
+
+class SloSettings(BaseModel):
+    """What a request is promised: a replica's capacity is what it carries within these."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ttft_s: float = Field(default=5.0, gt=0.0, le=3_600.0)
+    """Seconds until the first token, for 95 of 100 requests."""
+
+    itl_s: float | None = Field(default=None, gt=0.0, le=60.0)
+    """Seconds between two tokens, for 95 of 100 pauses. Unset: any."""
+
+
 class PoolSettings(ConsistentSettings):
     """One model that is served, and the replicas that serve it."""
 
@@ -442,6 +520,16 @@ class PoolSettings(ConsistentSettings):
     replica_hour_price: float | None = Field(default=None, gt=0.0, le=1e6)
     """This pool's own ``autoscaler.prices.replica_hour``: a replica on four GPUs costs four times
     as much."""
+
+    mode: ScalingMode | None = None
+    """This pool's own ``autoscaler.mode``."""
+
+    schedules: tuple[ScheduleSettings, ...] = Field(default=(), max_length=100)
+    """Bounds that hold at certain times, in place of ``min_replicas`` and ``max_replicas``. Where
+    windows overlap the largest of each counts."""
+
+    slo: SloSettings = SloSettings()
+    """What a request is promised."""
 
     idle_to_zero_s: float | None = Field(default=None, ge=0.0, le=604_800.0)
     """This pool's own ``autoscaler.idle_to_zero_s``."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from forecaster.cron import RecurringWindow
 from loaders.engines.base import EngineLoad
 from modelcache.types import Progress, Tier
 from router.types import ReplicaState
@@ -153,6 +154,17 @@ class PoolPolicy:
     violated_second: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimedBounds:
+    """Within each of its windows a pool has at least and at most so many replicas (``None``: as
+    without it)."""
+
+    name: str
+    window: RecurringWindow
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+
+
 class CapacitySource(StrEnum):
     """Where the figure of a replica's capacity comes from, the best first."""
 
@@ -191,6 +203,19 @@ class Outlook:
     levels: tuple[float, ...]
     tokens_per_s: tuple[float, ...]
     distrust: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeadForecast:
+    """An outlook, and what to judge it by: of the highest demand of the next ``steps`` steps of
+    ``step_s``, a high quantile (``autoscaler.policy.trust.LEVEL``) by the forecast and by the last
+    value alone, in tokens per second."""
+
+    outlook: Outlook
+    steps: int
+    step_s: float
+    forecast: float
+    last_value: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,6 +308,8 @@ class ScaleReason(StrEnum):
     OVERRIDE = "override"
     OVERRIDE_WAITS = "override_waits"
     SLEEP_REQUESTED = "sleep_requested"
+    ADVISE = "advise"
+    OBSERVE = "observe"
     STATIC = "static"
     DISABLED = "disabled"
     REMOVED = "removed"
@@ -357,6 +384,8 @@ class Decision:
     capacity: ReplicaCapacity | None = None
     fallback: str = ""
     """Why there is no forecast in it, for people; empty where there is one."""
+    recommended: int | None = None
+    """What would be done in the mode ``auto``, where the mode is another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from autoscaler.types import Outlook
+from autoscaler.types import LeadForecast
 
 NICENESS = 10
 """Requests come before forecasts."""
@@ -31,16 +31,6 @@ class ForecastJob(msgspec.Struct, frozen=True, kw_only=True):
     fine: bytes
     lead_s: float
     now_s: float
-
-
-class LeadForecast(msgspec.Struct, frozen=True, kw_only=True):
-    """As ``autoscaler.policy.outlook`` has it, whose module needs numpy."""
-
-    outlook: Outlook
-    steps: int
-    step_s: float
-    forecast: float
-    last_value: float
 
 
 class ForecastResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,9 +54,7 @@ def answer(job: ForecastJob) -> ForecastResult:
         found = make_outlook(minutes, fine, job.lead_s, job.now_s)
     except Exception as error:  # noqa: BLE001 -- one pool's history must not end the process
         return ForecastResult(pool=job.pool, error=f"{type(error).__name__}: {error}")
-    return ForecastResult(
-        pool=job.pool, found=msgspec.convert(found, LeadForecast, from_attributes=True)
-    )
+    return ForecastResult(pool=job.pool, found=found)
 
 
 def write_message(stream: BinaryIO, body: bytes) -> None:

@@ -14,7 +14,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -109,18 +109,21 @@ class PoolForecast:
 
 
 class Forecasts:
-    """The forecasts of all pools. ``read_past`` gives what the history has of a pool."""
+    """The forecasts of all pools. ``read_past`` gives what the history has of a pool, ``environ``
+    is that of the process which makes them."""
 
     def __init__(
         self,
         *,
         history_least_s: float,
         read_past: ReadPast | None = None,
+        environ: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
         self.history_least_s = history_least_s
         self._read_past = read_past
+        self._environ = environ
         self._clock = clock
         self._wall_s = wall_s
         self._pools: dict[str, PoolForecast] = {}
@@ -225,9 +228,10 @@ class Forecasts:
             if self._clock() < self._restart_at_s:
                 return None
             process = self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "autoscaler.control.forecast_worker"),
+                *(sys.executable, "-P", "-m", "autoscaler.control.forecast_worker"),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
+                env=None if self._environ is None else dict(self._environ),
                 limit=MOST_BYTES,
             )
         if process.stdin is None or process.stdout is None:

@@ -24,9 +24,10 @@ from autoscaler.control.actuator import Actuator, ErrorCounts
 from autoscaler.control.disabled_pools import DisabledPools
 from autoscaler.control.replica_numbers import ReplicaNumbers
 from autoscaler.control.replicas import ASLEEP, PoolRecord, publish_pool, report_pool
-from autoscaler.policy.decide import decide, decide_removed, note_replacement
+from autoscaler.policy.decide import decide, decide_removed, hold_back, note_replacement
 from autoscaler.policy.lifecycle import ENDED_STATES, Event, State
 from autoscaler.policy.plan import make_plan
+from autoscaler.policy.timed_bounds import bound_by_time
 from autoscaler.settings import AutoscalerSettings, PoolSettings, make_slug
 from autoscaler.tiers.manager import TierManager
 from autoscaler.tiers.preparer import Preparer
@@ -36,8 +37,10 @@ from autoscaler.types import (
     FleetReport,
     NotKnown,
     Observation,
+    Outlook,
     PastDecision,
     PoolReport,
+    RecentTraffic,
     ReplicaLoad,
     ScaleReason,
 )
@@ -76,8 +79,11 @@ class ControlLoop:
         numbers: ReplicaNumbers | None = None,
         engine_client: EngineClient | None = None,
         record: Callable[[Observation], None] = lambda seen: None,
+        outlook: Callable[[str, float | None], Outlook | None] = lambda pool, lead_s: None,
+        recent: Callable[[str], RecentTraffic | None] = lambda pool: None,
         earlier_drain_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
+        wall_s: Callable[[], float] = time.time,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """``backends`` by the name pools call them. ``digests`` are those of what each pool's
@@ -85,14 +91,19 @@ class ControlLoop:
         path now, on the same clock; ``publish`` is called with the pools and their replicas
         whenever they change. ``preparer`` brings models near, and is closed with the loop.
         ``disabled_pools`` are those out of service from the start, ``numbers`` those of replicas.
-        ``record`` is given what each tick observed.
+        ``record`` is given what each tick observed. ``outlook`` is what is expected of a pool whose
+        replicas need so long to be ready, ``recent`` what it was asked and answered in the last
+        minute.
         ``earlier_drain_s`` is how long the workers of an earlier control process finish requests
         with replicas that are taken over."""
         self._settings = settings
         self._observe = observe
         self._record = record
+        self._outlook = outlook
+        self._recent = recent
         self._publish = publish
         self._clock = clock
+        self._wall_s = wall_s
         self._sleep = sleep
         self._engine_client = engine_client or EngineClient(timeout_s=settings.call_timeout_s)
         self._backends = dict(backends)
@@ -325,6 +336,18 @@ class ControlLoop:
         demand = self._observation.pools.get(pool.pool.name)
         if demand is not None:
             pool.window.add(demand)
+        pool.capacity.observe(
+            pool.pool,
+            ready=pool.count(State.READY),
+            demand=demand,
+            engines=[
+                self._observation.engines[one]
+                for one in pool.replicas
+                if one in self._observation.engines
+            ],
+            recent=partial(self._recent, pool.pool.name),
+            now_s=now_s,
+        )
         loads = pool.known_loads(self._observation.replicas, now_s)
         self._actuator.apply_time_limits(pool, loads, now_s)
         decision = self._decide(pool, now_s)
@@ -338,7 +361,7 @@ class ControlLoop:
             self._drop_pool(pool)
 
     def _decide(self, pool: PoolRecord, now_s: float) -> Decision:
-        status = pool.make_status()
+        status = pool.make_status(now_s)
         fixed = partial(Decision, pool=pool.pool.name, at_s=now_s, supply=status.supply)
         if not pool.backend.owns_replicas and not pool.removed:
             number = len(pool.pool.static.urls)
@@ -350,8 +373,25 @@ class ControlLoop:
             text = "an operator has taken it out of service; what runs is finished"
             return fixed(desired=0, reason=ScaleReason.DISABLED, detail=text)
         demand = pool.window.read(now_s)
-        policy = decide_removed if pool.removed else decide
-        decision, pool.decide_state = policy(pool.policy, status, demand, pool.decide_state, now_s)
+        if pool.removed:
+            decision, pool.decide_state = decide_removed(
+                pool.policy, status, demand, pool.decide_state, now_s
+            )
+        else:
+            lead_s = status.lead_s
+            policy = pool.policy
+            if pool.timed_bounds:
+                policy = bound_by_time(policy, pool.timed_bounds, self._wall_s(), lead_s or 0.0)
+            decision, pool.decide_state = decide(
+                policy,
+                status,
+                demand,
+                pool.decide_state,
+                now_s,
+                capacity=pool.capacity.capacity(pool.pool, policy.target_utilization_fraction),
+                outlook=self._outlook(pool.pool.name, lead_s),
+            )
+            decision = hold_back(decision, status, policy, pool.mode)
         pool.wake_signal = False
         pool.sleep_requested = decision.reason is ScaleReason.SLEEP_REQUESTED
         living = [one for one in pool.replicas.values() if one.state not in ENDED_STATES]
@@ -493,7 +533,7 @@ class ControlLoop:
                     f"replicas must be 0 to {most} (max_replicas of {name}), not {replicas}"
                     f"{advice if replicas > most else ''}"
                 )
-        if replicas is None and record.override == 0 and record.make_status().supply == 0:
+        if replicas is None and record.override == 0 and record.supply() == 0:
             # It was put at zero, and the demand of before is no reason to start it again.
             record.forget_demand()
         record.override = replicas

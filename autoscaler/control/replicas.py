@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from autoscaler.backends.base import AdoptedReplica, Backend, BackendError, Probe, ReplicaSpec
 from autoscaler.control import start_steps
+from autoscaler.control.capacity_learner import CapacityLearner
 from autoscaler.control.replica_numbers import ReplicaNumbers
 from autoscaler.policy.decide import DecideState, remember_recommendation
 from autoscaler.policy.lifecycle import ENDED_STATES, PUBLIC, State
@@ -148,6 +149,7 @@ class PoolRecord:
         self.disabled = False
         self._use(settings)
         self.window = DemandWindow(self.policy)
+        self.capacity = CapacityLearner()
         self.decide_state = DecideState()
         self.history = DecisionHistory(settings.history_size)
         self.replicas: dict[str, ReplicaRecord] = {}
@@ -170,6 +172,8 @@ class PoolRecord:
 
     def _use(self, settings: AutoscalerSettings) -> None:
         self.policy = make_policy(self.pool, settings)
+        self.mode = self.pool.mode or settings.mode
+        self.timed_bounds = tuple(one.bounds for one in self.pool.schedules)
         self.start_timeout_s = first(self.pool.start_timeout_s, settings.start_timeout_s)
         self.prepare_timeout_s = first(self.pool.prepare_timeout_s, settings.prepare_timeout_s)
 
@@ -181,6 +185,7 @@ class PoolRecord:
             self.failures, self.retry_at_s, self.error = 0, None, None
             self.reported_len_tokens = None
             self.failed_starts = 0
+            self.capacity = CapacityLearner()
         self.pool, self.backend, self.digest = pool, backend, digest
         self._use(settings)
         self.window.resize(self.policy)
@@ -194,7 +199,7 @@ class PoolRecord:
             if self.removed and record.state is State.DRAINING:
                 record.recallable = True  # it drains because the pool was removed
         self.removed = False
-        if self.make_status().supply == 0:
+        if self.supply() == 0:
             self.forget_demand()  # at zero it waits for a request, whatever the settings
 
     def remove(self) -> None:
@@ -288,7 +293,26 @@ class PoolRecord:
         """How many replicas are in one of these states."""
         return sum(record.state in states for record in self.replicas.values())
 
-    def make_status(self) -> PoolStatus:
+    def lead_s(self) -> float | None:
+        """How long before demand one more replica is to be asked for; ``None`` before the first
+        start, and for externally managed servers."""
+        if not self.backend.owns_replicas:
+            return None
+        tier = Tier.SLEEPING if self.count(State.SLEEPING) else self.start_tier()
+        return self.tiers.lead_s(tier)
+
+    def _arriving_s(self, now_s: float) -> tuple[float, ...]:
+        """In how many seconds each replica on its way is expected to be ready."""
+        found = []
+        for one in self.replicas.values():
+            if one.state not in LOADING | {State.SCHEDULED} or self.is_outdated(one):
+                continue
+            whole_s = self.tiers.lead_s(one.woken_from or self.tiers.model_tier) or 0.0
+            begun_at_s = max(now_s, one.not_before_s) if one.begun_at_s is None else one.begun_at_s
+            found.append(max(0.0, begun_at_s + whole_s - now_s))
+        return tuple(found)
+
+    def make_status(self, now_s: float) -> PoolStatus:
         """The pool as ``decide`` sees it: an outdated replica and its successor are one."""
         states = Counter(self._states())
         return PoolStatus(
@@ -303,7 +327,13 @@ class PoolRecord:
             wake_signal=self.wake_signal,
             sleep_requested=self.sleep_requested,
             override=self.override,
+            arriving_s=self._arriving_s(now_s),
+            lead_s=self.lead_s(),
         )
+
+    def supply(self) -> int:
+        """Replicas that are there or on their way."""
+        return self.make_status(0.0).supply
 
     def _states(self) -> list[State]:
         """The states of the replicas that count. An outdated one that serves counts until one that
@@ -339,7 +369,7 @@ class PoolRecord:
     def is_idle(self, decision: Decision, now_s: float) -> bool | None:
         """Whether the pool is at zero without demand; ``None`` where that is not known."""
         demand = self.window.read(now_s)
-        if decision.desired > 0 or self.make_status().supply or self.wake_signal:
+        if decision.desired > 0 or self.supply() or self.wake_signal:
             return False
         if demand.some_requests or demand.some_queued:
             return False

@@ -169,6 +169,23 @@ def recommend_all(
     return Recommendations(windows=windows, backlog=backlog, forecast=forecast)
 
 
+def hold_back(decision: Decision, status: PoolStatus, policy: PoolPolicy, mode: str) -> Decision:
+    """The decision in a mode that does not carry it out: what there is stays, but a request that
+    waits still wakes the pool, and ``min_replicas`` and operators are obeyed."""
+    if mode == "auto" or status.override is not None or status.sleep_requested:
+        return decision
+    kept = max(status.supply, policy.min_replicas)
+    if decision.reason is ScaleReason.WAKE:
+        kept = max(kept, 1)
+    return replace(
+        decision,
+        desired=kept,
+        reason=ScaleReason(mode),
+        detail=f"{mode}: would have {decision.desired} ({decision.detail})",
+        recommended=decision.desired,
+    )
+
+
 def decide_removed(
     policy: PoolPolicy, status: PoolStatus, demand: WindowedDemand, state: DecideState, now_s: float
 ) -> tuple[Decision, DecideState]:

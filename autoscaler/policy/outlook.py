@@ -8,10 +8,9 @@ is made of the finer grid of the last hours.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from autoscaler.policy.trust import LEVEL
-from autoscaler.types import Outlook
+from autoscaler.types import LeadForecast, Outlook
 from forecaster import forecast
 from forecaster.models.last_value import LastValue
 from forecaster.types import History
@@ -21,19 +20,6 @@ LEVELS = (0.05, 0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.965, 0.
 FINE_STEP_S = 5.0
 FINE_LEAD_S = 60.0
 """Leads below it are forecast on the fine grid."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeadForecast:
-    """An outlook, and what to judge it by: of the highest demand of the next ``steps`` steps of
-    ``step_s``, the quantile ``trust.LEVEL`` by the forecast and by the last value alone, in tokens
-    per second."""
-
-    outlook: Outlook
-    steps: int
-    step_s: float
-    forecast: float
-    last_value: float
 
 
 def make_outlook(minutes: History, fine: History, lead_s: float, now_s: float) -> LeadForecast:

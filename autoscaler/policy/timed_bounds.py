@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from autoscaler.types import PoolPolicy
-from forecaster.cron import RecurringWindow
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TimedBounds:
-    """Within each of its windows a pool has at least and at most so many replicas (``None``: as
-    without it)."""
-
-    name: str
-    window: RecurringWindow
-    min_replicas: int | None = None
-    max_replicas: int | None = None
+from autoscaler.types import PoolPolicy, TimedBounds
 
 
 def bound_by_time(

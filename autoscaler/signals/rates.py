@@ -43,10 +43,9 @@ class RateGrid:
             if self._total is None:
                 self._total = None if total is None or self.values else total
             return 0
-        rate = NAN
-        known = total is not None and self._total is not None and ended <= SPREAD_STEPS
-        if known and total >= self._total:
-            rate = (total - self._total) / (ended * self.step_s)
+        rate, before = NAN, self._total
+        if total is not None and before is not None and ended <= SPREAD_STEPS:
+            rate = (total - before) / (ended * self.step_s) if total >= before else NAN
         ended = min(ended, self._most)
         self.values.extend([rate] * ended)
         del self.values[: -self._most]

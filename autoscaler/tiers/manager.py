@@ -183,6 +183,11 @@ class TierManager:
         """How long a wake from ``tier`` takes at most; ``None`` before the first."""
         return self._wake_times.estimate_s(self._model, tier)
 
+    def lead_s(self, tier: Tier) -> float | None:
+        """How long before demand a replica out of ``tier`` is to be asked for; ``None`` before the
+        first start."""
+        return self._wake_times.lead_s(self._model, tier)
+
     def report(self, current: Tier | None) -> tuple[TierReport, ...]:
         """The tiers the pool knows here, from hot to cold: those it can be in, those it has been
         woken from, those that were excluded. ``current`` is the one it is in."""

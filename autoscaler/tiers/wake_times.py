@@ -16,6 +16,8 @@ from modelcache.types import TIERS, Tier
 MODELS = 1_000
 """Pairs of model and node that are remembered, the last used of them."""
 
+LEAD_LEVEL = 0.9
+
 Seconds = Annotated[float, Field(ge=0.0, le=1e9)]
 
 
@@ -65,17 +67,31 @@ class WakeTimes:
         times_s = self.measured(model, tier)
         return statistics.median(times_s) if times_s else None
 
+    def lead_s(self, model: str, tier: Tier) -> float | None:
+        """How long to ask for a replica ahead of demand: the time that nine of ten wakes out of
+        ``tier``, or else the nearest tier that was measured, did not exceed. ``None`` where this
+        model was never woken here."""
+        for near in self._nearest(tier):
+            if times_s := sorted(self.measured(model, near)):
+                return times_s[min(len(times_s) - 1, int(LEAD_LEVEL * len(times_s)))]
+        return None
+
     def estimate_s(self, model: str, tier: Tier) -> float | None:
         """A time the next wake out of ``tier`` will hardly exceed: the longest of those measured.
 
         Where none was, that of the nearest colder tier, which takes longer; else of the nearest
         warmer one. ``None`` where this model was never woken here.
         """
-        place = TIERS.index(tier)
-        for near in (*TIERS[place:], *reversed(TIERS[:place])):
+        for near in self._nearest(tier):
             if times_s := self.measured(model, near):
                 return max(times_s)
         return None
+
+    @staticmethod
+    def _nearest(tier: Tier) -> tuple[Tier, ...]:
+        """The tier, those colder, then those warmer, each the nearest first."""
+        place = TIERS.index(tier)
+        return (*TIERS[place:], *reversed(TIERS[:place]))
 
     async def save(self) -> None:
         """Keep them on disk. Raises ``OSError``."""

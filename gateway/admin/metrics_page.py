@@ -32,7 +32,14 @@ from autoscaler.backends.process.fork_server import FORK_STATES
 from autoscaler.control.start_steps import STEPS_TO_READY
 from autoscaler.policy.gpu_faults import find_fault
 from autoscaler.signals.gpus.figures import GPU_FIGURES, THROTTLE_REASONS
-from autoscaler.types import EngineObservation, FleetReport, GpuReading, GpuReport, TierReport
+from autoscaler.types import (
+    Decision,
+    EngineObservation,
+    FleetReport,
+    GpuReading,
+    GpuReport,
+    TierReport,
+)
 from gateway.admin.schema import ForkServerEntry, HistoryState
 from gateway.datapath import metrics
 from gateway.datapath.shared import Shared, buckets_of
@@ -265,6 +272,21 @@ def _add_processes(page: _Page, workers: Sequence[Mapping[str, Any]]) -> None:
                     page.add(metric, sample.value, worker=label)
 
 
+def _add_decision(page: _Page, name: str, decision: Decision) -> None:
+    recommended = decision.desired if decision.recommended is None else decision.recommended
+    page.add(metrics.RECOMMENDED_REPLICAS, recommended, pool=name)
+    page.add(metrics.REACTIVE_REPLICAS, decision.reactive, pool=name)
+    page.add(metrics.FORECAST_REPLICAS, decision.forecast, pool=name)
+    page.add(metrics.FORECAST_TRUSTED, int(not decision.fallback), pool=name)
+    if decision.capacity is not None:
+        page.add(
+            metrics.CAPACITY,
+            decision.capacity.tokens_per_s,
+            pool=name,
+            source=decision.capacity.source.value,
+        )
+
+
 def _add_fleet(page: _Page, report: FleetReport) -> None:
     for pool in report.pools:
         name = pool.name
@@ -272,6 +294,8 @@ def _add_fleet(page: _Page, report: FleetReport) -> None:
         for state in ReplicaState:
             page.add(metrics.REPLICAS, states.count(state), pool=name, state=state.value)
         page.add(metrics.DESIRED_REPLICAS, pool.desired, pool=name)
+        if pool.last_decision is not None and pool.tier is not None:
+            _add_decision(page, name, pool.last_decision)
         if pool.tier is not None:
             page.add(metrics.MAX_REPLICAS, pool.max_replicas, pool=name)
         page.add(metrics.REPLICA_CRASHES, pool.crashes, pool=name)

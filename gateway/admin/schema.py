@@ -13,7 +13,14 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, RootModel, SerializeAsAny
 
 from autoscaler.policy.gpu_faults import GpuAction
-from autoscaler.types import Bound, RecentTraffic, ScaleReason, Signal, TierReport
+from autoscaler.types import (
+    Bound,
+    RecentTraffic,
+    ReplicaCapacity,
+    ScaleReason,
+    Signal,
+    TierReport,
+)
 from gateway.settings.changes import PoolChange
 from modelcache.types import ModelEntry, Progress, Residency, Tier
 from router.types import ReplicaState
@@ -170,6 +177,18 @@ class DecisionEntry(AdminAnswer):
     bound: Bound | None
     """The bound that changed the number which the signal asked for."""
     panicking: bool
+    reactive: int | None = None
+    """What demand recommended by itself, before bounds."""
+    forecast: int | None = None
+    """What the forecast recommended; ``null`` where none is trusted."""
+    level: float | None = None
+    """The quantile of the forecast that this number covers."""
+    capacity: ReplicaCapacity | None = None
+    """What one replica sustains within the SLO, and where that is known from."""
+    fallback: str = ""
+    """Why there is no forecast in it; empty where there is one."""
+    recommended: int | None = None
+    """What would be done in the mode ``auto``, where the mode is another."""
 
 
 class PastDecisionEntry(DecisionEntry):

@@ -402,6 +402,19 @@ def explain(answer: schema.ExplainAnswer, screen: Screen, now_s: float) -> str:
         f"  signal  {SIGNALS.get(newest.signal, newest.signal)}",
         f"  bound   {BOUNDS.get(newest.bound or '', newest.bound or 'none')}",
     ]
+    if newest.forecast is not None:
+        lines.append(
+            f"  ahead   the forecast asks for {newest.forecast}, which covers "
+            f"{newest.level or 0.0:.1%} of what may come; demand by itself for "
+            f"{figure(newest.reactive)}"
+        )
+    elif newest.fallback:
+        lines.append(f"  ahead   it reacts alone: {one_line(newest.fallback)}")
+    if newest.capacity is not None:
+        lines.append(
+            f"  each    {newest.capacity.tokens_per_s:.0f} tokens/s per replica "
+            f"({newest.capacity.source})"
+        )
     if newest.panicking:
         lines.append("  panic   yes: demand rose so fast that the pool only grows for now")
     table = Table(("SINCE", "UNTIL", "TIMES", "DESIRED", "SUPPLY", "REASON", "BOUND", "DETAIL"))

@@ -32,6 +32,7 @@ from autoscaler.backends.process.fork_server import ForkPlan
 from autoscaler.backends.process.placement import list_gpus
 from autoscaler.backends.static import StaticBackend
 from autoscaler.control.disabled_pools import DisabledPools
+from autoscaler.control.forecasts import Forecasts
 from autoscaler.control.loop import ControlLoop
 from autoscaler.control.replica_numbers import ReplicaNumbers
 from autoscaler.settings import PoolSettings
@@ -170,13 +171,20 @@ class _Tidegate:
         self.history_writer = HistoryWriter(self.history, time.time)
         self.recorder = Recorder(read=self.book.totals, writer=self.history_writer)
         self.stack.callback(self.recorder.close)
+        self.forecasts = Forecasts(
+            history_least_s=settings.autoscaler.forecast.history_least_s,
+            read_past=self._read_past,
+            environ=child_environ(settings, os.environ),
+        )
         self.loop = ControlLoop(
             pools=settings.pools,
             settings=settings.autoscaler,
             backends={"process": process, "static": StaticBackend(settings=settings.autoscaler)},
             digests=find_digests(settings.pools, settings.loaders),
             observe=self.observe,
-            record=self.recorder.observe,
+            record=self._record,
+            outlook=self.forecasts.outlook,
+            recent=self.recorder.recent,
             publish=self._publish,
             preparer=self._preparer(),
             wake_times=WakeTimes(
@@ -198,6 +206,16 @@ class _Tidegate:
         scheme = "https" if gateway.tls_certificate else "http"
         self.url = make_url(gateway.host, self.workers.port, scheme)
         self.admin_url = url(self.admin_listener)
+
+    def _record(self, observation: Observation) -> None:
+        self.recorder.observe(observation)
+        self.forecasts.observe(observation)
+
+    async def _read_past(self, pool: str, from_s: float, until_s: float) -> list[float]:
+        names = ("input_tokens", "predicted_output_tokens")
+        found = await asyncio.to_thread(self.history.read, pool, names, from_s, until_s)
+        prompts, outputs = (found.values[name] for name in names)
+        return [(one + other) / 60.0 for one, other in zip(prompts, outputs, strict=True)]
 
     def _process_backend(self) -> ProcessBackend:
         settings = self.settings
@@ -311,6 +329,7 @@ class _Tidegate:
             set_up_logging(settings.gateway.log_level)
             self.scraper.interval_s = settings.autoscaler.metrics_interval_s
             self.gpus.interval_s = settings.autoscaler.metrics_interval_s
+            self.forecasts.history_least_s = settings.autoscaler.forecast.history_least_s
             self.settings = settings
             self.process.use_fork_plan(plan)
         said = describe(
@@ -461,6 +480,7 @@ async def _live(
     reading = [
         asyncio.create_task(tidegate.scraper.run()),
         asyncio.create_task(tidegate.gpus.run()),
+        asyncio.create_task(tidegate.forecasts.run()),
     ]
     looping: asyncio.Task[None] | None = None
     status = 0

@@ -255,6 +255,25 @@ REPLICA_INTEGERS: Final = 4
 BUILD: Final = Metric("build", "The Tidegate that answers.", gauge=True)
 REPLICAS: Final = Metric("replicas", "Replicas by state.", gauge=True)
 DESIRED_REPLICAS: Final = Metric("desired_replicas", "Desired replicas.", gauge=True)
+RECOMMENDED_REPLICAS: Final = Metric(
+    "recommended_replicas", "Replicas recommended, whether that is carried out or not.", gauge=True
+)
+REACTIVE_REPLICAS: Final = Metric(
+    "reactive_replicas", "Replicas that demand recommends by itself.", gauge=True
+)
+FORECAST_REPLICAS: Final = Metric(
+    "forecast_replicas",
+    "Replicas that the forecast recommends; absent without one that is trusted.",
+    gauge=True,
+)
+FORECAST_TRUSTED: Final = Metric(
+    "forecast_trusted", "1 while decisions use the forecast.", gauge=True
+)
+CAPACITY: Final = Metric(
+    "replica_capacity_tokens_per_second",
+    "Tokens per second that one replica sustains within the SLO, by where that is known from.",
+    gauge=True,
+)
 WAKE_ETA: Final = Metric(
     "wake_eta_seconds",
     "Measured time from a start to ready; absent until one was measured.",

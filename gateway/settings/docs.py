@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from autoscaler.settings import PoolSettings
+from autoscaler.settings import PoolSettings, ScheduleSettings
 from gateway.settings import defaults, fields
 from gateway.settings.changes import needs_restart
 from gateway.settings.errors import hide, show
@@ -42,6 +42,8 @@ SAMPLES: Mapping[str, Any] = {
     "pools.*.max_inflight_tokens": 65_536,
     "pools.*.max_model_len_tokens": 8_192,
     "pools.*.replica_hour_price": 8,
+    "pools.*.mode": "observe",
+    "pools.*.slo.itl_s": 0.1,
     "pools.*.idle_to_zero_s": 900,
     "pools.*.scale_down_delay_s": 120,
     "pools.*.start_timeout_s": 1_800,
@@ -54,6 +56,18 @@ SAMPLES: Mapping[str, Any] = {
     "pools.*.tiers.on_disk_s": 604_800,
 }
 """What an unset field could be set to; a field that is not listed shows its bounds' lower end."""
+
+LIST_SAMPLES: Mapping[str, BaseModel] = {
+    "pools.*.schedules": ScheduleSettings(
+        name="office hours",
+        cron="0 8 * * mon-fri",
+        duration_s=36_000,
+        timezone="Europe/Berlin",
+        min_replicas=1,
+        max_replicas=4,
+    ),
+}
+"""An element of each list of sections that is empty by default."""
 
 HEAD = """\
 Tidegate's settings: every field, its default, and what it means.
@@ -146,12 +160,28 @@ def _section(model: BaseModel, node: fields.Node, parts: fields.Parts) -> list[s
                 "",
             ]
             below += _section(value, field, here)
-        elif here != (POOLS,):
+        elif here == (POOLS,):
+            continue
+        elif field.kind == "list" and field.element.kind == "section":
+            below += _sample(
+                LIST_SAMPLES[".".join(here)], field.element, here, _meaning(model, name)
+            )
+        else:
             restart = " Needs a restart." if needs_restart(fields.dotted(here)) else ""
             allowed = f"Must be {fields.describe(field)}.{restart}"
             lines += _comment(f"{_meaning(model, name)}\n{allowed}")
             lines += [_assignment(name, value, field, here), ""]
     return lines + below
+
+
+def _sample(sample: BaseModel, node: fields.Node, parts: fields.Parts, meaning: str) -> list[str]:
+    """A sample element of a list of sections, to be uncommented, with the meaning of each field."""
+    name = ".".join(part for part in parts if part != "*")
+    lines = [*_comment(f"{meaning}\nTake the `#:` off these lines for one."), f"#: [[{name}]]"]
+    for one, field in node.fields.items():
+        lines += _comment(f"{_meaning(sample, one)}\nMust be {fields.describe(field)}.")
+        lines.append(f"#: {one} = {show(_plain(getattr(sample, one)))}")
+    return [*lines, ""]
 
 
 def _meaning(model: BaseModel, name: str) -> str:

@@ -185,7 +185,7 @@ def suggest(parts: Sequence[str]) -> str:
     meant = (
         _alike(name, near, 0.9)
         or [path for path, one in near.items() if _words(name) <= _words(one)]
-        or [path for path, one in far.items() if one == name]
+        or _nearest_root([path for path, one in far.items() if one == name])
         or _alike(name, near, 0.75)
         or [path for path, one in far.items() if _without_unit(one) == name]
         or _alike(name, far, 0.9)
@@ -193,6 +193,12 @@ def suggest(parts: Sequence[str]) -> str:
     if meant:
         return f"; did you mean {' or '.join(meant[:3])}?"
     return f"; known here: {', '.join(siblings)}" if siblings and len(siblings) <= 12 else ""
+
+
+def _nearest_root(paths: list[str]) -> list[str]:
+    """Without those that lie in a list below another of them: a pool's, not its schedules'."""
+    least = min((path.count(".N.") for path in paths), default=0)
+    return [path for path in paths if path.count(".N.") <= max(1, least)]
 
 
 _UNITS = frozenset({"s", "bytes", "tokens", "fraction"})

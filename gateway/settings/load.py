@@ -457,7 +457,7 @@ def find_misnamed(environ: Mapping[str, str], named: Collection[str]) -> Iterato
 
 def _meant(tail: str) -> str | None:
     """The variable of the setting that a name without its prefix stands for: all of its path, or
-    the last part where only one setting ends so."""
+    the last part where only one setting ends so, or only one of the nearest to the root."""
     words = re.sub(r"_+", "_", tail).lower()
     ends = []
     for path, _ in fields.walk(fields.root()):
@@ -467,6 +467,7 @@ def _meant(tail: str) -> str | None:
             return _variable(path, *found.groups())
         if path[-1] == words:
             ends.append(path)
+    ends = [path for path in ends if len(path) == min(map(len, ends))]
     return _variable(ends[0]) if len(ends) == 1 else None
 
 

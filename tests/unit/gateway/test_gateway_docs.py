@@ -224,7 +224,17 @@ def metric_families() -> list[Any]:
         draining=0,
         sleeping=0,
         wake_eta_s=1.0,
-        last_decision=None,
+        last_decision=types.Decision(
+            pool="p",
+            at_s=0.0,
+            desired=1,
+            supply=1,
+            reason=types.ScaleReason.FORECAST,
+            detail="",
+            reactive=1,
+            forecast=1,
+            capacity=types.ReplicaCapacity(tokens_per_s=1.0, source=types.CapacitySource.SATURATED),
+        ),
         replicas=(replica,),
         tier=Tier.REMOTE,
         tiers=(

@@ -8,8 +8,9 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from autoscaler.policy.timed_bounds import TimedBounds, bound_by_time
+from autoscaler.policy.timed_bounds import bound_by_time
 from autoscaler.settings import AutoscalerSettings, PoolSettings, make_policy
+from autoscaler.types import TimedBounds
 from forecaster.cron import RecurringWindow
 
 POLICY = replace(

@@ -36,13 +36,14 @@ APPLIES = {
         "max_inflight_tokens max_ejected_fraction ejection_s ejection_max_s retry_fraction"
     ),
     "autoscaler": (
-        "tick_s stable_window_s panic_window_s panic_threshold scale_down_delay_s idle_to_zero_s "
-        "max_scale_up_per_tick max_scale_down_per_tick target_utilization_fraction backlog_s "
-        "demand_stale_s start_timeout_s prepare_timeout_s start_poll_s "
+        "mode tick_s stable_window_s panic_window_s panic_threshold scale_down_delay_s "
+        "idle_to_zero_s max_scale_up_per_tick max_scale_down_per_tick target_utilization_fraction "
+        "backlog_s demand_stale_s start_timeout_s prepare_timeout_s start_poll_s "
         "health_interval_s metrics_interval_s health_failures unhealthy_restart_s "
         "backoff_initial_s backoff_max_s "
         "backoff_reset_s drain_s drain_settle_s failed_kept"
     ),
+    "autoscaler.forecast": "history_least_s",
     "autoscaler.history": "max_age_s max_bytes",
     "autoscaler.prices": "replica_hour waited_second violated_second memory_gib_hour",
 }

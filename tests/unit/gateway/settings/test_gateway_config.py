@@ -725,10 +725,16 @@ def test_the_example_mentions_and_explains_every_field() -> None:
     lines = example().splitlines()
     for path, node in fields.walk(fields.root()):
         name = path[-1]
+        plain = ".".join(part for part in path if part != "*")
         if node.kind == "section" or path == ("pools",):
             at = [i for i, line in enumerate(lines) if line in {f"[{'.'.join(path)}]", "[[pools]]"}]
+        elif node.kind == "list" and node.element.kind == "section":
+            at = [i for i, line in enumerate(lines) if line == f"#: [[{plain}]]"]
         else:
-            starts = (f"{name} = ", f"# {name} = ")
+            nested = path.count("*") > 1  # in a sample, which is all comments
+            starts = (f"#: {name} = ",) if nested else (f"{name} = ", f"# {name} = ")
             at = [i for i, line in enumerate(lines) if line.startswith(starts)]
+            if nested:
+                at = [i for i in at if not lines[i - 1].startswith("#:")]
         assert at, f"{path} is not in the example"
         assert all(lines[i - 1].startswith("# ") for i in at), f"{path} is not explained"
