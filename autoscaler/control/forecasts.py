@@ -9,6 +9,7 @@ where it should not be trusted (``autoscaler.policy.trust``). Everything is on o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import logging
 import sys
@@ -182,7 +183,7 @@ class Forecasts:
                         pool.due = False
                         await self._forecast(name, pool)
         finally:
-            self._end_process()
+            await self._end_process()
 
     async def _load(self, name: str, pool: PoolForecast) -> None:
         end_s = pool.minutes.end_s
@@ -213,7 +214,7 @@ class Forecasts:
             async with asyncio.timeout(JOB_S):
                 result = await self._ask(job)
         except (TimeoutError, OSError, EOFError, msgspec.MsgspecError) as error:
-            self._end_process()
+            await self._end_process()
             self._restart_at_s = self._clock() + RESTART_S
             what = f"{type(error).__name__} {error}".strip()
             LOG.warning("%s: no forecast (%s)", name, what)
@@ -242,7 +243,10 @@ class Forecasts:
         (length,) = LENGTH.unpack(await process.stdout.readexactly(LENGTH.size))
         return msgspec.msgpack.decode(await process.stdout.readexactly(length), type=ForecastResult)
 
-    def _end_process(self) -> None:
+    async def _end_process(self) -> None:
         process, self._process = self._process, None
-        if process is not None and process.returncode is None:
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
             process.kill()
+        await process.wait()

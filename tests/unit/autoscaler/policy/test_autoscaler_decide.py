@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoscaler.policy.decide import RECENT_BUCKETS, DecideState, decide, decide_removed
+from autoscaler.policy.decide import (
+    RECENT_BUCKETS,
+    DecideState,
+    decide,
+    decide_removed,
+    hold_back,
+)
 from autoscaler.settings import AutoscalerSettings, PoolSettings, make_policy
 from autoscaler.types import Bound, PoolPolicy, PoolStatus, ScaleReason, Signal, WindowedDemand
 
@@ -358,6 +364,36 @@ def test_nan_is_unknown() -> None:
     demand = replace(known(), stable_tokens=float("nan"), panic_tokens=float("nan"), tokens=None)
     decision, _ = decide(POLICY, PoolStatus(ready=3), demand, QUIET, NOW)
     assert decision.desired == 3
+
+
+@pytest.mark.parametrize("mode", ["advise", "observe"])
+@pytest.mark.parametrize(
+    ("policy", "status", "demand", "state", "desired", "recommended"),
+    [
+        pytest.param(POLICY, PoolStatus(ready=2), known(4_500, 9), RECENT, 2, 5, id="more"),
+        pytest.param(POLICY, PoolStatus(ready=4), known(500, 3), RECENT, 4, 1, id="fewer"),
+        pytest.param(POLICY, PoolStatus(ready=1), known(), QUIET, 1, 0, id="not to zero"),
+        pytest.param(POLICY, PoolStatus(), known(300, 1), QUIET, 1, 1, id="a request that waits"),
+        pytest.param(TWO, PoolStatus(), known(), QUIET, 2, 2, id="the least"),
+        pytest.param(
+            POLICY, PoolStatus(ready=2, override=5), known(), RECENT, 5, None, id="an operator"
+        ),
+    ],
+)
+def test_a_mode_that_does_not_carry_it_out(
+    mode: str,
+    policy: PoolPolicy,
+    status: PoolStatus,
+    demand: WindowedDemand,
+    state: DecideState,
+    desired: int,
+    recommended: int | None,
+) -> None:
+    decision, _ = decide(policy, status, demand, state, NOW)
+    assert hold_back(decision, status, policy, "auto") == decision
+    held = hold_back(decision, status, policy, mode)
+    assert (held.desired, held.recommended) == (desired, recommended)
+    assert recommended is None or held.reason == mode
 
 
 figures = st.none() | st.integers(0, 50_000)

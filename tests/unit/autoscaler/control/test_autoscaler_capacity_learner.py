@@ -1,0 +1,125 @@
+"""Which minutes of a pool teach what a replica carries."""
+
+from __future__ import annotations
+
+import pytest
+
+from autoscaler.control.capacity_learner import CapacityLearner
+from autoscaler.settings import PoolSettings
+from autoscaler.types import CapacitySource, EngineObservation, PoolDemand, RecentTraffic
+from loaders.engines.base import EngineLoad
+
+POOL = PoolSettings.model_validate(
+    {
+        "name": "m",
+        "engine": "simulated",
+        "model": "m",
+        "target_inflight_tokens": 7_000,
+        "slo": {"ttft_s": 2.0},
+    }
+)
+
+
+def traffic(per_s: float = 10.0, ttft_p95_s: float = 0.5, e2e_s: float = 1.0) -> RecentTraffic:
+    return RecentTraffic(
+        window_s=60.0,
+        requests_per_s=per_s,
+        errors_per_s=0.0,
+        prompt_tokens_per_s=per_s * 100,
+        generation_tokens_per_s=per_s * 50,
+        ttft_count=600,
+        ttft_mean_s=0.4,
+        ttft_p50_s=0.4,
+        ttft_p95_s=ttft_p95_s,
+        itl_count=600,
+        itl_mean_s=0.02,
+        itl_p50_s=0.02,
+        itl_p95_s=0.03,
+        e2e_mean_s=e2e_s,
+    )
+
+
+class Pool:
+    """A pool whose minutes pass as told."""
+
+    def __init__(self) -> None:
+        self.learner = CapacityLearner()
+        self.now_s = 0.0
+
+    def minutes(
+        self,
+        count: int = 1,
+        *,
+        ready: int = 2,
+        queued: int | None = 0,
+        waiting: int | None = 0,
+        recent: RecentTraffic | None = None,
+        kv_tokens: int | None = None,
+    ) -> None:
+        for _ in range(60 * count + 1):
+            load = EngineLoad(waiting_requests=waiting, kv_cache_tokens=kv_tokens)
+            self.learner.observe(
+                POOL,
+                ready=ready,
+                demand=PoolDemand(observed_at_s=self.now_s, queued_requests=queued),
+                engines=[EngineObservation(observed_at_s=self.now_s, load=load)],
+                recent=lambda: recent,
+                now_s=self.now_s,
+            )
+            self.now_s += 1.0
+
+    def found(self) -> tuple[float, CapacitySource] | None:
+        found = self.learner.capacity(POOL, 0.7)
+        return None if found is None else (round(found.tokens_per_s), found.source)
+
+
+def test_nothing_is_known_before_the_first_minute() -> None:
+    assert Pool().found() is None
+
+
+def test_a_target_of_tokens_in_flight_becomes_a_rate() -> None:
+    pool = Pool()
+    pool.minutes(recent=traffic())
+    assert pool.found() == (10_000, CapacitySource.HINT)
+
+
+def test_what_is_derived_of_an_idle_engine_is_no_more_than_the_target() -> None:
+    pool = Pool()
+    pool.minutes(recent=traffic(e2e_s=1.0), kv_tokens=5_000)
+    assert pool.found() == (6_000, CapacitySource.DERIVED)
+    pool.minutes(recent=traffic(e2e_s=1.0), kv_tokens=500_000)
+    assert pool.found() == (10_000, CapacitySource.DERIVED)
+
+
+@pytest.mark.parametrize("where", ["queued", "waiting"])
+def test_minutes_at_the_limit_teach(where: str) -> None:
+    pool = Pool()
+    pool.minutes(4, recent=traffic(80.0), **{where: 3})  # type: ignore[arg-type]
+    assert pool.found() == (6_000, CapacitySource.SATURATED)
+
+
+def test_minutes_beyond_the_slo_teach_an_upper_limit() -> None:
+    pool = Pool()
+    pool.minutes(3, recent=traffic(60.0))
+    pool.minutes(4, recent=traffic(90.0, ttft_p95_s=4.0))
+    assert pool.found() == (4_500, CapacitySource.SATURATED)
+
+
+def test_minutes_in_which_replicas_come_or_hardly_anything_ends_do_not() -> None:
+    pool = Pool()
+    for ready in range(1, 9):
+        for _ in range(40):
+            pool.learner.observe(
+                POOL,
+                ready=ready,
+                demand=PoolDemand(observed_at_s=pool.now_s, queued_requests=5),
+                engines=[],
+                recent=lambda: traffic(80.0),
+                now_s=pool.now_s,
+            )
+            pool.now_s += 1.0
+    assert pool.found() is None
+    pool.minutes(5, queued=5, recent=traffic(0.1))
+    assert pool.found() != (0, CapacitySource.SATURATED)
+    assert pool.found() is not None
+    assert pool.found()[1] is CapacitySource.HINT  # type: ignore[index]

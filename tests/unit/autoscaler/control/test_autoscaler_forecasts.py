@@ -1,0 +1,185 @@
+"""Forecasts beside the control loop: made in a real process, scored, and left aside when wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from autoscaler.control.forecast_worker import ForecastResult
+from autoscaler.control.forecasts import Forecasts, PoolForecast
+from autoscaler.policy.trust import SCORED_LEAST
+from autoscaler.types import LeadForecast, Observation, Outlook, PoolDemand
+
+DAY_S = 86_400.0
+START_S = 1_800_000_000.0
+
+
+class World:
+    """Virtual time for the forecasts of one pool, that gets 60 tokens a second."""
+
+    def __init__(self, past: Sequence[float] = (), history_least_s: float = 600.0) -> None:
+        self.now_s = START_S
+        self.total = 0
+        self.asked: list[tuple[str, float, float]] = []
+        self._past = past
+        self.forecasts = Forecasts(
+            history_least_s=history_least_s,
+            read_past=self._read,
+            clock=lambda: self.now_s,
+            wall_s=lambda: self.now_s,
+        )
+
+    async def _read(self, pool: str, from_s: float, until_s: float) -> Sequence[float]:
+        self.asked.append((pool, from_s, until_s))
+        return self._past
+
+    def minute(self, rate: float = 60.0, step_s: float = 60.0) -> None:
+        self.now_s += step_s
+        self.total += round(rate * step_s)
+        self.look()
+
+    def look(self) -> None:
+        demand = PoolDemand(observed_at_s=self.now_s, arrived_tokens_total=self.total)
+        self.forecasts.observe(Observation(pools={"m": demand}))
+
+    def outlook(self, lead_s: float = 120.0) -> Outlook | None:
+        return self.forecasts.outlook("m", lead_s)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 -- of another task, and of another process
+            await asyncio.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def running(world: World):  # type: ignore[no-untyped-def]
+    task = asyncio.create_task(world.forecasts.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+def children() -> set[int]:
+    return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+
+
+def test_a_pool_with_a_past_has_an_outlook_after_its_first_minute() -> None:
+    async def scenario() -> None:
+        world = World(past=[60.0] * 1_440)
+        async with running(world):
+            world.look()
+            world.outlook()
+            world.minute()
+            await until(world.outlook)
+            found = world.outlook()
+            assert found is not None
+            assert (found.lead_s, found.distrust) == (120.0, "")
+            assert found.tokens_per_s[found.levels.index(0.5)] == pytest.approx(60.0, rel=0.05)
+            (asked,) = world.asked
+            assert asked[2] <= world.now_s - 60.0
+
+    asyncio.run(scenario())
+
+
+def test_a_process_that_is_killed_is_replaced_and_ends_with_us() -> None:
+    async def scenario() -> None:
+        before = children()
+        world = World(past=[60.0] * 600)
+        async with running(world):
+            world.look()
+            world.outlook()
+            world.minute()
+            await until(world.outlook)
+            (child,) = children() - before
+            os.kill(child, signal.SIGKILL)
+            world.minute()
+            await until(lambda: (found := world.outlook()) is not None and found.distrust)
+            world.now_s += 30.0
+            world.minute()
+            await until(lambda: (found := world.outlook()) is not None and not found.distrust)
+            assert children() - before
+        await until(lambda: not children() - before)
+
+    asyncio.run(scenario())
+
+
+def test_a_short_lead_is_forecast_of_seconds() -> None:
+    async def scenario() -> None:
+        world = World(history_least_s=0.0)
+        async with running(world):
+            world.look()
+            world.outlook(8.0)
+            for _ in range(60):
+                world.minute(step_s=5.0)
+            await until(lambda: world.outlook(8.0))
+            found = world.outlook(8.0)
+            assert found is not None
+            assert found.lead_s == 8.0
+            assert found.tokens_per_s[-1] < 600.0
+
+    asyncio.run(scenario())
+
+
+def lead(tokens_per_s: float, now_s: float, last_value: float = 60.0) -> ForecastResult:
+    outlook = Outlook(
+        made_at_s=now_s, model="m", lead_s=60.0, levels=(0.95,), tokens_per_s=(tokens_per_s,)
+    )
+    found = LeadForecast(
+        outlook=outlook, steps=2, step_s=60.0, forecast=tokens_per_s, last_value=last_value
+    )
+    return ForecastResult(pool="m", found=found)
+
+
+@pytest.mark.parametrize(
+    ("forecast", "trusted"),
+    [pytest.param(66.0, True, id="near"), pytest.param(30.0, False, id="always too low"),
+     pytest.param(600.0, False, id="far more than the last value was off")],
+)  # fmt: skip
+def test_forecasts_are_scored_by_what_came(forecast: float, trusted: bool) -> None:
+    world = World(history_least_s=0.0)
+    world.look()
+    pool = world.forecasts._pools["m"]
+    for _ in range(SCORED_LEAST + 5):
+        pool.take(lead(forecast, world.now_s, last_value=70.0))
+        world.minute()
+    found = world.outlook()
+    assert found is not None
+    assert (not found.distrust) == trusted, found.distrust
+    assert world.forecasts.quality("m") is not None
+
+
+def test_what_came_unknown_scores_nothing() -> None:
+    pool = PoolForecast()
+    pool.add(0.0, 0)
+    for minute in range(1, 100):
+        pool.take(lead(60.0, 0.0))
+        pool.add(60.0 * minute, None)
+    assert pool.quality.scored == 0
+
+
+@pytest.mark.parametrize(
+    ("known_minutes", "age_s", "trusted"),
+    [(20, 0.0, True), (5, 0.0, False), (20, 3_600.0, False)],
+)
+def test_short_histories_and_old_forecasts_are_left_aside(
+    known_minutes: int, age_s: float, trusted: bool
+) -> None:
+    world = World(history_least_s=600.0)
+    world.look()
+    for _ in range(known_minutes):
+        world.minute()
+    world.forecasts._pools["m"].take(lead(66.0, world.now_s))
+    world.now_s += age_s
+    found = world.outlook()
+    assert found is not None
+    assert (not found.distrust) == trusted, found.distrust
