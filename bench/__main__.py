@@ -15,6 +15,7 @@
   python -m bench clients     real clients and load tools: outcomes and tokens beside the engine's
                               own counters
   python -m bench scaling     scaling policies on traces of a folder: violations, cost, goodput
+  python -m bench enginemodel the replay's engine model beside the real vLLM, on one trace
   python -m bench adoption    seconds until a control process that was killed has its engines back
   python -m bench zero        scale to zero on a trace of small models, beside other rules
 
@@ -129,6 +130,29 @@ def _scaling(arguments: argparse.Namespace) -> int:
     print(scaling_report.terminal(made))
     print(f"wrote {', '.join(str(path) for path in paths)}")
     return 0
+
+
+def _engine_model(arguments: argparse.Namespace) -> int:
+    from bench import engine_model, machine
+
+    options = engine_model.Options(
+        engine_python=arguments.engine_python, model=arguments.model, requests=arguments.requests
+    )
+    if not (options.engine_python.exists() and options.model.exists()):
+        raise RuntimeError(f"no vLLM at {options.engine_python} or no model at {options.model}")
+    before = machine.counters()
+    made = engine_model.run(options)
+    date = datetime.date.today().isoformat()
+    made |= {
+        "date": date,
+        "command": _command(),
+        "machine": machine.describe(),
+        "noise": machine.noise(before, machine.counters()),
+    }
+    path = arguments.out / f"enginemodel-{date}.json"
+    engine_model.write(made, path)
+    print(f"{engine_model.terminal(made)}\nwrote {path}")
+    return 0 if engine_model.passed(made) else 1
 
 
 def _load(arguments: argparse.Namespace) -> int:
@@ -353,6 +377,18 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_cache)
 
 
+def _add_engine_model(parser: argparse.ArgumentParser) -> None:
+    from bench import real_clients
+
+    parser.add_argument("--requests", type=int, default=60, metavar="N", help="sent (60)")
+    parser.add_argument("--model", type=Path, default=real_clients.MODEL_FOLDER, metavar="FOLDER",
+                        help="what vLLM serves")  # fmt: skip
+    parser.add_argument("--engine-python", type=Path, default=real_clients.ENGINE_PYTHON,
+                        metavar="FILE", help="the interpreter that has vLLM")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="record's folder")
+    parser.set_defaults(run=_engine_model)
+
+
 def _add_scaling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="with traces")
     parser.add_argument("--cold-starts", default="10,60,300", metavar="S,S", help="(10,60,300)")
@@ -490,6 +526,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Plays every trace of a folder (CSV, parquet) at several cold starts through "
         "ours, the peers' and the clairvoyant policy, on virtual time. About 20 minutes on two "
         "cores, --quick 1. Writes a report.",
+    ))  # fmt: skip
+    _add_engine_model(commands.add_parser(
+        "enginemodel",
+        help="the replay's engine model beside the real vLLM, on one trace",
+        description="Measures prefill and decode of the real vLLM, sends it a trace of random "
+        "lengths, and plays the same trace by the model. About 2 minutes. Exit code 1 when TTFT or "
+        "throughput differ by more than 25 %%.",
     ))  # fmt: skip
     _add_adoption(commands.add_parser(
         "adoption",

@@ -29,9 +29,9 @@ NOT_TRACES = ("_lengths", "_native10min", "_clients_minute")
 """Files beside the traces: statistics of clients, and the same traffic client by client."""
 QUICK = ("nasa", "m_large", "twitter_volume_goog")
 TEN_MINUTES = 10
-WEAK, STRONG = 0.3, 0.64
-"""Seasonal strengths. 0.64 is where Hyndman's ``nsdiffs`` takes a season as given; below 0.3 the
-day before says little."""
+WEAK, STRONG = 0.1, 0.64
+"""Seasonal strengths: noise has next to none; 0.64 is where Hyndman's ``nsdiffs`` takes a season
+as given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,7 +61,7 @@ def markdown(made: Mapping[str, Any]) -> str:
         f"About {made['options']['replicas']:g} replicas, SLO TTFT 2 s and ITL 50 ms, up to a week "
         f"of history, {made['options']['days']:g} days scored. Others' policies are our "
         "re-implementations (docs/reference/replay.md). Classes are of the seasonal strength of "
-        "the day: no (below 0.3), weak, strong (from 0.64).\n",
+        "the day: no (below 0.1), weak, strong (from 0.64).\n",
         f"## Goodput per replica-hour: `{subject}` over each\n",
         "Requests within the SLO per replica-hour; geometric means, and the least of all traces "
         f"and cold starts. **Bold** is below {AT_LEAST}.\n",

@@ -42,6 +42,7 @@ class PlayedRequest:
     routed: RoutingRequest
     placed_s: float = 0.0
     first_s: float = 0.0
+    done_s: float = 0.0
     late: bool = False
 
 
@@ -164,6 +165,7 @@ class RequestPool:
         self.longest_wait_s = 0.0
         self.queue: deque[PlayedRequest] = deque()
         self.queued_tokens = self.inflight_tokens = 0.0
+        self.on_answer: Callable[[PlayedRequest], None] | None = None
         self._trace = trace
         self._next = 0
         # A slot is used again only when its replica is empty, so draining ones need more.
@@ -341,6 +343,9 @@ class RequestPool:
 
     def _answered(self, replica: PlayedReplica, request: PlayedRequest) -> None:
         self.answered += 1
+        request.done_s = self.now_s
+        if self.on_answer is not None:
+            self.on_answer(request)
         self.inflight_tokens -= request.prompt_tokens + request.output_tokens
         self._ledger.settle(replica.slot, request.routed.tokens)
         itl_s = 0.0
