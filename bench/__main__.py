@@ -14,6 +14,7 @@
   python -m bench cache       ten nodes that start the same model at once, from one limited store
   python -m bench clients     real clients and load tools: outcomes and tokens beside the engine's
                               own counters
+  python -m bench forecast    forecasters on traces of a folder: pinball, coverage, WAPE, time
   python -m bench scaling     scaling policies on traces of a folder: violations, cost, goodput
   python -m bench enginemodel the replay's engine model beside the real vLLM, on one trace
   python -m bench adoption    seconds until a control process that was killed has its engines back
@@ -153,6 +154,50 @@ def _engine_model(arguments: argparse.Namespace) -> int:
     engine_model.write(made, path)
     print(f"{engine_model.terminal(made)}\nwrote {path}")
     return 0 if engine_model.passed(made) else 1
+
+
+def _forecast(arguments: argparse.Namespace) -> int:
+    from bench import forecast, machine
+
+    models = tuple(arguments.models.split(",")) if arguments.models else forecast.USUAL
+    unknown = [name for name in models if name not in forecast.MODELS]
+    if unknown:
+        print(f"unknown model {unknown[0]!r}; known: {', '.join(forecast.MODELS)}",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    options = forecast.Options(
+        data=arguments.data,
+        models=models,
+        only=tuple(arguments.only.split(",")) if arguments.only else (),
+        origins=arguments.origins,
+    )
+    rows = forecast.measure(options)
+    if not rows:
+        print(f"no trace of a day or more in {options.data}", file=sys.stderr)
+        return 2
+    date = datetime.date.today().isoformat()
+    made = {
+        "date": date,
+        "command": _command(),
+        "machine": machine.describe(),
+        "options": {"models": models, "only": options.only, "origins": options.origins},
+        "summary": forecast.summary(rows),
+        "rows": rows,
+    }
+    paths = forecast.write(made, arguments.out, f"forecast-{date}")
+    print(forecast.terminal(made))
+    print(f"wrote {', '.join(str(path) for path in paths)}")
+    return 1 if any(not one["passed"] for one in made["summary"]["verdicts"]) else 0
+
+
+def _add_forecast(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="with traces")
+    parser.add_argument("--models", metavar="A,B", help="all but prophet and direct unless said")
+    parser.add_argument("--only", metavar="A,B", help="traces whose names have one of these")
+    parser.add_argument("--origins", type=int, default=60, metavar="N",
+                        help="points of each trace (60)")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="report's folder")
+    parser.set_defaults(run=_forecast)
 
 
 def _load(arguments: argparse.Namespace) -> int:
@@ -519,6 +564,13 @@ def _parser() -> argparse.ArgumentParser:
         "serve, ab, hey, oha and wrk, each from an environment of its own under "
         ".tidegate/clients, against one Tidegate. Installs what is missing (several GB for all). "
         "Exit code 1 when a client fails, or a count of tokens is off by more than 1 %%.",
+    ))  # fmt: skip
+    _add_forecast(commands.add_parser(
+        "forecast",
+        help="forecasters on traces: pinball, coverage, WAPE, time of a refit",
+        description="Asks every forecaster at the same points of the traces of a folder (CSV, "
+        "parquet) and scores what it said. About 10 minutes on one core. Writes a report. Exit "
+        "code 1 when a bar is missed.",
     ))  # fmt: skip
     _add_scaling(commands.add_parser(
         "scaling",

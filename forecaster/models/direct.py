@@ -11,7 +11,7 @@ For each lead ``h`` of a grid, and for both the value at ``h`` and the largest v
 
 All errors are of rows that the regression did not see: a day is left out at a time, which costs
 one small system of equations a day, because the products that a regression needs are sums over
-days. docs/decisions/0035 has what was tried and measured.
+days. docs/reference/forecasting.md has the features, the sources and what was measured.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ _RIDGE_OVERLAP = 300.0
 
 _RIDGE_SPREAD = 1e-2
 _HALF_LIFE_DAYS = 7.0
-_HALF_LIFE_ERRORS_DAYS = 2.0
+_HALF_LIVES_ERRORS_DAYS = (0.4, 3.0)
+"""A change of regime within hours, and enough errors for the tails: the mean of both quantiles."""
+
 _MOST_DEVIATIONS = 6.0
 _PIECE_ROWS = 128
 _STEPS_OF_A_LEAD = 8
@@ -141,10 +143,15 @@ class _Fit:
             self._spread[inside], self._spread[-1], sizes, weights, blocks, _RIDGE_SPREAD
         )
         scaled = (errors / np.exp(sizes - missed))[known]
-        heavy = 0.5 ** (self._age[rows] / _HALF_LIFE_ERRORS_DAYS)[known]
-        spread = np.exp(size) * np.column_stack(
-            [weighted_quantiles(scaled[:, one], heavy, wanted) for one in range(2)]
+        age = self._age[rows][known]
+        sample = np.mean(
+            [
+                [weighted_quantiles(row, 0.5 ** (age / half_life), wanted) for row in scaled.T]
+                for half_life in _HALF_LIVES_ERRORS_DAYS
+            ],
+            axis=0,
         )
+        spread = np.exp(size) * sample.T
         return np.asarray(self._table.base[-1] + guess + spread)
 
 

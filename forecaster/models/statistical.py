@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from forecaster.calibrate import made_forecast
+from forecaster.models.features import centred_mean
 from forecaster.periods import day_and_week, find_periods
 from forecaster.types import QUANTILES, Floats, Forecast, History
 
@@ -55,7 +56,9 @@ class StlEts:
                 kept = STL(
                     root,
                     period=periods[0],
-                    robust=False,
+                    # Longer than there are cycles: one season, not one for each day, which would
+                    # fit the noise of each and take it for knowledge.
+                    seasonal=2 * (len(root) // periods[0]) + 7,
                     seasonal_jump=max(1, periods[0] // 20),
                     trend_jump=max(1, periods[0] // 20),
                     low_pass_jump=max(1, periods[0] // 20),
@@ -65,6 +68,7 @@ class StlEts:
                 several = MSTL(root, periods=sorted(periods)).fit()
                 parts = list(np.asarray(several.seasonal).T)
             for part, period in zip(parts, sorted(periods), strict=True):
+                part = centred_mean(part, period // 192)
                 season += part
                 ahead += part[len(part) - period + np.arange(horizon_steps) % period]
         paths = _smoothed_paths(root - season, horizon_steps)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from forecaster import forecast
 from forecaster.types import QUANTILES
@@ -72,3 +74,31 @@ def test_a_level_between_two() -> None:
 def test_importing_the_package_needs_no_numpy() -> None:
     code = "import forecaster, forecaster.cron, sys; assert 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.floats(allow_nan=True, allow_infinity=True, width=64),
+            st.integers(0, 50).map(float),
+            st.just(0.0),
+        ),
+        min_size=1,
+        max_size=40,
+    ),
+    st.integers(1, 30),
+    st.integers(1, 40),
+    st.sampled_from([1.0, 60.0, 300.0, 86_400.0, 0.7]),
+)
+def test_odd_histories(part: list[float], repeat: int, horizon: int, step_s: float) -> None:
+    """Repeated, so that some are long enough for every model and have a period."""
+    history = part * repeat
+    if not any(np.isfinite(value) and value >= 0 for value in history):
+        return
+    made = forecast(history, step_s, horizon)
+    for rows in (made.quantiles, made.mean, made.maxima):
+        assert np.isfinite(rows).all()
+        assert (rows >= 0).all()
+    assert (np.diff(made.maxima, axis=0) >= 0).all()
+    assert (np.diff(made.maxima, axis=1) >= 0).all()
