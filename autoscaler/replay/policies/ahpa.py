@@ -45,7 +45,8 @@ class Ahpa:
             self._fit()
         if self._forecast is None:
             return reactive
-        coming = np.take(self._forecast, range(self._at, self._at + self._forward + 1), mode="wrap")
+        ahead = range(self._at, self._at + self._forward + 1)
+        coming = np.take(self._forecast[1], ahead, mode="wrap")
         return max(reactive, replicas_for(float(coming.max()), self._each))
 
     def band(self) -> tuple[float, float] | None:

@@ -19,7 +19,7 @@ from autoscaler.replay.run import Cut, ReplayedPool, cut, facts_of, find_oracle,
 from autoscaler.replay.score import Score
 from autoscaler.replay.supply import Starts
 from autoscaler.replay.traces import from_rates
-from autoscaler.replay.types import PoolObservation, ScalingPolicy
+from autoscaler.replay.types import ForecastingPolicy, PoolObservation, ScalingPolicy
 from forecaster.types import History
 
 MINUTES = 90
@@ -62,7 +62,7 @@ def waves() -> np.ndarray:
 
 
 QUICK = [name for name in POLICIES if name != "auto"]
-"""``auto`` forecasts every minute, which would take half a minute here: it is played below."""
+"""``auto`` forecasts every minute, which would take half a minute here: below it is played short."""
 CASES = [(name, True) for name in (*QUICK, "oracle")] + [
     (name, False) for name in (*QUICK, "oracle") if name not in TOKENS_ONLY
 ]
@@ -225,6 +225,7 @@ def test_ray_serve_waits_30_s_to_go_up_and_600_s_to_go_down() -> None:
 def test_ahpa_takes_the_quantile_of_the_day_ahead() -> None:
     minutes = np.arange(7 * 1440)
     day = np.where(minutes % 1440 < 720, 28.0, 140.0)  # 2 and 10 replicas at 0.7 of 20
+    day[3 * 1440 : 4 * 1440] *= 1.5  # one day in seven is more than one in twenty
     policy = build("ahpa", facts(history=History(values=day)))
     total = 0.0
     asked = {}
@@ -233,9 +234,11 @@ def test_ahpa_takes_the_quantile_of_the_day_ahead() -> None:
             float(now), seen(ready=2, utilization=0.7, arrived_tokens_total=total)
         )
         total += 60 * 28.0
-    assert asked[600] == 2
+    assert asked[600] == 3
     # Up before noon by its look ahead, and by the neighbours that its quantile pools.
-    assert asked[718] == 10
+    assert asked[718] == 15
+    assert isinstance(policy, ForecastingPolicy)
+    assert policy.band() == (140.0, 210.0)
 
 
 def test_ahpa_without_a_daily_period_is_reactive() -> None:
