@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from autoscaler.types import PoolPolicy, TimedBounds
+from autoscaler.types import PoolPolicy, TargetFigures, TimedBounds
 from forecaster.cron import MOST_DURATION_S, RecurringWindow
 from loaders.engines.base import ENGINES, EngineName, engine_of
 from modelcache.refs import parse_ref
@@ -468,6 +468,30 @@ class SloSettings(BaseModel):
     """Seconds between two tokens, for 95 of 100 pauses. Unset: any."""
 
 
+class TargetSettings(BaseModel):
+    """Figures at which a pool is held, for those who scale by them; the largest need wins."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    requests_per_s: float | None = Field(default=None, gt=0.0, le=1e6)
+    """Requests per second of one replica, over ``autoscaler.stable_window_s``."""
+
+    queued_requests: float | None = Field(default=None, gt=0.0, le=1e6)
+    """Requests held in the gateway or waiting in engines, for one replica."""
+
+    ttft_s: float | None = Field(default=None, gt=0.0, le=3_600.0)
+    """Seconds until the first token, for 95 of 100 requests of the last minute."""
+
+    itl_s: float | None = Field(default=None, gt=0.0, le=60.0)
+    """Seconds between two tokens, for 95 of 100 pauses of the last minute."""
+
+    e2e_s: float | None = Field(default=None, gt=0.0, le=86_400.0)
+    """Seconds until an answer is whole, for 95 of 100 requests of the last minute."""
+
+    gpu_utilization_fraction: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Mean utilization of the GPUs of its replicas."""
+
+
 class PoolSettings(ConsistentSettings):
     """One model that is served, and the replicas that serve it."""
 
@@ -530,6 +554,9 @@ class PoolSettings(ConsistentSettings):
 
     slo: SloSettings = SloSettings()
     """What a request is promised."""
+
+    targets: TargetSettings = TargetSettings()
+    """Further figures it is scaled by."""
 
     idle_to_zero_s: float | None = Field(default=None, ge=0.0, le=604_800.0)
     """This pool's own ``autoscaler.idle_to_zero_s``."""
@@ -628,6 +655,7 @@ def make_policy(pool: PoolSettings, settings: AutoscalerSettings) -> PoolPolicy:
         target_utilization_fraction=settings.target_utilization_fraction,
         backlog_s=settings.backlog_s,
         violated_second=settings.prices.violated_second,
+        targets=TargetFigures(**pool.targets.model_dump()),
         demand_stale_s=settings.demand_stale_s,
     )
 

@@ -129,6 +129,23 @@ class Observation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TargetFigures:
+    """Figures a pool may be scaled by: as targets those that are set, as seen those that are known.
+
+    Requests that came per second and requests queued are of the pool as seen, and of one replica as
+    a target. Latencies are quantiles 0.95 of the last minute. GPU utilization is the mean over the
+    GPUs of the pool's replicas, 0 to 1.
+    """
+
+    requests_per_s: float | None = None
+    queued_requests: float | None = None
+    ttft_s: float | None = None
+    itl_s: float | None = None
+    e2e_s: float | None = None
+    gpu_utilization_fraction: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PoolPolicy:
     """One pool's settings as ``decide`` uses them: bounds, targets, windows.
 
@@ -152,6 +169,7 @@ class PoolPolicy:
     target_utilization_fraction: float
     backlog_s: float
     violated_second: float
+    targets: TargetFigures = TargetFigures()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -341,6 +359,7 @@ class Signal(StrEnum):
     PANIC_TOKENS_PER_S = "panic_tokens_per_s"
     BACKLOG = "backlog"
     FORECAST = "forecast"
+    TARGET = "target"
     ARRIVALS = "arrivals"
     HELD = "held"
     OVERRIDE = "override"

@@ -43,6 +43,7 @@ from autoscaler.types import (
     RecentTraffic,
     ReplicaLoad,
     ScaleReason,
+    TargetFigures,
 )
 from loaders.engines.base import engine_of
 from loaders.engines.client import EngineClient
@@ -340,11 +341,7 @@ class ControlLoop:
             pool.pool,
             ready=pool.count(State.READY),
             demand=demand,
-            engines=[
-                self._observation.engines[one]
-                for one in pool.replicas
-                if one in self._observation.engines
-            ],
+            engines=pool.engines(self._observation),
             recent=partial(self._recent, pool.pool.name),
             now_s=now_s,
         )
@@ -390,6 +387,7 @@ class ControlLoop:
                 now_s,
                 capacity=pool.capacity.capacity(pool.pool, policy.target_utilization_fraction),
                 outlook=self._outlook(pool.pool.name, lead_s),
+                seen=self._target_figures(pool, now_s),
             )
             decision = hold_back(decision, status, policy, pool.mode)
         pool.wake_signal = False
@@ -398,6 +396,27 @@ class ControlLoop:
         outdated = [one for one in living if pool.is_outdated(one)]
         no_capacity = any(one.no_capacity for one in living if one not in outdated)
         return note_replacement(decision, len(outdated), no_capacity=no_capacity)
+
+    def _target_figures(self, pool: PoolRecord, now_s: float) -> TargetFigures:
+        """The figures that a pool may have targets for; read only where it has."""
+        if pool.policy.targets == TargetFigures():
+            return pool.policy.targets
+        demand = self._observation.pools.get(pool.pool.name)
+        traffic = self._recent(pool.pool.name)
+        engines = pool.engines(self._observation)
+        waiting = [one.load.waiting_requests for one in engines]
+        queued: float | None = None
+        if demand is not None and demand.queued_requests is not None and None not in waiting:
+            queued = demand.queued_requests + sum(one or 0 for one in waiting)
+        used = pool.gpu_utilizations(self._observation.gpus)
+        return TargetFigures(
+            requests_per_s=None if traffic is None else traffic.arrivals_per_s,
+            queued_requests=queued,
+            ttft_s=None if traffic is None else traffic.ttft_p95_s,
+            itl_s=None if traffic is None else traffic.itl_p95_s,
+            e2e_s=None if traffic is None else traffic.e2e_p95_s,
+            gpu_utilization_fraction=sum(used) / len(used) if used else None,
+        )
 
     def _note_decision(self, pool: PoolRecord, decision: Decision) -> None:
         earlier = pool.history.latest

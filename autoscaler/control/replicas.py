@@ -21,6 +21,9 @@ from autoscaler.tiers.manager import TierManager
 from autoscaler.types import (
     Bound,
     Decision,
+    EngineObservation,
+    GpuReport,
+    Observation,
     PastDecision,
     PoolReport,
     PoolStatus,
@@ -293,6 +296,22 @@ class PoolRecord:
         """How many replicas are in one of these states."""
         return sum(record.state in states for record in self.replicas.values())
 
+    def engines(self, seen: Observation) -> list[EngineObservation]:
+        """What the engines of its replicas say of themselves, as far as that is known."""
+        return [seen.engines[one] for one in self.replicas if one in seen.engines]
+
+    def gpu_utilizations(self, seen: GpuReport | None) -> list[float]:
+        """How busy each GPU of its ready replicas is, 0 to 1, as far as that is known."""
+        own = {
+            gpu
+            for one in self.replicas.values()
+            if one.state is State.READY
+            for gpu in one.probe.gpus
+        }
+        readings = () if seen is None else seen.gpus or ()
+        figures = [one.figures.get(GPU_UTILIZATION) for one in readings if one.gpu.index in own]
+        return [figure for figure in figures if figure is not None]
+
     def lead_s(self) -> float | None:
         """How long before demand one more replica is to be asked for; ``None`` before the first
         start, and for externally managed servers."""
@@ -428,6 +447,8 @@ class PoolRecord:
                 del self.replicas[record.id]
 
 
+GPU_UTILIZATION = "utilization_fraction"
+"""The figure's name in ``autoscaler.signals.gpus.figures``."""
 ASLEEP = (State.FALLING_ASLEEP, State.SLEEPING)
 PUBLISHED = frozenset(State) - {State.SCHEDULED, State.PREPARING} - ENDED_STATES
 NEAREST_FIRST = tuple(reversed(start_steps.STEPS_TO_READY))

@@ -20,6 +20,7 @@ from autoscaler.policy.recommend import (
     recommend,
     recommend_for_backlog,
     recommend_for_forecast,
+    recommend_for_targets,
 )
 from autoscaler.types import (
     Bound,
@@ -30,10 +31,12 @@ from autoscaler.types import (
     ReplicaCapacity,
     ScaleReason,
     Signal,
+    TargetFigures,
     WindowedDemand,
 )
 
 RECENT_BUCKETS = 64
+NOTHING_SEEN = TargetFigures()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +81,8 @@ class Recommendations:
     ``fallback`` says why."""
 
     windows: WindowRecommendations
-    backlog: Recommendation | None = None
+    extra: Recommendation | None = None
+    """The larger of what the backlog and the pool's targets ask for."""
     forecast: Recommendation | None = None
     fallback: str = ""
 
@@ -92,15 +96,17 @@ def decide(
     *,
     capacity: ReplicaCapacity | None = None,
     outlook: Outlook | None = None,
+    seen: TargetFigures = NOTHING_SEEN,
 ) -> tuple[Decision, DecideState]:
     """How many replicas the pool shall have at ``now_s``, why, and what to remember.
 
     ``capacity`` and ``outlook`` are ``None`` where they are not known: then it reacts alone.
+    ``seen`` are the figures that the policy may have targets for.
     """
     arrived = has_arrived(demand, state)
     active = demand.some_requests or demand.some_queued or arrived or status.wake_signal
     state = remember_activity(state, demand, active, now_s)
-    found = recommend_all(policy, status, demand, capacity, outlook)
+    found = recommend_all(policy, status, demand, capacity, outlook, seen)
     windows = found.windows
     state = watch_panic(policy, status, windows, state, now_s)
     panicking = state.panic_until_s is not None
@@ -149,6 +155,7 @@ def recommend_all(
     demand: WindowedDemand,
     capacity: ReplicaCapacity | None,
     outlook: Outlook | None,
+    seen: TargetFigures,
 ) -> Recommendations:
     """What each signal recommends."""
     fallback = ""
@@ -163,10 +170,11 @@ def recommend_all(
     backlog = None
     if capacity is not None:
         backlog = recommend_for_backlog(policy, status, demand, capacity)
+    extra = larger(backlog, recommend_for_targets(policy, status, seen))
     if fallback or outlook is None or capacity is None:
-        return Recommendations(windows=windows, backlog=backlog, fallback=fallback)
+        return Recommendations(windows=windows, extra=extra, fallback=fallback)
     forecast = recommend_for_forecast(policy, outlook, capacity)
-    return Recommendations(windows=windows, backlog=backlog, forecast=forecast)
+    return Recommendations(windows=windows, extra=extra, forecast=forecast)
 
 
 def hold_back(decision: Decision, status: PoolStatus, policy: PoolPolicy, mode: str) -> Decision:
@@ -280,7 +288,7 @@ def propose(status: PoolStatus, found: Recommendations, state: DecideState) -> P
 
     In a panic (``watch_panic``) the larger of the two windows counts, and nothing below the peak.
     """
-    windows, backlog = found.windows, found.backlog
+    windows, extra = found.windows, found.extra
     stable = windows.stable
     if stable is None:
         return Proposal(
@@ -289,7 +297,7 @@ def propose(status: PoolStatus, found: Recommendations, state: DecideState) -> P
             detail="demand is unknown, so the replicas there are stay",
             bound=Bound.UNKNOWN_DEMAND,
         )
-    best = larger(stable, backlog) or stable
+    best = larger(stable, extra) or stable
     if state.panic_until_s is not None:
         best = larger(best, windows.panic) or best
         if state.panic_peak > best.replicas:

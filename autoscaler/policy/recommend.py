@@ -17,6 +17,7 @@ from autoscaler.types import (
     PoolStatus,
     ReplicaCapacity,
     Signal,
+    TargetFigures,
     WindowedDemand,
 )
 
@@ -25,6 +26,11 @@ ROUNDING = 1e-6
 LEAST_TAIL = 1e-4
 """Chances below it are taken for it: no sample says anything of them."""
 CANDIDATES = 64
+PER_REPLICA = ("requests_per_s", "queued_requests")
+HELD_AT = ("ttft_s", "itl_s", "e2e_s", "gpu_utilization_fraction")
+TOLERANCE = 0.1
+"""Kubernetes' own."""
+MOST_RATIO = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +139,38 @@ def recommend_for_backlog(
         wanted = max(wanted, replicas_for(rate + left / policy.backlog_s, each))
     text = f"{queued} tokens queued, to be worked off in {policy.backlog_s:g} s"
     return Recommendation(replicas=wanted, signal=Signal.BACKLOG, text=text)
+
+
+def recommend_for_targets(
+    policy: PoolPolicy, status: PoolStatus, seen: TargetFigures
+) -> Recommendation | None:
+    """What the targets that the pool's settings give ask for; the largest, ``None`` without any.
+
+    A number of the whole pool is divided by its target for one replica. A figure that is a quantile
+    or a mean over replicas is held at its target as Kubernetes' HPA does it: the ready replicas
+    times the ratio of the two, unless that is within ``TOLERANCE`` of 1; at most twice as many, for
+    latency does not grow in proportion to load.
+    """
+    best: Recommendation | None = None
+    for name in PER_REPLICA:
+        target, value = getattr(policy.targets, name), getattr(seen, name)
+        if target is not None and value is not None and math.isfinite(value):
+            text = f"{name} is {value:g}, {target:g} per replica"
+            found = Recommendation(
+                replicas=replicas_for(value, target), signal=Signal.TARGET, text=text
+            )
+            best = larger(best, found)
+    for name in HELD_AT:
+        target, value = getattr(policy.targets, name), getattr(seen, name)
+        if target is None or value is None or not math.isfinite(value) or not status.ready:
+            continue
+        ratio = value / target
+        replicas = status.ready
+        if abs(ratio - 1.0) > TOLERANCE:
+            replicas = math.ceil(status.ready * min(ratio, MOST_RATIO) - ROUNDING)
+        text = f"{name} is {value:.3g}, {target:g} is the target, with {status.ready} ready"
+        best = larger(best, Recommendation(replicas=replicas, signal=Signal.TARGET, text=text))
+    return best
 
 
 def recommend_for_forecast(

@@ -455,6 +455,7 @@ SIGNALS = {
     "panic_tokens_per_s": "tokens of the requests that came, per second of the panic window",
     "backlog": "tokens held in the gateway, to be worked off within backlog_s",
     "forecast": "the highest demand until a new replica would serve, by the forecast",
+    "target": "a figure that the pool has a target for (targets)",
     "arrivals": "requests that came since the last decision",
     "held": "requests held in the gateway",
     "override": "an operator's number (tidegate scale)",

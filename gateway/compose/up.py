@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import shlex
 import shutil
@@ -40,6 +41,7 @@ from autoscaler.signals.engine_scraper import EngineScraper
 from autoscaler.signals.gpus.reader import GpuReader
 from autoscaler.signals.history import FILE_NAME, HistoryStore, HistoryWriter
 from autoscaler.signals.recorder import Recorder
+from autoscaler.signals.series import MINUTE_S
 from autoscaler.tiers.preparer import NodePreparer
 from autoscaler.tiers.wake_times import WakeTimes
 from autoscaler.types import GpuCapacity, Observation
@@ -212,10 +214,14 @@ class _Tidegate:
         self.forecasts.observe(observation)
 
     async def _read_past(self, pool: str, from_s: float, until_s: float) -> list[float]:
-        names = ("input_tokens", "predicted_output_tokens")
+        names = ("input_tokens", "predicted_output_tokens", "output_tokens")
         found = await asyncio.to_thread(self.history.read, pool, names, from_s, until_s)
-        prompts, outputs = (found.values[name] for name in names)
-        return [(one + other) / 60.0 for one, other in zip(prompts, outputs, strict=True)]
+        columns = zip(*(found.values[name] for name in names), strict=True)
+        # What comes from an engine's own metrics has no prediction, but the tokens of answers.
+        return [
+            (prompt + (answered if math.isnan(expected) else expected)) / MINUTE_S
+            for prompt, expected, answered in columns
+        ]
 
     def _process_backend(self) -> ProcessBackend:
         settings = self.settings

@@ -9,7 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoscaler.policy.decide import DecideState, decide
-from autoscaler.policy.recommend import provision, recommend_for_backlog, value_at
+from autoscaler.policy.recommend import (
+    provision,
+    recommend_for_backlog,
+    recommend_for_targets,
+    value_at,
+)
 from autoscaler.settings import AutoscalerSettings, PoolSettings, make_policy
 from autoscaler.types import (
     Bound,
@@ -19,6 +24,7 @@ from autoscaler.types import (
     ReplicaCapacity,
     ScaleReason,
     Signal,
+    TargetFigures,
     WindowedDemand,
 )
 
@@ -126,6 +132,42 @@ def test_decision_with_a_capacity(
     assert got == (desired, reason, signal, bound), decision
     assert decision.capacity == CAPACITY
     assert (decision.forecast is None) == bool(decision.fallback)
+
+
+TARGET_CASES = [
+    # name, targets, seen, ready, replicas
+    ("requests per second", {"requests_per_s": 4.0}, {"requests_per_s": 33.0}, 2, 9),
+    ("a queue", {"queued_requests": 2.0}, {"queued_requests": 7.0}, 2, 4),
+    ("a latency that is too long", {"ttft_s": 1.0}, {"ttft_s": 1.5}, 4, 6),
+    ("a latency within the tolerance", {"itl_s": 0.05}, {"itl_s": 0.0545}, 4, 4),
+    ("a latency that is far too long", {"e2e_s": 1.0}, {"e2e_s": 60.0}, 4, 8),
+    ("a latency that is short", {"e2e_s": 1.0}, {"e2e_s": 0.5}, 4, 2),
+    ("busy GPUs", {"gpu_utilization_fraction": 0.7}, {"gpu_utilization_fraction": 0.95}, 4, 6),
+    ("the largest need wins", {"requests_per_s": 4.0, "ttft_s": 1.0},
+     {"requests_per_s": 33.0, "ttft_s": 1.5}, 4, 9),
+    ("what is not known asks for nothing", {"ttft_s": 1.0}, {}, 4, None),
+    ("nor what has no target", {}, {"ttft_s": 60.0}, 4, None),
+    ("a latency without a replica", {"ttft_s": 1.0}, {"ttft_s": 1.5}, 0, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("targets", "seen", "ready", "replicas"),
+    [pytest.param(*case[1:], id=case[0]) for case in TARGET_CASES],
+)
+def test_targets(
+    targets: dict[str, float], seen: dict[str, float], ready: int, replicas: int | None
+) -> None:
+    pool = PoolSettings.model_validate({**POOL, "targets": targets})
+    policy = make_policy(pool, AutoscalerSettings(max_scale_up_per_tick=50))
+    status = PoolStatus(ready=ready)
+    found = recommend_for_targets(policy, status, TargetFigures(**seen))
+    assert (None if found is None else found.replicas) == replicas
+    decision, _ = decide(
+        policy, status, arriving(100), RECENT, NOW, seen=TargetFigures(**seen), capacity=CAPACITY
+    )
+    assert decision.desired == max(2, replicas or 0)
+    assert (decision.signal is Signal.TARGET) == ((replicas or 0) > 2)
 
 
 def test_without_a_capacity_tokens_in_flight_count() -> None:
