@@ -300,6 +300,20 @@ class AutoscalerSettings(ConsistentSettings):
     forecast: ForecastSettings = ForecastSettings()
     """When forecasts are used."""
 
+    host_memory_bytes: int | None = Field(default=None, ge=1)
+    """Most host memory that engines without GPUs may take of this machine, all together; what one
+    takes is ``process.memory_bytes`` of its pool. Models that do not fit beside each other take
+    turns. Unset: no limit."""
+
+    min_loaded_s: float = Field(default=5.0, ge=0.0, le=86_400.0)
+    """Seconds a replica is left loaded, from when it is ready, before it makes room for another
+    model while it is idle."""
+
+    turn_s: float = Field(default=60.0, ge=0.0, le=86_400.0)
+    """Seconds a replica may be loaded while it is busy and another model waits for its memory; then
+    it gets no new requests, and makes room when it has none left. It bounds how long a model waits
+    for its turn."""
+
     prices: PriceSettings = PriceSettings()
     """What a replica, memory and a waiting user cost."""
 
@@ -370,6 +384,10 @@ class ProcessPoolSettings(ConsistentSettings):
     gpu_memory_bytes: int | None = Field(default=None, ge=1)
     """Memory one replica takes of each of its GPUs, so that replicas can share one. Unset: a GPU
     given to a replica is given to no other."""
+
+    memory_bytes: int | None = Field(default=None, ge=1)
+    """Host memory one replica without GPUs takes of ``autoscaler.host_memory_bytes``. Unset: what
+    was measured; until it was, a replica is loaded alone."""
 
     cpus_per_replica: int | None = Field(default=None, ge=1, le=4_096)
     """CPU cores one replica is pinned to, its own while there are enough. Unset: not pinned."""

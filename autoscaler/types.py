@@ -328,6 +328,7 @@ class ScaleReason(StrEnum):
     SLEEP_REQUESTED = "sleep_requested"
     ADVISE = "advise"
     OBSERVE = "observe"
+    NO_CAPACITY = "no_capacity"
     STATIC = "static"
     DISABLED = "disabled"
     REMOVED = "removed"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from autoscaler.policy.packing import Device
 from autoscaler.settings import PoolSettings
 from loaders.engines.base import EngineCommand, Placement
 
@@ -38,12 +39,14 @@ class StateInUse(BackendError):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSpec:
     """One replica to be started. ``url`` is set where the engine runs already (``static``).
-    ``digest`` is that of what the pool's replicas are started with."""
+    ``digest`` is that of what the pool's replicas are started with. ``gpus`` are those it was given
+    by the control loop (``None``: the backend chooses)."""
 
     id: str
     pool: PoolSettings
     url: str | None = None
     digest: str = ""
+    gpus: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +90,16 @@ class Backend(Protocol):
     @property
     def owns_replicas(self) -> bool:
         """Whether it starts and stops engines. If not, they are only watched and routed to."""
+        ...
+
+    def devices(self) -> Sequence[Device]:
+        """What its replicas share, as far as it knows now: GPUs (``gpu0``, …), and ``host`` where
+        their host memory is limited. Empty where nothing is, or it is not this backend's to say."""
+        ...
+
+    async def measure_memory(self, replica_id: str) -> int | None:
+        """Bytes that a replica holds of each of its GPUs, else of host memory, at most; ``None``
+        where that cannot be told."""
         ...
 
     async def start(self, spec: ReplicaSpec) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autoscaler.backends.base import AdoptedReplica, BackendError, Probe, ReplicaSpec
+from autoscaler.policy.packing import Device
 from autoscaler.settings import AutoscalerSettings
 from loaders.engines.base import ServedModel, choose_model, engine_of, list_names
 from loaders.engines.client import EngineClient
@@ -38,6 +39,14 @@ class StaticBackend:
         self._environ = os.environ if environ is None else environ
         self._client = client or EngineClient(timeout_s=settings.health_timeout_s)
         self._servers: dict[str, Server] = {}
+
+    def devices(self) -> Sequence[Device]:
+        """None of ours."""
+        return ()
+
+    async def measure_memory(self, replica_id: str) -> int | None:
+        """Not ours to tell."""
+        return None
 
     async def start(self, spec: ReplicaSpec) -> None:
         """Begin to watch a server. Raises ``BackendError`` when its API key is not set."""

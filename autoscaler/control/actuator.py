@@ -17,6 +17,7 @@ from dataclasses import replace
 from autoscaler.backends.base import AdoptedReplica, BackendError, NoCapacity, Probe, Unsupported
 from autoscaler.control.replicas import PoolRecord, ReplicaRecord, describe_phase
 from autoscaler.policy.lifecycle import PROBED_STATES, Action, Event, InvalidTransition, State, step
+from autoscaler.policy.packing import gpus_of
 from autoscaler.policy.plan import LOADING
 from autoscaler.settings import AutoscalerSettings
 from autoscaler.tiers.preparer import Preparer
@@ -99,6 +100,7 @@ class Actuator:
             record.error = None
         if event is Event.KEEP:
             record.drain_at_s = None
+            record.makes_room = False
         for action in found.actions:
             self._perform(pool, record, action, before, now_s)
         if found.state is State.READY and event in {Event.BECAME_READY, Event.WOKEN}:
@@ -245,9 +247,10 @@ class Actuator:
     async def _start(self, pool: PoolRecord, record: ReplicaRecord) -> None:
         try:
             async with asyncio.timeout(self.settings.call_timeout_s):
-                await record.backend.start(record.prepared or record.spec)
+                spec = record.prepared or record.spec
+                await record.backend.start(replace(spec, gpus=gpus_of(record.devices)))
         except NoCapacity as error:
-            record.no_capacity = True
+            record.no_capacity, record.devices = True, ()
             record.not_before_s = self._clock() + self.settings.backoff_initial_s
             self.apply(pool, record, Event.NO_CAPACITY, str(error))
         except Exception as error:  # noqa: BLE001 -- whatever it is, the start has failed
@@ -401,9 +404,9 @@ class Actuator:
                 self.apply(pool, record, Event.TIMED_OUT, text)
             case State.DRAINING | State.DRAINING_TO_SLEEP if self._is_drained(record, load, now_s):
                 self.apply(pool, record, Event.DRAINED)
-            case State.DRAINING if in_state_s >= self.settings.drain_s:
+            case State.DRAINING if self._is_late(record, in_state_s):
                 self.apply(pool, record, Event.DRAINED)
-            case State.DRAINING_TO_SLEEP if in_state_s >= self.settings.drain_s:
+            case State.DRAINING_TO_SLEEP if self._is_late(record, in_state_s):
                 # Sleep can be cancelled, so no answer is cut for it.
                 text = f"{record.id} still has requests after {self.settings.drain_s:g} s (drain_s)"
                 record.sleep_error = BackendError(text)
@@ -415,6 +418,10 @@ class Actuator:
                 pool.failures, pool.retry_at_s, pool.error = 0, None, None
             case _:
                 pass
+
+    def _is_late(self, record: ReplicaRecord, in_state_s: float) -> bool:
+        """Whether a drain takes too long. One that makes room for another pool has its time."""
+        return in_state_s >= self.settings.drain_s and not record.makes_room
 
     def _is_drained(self, record: ReplicaRecord, load: ReplicaLoad | None, now_s: float) -> bool:
         """Whether a replica surely has no request left. Unknown is not none."""
@@ -431,6 +438,8 @@ class Actuator:
                 self.apply(pool, record, Event.FOUND)
                 continue
             waiting = pool.retry_at_s is not None and now_s < pool.retry_at_s
+            if pool.grants is not None and not record.devices:
+                continue
             if pool.failures and (waiting or pool.count(State.PREPARING, State.STARTING)):
                 continue
             self.apply(pool, record, Event.DUE)

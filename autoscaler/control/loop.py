@@ -21,6 +21,7 @@ from typing import Any
 
 from autoscaler.backends.base import Backend, ReplicaSpec, Unsupported
 from autoscaler.control.actuator import Actuator, ErrorCounts
+from autoscaler.control.device_turns import DeviceTurns
 from autoscaler.control.disabled_pools import DisabledPools
 from autoscaler.control.replica_numbers import ReplicaNumbers
 from autoscaler.control.replicas import ASLEEP, PoolRecord, publish_pool, report_pool
@@ -125,6 +126,7 @@ class ControlLoop:
         )
         self._pools: dict[str, PoolRecord] = {}
         self._numbers = numbers or ReplicaNumbers()
+        self._turns = DeviceTurns(self._actuator.spawn)
         for pool in pools:
             self._pools[pool.name] = self._make_pool(pool, digests[pool.name])
         self._observation = Observation()
@@ -324,16 +326,25 @@ class ControlLoop:
             self._record(self._observation)
         except Exception as error:  # noqa: BLE001 -- pools are scaled without a history too
             self._errors.add("record", error)
+        decided = []
         for pool in list(self._pools.values()):
             try:
-                self._tick_pool(pool, now_s)
+                decided.append(self._decide_for(pool, now_s))
             except Exception as error:  # noqa: BLE001 -- one pool's bug must not stop the rest
+                self._errors.add(f"pool {pool.pool.name}", error)
+        bounded = self._take_turns(decided, now_s)
+        for pool, decision, loads in decided:
+            try:
+                self._act(pool, bounded.get(pool.pool.name, decision), loads, now_s)
+            except Exception as error:  # noqa: BLE001 -- as above
                 self._errors.add(f"pool {pool.pool.name}", error)
         if self._numbers.are_new:
             self._actuator.spawn(self._numbers.save(), "replica numbers")
         self._publish_changes()
 
-    def _tick_pool(self, pool: PoolRecord, now_s: float) -> None:
+    def _decide_for(
+        self, pool: PoolRecord, now_s: float
+    ) -> tuple[PoolRecord, Decision, Mapping[str, ReplicaLoad]]:
         demand = self._observation.pools.get(pool.pool.name)
         if demand is not None:
             pool.window.add(demand)
@@ -347,7 +358,38 @@ class ControlLoop:
         )
         loads = pool.known_loads(self._observation.replicas, now_s)
         self._actuator.apply_time_limits(pool, loads, now_s)
-        decision = self._decide(pool, now_s)
+        return pool, self._decide(pool, now_s), loads
+
+    def _take_turns(
+        self,
+        decided: Sequence[tuple[PoolRecord, Decision, Mapping[str, ReplicaLoad]]],
+        now_s: float,
+    ) -> dict[str, Decision]:
+        """The decisions that are bounded by the devices there are, and what makes room for them."""
+        if self._closing:
+            return {}
+        owned = [one for one in decided if one[0].backend.owns_replicas]
+        try:
+            bounded, events = self._turns.step(owned, self._settings, now_s)
+        except Exception as error:  # noqa: BLE001 -- the backend has a bound of its own
+            self._errors.add("turns", error)
+            return {}
+        for pool, record, event in events:
+            record.makes_room, record.recallable = True, record.state is State.READY
+            if event is Event.SLEEP:
+                record.sleep_level, record.sleep_error = pool.pool.tiers.sleep_level, None
+            self._actuator.apply(pool, record, event)
+            if not pool.window.read(now_s).some_requests:
+                pool.forget_demand()  # it was idle, and comes back with its next request
+        return bounded
+
+    def _act(
+        self,
+        pool: PoolRecord,
+        decision: Decision,
+        loads: Mapping[str, ReplicaLoad],
+        now_s: float,
+    ) -> None:
         self._note_decision(pool, decision)
         self._carry_out(pool, decision, loads, now_s)
         self._actuator.start_due(pool, now_s)

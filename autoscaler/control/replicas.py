@@ -61,6 +61,10 @@ class ReplicaRecord:
     begun_at_s: float | None = None
     drain_at_s: float | None = None
     no_capacity: bool = False
+    devices: tuple[str, ...] = ()
+    """What it was given by ``device_turns``."""
+    makes_room: bool = False
+    """It drains for another pool: however long its requests take, they are not cut."""
     recallable: bool = False
     sleep_level: int = 1
     sleep_error: BackendError | None = None
@@ -171,6 +175,11 @@ class PoolRecord:
         self.ready_at_s: float | None = None
         self.reported_len_tokens: int | None = None
         """What a replica reported last as its longest prompt and answer together."""
+        self.grants: list[tuple[str, ...]] | None = None
+        """Devices of the replicas that may start now; ``None``: nothing limits it."""
+        self.memory_bytes: int | None = None
+        """The most that a replica was measured to hold of a device, ``asleep_bytes`` asleep."""
+        self.asleep_bytes: int | None = None
         self._numbers = numbers
 
     def _use(self, settings: AutoscalerSettings) -> None:
@@ -246,6 +255,7 @@ class PoolRecord:
             backend=self.backend,
             since_s=now_s,
             not_before_s=not_before_s,
+            devices=self.grants.pop(0) if self.grants else (),
         )
 
     def adopt_replica(

@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+HOST = "host"
+"""The device that is the memory of a machine."""
 WHOLE = None
 """In place of bytes: the device alone, for the memory of the replica is not known."""
 
@@ -41,6 +43,16 @@ class Need:
     count: int = 1
     memory_bytes: int | None = WHOLE
     asleep_bytes: int | None = None
+
+
+def gpu_name(index: int) -> str:
+    """The name of a GPU as a device."""
+    return f"gpu{index}"
+
+
+def gpus_of(devices: Sequence[str]) -> tuple[int, ...] | None:
+    """The GPUs among these devices by their indices; ``None`` without any."""
+    return tuple(sorted(int(name[3:]) for name in devices if name != HOST)) or None
 
 
 class Phase(StrEnum):
@@ -108,11 +120,13 @@ class PackState:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackPlan:
     """``limits``: how many loaded replicas a pool may have now, for pools that do not get all they
-    want. ``grants``: the devices of each replica that may start or wake now, by pool. ``evict``:
-    replicas that are to make room. ``waits``: what each waiting pool waits for, in words."""
+    want. ``grants``: the devices of each replica that may start, wake or go on now, by pool;
+    ``starts``: those of new ones. ``evict``: replicas that are to make room. ``waits``: what each
+    waiting pool waits for, in words."""
 
     limits: Mapping[str, int] = field(default_factory=dict)
     grants: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    starts: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     evict: Mapping[str, Eviction] = field(default_factory=dict)
     waits: Mapping[str, str] = field(default_factory=dict)
 
@@ -178,6 +192,7 @@ class Packing:
         self.evicted: dict[str, Eviction] = {}
         self.loaded = {pool.name: pool.loaded for pool in pools}
         self.grants: dict[str, list[tuple[str, ...]]] = {pool.name: [] for pool in pools}
+        self.starts: dict[str, list[tuple[str, ...]]] = {pool.name: [] for pool in pools}
         self._used: set[str] = set()
         for pool in pools:
             for one in pool.residents:
@@ -214,7 +229,10 @@ class Packing:
 
     def _note_grant(self, pool: PoolOnDevices, devices: tuple[str, ...], replica_id: str) -> bool:
         self.grants[pool.name].append(devices)
-        self._used.add(replica_id)
+        if replica_id:
+            self._used.add(replica_id)
+        else:
+            self.starts[pool.name].append(devices)
         return True
 
     def _find_sleeper(self, pool: PoolOnDevices) -> Resident | None:
@@ -379,6 +397,7 @@ def pack(
     plan = PackPlan(
         limits=limits,
         grants={name: tuple(found) for name, found in packing.grants.items() if found},
+        starts={name: tuple(found) for name, found in packing.starts.items() if found},
         evict=dict(packing.evicted),
         waits=waits,
     )

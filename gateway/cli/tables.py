@@ -471,7 +471,7 @@ BOUNDS = {
     "idle_to_zero": "kept: not idle for idle_to_zero_s yet",
     "never_zero": "kept: not to zero while there are requests, or a start because of one",
     "starting": "kept: none is ready yet, and a request may wait for one that is loading",
-    "no_capacity": "no GPU is free beside outdated replicas: they are replaced one after the other",
+    "no_capacity": "lowered: no memory or GPU is free for more, so it waits, or makes room",
     "unknown_demand": "kept: demand is unknown, which is not zero",
 }
 

@@ -31,6 +31,7 @@ NEEDS_RESTART = (
     "gateway.tls_certificate",
     "gateway.tls_key",
     "autoscaler.dcgm_url",
+    "autoscaler.host_memory_bytes",
     "autoscaler.health_timeout_s",
     "autoscaler.terminate_s",
     "autoscaler.keep_engines_s",

@@ -20,6 +20,7 @@ from autoscaler.backends.base import (
 )
 from autoscaler.control.disabled_pools import DisabledPools
 from autoscaler.control.loop import ControlLoop
+from autoscaler.policy.packing import Device
 from autoscaler.settings import AutoscalerSettings, PoolSettings
 from autoscaler.tiers.preparer import Preparer
 from autoscaler.tiers.wake_times import WakeTimes
@@ -69,6 +70,14 @@ class FakeBackend:
     stopped: list[str] = field(default_factory=list)
     calls: list[tuple[str, str]] = field(default_factory=list)
     closed: bool = False
+    shared: tuple[Device, ...] = ()
+    measured_bytes: dict[str, int] = field(default_factory=dict)
+
+    def devices(self) -> tuple[Device, ...]:
+        return self.shared
+
+    async def measure_memory(self, replica_id: str) -> int | None:
+        return self.measured_bytes.get(self.engines[replica_id].spec.pool.name)
 
     async def start(self, spec: ReplicaSpec) -> None:
         self.calls.append(("start", spec.id))

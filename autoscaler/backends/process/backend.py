@@ -44,7 +44,13 @@ from autoscaler.backends.process.fork_server import RECORD_ID as FORK_SERVER
 from autoscaler.backends.process.fork_server import ForkPlan, Forks, ForkServerStatus
 from autoscaler.backends.process.guard import MARK
 from autoscaler.backends.process.logs import ReplicaLog, prune
-from autoscaler.backends.process.placement import HOST, gpu_memory_fraction, place, reserve_port
+from autoscaler.backends.process.placement import (
+    HOST,
+    gpu_memory_fraction,
+    place,
+    read_gpu_memory,
+    reserve_port,
+)
 from autoscaler.backends.process.procs import (
     KILLED_S,
     ProcessId,
@@ -54,6 +60,7 @@ from autoscaler.backends.process.procs import (
     has_ended,
     list_stats,
     reap_orphans,
+    sum_pss_bytes,
 )
 from autoscaler.backends.process.replica import (
     AdoptedProcess,
@@ -71,6 +78,8 @@ from autoscaler.backends.process.replica import (
     spawn_plainly,
     to_the_end,
 )
+from autoscaler.policy.packing import HOST as HOST_MEMORY
+from autoscaler.policy.packing import Device, gpu_name
 from autoscaler.settings import AutoscalerSettings
 from autoscaler.types import GpuCapacity
 from loaders.engines.base import (
@@ -138,6 +147,8 @@ class ProcessBackend:
         """Ports of replicas that have ended, each with when it did."""
         self._drivers = ThreadPoolExecutor(DRIVER_THREADS, thread_name_prefix="tidegate-drivers")
         self._on_news = on_news
+        self._gpus: Sequence[GpuCapacity] | None = None
+        """The GPUs as they were seen last."""
         self._forks: Forks | None = None
         if fork_plan is not None:
             self._forks = self._make_forks(fork_plan)
@@ -153,6 +164,25 @@ class ProcessBackend:
     def _make_forks(self, plan: ForkPlan) -> Forks:
         log = self._make_log(self._logs / f"{FORK_SERVER}.log")
         return Forks(plan, registry=self._registry, log=log)
+
+    def devices(self) -> tuple[Device, ...]:
+        """See ``Backend``. GPUs are known once a replica was placed on one."""
+        gpus = [
+            Device(name=gpu_name(one.index), memory_bytes=one.memory_bytes)
+            for one in self._gpus or ()
+        ]
+        size = self._settings.host_memory_bytes
+        return (*gpus, *([] if size is None else [Device(name=HOST_MEMORY, memory_bytes=size)]))
+
+    async def measure_memory(self, replica_id: str) -> int | None:
+        """See ``Backend``."""
+        child = self._children.get(replica_id)
+        if child is None or child.family is None:
+            return None
+        pids = child.family.pids()
+        if child.placement.gpus:
+            return await self._ask_drivers(read_gpu_memory, pids)
+        return await self._registry.run(sum_pss_bytes, pids)
 
     async def start(self, spec: ReplicaSpec) -> None:
         """Launch a replica's process, or wake the pool's standby. Raises ``NoCapacity`` without a
@@ -176,7 +206,7 @@ class ProcessBackend:
             await asyncio.shield(self._ending)  # what an earlier run left may hold GPUs and ports
         inventory = None
         if spec.pool.process.gpus_per_replica:
-            inventory = await self._ask_drivers(self._list_gpus)
+            inventory = self._gpus = await self._ask_drivers(self._list_gpus)
         running = list(self._children.values())
         gpus, cpus = place(spec, running, inventory=inventory, cpus=self._cpus)
         fraction = gpu_memory_fraction(spec.pool.process, inventory)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from autoscaler.backends.base import NoCapacity, ReplicaSpec
@@ -64,7 +65,7 @@ def place(
     ``inventory`` is ``None`` where the GPUs are not known.
     """
     wanted = spec.pool.process
-    gpus = assign_gpus(
+    gpus = spec.gpus or assign_gpus(
         count=wanted.gpus_per_replica,
         memory_bytes=wanted.gpu_memory_bytes,
         allowed=wanted.gpus,
@@ -87,6 +88,32 @@ def place(
         taken=[core for child in children for core in child.placement.cpus],
     )
     return gpus, cores
+
+
+def read_gpu_memory(pids: Collection[int]) -> int | None:
+    """Bytes that these processes hold of the GPU of which they hold most; ``None`` where
+    ``nvidia-smi`` does not say. Takes up to seconds."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    argv = [tool, "--query-compute-apps=gpu_uuid,pid,used_memory", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=True
+        )
+        return sum_gpu_memory(done.stdout, pids)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def sum_gpu_memory(text: str, pids: Collection[int]) -> int | None:
+    """The same of what ``nvidia-smi`` prints for these fields; ``ValueError`` for other text."""
+    used: Counter[str] = Counter()
+    for line in filter(str.strip, text.splitlines()):
+        uuid, pid, memory = (part.strip() for part in line.split(","))
+        if int(pid) in pids:
+            used[uuid] += int(memory) << 20
+    return max(used.values(), default=None)
 
 
 def gpu_memory_fraction(

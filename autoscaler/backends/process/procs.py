@@ -65,6 +65,13 @@ def list_stats() -> list[ProcessStat]:
     return [stat for stat in map(read_stat, pids) if stat is not None]
 
 
+def sum_pss_bytes(pids: Iterable[int]) -> int | None:
+    """The memory of these processes, of what they share with others only their part; ``None`` where
+    none of them can be read."""
+    sizes = [size for pid in pids if (size := read_pss_bytes(pid)) is not None]
+    return sum(sizes) if sizes else None
+
+
 def read_pss_bytes(pid: int) -> int | None:
     """Memory of a process, of pages it shares only its part; ``None`` where it cannot be told."""
     try:

@@ -20,7 +20,7 @@ from autoscaler.backends.base import Probe, ReplicaSpec
 from autoscaler.backends.process import guard
 from autoscaler.backends.process.family import Family, StartedEngine
 from autoscaler.backends.process.logs import ReplicaLog, find_error, message_of
-from autoscaler.backends.process.procs import ProcessId, list_stats, read_pss_bytes, read_stat
+from autoscaler.backends.process.procs import ProcessId, list_stats, read_stat, sum_pss_bytes
 from autoscaler.settings import PoolSettings
 from loaders.engines.base import (
     START_PHASES,
@@ -316,12 +316,11 @@ def describe_standby(child: ReplicaProcess) -> Standby | None:
     if child.process is None or child.family is None or child.process.poll() is not None:
         return None
     child.listen()
-    sizes = [size for pid in child.family.pids() if (size := read_pss_bytes(pid)) is not None]
     return Standby(
         pool=child.spec.pool.name,
         pid=child.pid or child.process.pid,
         parked=child.is_parked,
-        pss_bytes=sum(sizes) if sizes else None,
+        pss_bytes=sum_pss_bytes(child.family.pids()),
     )
 
 

@@ -55,7 +55,7 @@ MARKS = sorted(secrets.token_hex(16) for _ in range(6))
 def test_memory_of_a_standby_that_cannot_be_read_is_not_zero(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[int, int], told: int | None
 ) -> None:
-    monkeypatch.setattr(replica, "read_pss_bytes", sizes.get)
+    monkeypatch.setattr(procs, "read_pss_bytes", sizes.get)
     parts: Any = {
         "port": None,
         "process": SimpleNamespace(pid=1, poll=lambda: None),

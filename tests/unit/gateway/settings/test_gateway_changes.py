@@ -41,7 +41,7 @@ APPLIES = {
         "backlog_s demand_stale_s start_timeout_s prepare_timeout_s start_poll_s "
         "health_interval_s metrics_interval_s health_failures unhealthy_restart_s "
         "backoff_initial_s backoff_max_s "
-        "backoff_reset_s drain_s drain_settle_s failed_kept"
+        "backoff_reset_s drain_s drain_settle_s failed_kept min_loaded_s turn_s"
     ),
     "autoscaler.forecast": "history_least_s",
     "autoscaler.history": "max_age_s max_bytes",
