@@ -9,14 +9,18 @@ from __future__ import annotations
 import os
 import struct
 import sys
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
 from autoscaler.types import LeadForecast
 
+if TYPE_CHECKING:
+    from autoscaler.policy.outlook import OutlookMaker
+
 NICENESS = 10
 """Requests come before forecasts."""
+MOST_POOLS = 10_000
 MOST_BYTES = 64 * 1024 * 1024
 LENGTH = struct.Struct(">I")
 
@@ -41,17 +45,23 @@ class ForecastResult(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
-def answer(job: ForecastJob) -> ForecastResult:
-    """The result of a job; an error of a model is a result too."""
+def answer(job: ForecastJob, makers: dict[str, OutlookMaker]) -> ForecastResult:
+    """The result of a job; an error of a model is a result too. ``makers`` are those of the pools
+    by name, the one that was longest not asked first."""
     import numpy as np
 
-    from autoscaler.policy.outlook import FINE_STEP_S, make_outlook
+    from autoscaler.policy.outlook import FINE_STEP_S, OutlookMaker
     from forecaster.types import History
+
+    maker = makers.pop(job.pool) if job.pool in makers else OutlookMaker()
+    makers[job.pool] = maker
+    if len(makers) > MOST_POOLS:
+        del makers[next(iter(makers))]
 
     minutes = History(values=np.frombuffer(job.minutes), start_s=job.start_s)
     fine = History(values=np.frombuffer(job.fine), step_s=FINE_STEP_S)
     try:
-        found = make_outlook(minutes, fine, job.lead_s, job.now_s)
+        found = maker.make(minutes, fine, job.lead_s, job.now_s)
     except Exception as error:  # noqa: BLE001 -- one pool's history must not end the process
         return ForecastResult(pool=job.pool, error=f"{type(error).__name__}: {error}")
     return ForecastResult(pool=job.pool, found=found)
@@ -80,9 +90,10 @@ def main() -> None:
     os.nice(NICENESS)
     jobs, results = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # what a library prints must not get among the messages
+    makers: dict[str, OutlookMaker] = {}
     while (body := read_message(jobs)) is not None:
         job = msgspec.msgpack.decode(body, type=ForecastJob)
-        write_message(results, msgspec.msgpack.encode(answer(job)))
+        write_message(results, msgspec.msgpack.encode(answer(job, makers)))
 
 
 if __name__ == "__main__":

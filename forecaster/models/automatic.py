@@ -8,7 +8,7 @@ import numpy as np
 
 from forecaster.calibrate import blended
 from forecaster.clean import cleaned
-from forecaster.models.direct import Direct
+from forecaster.models.direct import Direct, DirectFit
 from forecaster.models.last_value import LastValue
 from forecaster.models.seasonal import PeriodicQuantile
 from forecaster.periods import day_and_week, find_periods
@@ -34,6 +34,11 @@ class Automatic:
         self, history: History, horizon_steps: int, levels: tuple[float, ...] = QUANTILES
     ) -> Forecast:
         """Any history with one known value will do; raises ``ValueError`` where there is none."""
+        return self.fit(history, horizon_steps).forecast(history, horizon_steps, levels)
+
+    def fit(self, history: History, horizon_steps: int) -> AutomaticFit:
+        """What is learned of a history, to forecast from it, or from it with more at its end, at a
+        fraction of the cost. Raises ``ValueError`` where it has no known value."""
         history = replace(history, values=cleaned(history.values))
         known = np.flatnonzero(np.isfinite(history.values))
         if not len(known):
@@ -49,12 +54,32 @@ class Automatic:
         share = min(_DIRECT_MOST, days / _DAYS_FOR_DIRECT)
         if short:
             share = min(share, len(values) / short[0] / _REPETITIONS_FOR_DIRECT)
-        parts = []
+        direct = None
         try:
-            direct = Direct(periods=periods).forecast(history, horizon_steps, levels)
-            parts.append((share, direct))
+            direct = Direct(periods=periods).fit(history, horizon_steps)
         except ValueError:
             share = 0.0
         other: Forecaster = PeriodicQuantile(period=short[0]) if short else LastValue()
-        parts.append((1.0 - share, other.forecast(history, horizon_steps, levels)))
+        return AutomaticFit(name=self.name, share=share, direct=direct, other=other)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutomaticFit:
+    """What was learned of a history. ``share`` is the direct model's part of the say, the rest is
+    the ``other``'s."""
+
+    name: str
+    share: float
+    direct: DirectFit | None
+    other: Forecaster
+
+    def forecast(
+        self, history: History, horizon_steps: int, levels: tuple[float, ...] = QUANTILES
+    ) -> Forecast:
+        """What follows ``history``, which is that of the fit, or that with more at its end."""
+        history = replace(history, values=cleaned(history.values))
+        parts = []
+        if self.direct is not None and self.share > 0.0:
+            parts.append((self.share, self.direct.forecast(history, horizon_steps, levels)))
+        parts.append((1.0 - self.share, self.other.forecast(history, horizon_steps, levels)))
         return blended(self.name, history, parts)

@@ -17,6 +17,7 @@ days. docs/reference/forecasting.md has the features, the sources and what was m
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +50,10 @@ _STEPS_OF_A_LEAD = 8
 _STRIDE_MOST = 6
 """Rows of a long lead overlap: an eighth of the lead apart they say as much."""
 
-_MEAN_LEVELS = np.linspace(0.01, 0.99, 50)
+_LEVELS = np.concatenate(
+    [[0.001, 0.0025, 0.005], np.linspace(0.01, 0.99, 99), [0.995, 0.9975, 0.999]]
+)
+"""Quantiles of errors that a fit keeps; those between are interpolated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,38 +68,152 @@ class Direct:
         self, history: History, horizon_steps: int, levels: tuple[float, ...] = QUANTILES
     ) -> Forecast:
         """Raises ``ValueError`` where fewer than 120 steps are left to learn from."""
+        return self.fit(history, horizon_steps).forecast(history, horizon_steps, levels)
+
+    def fit(self, history: History, horizon_steps: int) -> DirectFit:
+        """The regressions, to forecast from this history or from later ends of it. Raises
+        ``ValueError`` where fewer than 120 steps are left to learn from."""
         known = np.flatnonzero(np.isfinite(history.values))
         if len(known) < _ROWS_LEAST:
             raise ValueError(f"{len(known)} known steps, fewer than {_ROWS_LEAST}")
         values = history.values[known[0] :]
         unit = float(np.sqrt(np.nanmean(values))) or 1.0
-        root = np.sqrt(values) / unit
-        steps = np.arange(len(root))
-        good = np.isfinite(root)
-        filled = np.interp(steps, steps[good], root[good])
+        root, filled = _in_roots(values, unit)
         day = round(DAY_S / history.step_s)
         periods = self.periods
         if periods is None:
             periods = (day,) if len(root) >= 3 * day else ()
-        table = FeatureTable(filled, history.step_s, periods)
+        table = FeatureTable(filled, history.step_s, periods, len(root))
+        regressions = _Regressions(root, table, day)
         leads = tuple(
             lead
             for lead in lead_grid(horizon_steps)
             if len(root) - lead >= max(_ROWS_LEAST, 2 * lead) or lead == 1
         )
-        wanted = np.concatenate([levels, _MEAN_LEVELS])
-        fit = _Fit(root, table, day)
-        found = np.array([fit.quantiles(lead, wanted) for lead in leads])  # [lead, level, target]
-        found = np.clip(found, 0.0, 2.0 * float(np.max(filled))) ** 2 * unit**2
-        count = len(levels)
-        rows = over_steps(found[:, :, 0].T, leads, horizon_steps)
-        tops = over_steps(found[:, :count, 1].T, leads, horizon_steps)
-        return made_forecast(
-            self.name, history, levels, rows[:count], rows[count:].mean(axis=0), tops
+        return DirectFit(
+            name=self.name,
+            periods=periods,
+            unit=unit,
+            learned_of=len(root),
+            leads={lead: regressions.of_lead(lead) for lead in leads},
         )
 
 
-class _Fit:
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """What a column is shifted and divided by, to be of size 1; what hardly moves becomes 0."""
+
+    shift: Floats
+    size: Floats
+    most: float = np.inf
+
+    def __call__(self, columns: Floats) -> Floats:
+        return np.asarray(np.clip((columns - self.shift) / self.size, -self.most, self.most))
+
+    @classmethod
+    def of_moves(cls, columns: Floats) -> _Scale:
+        """Moves keep their zero: no move is no reason to move."""
+        deviation = np.sqrt(np.mean(columns**2, axis=0))
+        return cls(np.zeros_like(deviation), np.where(deviation <= 1e-9, np.inf, deviation))
+
+    @classmethod
+    def of_plain(cls, columns: Floats) -> _Scale:
+        mean, deviation = columns.mean(axis=0), columns.std(axis=0)
+        flat = deviation <= 1e-9 * (1.0 + np.abs(mean))
+        return cls(mean, np.where(flat, np.inf, deviation), _MOST_DEVIATIONS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scales:
+    """Of the features that all leads share, and of those of one lead."""
+
+    own_moves: _Scale
+    own_plain: _Scale
+    moves: _Scale
+    plain: _Scale
+    spread: _Scale
+
+    def columns(self, table: FeatureTable, lead: int, rows: slice) -> Floats:
+        """The features of these rows; the last is 1."""
+        moves, plain = table.of_lead(lead)
+        count = len(table.base[rows])
+        return np.hstack(
+            [
+                self.own_moves(moves[rows]),
+                self.own_plain(plain[rows]),
+                self.moves(table.moves[rows]),
+                self.plain(table.plain[rows]),
+                np.ones((count, 1)),
+            ]
+        )
+
+    def spreads(self, table: FeatureTable, rows: slice) -> Floats:
+        """What the size of errors depends on, in these rows; the last is 1."""
+        return np.hstack([self.spread(table.spread[rows]), np.ones((len(table.base[rows]), 1))])
+
+
+@dataclass(frozen=True, slots=True)
+class _LeadFit:
+    """The regressions of one lead. Each has a column for both targets: the value at the lead, and
+    the largest until it. ``errors`` are the quantiles ``_LEVELS`` of errors of size 1."""
+
+    scales: _Scales
+    guess: Floats
+    size: Floats
+    errors: Floats
+
+    def quantiles(self, table: FeatureTable, lead: int) -> Floats:
+        """``[level, target]`` in square-root space, from the last row of a table."""
+        last = slice(-1, None)
+        guess = self.scales.columns(table, lead, last)[0] @ self.guess
+        size = np.exp(self.scales.spreads(table, last)[0] @ self.size)
+        return np.asarray(table.base[-1] + guess + size * self.errors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectFit:
+    """What was learned of a history, by lead. The values it was learned of are not kept."""
+
+    name: str
+    periods: tuple[int, ...]
+    unit: float
+    learned_of: int
+    leads: Mapping[int, _LeadFit]
+
+    def forecast(
+        self, history: History, horizon_steps: int, levels: tuple[float, ...] = QUANTILES
+    ) -> Forecast:
+        """What follows ``history``, which is that of the fit, or that with more at its end. Beyond
+        the longest lead it stays as there."""
+        known = np.flatnonzero(np.isfinite(history.values))
+        if not len(known):
+            raise ValueError("the history has no known value")
+        _, filled = _in_roots(history.values[known[0] :], self.unit)
+        table = FeatureTable(filled, history.step_s, self.periods, self.learned_of)
+        leads = tuple(self.leads)
+        found = np.array([fit.quantiles(table, lead) for lead, fit in self.leads.items()])
+        found = np.clip(found, 0.0, 2.0 * float(np.max(filled))) ** 2 * self.unit**2
+        places = [np.interp(levels, _LEVELS, one) for row in found for one in row.T]
+        at_leads = np.array(places).reshape(len(leads), 2, len(levels))
+        rows = over_steps(at_leads[:, 0].T, leads, horizon_steps)
+        tops = over_steps(at_leads[:, 1].T, leads, horizon_steps)
+        mean = over_steps(found[:, _MEAN_FROM:_MEAN_TO, 0].mean(axis=1)[None], leads, horizon_steps)
+        return made_forecast(self.name, history, levels, rows, mean[0], tops)
+
+
+_MEAN_FROM, _MEAN_TO = 3, 102
+"""The evenly spaced part of ``_LEVELS``."""
+
+
+def _in_roots(values: Floats, unit: float) -> tuple[Floats, Floats]:
+    """The square roots in parts of ``unit``, with gaps and with gaps filled."""
+    root = np.sqrt(values) / unit
+    steps = np.arange(len(root))
+    good = np.isfinite(root)
+    return root, np.interp(steps, steps[good], root[good])
+
+
+class _Regressions:
     """The regressions of one history. ``root`` may have gaps, the table has none."""
 
     def __init__(self, root: Floats, table: FeatureTable, day: int) -> None:
@@ -103,26 +221,22 @@ class _Fit:
         self._table = table
         self._first = max(0, len(root) - _ROWS_MOST)
         self._age = (len(root) - 1 - np.arange(len(root))) / day
-        ones = np.ones((len(root) - self._first, 1))
-        shared = self._columns(table.moves, table.plain)
-        self._shared = np.hstack([shared, ones])
-        self._spread = np.hstack([_standardised(table.spread[self._first :]), ones])
+        seen = slice(self._first, None)
+        self._moves = _Scale.of_moves(table.moves[seen])
+        self._plain = _Scale.of_plain(table.plain[seen])
+        self._spread = _Scale.of_plain(table.spread[seen])
 
-    def _columns(self, moves: Floats, plain: Floats) -> Floats:
-        # Moves keep their zero: no move is no reason to move.
-        deviation = np.sqrt(np.mean(moves[self._first :] ** 2, axis=0))
-        flat = deviation <= 1e-9
-        return np.hstack(
-            [
-                moves[self._first :] / np.where(flat, np.inf, deviation),
-                _standardised(plain[self._first :]),
-            ]
-        )
-
-    def quantiles(self, lead: int, wanted: Floats) -> Floats:
-        """``[level, target]`` in square-root space; the targets are the value at the lead, and the
-        largest until it."""
+    def of_lead(self, lead: int) -> _LeadFit:
+        """The regressions of one lead."""
         first, end = self._first, len(self._root) - lead
+        moves, plain = self._table.of_lead(lead)
+        scales = _Scales(
+            _Scale.of_moves(moves[first:]),
+            _Scale.of_plain(plain[first:]),
+            self._moves,
+            self._plain,
+            self._spread,
+        )
         stride = int(np.clip(lead // _STEPS_OF_A_LEAD, 1, _STRIDE_MOST))
         first += (end - 1 - first) % stride
         rows = slice(first, end, stride)
@@ -133,46 +247,34 @@ class _Fit:
         count = len(weights)
         edges = np.linspace(0, count, max(2, min(_BLOCKS, count // 60)) + 1).astype(int)
         blocks = [slice(a, b) for a, b in itertools.pairwise(edges)]
-        columns = np.hstack([self._columns(*self._table.of_lead(lead)), self._shared])
-        inside = slice(first - self._first, end - self._first, stride)
         penalty = _RIDGE * (1.0 + _RIDGE_OVERLAP * lead / len(self._root))
-        guess, errors = _ridge(columns[inside], columns[-1], both, weights, blocks, penalty)
+        columns = scales.columns(self._table, lead, rows)
+        guess, errors = _ridge(columns, both, weights, blocks, penalty)
         small = 0.1 * np.median(np.abs(errors), axis=0) + 1e-9
         sizes = np.log(np.abs(errors) + small)
-        size, missed = _ridge(
-            self._spread[inside], self._spread[-1], sizes, weights, blocks, _RIDGE_SPREAD
-        )
+        spreads = scales.spreads(self._table, rows)
+        size, missed = _ridge(spreads, sizes, weights, blocks, _RIDGE_SPREAD)
         scaled = (errors / np.exp(sizes - missed))[known]
         age = self._age[rows][known]
         sample = np.mean(
             [
-                [weighted_quantiles(row, 0.5 ** (age / half_life), wanted) for row in scaled.T]
+                [weighted_quantiles(row, 0.5 ** (age / half_life), _LEVELS) for row in scaled.T]
                 for half_life in _HALF_LIVES_ERRORS_DAYS
             ],
             axis=0,
         )
-        spread = np.exp(size) * sample.T
-        return np.asarray(self._table.base[-1] + guess + spread)
-
-
-def _standardised(columns: Floats) -> Floats:
-    """With mean 0 and deviation 1; what hardly moves becomes 0."""
-    mean, deviation = columns.mean(axis=0), columns.std(axis=0)
-    flat = deviation <= 1e-9 * (1.0 + np.abs(mean))
-    scaled = (columns - mean) / np.where(flat, np.inf, deviation)
-    return np.asarray(np.clip(scaled, -_MOST_DEVIATIONS, _MOST_DEVIATIONS))
+        return _LeadFit(scales, guess, size, np.asarray(sample.T))
 
 
 def _ridge(
     seen: Floats,
-    last: Floats,
     wanted: Floats,
     weights: Floats,
     blocks: list[slice],
     penalty: float,
 ) -> tuple[Floats, Floats]:
-    """What is expected at the features ``last`` (``[target]``), and the errors ``[row, target]`` of
-    regressions that had not seen their block. The last column is the one that is not shrunk."""
+    """The coefficients ``[column, target]``, and the errors ``[row, target]`` of regressions that
+    had not seen their block. The last column is the one that is not shrunk."""
     weighed = seen * weights[:, None]
     shrink = np.eye(seen.shape[1]) * penalty * weights.sum()
     shrink[-1, -1] = 1e-9
@@ -183,8 +285,7 @@ def _ridge(
     for block, own_product, own_side in zip(blocks, products, sides, strict=True):
         found = np.linalg.solve(product - own_product + shrink, side - own_side)
         errors[block] = wanted[block] - seen[block] @ found
-    expected: Floats = last @ np.linalg.solve(product + shrink, side)
-    return expected, errors
+    return np.asarray(np.linalg.solve(product + shrink, side)), errors
 
 
 def _product(left: Floats, right: Floats) -> Floats:

@@ -98,13 +98,16 @@ class FeatureTable:
     of one lead. ``moves`` are differences from the level of the last minutes; there a burst is a
     hundred times an ordinary value, so they are used by their size's logarithm (arsinh)."""
 
-    def __init__(self, root: Floats, step_s: float, periods: tuple[int, ...]) -> None:
-        """``root`` is the square root of the values; ``periods`` are in steps."""
+    def __init__(
+        self, root: Floats, step_s: float, periods: tuple[int, ...], learned_of: int
+    ) -> None:
+        """``root`` is the square root of the values; ``periods`` are in steps. Which features there
+        are depends on how many steps are learned of, which may be fewer than there are."""
         windows = sorted(
             {
                 max(1, round(window / step_s))
                 for window in _LEVEL_WINDOWS_S
-                if window * _WINDOWS_SEEN <= len(root) * step_s
+                if window * _WINDOWS_SEEN <= learned_of * step_s
             }
             | {1}
         )
@@ -116,7 +119,7 @@ class FeatureTable:
         moves = [level - self.base for level in levels]
         self.moves = np.column_stack([_squashed(move) for move in moves])
         plain = [self.base]
-        if day in periods and len(root) >= _DAYS_FOR_HARMONICS * day:
+        if day in periods and learned_of >= _DAYS_FOR_HARMONICS * day:
             # A sine and a cosine span every shift, so that one pair serves all leads.
             phase = 2 * np.pi * np.arange(len(root)) / day
             for harmonic in range(1, _HARMONICS + 1):

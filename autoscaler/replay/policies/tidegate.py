@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from autoscaler.policy.decide import DecideState, decide
-from autoscaler.policy.outlook import FINE_STEP_S, make_outlook
+from autoscaler.policy.outlook import FINE_STEP_S, OutlookMaker
 from autoscaler.replay.policies.facts import PoolFacts
 from autoscaler.replay.types import PoolObservation
 from autoscaler.settings import AutoscalerSettings, PoolSettings, make_policy
@@ -113,6 +113,7 @@ class Auto(Reactive):
         known = [] if facts.history is None else (facts.history.values * UNIT).tolist()
         self._minutes = RateGrid(MINUTE_S, MINUTES_MOST, known)
         self._fine = RateGrid(FINE_STEP_S, FINE_MOST)
+        self._maker = OutlookMaker()
         self._outlook: Outlook | None = None
 
     def _look(self, now_s: float, seen: PoolObservation) -> Outlook | None:
@@ -123,7 +124,7 @@ class Auto(Reactive):
             minutes = History(values=np.array(self._minutes.values))
             fine = History(values=np.array(self._fine.values), step_s=FINE_STEP_S)
             try:
-                self._outlook = make_outlook(minutes, fine, self._lead_s, now_s).outlook
+                self._outlook = self._maker.make(minutes, fine, self._lead_s, now_s).outlook
             except ValueError:
                 self._outlook = None  # nothing is known yet
         return self._outlook

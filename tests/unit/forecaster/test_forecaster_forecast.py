@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forecaster import forecast
-from forecaster.types import QUANTILES
+from forecaster.models.automatic import Automatic
+from forecaster.types import QUANTILES, History
 
 TIDE = [50 + 40 * np.sin(2 * np.pi * minute / 1440) for minute in range(3 * 1440)]
 
@@ -102,3 +103,24 @@ def test_odd_histories(part: list[float], repeat: int, horizon: int, step_s: flo
         assert (rows >= 0).all()
     assert (np.diff(made.maxima, axis=0) >= 0).all()
     assert (np.diff(made.maxima, axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize("lead_steps", [1, 3, 30])
+def test_a_fit_forecasts_from_what_came_since(lead_steps: int) -> None:
+    rng = np.random.default_rng(5)
+    steps = np.arange(4 * 1_440)
+    values = rng.poisson(60 + 40 * np.sin(2 * np.pi * steps / 1_440)).astype(float)
+    levels = (0.1, 0.5, 0.95)
+    early, late = History(values=values[:-40]), History(values=values)
+    fit = Automatic().fit(early, lead_steps)
+    same = fit.forecast(early, lead_steps, levels).maximum(lead_steps)
+    np.testing.assert_allclose(
+        same, Automatic().forecast(early, lead_steps, levels).maximum(lead_steps)
+    )
+    kept = fit.forecast(late, lead_steps, levels).maximum(lead_steps)
+    anew = Automatic().forecast(late, lead_steps, levels).maximum(lead_steps)
+    np.testing.assert_allclose(kept, anew, rtol=0.05)
+    # It is of now, not of when it was fitted.
+    jump = np.concatenate([values[:-40], np.full(40, 400.0)])
+    risen = fit.forecast(History(values=jump), lead_steps, levels).maximum(lead_steps)
+    assert risen[1] > 2 * same[1]
