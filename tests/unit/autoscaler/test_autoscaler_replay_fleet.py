@@ -89,6 +89,16 @@ def test_a_draining_replica_costs_until_its_requests_are_answered() -> None:
     assert one.supply.replica_s == 2 * (1 + seconds)
 
 
+def test_what_drains_takes_no_place_of_what_stays() -> None:
+    one = pool(ENGINE, ready=4)
+    one.advance(40.0, 1.0, 400.0)  # ten on each
+    one.scale(1)
+    one.advance(10.0, 1.0, 400.0)
+    assert one.queued_requests == 0.0
+    one.advance(5.0, 1.0, 400.0)
+    assert one.queued_requests == pytest.approx(5.0)
+
+
 def test_a_pool_drained_to_zero_and_back_loses_nothing() -> None:
     one = pool(ENGINE, ready=2, cold_start_s=2.0)
     one.advance(4.0, 10.0, 200.0)

@@ -259,14 +259,18 @@ def dynamo_facts() -> PoolFacts:
         ({"inflight_requests": 450.0}, 11),  # 55 ms
         ({"inflight_requests": 200.0}, 9),  # 32 ms on nine
         ({"queued_tokens": 40_000.0}, 11),  # 20,000 of prompts: 2 s before each engine
-        ({"inflight_requests": 450.0, "starting": 1}, 11),  # frozen while one starts
     ],
 )
 def test_dynamo_moves_by_one(fields: dict[str, float], expected: int) -> None:
     policy = build("dynamo-load", dynamo_facts())
-    if fields.get("starting"):
-        policy.step(0.0, seen(**{**fields, "starting": 0}))
-    assert policy.step(5.0, seen(**fields)) == expected
+    assert policy.step(0.0, seen(**fields)) == expected
+
+
+def test_dynamo_does_nothing_while_one_starts() -> None:
+    policy = build("dynamo-load", dynamo_facts())
+    assert policy.step(0.0, seen(inflight_requests=450.0)) == 11
+    assert policy.step(5.0, seen(inflight_requests=200.0, starting=1)) == 11
+    assert policy.step(10.0, seen(inflight_requests=200.0, ready=11)) == 10
 
 
 def test_dynamo_throughput_takes_the_next_interval_and_its_trend() -> None:
@@ -310,6 +314,7 @@ def test_static_is_sized_for_the_busiest_minute() -> None:
     [
         ([1, 1, 3, 3, 1, 1], 2, [3, 3, 3, 3, 1, 1]),
         ([1, 1, 1, 2, 1, 1, 2, 1], 2, [1, 2, 2, 2, 2, 2, 2, 1]),  # kept over the gap
+        ([1, 1, 1, 2, 1, 2, 1], 2, [1, 2, 2, 2, 2, 2, 1]),  # and not started beside itself
         ([0, 0, 0, 0, 1, 0], 1, [0, 0, 0, 1, 1, 0]),
         ([2, 1, 1, 1, 2], 1, [2, 1, 1, 2, 2]),
     ],

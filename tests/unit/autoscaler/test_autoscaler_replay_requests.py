@@ -12,7 +12,7 @@ from autoscaler.replay.engine import ReplicaModel, Slo
 from autoscaler.replay.fleet import FluidPool
 from autoscaler.replay.policies.bounds import Static
 from autoscaler.replay.policies.registry import build
-from autoscaler.replay.requests import RequestPool, replay_requests
+from autoscaler.replay.requests import PlayedRequest, RequestPool, replay_requests
 from autoscaler.replay.supply import Starts
 from autoscaler.replay.traces import RequestTrace
 
@@ -113,6 +113,24 @@ def test_every_request_is_answered_once(
     assert pool.inflight == 0
     assert (pool.supply.ready + pool.supply.starting, pool.supply.draining) == (1, 0)
     assert pool.observe().inflight_tokens == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_prompt_stalls_decode_for_its_own_time_and_no_longer() -> None:
+    trace = RequestTrace(
+        name="two",
+        at_s=np.array([0.0, 0.5]),
+        prompt_tokens=np.array([8.0, 800.0]),
+        output_tokens=np.array([100.0, 0.0]),
+    )
+    pool = RequestPool(trace, ENGINE, SLO, STARTS, ready=1, max_replicas=1, scored_from_s=0, seed=0)
+    done: list[PlayedRequest] = []
+    pool.on_answer = done.append
+    for _ in range(5):
+        pool.advance()
+    # The second is prefilled in one step, of which the first has one token.
+    assert [one.prompt_tokens for one in done] == [800.0, 8.0]
+    assert done[0].done_s == pytest.approx(0.5 + 0.1 + 0.0104)
+    assert done[1].done_s == pytest.approx(0.001 + 100 * 0.0104 + 0.1, abs=0.001)
 
 
 def test_a_request_that_waits_for_a_start_is_hurt() -> None:
