@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,14 @@ def play(job: Job) -> dict[str, Any] | None:
     }
 
 
+def attempt(job: Job) -> tuple[Job, dict[str, Any] | None, str]:
+    """The same with its job, and what is wrong with its trace."""
+    try:
+        return job, play(job), ""
+    except TraceError as error:
+        return job, None, f": {error}; left out"
+
+
 def run_all(options: Options) -> list[dict[str, Any]]:
     """All jobs, over ``jobs`` processes; a line on standard error for each that is done."""
     paths = find(options)
@@ -176,21 +184,16 @@ def run_all(options: Options) -> list[dict[str, Any]]:
     ]
     rows = []
     began_s = time.monotonic()
-    with ProcessPoolExecutor(max_workers=options.jobs) as executor:
-        playing = {executor.submit(play, job): job for job in jobs}
-        for count, done in enumerate(as_completed(playing), 1):
-            job = playing[done]
-            try:
-                row = done.result()
-            except TraceError as error:
-                print(f"{job.path.name}: {error}; left out", file=sys.stderr)
-                continue
+    # A pool ends its processes when it is left, however that comes about.
+    with multiprocessing.Pool(options.jobs) as processes:
+        for count, (job, row, problem) in enumerate(processes.imap_unordered(attempt, jobs), 1):
             if row is not None:
                 rows.append(row)
             print(
                 f"{count}/{len(jobs)} {job.path.stem} at {job.cold_start_s:g} s "
-                f"({time.monotonic() - began_s:.0f} s)",
+                f"({time.monotonic() - began_s:.0f} s){problem}",
                 file=sys.stderr,
+                flush=True,
             )
     return sorted(rows, key=lambda row: (row["trace"], row["window"], row["cold_start_s"]))
 
