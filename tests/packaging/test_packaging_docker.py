@@ -69,7 +69,7 @@ def test_packages_are_the_tested_ones_and_no_engine(steps: list[tuple[str, str]]
     assert len(installs) == 2
     assert all("-c deploy/gateway.lock.txt" in install for install in installs)
     assert [re.findall(r'"(.*?)"', install) for install in installs] == [
-        [".[cache]"],
+        [".[cache,forecast,gpu]"],
         [".[compile]"],
     ]
     assert not re.search("torch|vllm", runs)
