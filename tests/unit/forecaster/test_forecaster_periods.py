@@ -34,6 +34,13 @@ def test_two_periods_at_once() -> None:
     assert set(find_periods(tide + bursts(5 * DAY, 77, 5), (DAY,))) == {DAY, 77}
 
 
+@pytest.mark.parametrize("period", [7, 30, 77, 90])
+def test_multiples_explain_as_much_but_the_shortest_is_meant(period: int) -> None:
+    values = np.tile(np.arange(period) % 5 + 10.0 * (np.arange(period) < 4), 40)
+    known = (period * 3,)
+    assert find_periods(values, known)[:1] == (period,)
+
+
 @pytest.mark.parametrize("steps", [4, 10, 60, 1000, 10_080])
 def test_noise_has_none(steps: int) -> None:
     assert find_periods(np.random.default_rng(steps).poisson(20.0, steps).astype(float)) == ()
