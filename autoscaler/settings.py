@@ -116,6 +116,10 @@ class ForecastSettings(BaseModel):
     whether a day repeats; before that it reacts."""
 
 
+UNMEASURED_IDLE_S = 300.0
+"""How long an idle pool is kept while nothing is known of what its wake takes."""
+
+
 class PriceSettings(BaseModel):
     """What a replica, memory and a waiting user cost, all in one currency. Decisions that weigh a
     replica against a wait use them; only what they are to one another matters."""
@@ -179,9 +183,10 @@ class AutoscalerSettings(ConsistentSettings):
     """Seconds a lower number must have been enough before replicas go: the largest recommendation
     of that time counts. Starting an engine costs about as much as keeping it for a minute."""
 
-    idle_to_zero_s: float = Field(default=300.0, ge=0.0, le=604_800.0)
+    idle_to_zero_s: float | None = Field(default=None, ge=0.0, le=604_800.0)
     """Seconds without a request before the last replica of a pool with ``min_replicas = 0`` goes.
-    300 is some five starts of a small model: shorter saves little and makes people wait."""
+    Unset: as long as keeping it costs less than the wakes that spares, by the gaps between the
+    pool's requests, its measured wakes and ``prices``; 300 until a start was measured."""
 
     max_scale_up_per_tick: int = Field(default=8, ge=1, le=1_000)
     """Replicas of one pool started by one decision at most, so that a burst does not start a fleet
@@ -331,21 +336,26 @@ class AutoscalerSettings(ConsistentSettings):
 
 
 class TierSettings(ConsistentSettings):
-    """How warm a pool stays at zero: seconds in each tier before the next colder one. 0 leaves a
-    tier out, and so does a machine or an engine that does not have it."""
+    """How warm a pool stays at zero: seconds in each tier before the next colder one. Unset: for as
+    long as it costs less than the wakes it spares, by the pool's past and ``autoscaler.prices``. 0
+    leaves a tier out, and so does a machine or an engine that does not have it."""
+
+    sleep: bool = False
+    """Start engines so that they can sleep, their weights in host memory, and let them for as long
+    as it pays. Needs an engine that can (vLLM on a GPU, the simulated one); where it cannot, this
+    tier is left out. Models that share a GPU wake in about a second then."""
 
     sleeping_s: float | None = Field(default=0.0, ge=0.0, le=31_536_000.0)
-    """Seconds an engine sleeps, its weights in host memory, before it is ended. It wakes in about
-    a second and costs its memory for as long, so 0 unless that is worth it. Needs an engine
-    that can (vLLM on a GPU, the simulated one); where it cannot, this tier is left out."""
+    """Seconds an engine sleeps before it is ended; more than 0 includes ``sleep``. 0 leaves it to
+    ``sleep``."""
 
     forked_s: float | None = Field(default=None, ge=0.0, le=31_536_000.0)
     """Seconds an engine process stands by, everything imported and no weights loaded. Shares most
-    of its memory with the fork server. Unset: for ever, where there is a fork server."""
+    of its memory with the fork server. Unset: as long as it pays, where there is a fork server."""
 
     paged_s: float | None = Field(default=None, ge=0.0, le=31_536_000.0)
     """Seconds the weights are kept in the page cache, within ``modelcache.page_budget_bytes``.
-    Unset: for ever."""
+    Unset: as long as it pays."""
 
     on_disk_s: float | None = Field(default=None, ge=0.0, le=31_536_000.0)
     """Seconds the weights of a model with a URL stay on this node's disk before they are given up;
@@ -353,6 +363,11 @@ class TierSettings(ConsistentSettings):
 
     sleep_level: int = Field(default=1, ge=1, le=2)
     """How deep an engine sleeps: 1 keeps its weights in host memory, 2 drops them."""
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether engines are started so that they can sleep."""
+        return self.sleep or self.sleeping_s != 0
 
     @property
     def keeps_pages(self) -> bool:
@@ -364,7 +379,7 @@ class TierSettings(ConsistentSettings):
         """Seconds in each tier that has a limit; ``remote`` has none, and ``running`` is not
         ended by time alone."""
         return {
-            Tier.SLEEPING: self.sleeping_s,
+            Tier.SLEEPING: None if self.sleep and self.sleeping_s == 0 else self.sleeping_s,
             Tier.FORKED: self.forked_s,
             Tier.PAGED: self.paged_s,
             Tier.ON_DISK: self.on_disk_s,
@@ -667,7 +682,10 @@ def make_policy(pool: PoolSettings, settings: AutoscalerSettings) -> PoolPolicy:
         panic_window_s=settings.panic_window_s,
         panic_threshold=settings.panic_threshold,
         scale_down_delay_s=first(pool.scale_down_delay_s, settings.scale_down_delay_s),
-        idle_to_zero_s=first(pool.idle_to_zero_s, settings.idle_to_zero_s),
+        idle_to_zero_s=first(
+            pool.idle_to_zero_s,
+            UNMEASURED_IDLE_S if settings.idle_to_zero_s is None else settings.idle_to_zero_s,
+        ),
         max_scale_up_per_tick=settings.max_scale_up_per_tick,
         max_scale_down_per_tick=settings.max_scale_down_per_tick,
         target_utilization_fraction=settings.target_utilization_fraction,

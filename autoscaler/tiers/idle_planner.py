@@ -1,0 +1,192 @@
+"""How long one pool is kept warm without requests: its gaps, what its tiers cost, and the plan.
+
+The plan (``policy.idle_cost``) is made when the pool becomes idle, of the gaps it has had, the wake
+times measured here and the prices in the settings; at most once a minute where it has many gaps.
+What the settings say in seconds goes before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+
+from autoscaler.policy.idle_cost import IdlePlan, TierPrice, plan_idle
+from autoscaler.settings import PriceSettings
+from autoscaler.signals.gaps import GapRecord
+from autoscaler.types import Outlook
+from modelcache.types import TIERS, Tier
+
+AGAIN_S = 60.0
+FEW_GAPS = 16
+HOUR_S = 3_600.0
+GIB = 1 << 30
+STANDBY_BYTES = 300 << 20
+"""What an engine that stands by has for itself."""
+ASLEEP_SHARE = 0.03
+"""Of a replica's price, what one that sleeps keeps of its GPU."""
+WAKE_SHARES: Mapping[Tier, float] = {Tier.SLEEPING: 0.2, Tier.FORKED: 0.6, Tier.PAGED: 0.9}
+"""A wake out of a tier, of one out of the next colder tier that was measured, until it was measured
+itself."""
+LEAST_TOKENS_PER_S = 0.1
+"""A forecast of less is of no request."""
+
+
+class IdlePlanner:
+    """The gaps and the plan of one pool. Times are readings of the control loop's clock."""
+
+    def __init__(self) -> None:
+        self.gaps = GapRecord()
+        self.plan: IdlePlan | None = None
+        self._prices: dict[Tier, TierPrice] = {}
+        self._idle_since_s: float | None = None
+        self._doubtful = False
+        self._planned_at_s: float | None = None
+
+    def observe(self, active_at_s: float | None, now_s: float, *, known: bool) -> bool:
+        """Take note of whether there are requests: ``active_at_s`` is when one was last known of.
+        Whether the pool has just become idle. A gap in which demand was unknown is none."""
+        if active_at_s == now_s:
+            if self._idle_since_s is not None and not self._doubtful:
+                self.gaps.add(now_s - self._idle_since_s, now_s)
+            self._idle_since_s, self._doubtful = None, not known
+            return False
+        self._doubtful = self._doubtful or not known
+        begins = self._idle_since_s is None and active_at_s is not None
+        if begins:
+            self._idle_since_s = active_at_s
+        return begins or (self.plan is None and self._planned_at_s is None)
+
+    def make_plan(
+        self,
+        tiers: Set[Tier],
+        wake_s: Mapping[Tier, float],
+        prices: PriceSettings,
+        *,
+        replica_hour: float,
+        model_bytes: int | None,
+        now_s: float,
+    ) -> None:
+        """Plan the gap that begins. ``tiers`` are those below ``running`` that there are,
+        ``wake_s`` the measured wakes. Without any of these there is no plan."""
+        gaps = self.gaps.read(now_s)
+        planned_s = self._planned_at_s
+        if planned_s is not None and len(gaps) > FEW_GAPS and now_s - planned_s < AGAIN_S:
+            return
+        self._planned_at_s = now_s
+        found = price_tiers(
+            tiers, wake_s, prices, replica_hour=replica_hour, model_bytes=model_bytes
+        )
+        self._prices = {one.tier: one for one in found}
+        self.plan = plan_idle(gaps, found) if len(found) > 1 else None
+
+    def forget_plan(self) -> None:
+        """What it was made of has changed."""
+        self.plan = self._planned_at_s = None
+
+    @property
+    def idle_to_zero_s(self) -> float | None:
+        """Seconds that it runs without a request; ``None`` without a plan."""
+        if self.plan is None:
+            return None
+        return next((one.at_s for one in self.plan.steps if one.tier is not Tier.RUNNING), None)
+
+    @property
+    def stays_s(self) -> dict[Tier, float | None]:
+        """Seconds in each tier below ``running``; empty without a plan."""
+        if self.plan is None:
+            return {}
+        stays: dict[Tier, float | None] = dict.fromkeys(TIERS[1:], 0.0)
+        steps = self.plan.steps
+        for place, one in enumerate(steps):
+            if one.tier is not Tier.RUNNING:
+                end_s = steps[place + 1].at_s if place + 1 < len(steps) else None
+                stays[one.tier] = None if end_s is None else end_s - one.at_s
+        return stays
+
+    def describe(self) -> str:
+        """Why it is this long, in words."""
+        plan = self.plan
+        if plan is None:
+            return ""
+        if not plan.gaps:
+            return "as long as a wake is worth, for no gap between its requests is known yet"
+        return (
+            f"of least price over {plan.gaps} gaps: {plan.price:.2g} a gap, "
+            f"{plan.kept_price:.2g} if it were kept, {plan.safe_price:.2g} at break-even"
+        )
+
+    def prewarm(self, outlook: Outlook | None, current: Tier, now_s: float) -> str:
+        """Why an idle pool shall run now, ahead of a request; empty where it need not."""
+        since_s, plan = self._idle_since_s, self.plan
+        if since_s is None or plan is None:
+            return ""
+        idle_s = now_s - since_s
+        begun_s = max((one.at_s for one in plan.steps if one.at_s <= idle_s), default=0.0)
+        if begun_s > 0.0 and plan.tier_at(idle_s) is Tier.RUNNING:
+            return f"its gaps often end about now, {idle_s:.0f} s after its last request"
+        running, cold = self._prices.get(Tier.RUNNING), self._prices.get(current)
+        cold = cold or next(iter(reversed(self._prices.values())), None)
+        if outlook is None or outlook.distrust or running is None or cold is None:
+            return ""
+        chance = chance_of_requests(outlook)
+        if chance * cold.wake_price > running.hold_price_s * outlook.lead_s:
+            return f"a request is expected within {outlook.lead_s:.0f} s ({chance:.0%})"
+        return ""
+
+
+def chance_of_requests(outlook: Outlook) -> float:
+    """The chance that there is demand within the lead, as far as quantiles say."""
+    below = [
+        level
+        for level, rate in zip(outlook.levels, outlook.tokens_per_s, strict=True)
+        if rate < LEAST_TOKENS_PER_S
+    ]
+    return 1.0 - max(below, default=0.0)
+
+
+def price_tiers(
+    tiers: Set[Tier],
+    wake_s: Mapping[Tier, float],
+    prices: PriceSettings,
+    *,
+    replica_hour: float,
+    model_bytes: int | None,
+) -> list[TierPrice]:
+    """What each tier costs, from hot to cold; only ``running`` where no wake was measured. A model
+    of unknown size is taken to cost no memory. What goes from the disk is the model cache's to say:
+    ``remote`` is not among them unless the model can be nowhere else."""
+    size = model_bytes or 0
+    gib_s = prices.memory_gib_hour / HOUR_S / GIB
+    replica_s = replica_hour / HOUR_S
+    held = {
+        Tier.SLEEPING: replica_s * ASLEEP_SHARE + size * gib_s,
+        Tier.FORKED: (size + STANDBY_BYTES) * gib_s,
+        Tier.PAGED: size * gib_s,
+    }
+    found = [TierPrice(tier=Tier.RUNNING, hold_price_s=replica_s, wake_s=0.0, wake_price=0.0)]
+    known = [tier for tier in TIERS[1:] if tier in tiers]
+    if len(known) > 1 and Tier.REMOTE in known:
+        known.remove(Tier.REMOTE)
+    for tier in known:
+        seconds = expect_wake_s(tier, wake_s)
+        if seconds is not None:
+            found.append(
+                TierPrice(
+                    tier=tier,
+                    hold_price_s=held.get(tier, 0.0),
+                    wake_s=seconds,
+                    wake_price=seconds * prices.waited_second,
+                )
+            )
+    return found
+
+
+def expect_wake_s(tier: Tier, wake_s: Mapping[Tier, float]) -> float | None:
+    """Seconds a wake out of a tier takes: measured, else by the nearest colder tier that was, else
+    by the nearest warmer one; ``None`` where nothing was measured."""
+    place = TIERS.index(tier)
+    share = 1.0
+    for near in TIERS[place:]:
+        if near in wake_s:
+            return wake_s[near] * share
+        share *= WAKE_SHARES.get(near, 1.0)
+    return next((wake_s[near] for near in reversed(TIERS[:place]) if near in wake_s), None)
