@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import re
 import shlex
 import time
@@ -28,6 +29,7 @@ from autoscaler.control.replica_numbers import ReplicaNumbers
 from autoscaler.control.replicas import ASLEEP, PoolRecord, publish_pool, report_pool
 from autoscaler.policy.decide import decide, decide_removed, hold_back, note_replacement
 from autoscaler.policy.lifecycle import ENDED_STATES, Event, State
+from autoscaler.policy.memory_shares import MemoryBid, share_memory
 from autoscaler.policy.plan import make_plan
 from autoscaler.policy.timed_bounds import bound_by_time
 from autoscaler.settings import AutoscalerSettings, PoolSettings, make_slug
@@ -59,6 +61,8 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 MIN_TICK_S = 0.01
 """Shortest time between two ticks: wake signals that come faster are answered together."""
 CLOSE_POLL_S = 0.1
+SHARE_S = 10.0
+"""Between two looks at whose pages are kept in memory."""
 SLEEP_POLL_S = 0.1
 GOING_TO_SLEEP = frozenset({State.DRAINING_TO_SLEEP, State.FALLING_ASLEEP})
 
@@ -129,6 +133,7 @@ class ControlLoop:
         self._pools: dict[str, PoolRecord] = {}
         self._numbers = numbers or ReplicaNumbers()
         self._turns = DeviceTurns(self._actuator.spawn)
+        self._share_at_s = -math.inf
         for pool in pools:
             self._pools[pool.name] = self._make_pool(pool, digests[pool.name])
         self._observation = Observation()
@@ -341,9 +346,41 @@ class ControlLoop:
                 self._act(pool, bounded.get(pool.pool.name, decision), loads, now_s)
             except Exception as error:  # noqa: BLE001 -- as above
                 self._errors.add(f"pool {pool.pool.name}", error)
+        if now_s >= self._share_at_s:
+            self._share_at_s = now_s + SHARE_S
+            self._share_memory(now_s)
         if self._numbers.are_new:
             self._actuator.spawn(self._numbers.save(), "replica numbers")
         self._publish_changes()
+
+    def _share_memory(self, now_s: float) -> None:
+        """Say whose pages are kept, where not those of all pools at zero fit beside the others'."""
+        budget_bytes = self._preparer.page_budget_bytes
+        if budget_bytes is None:
+            return
+        at_zero: list[tuple[PoolRecord, int]] = []
+        for pool in self._pools.values():
+            size = self._preparer.size_bytes(pool.pool)
+            if size is None or not pool.backend.owns_replicas:
+                continue
+            if not pool.make_status(now_s).supply:
+                at_zero.append((pool, size))
+            elif self._preparer.has_pages(pool.pool):
+                budget_bytes -= size
+        if sum(size for _, size in at_zero) <= budget_bytes:
+            self._preparer.deny_pages(frozenset())
+            return
+        bids = [
+            MemoryBid(
+                pool=pool.pool.name,
+                size_bytes=size,
+                saved_price_s=pool.tiers.planner.page_saving_s(now_s),
+                held=self._preparer.has_pages(pool.pool),
+            )
+            for pool, size in at_zero
+        ]
+        kept = share_memory(max(0, budget_bytes), bids)
+        self._preparer.deny_pages({one.pool for one in bids} - kept)
 
     def _decide_for(
         self, pool: PoolRecord, now_s: float

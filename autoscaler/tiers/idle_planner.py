@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 
 from autoscaler.policy.idle_cost import IdlePlan, TierPrice, plan_idle
+from autoscaler.policy.memory_shares import expect_left_s
 from autoscaler.settings import PriceSettings
 from autoscaler.signals.gaps import GapRecord
 from autoscaler.types import Outlook
@@ -26,6 +27,8 @@ ASLEEP_SHARE = 0.03
 WAKE_SHARES: Mapping[Tier, float] = {Tier.SLEEPING: 0.2, Tier.FORKED: 0.6, Tier.PAGED: 0.9}
 """A wake out of a tier, of one out of the next colder tier that was measured, until it was measured
 itself."""
+LEAST_SAVING_S = 1e-9
+"""Of a pool of which nothing is known: it gets memory that is left."""
 LEAST_TOKENS_PER_S = 0.1
 """A forecast of less is of no request."""
 
@@ -101,6 +104,15 @@ class IdlePlanner:
                 end_s = steps[place + 1].at_s if place + 1 < len(steps) else None
                 stays[one.tier] = None if end_s is None else end_s - one.at_s
         return stays
+
+    def page_saving_s(self, now_s: float) -> float:
+        """The price of a second without its pages in memory: of what a wake from the disk takes
+        longer, over the seconds until one is expected."""
+        disk, paged = self._prices.get(Tier.ON_DISK), self._prices.get(Tier.PAGED)
+        if disk is None or paged is None or self._idle_since_s is None:
+            return LEAST_SAVING_S
+        left_s = expect_left_s(self.gaps.read(now_s), now_s - self._idle_since_s)
+        return max(LEAST_SAVING_S, (disk.wake_price - paged.wake_price) / left_s)
 
     def describe(self) -> str:
         """Why it is this long, in words."""

@@ -16,7 +16,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,6 +68,20 @@ class Preparer(Protocol):
 
     def size_bytes(self, pool: PoolSettings) -> int | None:
         """Bytes of its model on this disk; ``None`` where that is not known. No I/O."""
+        ...
+
+    @property
+    def page_budget_bytes(self) -> int | None:
+        """Bytes of models that may be kept in the page cache; ``None`` where none are."""
+        ...
+
+    def has_pages(self, pool: PoolSettings) -> bool:
+        """Whether its model is kept in the page cache. No I/O."""
+        ...
+
+    def deny_pages(self, pools: Set[str]) -> None:
+        """Of these pools, which are at zero, keep no pages until this is called again: others need
+        the memory more."""
         ...
 
     async def refresh(self, pool: PoolSettings) -> None:
@@ -183,6 +197,7 @@ class NodePreparer:
         self._cache, self._page_holder, self._standbys = cache, page_holder, standbys
         self._prewarm, self._prewarm_behind = prewarm, prewarm_behind
         self._transform, self._unpack = transform, unpack
+        self._denied: Set[str] = frozenset()
         self._leases = Leases()
         self._models: dict[tuple[str, str], PoolModel] = {}
         self._holds: dict[str, ReplicaHold] = {}
@@ -214,7 +229,8 @@ class NodePreparer:
         if model.ref is not None and model.path is None:
             return frozenset({Tier.REMOTE})
         found = {Tier.ON_DISK} if model.ref is None else {Tier.ON_DISK, Tier.REMOTE}
-        if self._page_holder is not None and model.path is not None:
+        denied = pool.name in self._denied
+        if self._page_holder is not None and model.path is not None and not denied:
             found.add(Tier.PAGED)
         if self._standbys is not None and engine_of(pool.engine).capabilities.fork:
             found.add(Tier.FORKED)
@@ -232,6 +248,22 @@ class NodePreparer:
     def size_bytes(self, pool: PoolSettings) -> int | None:
         """See ``Preparer``."""
         return self._model(pool).size_bytes
+
+    @property
+    def page_budget_bytes(self) -> int | None:
+        """See ``Preparer``."""
+        return None if self._page_holder is None else self._page_holder.budget_bytes
+
+    def has_pages(self, pool: PoolSettings) -> bool:
+        """See ``Preparer``."""
+        return self._model(pool).paged
+
+    def deny_pages(self, pools: Set[str]) -> None:
+        """See ``Preparer``."""
+        self._denied = frozenset(pools)
+        for model in self._models.values():
+            if model.pool.name in pools and model.paged:
+                self._drop_pages(model)
 
     async def refresh(self, pool: PoolSettings) -> None:
         """See ``Preparer``."""
@@ -265,6 +297,7 @@ class NodePreparer:
         """See ``Preparer``. Pages are brought in beside the engine's start, not before it: its
         first seconds need no weights."""
         model = self._model(spec.pool)
+        self._denied = self._denied - {spec.pool.name}
         hold = self._holds.setdefault(spec.id, ReplicaHold(leases=self._leases.part()))
         tell = make_reporter(report)
         if model.ref is None:

@@ -80,6 +80,11 @@ class PageHolder:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread: threading.Thread | None = None
 
+    @property
+    def budget_bytes(self) -> int:
+        """Most bytes that are kept."""
+        return self._budget_bytes
+
     def keep(self, key: str, files: Sequence[FileRange]) -> None:
         """Keep ``files`` under ``key``, in place of what was kept under it.
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Set
+from dataclasses import dataclass, field
 
 from fake_fleet import FakeBackend, World, process_pool
+from fake_models import NullPreparer
 from virtual_time import now, run_virtual
 
-from autoscaler.settings import AutoscalerSettings, PriceSettings
+from autoscaler.settings import AutoscalerSettings, PoolSettings, PriceSettings
 from autoscaler.types import ScaleReason
+from modelcache.types import Tier
 
 SETTINGS = AutoscalerSettings(
     scale_down_delay_s=1.0,
@@ -72,5 +76,43 @@ def test_what_the_settings_say_goes_before_what_is_learned() -> None:
             for _ in range(3):
                 await world.request(1.0)
                 assert 48.0 < await world.until(lambda: not backend.living()) < 56.0
+
+    run_virtual(story())
+
+
+@dataclass
+class ShortOfMemory(NullPreparer):
+    """A node with memory for the pages of one model of two."""
+
+    denied: Set[str] = field(default_factory=frozenset)
+
+    @property
+    def page_budget_bytes(self) -> int | None:
+        return 100
+
+    def size_bytes(self, pool: PoolSettings) -> int | None:
+        return 60
+
+    def tiers(self, pool: PoolSettings) -> frozenset[Tier]:
+        return frozenset({Tier.ON_DISK, Tier.PAGED})
+
+    def has_pages(self, pool: PoolSettings) -> bool:
+        return pool.name not in self.denied
+
+    def deny_pages(self, pools: Set[str]) -> None:
+        self.denied = frozenset(pools)
+
+
+def test_memory_is_kept_for_the_model_that_is_asked_for_sooner() -> None:
+    async def story() -> None:
+        models, backend = ShortOfMemory(), FakeBackend(start_s=30.0)
+        pools = [process_pool(name=name, max_replicas=1) for name in ("often", "rare")]
+        async with World(pools, SETTINGS, backend, preparer=models) as world:
+            await world.request(1.0, "rare")
+            for _ in range(3):
+                await world.request(1.0, "often")
+                await world.until(lambda: not backend.living(), 2_000.0)
+                await asyncio.sleep(300.0)
+            assert models.denied == {"rare"}
 
     run_virtual(story())

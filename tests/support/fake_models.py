@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Set
 from dataclasses import dataclass, field, replace
 
 from autoscaler.backends.base import ReplicaSpec, Unsupported
@@ -44,6 +45,16 @@ class FakePreparer:
 
     def size_bytes(self, pool: PoolSettings) -> int | None:
         return None
+
+    @property
+    def page_budget_bytes(self) -> int | None:
+        return None
+
+    def has_pages(self, pool: PoolSettings) -> bool:
+        return False
+
+    def deny_pages(self, pools: Set[str]) -> None:
+        raise AssertionError("it has no budget")
 
     async def refresh(self, pool: PoolSettings) -> None:
         self.refreshes += 1
@@ -114,6 +125,16 @@ class NullPreparer:
 
     def size_bytes(self, pool: PoolSettings) -> int | None:
         return None
+
+    @property
+    def page_budget_bytes(self) -> int | None:
+        return None
+
+    def has_pages(self, pool: PoolSettings) -> bool:
+        return False
+
+    def deny_pages(self, pools: Set[str]) -> None:
+        raise AssertionError("it has no budget")
 
     async def refresh(self, pool: PoolSettings) -> None:
         pass

@@ -223,6 +223,27 @@ def test_at_zero_pages_are_read_behind_others_and_for_a_replica_at_once(tmp_path
     run(node, story)
 
 
+def test_a_pool_that_is_denied_pages_has_none_until_it_starts(tmp_path: Path) -> None:
+    remote = pool()
+    node = Node(tmp_path)
+    node.cache.here = True
+
+    async def story() -> None:
+        await node.preparer.refresh(remote)
+        await node.preparer.move_to(remote, Tier.PAGED)
+        assert node.preparer.has_pages(remote)
+        node.preparer.deny_pages({"m"})
+        assert not node.preparer.has_pages(remote)
+        assert node.page_holder.kept == {}
+        assert Tier.PAGED not in node.preparer.tiers(remote)
+        await node.prepare(remote)
+        await until(lambda: node.preparer.has_pages(remote))
+        node.preparer.deny_pages(frozenset())
+        assert node.preparer.has_pages(remote)
+
+    run(node, story)
+
+
 def test_pages_that_one_replica_lets_go_of_are_not_taken_for_kept(tmp_path: Path) -> None:
     """Two replicas at once: the first is ended while it pages, the second then has to."""
     remote = pool()
