@@ -20,11 +20,11 @@ def bid(pool: str, size_bytes: int, saved_price_s: float, *, held: bool = False)
     ("name", "bids", "expected"),
     [
         ("all where all fit", [bid("a", 40, 1.0), bid("b", 60, 1.0)], {"a", "b"}),
-        ("the most saved per byte", [bid("a", 80, 2.0), bid("b", 40, 1.5), bid("c", 60, 1.4)], {"b", "c"}),
+        ("most by size", [bid("a", 80, 2.0), bid("b", 40, 1.5), bid("c", 60, 1.4)], {"b", "c"}),
         ("one large that saves more than all small", [bid("a", 10, 1.0), bid("b", 95, 5.0)], {"b"}),
         ("what never fits holds up no other", [bid("a", 101, 9.0), bid("b", 50, 0.1)], {"b"}),
         ("what saves nothing has none", [bid("a", 10, 0.0)], set()),
-        ("a little more does not take it away", [bid("a", 60, 1.0, held=True), bid("b", 60, 1.2)], {"a"}),
+        ("a little more takes none", [bid("a", 60, 1.0, held=True), bid("b", 60, 1.2)], {"a"}),
         ("much more does", [bid("a", 60, 1.0, held=True), bid("b", 60, 1.3)], {"b"}),
         ("nothing", [], set()),
     ],
