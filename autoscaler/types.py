@@ -239,6 +239,29 @@ class LeadForecast:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ForecastTally:
+    """What came of forecasts whose window has passed, at the level that they are judged at: how
+    many, how many of them covered it, and the sums of their pinball losses and of those of the last
+    value, in tokens per second."""
+
+    scored: int = 0
+    covered: int = 0
+    loss: float = 0.0
+    last_value_loss: float = 0.0
+
+    def since(self, earlier: ForecastTally) -> ForecastTally:
+        """What was added; all of it where the earlier one is of another count."""
+        if self.scored < earlier.scored:
+            return self
+        return ForecastTally(
+            scored=self.scored - earlier.scored,
+            covered=self.covered - earlier.covered,
+            loss=self.loss - earlier.loss,
+            last_value_loss=self.last_value_loss - earlier.last_value_loss,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WindowedDemand:
     """A pool's demand as ``decide`` reads it: now, and as means over the two windows.
 
@@ -388,6 +411,18 @@ class Bound(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DecisionInputs:
+    """What a decision was made from, as it was then. ``rules`` are the replicas that each rule
+    asked for by itself."""
+
+    policy: PoolPolicy
+    status: PoolStatus
+    demand: WindowedDemand
+    outlook: Outlook | None
+    rules: tuple[tuple[Signal, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """How many replicas a pool shall have, and why."""
 
@@ -411,6 +446,8 @@ class Decision:
     """Why there is no forecast in it, for people; empty where there is one."""
     recommended: int | None = None
     """What would be done in the mode ``auto``, where the mode is another."""
+    inputs: DecisionInputs | None = field(default=None, compare=False, repr=False)
+    """``None`` where it needed none (static, disabled, closing), or they are no longer kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,9 +21,16 @@ from dataclasses import replace
 import msgspec
 
 from autoscaler.control.forecast_worker import LENGTH, MOST_BYTES, ForecastJob, ForecastResult
-from autoscaler.policy.trust import SCORED, ForecastScore, Quality, find_distrust, measure
+from autoscaler.policy.trust import (
+    SCORED,
+    ForecastScore,
+    Quality,
+    add_score,
+    find_distrust,
+    measure,
+)
 from autoscaler.signals.rates import FINE_MOST, MINUTES_MOST, RateGrid
-from autoscaler.types import Observation, Outlook
+from autoscaler.types import ForecastTally, Observation, Outlook
 
 LOG = logging.getLogger("tidegate.forecast")
 
@@ -67,6 +74,8 @@ class PoolForecast:
         self.pending: deque[PendingScore] = deque()
         self.scores: deque[ForecastScore] = deque(maxlen=SCORED)
         self.quality = Quality(scored=0)
+        self.tally = ForecastTally()
+        """Of all forecasts since the process began."""
         self.due = False
         self.loaded = False
 
@@ -88,11 +97,11 @@ class PoolForecast:
             while self.pending and self.pending[0].left <= 0:
                 one = self.pending.popleft()
                 if one.came == one.came:
-                    self.scores.append(
-                        ForecastScore(
-                            forecast=one.forecast, last_value=one.last_value, came=one.came
-                        )
+                    score = ForecastScore(
+                        forecast=one.forecast, last_value=one.last_value, came=one.came
                     )
+                    self.scores.append(score)
+                    self.tally = add_score(self.tally, score)
         self.quality = measure(self.scores)
 
     def take(self, result: ForecastResult) -> None:
@@ -168,6 +177,11 @@ class Forecasts:
         """How good a pool's forecasts have been."""
         pool = self._pools.get(name)
         return None if pool is None else pool.quality
+
+    def tally(self, name: str) -> ForecastTally:
+        """What came of a pool's forecasts since the process began."""
+        pool = self._pools.get(name)
+        return ForecastTally() if pool is None else pool.tally
 
     async def run(self) -> None:
         """Make forecasts until it is cancelled."""

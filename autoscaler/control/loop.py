@@ -87,6 +87,7 @@ class ControlLoop:
         numbers: ReplicaNumbers | None = None,
         engine_client: EngineClient | None = None,
         record: Callable[[Observation], None] = lambda seen: None,
+        note: Callable[[Decision], None] = lambda decision: None,
         outlook: Callable[[str, float | None], Outlook | None] = lambda pool, lead_s: None,
         recent: Callable[[str], RecentTraffic | None] = lambda pool: None,
         earlier_drain_s: float = 0.0,
@@ -99,14 +100,15 @@ class ControlLoop:
         path now, on the same clock; ``publish`` is called with the pools and their replicas
         whenever they change. ``preparer`` brings models near, and is closed with the loop.
         ``disabled_pools`` are those out of service from the start, ``numbers`` those of replicas.
-        ``record`` is given what each tick observed. ``outlook`` is what is expected of a pool whose
-        replicas need so long to be ready, ``recent`` what it was asked and answered in the last
-        minute.
+        ``record`` is given what each tick observed, ``note`` what was decided. ``outlook`` is what
+        is expected of a pool whose replicas need so long to be ready, ``recent`` what it was asked
+        and answered in the last minute.
         ``earlier_drain_s`` is how long the workers of an earlier control process finish requests
         with replicas that are taken over."""
         self._settings = settings
         self._observe = observe
         self._record = record
+        self._note = note
         self._outlook = outlook
         self._recent = recent
         self._publish = publish
@@ -521,6 +523,10 @@ class ControlLoop:
                 decision.detail,
             )
         pool.history.add(decision)
+        try:
+            self._note(decision)
+        except Exception as error:  # noqa: BLE001 -- it is carried out all the same
+            self._errors.add("note", error)
 
     def _carry_out(
         self,

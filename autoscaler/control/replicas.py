@@ -109,6 +109,9 @@ class DecisionHistory:
         if self.past and same(self.past[-1].decision) == same(decision):
             last = self.past.pop()
             count, first_at_s = last.count + 1, last.first_at_s
+        elif self.past:  # what it was made from is in the history
+            last = self.past.pop()
+            self.past.append(replace(last, decision=replace(last.decision, inputs=None)))
         self.counts[decision.reason] += 1
         self.past.append(
             PastDecision(

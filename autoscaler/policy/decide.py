@@ -25,6 +25,7 @@ from autoscaler.policy.recommend import (
 from autoscaler.types import (
     Bound,
     Decision,
+    DecisionInputs,
     Outlook,
     PoolPolicy,
     PoolStatus,
@@ -145,6 +146,19 @@ def decide(
         level=None if forecast is None else forecast.level,
         capacity=capacity,
         fallback=found.fallback,
+        inputs=DecisionInputs(
+            policy=policy,
+            status=status,
+            demand=demand,
+            outlook=outlook,
+            rules=tuple(
+                [
+                    (one.signal, one.replicas)
+                    for one in (windows.stable, windows.panic, found.extra, forecast)
+                    if one is not None
+                ]
+            ),
+        ),
     )
     return decision, state
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from autoscaler.types import ForecastTally
+
 SCORED = 1_440
 """Forecasts that are remembered: a day of minutes."""
 SCORED_LEAST = 60
@@ -62,6 +64,16 @@ def measure(scores: Sequence[ForecastScore]) -> Quality:
         scored=len(scores),
         coverage=sum(one.covered for one in scores) / len(scores),
         loss_ratio=loss / last if last > 0.0 else None,
+    )
+
+
+def add_score(tally: ForecastTally, score: ForecastScore) -> ForecastTally:
+    """The tally with one more forecast."""
+    return ForecastTally(
+        scored=tally.scored + 1,
+        covered=tally.covered + score.covered,
+        loss=tally.loss + pinball(score.forecast, score.came),
+        last_value_loss=tally.last_value_loss + pinball(score.last_value, score.came),
     )
 
 

@@ -56,14 +56,30 @@ PENDING = 64
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryTable:
     """Records of pools. ``columns`` beside ``pool`` (of ``pools``) and ``minute`` (Unix time / 60),
-    with which its ``key`` begins. Columns that a file does not have are added to it."""
+    with which its ``key`` begins. Columns that a file does not have are added to it. Where the file
+    is too large, what is older than ``spared_minutes`` goes before anything of the other tables."""
 
     columns: tuple[str, ...]
     key: str = "pool, minute"
+    spared_minutes: int | None = None
 
 
 TABLES: Mapping[str, HistoryTable] = {
-    "minutes": HistoryTable(columns=tuple(f"{name} REAL" for name in SERIES))
+    "minutes": HistoryTable(columns=tuple(f"{name} REAL" for name in SERIES)),
+    "decisions": HistoryTable(  # autoscaler.signals.decisions
+        columns=(
+            "at_s REAL",
+            "until_s REAL",
+            "count INTEGER",
+            "scored INTEGER",
+            "covered INTEGER",
+            "loss REAL",
+            "last_loss REAL",
+            "record BLOB",
+        ),
+        key="pool, minute, at_s",
+        spared_minutes=24 * 60,
+    ),
 }
 """Tables by name; all are bounded by the age of their minutes and by the size of the file."""
 
@@ -145,7 +161,7 @@ class HistoryStore:
             for change in changes:
                 change(connection)
             self._expire(connection, minute_of(now_s - self.max_age_s))
-            self._shed(connection)
+            self._shed(connection, minute_of(now_s))
 
         self.transact(work, writes=True)
 
@@ -277,18 +293,28 @@ class HistoryStore:
             if oldest < before:
                 _remove(connection, pool, min(before, oldest + EXPIRED_AT_ONCE))
 
-    def _shed(self, connection: sqlite3.Connection) -> None:
+    def _shed(self, connection: sqlite3.Connection, now: int) -> None:
         """Remove the oldest minutes until the file has no more than its bytes."""
         page_bytes = _page_bytes(connection)
+        spared = {name: one.spared_minutes for name, one in TABLES.items()}
         for _ in range(MOST_STEPS):
             total, free = _pages(connection)
-            oldest = _oldest(connection)
-            if (total - free) * page_bytes <= self.max_bytes or not oldest:
+            if (total - free) * page_bytes <= self.max_bytes:
                 break
-            before = min(minute for _, minute in oldest) + SHED_AT_ONCE
-            for pool, minute in oldest:
-                if minute < before:
-                    _remove(connection, pool, before)
+            for tables, until in (
+                *(((name,), now - kept) for name, kept in spared.items() if kept is not None),
+                (tuple(TABLES), LAST_MINUTE),
+            ):
+                oldest = [one for one in _oldest(connection, tables) if one[1] < until]
+                if not oldest:
+                    continue
+                before = min(until, min(minute for _, minute in oldest) + SHED_AT_ONCE)
+                for pool, minute in oldest:
+                    if minute < before:
+                        _remove(connection, pool, before, tables)
+                break
+            else:
+                break
         total, free = _pages(connection)
         if free > FREE_PAGES or total * page_bytes > self.max_bytes:
             for _ in range(min(free, GIVEN_BACK_AT_ONCE)):  # sqlite3 frees one with each call
@@ -435,11 +461,13 @@ def _missing_columns(connection: sqlite3.Connection) -> list[tuple[str, str]]:
     return missing
 
 
-def _oldest(connection: sqlite3.Connection) -> list[tuple[int, int]]:
-    """Each pool's oldest minute, in any table."""
+def _oldest(
+    connection: sqlite3.Connection, tables: Iterable[str] | None = None
+) -> list[tuple[int, int]]:
+    """Each pool's oldest minute, in any of these tables (``None``: of all)."""
     oldest: dict[int, int] = {}
     for (pool,) in connection.execute("SELECT id FROM pools").fetchall():
-        for table in TABLES:
+        for table in tables or TABLES:
             query = f"SELECT min(minute) FROM {table} WHERE pool = ?"
             (minute,) = connection.execute(query, (pool,)).fetchone()
             if minute is not None:
@@ -447,8 +475,13 @@ def _oldest(connection: sqlite3.Connection) -> list[tuple[int, int]]:
     return list(oldest.items())
 
 
-def _remove(connection: sqlite3.Connection, pool: int, before: int) -> None:
-    for table in TABLES:
+def _remove(
+    connection: sqlite3.Connection,
+    pool: int,
+    before: int,
+    tables: Iterable[str] | None = None,
+) -> None:
+    for table in tables or TABLES:
         connection.execute(f"DELETE FROM {table} WHERE pool = ? AND minute < ?", (pool, before))
 
 

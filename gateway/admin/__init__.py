@@ -3,5 +3,6 @@
 ``schema`` has the types of the admin API's requests and answers, ``operations`` its routes and
 its OpenAPI document. ``app`` gives each operation its handler, ``guard`` says who is let in, and
 ``server`` serves them. ``control`` is what status and scaling act on, ``models`` the verbs over the
-model cache, ``history`` those over the past of pools. ``metrics_page`` writes the Prometheus text.
+model cache, ``history`` those over the past of pools, ``decisions`` what pools decided in it.
+``metrics_page`` writes the Prometheus text.
 """

@@ -342,7 +342,13 @@ class HistoryRoutes:
 
     def handlers(self) -> dict[str, Handler]:
         """Each operation's handler by its name."""
-        return {"history": self.listing, "pool_history": self.read, "fill_history": self.fill}
+        return {
+            "history": self.listing,
+            "pool_history": self.read,
+            "fill_history": self.fill,
+            "decisions": self.decisions,
+            "score": self.score,
+        }
 
     async def listing(self) -> schema.HistoryListing:
         """What there is."""
@@ -355,6 +361,16 @@ class HistoryRoutes:
     async def fill(self, pool: str, body: schema.FillRequest) -> schema.FillAnswer:
         """Add to it."""
         return await self._do(partial(self._histories.fill, pool, body))
+
+    async def decisions(self, pool: str, query: schema.DecisionsQuery) -> Response:
+        """Past decisions of a pool."""
+        waiting = self._histories.waiting(pool)
+        return await self._do(lambda: as_response(self._histories.decisions(pool, query, waiting)))
+
+    async def score(self, pool: str, query: schema.ScoreQuery) -> schema.ScoreAnswer:
+        """What they cost and brought."""
+        waiting = self._histories.waiting(pool)
+        return await self._do(partial(self._histories.score, pool, query, waiting))
 
     async def _do(self, call: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)

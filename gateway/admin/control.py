@@ -25,6 +25,7 @@ from autoscaler.types import (
     ReplicaReport,
 )
 from gateway.admin import metrics_page, schema
+from gateway.admin.decisions import inputs_of
 from gateway.admin.schema import AdminError
 from gateway.datapath import metrics
 from gateway.datapath.shared import Shared
@@ -192,6 +193,7 @@ class LiveControl:
                 schema.PastDecisionEntry,
                 past,
                 past.decision,
+                inputs=inputs_of(past.decision),
                 at_s=_wall(past.decision.at_s, now),
                 first_at_s=_wall(past.first_at_s, now),
                 last_at_s=_wall(past.last_at_s, now),
@@ -266,7 +268,7 @@ def _filled(kind: type[Entry], *sources: object, **given: object) -> Entry:
 def _decision(decision: Decision | None, now: float) -> schema.DecisionEntry | None:
     if decision is None:
         return None
-    return _filled(schema.DecisionEntry, decision, at_s=_wall(decision.at_s, now))
+    return _filled(schema.DecisionEntry, decision, inputs=None, at_s=_wall(decision.at_s, now))
 
 
 def _engine(seen: EngineObservation | None, now: float) -> schema.EngineEntry | None:

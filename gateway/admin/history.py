@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from functools import partial
 
 from autoscaler.settings import PoolSettings
+from autoscaler.signals.decisions import (
+    DecisionRecord,
+    pools_with_decisions,
+    read_around,
+    read_between,
+)
 from autoscaler.signals.history import HistoryError, HistoryStore, minute_of
 from autoscaler.signals.series import MINUTE_S, SERIES, PoolMinute
 from gateway.admin import schema
+from gateway.admin.decisions import entry_of, in_force, joined, merge, score
 from gateway.admin.schema import AdminError
 
 MOST_MINUTES = 14 * 24 * 60
 """That one answer has."""
+DAY_S = 86_400.0
+MOST_SCORED = 200_000
+"""Decisions that are scored at once: a quiet pool has 1,440 a day."""
 
 
 class Histories:
     """The verbs over the file. They block, may be called from any thread, and raise ``AdminError``.
-    ``pools`` gives those that are configured."""
+    ``pools`` gives those that are configured, ``waiting`` decisions of one that may not be in the
+    file yet."""
 
     def __init__(
         self,
         store: HistoryStore,
         pools: Callable[[], Sequence[PoolSettings]],
         now_s: Callable[[], float],
+        waiting: Callable[[str], Sequence[DecisionRecord]] = lambda pool: (),
     ) -> None:
         self._store = store
         self._pools = pools
         self._now_s = now_s
+        self._waiting = waiting
 
     def listing(self) -> schema.HistoryListing:
         """Of which pools there is anything, and what the file takes."""
@@ -94,6 +110,83 @@ class Histories:
             raise AdminError("history_failed", str(error)) from None
         return schema.FillAnswer(pool=name, minutes=kept)
 
+    def waiting(self, pool: str) -> Sequence[DecisionRecord]:
+        """Decisions of a pool that may not be in the file yet. For the control loop's thread."""
+        return self._waiting(self._find(pool) or pool)
+
+    def decisions(
+        self, pool: str, query: schema.DecisionsQuery, waiting: Sequence[DecisionRecord] = ()
+    ) -> schema.DecisionsAnswer:
+        """The decision that held at a moment, and those around it."""
+        at_s = self._now_s() if query.at_s is None else query.at_s
+        name = self._find(pool) or pool
+        before = query.limit - query.limit // 2
+        work = partial(read_around, pool=name, at_s=at_s, before=before, after=query.limit // 2 + 1)
+        records = joined(merge(self._read_decisions(pool, work), waiting))
+        found = in_force(records, at_s)
+        if found is None:
+            raise AdminError("decision_not_found", _no_decision(name, at_s, records), param="at_s")
+        index = records.index(found)
+        first = max(0, index + 1 - before)
+        return schema.DecisionsAnswer(
+            pool=name,
+            at_s=at_s,
+            decision=entry_of(found),
+            decisions=tuple(map(entry_of, records[first : first + query.limit])),
+        )
+
+    def score(
+        self, pool: str, query: schema.ScoreQuery, waiting: Sequence[DecisionRecord] = ()
+    ) -> schema.ScoreAnswer:
+        """What a pool's decisions cost and brought."""
+        name = self._find(pool) or pool
+        until_s = self._now_s() if query.until_s is None else query.until_s
+        from_s = max(0.0, until_s - DAY_S) if query.from_s is None else query.from_s
+        work = partial(
+            read_between, pool=name, from_s=from_s, until_s=until_s, most=MOST_SCORED + 1
+        )
+        records = merge(
+            self._read_decisions(pool, work),
+            [one for one in waiting if from_s <= one.at_s < until_s],
+        )
+        if len(records) > MOST_SCORED:
+            text = f"from_s to until_s have more than {MOST_SCORED} records: ask for less."
+            raise AdminError("bad_value", text, param="from_s")
+        if len(records) < 2:
+            text = f"There are no decisions of {name} from {_moment(from_s)} on."
+            raise AdminError("decision_not_found", text, param="from_s")
+        found = score(records)
+        return schema.ScoreAnswer(
+            pool=name,
+            from_s=records[0].at_s,
+            until_s=records[-1].until_s,
+            scored_s=found.scored_s,
+            unknown_s=found.unknown_s,
+            trusted_s=found.trusted_s,
+            ran=schema.CostEntry.model_validate(found.ran),
+            reactive=schema.CostEntry.model_validate(found.reactive),
+            auto=None if found.auto is None else schema.CostEntry.model_validate(found.auto),
+            above_replica_s=found.above_replica_s,
+            below_replica_s=found.below_replica_s,
+            forecasts=found.tally.scored,
+            coverage=found.coverage,
+            loss_ratio=found.loss_ratio,
+        )
+
+    def _read_decisions(
+        self, pool: str, work: Callable[[sqlite3.Connection], list[DecisionRecord]]
+    ) -> list[DecisionRecord]:
+        """Of a pool that is configured, or was."""
+        try:
+            found = self._store.transact(work)
+            if found or self._find(pool) is not None:
+                return found
+            if pool not in self._store.transact(pools_with_decisions):
+                raise AdminError("pool_not_found", self._not_found(pool), param="pool")
+        except HistoryError as error:
+            raise AdminError("history_failed", str(error)) from None
+        return found
+
     def _find(self, pool: str) -> str | None:
         """The name of the configured pool that is called so."""
         return next((one.name for one in self._pools() if pool in one.names), None)
@@ -101,6 +194,20 @@ class Histories:
     def _not_found(self, pool: str) -> str:
         names = ", ".join(one.name for one in self._pools()[:20])
         return f"There is no pool {pool!r}; the pools are {names or 'none'}."
+
+
+def _no_decision(pool: str, at_s: float, records: Sequence[DecisionRecord]) -> str:
+    """That nothing is known of a moment, and of which one near it something is."""
+    text = f"No decision of {pool} is known at {_moment(at_s)}"
+    moments = [moment for one in records for moment in (one.at_s, one.until_s)]
+    if not moments:
+        return f"{text}, nor at any other time."
+    nearest = min(moments, key=lambda moment: abs(moment - at_s))
+    return f"{text}; the nearest is at {_moment(nearest)}."
+
+
+def _moment(at_s: float) -> str:
+    return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _minutes(pool: str, given: schema.FillRequest) -> Iterator[PoolMinute]:

@@ -23,6 +23,8 @@ from gateway.admin.schema import (
     AdminRequest,
     ApiDocument,
     CacheListing,
+    DecisionsAnswer,
+    DecisionsQuery,
     DrainAnswer,
     ErrorAnswer,
     EvictAnswer,
@@ -51,6 +53,8 @@ from gateway.admin.schema import (
     ResultLine,
     ScaleAnswer,
     ScaleRequest,
+    ScoreAnswer,
+    ScoreQuery,
     ServiceAnswer,
     SleepAnswer,
     SleepRequest,
@@ -219,6 +223,28 @@ POOL_HISTORY = Operation(
     answer=HistoryAnswer,
     errors=("pool_not_found", "bad_value", "unknown_field", "history_failed"),
 )
+DECISIONS = Operation(
+    name="decisions",
+    method="GET",
+    path="/pools/{pool}/decisions",
+    summary="The decision that held at a moment of the past, and those around it.",
+    query=DecisionsQuery,
+    answer=DecisionsAnswer,
+    errors=(
+        "pool_not_found", "decision_not_found", "bad_value", "unknown_field", "history_failed",
+    ),
+)  # fmt: skip
+SCORE = Operation(
+    name="score",
+    method="GET",
+    path="/pools/{pool}/score",
+    summary="What the decisions of a stretch of the past cost and brought.",
+    query=ScoreQuery,
+    answer=ScoreAnswer,
+    errors=(
+        "pool_not_found", "decision_not_found", "bad_value", "unknown_field", "history_failed",
+    ),
+)  # fmt: skip
 FILL_HISTORY = Operation(
     name="fill_history",
     method="POST",
@@ -265,7 +291,7 @@ VERBS = {
 COMMON = (INDEX, OPENAPI, METRICS, HEALTHZ, READYZ, STATUS)
 CACHE = (MODELS, *VERBS.values())
 POOLS = (EXPLAIN, SCALE, SLEEP, WAKE, DISABLE, ENABLE, DRAIN, RELOAD)
-PAST = (HISTORY, POOL_HISTORY, FILL_HISTORY)
+PAST = (HISTORY, POOL_HISTORY, DECISIONS, SCORE, FILL_HISTORY)
 OPERATIONS = (*COMMON, *POOLS, *PAST, *CACHE)
 """Every operation of a gateway's admin listener; a cache agent has ``COMMON`` and ``CACHE``."""
 

@@ -51,6 +51,7 @@ ERRORS = {
     "unauthorized": 401,
     "cross_site": 403,
     "model_not_allowed": 403,
+    "decision_not_found": 404,
     "model_not_found": 404,
     "no_pools": 404,
     "pool_not_found": 404,
@@ -162,6 +163,35 @@ class WorkerEntry(AdminAnswer):
     upstream_connections: int
 
 
+class DecisionInputsEntry(AdminAnswer):
+    """What a decision was made from, as it was then."""
+
+    ready: int
+    lead_s: float | None
+    """Seconds that a replica asked for then would take to be ready."""
+    min_replicas: int | None
+    max_replicas: int | None
+    override: int | None
+    requests: int | None
+    """In flight and queued, as ``tokens`` are."""
+    tokens: int | None
+    queued_tokens: int | None
+    stable_window_s: float
+    stable_tokens_per_s: float | None
+    """Tokens of the requests that came, over this window; ``panic_tokens_per_s`` over the short
+    one."""
+    panic_tokens_per_s: float | None
+    model: str
+    """That made the forecast; empty without one."""
+    forecast_median_tokens_per_s: float | None
+    """Quantiles 0.5 and 0.95 of the highest demand within the lead, by the forecast."""
+    forecast_high_tokens_per_s: float | None
+    rules: tuple[tuple[str, int], ...]
+    """The replicas that each rule asked for by itself."""
+    alone: int | None
+    """What reaction without a forecast recommends, at the target utilization."""
+
+
 class DecisionEntry(AdminAnswer):
     """How many replicas a pool shall have, and why."""
 
@@ -189,6 +219,9 @@ class DecisionEntry(AdminAnswer):
     """Why there is no forecast in it; empty where there is one."""
     recommended: int | None = None
     """What would be done in the mode ``auto``, where the mode is another."""
+    inputs: DecisionInputsEntry | None = None
+    """What it was made from; ``null`` where it needed nothing, in ``/status``, and for all but the
+    newest of ``explain``."""
 
 
 class PastDecisionEntry(DecisionEntry):
@@ -590,6 +623,71 @@ class HistoryAnswer(AdminAnswer):
     """Unix time of the first minute."""
     step_s: float = 60.0
     series: SeriesValues
+
+
+class DecisionsQuery(AdminRequest):
+    """Which past decisions."""
+
+    at_s: float | None = Field(default=None, ge=0.0, le=1e12, allow_inf_nan=False)
+    """Unix time; unset: now."""
+    limit: int = Field(default=20, ge=1, le=10_000)
+    """Most of them, around that time."""
+
+
+class DecisionsAnswer(AdminAnswer):
+    """The decision that held at a moment, and those around it, oldest first. Of a pool one a minute
+    is kept, and each change."""
+
+    pool: str
+    at_s: float
+    decision: PastDecisionEntry
+    decisions: tuple[PastDecisionEntry, ...]
+
+
+class ScoreQuery(AdminRequest):
+    """Which stretch of the past."""
+
+    from_s: float | None = Field(default=None, ge=0.0, le=1e12, allow_inf_nan=False)
+    """Unix time; unset: a day before the end."""
+    until_s: float | None = Field(default=None, allow_inf_nan=False)
+    """Unset: now."""
+
+
+class CostEntry(AdminAnswer):
+    """What a policy's replicas cost, and whom they may have hurt."""
+
+    replica_s: float
+    """Seconds that replicas were there or on their way, summed over them."""
+    short_s: float
+    """Seconds in which demand was above what the ready ones carry."""
+
+
+class ScoreAnswer(AdminAnswer):
+    """What a pool's decisions cost and brought, against reaction alone."""
+
+    pool: str
+    from_s: float
+    until_s: float
+    scored_s: float
+    unknown_s: float
+    """Seconds of which demand, capacity or replicas are not known."""
+    trusted_s: float
+    """Seconds in which the forecast was used."""
+    ran: CostEntry
+    reactive: CostEntry
+    """As computed for reaction alone, from the same demand."""
+    auto: CostEntry | None
+    """As computed for the mode ``auto``, where the mode was another."""
+    above_replica_s: float
+    """Replica-seconds beyond those of reaction alone, while there were more."""
+    below_replica_s: float
+    """The same, while there were fewer."""
+    forecasts: int
+    """That were scored: their lead has passed."""
+    coverage: float | None
+    """The part of them that covered what came, at their quantile 0.95."""
+    loss_ratio: float | None
+    """Their pinball loss in parts of that of the last value."""
 
 
 class FillRequest(AdminRequest):

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,11 +25,17 @@ from gateway.terminal import NONE, ago, count, duration, figure, out, size
 
 if TYPE_CHECKING:
     from gateway.admin.history import Histories
-    from gateway.admin.schema import FillAnswer, HistoryAnswer, HistoryListing
+    from gateway.admin.schema import (
+        DecisionsAnswer,
+        FillAnswer,
+        HistoryAnswer,
+        HistoryListing,
+        ScoreAnswer,
+    )
 
 READ_MINUTES = 7 * 24 * 60
 BARS = "▁▂▃▄▅▆▇█"
-_UNITS_S = {"m": 60.0, "h": 3_600.0, "d": 86_400.0, "w": 604_800.0}
+_UNITS_S = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3_600.0, "d": 86_400.0, "w": 604_800.0}
 
 history_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -79,6 +85,21 @@ class RemoteHistory:
         found: FillAnswer = client.ask(self._listener, FILL_HISTORY, body, pool=pool)
         return found
 
+    def decisions(self, pool: str, at_s: float, limit: int) -> DecisionsAnswer:
+        """The decision that held at a moment, and those around it."""
+        from gateway.admin.operations import DECISIONS
+
+        query = {"at_s": at_s, "limit": limit}
+        found: DecisionsAnswer = client.ask(self._listener, DECISIONS, query=query, pool=pool)
+        return found
+
+    def score(self, pool: str, from_s: float) -> ScoreAnswer:
+        """What its decisions cost and brought since then."""
+        from gateway.admin.operations import SCORE
+
+        found: ScoreAnswer = client.ask(self._listener, SCORE, query={"from_s": from_s}, pool=pool)
+        return found
+
 
 class LocalHistory:
     """The file, in this process."""
@@ -105,6 +126,22 @@ class LocalHistory:
 
         asked = FillRequest.model_validate(body)
         found: FillAnswer = self._do(lambda: self._histories.fill(pool, asked))
+        return found
+
+    def decisions(self, pool: str, at_s: float, limit: int) -> DecisionsAnswer:
+        """The decision that held at a moment, and those around it."""
+        from gateway.admin.schema import DecisionsQuery
+
+        query = DecisionsQuery(at_s=at_s, limit=limit)
+        found: DecisionsAnswer = self._do(lambda: self._histories.decisions(pool, query))
+        return found
+
+    def score(self, pool: str, from_s: float) -> ScoreAnswer:
+        """What its decisions cost and brought since then."""
+        from gateway.admin.schema import ScoreQuery
+
+        query = ScoreQuery(from_s=from_s)
+        found: ScoreAnswer = self._do(lambda: self._histories.score(pool, query))
         return found
 
     def _do(self, call: Callable[[], Any]) -> Any:
@@ -173,21 +210,29 @@ def read_all(
 
 
 def moment(text: str, now_s: float) -> float:
-    """Unix time of ``30d`` (ago), of a date, or as it is. A usage error for anything else."""
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([mhdw])", text.strip()):
+    """Unix time of ``30d`` (ago), of a date, of a time of day (the last one, UTC), or as it is. A
+    usage error for anything else."""
+    said = text.strip()
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|m|min|h|d|w)(?: ago)?", said):
         return now_s - float(match[1]) * _UNITS_S[match[2]]
     try:
-        at = datetime.fromisoformat(text.strip())
+        if re.fullmatch(r"\d{1,2}:\d\d(:\d\d)?", said):
+            clock = time.fromisoformat(f"0{said}" if said[1] == ":" else said)
+            at = datetime.combine(datetime.fromtimestamp(now_s, UTC), clock, UTC)
+            return at.timestamp() - (86_400.0 if at.timestamp() > now_s else 0.0)
+        at = datetime.fromisoformat(said)
     except ValueError:
         pass
     else:
         return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
     try:
-        number = float(text)
+        number = float(said)
     except ValueError:
         number = math.nan
     if not 0 <= number < 1e12:
-        raise typer.BadParameter(f"{text!r} is no time: 90m, 36h, 30d, 4w, or 2026-11-30T09:00Z")
+        raise typer.BadParameter(
+            f"{text!r} is no time: 90m, 36h, 30d, 4w, 14:05, or 2026-11-30T09:00Z"
+        )
     return number
 
 

@@ -157,7 +157,7 @@ def _pools(pools: Iterable[schema.PoolEntry], screen: Screen) -> str:
             pool.engine,
             (figure(pool.ready), GOOD if enough and pool.ready else BUSY if not enough else ""),
             figure(pool.desired) + (" (held)" if pool.override is not None else ""),
-            ", ".join(_not_ready(pool)) or NONE,
+            ", ".join(not_ready(pool)) or NONE,
             figure(pool.queued_requests),
             figure(pool.inflight_requests),
             figure(None if None in tokens else sum(filter(None, tokens))),
@@ -167,7 +167,7 @@ def _pools(pools: Iterable[schema.PoolEntry], screen: Screen) -> str:
     return table.render(screen)
 
 
-def _not_ready(pool: schema.PoolEntry) -> list[str]:
+def not_ready(pool: schema.PoolEntry) -> list[str]:
     """How many replicas are in each state but ready: ``1 starting``."""
     states = ("starting", "unhealthy", "draining", "sleeping")
     return [f"{number} {state}" for state in states if (number := getattr(pool, state))]
@@ -183,13 +183,13 @@ def _errors(pool: schema.PoolEntry, error: str) -> list[str]:
     """Why a pool's engines fail: what happened, and the engine's own last lines below it."""
     first, *rest = error.strip().splitlines() or [UNKNOWN]
     times = f"{pool.failures} failures in a row" if pool.failures > 1 else "failed"
-    retry = _retry(pool, ", ")
+    retry = retry_text(pool, ", ")
     return [f"{pool.name}: {times}{retry}: {one_line(first)}"] + [
         f"  {one_line(one)}" for one in rest
     ]
 
 
-def _retry(pool: schema.PoolEntry, separator: str) -> str:
+def retry_text(pool: schema.PoolEntry, separator: str) -> str:
     """When an engine is started again after failures; nothing where none is to be."""
     if pool.retry_in_s is None or not pool.starting:
         return ""
@@ -231,7 +231,7 @@ def _engine_figures(replica: schema.ReplicaEntry) -> tuple[str, str, str]:
 
 
 def _detail(replica: schema.ReplicaEntry) -> str:
-    text = _first_line(replica.error or replica.phase)
+    text = first_line(replica.error or replica.phase)
     outdated = "to be replaced: its start-up arguments have changed" if replica.outdated else ""
     fault = "" if replica.gpu_fault is None else f"fault of its GPU: {_fault(replica.gpu_fault)}"
     return "; ".join(part for part in (text, outdated, fault) if part)
@@ -274,7 +274,7 @@ def _fault(fault: schema.GpuFaultEntry) -> str:
     return f"{fault.detail}: {GPU_ACTIONS[fault.action]}"
 
 
-def _first_line(text: str) -> str:
+def first_line(text: str) -> str:
     """An error may bring an engine's log with it: what it begins with."""
     return next(iter(text.strip().splitlines()), "")
 
@@ -384,96 +384,6 @@ def _reached(peers: Sequence[schema.PeerEntry]) -> str:
         return text
     more = f" and {len(away) - PEERS_NAMED} more" if len(away) > PEERS_NAMED else ""
     return f"{text}, not {', '.join(away[:PEERS_NAMED])}{more}"
-
-
-# ── explain ───────────────────────────────────────────────────────────────────────────────────────
-
-
-def explain(answer: schema.ExplainAnswer, screen: Screen, now_s: float) -> str:
-    """Why a pool has the replicas it has: the newest decision in full, then how it came to it."""
-    if not answer.decisions:
-        return f"{answer.pool}: no decision yet.\n"
-    newest, pool = answer.decisions[-1], answer.current
-    there = [] if pool is None else [f"{figure(pool.ready)} ready", *_not_ready(pool)]
-    lines = [
-        f"{answer.pool}: {', '.join([f'{figure(newest.desired)} desired', *there])}",
-        *(f"  problem {one_line(one)}" for one in ([] if pool is None else _problems(pool))),
-        f"  why     {one_line(newest.detail or newest.reason)}",
-        f"  signal  {SIGNALS.get(newest.signal, newest.signal)}",
-        f"  bound   {BOUNDS.get(newest.bound or '', newest.bound or 'none')}",
-    ]
-    if newest.forecast is not None:
-        lines.append(
-            f"  ahead   the forecast asks for {newest.forecast}, which covers "
-            f"{newest.level or 0.0:.1%} of what may come; demand by itself for "
-            f"{figure(newest.reactive)}"
-        )
-    elif newest.fallback:
-        lines.append(f"  ahead   it reacts alone: {one_line(newest.fallback)}")
-    if newest.capacity is not None:
-        lines.append(
-            f"  each    {newest.capacity.tokens_per_s:.0f} tokens/s per replica "
-            f"({newest.capacity.source})"
-        )
-    if newest.panicking:
-        lines.append("  panic   yes: demand rose so fast that the pool only grows for now")
-    table = Table(("SINCE", "UNTIL", "TIMES", "DESIRED", "SUPPLY", "REASON", "BOUND", "DETAIL"))
-    for one in answer.decisions:
-        table.add(
-            ago(one.first_at_s, now_s),
-            ago(one.last_at_s, now_s),
-            figure(one.count),
-            figure(one.desired),
-            figure(one.supply),
-            one.reason,
-            one.bound or NONE,
-            one.detail,
-        )
-    return "\n".join([*lines, "", table.render(screen)])
-
-
-def _problems(pool: schema.PoolEntry) -> list[str]:
-    """What keeps a pool from having the replicas it shall have: failures, and what is unhealthy."""
-    problems = []
-    if pool.error:
-        times = "" if pool.failures < 2 else f" {pool.failures} times in a row, at last"
-        problems.append(f"its engine failed{times}: {_first_line(pool.error)}{_retry(pool, '; ')}")
-    for replica in pool.replicas:
-        if replica.state == "unhealthy":
-            why = f": {_first_line(replica.error)}" if replica.error else ""
-            problems.append(f"{replica.id} is unhealthy{why}")
-    return problems
-
-
-SIGNALS = {
-    "none": "nothing asked for replicas",
-    "stable_tokens": "tokens in flight and queued, mean over the stable window",
-    "panic_tokens": "tokens in flight and queued, mean over the panic window",
-    "stable_requests": "requests in flight and queued, mean over the stable window",
-    "panic_requests": "requests in flight and queued, mean over the panic window",
-    "stable_tokens_per_s": "tokens of the requests that came, per second of the stable window",
-    "panic_tokens_per_s": "tokens of the requests that came, per second of the panic window",
-    "backlog": "tokens held in the gateway, to be worked off within backlog_s",
-    "forecast": "the highest demand until a new replica would serve, by the forecast",
-    "target": "a figure that the pool has a target for (targets)",
-    "arrivals": "requests that came since the last decision",
-    "held": "requests held in the gateway",
-    "override": "an operator's number (tidegate scale)",
-}
-
-BOUNDS = {
-    "min_replicas": "raised to min_replicas",
-    "max_replicas": "lowered to max_replicas",
-    "max_scale_up": "lowered: only so many starts in one tick (max_scale_up_per_tick)",
-    "max_scale_down": "kept: only so many go in one tick (max_scale_down_per_tick)",
-    "scale_down_delay": "kept: the lower number has not been enough for scale_down_delay_s yet",
-    "panic": "kept: nothing is taken away in a panic",
-    "idle_to_zero": "kept: not idle for idle_to_zero_s yet",
-    "never_zero": "kept: not to zero while there are requests, or a start because of one",
-    "starting": "kept: none is ready yet, and a request may wait for one that is loading",
-    "no_capacity": "lowered: no memory or GPU is free for more, so it waits, or makes room",
-    "unknown_demand": "kept: demand is unknown, which is not zero",
-}
 
 
 # ── doctor ────────────────────────────────────────────────────────────────────────────────────────

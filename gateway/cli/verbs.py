@@ -22,6 +22,7 @@ from gateway.cli.base import (
     load,
     screen,
 )
+from gateway.cli.explain import explain
 from gateway.cli.history import history_app
 from gateway.cli.history_import import history_import
 from gateway.cli.model import model_app
@@ -50,6 +51,7 @@ app.add_typer(pool_app, name="pool", help="Take a pool out of service, and back.
 app.add_typer(model_app, name="model", help="The models in this node's cache.")
 history_app.command("import")(history_import)
 app.add_typer(history_app, name="history", help="The past of pools, minute by minute.")
+app.command("explain")(explain)
 app.command("replay")(replay)
 
 
@@ -384,30 +386,6 @@ def reload(
         out(as_text(answer))
         return 0
     out("".join(f"{line}\n" for line in describe(**dict(answer))))
-    return 0
-
-
-@app.command()
-def explain(
-    context: typer.Context,
-    pool: PoolName,
-    as_json: AsJson = False,
-    limit: Annotated[int, typer.Option(help="Newest decisions to show.", min=1, max=10_000)] = 20,
-    admin: Admin = None,
-    config: Config = None,
-    sets: Sets = None,
-) -> int:
-    """Say why a pool has as many replicas as it has.
-
-    The newest decision in full (which signal asked for the number, which bound changed it), then
-    how it came to that, oldest first; equal decisions in a row are one line.
-
-    **Examples:** `tidegate explain smollm2`, `tidegate explain smollm2 --limit 5 --json`
-    """
-    from gateway.admin.operations import EXPLAIN
-
-    answer = client.ask(address(admin, config, sets), EXPLAIN, query={"limit": limit}, pool=pool)
-    out(as_text(answer) if as_json else tables.explain(answer, screen(), context.obj.now_s()))
     return 0
 
 

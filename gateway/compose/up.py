@@ -32,6 +32,7 @@ from autoscaler.backends.process.backend import ProcessBackend
 from autoscaler.backends.process.fork_server import ForkPlan
 from autoscaler.backends.process.placement import list_gpus
 from autoscaler.backends.static import StaticBackend
+from autoscaler.control.decision_log import DecisionLog
 from autoscaler.control.disabled_pools import DisabledPools
 from autoscaler.control.forecasts import Forecasts
 from autoscaler.control.loop import ControlLoop
@@ -178,6 +179,8 @@ class _Tidegate:
             read_past=self._read_past,
             environ=child_environ(settings, os.environ),
         )
+        self.decision_log = DecisionLog(writer=self.history_writer, tally=self.forecasts.tally)
+        self.stack.callback(self.decision_log.flush)
         self.loop = ControlLoop(
             pools=settings.pools,
             settings=settings.autoscaler,
@@ -185,6 +188,7 @@ class _Tidegate:
             digests=find_digests(settings.pools, settings.loaders),
             observe=self.observe,
             record=self._record,
+            note=self.decision_log.add,
             outlook=self.forecasts.outlook,
             recent=self.recorder.recent,
             publish=self._publish,
@@ -312,7 +316,12 @@ class _Tidegate:
             token=self.admin_token,
             version=version(),
             models=models,
-            histories=Histories(self.history, lambda: self.settings.pools, time.time),
+            histories=Histories(
+                self.history,
+                lambda: self.settings.pools,
+                time.time,
+                waiting=self.decision_log.waiting,
+            ),
         )
         state_dir = Path(self.settings.state_dir)
         with admin_listeners(self.admin_listener, state_dir, RECORD_NAME) as listeners:

@@ -11,11 +11,13 @@ from typing import Any
 import httpx
 import pytest
 from admin_rig import ServedAdmin, gateway_status, past_decision, pool
+from decision_rig import record
 from fake_cache import FakeCache, fake_models
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
 from autoscaler.settings import PoolSettings
+from autoscaler.signals.decisions import put_decisions
 from autoscaler.signals.history import HistoryStore
 from autoscaler.signals.series import PoolMinute
 from gateway.admin import schema
@@ -86,6 +88,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     histories = Histories(store, lambda: (chat,), lambda: 1e9)
     minute = PoolMinute(pool="chat", minute=int(1e9 // 60) - 1, values={"arrivals": 1.0})
     store.record([minute], 1e9)
+    kept = [record(1e9 - 60), record(1e9 - 1)]
+    store.write([lambda connection: put_decisions(connection, kept)], 1e9)
     with ServedAdmin(OnePool(), fake_models(cache, {"eu": ""}), histories=histories) as one:
         yield one.http
 

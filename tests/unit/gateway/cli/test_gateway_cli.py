@@ -33,6 +33,7 @@ from gateway.admin import schema
 from gateway.cli import client, main, tables, verbs
 from gateway.cli.base import Effects
 from gateway.cli.client import TOKEN_VARIABLE
+from gateway.cli.explain import BOUNDS, SIGNALS, explain_text
 from gateway.cli.tables import Screen
 from gateway.compose import listeners
 from gateway.compose.up import banner
@@ -566,8 +567,8 @@ def test_status_marks_what_a_reload_left_behind() -> None:
 
 
 def test_every_bound_and_signal_of_a_decision_has_words() -> None:
-    assert {*tables.BOUNDS} == {*Bound}
-    assert {*Signal} - {Signal.NONE} <= {*tables.SIGNALS}
+    assert {*BOUNDS} == {*Bound}
+    assert {*Signal} - {Signal.NONE} <= {*SIGNALS}
 
 
 def test_reload_says_what_is_different(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
@@ -946,7 +947,7 @@ def test_a_terminal_gets_a_table_a_pipe_gets_text() -> None:
     assert "loading weights" in drawn
     assert "\x1b[" not in tables.status(STATUS, PIPE, NOW_S)
     explained = schema.ExplainAnswer(pool="chat", decisions=(past_decision(),))
-    assert "\x1b[" in tables.explain(explained, TERMINAL, NOW_S)
+    assert "\x1b[" in explain_text(explained, TERMINAL, NOW_S)
     assert "\x1b[" in tables.doctor([fail("a", "f", "do")], TERMINAL)
 
 
@@ -977,14 +978,14 @@ def test_status_says_what_is_simulated_and_what_is_held() -> None:
 def test_status_of_no_pools() -> None:
     assert "POOL" in tables.status(gateway_status(), PIPE, NOW_S)
     nothing = schema.ExplainAnswer(pool="p", decisions=())
-    assert "no decision yet" in tables.explain(nothing, PIPE, NOW_S)
+    assert "no decision yet" in explain_text(nothing, PIPE, NOW_S)
 
 
 def explained(current: schema.PoolEntry) -> list[str]:
     answer = schema.ExplainAnswer(
         pool="chat", decisions=(past_decision(desired=1, supply=1),), current=current
     )
-    return tables.explain(answer, PIPE, NOW_S).splitlines()
+    return explain_text(answer, PIPE, NOW_S).splitlines()
 
 
 def test_explain_says_what_fails() -> None:

@@ -113,7 +113,7 @@ def test_show(cli: Cli, store: HistoryStore, capsys: pytest.CaptureFixture[str])
     keep(store, 7, until=NOW - 9)
     assert cli("show") == 0
     head, _, titles, row = capsys.readouterr().out.splitlines()
-    assert "history.sqlite3  20 kB of 1.1 GB" in head
+    assert "history.sqlite3  25 kB of 1.1 GB" in head
     assert (titles.split()[0], row.split()[0], row.split()[-1]) == ("POOL", "chat", "40%")
     assert cli("show", "--json") == 0
     assert printed(capsys)["pools"][0]["minutes"] == 4
@@ -433,7 +433,10 @@ def test_an_empty_past_is_written_too(tmp_path: Path) -> None:
         ("90m", NOW_S - 5_400), ("36h", NOW_S - 129_600), ("1.5d", NOW_S - 129_600),
         ("4w", NOW_S - 28 * 86_400), ("1700000000", 1_700_000_000.0),
         ("2026-11-30", 1_795_996_800.0), ("2026-11-30T01:00+01:00", 1_795_996_800.0),
-        ("2026-11-30T00:00:00Z", 1_795_996_800.0),
+        ("2026-11-30T00:00:00Z", 1_795_996_800.0), ("10m ago", NOW_S - 600),
+        ("5 min ago", NOW_S - 300), ("30s", NOW_S - 30), ("00:00", NOW_S - NOW_S % 86_400),
+        ("0:00:10", NOW_S - NOW_S % 86_400 + 10 - 86_400 * (NOW_S % 86_400 < 10)),
+        ("23:59", NOW_S - NOW_S % 86_400 - 60 + 86_400 * (NOW_S % 86_400 >= 86_340)),
     ],
 )  # fmt: skip
 def test_moments(text: str, expected: float) -> None:
