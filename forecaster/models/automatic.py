@@ -9,7 +9,7 @@ import numpy as np
 from forecaster.calibrate import blended
 from forecaster.clean import cleaned
 from forecaster.models.direct import Direct, DirectFit
-from forecaster.models.last_value import LastValue
+from forecaster.models.last_value import LastValue, LastValueFit
 from forecaster.models.seasonal import PeriodicQuantile
 from forecaster.periods import day_and_week, find_periods
 from forecaster.types import DAY_S, QUANTILES, Forecast, Forecaster, History
@@ -59,7 +59,9 @@ class Automatic:
             direct = Direct(periods=periods).fit(history, horizon_steps)
         except ValueError:
             share = 0.0
-        other: Forecaster = PeriodicQuantile(period=short[0]) if short else LastValue()
+        other: Forecaster | LastValueFit = LastValue().fit(history, horizon_steps)
+        if short:
+            other = PeriodicQuantile(period=short[0])
         return AutomaticFit(name=self.name, share=share, direct=direct, other=other)
 
 
@@ -71,7 +73,7 @@ class AutomaticFit:
     name: str
     share: float
     direct: DirectFit | None
-    other: Forecaster
+    other: Forecaster | LastValueFit
 
     def forecast(
         self, history: History, horizon_steps: int, levels: tuple[float, ...] = QUANTILES

@@ -45,6 +45,8 @@ _HALF_LIVES_ERRORS_DAYS = (0.4, 3.0)
 """A change of regime within hours, and enough errors for the tails: the mean of both quantiles."""
 
 _MOST_DEVIATIONS = 6.0
+_LINEAR_TO = 2.0
+_SMALL_MOVE = 0.3
 _PIECE_ROWS = 128
 _STEPS_OF_A_LEAD = 8
 _STRIDE_MOST = 6
@@ -95,61 +97,77 @@ class Direct:
             periods=periods,
             unit=unit,
             learned_of=len(root),
+            shared=regressions.shared,
             leads={lead: regressions.of_lead(lead) for lead in leads},
         )
 
 
 @dataclass(frozen=True, slots=True)
-class _Scale:
-    """What a column is shifted and divided by, to be of size 1; what hardly moves becomes 0."""
+class _Moves:
+    """How differences become columns of size 1: by their size up to ``_LINEAR_TO`` usual ones, by
+    its logarithm beyond (arsinh), for a burst is a hundred times an ordinary one. Zero stays zero:
+    no move is no reason to move."""
 
-    shift: Floats
+    usual: Floats
     size: Floats
-    most: float = np.inf
+
+    @classmethod
+    def of(cls, columns: Floats) -> _Moves:
+        """Of the rows that are learned from."""
+        usual = 1.4826 * np.median(np.abs(columns), axis=0) + 0.1 * columns.std(axis=0) + 1e-9
+        moves = cls(usual, np.ones_like(usual))
+        deviation = np.sqrt(np.mean(moves(columns) ** 2, axis=0))
+        return cls(usual, np.where(deviation <= 1e-9, np.inf, deviation))
 
     def __call__(self, columns: Floats) -> Floats:
-        return np.asarray(np.clip((columns - self.shift) / self.size, -self.most, self.most))
-
-    @classmethod
-    def of_moves(cls, columns: Floats) -> _Scale:
-        """Moves keep their zero: no move is no reason to move."""
-        deviation = np.sqrt(np.mean(columns**2, axis=0))
-        return cls(np.zeros_like(deviation), np.where(deviation <= 1e-9, np.inf, deviation))
-
-    @classmethod
-    def of_plain(cls, columns: Floats) -> _Scale:
-        mean, deviation = columns.mean(axis=0), columns.std(axis=0)
-        flat = deviation <= 1e-9 * (1.0 + np.abs(mean))
-        return cls(mean, np.where(flat, np.inf, deviation), _MOST_DEVIATIONS)
+        squashed = _LINEAR_TO * np.arcsinh(columns / (_LINEAR_TO * self.usual))
+        return np.asarray(squashed / self.size)
 
 
 @dataclass(frozen=True, slots=True)
-class _Scales:
-    """Of the features that all leads share, and of those of one lead."""
+class _Plain:
+    """How levels become columns of size 1 around 0; one that hardly moves becomes 0."""
 
-    own_moves: _Scale
-    own_plain: _Scale
-    moves: _Scale
-    plain: _Scale
-    spread: _Scale
+    shift: Floats
+    size: Floats
 
-    def columns(self, table: FeatureTable, lead: int, rows: slice) -> Floats:
-        """The features of these rows; the last is 1."""
-        moves, plain = table.of_lead(lead)
-        count = len(table.base[rows])
-        return np.hstack(
-            [
-                self.own_moves(moves[rows]),
-                self.own_plain(plain[rows]),
-                self.moves(table.moves[rows]),
-                self.plain(table.plain[rows]),
-                np.ones((count, 1)),
-            ]
-        )
+    @classmethod
+    def of(cls, columns: Floats) -> _Plain:
+        """Of the rows that are learned from."""
+        mean, deviation = columns.mean(axis=0), columns.std(axis=0)
+        flat = deviation <= 1e-9 * (1.0 + np.abs(mean))
+        return cls(mean, np.where(flat, np.inf, deviation))
 
-    def spreads(self, table: FeatureTable, rows: slice) -> Floats:
-        """What the size of errors depends on, in these rows; the last is 1."""
-        return np.hstack([self.spread(table.spread[rows]), np.ones((len(table.base[rows]), 1))])
+    def __call__(self, columns: Floats) -> Floats:
+        scaled = (columns - self.shift) / self.size
+        return np.asarray(np.clip(scaled, -_MOST_DEVIATIONS, _MOST_DEVIATIONS))
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """The columns that all leads share: for the guess, and for the size of its errors."""
+
+    moves: _Moves
+    plain: _Plain
+    spread: _Plain
+
+    @classmethod
+    def of(cls, table: FeatureTable, seen: slice) -> _Shared:
+        moves = _Moves.of(table.moves[seen])
+        spread = _Plain.of(_spreads(table, moves)[seen])
+        return cls(moves, _Plain.of(table.plain[seen]), spread)
+
+    def __call__(self, table: FeatureTable) -> tuple[Floats, Floats]:
+        """For each row of the table; the last column is 1."""
+        ones = np.ones((len(table.base), 1))
+        guess = np.hstack([self.moves(table.moves), self.plain(table.plain), ones])
+        return guess, np.hstack([self.spread(_spreads(table, self.moves)), ones])
+
+
+def _spreads(table: FeatureTable, moves: _Moves) -> Floats:
+    places = [0, table.moves.shape[1] // 2, -1]
+    some = moves(table.moves)[:, places]
+    return np.hstack([table.sizes, np.log(np.abs(some) + _SMALL_MOVE)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,17 +175,18 @@ class _LeadFit:
     """The regressions of one lead. Each has a column for both targets: the value at the lead, and
     the largest until it. ``errors`` are the quantiles ``_LEVELS`` of errors of size 1."""
 
-    scales: _Scales
+    moves: _Moves
+    plain: _Plain
     guess: Floats
     size: Floats
     errors: Floats
 
-    def quantiles(self, table: FeatureTable, lead: int) -> Floats:
+    def quantiles(self, table: FeatureTable, shared: tuple[Floats, Floats], lead: int) -> Floats:
         """``[level, target]`` in square-root space, from the last row of a table."""
-        last = slice(-1, None)
-        guess = self.scales.columns(table, lead, last)[0] @ self.guess
-        size = np.exp(self.scales.spreads(table, last)[0] @ self.size)
-        return np.asarray(table.base[-1] + guess + size * self.errors)
+        moves, plain = table.of_lead(lead)
+        columns = np.hstack([self.moves(moves[-1]), self.plain(plain[-1]), shared[0][-1]])
+        size = np.exp(shared[1][-1] @ self.size)
+        return np.asarray(table.base[-1] + columns @ self.guess + size * self.errors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +197,7 @@ class DirectFit:
     periods: tuple[int, ...]
     unit: float
     learned_of: int
+    shared: _Shared
     leads: Mapping[int, _LeadFit]
 
     def forecast(
@@ -189,9 +209,10 @@ class DirectFit:
         if not len(known):
             raise ValueError("the history has no known value")
         _, filled = _in_roots(history.values[known[0] :], self.unit)
-        table = FeatureTable(filled, history.step_s, self.periods, self.learned_of)
+        table = FeatureTable(filled, history.step_s, self.periods, self.learned_of, last_only=True)
+        shared = self.shared(table)
         leads = tuple(self.leads)
-        found = np.array([fit.quantiles(table, lead) for lead, fit in self.leads.items()])
+        found = np.array([fit.quantiles(table, shared, lead) for lead, fit in self.leads.items()])
         found = np.clip(found, 0.0, 2.0 * float(np.max(filled))) ** 2 * self.unit**2
         places = [np.interp(levels, _LEVELS, one) for row in found for one in row.T]
         at_leads = np.array(places).reshape(len(leads), 2, len(levels))
@@ -221,22 +242,14 @@ class _Regressions:
         self._table = table
         self._first = max(0, len(root) - _ROWS_MOST)
         self._age = (len(root) - 1 - np.arange(len(root))) / day
-        seen = slice(self._first, None)
-        self._moves = _Scale.of_moves(table.moves[seen])
-        self._plain = _Scale.of_plain(table.plain[seen])
-        self._spread = _Scale.of_plain(table.spread[seen])
+        self.shared = _Shared.of(table, slice(self._first, None))
+        self._columns, self._spreads = self.shared(table)
 
     def of_lead(self, lead: int) -> _LeadFit:
         """The regressions of one lead."""
         first, end = self._first, len(self._root) - lead
         moves, plain = self._table.of_lead(lead)
-        scales = _Scales(
-            _Scale.of_moves(moves[first:]),
-            _Scale.of_plain(plain[first:]),
-            self._moves,
-            self._plain,
-            self._spread,
-        )
+        own_moves, own_plain = _Moves.of(moves[first:]), _Plain.of(plain[first:])
         stride = int(np.clip(lead // _STEPS_OF_A_LEAD, 1, _STRIDE_MOST))
         first += (end - 1 - first) % stride
         rows = slice(first, end, stride)
@@ -248,12 +261,11 @@ class _Regressions:
         edges = np.linspace(0, count, max(2, min(_BLOCKS, count // 60)) + 1).astype(int)
         blocks = [slice(a, b) for a, b in itertools.pairwise(edges)]
         penalty = _RIDGE * (1.0 + _RIDGE_OVERLAP * lead / len(self._root))
-        columns = scales.columns(self._table, lead, rows)
+        columns = np.hstack([own_moves(moves[rows]), own_plain(plain[rows]), self._columns[rows]])
         guess, errors = _ridge(columns, both, weights, blocks, penalty)
         small = 0.1 * np.median(np.abs(errors), axis=0) + 1e-9
         sizes = np.log(np.abs(errors) + small)
-        spreads = scales.spreads(self._table, rows)
-        size, missed = _ridge(spreads, sizes, weights, blocks, _RIDGE_SPREAD)
+        size, missed = _ridge(self._spreads[rows], sizes, weights, blocks, _RIDGE_SPREAD)
         scaled = (errors / np.exp(sizes - missed))[known]
         age = self._age[rows][known]
         sample = np.mean(
@@ -263,7 +275,7 @@ class _Regressions:
             ],
             axis=0,
         )
-        return _LeadFit(scales, guess, size, np.asarray(sample.T))
+        return _LeadFit(own_moves, own_plain, guess, size, np.asarray(sample.T))
 
 
 def _ridge(

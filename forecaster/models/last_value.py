@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ from forecaster.types import QUANTILES, Floats, Forecast, History
 _PRIOR_WEIGHT = 20.0
 _RECENT_STEPS = 5
 _MOST_STEPS = 20_160
+_EVEN = tuple(np.linspace(0.02, 0.98, 49).tolist())
+"""Quantiles whose mean is about that of the distribution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,38 +36,59 @@ class LastValue:
         self, history: History, horizon_steps: int, levels: tuple[float, ...] = QUANTILES
     ) -> Forecast:
         """Any history with one known value will do; raises ``ValueError`` where there is none."""
-        values = history.values[-_MOST_STEPS:]
-        known = np.flatnonzero(np.isfinite(values))
+        return self.fit(history, horizon_steps).forecast(history, horizon_steps, levels)
+
+    def fit(self, history: History, horizon_steps: int) -> LastValueFit:
+        """The changes that the history had, to forecast from it or from later ends of it."""
+        root = np.sqrt(history.values[-_MOST_STEPS:])
+        return LastValueFit(
+            name=self.name,
+            changes={lead: _changes(root, lead) for lead in lead_grid(horizon_steps)},
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastValueFit:
+    """Changes of the square root by lead: to the value there, and to the highest until it. They
+    rise."""
+
+    name: str
+    changes: Mapping[int, tuple[Floats, Floats]]
+
+    def forecast(
+        self, history: History, horizon_steps: int, levels: tuple[float, ...] = QUANTILES
+    ) -> Forecast:
+        """What follows ``history``, which is that of the fit, or that with more at its end."""
+        known = history.values[np.isfinite(history.values)][-_RECENT_STEPS:]
         if not len(known):
             raise ValueError("the history has no known value")
-        root = np.sqrt(values)
-        last = float(root[known[-1]])
+        last = float(np.sqrt(known[-1]))
         # Where the last one is zero, the recent level says how wide others would have been.
-        level = max(last, float(np.sqrt(np.mean(values[known[-_RECENT_STEPS:]]))))
-        leads = lead_grid(horizon_steps)
-        steps, means, tops = [], [], []
-        for lead in leads:
+        level = max(last, float(np.sqrt(np.mean(known))))
+        places = (*levels, *_EVEN)
+        steps, tops = [], []
+        for lead, (changes, highest) in self.changes.items():
             prior = usual_changes(lead, history.step_s) * level
-            changes, highest = _changes(root, lead)
-            steps.append(_spread(changes, prior, levels, last))
+            steps.append(_spread(changes, prior, places, last))
             tops.append(_spread(highest, np.maximum(prior, 0.0), levels, last))
-            means.append(np.mean(_spread(changes, prior, tuple(np.linspace(0.02, 0.98, 49)), last)))
+        rows = over_steps(np.array(steps).T, tuple(self.changes), horizon_steps)
         return made_forecast(
             self.name,
             history,
             levels,
-            over_steps(np.array(steps).T, leads, horizon_steps),
-            over_steps(np.array([means]), leads, horizon_steps)[0],
-            over_steps(np.array(tops).T, leads, horizon_steps),
+            rows[: len(levels)],
+            rows[len(levels) :].mean(axis=0),
+            over_steps(np.array(tops).T, tuple(self.changes), horizon_steps),
         )
 
 
 def _changes(root: Floats, lead: int) -> tuple[Floats, Floats]:
-    """Of the square root: from each step to the one ``lead`` later, and to the highest until it."""
+    """Of the square root: from each step to the one ``lead`` later, and to the highest until it;
+    sorted, so that quantiles of them and a few others take no sorting."""
     ahead, highest = targets(root, lead)
     now = root[: len(ahead)]
     good = np.isfinite(now) & np.isfinite(ahead)
-    return (ahead - now)[good], (highest - now)[good]
+    return np.sort((ahead - now)[good]), np.sort((highest - now)[good])
 
 
 def _spread(changes: Floats, prior: Floats, levels: tuple[float, ...], last: float) -> Floats:
