@@ -281,10 +281,11 @@ def test_goes_to_zero_when_idle_and_no_process_is_left(tidegate: Tidegate) -> No
     # What the engine compiles and measures has a place of its own.
     assert list((tidegate.state_dir / "cache" / "bundles").glob("*/facts.json"))
     assert not set(tidegate.survivors()) & family
-    # What is meant to stay: the workers, the fork server with an engine that stands by, and who
-    # keeps pages. One that is being started shows the command line of its parent, or none.
+    # What is meant to stay: the workers, who forecasts, the fork server with an engine that stands
+    # by, and who keeps pages. One that is being started shows the command line of its parent, or none.
     meant = (
         "gateway.datapath",
+        "autoscaler.control.forecast_worker",
         "loaders.engines.vllm.forkserver",
         "modelcache.pagecache.holder_process",
     )

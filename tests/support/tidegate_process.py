@@ -38,8 +38,14 @@ ROOT = Path(__file__).resolve().parents[2]
 MARK = "TEST_RUN_OF_TIDEGATE"
 """Environment variable that all descendants inherit: by it they are found, wherever they went."""
 
-QUICK: Mapping[str, Any] = {"tick_s": 0.1, "start_poll_s": 0.05, "drain_settle_s": 0.2}
-"""Settings of the autoscaler with which little time is spent on waiting."""
+QUICK: Mapping[str, Any] = {
+    "tick_s": 0.1,
+    "start_poll_s": 0.05,
+    "drain_settle_s": 0.2,
+    "idle_to_zero_s": 300.0,
+}
+"""Settings of the autoscaler with which little time is spent on waiting. A simulated engine starts
+at once, so that a pool which learns how long to stay would go to zero within seconds."""
 
 SHUT = ("--fault", "unhealthy")
 """Flags of a simulated engine that is not ready before ``Tidegate.open_gate`` says so: what has to
