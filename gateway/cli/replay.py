@@ -392,7 +392,13 @@ def course(score: Score, start_s: float | None) -> str:
     from gateway import charts
 
     minutes = score.minutes
-    series: list[charts.Line | charts.Band] = []
+    all_ready = [a + b for a, b in zip(minutes.ready, minutes.starting, strict=True)]
+    series: list[charts.Line | charts.Band] = [
+        charts.Line(name="with starting", values=all_ready, colour=charts.COLOURS[6], steps=True),
+        charts.Line(
+            name="ready", values=minutes.ready, colour=charts.COLOURS[0], steps=True, filled=True
+        ),
+    ]
     if minutes.provisioned:
         series.append(
             charts.Band(
@@ -402,14 +408,7 @@ def course(score: Score, start_s: float | None) -> str:
                 colour=charts.COLOURS[1],
             )
         )
-    all_ready = [a + b for a, b in zip(minutes.ready, minutes.starting, strict=True)]
-    series += [
-        charts.Line(name="with starting", values=all_ready, colour=charts.COLOURS[6], steps=True),
-        charts.Line(
-            name="ready", values=minutes.ready, colour=charts.COLOURS[0], steps=True, filled=True
-        ),
-        charts.Line(name="demand", values=minutes.demand, colour=charts.INK),
-    ]
+    series.append(charts.Line(name="demand", values=minutes.demand, colour=charts.INK))
     hurt = [
         100 * violations / requests if requests > 0 else math.nan
         for violations, requests in zip(minutes.violations, minutes.requests, strict=True)

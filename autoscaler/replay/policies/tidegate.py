@@ -9,6 +9,8 @@ import numpy as np
 
 from autoscaler.policy.decide import DecideState, decide
 from autoscaler.policy.outlook import FINE_STEP_S, OutlookMaker
+from autoscaler.policy.recommend import value_at
+from autoscaler.policy.trust import LEVEL
 from autoscaler.replay.policies.facts import PoolFacts
 from autoscaler.replay.types import PoolObservation
 from autoscaler.settings import AutoscalerSettings, PoolSettings, make_policy
@@ -128,3 +130,14 @@ class Auto(Reactive):
             except ValueError:
                 self._outlook = None  # nothing is known yet
         return self._outlook
+
+    def band(self) -> tuple[float, float] | None:
+        """The median and the quantile 0.95 of the highest demand within one lead; see
+        ``ForecastingPolicy``."""
+        found = self._outlook
+        if found is None or found.distrust:
+            return None
+        middle, upper = (
+            value_at(found.levels, found.tokens_per_s, level) / UNIT for level in (0.5, LEVEL)
+        )
+        return middle, upper

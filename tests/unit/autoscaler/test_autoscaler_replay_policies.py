@@ -15,6 +15,7 @@ from autoscaler.replay.policies.registry import (
     UnknownPolicyError,
     build,
 )
+from autoscaler.replay.policies.tidegate import Auto, Reactive
 from autoscaler.replay.run import Cut, ReplayedPool, cut, facts_of, find_oracle, replay
 from autoscaler.replay.score import Score
 from autoscaler.replay.supply import Starts
@@ -351,3 +352,18 @@ def test_a_pool_at_zero_is_started_as_soon_as_a_request_waits(name: str) -> None
         fleet.advance(rate[second] if second < len(rate) else 0.0, 1.0, 0.0)
         fleet.check_integrity()
     assert fleet.answered == pytest.approx(5.0)
+
+
+def test_auto_says_what_it_expects_in_tokens_per_second() -> None:
+    policy = Auto(PoolFacts(capacity_tokens_per_s=20.0))
+    assert isinstance(policy, ForecastingPolicy)
+    assert not isinstance(Reactive(facts()), ForecastingPolicy)
+    assert policy.band() is None
+    arrived = 0.0
+    for second in range(0, 1_200, 10):
+        policy.step(float(second), seen(arrived_tokens_total=arrived, arrivals_total=arrived))
+        arrived += 1_400.0
+    band = policy.band()
+    assert band is not None
+    middle, upper = band
+    assert 130.0 < middle <= upper < 400.0

@@ -131,7 +131,7 @@ def test_a_policy_that_watches_tokens_is_left_out_where_there_are_none(
 def test_the_examples_of_the_reference_run(capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "docs" / "reference" / "replay.md").read_text()
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     for example in examples:
         exec(compile(example, "replay.md", "exec"), {})
     assert "replica-hours" in capsys.readouterr().out
