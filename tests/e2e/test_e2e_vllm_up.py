@@ -282,7 +282,7 @@ def test_goes_to_zero_when_idle_and_no_process_is_left(tidegate: Tidegate) -> No
     assert list((tidegate.state_dir / "cache" / "bundles").glob("*/facts.json"))
     assert not set(tidegate.survivors()) & family
     # What is meant to stay: the workers, who forecasts, the fork server with an engine that stands
-    # by, and who keeps pages. One that is being started shows the command line of its parent, or none.
+    # by, and who keeps pages. One that is being started shows its parent's command line, or none.
     meant = (
         "gateway.datapath",
         "autoscaler.control.forecast_worker",
