@@ -94,14 +94,17 @@ class DecisionLog:
         if newest is not None and 0.0 <= newest.until_s - wall_s < 1.0:
             wall_s = round(newest.until_s + 0.001, 3)  # no two at one moment
         figures = make_figures(decision, find_alone(decision))
-        at_s = wall_s
-        if newest is not None and newest.figures == figures:
-            at_s = newest.at_s if 0.0 <= wall_s - newest.at_s < LONGEST_S else wall_s
+        lasts = (
+            newest is not None
+            and newest.figures == figures
+            and 0.0 <= wall_s - newest.at_s < LONGEST_S
+        )
         pool.newest = DecisionRecord(
             pool=decision.pool,
-            at_s=at_s,
+            at_s=newest.at_s if newest is not None and lasts else wall_s,
             until_s=wall_s,
-            count=pool.count,
+            count=pool.count if lasts else 1,
+            before=0 if lasts else pool.count - 1,
             figures=figures,
             tally=tally.since(pool.tally),
         )

@@ -85,14 +85,16 @@ MOST_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionRecord:
-    """A row. ``count`` decisions said so since the row before; ``tally`` is what came of the
-    forecasts whose window ended meanwhile. Times are Unix time."""
+    """A row. ``count`` decisions said so, as far as they were looked at for it; ``before`` it came
+    others that are those of the row before. ``tally`` is what came of the forecasts whose window
+    ended meanwhile. Times are Unix time."""
 
     pool: str
     at_s: float
     until_s: float
     count: int
     figures: DecisionFigures
+    before: int = 0
     tally: ForecastTally = NO_TALLY
 
 
@@ -178,8 +180,8 @@ def put_decisions(connection: sqlite3.Connection, records: Iterable[DecisionReco
     """Keep these; of one that is there already, the longer time and the larger sums."""
     ids: dict[str, int] = {}
     connection.executemany(
-        "INSERT INTO decisions (pool, minute, at_s, until_s, count, scored, covered, loss, "
-        "last_loss, record) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
+        "INSERT INTO decisions (pool, minute, at_s, until_s, count, before, scored, covered, "
+        "loss, last_loss, record) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
         "ON CONFLICT (pool, minute, at_s) DO UPDATE SET until_s = excluded.until_s, "
         "record = excluded.record, "
         "count = count + excluded.count, scored = scored + excluded.scored, "
@@ -192,6 +194,7 @@ def put_decisions(connection: sqlite3.Connection, records: Iterable[DecisionReco
                 one.at_s,
                 one.until_s,
                 one.count,
+                one.before,
                 one.tally.scored,
                 one.tally.covered,
                 short(one.tally.loss),
@@ -204,7 +207,7 @@ def put_decisions(connection: sqlite3.Connection, records: Iterable[DecisionReco
 
 
 _READ = (
-    "SELECT at_s, until_s, count, scored, covered, loss, last_loss, record FROM decisions "
+    "SELECT at_s, until_s, count, before, scored, covered, loss, last_loss, record FROM decisions "
     "WHERE pool = (SELECT id FROM pools WHERE name = ?) AND "
 )
 
@@ -247,7 +250,7 @@ def pools_with_decisions(connection: sqlite3.Connection) -> list[str]:
 
 def _unpack(pool: str, rows: Sequence[tuple[Any, ...]]) -> list[DecisionRecord]:
     found = []
-    for at_s, until_s, count, scored, covered, loss, last_loss, packed in rows:
+    for at_s, until_s, count, before, scored, covered, loss, last_loss, packed in rows:
         figures = unpack(packed)
         if figures is None:
             continue
@@ -260,6 +263,7 @@ def _unpack(pool: str, rows: Sequence[tuple[Any, ...]]) -> list[DecisionRecord]:
                 at_s=at_s,
                 until_s=until_s,
                 count=int(count),
+                before=int(before or 0),
                 figures=figures,
                 tally=tally,
             )

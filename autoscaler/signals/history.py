@@ -71,6 +71,7 @@ TABLES: Mapping[str, HistoryTable] = {
             "at_s REAL",
             "until_s REAL",
             "count INTEGER",
+            "before INTEGER",
             "scored INTEGER",
             "covered INTEGER",
             "loss REAL",

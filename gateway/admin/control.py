@@ -18,6 +18,7 @@ from autoscaler.types import (
     Decision,
     EngineObservation,
     FleetReport,
+    ForecastTally,
     GpuReport,
     Observation,
     PoolReport,
@@ -82,6 +83,7 @@ class LiveControl:
         forks: Callable[[], schema.ForkServerEntry | None],
         reload: Callable[[], Awaitable[SettingsChanges]],
         history: HistoryWriter | None = None,
+        tally: Callable[[str], ForecastTally] = lambda pool: ForecastTally(),
     ) -> None:
         self._loop = loop
         self._workers = workers
@@ -97,6 +99,7 @@ class LiveControl:
         self._forks = forks
         self._reload = reload
         self._history = history
+        self._tally = tally
         self._forks_seen: tuple[float, schema.ForkServerEntry | None] | None = None
         self._started_s = clock()
 
@@ -181,6 +184,9 @@ class LiveControl:
             forks=self._fork_server(),
             engines=seen.engines,
             gpus=seen.gpus,
+        )
+        page += metrics_page.render_forecasts(
+            {one.name: self._tally(one.name) for one in report.pools}
         )
         history = self._history_state()
         return page if history is None else page + metrics_page.render_history(history)

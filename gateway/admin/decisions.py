@@ -95,7 +95,7 @@ def joined(records: Sequence[DecisionRecord]) -> list[DecisionRecord]:
     found = list(records)
     for index, (one, then) in enumerate(pairwise(records)):
         if one.until_s < then.at_s <= one.until_s + KNOWN_FOR_S:
-            found[index] = replace(one, until_s=then.at_s)
+            found[index] = replace(one, until_s=then.at_s, count=one.count + then.before)
     return found
 
 

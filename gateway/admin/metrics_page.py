@@ -36,6 +36,7 @@ from autoscaler.types import (
     Decision,
     EngineObservation,
     FleetReport,
+    ForecastTally,
     GpuReading,
     GpuReport,
     TierReport,
@@ -152,6 +153,17 @@ def render_history(state: HistoryState) -> bytes:
     page = _Page()
     page.add(metrics.HISTORY_BYTES, state.size_bytes)
     page.add(metrics.HISTORY_FAILURES, state.failures)
+    return page.text()
+
+
+def render_forecasts(tallies: Mapping[str, ForecastTally]) -> bytes:
+    """What came of the forecasts of each pool, to follow one of the pages above."""
+    page = _Page()
+    for pool, tally in tallies.items():
+        page.add(metrics.FORECASTS_SCORED, tally.scored, pool=pool)
+        page.add(metrics.FORECASTS_COVERED, tally.covered, pool=pool)
+        page.add(metrics.FORECAST_LOSS, tally.loss, pool=pool)
+        page.add(metrics.LAST_VALUE_LOSS, tally.last_value_loss, pool=pool)
     return page.text()
 
 

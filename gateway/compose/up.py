@@ -308,6 +308,7 @@ class _Tidegate:
             forks=lambda: describe_forks(self.process),
             reload=self.reload,
             history=self.history_writer,
+            tally=self.forecasts.tally,
         )
         app = create_app(
             control,

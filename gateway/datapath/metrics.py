@@ -399,6 +399,19 @@ CONTROL_ERRORS: Final = Metric(
     "control_errors_total", "Errors the control loop met and survived, by where they were raised."
 )
 
+FORECASTS_SCORED: Final = Metric(
+    "forecasts_scored_total", "Forecasts whose lead has passed, at the quantile 0.95."
+)
+FORECASTS_COVERED: Final = Metric(
+    "forecasts_covered_total", "Of those, the ones that what came was within."
+)
+FORECAST_LOSS: Final = Metric(
+    "forecast_loss_tokens_per_second_total", "Their pinball losses, summed."
+)
+LAST_VALUE_LOSS: Final = Metric(
+    "last_value_loss_tokens_per_second_total",
+    "The pinball losses of the last value in their place, summed.",
+)
 HISTORY_BYTES: Final = Metric(
     "history_bytes", "Size of the file with the past of the pools.", gauge=True
 )

@@ -81,7 +81,8 @@ def record(
     at_s: float,
     *,
     until_s: float | None = None,
-    count: int = 60,
+    count: int = 1,
+    before: int = 59,
     tally: ForecastTally = ForecastTally(),  # noqa: B008 -- it does not change
     **fields: Any,
 ) -> DecisionRecord:
@@ -92,6 +93,7 @@ def record(
         at_s=at_s,
         until_s=at_s if until_s is None else until_s,
         count=count,
+        before=before,
         figures=make_figures(made, find_alone(made)),
         tally=tally,
     )

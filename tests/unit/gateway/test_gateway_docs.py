@@ -271,6 +271,7 @@ def metric_families() -> list[Any]:
         engines={"p-1": ENGINE},
         gpus=GPUS,
     )
+    page += metrics_page.render_forecasts({"chat": types.ForecastTally(scored=1)})
     page += metrics_page.render_history(HistoryState(size_bytes=1, failures=0, error=None))
     page += metrics_page.render_cache(USAGE)
     return list(text_string_to_metric_families(page.decode()))

@@ -74,7 +74,8 @@ def test_one_a_minute_and_each_change(rig: Rig) -> None:
     rig.decide(desired=4, supply=4, ready=3, reason=ScaleReason.STEADY, signal=Signal.BACKLOG)
     found = rig.kept()
     assert len(found) == 9
-    assert sum(one.count for one in found) == 304  # the last is counted with the next
+    assert sum(one.count + one.before for one in found) == 304  # the last is counted with the next
+    assert [one.before for one in found[-3:]] == [0, 0, 0]
 
 
 def test_changes_are_bounded_and_counted(rig: Rig) -> None:
@@ -82,7 +83,7 @@ def test_changes_are_bounded_and_counted(rig: Rig) -> None:
         rig.decide(desired=second % 7)
     found = rig.kept()
     assert len(found) <= 10 * (MOST_CHANGES + 1) + 1
-    assert sum(one.count for one in found) > 600 - 60
+    assert sum(one.count + one.before for one in found) > 600 - 60
 
 
 def test_what_says_the_same_for_long_is_a_row_an_hour(rig: Rig) -> None:
@@ -113,7 +114,7 @@ def test_a_wall_clock_that_jumps_loses_and_doubles_nothing(rig: Rig, jump_s: flo
         rig.decide(desired=second // 300, detail=str(second))
     found = rig.kept()
     assert len(found) in {10, 11}
-    assert sum(one.count for one in found) > 600 - 60
+    assert sum(one.count + one.before for one in found) > 600 - 60
 
 
 def test_decisions_of_one_moment_are_told_apart(rig: Rig) -> None:

@@ -77,7 +77,7 @@ def test_one_that_lasts_is_one_row_and_its_sums_grow(store: HistoryStore) -> Non
     tally = ForecastTally(scored=1, covered=1, loss=0.5, last_value_loss=1.0)
     put(store, record(NOW_S - 600, count=1, tally=tally))
     for minute in (540, 480):
-        put(store, record(NOW_S - 600, until_s=NOW_S - minute, tally=tally))
+        put(store, record(NOW_S - 600, until_s=NOW_S - minute, count=60, tally=tally))
     (found,) = every(store)
     assert (found.at_s, found.until_s, found.count) == (NOW_S - 600, NOW_S - 480, 121)
     assert found.tally == ForecastTally(scored=3, covered=3, loss=1.5, last_value_loss=3.0)

@@ -11,12 +11,20 @@ from typing import Any
 from autoscaler.types import (
     EngineObservation,
     FleetReport,
+    ForecastTally,
     HistogramCounts,
     PoolReport,
     ReplicaReport,
     TierReport,
 )
-from gateway.admin.metrics_page import FRESH_S, STALE_S, UsagePoller, render, render_cache
+from gateway.admin.metrics_page import (
+    FRESH_S,
+    STALE_S,
+    UsagePoller,
+    render,
+    render_cache,
+    render_forecasts,
+)
 from gateway.datapath.shared import Shared
 from loaders.engines.base import EngineLoad
 from modelcache.types import Progress, Tier
@@ -237,3 +245,16 @@ def test_a_page_without_a_figure_is_a_page() -> None:
     page = render_cache(None, 3).decode()
     assert "tidegate_cache_look_failures_total 3.0" in page
     assert "tidegate_cache_bytes" not in page
+
+
+def test_what_came_of_forecasts_is_counted_by_pool() -> None:
+    tallies = {"chat": ForecastTally(scored=9, covered=8, loss=2.5, last_value_loss=4.0)}
+    page = render_forecasts(tallies).decode()
+    for line in (
+        'tidegate_forecasts_scored_total{pool="chat"} 9.0',
+        'tidegate_forecasts_covered_total{pool="chat"} 8.0',
+        'tidegate_forecast_loss_tokens_per_second_total{pool="chat"} 2.5',
+        'tidegate_last_value_loss_tokens_per_second_total{pool="chat"} 4.0',
+    ):
+        assert line in page
+    assert render_forecasts({}) == b""
