@@ -208,37 +208,6 @@ class ReplicaCapacity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outlook:
-    """A pool's forecast as ``decide`` reads it.
-
-    ``tokens_per_s[i]`` is the quantile ``levels[i]`` of the highest demand until a replica that is
-    asked for now would serve, which is also until one that is given up now could be back: that much
-    has to be provisioned. ``distrust`` says why it is not to be used, for people; empty where it
-    is.
-    """
-
-    made_at_s: float
-    model: str
-    lead_s: float
-    levels: tuple[float, ...]
-    tokens_per_s: tuple[float, ...]
-    distrust: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeadForecast:
-    """An outlook, and what to judge it by: of the highest demand of the next ``steps`` steps of
-    ``step_s``, a high quantile (``autoscaler.policy.trust.LEVEL``) by the forecast and by the last
-    value alone, in tokens per second."""
-
-    outlook: Outlook
-    steps: int
-    step_s: float
-    forecast: float
-    last_value: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ForecastTally:
     """What came of forecasts whose window has passed, at the level that they are judged at: how
     many, how many of them covered it, and the sums of their pinball losses and of those of the last
@@ -259,6 +228,36 @@ class ForecastTally:
             loss=self.loss - earlier.loss,
             last_value_loss=self.last_value_loss - earlier.last_value_loss,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """A pool's forecast as ``decide`` reads it.
+
+    ``tokens_per_s[i]`` is the quantile ``levels[i]`` of the highest demand until a replica that is
+    asked for now would serve, which is also until one that is given up now could be back: that much
+    has to be provisioned. ``distrust`` says why it is not to be used, for people; empty where it
+    is.
+
+    It was made on a grid of ``step_s``. ``scored`` forecasts of the last days have turned out:
+    ``coverage`` is the part of them whose quantile 0.95 what came was not above, ``loss_ratio``
+    their pinball loss there in parts of that of the last value; ``None`` before there are enough.
+    ``weights`` say how much of it is which model's. ``tally`` is of all forecasts since the process
+    that makes them began.
+    """
+
+    made_at_s: float
+    model: str
+    lead_s: float
+    levels: tuple[float, ...]
+    tokens_per_s: tuple[float, ...]
+    distrust: str = ""
+    step_s: float = 60.0
+    scored: int = 0
+    coverage: float | None = None
+    loss_ratio: float | None = None
+    weights: dict[str, float] = field(default_factory=dict)
+    tally: ForecastTally = ForecastTally()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

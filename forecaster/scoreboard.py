@@ -1,67 +1,91 @@
 """How forecasts of a pool turned out: weights for mixing models, and whether to trust them at all.
 
 What is provisioned is the largest demand over the lead, so that is what is scored: its pinball loss
-and coverage, beside those of the last value.
+and coverage, beside those of the last value. All sums fade by half in a day, so that a pool needs
+a few hundred bytes, and a forecast that was wrong is forgiven.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from forecaster.calibrate import blended
-from forecaster.types import DAY_S, Floats, Forecast, Forecaster, History, pinball
+from forecaster.types import DAY_S, Floats, Forecast, History, pinball
 
 LEVELS = (0.5, 0.75, 0.9, 0.95, 0.975)
 BASELINE = "last_value"
-HISTORY_LEAST_DAYS = 2.0
-_SCORED_LEAST = 20.0
+SCORED_LEAST = 20.0
 """Leads that do not overlap: forecasts made each minute for fifteen are one in fifteen."""
 
+_HALF_LIFE_S = DAY_S
 _COVERAGE_SLACK = 0.03
 _COVERAGE_DEVIATIONS = 2.0
-_SHARPNESS = 8.0
-"""The weight of a model that loses 10 % more than the best is 0.9 to this power: 0.43."""
+_LOSS_MOST = 1.05
+"""Times the last value's. A mix that has learned to be the last value is as good as it."""
 
-_HALF_LIFE_S = 12 * 3600.0
-_WINDOW_S = 2.0 * DAY_S
+_SHARPNESS = 4.0
+"""The weight of a model that loses 10 % more than the best is 0.9 to this power: 0.66."""
 
-Distrust = Literal["short_history", "not_scored", "coverage", "pinball"]
+_REHEARSED_S = 2.0 * DAY_S
+_REHEARSED_ORIGINS = 40
+_REFIT_ORIGINS = 10
+
+Distrust = Literal["coverage", "pinball"]
+MakeForecasts = Callable[[History, bool], Mapping[str, Forecast]]
+"""The forecasts of what follows a history, by model; true asks to learn from it anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForecastQuality:
-    """Whether a pool's forecast is to be trusted, and the figures behind that: of the largest
-    demand over the lead, at ``level``. NaN where nothing is scored yet. Losses are shares of the
-    mean demand."""
+    """How a model's forecasts of the largest demand over the lead came out, at ``level``. NaN where
+    that is not known yet."""
 
-    trusted: bool
     reason: Distrust | None
-    """Why not; ``None`` where it is trusted."""
+    """Why the forecast is not to be trusted; ``None`` where nothing speaks against it."""
 
     level: float
-    coverage: float
-    pinball: float
-    baseline_pinball: float
     scored: int
+    """Forecasts whose lead has passed."""
+
+    apart: float
+    """How many leads that do not overlap they are worth, the older the less."""
+
+    coverage: float
+    """The part of them that what came was not above."""
+
+    loss_ratio: float
+    """Their pinball loss in parts of that of the last value."""
+
+    covered: int
+    """Of all that were scored; so are the two sums, which are in the unit of the demand."""
+    loss_sum: float
+    baseline_loss_sum: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Turnout:
-    step: int
-    highest: float
-    losses: Mapping[str, Floats]
-    """By model, ``[level]``."""
+class _Record:
+    """One model's sums by level."""
 
-    covered: Mapping[str, Floats]
+    __slots__ = ("apart", "count", "covered", "faded", "step", "sums", "weight")
+
+    def __init__(self, levels: int) -> None:
+        self.faded = np.zeros((3, levels))
+        """Own losses and those of the last value where both were scored; covered."""
+        self.sums = np.zeros((3, levels))
+        """The same, not faded."""
+        self.weight = self.apart = 0.0
+        self.count = 0
+        self.step: int | None = None
 
 
 class Scoreboard:
-    """The forecasts of one pool that are still open, and how those of the last two days came out.
+    """The forecasts of one pool that are still open, and how those of the last days came out.
     Steps are numbered on any even grid, such as Unix time over ``step_s``."""
 
     def __init__(
@@ -70,19 +94,19 @@ class Scoreboard:
         if lead_steps < 1:
             raise ValueError(f"lead_steps is {lead_steps}, not 1 or more")
         self.lead_steps = lead_steps
+        self.step_s = step_s
         self.levels = levels
+        self._levels = np.array(levels)
         self._half_life = _HALF_LIFE_S / step_s
-        self._window = max(int(_WINDOW_S / step_s), 20 * lead_steps)
         self._open: deque[tuple[int, dict[str, Floats]]] = deque(maxlen=lead_steps + 1)
-        self._values: dict[int, float] = {}
-        self._turnouts: deque[_Turnout] = deque(maxlen=self._window)
+        self._values: deque[tuple[int, float]] = deque(maxlen=lead_steps + 1)
+        self._records: dict[str, _Record] = {}
 
     def expect(self, step: int, forecasts: Mapping[str, Forecast]) -> None:
         """Forecasts made when ``step`` had ended: their first step is the next one. Those with a
         shorter horizon than the lead are left out."""
-        levels = np.array(self.levels)
         kept = {
-            name: np.interp(levels, one.levels, one.maximum(self.lead_steps))
+            name: np.interp(self._levels, one.levels, one.maximum(self.lead_steps))
             for name, one in forecasts.items()
             if one.horizon_steps >= self.lead_steps
         }
@@ -91,115 +115,121 @@ class Scoreboard:
 
     def observe(self, step: int, value: float) -> None:
         """What came in ``step``; NaN is unknown, and what it is part of is not scored."""
-        self._values[step] = value
+        self._values.append((step, value))
         while self._open and self._open[0][0] + self.lead_steps <= step:
             made, expected = self._open.popleft()
-            steps = range(made + 1, made + self.lead_steps + 1)
-            came = [self._values.get(one, float("nan")) for one in steps]
-            if np.isfinite(came).all():
-                self._turnouts.append(self._scored(made, max(came), expected))
-        for old in [one for one in self._values if one <= step - self.lead_steps]:
-            del self._values[old]
+            came = [value for at, value in self._values if made < at <= made + self.lead_steps]
+            if len(came) == self.lead_steps and all(map(math.isfinite, came)):
+                self._score(made, max(came), expected)
 
-    def _scored(self, step: int, highest: float, expected: Mapping[str, Floats]) -> _Turnout:
-        levels = np.array(self.levels)
-        return _Turnout(
-            step,
-            highest,
-            {name: pinball(np.array(highest), rows, levels) for name, rows in expected.items()},
-            {name: (highest <= rows).astype(np.float64) for name, rows in expected.items()},
-        )
+    def _score(self, step: int, highest: float, expected: Mapping[str, Floats]) -> None:
+        losses = {
+            name: pinball(np.array(highest), rows, self._levels) for name, rows in expected.items()
+        }
+        baseline = losses.get(BASELINE)
+        for name, rows in expected.items():
+            record = self._records.get(name)
+            if record is None:
+                record = self._records[name] = _Record(len(self.levels))
+            passed = self.lead_steps if record.step is None else step - record.step
+            fading = 0.5 ** (passed / self._half_life)
+            record.step = step
+            record.count += 1
+            record.weight = record.weight * fading + 1.0
+            record.apart = record.apart * fading + min(1.0, passed / self.lead_steps)
+            own = losses[name]
+            both = (own, baseline) if baseline is not None else (0.0 * own, 0.0 * own)
+            news = np.array([*both, highest <= rows])
+            record.faded = record.faded * fading + news
+            record.sums += news
 
-    def weights(self, models: Sequence[str]) -> dict[str, float]:
-        """How much of the say each model gets, by its recent loss where all were scored: equal
-        shares at first, and the more unequal the more was seen."""
-        both = [one for one in self._turnouts if all(name in one.losses for name in models)]
-        if not both or len(models) < 2:
-            return {name: 1.0 / len(models) for name in models}
-        age = both[-1].step - np.array([one.step for one in both])
-        fading = 0.5 ** (age / self._half_life)
-        losses = np.array(
-            [float(fading @ [one.losses[name].mean() for one in both]) for name in models]
-        )
-        seen = float(fading.sum()) / self.lead_steps
-        power = _SHARPNESS * seen / (seen + _SCORED_LEAST / 4)
-        least = float(losses.min())
-        small = 1e-12 + 1e-6 * float(losses.max())
-        shares = ((least + small) / (losses + small)) ** power
-        return dict(zip(models, (shares / shares.sum()).tolist(), strict=True))
+    def weights(self, prior: Mapping[str, float]) -> dict[str, float]:
+        """How much of the say each model gets: the ``prior`` at first, and the more was seen the
+        more by its recent loss beside that of the last value. A model of which nothing was scored
+        yet has its prior."""
+        records = {name: self._records.get(name) for name in prior}
+        ratios = {
+            name: float((one.faded[0, some] / one.faded[1, some]).mean())
+            for name, one in records.items()
+            if one is not None and (some := one.faded[1] > 0.0).any()
+        }
+        least = min(ratios.values(), default=1.0)
+        shares = {}
+        for name, share in prior.items():
+            record, ratio = records[name], ratios.get(name)
+            if record is not None and ratio is not None:
+                power = _SHARPNESS * record.apart / (record.apart + SCORED_LEAST)
+                share *= ((least + 1e-6) / (ratio + 1e-6)) ** power
+            shares[name] = share
+        whole = sum(shares.values())
+        return {name: share / whole for name, share in shares.items()}
 
-    def quality(self, model: str, level: float, history_days: float) -> ForecastQuality:
-        """Whether ``model`` deserves trust at ``level`` (the nearest that is scored)."""
-        place = int(np.argmin(np.abs(np.array(self.levels) - level)))
+    def quality(self, model: str, level: float = 0.95) -> ForecastQuality:
+        """How the forecasts of ``model`` came out at ``level`` (the nearest that is scored)."""
+        place = int(np.argmin(np.abs(self._levels - level)))
         level = self.levels[place]
-        scored = [one for one in self._turnouts if model in one.losses]
-        beside = [one for one in scored if BASELINE in one.losses]
-        coverage = loss = baseline = float("nan")
-        if scored:
-            coverage = float(np.mean([one.covered[model][place] for one in scored]))
-        if beside:
-            mean = max(float(np.mean([one.highest for one in beside])), 1e-300)
-            loss = float(np.mean([one.losses[model][place] for one in beside])) / mean
-            baseline = float(np.mean([one.losses[BASELINE][place] for one in beside])) / mean
-        steps = max((one.step for one in beside), default=0)
-        first = min((one.step for one in beside), default=0)
-        apart = min(float(len(beside)), (steps - first) / self.lead_steps + 1)
-        slack = _COVERAGE_DEVIATIONS * float(np.sqrt(level * (1 - level) / max(apart, 1.0)))
+        record = self._records.get(model)
+        coverage = ratio = math.nan
+        if record is None:
+            record = _Record(len(self.levels))
+        loss, baseline, covered = record.faded[:, place].tolist()
         reason: Distrust | None = None
-        if history_days < HISTORY_LEAST_DAYS:
-            reason = "short_history"
-        elif not beside or apart < _SCORED_LEAST:
-            reason = "not_scored"
-        elif coverage < level - max(_COVERAGE_SLACK, slack):
-            reason = "coverage"
-        elif loss > baseline:
-            reason = "pinball"
+        if record.apart >= SCORED_LEAST:
+            coverage = covered / record.weight
+            if baseline > 0.0:
+                ratio = loss / baseline
+            deviation = math.sqrt(level * (1.0 - level) / record.apart)
+            if coverage < level - max(_COVERAGE_SLACK, _COVERAGE_DEVIATIONS * deviation):
+                reason = "coverage"
+            elif ratio > _LOSS_MOST:
+                reason = "pinball"
         return ForecastQuality(
-            trusted=reason is None,
             reason=reason,
             level=level,
+            scored=record.count,
+            apart=record.apart,
             coverage=coverage,
-            pinball=loss,
-            baseline_pinball=baseline,
-            scored=len(scored),
+            loss_ratio=ratio,
+            covered=round(record.sums[2, place]),
+            loss_sum=float(record.sums[0, place]),
+            baseline_loss_sum=float(record.sums[1, place]),
         )
 
 
 def mixed(
-    history: History, forecasts: Mapping[str, Forecast], weights: Mapping[str, float]
+    history: History,
+    forecasts: Mapping[str, Forecast],
+    weights: Mapping[str, float],
+    name: str = "mix",
 ) -> Forecast:
     """One forecast of several, by their weights."""
-    parts = [(weights[name], one) for name, one in forecasts.items() if weights.get(name, 0.0) > 0]
-    return blended("mix", history, parts)
+    parts = [(weights[one], made) for one, made in forecasts.items() if weights.get(one, 0.0) > 0]
+    return blended(name, history, parts)
 
 
-def rehearsed(
-    history: History,
-    forecasters: Sequence[Forecaster],
-    lead_steps: int,
-    origins: int = 40,
-) -> Scoreboard:
-    """A scoreboard of what forecasts of the last two days would have been, so that a pool with
-    history need not wait two days for trust. Each origin costs a refit of each model: this is work
-    for a worker process. Origins are spread evenly; without room for one the board is empty."""
-    board = Scoreboard(lead_steps, history.step_s)
-    count = len(history.values)
-    window = int(_WINDOW_S / history.step_s)
-    first = max(count // 2, count - window)
-    last = count - lead_steps
+def rehearse(
+    board: Scoreboard, history: History, make: MakeForecasts, first_step: int = 0
+) -> Iterator[int]:
+    """Score what forecasts of the last two days would have been, so that a pool with history need
+    not wait two days for trust. ``first_step`` is the number of the history's first step.
+
+    At most 40 points are spread evenly; models learn anew at each tenth of them, from what was
+    known then. Each is one turn of the iterator, which says how many are left: a turn costs a
+    forecast or a fit of each model, so the work can be done a little at a time.
+    """
+    values, lead = history.values, board.lead_steps
+    count = len(values)
+    first = max(count // 2, count - int(_REHEARSED_S / history.step_s))
+    last = count - lead
     if first < 1 or last < first:
-        return board
-    for start in np.unique(np.linspace(first, last, origins).astype(int)).tolist():
-        past = History(
-            values=history.values[:start], step_s=history.step_s, start_s=history.start_s
-        )
-        made: dict[str, Forecast] = {}
-        for forecaster in forecasters:
-            try:
-                made[forecaster.name] = forecaster.forecast(past, lead_steps, LEVELS)
-            except ValueError:
-                continue
-        board.expect(start - 1, made)
-        for step in range(start, start + lead_steps):
-            board.observe(step, float(history.values[step]))
-    return board
+        return
+    origins = min(_REHEARSED_ORIGINS, max(1, (last - first) // lead))
+    starts = np.unique(np.linspace(first, last, origins).astype(int)).tolist()
+    for place, start in enumerate(starts):
+        past = replace(history, values=values[:start])
+        if np.isfinite(values[start : start + lead]).all():
+            with contextlib.suppress(ValueError):  # nothing was known then
+                board.expect(first_step + start - 1, make(past, place % _REFIT_ORIGINS == 0))
+            for step in range(start, start + lead):
+                board.observe(first_step + step, float(values[step]))
+        yield len(starts) - place - 1

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
-from autoscaler.types import LeadForecast
+from autoscaler.types import Outlook
 
 if TYPE_CHECKING:
     from autoscaler.policy.outlook import OutlookMaker
@@ -26,22 +26,25 @@ LENGTH = struct.Struct(">I")
 
 
 class ForecastJob(msgspec.Struct, frozen=True, kw_only=True):
-    """The past of a pool in tokens per second: doubles, oldest first, NaN where unknown.
-    ``start_s`` is the Unix time of the first minute."""
+    """The past of a pool in tokens per second: doubles, oldest first, NaN where unknown; by minute
+    and, for a short lead, by five seconds. ``end_s`` and ``fine_end_s`` are the Unix times at which
+    they end."""
 
     pool: str
     minutes: bytes
-    start_s: float
+    end_s: float
     fine: bytes
+    fine_end_s: float
     lead_s: float
     now_s: float
+    history_least_s: float
 
 
 class ForecastResult(msgspec.Struct, frozen=True, kw_only=True):
     """What has come of a job, or why nothing has."""
 
     pool: str
-    found: LeadForecast | None = None
+    found: Outlook | None = None
     error: str = ""
 
 
@@ -51,6 +54,7 @@ def answer(job: ForecastJob, makers: dict[str, OutlookMaker]) -> ForecastResult:
     import numpy as np
 
     from autoscaler.policy.outlook import FINE_STEP_S, OutlookMaker
+    from autoscaler.signals.series import MINUTE_S
     from forecaster.types import History
 
     maker = makers.pop(job.pool) if job.pool in makers else OutlookMaker()
@@ -58,8 +62,13 @@ def answer(job: ForecastJob, makers: dict[str, OutlookMaker]) -> ForecastResult:
     if len(makers) > MOST_POOLS:
         del makers[next(iter(makers))]
 
-    minutes = History(values=np.frombuffer(job.minutes), start_s=job.start_s)
-    fine = History(values=np.frombuffer(job.fine), step_s=FINE_STEP_S)
+    def history(data: bytes, step_s: float, end_s: float) -> History:
+        values = np.frombuffer(data)
+        return History(values=values, step_s=step_s, start_s=end_s - len(values) * step_s)
+
+    minutes = history(job.minutes, MINUTE_S, job.end_s)
+    fine = history(job.fine, FINE_STEP_S, job.fine_end_s)
+    maker.history_least_s = job.history_least_s
     try:
         found = maker.make(minutes, fine, job.lead_s, job.now_s)
     except Exception as error:  # noqa: BLE001 -- one pool's history must not end the process

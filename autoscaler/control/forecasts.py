@@ -1,9 +1,9 @@
 """What is expected of each pool: fed by the control loop, answered from what is there.
 
 A pool's arrivals are kept by minute and by five seconds. At the end of each minute (for leads below
-a minute, of each five seconds) a job goes to one process that makes forecasts; its result is the
-pool's outlook until the next. Each forecast is scored when its window has passed, and is left aside
-where it should not be trusted (``autoscaler.policy.trust``). Everything is on one event loop.
+a minute, of each five seconds) a job goes to one process that makes forecasts, scores them and says
+whether to trust them (``autoscaler.policy.outlook``); its result is the pool's outlook until the
+next. Everything is on one event loop.
 """
 
 from __future__ import annotations
@@ -14,27 +14,18 @@ import importlib.util
 import logging
 import sys
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 
 import msgspec
 
 from autoscaler.control.forecast_worker import LENGTH, MOST_BYTES, ForecastJob, ForecastResult
-from autoscaler.policy.trust import (
-    SCORED,
-    ForecastScore,
-    Quality,
-    add_score,
-    find_distrust,
-    measure,
-)
 from autoscaler.signals.rates import FINE_MOST, MINUTES_MOST, RateGrid
+from autoscaler.signals.series import MINUTE_S
 from autoscaler.types import ForecastTally, Observation, Outlook
 
 LOG = logging.getLogger("tidegate.forecast")
 
-MINUTE_S = 60.0
 FINE_STEP_S = 5.0
 JOB_S = 60.0
 """Seconds one forecast may take before its process is ended."""
@@ -49,20 +40,8 @@ ReadPast = Callable[[str, float, float], Awaitable[Sequence[float]]]
 unknown."""
 
 
-class PendingScore:
-    """A forecast whose window has not passed: ``left`` steps of it are still to come."""
-
-    __slots__ = ("came", "forecast", "last_value", "left")
-
-    def __init__(self, left: int, forecast: float, last_value: float) -> None:
-        self.left = left
-        self.forecast = forecast
-        self.last_value = last_value
-        self.came = 0.0
-
-
 class PoolForecast:
-    """One pool's arrivals, outlook and scores."""
+    """One pool's arrivals and outlook."""
 
     def __init__(self) -> None:
         self.minutes = RateGrid(MINUTE_S, MINUTES_MOST)
@@ -70,12 +49,6 @@ class PoolForecast:
         self.lead_s: float | None = None
         self.outlook: Outlook | None = None
         self.error = ""
-        self.step_s = MINUTE_S
-        self.pending: deque[PendingScore] = deque()
-        self.scores: deque[ForecastScore] = deque(maxlen=SCORED)
-        self.quality = Quality(scored=0)
-        self.tally = ForecastTally()
-        """Of all forecasts since the process began."""
         self.due = False
         self.loaded = False
 
@@ -84,38 +57,13 @@ class PoolForecast:
         minutes = self.minutes.add(wall_s, total)
         fine = self.fine.add(wall_s, total)
         short = self.lead_s is not None and self.lead_s < MINUTE_S
-        grid, ended = (self.fine, fine) if self.step_s == FINE_STEP_S else (self.minutes, minutes)
-        if ended:
-            self._score(grid.values[-ended:])
         return bool(fine if short else minutes)
-
-    def _score(self, came: Sequence[float]) -> None:
-        for rate in came:
-            for one in self.pending:
-                one.left -= 1
-                one.came = max(one.came, rate) if rate == rate else rate  # unknown stays unknown
-            while self.pending and self.pending[0].left <= 0:
-                one = self.pending.popleft()
-                if one.came == one.came:
-                    score = ForecastScore(
-                        forecast=one.forecast, last_value=one.last_value, came=one.came
-                    )
-                    self.scores.append(score)
-                    self.tally = add_score(self.tally, score)
-        self.quality = measure(self.scores)
 
     def take(self, result: ForecastResult) -> None:
         """The answer to a job."""
-        found = result.found
         self.error = result.error
-        if found is None:
-            return
-        self.outlook = found.outlook
-        if found.step_s != self.step_s:
-            self.step_s = found.step_s
-            self.pending.clear()
-            self.scores.clear()
-        self.pending.append(PendingScore(found.steps, found.forecast, found.last_value))
+        if result.found is not None:
+            self.outlook = result.found
 
 
 class Forecasts:
@@ -168,20 +116,15 @@ class Forecasts:
             return None
         why = self._missing or pool.error
         age_s = self._clock() - outlook.made_at_s
-        if age_s > STALE_STEPS * pool.step_s:
+        if age_s > STALE_STEPS * outlook.step_s:
             why = f"the newest forecast is {age_s:.0f} s old"
-        why = why or find_distrust(pool.minutes.known_s, self.history_least_s, pool.quality)
         return replace(outlook, distrust=why) if why else outlook
 
-    def quality(self, name: str) -> Quality | None:
-        """How good a pool's forecasts have been."""
-        pool = self._pools.get(name)
-        return None if pool is None else pool.quality
-
     def tally(self, name: str) -> ForecastTally:
-        """What came of a pool's forecasts since the process began."""
+        """What came of a pool's forecasts since the process that makes them began."""
         pool = self._pools.get(name)
-        return ForecastTally() if pool is None else pool.tally
+        outlook = None if pool is None else pool.outlook
+        return ForecastTally() if outlook is None else outlook.tally
 
     async def run(self) -> None:
         """Make forecasts until it is cancelled."""
@@ -219,10 +162,12 @@ class Forecasts:
         job = ForecastJob(
             pool=name,
             minutes=pool.minutes.values.tobytes(),
-            start_s=end_s - len(pool.minutes.values) * MINUTE_S,
+            end_s=end_s,
             fine=pool.fine.values.tobytes() if lead_s < MINUTE_S else b"",
+            fine_end_s=pool.fine.end_s or end_s,
             lead_s=lead_s,
             now_s=self._clock(),
+            history_least_s=self.history_least_s,
         )
         try:
             async with asyncio.timeout(JOB_S):

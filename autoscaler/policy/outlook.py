@@ -1,77 +1,212 @@
-"""From a pool's past to the outlook that ``decide`` reads, and whether to trust it. Needs numpy.
+"""What is expected of a pool, from its past: experts' forecasts, mixed by how they turned out, and
+whether to trust the mix. Needs numpy.
 
 What has to be provisioned is demand at its highest until a replica that is asked for now would
 serve. A minute grid says nothing of the next ten seconds, so for a lead below a minute the forecast
 is made of the finer grid of the last hours.
+
+A forecast that is trusted when it should not be costs more than it brings. So each is scored when
+the time that it was for has passed, beside the last value. It is left aside while the pool's
+history is short, while what came is above of its quantile too often, and while simply assuming the
+last value had been better. A pool that comes with a past is scored on that first, a little at each
+forecast. The control process and the replay both run this.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
-from autoscaler.policy.trust import LEVEL
-from autoscaler.types import LeadForecast, Outlook
+from autoscaler.types import ForecastTally, Outlook
 from forecaster.models.automatic import Automatic, AutomaticFit
 from forecaster.models.last_value import LastValue
+from forecaster.scoreboard import BASELINE, Scoreboard, mixed, rehearse
 from forecaster.types import Forecast, History
 
 LEVELS = (0.05, 0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.965, 0.98, 0.99, 0.995)
 """The quantiles that are asked for: dense where costs are weighed against violations."""
+MIX = "mix"
+HISTORY_LEAST_S = 172_800.0
 REFIT_STEPS = 60
 REFIT_PART = 24
 """A fit is kept for this part of the history that it was made of, at most."""
 FINE_STEP_S = 5.0
 FINE_LEAD_S = 60.0
 """Leads below it are forecast on the fine grid."""
+LEAD_CHANGE_MOST = 1.34
+"""Scores are kept while the lead changes by no more: a wake takes a little longer each time."""
+REHEARSED_A_TURN = 8
+"""Of 40 points of the past, so that no other pool waits for longer than a second."""
 
 
 class OutlookMaker:
-    """Makes the outlooks of one pool, and keeps what was learned of its past for ``REFIT_STEPS``
-    steps: regressions change slowly, and cost several times what a forecast does."""
+    """Makes the outlooks of one pool. What was learned of its past is kept for ``REFIT_STEPS``
+    steps (regressions change slowly, and cost several times what a forecast does), how forecasts
+    turned out for good."""
 
-    def __init__(self) -> None:
-        self._fit: AutomaticFit | None = None
-        self._key: tuple[float, int] | None = None
-        self._age = 0
+    def __init__(self, history_least_s: float = HISTORY_LEAST_S) -> None:
+        self.history_least_s = history_least_s
+        self._track: _Track | None = None
+        self._before = ForecastTally()
+        """Of earlier tracks."""
 
-    def _forecast(self, history: History, steps: int) -> Forecast:
-        key = (history.step_s, steps)
-        known = int(np.isfinite(history.values).sum())
-        # A short history is learned of anew each time: each step of it is news.
-        due = self._age >= min(REFIT_STEPS, known // REFIT_PART)
-        if self._fit is None or key != self._key or due:
-            self._fit, self._key, self._age = Automatic().fit(history, steps), key, 0
-        self._age += 1
-        return self._fit.forecast(history, steps, LEVELS)
-
-    def make(self, minutes: History, fine: History, lead_s: float, now_s: float) -> LeadForecast:
+    def make(self, minutes: History, fine: History, lead_s: float, now_s: float) -> Outlook:
         """The outlook of the pool at ``now_s``.
 
-        ``minutes`` and ``fine`` are tokens per second by minute and by ``FINE_STEP_S``, up to now.
-        Raises ``ValueError`` where the one that is needed has no known value.
+        ``minutes`` and ``fine`` are tokens per second by minute and by ``FINE_STEP_S``, up to now;
+        those of one pool are of one clock. Raises ``ValueError`` where the one that is needed has
+        no known value.
         """
         history = fine if lead_s < FINE_LEAD_S else minutes
         steps = math.ceil(lead_s / history.step_s) + 1
-        return make_lead_forecast(history, self._forecast(history, steps), steps, lead_s, now_s)
-
-
-def make_lead_forecast(
-    history: History, found: Forecast, steps: int, lead_s: float, now_s: float
-) -> LeadForecast:
-    """A forecast as an outlook, with what it is judged by."""
-    simple = LastValue().forecast(history, steps, (LEVEL,))
-    return LeadForecast(
-        outlook=Outlook(
+        track = self._track
+        if track is None or not track.goes_on(history, steps):
+            self._before = self._tally()
+            track = self._track = _Track(history, steps)
+        found, weights = track.follow(history, steps)
+        quality = track.board.quality(MIX)
+        known_s = float(np.isfinite(minutes.values).sum()) * minutes.step_s
+        least_s = self.history_least_s
+        distrust = ""
+        if known_s < least_s:
+            distrust = f"{known_s / 3600:.1f} h of history, {least_s / 3600:g} h are needed"
+        elif track.rehearsing:
+            distrust = "how forecasts of its past turn out is being tried"
+        elif quality.reason == "coverage":
+            distrust = (
+                f"only {quality.coverage:.0%} of its recent forecasts covered what came, "
+                f"{quality.level:.0%} should"
+            )
+        elif quality.reason == "pinball":
+            distrust = (
+                "the last value was better than the forecast of late "
+                f"(loss {quality.loss_ratio:.2f} times its)"
+            )
+        return Outlook(
             made_at_s=now_s,
             model=found.model,
             lead_s=lead_s,
             levels=found.levels,
             tokens_per_s=tuple(float(rate) for rate in found.maximum(steps)),
-        ),
-        steps=steps,
-        step_s=history.step_s,
-        forecast=found.maximum_at(steps, LEVEL),
-        last_value=float(simple.maximum(steps)[0]),
+            distrust=distrust,
+            step_s=history.step_s,
+            scored=quality.scored,
+            coverage=_known(quality.coverage),
+            loss_ratio=_known(quality.loss_ratio),
+            weights=weights,
+            tally=self._tally(),
+        )
+
+    def _tally(self) -> ForecastTally:
+        before, track = self._before, self._track
+        if track is None:
+            return before
+        own = make_tally(track.board).since(track.rehearsed)
+        return ForecastTally(
+            scored=before.scored + own.scored,
+            covered=before.covered + own.covered,
+            loss=before.loss + own.loss,
+            last_value_loss=before.last_value_loss + own.last_value_loss,
+        )
+
+
+def make_tally(board: Scoreboard) -> ForecastTally:
+    """How the mixed forecasts turned out."""
+    quality = board.quality(MIX)
+    return ForecastTally(
+        scored=quality.scored,
+        covered=quality.covered,
+        loss=quality.loss_sum,
+        last_value_loss=quality.baseline_loss_sum,
     )
+
+
+class _Track:
+    """The forecasts of one pool on one grid, for leads of about ``steps``."""
+
+    def __init__(self, history: History, steps: int) -> None:
+        self.board = Scoreboard(steps, history.step_s)
+        self._experts = _Experts()
+        self._seen = _end(history)
+        first = self._seen - len(history.values)
+        rehearsed = _Experts()
+        self._rehearsal: Iterator[int] = rehearse(
+            self.board, history, lambda past, anew: self._forecasts(rehearsed, past, steps, anew),
+            first,
+        )  # fmt: skip
+        self.rehearsing = True
+        self.rehearsed = ForecastTally()
+        """What of the board is of the past that it came with."""
+
+    def goes_on(self, history: History, steps: int) -> bool:
+        """Whether these scores say something of such a lead, at such a time."""
+        lead = self.board.lead_steps
+        apart = max(lead, steps) / min(lead, steps)
+        passed = _end(history) - self._seen
+        same = history.step_s == self.board.step_s and apart <= LEAD_CHANGE_MOST
+        return same and 0 <= passed <= len(history.values)
+
+    def follow(self, history: History, steps: int) -> tuple[Forecast, dict[str, float]]:
+        """The forecast after this history, with what came since the last one taken into account,
+        and the parts of the models in it."""
+        end = _end(history)
+        passed = end - self._seen
+        if self.rehearsing:
+            left = list(itertools.islice(self._rehearsal, REHEARSED_A_TURN))
+            self.rehearsing = bool(left and left[-1])
+            self.rehearsed = make_tally(self.board)
+        else:
+            for step in range(end - passed, end):
+                self.board.observe(step, float(history.values[step - end]))
+        self._seen = end
+        steps = max(steps, self.board.lead_steps)
+        forecasts = self._forecasts(self._experts, history, steps, False)
+        if passed and not self.rehearsing:
+            self.board.expect(end - 1, forecasts)
+        return forecasts[MIX], self._experts.weights
+
+    def _forecasts(
+        self, experts: _Experts, history: History, steps: int, anew: bool
+    ) -> dict[str, Forecast]:
+        found = experts.forecasts(history, steps, anew)
+        experts.weights = self.board.weights(experts.prior)
+        return found | {MIX: mixed(history, found, experts.weights, MIX)}
+
+
+class _Experts:
+    """What forecasts one pool, and what was learned of its past."""
+
+    def __init__(self) -> None:
+        self._fit: AutomaticFit | None = None
+        self._steps = 0
+        self._age = 0
+        self.prior: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
+
+    def forecasts(self, history: History, steps: int, anew: bool) -> dict[str, Forecast]:
+        """By model; the last value is always among them."""
+        known = int(np.isfinite(history.values).sum())
+        # A short history is learned of anew each time: each step of it is news.
+        due = anew or self._age >= min(REFIT_STEPS, known // REFIT_PART)
+        if self._fit is None or steps > self._steps or due:
+            self._fit, self._steps, self._age = Automatic().fit(history, steps), steps, 0
+            self.prior = {BASELINE: 0.0} | self._fit.shares
+        self._age += 1
+        found = self._fit.parts(history, steps, LEVELS)
+        if BASELINE not in found:
+            found[BASELINE] = LastValue().forecast(history, steps, LEVELS)
+        return found
+
+
+def _end(history: History) -> int:
+    """The number of the step after the last."""
+    if history.end_s is None:
+        return len(history.values)
+    return round(history.end_s / history.step_s)
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None

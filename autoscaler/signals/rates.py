@@ -55,8 +55,3 @@ class RateGrid:
     def prepend(self, values: Iterable[float]) -> None:
         """Put what was before in front of what there is."""
         self.values = array("d", [*values, *self.values])[-self._most :]
-
-    @property
-    def known_s(self) -> float:
-        """Seconds of which the rate is known."""
-        return self.step_s * sum(value == value for value in self.values)  # NaN is not itself

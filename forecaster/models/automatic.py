@@ -75,13 +75,28 @@ class AutomaticFit:
     direct: DirectFit | None
     other: Forecaster | LastValueFit
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """The say of each part, by its name."""
+        direct = {} if self.direct is None else {self.direct.name: self.share}
+        return direct | {self.other.name: 1.0 - self.share}
+
+    def parts(
+        self, history: History, horizon_steps: int, levels: tuple[float, ...] = QUANTILES
+    ) -> dict[str, Forecast]:
+        """What each part says of what follows ``history``, which is that of the fit, or that with
+        more at its end."""
+        history = replace(history, values=cleaned(history.values))
+        found = {}
+        if self.direct is not None and self.share > 0.0:
+            found[self.direct.name] = self.direct.forecast(history, horizon_steps, levels)
+        found[self.other.name] = self.other.forecast(history, horizon_steps, levels)
+        return found
+
     def forecast(
         self, history: History, horizon_steps: int, levels: tuple[float, ...] = QUANTILES
     ) -> Forecast:
-        """What follows ``history``, which is that of the fit, or that with more at its end."""
-        history = replace(history, values=cleaned(history.values))
-        parts = []
-        if self.direct is not None and self.share > 0.0:
-            parts.append((self.share, self.direct.forecast(history, horizon_steps, levels)))
-        parts.append((1.0 - self.share, self.other.forecast(history, horizon_steps, levels)))
-        return blended(self.name, history, parts)
+        """The same as one forecast."""
+        parts = self.parts(history, horizon_steps, levels)
+        shares = self.shares
+        return blended(self.name, history, [(shares[name], one) for name, one in parts.items()])

@@ -9,12 +9,11 @@ import numpy as np
 
 from autoscaler.policy.decide import DecideState, decide
 from autoscaler.policy.outlook import FINE_STEP_S, OutlookMaker
-from autoscaler.policy.recommend import value_at
-from autoscaler.policy.trust import LEVEL
 from autoscaler.replay.policies.facts import PoolFacts
 from autoscaler.replay.types import PoolObservation
 from autoscaler.settings import AutoscalerSettings, PoolSettings, make_policy
 from autoscaler.signals.rates import FINE_MOST, MINUTES_MOST, RateGrid
+from autoscaler.signals.series import MINUTE_S
 from autoscaler.signals.window import DemandWindow
 from autoscaler.types import (
     CapacitySource,
@@ -27,15 +26,13 @@ from autoscaler.types import (
 )
 from forecaster.types import History
 
-MINUTE_S = 60.0
 LONGEST_STEP_S = 30.0
 """A policy may be stepped as rarely as that."""
 UNIT = 1_024.0
 """Tokens are counted in parts of one: a trace may have fewer than one a second."""
 
-POLICY = make_policy(
-    PoolSettings.model_construct(name="replay", backend="process"), AutoscalerSettings()
-)
+SETTINGS = AutoscalerSettings()
+POLICY = make_policy(PoolSettings.model_construct(name="replay", backend="process"), SETTINGS)
 """What a pool with no settings of its own has."""
 
 
@@ -107,37 +104,50 @@ class Reactive:
 
 
 class Auto(Reactive):
-    """What Tidegate does."""
+    """What Tidegate does. It forecasts as production does, and reacts alone where that would: until
+    ``history_least_s`` of demand are known, or while its forecasts turn out badly."""
 
-    def __init__(self, facts: PoolFacts, *, policy: PoolPolicy = POLICY) -> None:
+    def __init__(
+        self,
+        facts: PoolFacts,
+        *,
+        policy: PoolPolicy = POLICY,
+        history_least_s: float = SETTINGS.forecast.history_least_s,
+    ) -> None:
         super().__init__(facts, policy=policy)
         self.name = "auto"
         known = [] if facts.history is None else (facts.history.values * UNIT).tolist()
         self._minutes = RateGrid(MINUTE_S, MINUTES_MOST, known)
         self._fine = RateGrid(FINE_STEP_S, FINE_MOST)
-        self._maker = OutlookMaker()
-        self._outlook: Outlook | None = None
+        self._maker = OutlookMaker(history_least_s)
+        self.outlook: Outlook | None = None
+        """What is expected now."""
+
+    def band(self) -> tuple[float, float] | None:
+        """The median and the quantile 0.95 of the highest demand until a start now would serve, in
+        tokens per second; ``None`` while the forecast is not used."""
+        found = self.outlook
+        if found is None or found.distrust:
+            return None
+        middle, upper = np.interp((0.5, 0.95), found.levels, found.tokens_per_s) / UNIT
+        return float(middle), float(upper)
 
     def _look(self, now_s: float, seen: PoolObservation) -> Outlook | None:
         ended = self._minutes.add(now_s, seen.arrived_tokens_total * UNIT)
         if self._fine.add(now_s, seen.arrived_tokens_total * UNIT) and self._lead_s < MINUTE_S:
             ended = 1
         if ended:
-            minutes = History(values=np.array(self._minutes.values))
-            fine = History(values=np.array(self._fine.values), step_s=FINE_STEP_S)
             try:
-                self._outlook = self._maker.make(minutes, fine, self._lead_s, now_s).outlook
+                self.outlook = self._maker.make(
+                    to_history(self._minutes), to_history(self._fine), self._lead_s, now_s
+                )
             except ValueError:
-                self._outlook = None  # nothing is known yet
-        return self._outlook
+                self.outlook = None  # nothing is known yet
+        return self.outlook
 
-    def band(self) -> tuple[float, float] | None:
-        """The median and the quantile 0.95 of the highest demand within one lead; see
-        ``ForecastingPolicy``."""
-        found = self._outlook
-        if found is None or found.distrust:
-            return None
-        middle, upper = (
-            value_at(found.levels, found.tokens_per_s, level) / UNIT for level in (0.5, LEVEL)
-        )
-        return middle, upper
+
+def to_history(grid: RateGrid) -> History:
+    """What a grid has, as a forecaster reads it."""
+    values = np.array(grid.values)
+    start_s = None if grid.end_s is None else grid.end_s - len(values) * grid.step_s
+    return History(values=values, step_s=grid.step_s, start_s=start_s)

@@ -1,0 +1,85 @@
+"""The outlook of a pool: trusted where its forecasts turned out well, on the first day too."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from autoscaler.policy.outlook import OutlookMaker
+from autoscaler.types import Outlook
+from forecaster.types import Floats, History
+
+MINUTES = 2 * 1_440
+LEADS_S = (*[400.0] * 6, 430.0, 430.0, 900.0)
+NONE = History(values=np.empty(0), step_s=5.0)
+
+
+def steady(minutes: int, seed: int = 1) -> Floats:
+    return np.random.default_rng(seed).poisson(600.0, minutes).astype(float)
+
+
+def outlooks(
+    values: Floats, first: int, lead_s: float = 120.0, history_least_s: float = 86_400.0
+) -> list[Outlook]:
+    """One a minute, from ``first`` minutes of history on."""
+    maker = OutlookMaker(history_least_s)
+    found = []
+    for end in range(first, len(values) + 1):
+        minutes = History(values=values[:end], start_s=6e8)
+        found.append(maker.make(minutes, NONE, lead_s, 60.0 * end))
+    return found
+
+
+def test_a_pool_that_comes_with_a_past_is_trusted_within_minutes() -> None:
+    found = outlooks(steady(MINUTES), MINUTES - 6)
+    assert found[0].distrust
+    assert not found[-1].distrust
+    assert found[-1].scored >= 40
+    assert found[-1].coverage == pytest.approx(0.95, abs=0.06)
+    assert found[-1].loss_ratio is not None
+    assert found[-1].loss_ratio < 1.0
+    assert sum(found[-1].weights.values()) == pytest.approx(1.0)
+
+
+def test_a_pool_without_a_past_is_not() -> None:
+    (found,) = outlooks(steady(30), 30)
+    assert found.distrust
+    (found,) = outlooks(steady(30), 30, history_least_s=1_800.0)
+    assert not found.distrust
+
+
+def test_unknown_minutes_are_no_history() -> None:
+    values = steady(MINUTES)
+    values[: MINUTES // 2 + 30] = np.nan
+    assert outlooks(values, MINUTES - 6)[-1].distrust
+
+
+def test_forecasts_that_turn_out_badly_are_left_aside() -> None:
+    values = steady(MINUTES + 120)
+    # A pool as never before: higher each minute, so that no quantile of the past covers it.
+    values[MINUTES:] = 600.0 * 1.15 ** np.minimum(np.arange(120), 60)
+    found = outlooks(values, MINUTES - 6)
+    assert not found[5].distrust
+    assert found[60].distrust
+    assert found[60].tally.scored < found[60].scored  # those of its past are not counted
+    assert found[60].tally.covered < 0.5 * found[60].tally.scored
+
+
+def test_scores_outlive_a_lead_that_changes_a_little() -> None:
+    values = steady(MINUTES)
+    maker = OutlookMaker(86_400.0)
+    scored = []
+    for end, lead_s in zip(range(MINUTES - 9, MINUTES), LEADS_S, strict=True):
+        minutes = History(values=values[:end], start_s=0.0)
+        scored.append(maker.make(minutes, NONE, lead_s, 60.0 * end).scored)
+    assert scored[7] >= 40
+    assert scored[8] < 40
+
+
+def test_a_lead_below_a_minute_is_of_seconds() -> None:
+    seconds = History(values=np.full(60, 10.0), step_s=5.0, start_s=0.0)
+    found = OutlookMaker(0.0).make(NONE, seconds, 8.0, 300.0)
+    assert found.step_s == 5.0
+    assert found.tokens_per_s[0] == pytest.approx(10.0, rel=0.3)
+    with pytest.raises(ValueError):
+        OutlookMaker(0.0).make(NONE, seconds, 120.0, 300.0)
