@@ -355,7 +355,7 @@ def test_a_pool_at_zero_is_started_as_soon_as_a_request_waits(name: str) -> None
 
 
 def test_auto_says_what_it_expects_in_tokens_per_second() -> None:
-    policy = Auto(PoolFacts(capacity_tokens_per_s=20.0))
+    policy = Auto(PoolFacts(capacity_tokens_per_s=20.0), history_least_s=300.0)
     assert isinstance(policy, ForecastingPolicy)
     assert not isinstance(Reactive(facts()), ForecastingPolicy)
     assert policy.band() is None
