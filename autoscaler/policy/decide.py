@@ -432,7 +432,7 @@ def limit_scale_down(
             detail=f"{proposal.detail}; at most {policy.max_scale_down_per_tick} are removed at "
             "once",
         )
-    # With none ready somebody waits for those that load. Else they go before any that is ready.
+    # With none ready a request waits for those that load. Else they go before any that is ready.
     there = status.supply - status.scheduled
     if status.loading and not status.ready and proposal.desired < there:
         return replace(

@@ -1,6 +1,6 @@
 """The engine model: what one simulated replica can do, and what it carries within an SLO.
 
-One engine step serves one token to each running request and a chunk of somebody's prompt. So engine
+One engine step serves one token to each running request and a chunk of one prompt. So engine
 time is shared between decode and prefill:
 
     itl(b)   = itl_base_s + itl_slope_s * b          with b requests running and no prefill

@@ -22,7 +22,7 @@ HISTORY_DAYS = 7.0
 ORACLE_MARGINS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.4)
 TYPICAL_LOAD = 0.7
 RUN_IN_S = 900
-"""Simulated before what is scored, so that nobody is judged by how it begins. Longer than the
+"""Simulated before what is scored, so that no policy is judged by how it begins. Longer than the
 longest delay of a peer (Ray Serve: 600 s)."""
 
 
@@ -137,7 +137,7 @@ def find_oracle(
     progress: Callable[[float], None] | None = None,
 ) -> Score:
     """The score of the clairvoyant policy for this trace: with the least margin over the work that
-    comes with which nobody is hurt, or as few as may be (some request may be too long for any)."""
+    comes with which no request is late, or as few as may be (some request may be too long for any)."""
     trace = part.played
     rate, prompts, outputs = trace.per_second(spread, seed)
     best: Score | None = None

@@ -25,7 +25,7 @@ class Static:
 
 
 class Oracle:
-    """The fewest replica-hours without a violation, by somebody who knows what will come.
+    """The fewest replica-hours without a violation, by a policy that knows what will come.
 
     ``needed`` is how many replicas each second needs. They are started a cold start before, and one
     that will not be needed is kept where that costs no more than to start it again: each level of
@@ -68,7 +68,7 @@ def needed_replicas(
     slo: Slo,
     margin: float = 1.0,
 ) -> Floats:
-    """Replicas that each second needs, so that nobody waits longer than the TTFT allows and decode
+    """Replicas that each second needs, so that no request waits longer than the TTFT allows and decode
     is not slower than the ITL.
 
     Prefill may be put off: each second's is spread over as many whole seconds as the TTFT has left
