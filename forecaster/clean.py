@@ -1,6 +1,6 @@
 """What of a history is not demand: zeros of a collector that was down, and absurd single values.
 
-Both become unknown, and only inside the history: of its end it is not known yet what it is, and it is
+Both become unknown, and only inside the history: what its end is cannot be known yet, and it is
 taken as it stands.
 """
 

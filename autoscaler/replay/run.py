@@ -137,7 +137,7 @@ def find_oracle(
     progress: Callable[[float], None] | None = None,
 ) -> Score:
     """The score of the clairvoyant policy for this trace: with the least margin over the work that
-    comes with which no request is late, or as few as may be (some request may be too long for any)."""
+    comes with which no request is late, or as few as may be (one may be too long for any)."""
     trace = part.played
     rate, prompts, outputs = trace.per_second(spread, seed)
     best: Score | None = None

@@ -68,7 +68,7 @@ def needed_replicas(
     slo: Slo,
     margin: float = 1.0,
 ) -> Floats:
-    """Replicas that each second needs, so that no request waits longer than the TTFT allows and decode
+    """Replicas that each second needs, so that none waits longer than the TTFT allows and decode
     is not slower than the ITL.
 
     Prefill may be put off: each second's is spread over as many whole seconds as the TTFT has left
