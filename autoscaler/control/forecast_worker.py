@@ -102,7 +102,12 @@ def main() -> None:
     makers: dict[str, OutlookMaker] = {}
     while (body := read_message(jobs)) is not None:
         job = msgspec.msgpack.decode(body, type=ForecastJob)
-        write_message(results, msgspec.msgpack.encode(answer(job, makers)))
+        result = msgspec.msgpack.encode(answer(job, makers))
+        try:
+            write_message(results, result)
+        except BrokenPipeError:  # the control process has ended in the meantime
+            os.dup2(os.open(os.devnull, os.O_WRONLY), results.fileno())  # for the flush at exit
+            return
 
 
 if __name__ == "__main__":

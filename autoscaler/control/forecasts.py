@@ -193,6 +193,7 @@ class Forecasts:
                 stdout=asyncio.subprocess.PIPE,
                 env=None if self._environ is None else dict(self._environ),
                 limit=MOST_BYTES,
+                process_group=0,  # Ctrl-C in a terminal ends the control process, and so this one
             )
         if process.stdin is None or process.stdout is None:
             raise EOFError("the process has no pipes")
