@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -100,6 +101,20 @@ class OutlookMaker:
             tally=self._tally(),
         )
 
+    @property
+    def rehearsing(self) -> bool:
+        """Whether the pool's past is still being scored: a few more outlooks, and it is done."""
+        return self._track is not None and self._track.rehearsing
+
+    def ahead(self, history: History, horizon_steps: int) -> Ahead:
+        """The same mix for further ahead, after an outlook of this history was made."""
+        track, experts = self._track, _Experts()
+        if track is None:
+            raise ValueError("no outlook was made yet")
+        steps = max(horizon_steps, track.board.lead_steps)
+        forecast = track.mix(experts, history, steps, False)[MIX]
+        return Ahead(forecast=forecast, periods=experts.periods, weights=experts.weights)
+
     def _tally(self) -> ForecastTally:
         before, track = self._before, self._track
         if track is None:
@@ -111,6 +126,16 @@ class OutlookMaker:
             loss=before.loss + own.loss,
             last_value_loss=before.last_value_loss + own.last_value_loss,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ahead:
+    """A forecast of many steps, for people: scaling needs no more than an outlook. ``periods`` are
+    those that were found in the history, in steps, the strongest first."""
+
+    forecast: Forecast
+    periods: tuple[int, ...]
+    weights: dict[str, float]
 
 
 def make_tally(board: Scoreboard) -> ForecastTally:
@@ -134,7 +159,7 @@ class _Track:
         first = self._seen - len(history.values)
         rehearsed = _Experts()
         self._rehearsal: Iterator[int] = rehearse(
-            self.board, history, lambda past, anew: self._forecasts(rehearsed, past, steps, anew),
+            self.board, history, lambda past, anew: self.mix(rehearsed, past, steps, anew),
             first,
         )  # fmt: skip
         self.rehearsing = True
@@ -163,14 +188,15 @@ class _Track:
                 self.board.observe(step, float(history.values[step - end]))
         self._seen = end
         steps = max(steps, self.board.lead_steps)
-        forecasts = self._forecasts(self._experts, history, steps, False)
+        forecasts = self.mix(self._experts, history, steps, False)
         if passed and not self.rehearsing:
             self.board.expect(end - 1, forecasts)
         return forecasts[MIX], self._experts.weights
 
-    def _forecasts(
+    def mix(
         self, experts: _Experts, history: History, steps: int, anew: bool
     ) -> dict[str, Forecast]:
+        """What each model says, and all together."""
         found = experts.forecasts(history, steps, anew)
         experts.weights = self.board.weights(experts.prior)
         return found | {MIX: mixed(history, found, experts.weights, MIX)}
@@ -185,6 +211,7 @@ class _Experts:
         self._age = 0
         self.prior: dict[str, float] = {}
         self.weights: dict[str, float] = {}
+        self.periods: tuple[int, ...] = ()
 
     def forecasts(self, history: History, steps: int, anew: bool) -> dict[str, Forecast]:
         """By model; the last value is always among them."""
@@ -194,6 +221,7 @@ class _Experts:
         if self._fit is None or steps > self._steps or due:
             self._fit, self._steps, self._age = Automatic().fit(history, steps), steps, 0
             self.prior = {BASELINE: 0.0} | self._fit.shares
+            self.periods = self._fit.periods
         self._age += 1
         found = self._fit.parts(history, steps, LEVELS)
         if BASELINE not in found:

@@ -9,6 +9,7 @@ counter went back) is unknown.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,12 +39,25 @@ SERIES: tuple[str, ...] = (
 tokens (estimated) and predicted output tokens of the requests that came in it, output tokens of the
 answers that ended in it. ``queued_…`` are means over the minute, the others of what ended in it."""
 
+WORK = ("input_tokens", "predicted_output_tokens", "output_tokens")
+"""Those that ``arrived_tokens_per_s`` takes."""
+
 RECENT_S = 60.0
 SAMPLE_S = 5.0
 LEAST_S, MOST_S = 48.0, 75.0
 """What may lie between two samples that make a minute: ticks may be late, or a minute apart."""
 KNOWN_SHARE = 0.8
 """Of a minute that a gauge must have been known."""
+
+
+def arrived_tokens_per_s(series: Mapping[str, Sequence[float]]) -> list[float]:
+    """The tokens per second that came in each minute, of the series ``WORK``; NaN is unknown. What
+    comes from an engine's own metrics has no prediction, but the tokens of answers."""
+    columns = zip(*(series[name] for name in WORK), strict=True)
+    return [
+        (prompt + (answered if math.isnan(expected) else expected)) / MINUTE_S
+        for prompt, expected, answered in columns
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

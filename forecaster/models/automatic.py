@@ -62,18 +62,19 @@ class Automatic:
         other: Forecaster | LastValueFit = LastValue().fit(history, horizon_steps)
         if short:
             other = PeriodicQuantile(period=short[0])
-        return AutomaticFit(name=self.name, share=share, direct=direct, other=other)
+        return AutomaticFit(name=self.name, share=share, direct=direct, other=other, periods=found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutomaticFit:
     """What was learned of a history. ``share`` is the direct model's part of the say, the rest is
-    the ``other``'s."""
+    the ``other``'s. ``periods``, in steps, are those that were found, the strongest first."""
 
     name: str
     share: float
     direct: DirectFit | None
     other: Forecaster | LastValueFit
+    periods: tuple[int, ...] = ()
 
     @property
     def shares(self) -> dict[str, float]:

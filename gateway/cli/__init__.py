@@ -3,6 +3,6 @@
 ``main`` looks whether the packages are Tidegate's own, runs a verb, and turns what ends it into a
 line and an exit code. ``verbs`` has the verbs, ``model`` those of ``tidegate model``, ``history``
 and ``history_import`` those of ``tidegate history``, and ``history_files`` the files they read and
-write; ``explain`` and ``replay`` are the verbs of these names. ``base`` has the common options and
-effects, ``client`` asks the admin API, ``tables`` prints.
+write; ``explain``, ``forecast`` and ``replay`` are the verbs of these names. ``base`` has the
+common options and effects, ``client`` asks the admin API, ``tables`` prints.
 """

@@ -209,12 +209,18 @@ def read_all(
             return name, start_s, found
 
 
+def span(text: str) -> float | None:
+    """The seconds of ``90m``, ``36h`` or ``30d``; ``None`` for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|m|min|h|d|w)", text.strip())
+    return None if match is None else float(match[1]) * _UNITS_S[match[2]]
+
+
 def moment(text: str, now_s: float) -> float:
     """Unix time of ``30d`` (ago), of a date, of a time of day (the last one, UTC), or as it is. A
     usage error for anything else."""
     said = text.strip()
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|m|min|h|d|w)(?: ago)?", said):
-        return now_s - float(match[1]) * _UNITS_S[match[2]]
+    if (before_s := span(said.removesuffix(" ago"))) is not None:
+        return now_s - before_s
     try:
         if re.fullmatch(r"\d{1,2}:\d\d(:\d\d)?", said):
             clock = time.fromisoformat(f"0{said}" if said[1] == ":" else said)

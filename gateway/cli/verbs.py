@@ -23,6 +23,7 @@ from gateway.cli.base import (
     screen,
 )
 from gateway.cli.explain import explain
+from gateway.cli.forecast import forecast
 from gateway.cli.history import history_app
 from gateway.cli.history_import import history_import
 from gateway.cli.model import model_app
@@ -52,6 +53,7 @@ app.add_typer(model_app, name="model", help="The models in this node's cache.")
 history_app.command("import")(history_import)
 app.add_typer(history_app, name="history", help="The past of pools, minute by minute.")
 app.command("explain")(explain)
+app.command("forecast")(forecast)
 app.command("replay")(replay)
 
 

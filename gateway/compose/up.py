@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import math
 import os
 import shlex
 import shutil
@@ -42,7 +41,7 @@ from autoscaler.signals.engine_scraper import EngineScraper
 from autoscaler.signals.gpus.reader import GpuReader
 from autoscaler.signals.history import FILE_NAME, HistoryStore, HistoryWriter
 from autoscaler.signals.recorder import Recorder
-from autoscaler.signals.series import MINUTE_S
+from autoscaler.signals.series import WORK, arrived_tokens_per_s
 from autoscaler.tiers.preparer import NodePreparer
 from autoscaler.tiers.wake_times import WakeTimes
 from autoscaler.types import GpuCapacity, Observation
@@ -218,14 +217,8 @@ class _Tidegate:
         self.forecasts.observe(observation)
 
     async def _read_past(self, pool: str, from_s: float, until_s: float) -> list[float]:
-        names = ("input_tokens", "predicted_output_tokens", "output_tokens")
-        found = await asyncio.to_thread(self.history.read, pool, names, from_s, until_s)
-        columns = zip(*(found.values[name] for name in names), strict=True)
-        # What comes from an engine's own metrics has no prediction, but the tokens of answers.
-        return [
-            (prompt + (answered if math.isnan(expected) else expected)) / MINUTE_S
-            for prompt, expected, answered in columns
-        ]
+        found = await asyncio.to_thread(self.history.read, pool, WORK, from_s, until_s)
+        return arrived_tokens_per_s(found.values)
 
     def _process_backend(self) -> ProcessBackend:
         settings = self.settings

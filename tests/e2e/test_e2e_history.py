@@ -27,9 +27,14 @@ BOUNDS_S = ("0.5", "1.0", "2.5", "+Inf")
 
 def cli(directory: Path, *words: object) -> Any:
     """A verb of ``tidegate history`` with ``--json``, as its users run it."""
+    return tidegate_json(directory, "history", *words)
+
+
+def tidegate_json(directory: Path, *words: object) -> Any:
+    """A verb of ``tidegate`` with ``--json``."""
     config = ["--json", "-c", str(directory / "tidegate.toml")]
     done = subprocess.run(
-        [sys.executable, "-m", "gateway.cli.main", "history", *map(str, words), *config],
+        [sys.executable, "-m", "gateway.cli.main", *map(str, words), *config],
         capture_output=True,
         text=True,
         timeout=120,
@@ -187,6 +192,12 @@ def test_a_week_of_a_prometheus_while_it_runs(week: tuple[Week, str], tmp_path: 
             "--metrics", "vllm")  # fmt: skip
         found = series_of(tmp_path, "two", since="1d")
         assert len(found["errors"]) > 1_400
+        ahead = tidegate_json(tmp_path, "forecast", "one", "--horizon", "12h", "--backtest")
+        assert ahead["unit"] == "tokens_per_s"
+        assert ahead["periods_s"][0] == 86_400.0
+        assert time.time() - 900 < ahead["start_s"] <= time.time()
+        tried = [one for one in ahead["backtest"] if one["model"] == "automatic"]
+        assert all(one["origins"] > 40 and one["wape"] < 0.5 for one in tried)
         listing = tidegate.admin("/history")
         assert {one["pool"] for one in listing["pools"]} >= {"one", "two"}
         assert tidegate.metrics().sum("tidegate_history_write_failures_total") == 0

@@ -867,6 +867,7 @@ def test_every_verb_has_help_with_an_example() -> None:
             "scale",
             "reload",
             "explain",
+            "forecast",
             "replay",
             "doctor",
             "check",
