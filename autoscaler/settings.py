@@ -111,9 +111,10 @@ class ForecastSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    history_least_s: float = Field(default=172_800.0, ge=0.0, le=31_536_000.0)
+    history_least_s: float = Field(default=172_800.0, ge=0.0, le=604_800.0)
     """Seconds of a pool's demand that must be known before its forecast is used. Two days show
-    whether a day repeats; before that it reacts."""
+    whether a day repeats; before that it reacts. Forecasts look at eight days, some of whose
+    minutes may be unknown: more than a week might never be met."""
 
 
 UNMEASURED_IDLE_S = 300.0

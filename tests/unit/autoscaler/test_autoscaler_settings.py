@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from autoscaler.settings import AutoscalerSettings, PoolSettings, make_policy, make_slug
+from autoscaler.settings import (
+    AutoscalerSettings,
+    ForecastSettings,
+    PoolSettings,
+    make_policy,
+    make_slug,
+)
+from autoscaler.signals.rates import MINUTES_MOST
+from autoscaler.signals.series import MINUTE_S
 
 PROCESS: dict[str, Any] = {"name": "m", "engine": "vllm", "model": "/models/m"}
 URLS = {"urls": ("http://10.0.0.1:8000",)}
@@ -113,3 +121,10 @@ def test_slugs_are_fit_for_paths_and_differ() -> None:
     assert len(set(slugs)) == len(slugs)
     assert all(0 < len(slug) <= 110 and "/" not in slug for slug in slugs)
     assert all(slug[0] not in ".-" for slug in slugs)
+
+
+def test_as_much_history_as_may_be_asked_for_is_looked_at() -> None:
+    most_s = 7 * 86_400.0
+    assert ForecastSettings(history_least_s=most_s).history_least_s < MINUTES_MOST * MINUTE_S
+    with pytest.raises(ValidationError, match="604800"):
+        ForecastSettings(history_least_s=most_s + 1)
