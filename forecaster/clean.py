@@ -12,6 +12,9 @@ from forecaster.types import Floats
 
 _OUTAGE_STEPS_LEAST = 3
 _OUTAGES_MOST = 4
+_OUTAGES_SHARE_MOST = 0.5
+"""Of the steps outside of them. Bursts with nothing between are demand, however few there were."""
+
 _ZEROS_MOST = 0.005
 """Share of zeros outside of long runs in a series for which a run of zeros is an outage."""
 
@@ -47,6 +50,8 @@ def _outages(values: Floats) -> np.ndarray:
     for first, last in runs:
         outside[first:last] = False
     rest = values[outside & np.isfinite(values)]
+    if sum(last - first for first, last in inner) > _OUTAGES_SHARE_MOST * len(rest):
+        return nothing
     if not len(rest) or (rest == 0).mean() > _ZEROS_MOST:
         return nothing
     usual = _USUAL_SHARE * float(np.median(rest))

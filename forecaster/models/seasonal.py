@@ -70,9 +70,10 @@ class PeriodicQuantile:
                 raise ValueError("no period is significant")
             period = found[0]
         root = _root_of(history, period)
-        # The level is the mean of a whole period, so that its shape is not part of it.
+        # The level is the mean of a whole period, so that its shape is not part of it; that of the
+        # first period is its own.
         level = trailing_mean(root, period)
-        before = np.concatenate([level[:1].repeat(period), level[:-period]])
+        before = np.concatenate([level[period - 1].repeat(period), level[:-period]])
         shape = root - before
         places = np.arange(len(root)) % period
         counts = np.bincount(places, minlength=period)

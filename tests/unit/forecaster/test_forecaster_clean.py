@@ -24,6 +24,7 @@ def test_zeros_between_full_load_are_an_outage() -> None:
 
 
 FADING = np.maximum(np.sin(np.arange(2000) / 100.0), 0.0) * 50
+BURSTS = np.tile(np.r_[np.full(3, 40.0), np.zeros(21)], 4)[:-21]
 SPARSE = np.where(np.random.default_rng(2).random(2000) < 0.05, 3.0, 0.0)
 
 
@@ -35,10 +36,20 @@ SPARSE = np.where(np.random.default_rng(2).random(2000) < 0.05, 3.0, 0.0)
         with_zeros(BUSY, (500, 502)),
         with_zeros(BUSY, *[(at, at + 60) for at in range(100, 1900, 200)]),
         FADING,
+        BURSTS,
         SPARSE,
         np.zeros(500),
     ],
-    ids=["at the end", "at the beginning", "two steps", "a habit", "fading", "sparse", "zero"],
+    ids=[
+        "at the end",
+        "at the beginning",
+        "two steps",
+        "a habit",
+        "fading",
+        "bursts",
+        "sparse",
+        "zero",
+    ],
 )
 def test_other_zeros_are_real(values: np.ndarray) -> None:
     assert np.array_equal(cleaned(values), values)
