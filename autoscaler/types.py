@@ -244,6 +244,7 @@ class Outlook:
     their pinball loss there in parts of that of the last value; ``None`` before there are enough.
     ``weights`` say how much of it is which model's. ``tally`` is of all forecasts since the process
     that makes them began.
+    ``least_tokens_per_s``: a demand of less is of no request.
     """
 
     made_at_s: float
@@ -252,6 +253,7 @@ class Outlook:
     levels: tuple[float, ...]
     tokens_per_s: tuple[float, ...]
     distrust: str = ""
+    least_tokens_per_s: float = 0.1
     step_s: float = 60.0
     scored: int = 0
     coverage: float | None = None

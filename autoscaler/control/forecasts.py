@@ -180,6 +180,12 @@ class Forecasts:
             pool.error = f"the forecast failed ({what})"
             return
         if result is not None:
+            self.take(name, result)
+
+    def take(self, name: str, result: ForecastResult) -> None:
+        """Take in the answer to a job; a pool that has gone meanwhile is ignored."""
+        pool = self._pools.get(name)
+        if pool is not None:
             pool.take(result)
 
     async def _ask(self, job: ForecastJob) -> ForecastResult | None:

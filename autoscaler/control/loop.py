@@ -466,9 +466,10 @@ class ControlLoop:
             outlook = self._outlook(pool.pool.name, lead_s)
             if pool.goes_to_zero:
                 policy = pool.plan_to_zero(policy, self._settings)
-                if policy.idle_reason:
-                    planner, tier = pool.tiers.planner, pool.tier() or Tier.RUNNING
-                    status = replace(status, prewarm=planner.prewarm(outlook, tier, now_s))
+                why = pool.tiers.planner.prewarm(
+                    outlook, pool.tier() or Tier.RUNNING, now_s, planned=bool(policy.idle_reason)
+                )
+                status = replace(status, prewarm=why) if why else status
             decision, pool.decide_state = decide(
                 policy,
                 status,

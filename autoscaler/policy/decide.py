@@ -119,7 +119,7 @@ def decide(
         proposal = wake(status, proposal, demand)
     if proposal.desired < status.supply:
         proposal = limit_scale_down(policy, status, demand, found, proposal, state, now_s)
-    if not active:
+    if not active and policy.min_replicas == 0:
         proposal = scale_to_zero(policy, status, demand, proposal, state, now_s)
     proposal = apply_bounds(policy, status, proposal)
     if status.sleep_requested and not (arrived or status.wake_signal or demand.some_queued):
@@ -457,7 +457,10 @@ def scale_to_zero(
     request that is expected there is one replica."""
     if status.prewarm and proposal.desired <= 1:
         return Proposal(desired=1, reason=ScaleReason.PREWARM, detail=status.prewarm)
-    if status.supply == 0 and proposal.desired == 0:
+    if status.prewarm:
+        return proposal
+    # A forecast is of one replica at least: whether that pays at zero is what ``prewarm`` says.
+    if status.supply == 0 and (proposal.desired == 0 or proposal.signal is Signal.FORECAST):
         return Proposal(desired=0, reason=ScaleReason.AT_ZERO, detail="scaled to zero, no demand")
     if proposal.reason is ScaleReason.UNKNOWN_DEMAND:
         return proposal

@@ -25,7 +25,7 @@ from autoscaler.types import ForecastTally, Outlook
 from forecaster.models.automatic import Automatic, AutomaticFit
 from forecaster.models.last_value import LastValue
 from forecaster.scoreboard import BASELINE, Scoreboard, mixed, rehearse
-from forecaster.types import Forecast, History
+from forecaster.types import Floats, Forecast, History
 
 LEVELS = (0.05, 0.1, 0.25, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.965, 0.98, 0.99, 0.995)
 """The quantiles that are asked for: dense where costs are weighed against violations."""
@@ -41,6 +41,8 @@ LEAD_CHANGE_MOST = 1.34
 """Scores are kept while the lead changes by no more: a wake takes a little longer each time."""
 REHEARSED_A_TURN = 8
 """Of 40 points of the past, so that no other pool waits for longer than a second."""
+FEW = 0.1
+LEAST_TOKENS_PER_S = 0.1
 
 
 class OutlookMaker:
@@ -93,6 +95,7 @@ class OutlookMaker:
             levels=found.levels,
             tokens_per_s=tuple(float(rate) for rate in found.maximum(steps)),
             distrust=distrust,
+            least_tokens_per_s=find_least(history.values),
             step_s=history.step_s,
             scored=quality.scored,
             coverage=_known(quality.coverage),
@@ -238,3 +241,10 @@ def _end(history: History) -> int:
 
 def _known(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def find_least(values: Floats) -> float:
+    """What a forecast must come to, to be of any request: half of what the quieter of the steps
+    with requests had. A model's mean of many quiet steps and a few busy ones is less."""
+    busy = values[values > 0.0]
+    return max(LEAST_TOKENS_PER_S, float(np.quantile(busy, FEW)) / 2.0 if len(busy) else 0.0)

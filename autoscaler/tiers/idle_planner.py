@@ -7,6 +7,7 @@ What the settings say in seconds goes before it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Set
 
 from autoscaler.policy.idle_cost import IdlePlan, TierPrice, plan_idle
@@ -29,8 +30,6 @@ WAKE_SHARES: Mapping[Tier, float] = {Tier.SLEEPING: 0.2, Tier.FORKED: 0.6, Tier.
 itself."""
 LEAST_SAVING_S = 1e-9
 """Of a pool of which nothing is known: it gets memory that is left."""
-LEAST_TOKENS_PER_S = 0.1
-"""A forecast of less is of no request."""
 
 
 class IdlePlanner:
@@ -43,6 +42,9 @@ class IdlePlanner:
         self._idle_since_s: float | None = None
         self._doubtful = False
         self._planned_at_s: float | None = None
+        self._expected_until_s = -math.inf
+        """A forecast that starts a replica keeps it for its whole window: one that changes its mind
+        meanwhile would stop it just before it is needed."""
 
     def observe(self, active_at_s: float | None, now_s: float, *, known: bool) -> bool:
         """Take note of whether there are requests: ``active_at_s`` is when one was last known of.
@@ -51,6 +53,7 @@ class IdlePlanner:
             if self._idle_since_s is not None and not self._doubtful:
                 self.gaps.add(now_s - self._idle_since_s, now_s)
             self._idle_since_s, self._doubtful = None, not known
+            self._expected_until_s = -math.inf
             return False
         self._doubtful = self._doubtful or not known
         begins = self._idle_since_s is None and active_at_s is not None
@@ -126,22 +129,34 @@ class IdlePlanner:
             f"{plan.kept_price:.2g} if it were kept, {plan.safe_price:.2g} at break-even"
         )
 
-    def prewarm(self, outlook: Outlook | None, current: Tier, now_s: float) -> str:
-        """Why an idle pool shall run now, ahead of a request; empty where it need not."""
+    def prewarm(
+        self, outlook: Outlook | None, current: Tier, now_s: float, *, planned: bool = True
+    ) -> str:
+        """Why an idle pool shall run now, ahead of a request; empty where it need not. ``planned``:
+        it goes to zero by its plan, and so comes up by it too; else by the forecast alone."""
         since_s, plan = self._idle_since_s, self.plan
         if since_s is None or plan is None:
             return ""
         idle_s = now_s - since_s
         begun_s = max((one.at_s for one in plan.steps if one.at_s <= idle_s), default=0.0)
-        if begun_s > 0.0 and plan.tier_at(idle_s) is Tier.RUNNING:
+        if planned and begun_s > 0.0 and plan.tier_at(idle_s) is Tier.RUNNING:
             return f"its gaps often end about now, {idle_s:.0f} s after its last request"
+        if current is Tier.RUNNING:  # what it would be in without a reason to run
+            current = next((one.tier for one in plan.steps if one.tier is not current), current)
         running, cold = self._prices.get(Tier.RUNNING), self._prices.get(current)
         cold = cold or next(iter(reversed(self._prices.values())), None)
         if outlook is None or outlook.distrust or running is None or cold is None:
             return ""
         chance = chance_of_requests(outlook)
-        if chance * cold.wake_price > running.hold_price_s * outlook.lead_s:
+        # A request that comes would have started it too: it runs a step too long, as when it comes
+        # in its step nobody knows. One that does not come has kept it for nothing.
+        spared = chance * (cold.wake_price - running.hold_price_s * outlook.step_s)
+        window_s = outlook.lead_s + outlook.step_s
+        if spared > (1.0 - chance) * running.hold_price_s * window_s:
+            self._expected_until_s = max(self._expected_until_s, now_s + window_s)
             return f"a request is expected within {outlook.lead_s:.0f} s ({chance:.0%})"
+        if now_s < self._expected_until_s:
+            return f"a request was expected within the next {self._expected_until_s - now_s:.0f} s"
         return ""
 
 
@@ -150,7 +165,7 @@ def chance_of_requests(outlook: Outlook) -> float:
     below = [
         level
         for level, rate in zip(outlook.levels, outlook.tokens_per_s, strict=True)
-        if rate < LEAST_TOKENS_PER_S
+        if rate < outlook.least_tokens_per_s
     ]
     return 1.0 - max(below, default=0.0)
 
@@ -201,4 +216,9 @@ def expect_wake_s(tier: Tier, wake_s: Mapping[Tier, float]) -> float | None:
         if near in wake_s:
             return wake_s[near] * share
         share *= WAKE_SHARES.get(near, 1.0)
-    return next((wake_s[near] for near in reversed(TIERS[:place]) if near in wake_s), None)
+    share = 1.0
+    for near in reversed(TIERS[:place]):
+        share *= WAKE_SHARES.get(near, 1.0)
+        if near in wake_s:
+            return wake_s[near] / share
+    return None

@@ -110,11 +110,11 @@ CASES = [
     ),
     (
         "minimum from nothing", TWO, PoolStatus(), known(), QUIET,
-        2, R.MINIMUM, "none", Bound.MIN_REPLICAS,
+        2, R.MINIMUM, "stable_tokens", Bound.MIN_REPLICAS,
     ),
     (
         "minimum holds when idle", TWO, PoolStatus(ready=2), known(), QUIET,
-        2, R.MINIMUM, "none", Bound.MIN_REPLICAS,
+        2, R.MINIMUM, "stable_tokens", Bound.MIN_REPLICAS,
     ),
     (
         "minimum though demand is unknown", TWO, PoolStatus(ready=1), UNKNOWN, QUIET,

@@ -96,6 +96,10 @@ def test_it_comes_up_ahead_of_a_request_that_comes_every_hour() -> None:
     assert made.prewarm(None, Tier.ON_DISK, NOW_S + 1_800.0) == ""
     assert made.prewarm(None, Tier.ON_DISK, NOW_S + 3_590.0) != ""
     assert made.prewarm(None, Tier.ON_DISK, NOW_S + 4_000.0) == ""
+    # With an idle time that the settings give, a forecast is all that brings it up.
+    assert made.prewarm(None, Tier.ON_DISK, NOW_S + 3_590.0, planned=False) == ""
+    sure = outlook(50.0, 50.0, 90.0)
+    assert made.prewarm(sure, Tier.ON_DISK, NOW_S + 3_590.0, planned=False) != ""
 
 
 @pytest.mark.parametrize(
@@ -110,17 +114,39 @@ def test_it_comes_up_ahead_of_a_request_that_comes_every_hour() -> None:
 def test_it_comes_up_ahead_of_a_forecast_request(
     name: str, rates: tuple[float, ...], distrust: str, expected: bool
 ) -> None:
-    # To run for 60 s costs 0.06, a wake 0.3: it pays from a chance of a fifth on.
+    # To run for a window of 120 s in vain costs 0.12, a wake 0.3, a step of 60 s 0.06: it pays from
+    # a chance of a third on.
     found = planner([5_000.0] * 2).prewarm(
         outlook(*rates, distrust=distrust), Tier.ON_DISK, NOW_S + 500.0
     )
     assert bool(found) is expected
+    # It stays up for that as well.
+    found = planner([5_000.0] * 2).prewarm(
+        outlook(*rates, distrust=distrust), Tier.RUNNING, NOW_S + 500.0
+    )
+    assert bool(found) is expected
+
+
+def test_it_stays_up_for_the_whole_window_of_a_forecast_that_changes() -> None:
+    made, at_s = planner([5_000.0] * 2), NOW_S + 500.0
+    sure, none = outlook(50.0, 50.0, 90.0), outlook(0.0, 0.0, 0.0)
+    assert made.prewarm(none, Tier.ON_DISK, at_s) == ""
+    assert made.prewarm(sure, Tier.ON_DISK, at_s) != ""
+    assert made.prewarm(none, Tier.RUNNING, at_s + 119.0) != ""
+    assert made.prewarm(none, Tier.RUNNING, at_s + 120.0) == ""
+    # A request that comes has ended it.
+    assert made.prewarm(sure, Tier.ON_DISK, at_s + 200.0) != ""
+    made.observe(at_s + 210.0, at_s + 210.0, known=True)
+    plan(made, at_s=at_s + 211.0)
+    assert made.prewarm(none, Tier.RUNNING, at_s + 212.0) == ""
 
 
 def test_wakes_that_were_not_measured() -> None:
     assert expect_wake_s(Tier.ON_DISK, {Tier.ON_DISK: 10.0}) == 10.0
     assert expect_wake_s(Tier.PAGED, {Tier.ON_DISK: 10.0}) == pytest.approx(9.0)
-    assert expect_wake_s(Tier.ON_DISK, {Tier.FORKED: 2.0}) == 2.0
+    # A colder tier is never taken to be as good as a warmer one.
+    assert expect_wake_s(Tier.ON_DISK, {Tier.FORKED: 2.0}) == pytest.approx(2.0 / 0.9 / 0.6)
+    assert expect_wake_s(Tier.PAGED, {Tier.FORKED: 2.0}) == pytest.approx(2.0 / 0.6)
     assert expect_wake_s(Tier.ON_DISK, {}) is None
 
 
