@@ -8,7 +8,7 @@ pool's only when every worker has applied a fleet without the pool, which clears
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from operator import add
 
 import msgspec
@@ -17,7 +17,7 @@ from autoscaler.signals.series import PoolTotals
 from autoscaler.types import HistogramCounts, Observation, PoolDemand, ReplicaLoad
 from gateway.datapath import metrics
 from gateway.datapath.shared import Shared, buckets_of
-from router.types import Fleet, Pool, Replica
+from router.types import Fleet, Pool
 
 _STREAMS = range(metrics.TTFT + 1, metrics.TTFT + 2 * len(metrics.ENDPOINTS), 2)
 _E2E = range(metrics.E2E, metrics.E2E + 2 * len(metrics.ENDPOINTS))
@@ -46,14 +46,18 @@ class FleetBook:
         self._version += 1
         self._forget({replica.id for pool in pools for replica in pool.replicas})
         self._forget_pools(pools)
+        free = _free(self._shared.max_replicas, {*self._slots.values(), *self._retiring})
+        free_pools = _free(
+            self._shared.max_pools, {*self._pool_slots.values(), *self._retiring_pools}
+        )
         published = []
         for pool in pools:
             replicas = []
             for replica in pool.replicas:
-                slot = self._slot(replica)
+                slot = _find(self._slots, replica.id, free)
                 if slot is not None:
                     replicas.append(msgspec.structs.replace(replica, slot=slot))
-            slot = self._pool_slot(pool.name)
+            slot = _find(self._pool_slots, pool.name, free_pools)
             if slot is not None:
                 published.append(msgspec.structs.replace(pool, slot=slot, replicas=tuple(replicas)))
         return Fleet(version=self._version, pools=tuple(published))
@@ -65,26 +69,6 @@ class FleetBook:
     def replica_slots(self) -> dict[str, int]:
         """Where each replica is counted, by its id."""
         return dict(self._slots)
-
-    def _slot(self, replica: Replica) -> int | None:
-        slot = self._slots.get(replica.id)
-        if slot is None:
-            used = set(self._slots.values()) | self._retiring
-            free = (index for index in range(self._shared.max_replicas) if index not in used)
-            slot = next(free, None)
-            if slot is not None:
-                self._slots[replica.id] = slot
-        return slot
-
-    def _pool_slot(self, name: str) -> int | None:
-        slot = self._pool_slots.get(name)
-        if slot is None:
-            used = set(self._pool_slots.values()) | set(self._retiring_pools)
-            free = (index for index in range(self._shared.max_pools) if index not in used)
-            slot = next(free, None)
-            if slot is not None:
-                self._pool_slots[name] = slot
-        return slot
 
     def _forget(self, present: set[str]) -> None:
         for replica_id in [known for known in self._slots if known not in present]:
@@ -118,10 +102,12 @@ class FleetBook:
                 pools[name] = PoolDemand(observed_at_s=now)
             else:
                 pools[name] = self._demand(slot, now)
-        replicas = {}
-        for replica_id, slot in self._slots.items():
-            requests, tokens = self._shared.replica_total(slot)
-            replicas[replica_id] = ReplicaLoad(inflight_requests=requests, inflight_tokens=tokens)
+        slots = max(self._slots.values(), default=-1) + 1
+        requests, tokens = self._shared.replica_totals(slots)
+        replicas = {
+            replica_id: ReplicaLoad(inflight_requests=requests[slot], inflight_tokens=tokens[slot])
+            for replica_id, slot in self._slots.items()
+        }
         return Observation(pools=pools, replicas=replicas)
 
     def _demand(self, slot: int, now_s: float) -> PoolDemand:
@@ -176,3 +162,18 @@ class FleetBook:
             raise AssertionError(f"a slot is used twice: {self._slots}, {self._retiring}")
         if len(set(pools)) != len(pools) or set(self._retiring_pools) & set(pools):
             raise AssertionError(f"a pool's slot is used twice: {self._pool_slots}")
+
+
+def _free(count: int, used: Set[int]) -> Iterator[int]:
+    """The slots that are not used, the first ones first."""
+    return (slot for slot in range(count) if slot not in used)
+
+
+def _find(slots: dict[str, int], name: str, free: Iterator[int]) -> int | None:
+    """The slot that a name has, or is given now; ``None`` where none is free."""
+    if name not in slots:
+        slot = next(free, None)
+        if slot is None:
+            return None
+        slots[name] = slot
+    return slots[name]

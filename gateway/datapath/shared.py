@@ -198,6 +198,16 @@ class Shared:
             tokens += token_row[slot]
         return requests, tokens
 
+    def replica_totals(self, slots: int) -> tuple[list[int], list[int]]:
+        """(requests, tokens) in flight on the replicas of the first ``slots`` slots, by slot, over
+        all workers."""
+        requests, tokens = [0] * slots, [0] * slots
+        for worker in range(self.workers):
+            row, token_row, _ = self.replica_rows(worker)
+            requests = list(map(add, requests, row[:slots]))
+            tokens = list(map(add, tokens, token_row[:slots]))
+        return requests, tokens
+
     def clear_pool(self, worker: int, pool_slot: int) -> None:
         """The pool is gone: another that is given its slot begins at zero. Called by the worker."""
         self.waiting_rows(pool_slot)[worker] = 0

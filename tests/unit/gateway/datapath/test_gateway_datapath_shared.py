@@ -98,6 +98,7 @@ def test_totals_and_the_others_share() -> None:
             tokens[slot] = 10 ** (worker + 1)
             opened[slot] = 5
     assert shared.replica_total(4) == (6, 1110)
+    assert shared.replica_totals(2) == ([6, 6], [1110, 1110])
     requests, tokens, opened = shared.other_rows(1, 3)
     assert opened == [10, 10, 10]
     assert requests == [4, 4, 4]
