@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
@@ -449,7 +449,7 @@ class StaticPoolSettings(ConsistentSettings):
 
 
 class ScheduleSettings(ConsistentSettings):
-    """Bounds of a pool's replicas that hold in windows which recur."""
+    """Windows which recur: bounds of a pool's replicas that hold in them, or demand that comes."""
 
     name: str = Field(min_length=1, max_length=256)
     """What it is called in ``explain``."""
@@ -469,12 +469,21 @@ class ScheduleSettings(ConsistentSettings):
     max_replicas: int | None = Field(default=None, ge=1, le=10_000)
     """Most replicas in a window. Unset: as without it."""
 
+    expect_demand: bool = False
+    """Expect in a window at least the demand that there was at that time of those of the last eight
+    days: for a burst that comes too seldom to be recognised, such as a job on Mondays."""
+
+    @property
+    def window(self) -> RecurringWindow:
+        """As forecasts use it."""
+        return RecurringWindow.parse(self.cron, self.duration_s, self.timezone)
+
     @property
     def bounds(self) -> TimedBounds:
         """As decisions use it."""
         return TimedBounds(
             name=self.name,
-            window=RecurringWindow.parse(self.cron, self.duration_s, self.timezone),
+            window=self.window,
             min_replicas=self.min_replicas,
             max_replicas=self.max_replicas,
         )
@@ -484,8 +493,8 @@ class ScheduleSettings(ConsistentSettings):
             _ = self.bounds
         except ValueError as error:
             yield str(error)
-        if self.min_replicas is None and self.max_replicas is None:
-            yield "neither min_replicas nor max_replicas is set"
+        if self.min_replicas is None and self.max_replicas is None and not self.expect_demand:
+            yield "neither min_replicas, max_replicas nor expect_demand is set"
         elif (self.min_replicas or 0) > (self.max_replicas or 10_000):
             yield f"min_replicas ({self.min_replicas}) > max_replicas ({self.max_replicas})"
 
@@ -583,8 +592,8 @@ class PoolSettings(ConsistentSettings):
     """This pool's own ``autoscaler.mode``."""
 
     schedules: tuple[ScheduleSettings, ...] = Field(default=(), max_length=100)
-    """Bounds that hold at certain times, in place of ``min_replicas`` and ``max_replicas``. Where
-    windows overlap the largest of each counts."""
+    """Bounds that hold at certain times, in place of ``min_replicas`` and ``max_replicas``, and
+    demand that comes at certain times. Where windows overlap the largest of each counts."""
 
     slo: SloSettings = SloSettings()
     """What a request is promised."""
@@ -669,6 +678,15 @@ def make_slug(name: str, taken: Collection[str]) -> str:
         number += 1
         unique = f"{slug}.{number}"
     return unique
+
+
+def hints_of(pools: Iterable[PoolSettings]) -> dict[str, tuple[RecurringWindow, ...]]:
+    """By pool, the windows in which its demand is expected."""
+    return {
+        pool.name: tuple(one.window for one in pool.schedules if one.expect_demand)
+        for pool in pools
+        if pool.schedules
+    }
 
 
 def make_policy(pool: PoolSettings, settings: AutoscalerSettings) -> PoolPolicy:

@@ -28,7 +28,7 @@ LENGTH = struct.Struct(">I")
 class ForecastJob(msgspec.Struct, frozen=True, kw_only=True):
     """The past of a pool in tokens per second: doubles, oldest first, NaN where unknown; by minute
     and, for a short lead, by five seconds. ``end_s`` and ``fine_end_s`` are the Unix times at which
-    they end."""
+    they end. ``hints`` are windows of demand: cron expression, seconds, time zone."""
 
     pool: str
     minutes: bytes
@@ -38,6 +38,7 @@ class ForecastJob(msgspec.Struct, frozen=True, kw_only=True):
     lead_s: float
     now_s: float
     history_least_s: float
+    hints: tuple[tuple[str, float, str], ...] = ()
 
 
 class ForecastResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +56,7 @@ def answer(job: ForecastJob, makers: dict[str, OutlookMaker]) -> ForecastResult:
 
     from autoscaler.policy.outlook import FINE_STEP_S, OutlookMaker
     from autoscaler.signals.series import MINUTE_S
+    from forecaster.cron import RecurringWindow
     from forecaster.types import History
 
     maker = makers.pop(job.pool) if job.pool in makers else OutlookMaker()
@@ -70,6 +72,7 @@ def answer(job: ForecastJob, makers: dict[str, OutlookMaker]) -> ForecastResult:
     fine = history(job.fine, FINE_STEP_S, job.fine_end_s)
     maker.history_least_s = job.history_least_s
     try:
+        maker.hints = [RecurringWindow.parse(*one) for one in job.hints]
         found = maker.make(minutes, fine, job.lead_s, job.now_s)
     except Exception as error:  # noqa: BLE001 -- one pool's history must not end the process
         return ForecastResult(pool=job.pool, error=f"{type(error).__name__}: {error}")

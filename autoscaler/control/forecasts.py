@@ -23,6 +23,7 @@ from autoscaler.control.forecast_worker import LENGTH, MOST_BYTES, ForecastJob, 
 from autoscaler.signals.rates import FINE_MOST, MINUTES_MOST, RateGrid
 from autoscaler.signals.series import MINUTE_S
 from autoscaler.types import ForecastTally, Observation, Outlook
+from forecaster.cron import RecurringWindow
 
 LOG = logging.getLogger("tidegate.forecast")
 
@@ -80,6 +81,8 @@ class Forecasts:
         wall_s: Callable[[], float] = time.time,
     ) -> None:
         self.history_least_s = history_least_s
+        self.hints: Mapping[str, Sequence[RecurringWindow]] = {}
+        """By pool, windows in which the demand of earlier ones is expected."""
         self._read_past = read_past
         self._environ = environ
         self._clock = clock
@@ -168,6 +171,9 @@ class Forecasts:
             lead_s=lead_s,
             now_s=self._clock(),
             history_least_s=self.history_least_s,
+            hints=tuple(
+                (one.cron.text, one.duration_s, one.timezone) for one in self.hints.get(name, ())
+            ),
         )
         try:
             async with asyncio.timeout(JOB_S):

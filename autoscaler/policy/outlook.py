@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from autoscaler.types import ForecastTally, Outlook
+from forecaster.cron import RecurringWindow
+from forecaster.hints import with_hints
 from forecaster.models.automatic import Automatic, AutomaticFit
 from forecaster.models.last_value import LastValue
 from forecaster.scoreboard import BASELINE, Scoreboard, mixed, rehearse
@@ -52,6 +54,8 @@ class OutlookMaker:
 
     def __init__(self, history_least_s: float = HISTORY_LEAST_S) -> None:
         self.history_least_s = history_least_s
+        self.hints: Sequence[RecurringWindow] = ()
+        """Windows in which the operator expects the demand of earlier ones, at least."""
         self._track: _Track | None = None
         self._before = ForecastTally()
         """Of earlier tracks."""
@@ -69,6 +73,7 @@ class OutlookMaker:
         if track is None or not track.goes_on(history, steps):
             self._before = self._tally()
             track = self._track = _Track(history, steps)
+        track.hints = self.hints
         found, weights = track.follow(history, steps)
         quality = track.board.quality(MIX)
         known_s = float(np.isfinite(minutes.values).sum()) * minutes.step_s
@@ -157,6 +162,7 @@ class _Track:
 
     def __init__(self, history: History, steps: int) -> None:
         self.board = Scoreboard(steps, history.step_s)
+        self.hints: Sequence[RecurringWindow] = ()
         self._experts = _Experts()
         self._seen = _end(history)
         first = self._seen - len(history.values)
@@ -202,7 +208,8 @@ class _Track:
         """What each model says, and all together."""
         found = experts.forecasts(history, steps, anew)
         experts.weights = self.board.weights(experts.prior)
-        return found | {MIX: mixed(history, found, experts.weights, MIX)}
+        together = mixed(history, found, experts.weights, MIX)
+        return found | {MIX: with_hints(together, history, self.hints)}
 
 
 class _Experts:

@@ -21,7 +21,7 @@ from gateway.cli.history import open_history, read_all, span
 from gateway.terminal import NONE, ago, complain, count, duration, figure, one_line, out
 
 if TYPE_CHECKING:
-    from autoscaler.policy.outlook import Ahead
+    from autoscaler.policy.outlook import Ahead, OutlookMaker
     from autoscaler.types import Outlook
     from forecaster.backtest import BacktestScore
     from forecaster.types import Floats, Forecast, History
@@ -116,19 +116,23 @@ def forecast(
         raise ValueRefused(f"--plot {plot}: a file that ends in .svg or .html")
     now_s = context.obj.now_s()
     try:
-        import numpy as np  # noqa: F401 -- whether it is there
-        import scipy  # noqa: F401
-    except ModuleNotFoundError:
+        from autoscaler.policy.outlook import OutlookMaker
+        from autoscaler.settings import hints_of
+    except ModuleNotFoundError as error:
+        if error.name not in ("numpy", "scipy"):
+            raise
         raise ValueRefused(NEEDS) from None
-    least_s = load(config, sets).settings.autoscaler.forecast.history_least_s
+    settings = load(config, sets).settings
     try:
         stored = open_history(context.obj.now_s, admin, config, sets)
         name, unit, past = demand_of(stored, pool, now_s, all_of_it=backtest)
     except RequestRefused as error:
         raise ValueRefused(str(error)) from None
     decision = newest_decision(stored, name, now_s, past)
+    maker = OutlookMaker(settings.autoscaler.forecast.history_least_s)
+    maker.hints = hints_of(settings.pools).get(name, ())
     found = look(
-        name, unit, past, decision, now_s, lead_s, least_s, round(horizon_s / MINUTE_S),
+        name, unit, past, decision, maker, now_s, lead_s, round(horizon_s / MINUTE_S),
         origins if backtest else 0,
     )  # fmt: skip
     out(as_text(as_plain(found)) if as_json else forecast_text(found, screen(), now_s))
@@ -197,9 +201,9 @@ def look(
     unit: str,
     past: History,
     decision: DecisionEntry | None,
+    maker: OutlookMaker,
     now_s: float,
     lead_s: float | None,
-    history_least_s: float,
     horizon_steps: int,
     origins: int,
 ) -> PoolAhead:
@@ -207,7 +211,7 @@ def look(
     expected at so many points of it."""
     import numpy as np
 
-    from autoscaler.policy.outlook import FINE_STEP_S, OutlookMaker
+    from autoscaler.policy.outlook import FINE_STEP_S
     from forecaster.types import History
 
     measured_s = None if decision is None or decision.inputs is None else decision.inputs.lead_s
@@ -216,7 +220,6 @@ def look(
     demand = History(values=values, start_s=(past.end_s or now_s) - len(values) * past.step_s)
     # The grid of seconds, of which short leads are forecast, is not kept: then it is by minute.
     nothing = History(values=np.empty(0), step_s=FINE_STEP_S)
-    maker = OutlookMaker(history_least_s)
     outlook = maker.make(demand, nothing, max(used_s, MINUTE_S), now_s)
     while maker.rehearsing:
         outlook = maker.make(demand, nothing, max(used_s, MINUTE_S), now_s)

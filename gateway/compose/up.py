@@ -36,7 +36,7 @@ from autoscaler.control.disabled_pools import DisabledPools
 from autoscaler.control.forecasts import Forecasts
 from autoscaler.control.loop import ControlLoop
 from autoscaler.control.replica_numbers import ReplicaNumbers
-from autoscaler.settings import PoolSettings
+from autoscaler.settings import PoolSettings, hints_of
 from autoscaler.signals.engine_scraper import EngineScraper
 from autoscaler.signals.gpus.reader import GpuReader
 from autoscaler.signals.history import FILE_NAME, HistoryStore, HistoryWriter
@@ -178,6 +178,7 @@ class _Tidegate:
             read_past=self._read_past,
             environ=child_environ(settings, os.environ),
         )
+        self.forecasts.hints = hints_of(settings.pools)
         self.decision_log = DecisionLog(writer=self.history_writer, tally=self.forecasts.tally)
         self.stack.callback(self.decision_log.flush)
         self.loop = ControlLoop(
@@ -339,6 +340,7 @@ class _Tidegate:
             self.scraper.interval_s = settings.autoscaler.metrics_interval_s
             self.gpus.interval_s = settings.autoscaler.metrics_interval_s
             self.forecasts.history_least_s = settings.autoscaler.forecast.history_least_s
+            self.forecasts.hints = hints_of(settings.pools)
             self.settings = settings
             self.process.use_fork_plan(plan)
         said = describe(

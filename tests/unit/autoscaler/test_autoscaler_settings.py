@@ -11,6 +11,7 @@ from autoscaler.settings import (
     AutoscalerSettings,
     ForecastSettings,
     PoolSettings,
+    hints_of,
     make_policy,
     make_slug,
 )
@@ -128,3 +129,13 @@ def test_as_much_history_as_may_be_asked_for_is_looked_at() -> None:
     assert ForecastSettings(history_least_s=most_s).history_least_s < MINUTES_MOST * MINUTE_S
     with pytest.raises(ValidationError, match="604800"):
         ForecastSettings(history_least_s=most_s + 1)
+
+
+def test_windows_of_expected_demand() -> None:
+    job = {"name": "job", "cron": "0 6 * * mon", "duration_s": 600}
+    open_hours = {"name": "open", "cron": "0 8 * * *", "duration_s": 600, "min_replicas": 1}
+    pool = PoolSettings(**PROCESS, schedules=({**job, "expect_demand": True}, open_hours))
+    (window,) = hints_of([pool])["m"]
+    assert (window.cron.text, window.duration_s) == ("0 6 * * mon", 600)
+    with pytest.raises(ValidationError, match="nor expect_demand is set"):
+        PoolSettings(**PROCESS, schedules=(job,))

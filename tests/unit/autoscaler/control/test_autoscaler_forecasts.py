@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from autoscaler.control.forecast_worker import ForecastResult
 from autoscaler.control.forecasts import Forecasts
 from autoscaler.types import Observation, Outlook, PoolDemand
+from forecaster.cron import RecurringWindow
 
 DAY_S = 86_400.0
 START_S = 1_800_000_000.0
@@ -94,6 +96,28 @@ def test_a_pool_with_a_past_has_an_outlook_after_its_first_minute() -> None:
                 assert found is not None
             assert found.distrust == ""
             assert found.scored >= 40
+
+    asyncio.run(scenario())
+
+
+def test_a_hint_of_the_operator_reaches_the_forecast() -> None:
+    week = 7 * 1_440
+    past = [60.0] * (week + 60)
+    past[62:72] = [600.0] * 10
+    at = datetime.fromtimestamp(START_S + 120.0, UTC)
+    cron = f"{at.minute} {at.hour} * * {at.isoweekday() % 7}"
+
+    async def scenario() -> None:
+        world = World(past=past)
+        world.forecasts.hints = {"m": (RecurringWindow.parse(cron, 600.0),)}
+        async with running(world):
+            world.look()
+            world.outlook()
+            world.minute()
+            await until(world.outlook)
+            found = world.outlook()
+            assert found is not None
+            assert found.tokens_per_s[found.levels.index(0.5)] == pytest.approx(600.0, rel=0.2)
 
     asyncio.run(scenario())
 

@@ -7,6 +7,7 @@ import pytest
 
 from autoscaler.policy.outlook import OutlookMaker
 from autoscaler.types import Outlook
+from forecaster.cron import RecurringWindow
 from forecaster.types import Floats, History
 
 MINUTES = 2 * 1_440
@@ -83,3 +84,17 @@ def test_a_lead_below_a_minute_is_of_seconds() -> None:
     assert found.tokens_per_s[0] == pytest.approx(10.0, rel=0.3)
     with pytest.raises(ValueError):
         OutlookMaker(0.0).make(NONE, seconds, 120.0, 300.0)
+
+
+def test_a_burst_that_comes_too_seldom_to_be_recognised_is_expected_where_it_is_hinted() -> None:
+    day, week = 1_440, 7 * 1_440
+    values = steady(week + day)
+    values[60:90] *= 4.0  # an hour after midnight, a week before the end of this history
+    minutes = History(values=values[: week + 55], start_s=1_000 * 7 * 86_400.0)
+    expected = []
+    for hints in ((), (RecurringWindow.parse("0 1 * * thu", 1_800),)):
+        maker = OutlookMaker()
+        maker.hints = hints
+        made = maker.make(minutes, NONE, 600.0, 0.0)
+        expected.append(np.interp(0.95, made.levels, made.tokens_per_s))
+    assert expected[0] < 1_000.0 < 2_000.0 < expected[1]

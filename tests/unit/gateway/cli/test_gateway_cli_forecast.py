@@ -159,6 +159,24 @@ def test_a_short_history_is_not_trusted_and_not_tried(
     assert shown(capsys)["trusted"] is True
 
 
+def test_demand_that_the_operator_expects(
+    store: HistoryStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(store, 2 * DAY)
+    burst = [
+        PoolMinute(pool="chat", minute=minute, values={"input_tokens": 1e6, "output_tokens": 0.0})
+        for minute in range(MINUTE - DAY, MINUTE - DAY + 10)
+    ]
+    store.record(burst, NOW_S)
+    with (tmp_path / "tidegate.toml").open("a") as file:
+        file.write('[[pools.schedules]]\nname = "job"\ncron = "0 8 * * *"\nduration_s = 600\n')
+        file.write("expect_demand = true\n")
+    assert run("chat", "--json", "--horizon", "15m") == 0
+    mean = shown(capsys)["mean"]
+    assert min(mean[:10]) > 10_000.0
+    assert max(mean[11:]) < 3_000.0
+
+
 def test_requests_without_tokens_are_forecast_but_not_trusted(
     store: HistoryStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
