@@ -571,8 +571,9 @@ class PoolSettings(ConsistentSettings):
     first unless that was planned for."""
 
     target_inflight_tokens: int = Field(default=8_192, ge=1, le=1_000_000_000)
-    """Tokens (prompt and expected output of all its requests) one replica carries comfortably;
-    more, and another is started. 8192 are some 20 ordinary chats at once."""
+    """Tokens (prompt and expected output of all its requests) one replica carries comfortably: a
+    hint for the first hours, until what it carries within ``slo`` is learned. 8192 are some 20
+    ordinary chats at once."""
 
     max_inflight_requests: int | None = Field(default=None, ge=1, le=100_000)
     """Requests one replica is given at once. Unset: ``router.max_inflight_requests``."""

@@ -191,9 +191,9 @@ class CapacitySource(StrEnum):
     SATURATED = "saturated"
     """Seen while replicas were loaded as far as the SLO allows."""
     HISTORY = "history"
-    """Seen so by an earlier control process."""
+    """Seen so by an earlier control process, or with requests of other lengths."""
     DERIVED = "derived"
-    """From the engine's KV cache, its limits and measured times."""
+    """From the engine's KV cache, its limits and measured times; at most the hint."""
     HINT = "hint"
     """From the pool's settings."""
 

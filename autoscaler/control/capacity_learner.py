@@ -2,37 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from autoscaler.policy.capacity import (
+    SAMPLES,
     CapacityState,
     LoadSample,
+    Mix,
     derive_tokens_per_s,
     estimate_capacity,
+    is_telling,
     note_load,
     running_most,
 )
 from autoscaler.settings import PoolSettings
 from autoscaler.types import EngineObservation, PoolDemand, RecentTraffic, ReplicaCapacity
+from loaders.engines.base import engine_of
 
 MINUTE_S = 60.0
 WAITED_SHARE = 0.5
 """Of the looks in a minute at which requests waited, for the replicas to have been at a limit."""
 ENDED_LEAST = 10
 """Requests that must have ended in a minute for its latencies to say anything."""
+KEPT_SHARE = 0.8
+"""Of the weight of earlier minutes that is left with each in what the mix of requests is now."""
 
 
 class CapacityLearner:
-    """What a replica of one pool carries. ``observe`` is called at each tick."""
+    """What a replica of one pool carries. ``observe`` is called at each tick. ``setup`` stands for
+    all that it depends on (``describe_setup``), beside the accelerator."""
 
-    def __init__(self) -> None:
+    def __init__(self, setup: str = "") -> None:
+        self.setup = setup
+        self.recalled = False
+        """What an earlier control process saw was read."""
         self._state = CapacityState()
         self._begun_at_s: float | None = None
         self._ready: int | None = None
         self._looks = self._waited = 0
         self._kv_tokens: float | None = None
-        self._max_requests: float | None = None
+        self._requests_most: float | None = None
         self._traffic: RecentTraffic | None = None
+        self._answers = self._prompt_tokens = self._output_tokens = 0.0
+        self._accelerator = ""
+        self._asked: object = None
+        self._found: ReplicaCapacity | None = None
+
+    def recall(self, earlier: Sequence[LoadSample]) -> None:
+        """Take in what an earlier control process saw of replicas with this setup."""
+        self.recalled, self._asked = True, None
+        self._state = replace(self._state, earlier=tuple(earlier)[-SAMPLES:])
 
     def observe(
         self,
@@ -42,29 +64,46 @@ class CapacityLearner:
         demand: PoolDemand | None,
         engines: Iterable[EngineObservation],
         recent: Callable[[], RecentTraffic | None],
+        accelerator: Callable[[], str] = lambda: "",
         now_s: float,
-    ) -> None:
+    ) -> LoadSample | None:
         """Take in what there is. A minute counts where the number of ready replicas did not change
-        in it."""
+        in it. Returns the minute that ended now, where it said something new."""
         waiting = 0 if demand is None else demand.queued_requests or 0
         for one in engines:
             waiting += one.load.waiting_requests or 0
             self._kv_tokens = one.load.kv_cache_tokens or self._kv_tokens
-            self._max_requests = one.load.max_running_requests or self._max_requests
+            self._requests_most = one.load.max_running_requests or self._requests_most
         if self._begun_at_s is None or ready != self._ready:
             self._begin(now_s, ready)
         self._looks += 1
         self._waited += waiting > 0
         if self._begun_at_s is None or now_s - self._begun_at_s < MINUTE_S:
-            return
+            return None
         traffic, waited = recent(), self._waited >= WAITED_SHARE * self._looks
         self._begin(now_s, ready)
-        self._traffic = traffic or self._traffic
-        if traffic is None or not ready or traffic.requests_per_s * MINUTE_S < ENDED_LEAST:
-            return
-        rate = (traffic.prompt_tokens_per_s + traffic.generation_tokens_per_s) / ready
-        sample = LoadSample(tokens_per_s=rate, within_slo=is_within(pool, traffic), waited=waited)
+        if traffic is None:
+            return None
+        self._traffic, self._asked = traffic, None
+        self._accelerator = accelerator() or self._accelerator
+        answers = max(0.0, traffic.requests_per_s - traffic.errors_per_s) * MINUTE_S
+        self._answers = KEPT_SHARE * self._answers + answers
+        prompt, output = traffic.prompt_tokens_per_s, traffic.generation_tokens_per_s
+        self._prompt_tokens = KEPT_SHARE * self._prompt_tokens + prompt * MINUTE_S
+        self._output_tokens = KEPT_SHARE * self._output_tokens + output * MINUTE_S
+        if not ready or answers < ENDED_LEAST:
+            return None
+        sample = LoadSample(
+            tokens_per_s=(prompt + output) / ready,
+            mix=Mix(prompt * MINUTE_S / answers, output * MINUTE_S / answers),
+            within_slo=is_within(pool, traffic),
+            waited=waited,
+            accelerator=self._accelerator,
+        )
+        if not is_telling(self._state, sample):
+            return None
         self._state = note_load(self._state, sample)
+        return sample
 
     def _begin(self, now_s: float, ready: int) -> None:
         self._begun_at_s, self._ready = now_s, ready
@@ -74,30 +113,54 @@ class CapacityLearner:
         self, pool: PoolSettings, target_utilization_fraction: float
     ) -> ReplicaCapacity | None:
         """What one replica sustains; ``None`` where nothing is known of it yet."""
-        derived = hint = None
-        traffic = self._traffic
-        if traffic is not None and traffic.requests_per_s > 0.0 and traffic.e2e_mean_s:
-            prompt = traffic.prompt_tokens_per_s / traffic.requests_per_s
-            output = traffic.generation_tokens_per_s / traffic.requests_per_s
-            most = running_most(
-                kv_tokens=self._kv_tokens,
-                max_requests=first_known(pool.max_inflight_requests, self._max_requests),
-                prompt_tokens=prompt,
-                output_tokens=output,
-            )
-            if most is not None:
-                derived = derive_tokens_per_s(
-                    prompt_tokens=prompt,
-                    output_tokens=output,
-                    e2e_s=traffic.e2e_mean_s,
-                    running_most=most,
-                )
+        asked = (pool, target_utilization_fraction)
+        if asked != self._asked:  # the same within a minute
+            self._asked, self._found = asked, self._estimate(pool, target_utilization_fraction)
+        return self._found
+
+    def _estimate(
+        self, pool: PoolSettings, target_utilization_fraction: float
+    ) -> ReplicaCapacity | None:
+        derived = hint = mix = None
+        if self._answers >= 1.0:
+            mix = Mix(self._prompt_tokens / self._answers, self._output_tokens / self._answers)
+        e2e_s = None if self._traffic is None else self._traffic.e2e_mean_s
+        if mix is not None and e2e_s:
             # A target of tokens in flight is a rate too, by Little's law, and it is what a replica
             # is loaded to, not all that it can. An idle engine is fast, so what is derived of its
             # times is no more than that either.
-            hint = pool.target_inflight_tokens / traffic.e2e_mean_s / target_utilization_fraction
+            hint = pool.target_inflight_tokens / e2e_s / target_utilization_fraction
+            derived = self._derive(pool, mix, e2e_s)
             derived = None if derived is None else min(derived, hint)
-        return estimate_capacity(self._state, derived=derived, hint=hint)
+        return estimate_capacity(
+            self._state, mix=mix, accelerator=self._accelerator, derived=derived, hint=hint
+        )
+
+    def _derive(self, pool: PoolSettings, mix: Mix, e2e_s: float) -> float | None:
+        limits = engine_of(pool.engine).limits(pool.engine_args)
+        known = (pool.max_inflight_requests, limits.running_requests, self._requests_most)
+        most = running_most(
+            mix,
+            kv_tokens=self._kv_tokens,
+            requests_most=min((one for one in known if one is not None), default=None),
+        )
+        if most is None:
+            return None
+        return derive_tokens_per_s(
+            mix,
+            e2e_s=e2e_s,
+            running_most=most,
+            itl_s=None if self._traffic is None else self._traffic.itl_mean_s,
+            batched_tokens_most=limits.batched_tokens,
+        )
+
+
+def describe_setup(pool: PoolSettings, digest: str) -> str:
+    """All that a replica's capacity depends on, but for its accelerator, in a few characters:
+    what replicas are started with (their ``digest``), what they are given at once, and the SLO."""
+    given = [pool.max_inflight_requests, pool.max_inflight_tokens]
+    text = json.dumps([digest, *given, pool.slo.model_dump(mode="json")])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def is_within(pool: PoolSettings, traffic: RecentTraffic) -> bool:
@@ -106,8 +169,3 @@ def is_within(pool: PoolSettings, traffic: RecentTraffic) -> bool:
     if traffic.ttft_p95_s is not None and traffic.ttft_p95_s > slo.ttft_s:
         return False
     return slo.itl_s is None or traffic.itl_p95_s is None or traffic.itl_p95_s <= slo.itl_s
-
-
-def first_known(*values: float | None) -> float | None:
-    """The first that is known."""
-    return next((value for value in values if value is not None), None)

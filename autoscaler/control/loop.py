@@ -16,13 +16,14 @@ import math
 import re
 import shlex
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from autoscaler.backends.base import Backend, ReplicaSpec, Unsupported
 from autoscaler.control.actuator import Actuator, ErrorCounts
+from autoscaler.control.capacity_history import CapacityHistory, PoolLoad, recall_capacities
 from autoscaler.control.device_turns import DeviceTurns
 from autoscaler.control.disabled_pools import DisabledPools
 from autoscaler.control.replica_numbers import ReplicaNumbers
@@ -90,6 +91,7 @@ class ControlLoop:
         note: Callable[[Decision], None] = lambda decision: None,
         outlook: Callable[[str, float | None], Outlook | None] = lambda pool, lead_s: None,
         recent: Callable[[str], RecentTraffic | None] = lambda pool: None,
+        capacity_history: CapacityHistory | None = None,
         earlier_drain_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         wall_s: Callable[[], float] = time.time,
@@ -102,7 +104,7 @@ class ControlLoop:
         ``disabled_pools`` are those out of service from the start, ``numbers`` those of replicas.
         ``record`` is given what each tick observed, ``note`` what was decided. ``outlook`` is what
         is expected of a pool whose replicas need so long to be ready, ``recent`` what it was asked
-        and answered in the last minute.
+        and answered in the last minute; ``capacity_history`` has what earlier replicas carried.
         ``earlier_drain_s`` is how long the workers of an earlier control process finish requests
         with replicas that are taken over."""
         self._settings = settings
@@ -111,6 +113,8 @@ class ControlLoop:
         self._note = note
         self._outlook = outlook
         self._recent = recent
+        self._capacity_history = capacity_history
+        self._loads: list[PoolLoad] = []
         self._publish = publish
         self._clock = clock
         self._wall_s = wall_s
@@ -202,6 +206,7 @@ class ControlLoop:
         self._pools = {name: self._pools[name] for name in [*names, *gone]}
         if self._opened:
             self._register_static()
+            self._recall_capacities(self._pools[name] for name in names)
         self._note_change()
 
     def _configure_pool(self, record: PoolRecord, pool: PoolSettings, digest: str) -> None:
@@ -248,6 +253,7 @@ class ControlLoop:
                 )
                 self._actuator.adopt(pool, record)
         self._opened = True
+        self._recall_capacities(self._pools.values())
         self._register_static()
         self._publish_changes()
 
@@ -312,6 +318,13 @@ class ControlLoop:
         except Exception as error:  # noqa: BLE001 -- the backends must be closed all the same
             self._errors.add("close of models", error)
 
+    def _recall_capacities(self, pools: Iterable[PoolRecord]) -> None:
+        """Read what earlier control processes saw of these, where that was not read yet."""
+        new = {one.pool.name: one.capacity for one in pools if not one.capacity.recalled}
+        if self._capacity_history is not None and new:
+            work = recall_capacities(self._capacity_history, new)
+            self._actuator.spawn(work, "capacity history")
+
     def _owned_alive(self) -> bool:
         for pool in self._pools.values():
             pool.forget(self._settings.failed_kept)
@@ -351,6 +364,9 @@ class ControlLoop:
         if now_s >= self._share_at_s:
             self._share_at_s = now_s + SHARE_S
             self._share_memory(now_s)
+        if self._loads and self._capacity_history is not None:
+            self._capacity_history.add(self._loads)
+        self._loads.clear()
         if self._numbers.are_new:
             self._actuator.spawn(self._numbers.save(), "replica numbers")
         self._publish_changes()
@@ -390,14 +406,17 @@ class ControlLoop:
         demand = self._observation.pools.get(pool.pool.name)
         if demand is not None:
             pool.window.add(demand)
-        pool.capacity.observe(
+        load = pool.capacity.observe(
             pool.pool,
             ready=pool.count(State.READY),
             demand=demand,
             engines=pool.engines(self._observation),
             recent=partial(self._recent, pool.pool.name),
+            accelerator=partial(pool.accelerator, self._observation.gpus),
             now_s=now_s,
         )
+        if load is not None:
+            self._loads.append(PoolLoad(pool.pool.name, pool.capacity.setup, load))
         loads = pool.known_loads(self._observation.replicas, now_s)
         self._actuator.apply_time_limits(pool, loads, now_s)
         return pool, self._decide(pool, now_s), loads

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from autoscaler.backends.base import AdoptedReplica, Backend, BackendError, Probe, ReplicaSpec
 from autoscaler.control import start_steps
-from autoscaler.control.capacity_learner import CapacityLearner
+from autoscaler.control.capacity_learner import CapacityLearner, describe_setup
 from autoscaler.control.replica_numbers import ReplicaNumbers
 from autoscaler.policy.decide import DecideState, remember_recommendation
 from autoscaler.policy.lifecycle import ENDED_STATES, PUBLIC, State
@@ -161,7 +161,7 @@ class PoolRecord:
         self.disabled = False
         self._use(settings)
         self.window = DemandWindow(self.policy)
-        self.capacity = CapacityLearner()
+        self.capacity = CapacityLearner(describe_setup(pool, digest))
         self.decide_state = DecideState()
         self.history = DecisionHistory(settings.history_size)
         self.replicas: dict[str, ReplicaRecord] = {}
@@ -202,7 +202,9 @@ class PoolRecord:
             self.failures, self.retry_at_s, self.error = 0, None, None
             self.reported_len_tokens = None
             self.failed_starts = 0
-            self.capacity = CapacityLearner()
+        setup = describe_setup(pool, digest)
+        if setup != self.capacity.setup:
+            self.capacity = CapacityLearner(setup)
         self.pool, self.backend, self.digest = pool, backend, digest
         self._use(settings)
         self.window.resize(self.policy)
@@ -347,6 +349,17 @@ class PoolRecord:
         readings = () if seen is None else seen.gpus or ()
         figures = [one.figures.get(GPU_UTILIZATION) for one in readings if one.gpu.index in own]
         return [figure for figure in figures if figure is not None]
+
+    def accelerator(self, seen: GpuReport | None) -> str:
+        """What its ready replicas compute on: GPUs by their names, or ``cpu``; empty where that is
+        not known."""
+        ready = [one for one in self.replicas.values() if one.state is State.READY]
+        readings = () if seen is None else seen.gpus or ()
+        known = {one.gpu.index: one.gpu.name for one in readings}
+        names = {known.get(gpu, "") for one in ready for gpu in one.probe.gpus}
+        if not ready or "" in names:
+            return ""
+        return ", ".join(sorted(names)) or "cpu"
 
     def lead_s(self) -> float | None:
         """How long before demand one more replica is to be asked for; ``None`` before the first

@@ -81,6 +81,17 @@ TABLES: Mapping[str, HistoryTable] = {
         key="pool, minute, at_s",
         spared_minutes=24 * 60,
     ),
+    "loads": HistoryTable(  # autoscaler.control.capacity_history
+        columns=(
+            "setup TEXT",
+            "accelerator TEXT",
+            "tokens_per_s REAL",
+            "prompt_tokens REAL",
+            "output_tokens REAL",
+            "within_slo INTEGER",
+            "waited INTEGER",
+        ),
+    ),
 }
 """Tables by name; all are bounded by the age of their minutes and by the size of the file."""
 

@@ -125,10 +125,7 @@ def decision_lines(one: schema.DecisionEntry) -> list[str]:
     elif one.fallback:
         lines.append(f"  ahead   it reacts alone: {one_line(one.fallback)}")
     if one.capacity is not None:
-        lines.append(
-            f"  each    {one.capacity.tokens_per_s:.0f} tokens/s per replica "
-            f"({one.capacity.source})"
-        )
+        lines.append(f"  each    {tables.capacity_text(one.capacity)}")
     if one.inputs is not None:
         lines += inputs_lines(one.inputs)
     if one.recommended is not None:

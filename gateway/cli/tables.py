@@ -15,6 +15,7 @@ from loaders.engines.base import ENGINES, engine_of
 from modelcache.types import PREPARED, SHORT_CHARACTERS, ModelEntry
 
 if TYPE_CHECKING:
+    from autoscaler.types import ReplicaCapacity
     from gateway.admin import schema
     from gateway.doctor.checks import Check
 
@@ -127,6 +128,8 @@ def status(report: schema.GatewayStatus, screen: Screen, now_s: float) -> str:
         parts += ["", gpus.rstrip("\n")]
     if pools:
         parts += ["", *(f"{pool.name}: {_decision(pool.last_decision, now_s)}" for pool in pools)]
+    if capacities := capacity_lines(pools):
+        parts += ["", "What a replica sustains within the SLO:", *capacities]
     if traffic := traffic_lines(pools):
         parts += ["", "In the last minute:", *traffic]
     if tiers := [*tier_lines(pools), *fork_lines(report.fork_server)]:
@@ -277,6 +280,20 @@ def _fault(fault: schema.GpuFaultEntry) -> str:
 def first_line(text: str) -> str:
     """An error may bring an engine's log with it: what it begins with."""
     return next(iter(text.strip().splitlines()), "")
+
+
+def capacity_lines(pools: Iterable[schema.PoolEntry]) -> list[str]:
+    """A line for each pool of which it is known: ``chat: 5200 tokens/s per replica (history)``."""
+    return [
+        f"{pool.name}: {capacity_text(pool.last_decision.capacity)}"
+        for pool in pools
+        if pool.last_decision is not None and pool.last_decision.capacity is not None
+    ]
+
+
+def capacity_text(capacity: ReplicaCapacity) -> str:
+    """What a replica carries, and where that is known from."""
+    return f"{capacity.tokens_per_s:.0f} tokens/s per replica ({capacity.source})"
 
 
 def tier_lines(pools: Iterable[schema.PoolEntry]) -> list[str]:

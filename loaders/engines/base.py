@@ -129,6 +129,15 @@ class EngineLoad:
     sleep_level: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """What an engine's arguments say that it does at most; ``None`` is what they do not say:
+    requests that it runs at once, and tokens of a step, prompt and generated together."""
+
+    running_requests: int | None = None
+    batched_tokens: int | None = None
+
+
 @runtime_checkable
 class Engine(Protocol):
     """One kind of serving engine. Stateless; every call says which server it is about. What an
@@ -150,6 +159,10 @@ class Engine(Protocol):
         """What is wrong with a pool's ``engine_args``, each as words that follow the field."""
         if args:
             yield f"is only for engines that Tidegate starts, not for {self.name}"
+
+    def limits(self, args: Sequence[str]) -> EngineLimits:
+        """What a pool's ``engine_args`` say that one replica does at most."""
+        return EngineLimits()
 
     def program(self, settings: LoaderSettings) -> Path | None:
         """The interpreter that has to exist before it can start; ``None``: it is Tidegate's own."""

@@ -18,13 +18,14 @@ from autoscaler.backends.base import (
     Probe,
     ReplicaSpec,
 )
+from autoscaler.control.capacity_history import CapacityHistory
 from autoscaler.control.disabled_pools import DisabledPools
 from autoscaler.control.loop import ControlLoop
 from autoscaler.policy.packing import Device
 from autoscaler.settings import AutoscalerSettings, PoolSettings
 from autoscaler.tiers.preparer import Preparer
 from autoscaler.tiers.wake_times import WakeTimes
-from autoscaler.types import Observation, PoolDemand, ReplicaLoad
+from autoscaler.types import Observation, PoolDemand, RecentTraffic, ReplicaLoad
 from loaders.engines.client import EngineClient
 from router.types import Pool, Replica, ReplicaState
 
@@ -216,6 +217,9 @@ class World:
     publish_error: Exception | None = None
     earlier_drain_s: float = 0.0
     disabled_pools: DisabledPools | None = None
+    capacity_history: CapacityHistory | None = None
+    recent: RecentTraffic | None = None
+    """What every pool was asked in the last minute."""
 
     def __post_init__(self) -> None:
         self.loop = ControlLoop(
@@ -228,6 +232,8 @@ class World:
             preparer=self.preparer,
             wake_times=self.wake_times,
             disabled_pools=self.disabled_pools,
+            recent=lambda pool: self.recent,
+            capacity_history=self.capacity_history,
             engine_client=EngineClient(
                 timeout_s=self.settings.call_timeout_s,
                 transport=httpx.MockTransport(self.backend.answer),

@@ -22,7 +22,13 @@ from typing import Literal
 
 import httpx
 
-from loaders.engines.base import Capabilities, EngineCommand, EngineOptions, Placement
+from loaders.engines.base import (
+    Capabilities,
+    EngineCommand,
+    EngineLimits,
+    EngineOptions,
+    Placement,
+)
 from loaders.engines.client import EngineClient
 from loaders.engines.openai_compatible import OpenAICompatibleEngine
 from loaders.engines.vllm.forkserver.patches import share_port
@@ -58,6 +64,17 @@ ALIASES: Mapping[str, str] = {
     "-dp": "--data-parallel-size",
 }
 """Short forms of flags that we set too, so that a user's short form is seen to replace ours."""
+
+COUNT = re.compile(r"(?P<number>\d{1,15}(\.\d{1,6})?)(?P<unit>[kmgKMG]?)")
+COUNT_UNITS: Mapping[str, int] = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "K": 2**10,
+    "M": 2**20,
+    "G": 2**30,
+}
 
 NEGATABLE = frozenset({"--enforce-eager", "--disable-uvicorn-access-log"})
 
@@ -141,6 +158,17 @@ class VllmEngine(OpenAICompatibleEngine):
         for name in ("--host", "--port", "--uds"):
             if name in _flags_in(args):
                 yield f"holds {name}, which Tidegate sets itself"
+
+    def limits(self, args: Sequence[str]) -> EngineLimits:
+        """See ``Engine``. Each engine of a data-parallel server has the limits for itself."""
+        flags = {name: values[0] for name, *values in read_flags(args) if values}
+        engines = read_count(flags.get("--data-parallel-size")) or 1
+        requests = read_count(flags.get("--max-num-seqs"))
+        tokens = read_count(flags.get("--max-num-batched-tokens"))
+        return EngineLimits(
+            running_requests=None if requests is None else engines * requests,
+            batched_tokens=None if tokens is None else engines * tokens,
+        )
 
     def program(self, settings: LoaderSettings) -> Path | None:
         """See ``Engine``."""
@@ -290,6 +318,15 @@ def read_flags(args: Sequence[str]) -> list[list[str]]:
         elif groups:
             groups[-1].append(arg)
     return groups
+
+
+def read_count(text: str | None) -> int | None:
+    """A number as vLLM takes it, ``8192`` or ``8k`` (``8K`` is 8 * 1024); ``None`` where it is
+    none."""
+    match = COUNT.fullmatch(text or "")
+    if match is None:
+        return None
+    return int(float(match["number"]) * COUNT_UNITS[match["unit"]]) or None
 
 
 def _flags_in(args: Sequence[str]) -> set[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from autoscaler.control.capacity_learner import CapacityLearner
+from autoscaler.control.capacity_learner import CapacityLearner, describe_setup
+from autoscaler.policy.capacity import LoadSample
 from autoscaler.settings import PoolSettings
 from autoscaler.types import CapacitySource, EngineObservation, PoolDemand, RecentTraffic
 from loaders.engines.base import EngineLoad
@@ -20,13 +21,20 @@ POOL = PoolSettings.model_validate(
 )
 
 
-def traffic(per_s: float = 10.0, ttft_p95_s: float = 0.5, e2e_s: float = 1.0) -> RecentTraffic:
+def traffic(
+    per_s: float = 10.0,
+    ttft_p95_s: float = 0.5,
+    e2e_s: float = 1.0,
+    prompt_tokens: float = 100,
+    output_tokens: float = 50,
+    errors_per_s: float = 0.0,
+) -> RecentTraffic:
     return RecentTraffic(
         window_s=60.0,
-        requests_per_s=per_s,
-        errors_per_s=0.0,
-        prompt_tokens_per_s=per_s * 100,
-        generation_tokens_per_s=per_s * 50,
+        requests_per_s=per_s + errors_per_s,
+        errors_per_s=errors_per_s,
+        prompt_tokens_per_s=per_s * prompt_tokens,
+        generation_tokens_per_s=per_s * output_tokens,
         ttft_count=600,
         ttft_mean_s=0.4,
         ttft_p50_s=0.4,
@@ -45,6 +53,7 @@ class Pool:
     def __init__(self) -> None:
         self.learner = CapacityLearner()
         self.now_s = 0.0
+        self.told: list[LoadSample] = []
 
     def minutes(
         self,
@@ -55,21 +64,24 @@ class Pool:
         waiting: int | None = 0,
         recent: RecentTraffic | None = None,
         kv_tokens: int | None = None,
+        accelerator: str = "cpu",
     ) -> None:
         for _ in range(60 * count + 1):
             load = EngineLoad(waiting_requests=waiting, kv_cache_tokens=kv_tokens)
-            self.learner.observe(
+            said = self.learner.observe(
                 POOL,
                 ready=ready,
                 demand=PoolDemand(observed_at_s=self.now_s, queued_requests=queued),
                 engines=[EngineObservation(observed_at_s=self.now_s, load=load)],
                 recent=lambda: recent,
+                accelerator=lambda: accelerator,
                 now_s=self.now_s,
             )
+            self.told += [] if said is None else [said]
             self.now_s += 1.0
 
-    def found(self) -> tuple[float, CapacitySource] | None:
-        found = self.learner.capacity(POOL, 0.7)
+    def found(self, pool: PoolSettings = POOL) -> tuple[float, CapacitySource] | None:
+        found = self.learner.capacity(pool, 0.7)
         return None if found is None else (round(found.tokens_per_s), found.source)
 
 
@@ -123,3 +135,69 @@ def test_minutes_in_which_replicas_come_or_hardly_anything_ends_do_not() -> None
     assert pool.found() != (0, CapacitySource.SATURATED)
     assert pool.found() is not None
     assert pool.found()[1] is CapacitySource.HINT  # type: ignore[index]
+
+
+def test_limits_of_the_engine_s_arguments_bound_what_is_derived() -> None:
+    pool = Pool()
+    pool.minutes(recent=traffic(), kv_tokens=5_000)
+    assert pool.found() == (6_000, CapacitySource.DERIVED)
+    few = POOL.model_copy(update={"engine_args": ("--max-num-seqs", "8")})
+    assert pool.found(few) == (1_200, CapacitySource.DERIVED)
+    small = POOL.model_copy(update={"engine_args": ("--max-num-batched-tokens=64",)})
+    assert pool.found(small) == (3_200, CapacitySource.DERIVED)  # in steps of 20 ms
+    held = POOL.model_copy(update={"max_inflight_requests": 10})
+    assert pool.found(held) == (1_500, CapacitySource.DERIVED)
+
+
+def test_only_minutes_that_say_something_are_told() -> None:
+    pool = Pool()
+    pool.minutes(3, recent=traffic(20.0))
+    assert [one.tokens_per_s for one in pool.told] == [1_500]
+    pool.minutes(2, queued=3, recent=traffic(80.0))
+    assert [one.waited for one in pool.told] == [False, True, True]
+    assert pool.told[-1].mix == (100, 50)
+    assert pool.told[-1].accelerator == "cpu"
+
+
+def test_what_was_seen_earlier_counts_until_the_limit_is_seen_again() -> None:
+    before, pool = Pool(), Pool()
+    before.minutes(4, queued=3, recent=traffic(80.0))
+    pool.learner.recall(before.told)
+    assert pool.found() == (6_000, CapacitySource.HISTORY)
+    pool.minutes(1, recent=traffic(20.0))
+    assert pool.found() == (6_000, CapacitySource.HISTORY)
+    pool.minutes(3, queued=3, recent=traffic(60.0))
+    assert pool.found() == (4_500, CapacitySource.SATURATED)
+
+
+def test_replicas_on_another_accelerator_are_learned_anew() -> None:
+    pool = Pool()
+    pool.minutes(4, queued=3, recent=traffic(80.0))
+    pool.minutes(1, recent=traffic(20.0), accelerator="NVIDIA L4")
+    assert pool.found() == (10_000, CapacitySource.HINT)
+
+
+def test_a_mix_of_longer_answers_is_not_taken_for_the_one_of_before() -> None:
+    pool = Pool()
+    pool.minutes(4, queued=3, recent=traffic(80.0))
+    assert pool.found() == (6_000, CapacitySource.SATURATED)
+    pool.minutes(12, recent=traffic(5.0, prompt_tokens=100, output_tokens=500))
+    found = pool.found()
+    assert found is not None
+    assert found[1] is CapacitySource.HISTORY
+    assert 3_500 < found[0] < 4_500  # a token of a prompt is less work
+
+
+def test_errors_make_requests_no_shorter() -> None:
+    pool = Pool()
+    pool.minutes(1, queued=3, recent=traffic(80.0, errors_per_s=80.0))
+    assert pool.told[-1].mix == (100, 50)
+
+
+def test_the_setup_is_another_where_a_replica_may_carry_another_load() -> None:
+    slo = POOL.model_validate(POOL.model_dump() | {"slo": {"ttft_s": 1.0}})
+    held = POOL.model_copy(update={"max_inflight_requests": 4})
+    named = POOL.model_copy(update={"aliases": ("other",), "target_inflight_tokens": 1})
+    setups = [describe_setup(one, "digest") for one in (POOL, slo, held)]
+    assert len({*setups, describe_setup(POOL, "another")}) == 4
+    assert describe_setup(named, "digest") == setups[0]

@@ -28,7 +28,15 @@ from datapath_rig import make_certificate
 
 from autoscaler.policy.gpu_faults import GpuAction
 from autoscaler.settings import PoolSettings, ProcessPoolSettings
-from autoscaler.types import Bound, NotKnown, RecentTraffic, Signal, TierReport
+from autoscaler.types import (
+    Bound,
+    CapacitySource,
+    NotKnown,
+    RecentTraffic,
+    ReplicaCapacity,
+    Signal,
+    TierReport,
+)
 from gateway.admin import schema
 from gateway.cli import client, main, tables, verbs
 from gateway.cli.base import Effects
@@ -180,6 +188,13 @@ def test_status_shows_what_engines_say_of_their_load(
     heading, row = (line for line in text.splitlines() if line.startswith(("REPLICA", "chat-1")))
     at = slice(heading.index("RUNNING"), heading.index("PID"))
     assert " ".join(row[at].split()) == cells
+
+
+def test_status_shows_what_a_replica_carries_and_where_that_is_known_from() -> None:
+    known = ReplicaCapacity(tokens_per_s=5_204.6, source=CapacitySource.HISTORY)
+    made = past_decision(capacity=known)
+    text = tables.status(gateway_status(pool(last_decision=made)), PIPE, NOW_S)
+    assert "chat: 5205 tokens/s per replica (history)" in text.splitlines()
 
 
 def gpu(**given: Any) -> schema.GpuEntry:

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 
-from loaders.engines.base import ENGINES, EngineCommand, EngineOptions, Placement, engine_of
+from loaders.engines.base import (
+    ENGINES,
+    EngineCommand,
+    EngineLimits,
+    EngineOptions,
+    Placement,
+    engine_of,
+)
 from loaders.engines.vllm.engine import (
     LAUNCHER,
     Device,
@@ -193,6 +200,24 @@ def test_the_address_is_not_the_users_to_set(own: list[str], engine: str) -> Non
     (problem,) = engine_of(engine).check(own)
     assert own[0].partition("=")[0] in problem
     assert list(engine_of(engine).check(["--seed", "1"])) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "limits"),
+    [
+        ([], EngineLimits()),
+        (["--max-num-seqs", "64"], EngineLimits(running_requests=64)),
+        (["--max_num_batched_tokens=8k"], EngineLimits(batched_tokens=8_000)),
+        (["--max-num-batched-tokens", "8K", "--max-num-seqs", "many"],
+         EngineLimits(batched_tokens=8_192)),
+        (["--max-num-seqs=8", "--max-num-seqs=64", "-dp", "2"], EngineLimits(running_requests=128)),
+        (["--max-num-seqs"], EngineLimits()),
+    ],
+)  # fmt: skip
+def test_its_limits_are_read_off_its_arguments(args: list[str], limits: EngineLimits) -> None:
+    for engine in ENGINES:
+        assert engine_of(engine).limits(args) == limits
+    assert engine_of(None).limits(args) == EngineLimits()
 
 
 def test_an_engine_that_is_to_sleep_is_started_so(cuda_python: Path, cpu_python: Path) -> None:
