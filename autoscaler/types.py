@@ -201,7 +201,7 @@ class CapacitySource(StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaCapacity:
     """Prompt and output tokens per second that one replica sustains within the SLO, for the mix of
-    lengths that the pool has."""
+    lengths that the pool has; tokens as demand counts them, before they are answered."""
 
     tokens_per_s: float
     source: CapacitySource

@@ -29,6 +29,8 @@ ENDED_LEAST = 10
 """Requests that must have ended in a minute for its latencies to say anything."""
 KEPT_SHARE = 0.8
 """Of the weight of earlier minutes that is left with each in what the mix of requests is now."""
+MOST_SCALE = 4.0
+"""By how much estimates of a request's tokens may be wrong at most, to be made up for."""
 
 
 class CapacityLearner:
@@ -47,6 +49,7 @@ class CapacityLearner:
         self._requests_most: float | None = None
         self._traffic: RecentTraffic | None = None
         self._answers = self._prompt_tokens = self._output_tokens = 0.0
+        self._arrivals = self._arrived_tokens = 0.0
         self._accelerator = ""
         self._asked: object = None
         self._found: ReplicaCapacity | None = None
@@ -91,6 +94,15 @@ class CapacityLearner:
         prompt, output = traffic.prompt_tokens_per_s, traffic.generation_tokens_per_s
         self._prompt_tokens = KEPT_SHARE * self._prompt_tokens + prompt * MINUTE_S
         self._output_tokens = KEPT_SHARE * self._output_tokens + output * MINUTE_S
+        came, asked, expected = (
+            traffic.arrivals_per_s,
+            traffic.arrived_prompt_tokens_per_s,
+            traffic.arrived_output_tokens_per_s,
+        )
+        if came is not None and asked is not None and expected is not None:
+            self._arrivals = KEPT_SHARE * self._arrivals + came * MINUTE_S
+            arrived = (asked + expected) * MINUTE_S
+            self._arrived_tokens = KEPT_SHARE * self._arrived_tokens + arrived
         if not ready or answers < ENDED_LEAST:
             return None
         sample = LoadSample(
@@ -112,7 +124,8 @@ class CapacityLearner:
     def capacity(
         self, pool: PoolSettings, target_utilization_fraction: float
     ) -> ReplicaCapacity | None:
-        """What one replica sustains; ``None`` where nothing is known of it yet."""
+        """What one replica sustains, in tokens as those of demand are counted: estimated when a
+        request comes. ``None`` where nothing is known of it yet."""
         asked = (pool, target_utilization_fraction)
         if asked != self._asked:  # the same within a minute
             self._asked, self._found = asked, self._estimate(pool, target_utilization_fraction)
@@ -122,19 +135,30 @@ class CapacityLearner:
         self, pool: PoolSettings, target_utilization_fraction: float
     ) -> ReplicaCapacity | None:
         derived = hint = mix = None
+        scale = 1.0
         if self._answers >= 1.0:
             mix = Mix(self._prompt_tokens / self._answers, self._output_tokens / self._answers)
+            scale = self._scale(mix)
         e2e_s = None if self._traffic is None else self._traffic.e2e_mean_s
         if mix is not None and e2e_s:
             # A target of tokens in flight is a rate too, by Little's law, and it is what a replica
             # is loaded to, not all that it can. An idle engine is fast, so what is derived of its
             # times is no more than that either.
-            hint = pool.target_inflight_tokens / e2e_s / target_utilization_fraction
+            hint = pool.target_inflight_tokens / e2e_s / target_utilization_fraction / scale
             derived = self._derive(pool, mix, e2e_s)
             derived = None if derived is None else min(derived, hint)
-        return estimate_capacity(
+        found = estimate_capacity(
             self._state, mix=mix, accelerator=self._accelerator, derived=derived, hint=hint
         )
+        return None if found is None else replace(found, tokens_per_s=found.tokens_per_s * scale)
+
+    def _scale(self, mix: Mix) -> float:
+        """How many tokens a request is estimated to be, for each that it has. Of short prompts,
+        which are mostly JSON, that is more than one."""
+        if self._arrivals < ENDED_LEAST or not self._arrived_tokens or not mix.tokens:
+            return 1.0
+        scale = self._arrived_tokens / self._arrivals / mix.tokens
+        return min(max(scale, 1.0 / MOST_SCALE), MOST_SCALE)
 
     def _derive(self, pool: PoolSettings, mix: Mix, e2e_s: float) -> float | None:
         limits = engine_of(pool.engine).limits(pool.engine_args)

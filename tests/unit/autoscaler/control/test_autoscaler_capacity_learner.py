@@ -28,11 +28,17 @@ def traffic(
     prompt_tokens: float = 100,
     output_tokens: float = 50,
     errors_per_s: float = 0.0,
+    estimated_tokens: float | None = None,
 ) -> RecentTraffic:
     return RecentTraffic(
         window_s=60.0,
         requests_per_s=per_s + errors_per_s,
         errors_per_s=errors_per_s,
+        arrivals_per_s=per_s,
+        arrived_prompt_tokens_per_s=None if estimated_tokens is None else per_s * 10,
+        arrived_output_tokens_per_s=(
+            None if estimated_tokens is None else per_s * (estimated_tokens - 10)
+        ),
         prompt_tokens_per_s=per_s * prompt_tokens,
         generation_tokens_per_s=per_s * output_tokens,
         ttft_count=600,
@@ -201,3 +207,15 @@ def test_the_setup_is_another_where_a_replica_may_carry_another_load() -> None:
     setups = [describe_setup(one, "digest") for one in (POOL, slo, held)]
     assert len({*setups, describe_setup(POOL, "another")}) == 4
     assert describe_setup(named, "digest") == setups[0]
+
+
+def test_it_is_in_tokens_as_those_of_demand_are_estimated() -> None:
+    pool = Pool()
+    pool.minutes(4, queued=3, recent=traffic(80.0, estimated_tokens=300))
+    assert pool.found() == (12_000, CapacitySource.SATURATED)
+    assert pool.told[-1].tokens_per_s == 6_000
+    pool = Pool()
+    pool.minutes(recent=traffic(estimated_tokens=300), kv_tokens=500_000)
+    assert pool.found() == (10_000, CapacitySource.DERIVED)
+    pool.minutes(1, recent=traffic(estimated_tokens=100_000), kv_tokens=5_000)
+    assert pool.found() == (10_000, CapacitySource.DERIVED)
