@@ -106,6 +106,9 @@ ScalingMode = Literal["auto", "advise", "observe"]
 """What is done with a decision."""
 
 
+SlowModel = Literal["prophet", "stl_ets", "holt_winters"]
+
+
 class ForecastSettings(BaseModel):
     """When forecasts are used."""
 
@@ -115,6 +118,10 @@ class ForecastSettings(BaseModel):
     """Seconds of a pool's demand that must be known before its forecast is used. Two days show
     whether a day repeats; before that it reacts. Forecasts look at eight days, some of whose
     minutes may be unknown: more than a week might never be met."""
+
+    slow_models: tuple[SlowModel, ...] = Field(default=(), max_length=3)
+    """Further models in the mix, where the extra ``models`` is installed. Each pool is fitted every
+    three hours, in a process of its own. On our traces they brought nothing."""
 
 
 UNMEASURED_IDLE_S = 300.0

@@ -103,3 +103,26 @@ def blended(model: str, history: History, parts: Sequence[tuple[float, Forecast]
         mixed(lambda one: one.mean),
         mixed(lambda one: one.maxima),
     )
+
+
+def later(forecast: Forecast, history: History, horizon_steps: int) -> Forecast | None:
+    """An earlier forecast, seen from the end of ``history``: of the steps from there on. How much
+    the highest of several steps is above the highest of their quantiles is taken to be as at its
+    beginning. ``None`` where it is of another grid, or does not reach as far."""
+    if forecast.start_s is None or history.end_s is None or forecast.step_s != history.step_s:
+        return None
+    first = round((history.end_s - forecast.start_s) / history.step_s)
+    if first < 0 or first + horizon_steps > forecast.horizon_steps:
+        return None
+    rows = slice(first, first + horizon_steps)
+    highest = np.maximum.accumulate(forecast.quantiles[:, :horizon_steps], axis=1)
+    above = forecast.maxima[:, :horizon_steps] / np.maximum(highest, 1e-300)
+    quantiles = forecast.quantiles[:, rows]
+    return made_forecast(
+        forecast.model,
+        history,
+        forecast.levels,
+        quantiles,
+        forecast.mean[rows],
+        np.maximum.accumulate(quantiles, axis=1) * above,
+    )

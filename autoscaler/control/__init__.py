@@ -4,8 +4,8 @@
 state, with the newest decisions, and the reports made of it; ``decision_log`` keeps those of
 before. ``device_turns`` bounds decisions where not all models fit. ``actuator`` applies the
 lifecycle table and calls backends; ``start_steps`` names what a starting replica is doing.
-``forecasts`` has what is expected of each pool, made in ``forecast_worker``, a process;
-``capacity_learner`` watches what a replica carries, ``capacity_history`` keeps it.
-``disabled_pools`` are those that an operator has taken out of service, ``replica_numbers`` those in
-the ids of replicas.
+``forecasts`` has what is expected of each pool, made in ``forecast_worker``, a process, and
+``slow_models``, another; they exchange ``messages``. ``capacity_learner`` watches what a replica
+carries, ``capacity_history`` keeps it. ``disabled_pools`` are those that an operator has taken out
+of service, ``replica_numbers`` those in the ids of replicas.
 """

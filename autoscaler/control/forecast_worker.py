@@ -1,18 +1,18 @@
 """The process that makes forecasts, so that the control loop never waits for one.
 
-It reads a job, answers it, and ends with its standard input, and so with the control process. A
-message is its length (four bytes, big endian) and msgpack.
+It reads a job, answers it, and ends with its standard input, and so with the control process.
 """
 
 from __future__ import annotations
 
 import os
-import struct
 import sys
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from autoscaler.control.messages import read_message, write_message
+from autoscaler.control.slow_models import SlowModels
 from autoscaler.types import Outlook
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 NICENESS = 10
 """Requests come before forecasts."""
 MOST_POOLS = 10_000
-MOST_BYTES = 64 * 1024 * 1024
-LENGTH = struct.Struct(">I")
 
 
 class ForecastJob(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +37,7 @@ class ForecastJob(msgspec.Struct, frozen=True, kw_only=True):
     now_s: float
     history_least_s: float
     hints: tuple[tuple[str, float, str], ...] = ()
+    slow_models: tuple[str, ...] = ()
 
 
 class ForecastResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +48,7 @@ class ForecastResult(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
-def answer(job: ForecastJob, makers: dict[str, OutlookMaker]) -> ForecastResult:
+def answer(job: ForecastJob, makers: dict[str, OutlookMaker], slow: SlowModels) -> ForecastResult:
     """The result of a job; an error of a model is a result too. ``makers`` are those of the pools
     by name, the one that was longest not asked first."""
     import numpy as np
@@ -72,29 +71,12 @@ def answer(job: ForecastJob, makers: dict[str, OutlookMaker]) -> ForecastResult:
     fine = history(job.fine, FINE_STEP_S, job.fine_end_s)
     maker.history_least_s = job.history_least_s
     try:
+        maker.slow = slow.forecasts(job.pool, minutes, job.slow_models)
         maker.hints = [RecurringWindow.parse(*one) for one in job.hints]
         found = maker.make(minutes, fine, job.lead_s, job.now_s)
     except Exception as error:  # noqa: BLE001 -- one pool's history must not end the process
         return ForecastResult(pool=job.pool, error=f"{type(error).__name__}: {error}")
     return ForecastResult(pool=job.pool, found=found)
-
-
-def write_message(stream: BinaryIO, body: bytes) -> None:
-    """Write one message, and flush."""
-    stream.write(LENGTH.pack(len(body)) + body)
-    stream.flush()
-
-
-def read_message(stream: BinaryIO) -> bytes | None:
-    """The next message; ``None`` at the end."""
-    head = stream.read(LENGTH.size)
-    if len(head) < LENGTH.size:
-        return None
-    (length,) = LENGTH.unpack(head)
-    if length > MOST_BYTES:
-        return None
-    body = stream.read(length)
-    return body if len(body) == length else None
 
 
 def main() -> None:
@@ -103,9 +85,10 @@ def main() -> None:
     jobs, results = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # what a library prints must not get among the messages
     makers: dict[str, OutlookMaker] = {}
+    slow = SlowModels()
     while (body := read_message(jobs)) is not None:
         job = msgspec.msgpack.decode(body, type=ForecastJob)
-        result = msgspec.msgpack.encode(answer(job, makers))
+        result = msgspec.msgpack.encode(answer(job, makers, slow))
         try:
             write_message(results, result)
         except BrokenPipeError:  # the control process has ended in the meantime

@@ -19,7 +19,8 @@ from dataclasses import replace
 
 import msgspec
 
-from autoscaler.control.forecast_worker import LENGTH, MOST_BYTES, ForecastJob, ForecastResult
+from autoscaler.control.forecast_worker import ForecastJob, ForecastResult
+from autoscaler.control.messages import LENGTH, MOST_BYTES
 from autoscaler.signals.rates import FINE_MOST, MINUTES_MOST, RateGrid
 from autoscaler.signals.series import MINUTE_S
 from autoscaler.types import ForecastTally, Observation, Outlook
@@ -83,6 +84,7 @@ class Forecasts:
         self.history_least_s = history_least_s
         self.hints: Mapping[str, Sequence[RecurringWindow]] = {}
         """By pool, windows in which the demand of earlier ones is expected."""
+        self.slow_models: tuple[str, ...] = ()
         self._read_past = read_past
         self._environ = environ
         self._clock = clock
@@ -171,6 +173,7 @@ class Forecasts:
             lead_s=lead_s,
             now_s=self._clock(),
             history_least_s=self.history_least_s,
+            slow_models=self.slow_models,
             hints=tuple(
                 (one.cron.text, one.duration_s, one.timezone) for one in self.hints.get(name, ())
             ),

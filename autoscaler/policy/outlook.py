@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from autoscaler.types import ForecastTally, Outlook
+from forecaster.calibrate import later
 from forecaster.cron import RecurringWindow
 from forecaster.hints import with_hints
 from forecaster.models.automatic import Automatic, AutomaticFit
@@ -39,6 +40,8 @@ REFIT_PART = 24
 FINE_STEP_S = 5.0
 FINE_LEAD_S = 60.0
 """Leads below it are forecast on the fine grid."""
+SLOW_PRIOR = 0.1
+"""The say of a slow model before any of its forecasts was scored, the others have 1 together."""
 LEAD_CHANGE_MOST = 1.34
 """Scores are kept while the lead changes by no more: a wake takes a little longer each time."""
 REHEARSED_A_TURN = 8
@@ -56,6 +59,8 @@ class OutlookMaker:
         self.history_least_s = history_least_s
         self.hints: Sequence[RecurringWindow] = ()
         """Windows in which the operator expects the demand of earlier ones, at least."""
+        self.slow: Mapping[str, Forecast] = {}
+        """By model, forecasts of an earlier history, which are too slow to be made each time."""
         self._track: _Track | None = None
         self._before = ForecastTally()
         """Of earlier tracks."""
@@ -73,7 +78,7 @@ class OutlookMaker:
         if track is None or not track.goes_on(history, steps):
             self._before = self._tally()
             track = self._track = _Track(history, steps)
-        track.hints = self.hints
+        track.hints, track.slow = self.hints, self.slow
         found, weights = track.follow(history, steps)
         quality = track.board.quality(MIX)
         known_s = float(np.isfinite(minutes.values).sum()) * minutes.step_s
@@ -121,7 +126,7 @@ class OutlookMaker:
             raise ValueError("no outlook was made yet")
         steps = max(horizon_steps, track.board.lead_steps)
         forecast = track.mix(experts, history, steps, False)[MIX]
-        return Ahead(forecast=forecast, periods=experts.periods, weights=experts.weights)
+        return Ahead(forecast=forecast, periods=experts.periods)
 
     def _tally(self) -> ForecastTally:
         before, track = self._before, self._track
@@ -143,7 +148,6 @@ class Ahead:
 
     forecast: Forecast
     periods: tuple[int, ...]
-    weights: dict[str, float]
 
 
 def make_tally(board: Scoreboard) -> ForecastTally:
@@ -163,6 +167,7 @@ class _Track:
     def __init__(self, history: History, steps: int) -> None:
         self.board = Scoreboard(steps, history.step_s)
         self.hints: Sequence[RecurringWindow] = ()
+        self.slow: Mapping[str, Forecast] = {}
         self._experts = _Experts()
         self._seen = _end(history)
         first = self._seen - len(history.values)
@@ -207,7 +212,11 @@ class _Track:
     ) -> dict[str, Forecast]:
         """What each model says, and all together."""
         found = experts.forecasts(history, steps, anew)
-        experts.weights = self.board.weights(experts.prior)
+        prior = dict(experts.prior)
+        for name, made in self.slow.items():
+            if (part := later(made, history, steps)) is not None:
+                found[name], prior[name] = part, SLOW_PRIOR
+        experts.weights = self.board.weights(prior)
         together = mixed(history, found, experts.weights, MIX)
         return found | {MIX: with_hints(together, history, self.hints)}
 

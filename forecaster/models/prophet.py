@@ -30,14 +30,17 @@ class ProphetModel:
         self, history: History, horizon_steps: int, levels: tuple[float, ...] = QUANTILES
     ) -> Forecast:
         """Raises ``ValueError`` where there are fewer than 20 steps."""
+        # Both write to the standard error unless they are told before they are imported.
+        for noisy in ("cmdstanpy", "prophet"):
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
+            if not logging.getLogger(noisy).handlers:
+                logging.getLogger(noisy).addHandler(logging.NullHandler())
         import pandas as pd
         from prophet import Prophet
 
         values = history.values[-_MOST_STEPS:]
         if np.isfinite(values).sum() < _LEAST_STEPS:
             raise ValueError(f"fewer than {_LEAST_STEPS} known steps")
-        for noisy in ("cmdstanpy", "prophet"):
-            logging.getLogger(noisy).setLevel(logging.ERROR)
         together = max(1, int(_GRID_LEAST_S / history.step_s))
         if len(values) < _LEAST_STEPS * together:
             together = 1

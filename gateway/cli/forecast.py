@@ -116,6 +116,7 @@ def forecast(
         raise ValueRefused(f"--plot {plot}: a file that ends in .svg or .html")
     now_s = context.obj.now_s()
     try:
+        from autoscaler.control.slow_models import fit
         from autoscaler.policy.outlook import OutlookMaker
         from autoscaler.settings import hints_of
     except ModuleNotFoundError as error:
@@ -131,6 +132,7 @@ def forecast(
     decision = newest_decision(stored, name, now_s, past)
     maker = OutlookMaker(settings.autoscaler.forecast.history_least_s)
     maker.hints = hints_of(settings.pools).get(name, ())
+    maker.slow = fit(settings.autoscaler.forecast.slow_models, past)
     found = look(
         name, unit, past, decision, maker, now_s, lead_s, round(horizon_s / MINUTE_S),
         origins if backtest else 0,
@@ -278,7 +280,7 @@ def forecast_text(found: PoolAhead, screen: tables.Screen, now_s: float) -> str:
     known_s = float(sum(map(math.isfinite, found.demand.values.tolist()))) * MINUTE_S
     made, outlook = found.ahead, found.outlook
     periods = ", ".join(duration(one * MINUTE_S) for one in made.periods)
-    parts = sorted(made.weights.items(), key=lambda one: -one[1])
+    parts = sorted(outlook.weights.items(), key=lambda one: -one[1])
     models = ", ".join(f"{name} {weight:.0%}" for name, weight in parts if weight >= 0.005)
     lines = [
         f"{found.pool}: {found.unit} from {_moment(begins_s, '%Y-%m-%d %H:%M')} UTC "
@@ -447,7 +449,7 @@ def as_plain(found: PoolAhead) -> dict[str, Any]:
         "maximum_quantiles": rows(made.maxima),
         "mean": rows(made.mean[None])[0],
         "periods_s": [one * made.step_s for one in found.ahead.periods],
-        "weights": found.ahead.weights,
+        "weights": outlook.weights,
         "trusted": found.unit == "tokens/s" and not outlook.distrust,
         "trust": trust_text(found),
         "lead_s": found.lead_s,

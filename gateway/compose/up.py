@@ -180,6 +180,7 @@ class _Tidegate:
             environ=child_environ(settings, os.environ),
         )
         self.forecasts.hints = hints_of(settings.pools)
+        self.forecasts.slow_models = settings.autoscaler.forecast.slow_models
         self.decision_log = DecisionLog(writer=self.history_writer, tally=self.forecasts.tally)
         self.stack.callback(self.decision_log.flush)
         self.loop = ControlLoop(
@@ -343,6 +344,7 @@ class _Tidegate:
             self.gpus.interval_s = settings.autoscaler.metrics_interval_s
             self.forecasts.history_least_s = settings.autoscaler.forecast.history_least_s
             self.forecasts.hints = hints_of(settings.pools)
+            self.forecasts.slow_models = settings.autoscaler.forecast.slow_models
             self.settings = settings
             self.process.use_fork_plan(plan)
         said = describe(

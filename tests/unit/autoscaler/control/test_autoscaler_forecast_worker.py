@@ -6,7 +6,8 @@ import sys
 import msgspec
 import numpy as np
 
-from autoscaler.control.forecast_worker import LENGTH, ForecastJob
+from autoscaler.control.forecast_worker import ForecastJob
+from autoscaler.control.messages import LENGTH
 
 
 def test_a_control_process_that_ends_while_it_works_ends_it_without_a_word() -> None:

@@ -122,6 +122,22 @@ def test_a_hint_of_the_operator_reaches_the_forecast() -> None:
     asyncio.run(scenario())
 
 
+def test_slow_models_join_the_mix_when_they_are_there() -> None:
+    async def scenario() -> None:
+        world = World(past=[float(minute % 7 + 57) for minute in range(300)])
+        world.forecasts.slow_models = ("holt_winters",)
+        async with running(world), asyncio.timeout(60):
+            world.look()
+            found = world.outlook()
+            while found is None or "holt_winters" not in found.weights:
+                world.minute()
+                await asyncio.sleep(0.2)
+                found = world.outlook()
+            assert found.tokens_per_s[found.levels.index(0.5)] == pytest.approx(60.0, rel=0.1)
+
+    asyncio.run(scenario())
+
+
 def test_a_process_that_is_killed_is_replaced_and_ends_with_us() -> None:
     async def scenario() -> None:
         before = children()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from autoscaler.policy.outlook import OutlookMaker
+from autoscaler.policy.outlook import LEVELS, OutlookMaker
 from autoscaler.types import Outlook
 from forecaster.cron import RecurringWindow
+from forecaster.models.last_value import LastValue
 from forecaster.types import Floats, History
 
 MINUTES = 2 * 1_440
@@ -98,3 +101,21 @@ def test_a_burst_that_comes_too_seldom_to_be_recognised_is_expected_where_it_is_
         made = maker.make(minutes, NONE, 600.0, 0.0)
         expected.append(np.interp(0.95, made.levels, made.tokens_per_s))
     assert expected[0] < 1_000.0 < 2_000.0 < expected[1]
+
+
+def test_a_slow_model_has_the_say_that_it_earns() -> None:
+    values = steady(MINUTES)
+    begin = MINUTES - 300
+    start = History(values=values[:begin], start_s=6e8)
+    good = LastValue().forecast(start, 360, LEVELS)
+    bad = replace(good, quantiles=9 * good.quantiles, maxima=9 * good.maxima)
+    maker = OutlookMaker(86_400.0)
+    maker.slow = {"good": good, "bad": bad}
+    said = []
+    for end in range(begin, MINUTES, 3):
+        made = maker.make(History(values=values[:end], start_s=6e8), NONE, 120.0, 0.0)
+        said.append(made.weights)
+    assert said[0]["good"] == pytest.approx(said[0]["bad"], rel=0.01)
+    assert said[-1]["bad"] < 0.2 * said[-1]["good"]
+    late = History(values=values, start_s=6e8 + 86_400.0)
+    assert "good" not in maker.make(late, NONE, 120.0, 0.0).weights

@@ -43,7 +43,7 @@ APPLIES = {
         "backoff_initial_s backoff_max_s "
         "backoff_reset_s drain_s drain_settle_s failed_kept min_loaded_s turn_s"
     ),
-    "autoscaler.forecast": "history_least_s",
+    "autoscaler.forecast": "history_least_s slow_models",
     "autoscaler.history": "max_age_s max_bytes",
     "autoscaler.prices": "replica_hour waited_second violated_second memory_gib_hour",
 }
