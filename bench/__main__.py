@@ -194,8 +194,8 @@ def _add_forecast(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="with traces")
     parser.add_argument("--models", metavar="A,B", help="all but prophet and direct unless said")
     parser.add_argument("--only", metavar="A,B", help="traces whose names have one of these")
-    parser.add_argument("--origins", type=int, default=60, metavar="N",
-                        help="points of each trace (60)")  # fmt: skip
+    parser.add_argument("--origins", type=int, default=150, metavar="N",
+                        help="points of each trace (150)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="report's folder")
     parser.set_defaults(run=_forecast)
 

@@ -61,7 +61,7 @@ class Options:
     data: Path
     models: tuple[str, ...] = USUAL
     only: tuple[str, ...] = ()
-    origins: int = 60
+    origins: int = 150
 
 
 def find(options: Options) -> list[Path]:

@@ -3,6 +3,7 @@ known then, and compared with what came (rolling origins)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from forecaster.types import QUANTILES, Floats, Forecast, Forecaster, History, p
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BacktestScore:
-    """One model at one lead. Losses are shares of the mean of what came.
+    """One model at one lead. Losses are shares of the mean of what came, NaN where that is zero.
 
     ``wape`` is the mean absolute error of the median. ``pinball[level]`` and ``coverage[level]``
     are of the value at the lead, ``maximum_pinball`` and ``maximum_coverage`` of the largest value
@@ -106,7 +107,7 @@ def _score(
         )
     then = np.array([values[at + lead - 1] for at, _ in kept])
     top = np.array([values[at : at + lead].max() for at, _ in kept])
-    mean = max(float(then.mean()), 1e-300)
+    mean = float(then.mean()) or math.nan
     steps = np.array([one.quantiles[:, lead - 1] for _, one in kept])
     maxima = np.array([one.maximum(lead) for _, one in kept])
     middle = np.array([np.interp(0.5, one.levels, one.quantiles[:, lead - 1]) for _, one in kept])

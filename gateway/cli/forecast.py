@@ -384,16 +384,13 @@ def backtest_rows(scores: Sequence[BacktestScore]) -> list[tuple[str, ...]]:
     """A row for each lead and model."""
     rows = []
     for one in sorted(scores, key=lambda one: one.lead_steps):
-        cells = [NONE] * 6
+        figures = [math.nan] * 6
         if one.origins:
-            cells = [
-                f"{100 * one.wape:.1f}%",
-                f"{100 * one.pinball[0.5]:.1f}%",
-                f"{100 * one.pinball[0.95]:.1f}%",
-                f"{one.coverage[0.95]:.1%}",
-                f"{100 * one.maximum_pinball[0.95]:.1f}%",
-                f"{one.maximum_coverage[0.95]:.1%}",
+            figures = [
+                *(one.wape, one.pinball[0.5], one.pinball[0.95], one.coverage[0.95]),
+                *(one.maximum_pinball[0.95], one.maximum_coverage[0.95]),
             ]
+        cells = (f"{part:.1%}" if math.isfinite(part) else NONE for part in figures)
         rows.append((one.model, duration(one.lead_steps * MINUTE_S), *cells))
     return rows
 
@@ -465,9 +462,17 @@ def as_plain(found: PoolAhead) -> dict[str, Any]:
 
 def _score_plain(score: BacktestScore) -> dict[str, Any]:
     plain = asdict(score)
-    plain["wape"] = score.wape if math.isfinite(score.wape) else None
     del plain["refit_s"]
+    for name, part in plain.items():
+        if isinstance(part, dict):
+            plain[name] = {level: _known(value) for level, value in part.items()}
+        elif isinstance(part, float):
+            plain[name] = _known(part)
     return plain
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 # ── What is drawn ─────────────────────────────────────────────────────────────────────────────────

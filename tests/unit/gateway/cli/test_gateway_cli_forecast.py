@@ -211,6 +211,25 @@ def test_points_of_the_past_are_tried(
     assert set(ours["pinball"]) == {"0.05", "0.5", "0.95"}
 
 
+@pytest.mark.parametrize("minutes", [1, 300])
+def test_a_pool_that_nobody_asks(
+    store: HistoryStore, capsys: pytest.CaptureFixture[str], minutes: int
+) -> None:
+    values = {"input_tokens": 0.0, "output_tokens": 0.0}
+    rows = [
+        PoolMinute(pool="chat", minute=MINUTE - ago, values=values) for ago in range(1, minutes + 1)
+    ]
+    store.record(rows, NOW_S)
+    words = ("chat", "--horizon", "5m", "--backtest", "--origins", "10")
+    assert run(*words) == 0
+    text = capsys.readouterr().out
+    assert "nan" not in text
+    assert ("No backtest" in text) is (minutes == 1)
+    assert run(*words, "--json") == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["mean"] == [0.0] * 5
+
+
 def test_it_is_drawn(
     store: HistoryStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
