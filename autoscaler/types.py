@@ -230,6 +230,10 @@ class ForecastTally:
         )
 
 
+FINE_LEAD_S = 60.0
+"""Shorter leads are forecast on a grid of seconds, not of minutes."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
     """A pool's forecast as ``decide`` reads it.

@@ -5,6 +5,7 @@ It reads a job, answers it, and ends with its standard input, and so with the co
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -26,11 +27,13 @@ MOST_POOLS = 10_000
 class ForecastJob(msgspec.Struct, frozen=True, kw_only=True):
     """The past of a pool in tokens per second: doubles, oldest first, NaN where unknown; by minute
     and, for a short lead, by five seconds. ``end_s`` and ``fine_end_s`` are the Unix times at which
-    they end. ``hints`` are windows of demand: cron expression, seconds, time zone."""
+    they end; ``so_far`` is the rate in the minute after, NaN before much of it has passed.
+    ``hints`` are windows of demand: cron expression, seconds, time zone."""
 
     pool: str
     minutes: bytes
     end_s: float
+    so_far: float = math.nan
     fine: bytes
     fine_end_s: float
     lead_s: float
@@ -53,7 +56,8 @@ def answer(job: ForecastJob, makers: dict[str, OutlookMaker], slow: SlowModels) 
     by name, the one that was longest not asked first."""
     import numpy as np
 
-    from autoscaler.policy.outlook import FINE_STEP_S, OutlookMaker
+    from autoscaler.policy.outlook import OutlookMaker
+    from autoscaler.signals.rates import FINE_STEP_S
     from autoscaler.signals.series import MINUTE_S
     from forecaster.cron import RecurringWindow
     from forecaster.types import History
@@ -73,7 +77,7 @@ def answer(job: ForecastJob, makers: dict[str, OutlookMaker], slow: SlowModels) 
     try:
         maker.slow = slow.forecasts(job.pool, minutes, job.slow_models)
         maker.hints = [RecurringWindow.parse(*one) for one in job.hints]
-        found = maker.make(minutes, fine, job.lead_s, job.now_s)
+        found = maker.make(minutes, fine, job.lead_s, job.now_s, job.so_far)
     except Exception as error:  # noqa: BLE001 -- one pool's history must not end the process
         return ForecastResult(pool=job.pool, error=f"{type(error).__name__}: {error}")
     return ForecastResult(pool=job.pool, found=found)

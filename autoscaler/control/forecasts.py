@@ -21,14 +21,13 @@ import msgspec
 
 from autoscaler.control.forecast_worker import ForecastJob, ForecastResult
 from autoscaler.control.messages import LENGTH, MOST_BYTES
-from autoscaler.signals.rates import FINE_MOST, MINUTES_MOST, RateGrid
+from autoscaler.signals.rates import MINUTES_MOST, PoolRates
 from autoscaler.signals.series import MINUTE_S
-from autoscaler.types import ForecastTally, Observation, Outlook
+from autoscaler.types import FINE_LEAD_S, ForecastTally, Observation, Outlook
 from forecaster.cron import RecurringWindow
 
 LOG = logging.getLogger("tidegate.forecast")
 
-FINE_STEP_S = 5.0
 JOB_S = 60.0
 """Seconds one forecast may take before its process is ended."""
 RESTART_S = 30.0
@@ -46,8 +45,7 @@ class PoolForecast:
     """One pool's arrivals and outlook."""
 
     def __init__(self) -> None:
-        self.minutes = RateGrid(MINUTE_S, MINUTES_MOST)
-        self.fine = RateGrid(FINE_STEP_S, FINE_MOST)
+        self.rates = PoolRates()
         self.lead_s: float | None = None
         self.outlook: Outlook | None = None
         self.error = ""
@@ -56,10 +54,7 @@ class PoolForecast:
 
     def add(self, wall_s: float, total: int | None) -> bool:
         """Take in the counter of tokens that came; whether a forecast is due."""
-        minutes = self.minutes.add(wall_s, total)
-        fine = self.fine.add(wall_s, total)
-        short = self.lead_s is not None and self.lead_s < MINUTE_S
-        return bool(fine if short else minutes)
+        return self.rates.add(wall_s, total, self.lead_s)
 
     def take(self, result: ForecastResult) -> None:
         """The answer to a job."""
@@ -148,28 +143,31 @@ class Forecasts:
             await self._end_process()
 
     async def _load(self, name: str, pool: PoolForecast) -> None:
-        end_s = pool.minutes.end_s
+        minutes = pool.rates.minutes
+        end_s = minutes.end_s
         if self._read_past is None or end_s is None:
             return
-        begin_s = end_s - (MINUTES_MOST + len(pool.minutes.values)) * MINUTE_S
-        until_s = end_s - len(pool.minutes.values) * MINUTE_S
+        begin_s = end_s - (MINUTES_MOST + len(minutes.values)) * MINUTE_S
+        until_s = end_s - len(minutes.values) * MINUTE_S
         try:
             past = await self._read_past(name, begin_s, until_s)
         except Exception as error:  # noqa: BLE001 -- whatever it is, the pool begins without a past
             LOG.warning("%s: its past could not be read (%s)", name, error)
             return
-        pool.minutes.prepend(past)
+        minutes.prepend(past)
 
     async def _forecast(self, name: str, pool: PoolForecast) -> None:
-        end_s, lead_s = pool.minutes.end_s, pool.lead_s
+        rates, lead_s = pool.rates, pool.lead_s
+        end_s = rates.minutes.end_s
         if end_s is None or lead_s is None:
             return
         job = ForecastJob(
             pool=name,
-            minutes=pool.minutes.values.tobytes(),
+            minutes=rates.minutes.values.tobytes(),
             end_s=end_s,
-            fine=pool.fine.values.tobytes() if lead_s < MINUTE_S else b"",
-            fine_end_s=pool.fine.end_s or end_s,
+            so_far=rates.so_far,
+            fine=rates.fine.values.tobytes() if lead_s < FINE_LEAD_S else b"",
+            fine_end_s=rates.fine.end_s or end_s,
             lead_s=lead_s,
             now_s=self._clock(),
             history_least_s=self.history_least_s,

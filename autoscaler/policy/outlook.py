@@ -17,11 +17,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from autoscaler.types import ForecastTally, Outlook
+from autoscaler.types import FINE_LEAD_S, ForecastTally, Outlook
 from forecaster.calibrate import later
 from forecaster.cron import RecurringWindow
 from forecaster.hints import with_hints
@@ -37,9 +37,6 @@ HISTORY_LEAST_S = 172_800.0
 REFIT_STEPS = 60
 REFIT_PART = 24
 """A fit is kept for this part of the history that it was made of, at most."""
-FINE_STEP_S = 5.0
-FINE_LEAD_S = 60.0
-"""Leads below it are forecast on the fine grid."""
 SLOW_PRIOR = 0.1
 """The say of a slow model before any of its forecasts was scored, the others have 1 together."""
 LEAD_CHANGE_MOST = 1.34
@@ -65,21 +62,25 @@ class OutlookMaker:
         self._before = ForecastTally()
         """Of earlier tracks."""
 
-    def make(self, minutes: History, fine: History, lead_s: float, now_s: float) -> Outlook:
+    def make(
+        self, minutes: History, fine: History, lead_s: float, now_s: float, so_far: float = math.nan
+    ) -> Outlook:
         """The outlook of the pool at ``now_s``.
 
         ``minutes`` and ``fine`` are tokens per second by minute and by ``FINE_STEP_S``, up to now;
-        those of one pool are of one clock. Raises ``ValueError`` where the one that is needed has
+        those of one pool are of one clock. ``so_far`` is the rate of the minute that runs; such an
+        outlook is not scored. Raises ``ValueError`` where the one that is needed has
         no known value.
         """
-        history = fine if lead_s < FINE_LEAD_S else minutes
+        short = lead_s < FINE_LEAD_S
+        history = fine if short else minutes
         steps = math.ceil(lead_s / history.step_s) + 1
         track = self._track
         if track is None or not track.goes_on(history, steps):
             self._before = self._tally()
             track = self._track = _Track(history, steps)
         track.hints, track.slow = self.hints, self.slow
-        found, weights = track.follow(history, steps)
+        found, weights = track.follow(history, steps, math.nan if short else so_far)
         quality = track.board.quality(MIX)
         known_s = float(np.isfinite(minutes.values).sum()) * minutes.step_s
         least_s = self.history_least_s
@@ -188,9 +189,12 @@ class _Track:
         same = history.step_s == self.board.step_s and apart <= LEAD_CHANGE_MOST
         return same and 0 <= passed <= len(history.values)
 
-    def follow(self, history: History, steps: int) -> tuple[Forecast, dict[str, float]]:
+    def follow(
+        self, history: History, steps: int, so_far: float
+    ) -> tuple[Forecast, dict[str, float]]:
         """The forecast after this history, with what came since the last one taken into account,
-        and the parts of the models in it."""
+        and the parts of the models in it. ``so_far`` (NaN: not known) is the rate in the step that
+        runs, which counts where no step has ended since the last forecast."""
         end = _end(history)
         passed = end - self._seen
         if self.rehearsing:
@@ -202,6 +206,8 @@ class _Track:
                 self.board.observe(step, float(history.values[step - end]))
         self._seen = end
         steps = max(steps, self.board.lead_steps)
+        if not passed and math.isfinite(so_far):
+            history = replace(history, values=np.append(history.values, so_far))
         forecasts = self.mix(self._experts, history, steps, False)
         if passed and not self.rehearsing:
             self.board.expect(end - 1, forecasts)
@@ -227,7 +233,7 @@ class _Experts:
     def __init__(self) -> None:
         self._fit: AutomaticFit | None = None
         self._steps = 0
-        self._age = 0
+        self._age = self._end = 0
         self.prior: dict[str, float] = {}
         self.weights: dict[str, float] = {}
         self.periods: tuple[int, ...] = ()
@@ -241,7 +247,9 @@ class _Experts:
             self._fit, self._steps, self._age = Automatic().fit(history, steps), steps, 0
             self.prior = {BASELINE: 0.0} | self._fit.shares
             self.periods = self._fit.periods
-        self._age += 1
+        end = _end(history)
+        self._age += end != self._end  # the step that runs and then ends is one
+        self._end = end
         found = self._fit.parts(history, steps, LEVELS)
         if BASELINE not in found:
             found[BASELINE] = LastValue().forecast(history, steps, LEVELS)

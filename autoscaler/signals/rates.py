@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterable
+
+from autoscaler.signals.series import MINUTE_S
+from autoscaler.types import FINE_LEAD_S
 
 NAN = float("nan")
 MINUTES_MOST = 8 * 1_440
 """Minutes that forecasts are made from: a week, and a day to compare it with."""
 FINE_MOST = 4_320
 """Steps of five seconds that forecasts for short leads are made from: six hours."""
+FINE_STEP_S = 5.0
+NEWS_S = 15.0
+"""So long into a minute its rate so far is news enough for another forecast."""
 SPREAD_STEPS = 3
 """Steps without a reading that what came in them is spread over; more of them are unknown."""
 
@@ -52,6 +59,43 @@ class RateGrid:
         self._step, self._total = step, total
         return ended
 
+    def so_far(self, now_s: float, total: float | None) -> float:
+        """The growth per second in the step that runs; NaN where it is not known."""
+        if self._step is None or self._total is None or total is None or total < self._total:
+            return NAN
+        passed_s = now_s - self._step * self.step_s
+        return (total - self._total) / passed_s if passed_s > 0.0 else NAN
+
     def prepend(self, values: Iterable[float]) -> None:
         """Put what was before in front of what there is."""
         self.values = array("d", [*values, *self.values])[-self._most :]
+
+
+class PoolRates:
+    """The tokens per second that a pool's forecasts are made from.
+
+    What is needed of a forecast for a lead of minutes is of whole minutes, but a replica that is
+    started a minute later serves a minute later: once in each minute its rate ``so_far`` (else NaN)
+    is taken for it.
+    """
+
+    def __init__(self, minutes: Iterable[float] = ()) -> None:
+        self.minutes = RateGrid(MINUTE_S, MINUTES_MOST, minutes)
+        self.fine = RateGrid(FINE_STEP_S, FINE_MOST)
+        self.so_far = NAN
+        self._told = False
+
+    def add(self, now_s: float, total: float | None, lead_s: float | None) -> bool:
+        """Take in the counter of tokens that came (``None``: unknown); whether there is news for a
+        forecast with this lead."""
+        minutes = self.minutes.add(now_s, total)
+        fine = self.fine.add(now_s, total)
+        if minutes:
+            self._told, self.so_far = False, NAN
+        if lead_s is not None and lead_s < FINE_LEAD_S:
+            return bool(fine)
+        end_s = self.minutes.end_s
+        if minutes or self._told or end_s is None or now_s - end_s < NEWS_S:
+            return bool(minutes)
+        self._told, self.so_far = True, self.minutes.so_far(now_s, total)
+        return not math.isnan(self.so_far)

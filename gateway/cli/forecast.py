@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoscaler.signals.rates import MINUTES_MOST
+from autoscaler.signals.rates import FINE_STEP_S, MINUTES_MOST
 from autoscaler.signals.series import MINUTE_S, WORK, arrived_tokens_per_s
 from gateway.cli import tables
 from gateway.cli.base import Admin, AsJson, Config, PoolName, Sets, as_text, load, screen
@@ -213,7 +213,6 @@ def look(
     expected at so many points of it."""
     import numpy as np
 
-    from autoscaler.policy.outlook import FINE_STEP_S
     from forecaster.types import History
 
     measured_s = None if decision is None or decision.inputs is None else decision.inputs.lead_s

@@ -8,12 +8,11 @@ from dataclasses import replace
 import numpy as np
 
 from autoscaler.policy.decide import DecideState, decide
-from autoscaler.policy.outlook import FINE_STEP_S, OutlookMaker
+from autoscaler.policy.outlook import OutlookMaker
 from autoscaler.replay.policies.facts import PoolFacts
 from autoscaler.replay.types import PoolObservation
 from autoscaler.settings import AutoscalerSettings, PoolSettings, make_policy
-from autoscaler.signals.rates import FINE_MOST, MINUTES_MOST, RateGrid
-from autoscaler.signals.series import MINUTE_S
+from autoscaler.signals.rates import PoolRates, RateGrid
 from autoscaler.signals.window import DemandWindow
 from autoscaler.types import (
     CapacitySource,
@@ -117,8 +116,7 @@ class Auto(Reactive):
         super().__init__(facts, policy=policy)
         self.name = "auto"
         known = [] if facts.history is None else (facts.history.values * UNIT).tolist()
-        self._minutes = RateGrid(MINUTE_S, MINUTES_MOST, known)
-        self._fine = RateGrid(FINE_STEP_S, FINE_MOST)
+        self._rates = PoolRates(known)
         self._maker = OutlookMaker(history_least_s)
         self.outlook: Outlook | None = None
         """What is expected now."""
@@ -133,14 +131,11 @@ class Auto(Reactive):
         return float(middle), float(upper)
 
     def _look(self, now_s: float, seen: PoolObservation) -> Outlook | None:
-        ended = self._minutes.add(now_s, seen.arrived_tokens_total * UNIT)
-        if self._fine.add(now_s, seen.arrived_tokens_total * UNIT) and self._lead_s < MINUTE_S:
-            ended = 1
-        if ended:
+        rates = self._rates
+        if rates.add(now_s, seen.arrived_tokens_total * UNIT, self._lead_s):
+            minutes, fine = to_history(rates.minutes), to_history(rates.fine)
             try:
-                self.outlook = self._maker.make(
-                    to_history(self._minutes), to_history(self._fine), self._lead_s, now_s
-                )
+                self.outlook = self._maker.make(minutes, fine, self._lead_s, now_s, rates.so_far)
             except ValueError:
                 self.outlook = None  # nothing is known yet
         return self.outlook

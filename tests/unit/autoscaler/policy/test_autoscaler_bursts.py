@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from autoscaler.policy.decide import DecideState, decide
-from autoscaler.policy.outlook import FINE_STEP_S, OutlookMaker, find_least
+from autoscaler.policy.outlook import OutlookMaker, find_least
 from autoscaler.settings import AutoscalerSettings, PoolSettings, make_policy
+from autoscaler.signals.rates import FINE_STEP_S
 from autoscaler.tiers.idle_planner import chance_of_requests
 from autoscaler.types import (
     CapacitySource,

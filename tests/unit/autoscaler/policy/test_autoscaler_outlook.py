@@ -69,6 +69,19 @@ def test_forecasts_that_turn_out_badly_are_left_aside() -> None:
     assert found[60].tally.covered < 0.5 * found[60].tally.scored
 
 
+def test_the_running_minute_is_news_and_is_not_scored() -> None:
+    values = steady(MINUTES)
+    maker = OutlookMaker(86_400.0)
+    minutes = History(values=values, start_s=6e8)
+    before = maker.make(minutes, NONE, 120.0, 0.0)
+    twice = maker.make(minutes, NONE, 120.0, 15.0, so_far=1_200.0)
+    again = maker.make(minutes, NONE, 120.0, 30.0, so_far=600.0)
+    middle = before.levels.index(0.5)
+    assert twice.tokens_per_s[middle] > 1.1 * before.tokens_per_s[middle]
+    assert again.tokens_per_s[middle] == pytest.approx(before.tokens_per_s[middle], rel=0.05)
+    assert again.tally.scored == before.tally.scored
+
+
 def test_scores_outlive_a_lead_that_changes_a_little() -> None:
     values = steady(MINUTES)
     maker = OutlookMaker(86_400.0)

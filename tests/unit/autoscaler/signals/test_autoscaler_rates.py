@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoscaler.signals.rates import RateGrid
+from autoscaler.signals.rates import NEWS_S, PoolRates, RateGrid
 
 NAN = float("nan")
 
@@ -65,3 +65,49 @@ def test_any_readings_keep_the_grid_whole(readings: list[tuple[float, int | None
         assert grid.end_s == now_s // 60 * 60
         assert len(grid.values) == min(20, (grid.end_s - begun_s) / 60)
         assert all(math.isnan(value) or value >= 0 for value in grid.values)
+
+
+SO_FAR = [
+    # name, readings (at_s, total), the last of them asked for; rate
+    ("the first says nothing", [(60, 7)], NAN),
+    ("of the step that runs", [(60, 0), (80, 40)], 2.0),
+    ("not of those before", [(60, 0), (120, 600), (150, 630)], 1.0),
+    ("unknown when it began", [(60, 0), (120, None), (150, 630)], NAN),
+    ("unknown now", [(60, 0), (80, None)], NAN),
+    ("a counter that began again", [(60, 90), (80, 30)], NAN),
+]
+
+
+@pytest.mark.parametrize(
+    ("readings", "rate"), [pytest.param(*case[1:], id=case[0]) for case in SO_FAR]
+)
+def test_the_rate_of_the_step_that_runs(
+    readings: list[tuple[float, int | None]], rate: float
+) -> None:
+    grid = RateGrid(60.0, 100)
+    for at_s, total in readings:
+        grid.add(at_s, total)
+    assert same([grid.so_far(*readings[-1])], [rate])
+
+
+def told(lead_s: float | None, totals: dict[int, int | None]) -> list[tuple[int, bool]]:
+    """When there was news for a forecast, and whether the running minute's rate was among it."""
+    rates = PoolRates()
+    return [
+        (at_s, not math.isnan(rates.so_far))
+        for at_s, total in totals.items()
+        if rates.add(at_s, total, lead_s)
+    ]
+
+
+def test_there_is_news_at_the_end_of_a_minute_and_once_within_it() -> None:
+    each_second = {at_s: 10 * at_s for at_s in range(60, 200)}
+    soon = round(NEWS_S)
+    expected = [(60 + soon, True), (120, False), (120 + soon, True), (180, False)]
+    assert told(90.0, each_second)[:4] == expected
+    assert told(None, each_second)[:4] == expected
+    assert [at_s for at_s, _ in told(10.0, each_second)] == list(range(65, 200, 5))
+
+
+def test_an_unknown_count_is_no_news() -> None:
+    assert told(90.0, dict.fromkeys(range(61, 119))) == []
