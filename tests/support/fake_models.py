@@ -15,8 +15,49 @@ SIZE_BYTES = 10_000_000_000
 PLACE = "/cache/m"
 
 
+class NullPreparer:
+    """A preparer of models that engines find by themselves: always on disk, never moved."""
+
+    def tiers(self, pool: PoolSettings) -> frozenset[Tier]:
+        return frozenset({Tier.ON_DISK})
+
+    def tier(self, pool: PoolSettings) -> Tier:
+        return Tier.ON_DISK
+
+    def size_bytes(self, pool: PoolSettings) -> int | None:
+        return None
+
+    @property
+    def page_budget_bytes(self) -> int | None:
+        return None
+
+    def has_pages(self, pool: PoolSettings) -> bool:
+        return False
+
+    def deny_pages(self, pools: Set[str]) -> None:
+        raise AssertionError("it has no budget")
+
+    async def refresh(self, pool: PoolSettings) -> None:
+        pass
+
+    async def prepare(self, spec: ReplicaSpec, report: Report) -> ReplicaSpec:
+        return spec
+
+    async def release(self, replica_id: str) -> None:
+        pass
+
+    async def move_to(self, pool: PoolSettings, tier: Tier) -> None:
+        pass
+
+    async def forget(self, pool: PoolSettings) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+
 @dataclass
-class FakePreparer:
+class FakePreparer(NullPreparer):
     """A preparer whose model is fetched in ``fetch_s`` and, if ``page_s`` is set, paged in that
     time beside the engine's start. Its faults are set by the test."""
 
@@ -42,19 +83,6 @@ class FakePreparer:
 
     def tier(self, pool: PoolSettings) -> Tier:
         return self.here
-
-    def size_bytes(self, pool: PoolSettings) -> int | None:
-        return None
-
-    @property
-    def page_budget_bytes(self) -> int | None:
-        return None
-
-    def has_pages(self, pool: PoolSettings) -> bool:
-        return False
-
-    def deny_pages(self, pools: Set[str]) -> None:
-        raise AssertionError("it has no budget")
 
     async def refresh(self, pool: PoolSettings) -> None:
         self.refreshes += 1
@@ -109,47 +137,3 @@ class FakePreparer:
 
     async def close(self) -> None:
         self.closed = True
-
-    async def forget(self, pool: PoolSettings) -> None:
-        pass
-
-
-class NullPreparer:
-    """A preparer of models that engines find by themselves: always on disk, never moved."""
-
-    def tiers(self, pool: PoolSettings) -> frozenset[Tier]:
-        return frozenset({Tier.ON_DISK})
-
-    def tier(self, pool: PoolSettings) -> Tier:
-        return Tier.ON_DISK
-
-    def size_bytes(self, pool: PoolSettings) -> int | None:
-        return None
-
-    @property
-    def page_budget_bytes(self) -> int | None:
-        return None
-
-    def has_pages(self, pool: PoolSettings) -> bool:
-        return False
-
-    def deny_pages(self, pools: Set[str]) -> None:
-        raise AssertionError("it has no budget")
-
-    async def refresh(self, pool: PoolSettings) -> None:
-        pass
-
-    async def prepare(self, spec: ReplicaSpec, report: Report) -> ReplicaSpec:
-        return spec
-
-    async def release(self, replica_id: str) -> None:
-        pass
-
-    async def move_to(self, pool: PoolSettings, tier: Tier) -> None:
-        pass
-
-    async def forget(self, pool: PoolSettings) -> None:
-        pass
-
-    async def close(self) -> None:
-        pass
