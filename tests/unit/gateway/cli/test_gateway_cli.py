@@ -16,7 +16,6 @@ import pytest
 import typer
 from admin_rig import (
     NOW_S,
-    TOKEN,
     ServedAdmin,
     ServedApp,
     gateway_status,
@@ -40,7 +39,6 @@ from autoscaler.types import (
 from gateway.admin import schema
 from gateway.cli import client, main, tables, verbs
 from gateway.cli.base import Effects
-from gateway.cli.client import TOKEN_VARIABLE
 from gateway.cli.explain import BOUNDS, SIGNALS, explain_text
 from gateway.cli.tables import Screen
 from gateway.compose import listeners
@@ -119,16 +117,6 @@ class Served(ServedAdmin):
 def served() -> Iterator[Served]:
     with Served() as one:
         yield one
-
-
-@pytest.fixture(autouse=True)
-def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("TIDEGATE")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
-    return tmp_path
 
 
 @dataclass(frozen=True, kw_only=True)

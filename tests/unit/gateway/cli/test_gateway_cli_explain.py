@@ -3,71 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import pytest
-from admin_rig import TOKEN, ServedAdmin
 from decision_rig import record
+from history_cli import AtNow, Cli
 
-from autoscaler.settings import PoolSettings
 from autoscaler.signals.decisions import DecisionRecord, put_decisions
 from autoscaler.signals.history import HistoryStore
 from autoscaler.types import ForecastTally, ScaleReason
 from gateway.admin import schema
-from gateway.admin.history import Histories
 from gateway.cli import main
-from gateway.cli.base import Effects
-from gateway.cli.client import TOKEN_VARIABLE
 from gateway.cli.explain import score_text
 from gateway.cli.tables import Screen
 
 NOW_S = 1_700_000_000.0
-POOLS = (PoolSettings(name="chat", aliases=("c",), engine="simulated", model="m"),)
-CONFIG = '[[pools]]\nname = "chat"\naliases = ["c"]\nengine = "simulated"\nmodel = "m"\n'
-Cli = Callable[..., int]
+AT_NOW = AtNow(now_s=lambda: NOW_S)
 
 
-@dataclass(frozen=True, kw_only=True)
-class AtNow(Effects):
-    """Nothing but the time is another."""
-
-    now_s: Callable[[], float] = lambda: NOW_S
-
-
-@pytest.fixture(autouse=True)
-def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("TIDEGATE")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
-    (tmp_path / "tidegate.toml").write_text(CONFIG)
-    (tmp_path / ".tidegate").mkdir()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[HistoryStore]:
-    path = tmp_path / ".tidegate" / "history.sqlite3"
-    made = HistoryStore(path, max_age_s=60 * 86_400.0, max_bytes=1 << 30)
-    yield made
-    made.close()
-
-
-@pytest.fixture(params=["on the file", "of the one that runs"])
-def cli(request: pytest.FixtureRequest, store: HistoryStore) -> Iterator[Cli]:
-    """The command line, both ways: they do and say the same."""
-
-    def run(*words: str) -> int:
-        return main.main(["explain", *words], AtNow())
-
-    if request.param == "on the file":
-        yield run
-        return
-    with ServedAdmin(histories=Histories(store, lambda: POOLS, AtNow().now_s)) as served:
-        yield lambda *words: run(*words, "--admin", served.url)
+def run(*words: str) -> int:
+    return main.main(["explain", *words], AT_NOW)
 
 
 def keep(store: HistoryStore, *records: DecisionRecord) -> None:

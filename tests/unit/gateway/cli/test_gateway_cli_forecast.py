@@ -4,74 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from admin_rig import TOKEN, ServedAdmin
 from decision_rig import record
+from history_cli import AtNow, Cli
 
-from autoscaler.settings import PoolSettings
 from autoscaler.signals.decisions import put_decisions
 from autoscaler.signals.history import HistoryStore
 from autoscaler.signals.series import PoolMinute
-from gateway.admin.history import Histories
 from gateway.cli import main
-from gateway.cli.base import Effects
-from gateway.cli.client import TOKEN_VARIABLE
 
 DAY = 1_440
 MINUTE = 30_000_000
 NOW_S = 60.0 * MINUTE + 5
-POOLS = (PoolSettings(name="chat", aliases=("c",), engine="simulated", model="m"),)
-CONFIG = '[[pools]]\nname = "chat"\naliases = ["c"]\nengine = "simulated"\nmodel = "m"\n'
-Cli = Callable[..., int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AtNow(Effects):
-    """Nothing but the time is another."""
-
-    now_s: Callable[[], float] = lambda: NOW_S
-
-
-@pytest.fixture(autouse=True)
-def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("TIDEGATE")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
-    (tmp_path / "tidegate.toml").write_text(CONFIG)
-    (tmp_path / ".tidegate").mkdir()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[HistoryStore]:
-    path = tmp_path / ".tidegate" / "history.sqlite3"
-    made = HistoryStore(path, max_age_s=60 * 86_400.0, max_bytes=1 << 30)
-    yield made
-    made.close()
+AT_NOW = AtNow(now_s=lambda: NOW_S)
 
 
 def run(*words: str) -> int:
-    return main.main(["forecast", *words], AtNow())
-
-
-@pytest.fixture(params=["on the file", "of the one that runs"])
-def cli(request: pytest.FixtureRequest, store: HistoryStore) -> Iterator[Cli]:
-    """The command line, both ways: they do and say the same."""
-    if request.param == "on the file":
-        yield run
-        return
-    with ServedAdmin(histories=Histories(store, lambda: POOLS, AtNow().now_s)) as served:
-        yield lambda *words: run(*words, "--admin", served.url)
+    return main.main(["forecast", *words], AT_NOW)
 
 
 def waves(minute: int) -> float:

@@ -5,79 +5,32 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import re
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from admin_rig import TOKEN, ServedAdmin
+from admin_rig import ServedAdmin
+from history_cli import AtNow, Cli, open_store
 
 from autoscaler.settings import PoolSettings
 from autoscaler.signals.history import HistoryStore
 from autoscaler.signals.series import SERIES, PoolMinute
 from gateway.admin.history import Histories
 from gateway.cli import main
-from gateway.cli.base import Effects
-from gateway.cli.client import TOKEN_VARIABLE
 from gateway.cli.history import moment, sparkline
 from gateway.cli.history_files import BadTable, read_points, write_table
 
 NOW = 30_000_000
 NOW_S = NOW * 60.0
-POOLS = (PoolSettings(name="chat", aliases=("c",), engine="simulated", model="m"),)
-CONFIG = '[[pools]]\nname = "chat"\naliases = ["c"]\nengine = "simulated"\nmodel = "m"\n'
-Cli = Callable[..., int]
+AT_NOW = AtNow(now_s=lambda: NOW_S + 30)
 
 
-@pytest.fixture(autouse=True)
-def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("TIDEGATE")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
-    (tmp_path / "tidegate.toml").write_text(CONFIG)
-    (tmp_path / ".tidegate").mkdir()
-    return tmp_path
-
-
-@dataclass(frozen=True, kw_only=True)
-class AtNow(Effects):
-    """Nothing but the time is another."""
-
-    now_s: Callable[[], float] = lambda: NOW_S + 30
-
-
-def open_store(path: Path) -> HistoryStore:
-    return HistoryStore(path, max_age_s=60 * 86_400.0, max_bytes=1 << 30)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[HistoryStore]:
-    made = open_store(tmp_path / ".tidegate" / "history.sqlite3")
-    yield made
-    made.close()
-
-
-@pytest.fixture(params=["on the file", "of the one that runs"])
-def cli(request: pytest.FixtureRequest, store: HistoryStore) -> Iterator[Cli]:
-    """The command line, both ways: they do and say the same."""
-
-    def run(*words: str) -> int:
-        return main.main(["history", *words], AtNow())
-
-    if request.param == "on the file":
-        yield run
-        return
-    histories = Histories(store, lambda: POOLS, AtNow().now_s)
-    with ServedAdmin(histories=histories) as served:
-        yield lambda *words: run(*words, "--admin", served.url)
+def run(*words: str) -> int:
+    return main.main(["history", *words], AT_NOW)
 
 
 def keep(store: HistoryStore, *arrivals: float, pool: str = "chat", until: int = NOW) -> None:
@@ -280,7 +233,7 @@ def test_from_another_tidegate(cli: Cli, store: HistoryStore, tmp_path: Path) ->
     other = open_store(tmp_path / "other.sqlite3")
     keep(other, *range(20_000), pool="theirs")
     pools = (PoolSettings(name="theirs", engine="simulated", model="m"),)
-    with ServedAdmin(histories=Histories(other, lambda: pools, AtNow().now_s)) as there:
+    with ServedAdmin(histories=Histories(other, lambda: pools, AT_NOW.now_s)) as there:
         given = ["--tidegate", there.url, "--from-pool", "theirs"]
         assert cli("import", "chat", *given) == 0
     assert known(store) == {20_000 - at: at for at in range(20_000)}
@@ -335,7 +288,7 @@ def test_a_prometheus_without_the_pool_says_what_helps(
 def test_without_a_state_directory_there_is_no_history(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main.main(["history", "show", "-s", f"state_dir={tmp_path / 'new'}"], AtNow()) == 1
+    assert main.main(["history", "show", "-s", f"state_dir={tmp_path / 'new'}"], AT_NOW) == 1
     assert "there is no history" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 

@@ -13,29 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from admin_rig import NOW_S, TOKEN, ServedAdmin
+from admin_rig import NOW_S, ServedAdmin
 from fake_cache import REVISION, FakeCache, fake_models
 
 from autoscaler.settings import PoolSettings
 from gateway.admin.models import Models
 from gateway.cli import main
 from gateway.cli.base import Effects
-from gateway.cli.client import TOKEN_VARIABLE
 from gateway.compose import listeners
 from gateway.settings.schema import Settings
 from modelcache.types import Cancelled, NoSpace
 
 URL = "hf://org/name"
-
-
-@pytest.fixture(autouse=True)
-def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("TIDEGATE")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
-    return tmp_path
 
 
 @dataclass(frozen=True, kw_only=True)
