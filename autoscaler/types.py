@@ -233,6 +233,8 @@ class ForecastTally:
 FINE_LEAD_S = 60.0
 """Shorter leads are forecast on a grid of seconds, not of minutes."""
 
+NO_TALLY = ForecastTally()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
@@ -263,7 +265,7 @@ class Outlook:
     coverage: float | None = None
     loss_ratio: float | None = None
     weights: dict[str, float] = field(default_factory=dict)
-    tally: ForecastTally = ForecastTally()
+    tally: ForecastTally = NO_TALLY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,10 +19,10 @@ from autoscaler.policy.capacity import (
     running_most,
 )
 from autoscaler.settings import PoolSettings
+from autoscaler.signals.series import MINUTE_S
 from autoscaler.types import EngineObservation, PoolDemand, RecentTraffic, ReplicaCapacity
 from loaders.engines.base import engine_of
 
-MINUTE_S = 60.0
 WAITED_SHARE = 0.5
 """Of the looks in a minute at which requests waited, for the replicas to have been at a limit."""
 ENDED_LEAST = 10

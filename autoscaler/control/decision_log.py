@@ -14,9 +14,9 @@ from functools import partial
 from autoscaler.policy.recommend import recommend
 from autoscaler.signals.decisions import DecisionRecord, make_figures, put_decisions
 from autoscaler.signals.history import HistoryWriter
-from autoscaler.types import Decision, ForecastTally
+from autoscaler.signals.series import MINUTE_S
+from autoscaler.types import NO_TALLY, Decision, ForecastTally
 
-MINUTE_S = 60.0
 MOST_CHANGES = 10
 """Changes of one pool that are kept in a minute; the others are counted with the next."""
 LONGEST_S = 3_600.0
@@ -48,7 +48,7 @@ class DecisionLog:
         self,
         *,
         writer: HistoryWriter,
-        tally: Callable[[str], ForecastTally] = lambda pool: ForecastTally(),
+        tally: Callable[[str], ForecastTally] = lambda pool: NO_TALLY,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
         self._writer = writer
@@ -67,7 +67,7 @@ class DecisionLog:
         pool = self._pools.get(decision.pool)
         if pool is None:
             # Spread over the minute, so that not all pools' are made in one tick.
-            due_s = now_s + MINUTE_S - len(self._pools) % int(MINUTE_S)
+            due_s = now_s + MINUTE_S - len(self._pools) % MINUTE_S
             pool = self._pools[decision.pool] = PoolLog(due_s, self._tally(decision.pool))
         pool.count += 1
         if now_s - pool.minute_s >= MINUTE_S:

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from autoscaler.signals.history import minute_of, pool_id
-from autoscaler.types import Bound, Decision, ForecastTally, Outlook, ScaleReason, Signal
+from autoscaler.types import NO_TALLY, Bound, Decision, ForecastTally, Outlook, ScaleReason, Signal
 
 ENCODER = msgspec.msgpack.Encoder()
 WORDS = (
@@ -33,7 +33,6 @@ WORDS = (
 """What decisions often say: records are compressed with it to a good third. It must not change, or
 those of before cannot be read."""
 MEDIAN, HIGH = 0.5, 0.95
-NO_TALLY = ForecastTally()
 
 
 class DecisionFigures(msgspec.Struct, array_like=True, frozen=True, kw_only=True):

@@ -14,9 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from autoscaler.types import ForecastTally
-
-NO_TALLY = ForecastTally()
+from autoscaler.types import NO_TALLY, ForecastTally
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

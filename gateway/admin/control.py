@@ -15,6 +15,7 @@ from autoscaler.control.loop import ControlLoop
 from autoscaler.policy.gpu_faults import find_fault
 from autoscaler.signals.history import HistoryWriter
 from autoscaler.types import (
+    NO_TALLY,
     Decision,
     EngineObservation,
     FleetReport,
@@ -83,7 +84,7 @@ class LiveControl:
         forks: Callable[[], schema.ForkServerEntry | None],
         reload: Callable[[], Awaitable[SettingsChanges]],
         history: HistoryWriter | None = None,
-        tally: Callable[[str], ForecastTally] = lambda pool: ForecastTally(),
+        tally: Callable[[str], ForecastTally] = lambda pool: NO_TALLY,
     ) -> None:
         self._loop = loop
         self._workers = workers

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from autoscaler.control.decision_log import MINUTE_S, find_alone
+from autoscaler.control.decision_log import find_alone
 from autoscaler.signals.decisions import DecisionFigures, DecisionRecord, make_figures
 from autoscaler.signals.hindsight import Hindsight, PastMoment, judge
-from autoscaler.types import CapacitySource, Decision, ForecastTally, ReplicaCapacity
+from autoscaler.signals.series import MINUTE_S
+from autoscaler.types import NO_TALLY, CapacitySource, Decision, ForecastTally, ReplicaCapacity
 from gateway.admin import schema
 
 KNOWN_FOR_S = 1.5 * MINUTE_S
@@ -109,7 +110,7 @@ def in_force(records: Sequence[DecisionRecord], at_s: float) -> DecisionRecord |
 
 def score(records: Sequence[DecisionRecord]) -> Hindsight:
     """What a stretch cost and brought."""
-    total = ForecastTally()
+    total = NO_TALLY
     for one in records:
         tally = one.tally
         total = ForecastTally(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from direct_writer import DirectWriter
 from fake_fleet import FakeBackend, World, process_pool
 from virtual_time import now, run_virtual
 
@@ -16,7 +16,6 @@ from autoscaler.backends.base import Probe
 from autoscaler.control.capacity_history import CapacityHistory, read_loads
 from autoscaler.policy.capacity import LoadSample
 from autoscaler.settings import AutoscalerSettings, PoolSettings
-from autoscaler.signals.history import HistoryStore
 from autoscaler.types import (
     CapacitySource,
     GpuCapacity,
@@ -52,18 +51,10 @@ def wall_s() -> float:
 class Direct(CapacityHistory):
     """Reads and writes a real file at once: there are no threads on virtual time."""
 
-    error = None
-
     def __init__(self, path: Path) -> None:
-        self.store = HistoryStore(path, max_age_s=86_400.0, max_bytes=1 << 26)
-        super().__init__(
-            store=self.store,
-            writer=self,  # type: ignore[arg-type]
-            wall_s=wall_s,
-        )
-
-    def put(self, change: Callable[[Any], None]) -> None:
-        self.store.write([change], wall_s())
+        writer = DirectWriter(path, wall_s)
+        self.store = writer.store
+        super().__init__(store=self.store, writer=writer, wall_s=wall_s)  # type: ignore[arg-type]
 
     async def read(self, setups: Mapping[str, str]) -> dict[str, tuple[LoadSample, ...]]:
         return self.store.transact(lambda connection: read_loads(connection, setups))

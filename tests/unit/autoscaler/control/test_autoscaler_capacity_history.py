@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from direct_writer import DirectWriter
 
 from autoscaler.control.capacity_history import CapacityHistory, PoolLoad
 from autoscaler.policy.capacity import SAMPLES, LoadSample, Mix
-from autoscaler.signals.history import HistoryStore
 
 WALL_S = 1_700_000_000.0
 DAY_S = 86_400.0
@@ -22,21 +20,19 @@ LOAD = LoadSample(
 
 
 class Rig:
-    """A store, and a writer that writes at once. ``later_s`` is how long ago it began."""
+    """Minutes that are kept. ``later_s`` is how long ago it began."""
 
     def __init__(self, directory: Path) -> None:
-        path = directory / "history.sqlite3"
-        self.store = HistoryStore(path, max_age_s=30 * DAY_S, max_bytes=1 << 26)
-        self.error: str | None = None
         self.later_s = 0.0
+        self.writer = DirectWriter(directory / "history.sqlite3", self.wall_s)
         self.history = CapacityHistory(
-            store=self.store,
-            writer=self,  # type: ignore[arg-type]
-            wall_s=lambda: WALL_S + self.later_s,
+            store=self.writer.store,
+            writer=self.writer,  # type: ignore[arg-type]
+            wall_s=self.wall_s,
         )
 
-    def put(self, change: Callable[[Any], None]) -> None:
-        self.store.write([change], WALL_S + self.later_s)
+    def wall_s(self) -> float:
+        return WALL_S + self.later_s
 
     def add(self, *loads: PoolLoad, minutes: int = 1) -> None:
         self.history.add(loads)
@@ -82,7 +78,7 @@ def test_what_is_too_old_is_forgotten(rig: Rig) -> None:
 
 
 def test_nothing_piles_up_while_it_cannot_be_written(rig: Rig) -> None:
-    rig.error = "no space left on device"
+    rig.writer.error = "no space left on device"
     rig.add(PoolLoad("chat", "a", LOAD))
-    rig.error = None
+    rig.writer.error = None
     assert rig.read(chat="a") == {"chat": ()}

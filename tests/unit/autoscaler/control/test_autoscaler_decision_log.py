@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,26 +9,13 @@ from typing import Any
 
 import pytest
 from decision_rig import decision
+from direct_writer import DirectWriter
 
 from autoscaler.control.decision_log import MOST_CHANGES, DecisionLog
 from autoscaler.signals.decisions import DecisionRecord, read_between
-from autoscaler.signals.history import HistoryStore
 from autoscaler.types import ForecastTally, ScaleReason, Signal
 
 WALL_S = 1_700_000_000.0
-
-
-class DirectWriter:
-    """Writes at once, or not at all."""
-
-    def __init__(self, path: Path) -> None:
-        self.store = HistoryStore(path, max_age_s=30 * 86_400.0, max_bytes=1 << 26)
-        self.error: str | None = None
-        self.writes = 0
-
-    def put(self, change: Callable[[Any], None]) -> None:
-        self.writes += 1
-        self.store.write([change], WALL_S)
 
 
 class Rig:
@@ -39,7 +25,7 @@ class Rig:
         self.now_s = 1_000.0
         self.ahead_s = 0.0
         self.tally = ForecastTally()
-        self.writer = DirectWriter(path)
+        self.writer = DirectWriter(path, lambda: WALL_S)
         self.log = DecisionLog(
             writer=self.writer,  # type: ignore[arg-type]
             tally=lambda pool: self.tally,
