@@ -44,7 +44,8 @@ def replay(
             "-p",
             metavar="NAME",
             help="A policy to replay; may be repeated. `all` for every one, `static:N` for N "
-            "replicas, `oracle` for one that knows the future.",
+            "replicas, `auto:PRICE` for ours with another `prices.violated_second` than 12, "
+            "`oracle` for one that knows the future.",
         ),
     ] = None,
     cold_start_s: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from autoscaler.replay.policies.ahpa import Ahpa
 from autoscaler.replay.policies.bounds import Static
@@ -12,9 +13,10 @@ from autoscaler.replay.policies.knative import Knative
 from autoscaler.replay.policies.kubernetes import HpaRequests, HpaUtilization, Keda
 from autoscaler.replay.policies.llm_d import LlmDSlo, LlmDWva
 from autoscaler.replay.policies.ray_serve import RayServe
-from autoscaler.replay.policies.tidegate import Auto, Reactive
+from autoscaler.replay.policies.tidegate import POLICY, Auto, Reactive
 from autoscaler.replay.policies.windows import replicas_for
 from autoscaler.replay.types import ScalingPolicy
+from autoscaler.settings import PriceSettings
 
 Build = Callable[[PoolFacts], ScalingPolicy]
 ORACLE = "oracle"
@@ -63,14 +65,29 @@ TOKENS_ONLY = frozenset({"llm-d-slo", "llm-d-wva"})
 
 
 def build(name: str, facts: PoolFacts) -> ScalingPolicy:
-    """The policy of this name (``static:N`` for N replicas). Raises ``UnknownPolicyError``."""
+    """The policy of this name (``static:N``: N replicas, ``auto:PRICE``: the price of a violated
+    second, ``prices.violated_second``). Raises ``UnknownPolicyError``."""
     kind, _, number = name.partition(":")
     if kind == "static" and number:
         if not number.isdigit():
             raise UnknownPolicyError(f"static:{number} is no number of replicas")
         return Static(int(number))
+    if kind == "auto" and number:
+        return Auto(facts, name=name, policy=replace(POLICY, violated_second=to_price(number)))
     make = POLICIES.get(name)
     if make is None:
         known = ", ".join([*POLICIES, ORACLE])
-        raise UnknownPolicyError(f"there is no policy {name!r}; there are {known}, and static:N")
+        raise UnknownPolicyError(
+            f"there is no policy {name!r}; there are {known}, static:N and auto:PRICE"
+        )
     return make(facts)
+
+
+def to_price(text: str) -> float:
+    """Raises ``UnknownPolicyError``, as the settings' range is exceeded."""
+    try:
+        return PriceSettings(violated_second=float(text)).violated_second
+    except ValueError:
+        raise UnknownPolicyError(
+            f"auto:{text}: the price of a violated second is above 0 and at most 1000000"
+        ) from None

@@ -112,9 +112,10 @@ class Auto(Reactive):
         *,
         policy: PoolPolicy = POLICY,
         history_least_s: float = SETTINGS.forecast.history_least_s,
+        name: str = "auto",
     ) -> None:
         super().__init__(facts, policy=policy)
-        self.name = "auto"
+        self.name = name
         known = [] if facts.history is None else (facts.history.values * UNIT).tolist()
         self._rates = PoolRates(known)
         self._maker = OutlookMaker(history_least_s)

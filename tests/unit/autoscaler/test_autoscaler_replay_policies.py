@@ -113,9 +113,23 @@ def test_the_oracle_hurts_nobody_and_no_policy_that_hurts_nobody_costs_less() ->
                 assert score.violations > 0.0 or score.replica_hours >= oracle.replica_hours, name
 
 
+def test_auto_may_be_given_another_price_of_a_violated_second() -> None:
+    for name, price in (("auto", 12.0), ("auto:40", 40.0)):
+        policy = build(name, facts())
+        assert isinstance(policy, Auto)
+        assert policy.name == name
+        policy.step(0.0, seen())
+        assert policy.last is not None
+        assert policy.last.inputs is not None
+        assert policy.last.inputs.policy.violated_second == price
+
+
 def test_an_unknown_policy_is_named_with_those_that_there_are() -> None:
     with pytest.raises(UnknownPolicyError, match="knative"):
         build("hap", facts())
+    for name in ("auto:0", "auto:much", "auto:1e9", "auto:nan"):
+        with pytest.raises(UnknownPolicyError, match="violated second"):
+            build(name, facts())
     assert build("static:7", facts()).step(0.0, seen()) == 7
 
 
