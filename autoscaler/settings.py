@@ -227,7 +227,9 @@ class AutoscalerSettings(ConsistentSettings):
     client's wait, and a look is one small request."""
 
     health_interval_s: float = Field(default=2.0, ge=0.05, le=600.0)
-    """Seconds between two health checks of a replica that is ready or unhealthy."""
+    """Seconds between two health checks of a replica that is ready or unhealthy. At most 100 are
+    checked in a second: of more than 200 each is checked less often. One that fails a request is
+    checked at once."""
 
     health_timeout_s: float = Field(default=5.0, ge=0.05, le=300.0)
     """Seconds one health check may take before it counts as failed. A busy engine is slow to
@@ -236,7 +238,7 @@ class AutoscalerSettings(ConsistentSettings):
     metrics_interval_s: float = Field(default=5.0, ge=0.5, le=3_600.0)
     """Seconds between two readings of a replica's own metrics (requests that run and wait, use of
     its KV cache) and of the GPUs. At most 50 replicas are read in a second, so that this takes no
-    more than a tenth of a core: of very many each is read less often."""
+    more than a fifth of a core: of very many each is read less often."""
 
     dcgm_url: Url | None = None
     """Page of this node's DCGM exporter (``http://127.0.0.1:9400/metrics``), from which GPUs are

@@ -28,6 +28,10 @@ from modelcache.types import Progress, Tier
 
 LOG = logging.getLogger("tidegate.autoscaler")
 
+MAX_PROBES_PER_S = 100
+"""Health checks in a second, at three milliseconds each: of more replicas each is checked less
+often. One that the data path meets an error of is checked at once."""
+
 Call = Callable[[PoolRecord, ReplicaRecord], Awaitable[None]]
 
 
@@ -76,6 +80,7 @@ class Actuator:
         self._errors = errors
         self._tasks: set[asyncio.Task[None]] = set()
         self._probing: set[str] = set()
+        self._watched = 0
 
     def apply(
         self, pool: PoolRecord, record: ReplicaRecord, event: Event, detail: str = ""
@@ -311,12 +316,19 @@ class Actuator:
 
     async def _watch(self, pool: PoolRecord, record: ReplicaRecord) -> None:
         """Probe a replica again and again, until it ends."""
-        while record.state in PROBED_STATES:
-            self._take_probe(pool, record, await self._probe(pool, record))
-            starting = record.state is State.STARTING
-            await self._sleep(
-                self.settings.start_poll_s if starting else self.settings.health_interval_s
-            )
+        self._watched += 1
+        try:
+            while record.state in PROBED_STATES:
+                self._take_probe(pool, record, await self._probe(pool, record))
+                often_s = self._watched / MAX_PROBES_PER_S
+                starting = record.state is State.STARTING
+                await self._sleep(
+                    self.settings.start_poll_s
+                    if starting
+                    else max(self.settings.health_interval_s, often_s)
+                )
+        finally:
+            self._watched -= 1
 
     def probe_now(self, pool: PoolRecord, record: ReplicaRecord) -> None:
         """Probe a replica now, beside its health checks; at most one such probe at a time."""
@@ -380,8 +392,8 @@ class Actuator:
         """Apply the time limits that replicas of a pool have reached."""
         for record in list(pool.replicas.values()):
             # An externally managed server that is drained by hand stays so until it is taken back.
-            leaving = pool.removed or pool.is_outdated(record)
-            if record.backend.owns_replicas or leaving:
+            owned = record.backend.owns_replicas
+            if owned or pool.removed or pool.is_outdated(record):
                 self._apply_time_limit(pool, record, loads.get(record.id), now_s)
 
     def _apply_time_limit(

@@ -406,14 +406,18 @@ class PoolRecord:
     def _states(self) -> list[State]:
         """The states of the replicas that count. An outdated one that serves counts until one that
         is ready has taken its place, and meanwhile its successor does not."""
-        records = self.replicas.values()
-        current = [one.state for one in records if not self.is_outdated(one)]
-        serving = [one.state for one in records if self.is_outdated(one) and one.state in SERVING]
+        current, serving = [], []
+        for one in self.replicas.values():
+            if not self.is_outdated(one):
+                current.append(one.state)
+            elif one.state in SERVING:
+                serving.append(one.state)
         decision = self.history.latest
         if serving and decision is not None:
             serving = serving[: max(0, decision.desired - current.count(State.READY))]
         for _ in serving:
-            successor = next((one for one in current if one in LOADING | {State.SCHEDULED}), None)
+            loading = LOADING | {State.SCHEDULED}
+            successor = next((state for state in current if state in loading), None)
             if successor is not None:
                 current.remove(successor)
         return current + serving
@@ -436,9 +440,9 @@ class PoolRecord:
 
     def is_idle(self, decision: Decision, now_s: float) -> bool | None:
         """Whether the pool is at zero without demand; ``None`` where that is not known."""
-        demand = self.window.read(now_s)
         if decision.desired > 0 or self.supply() or self.wake_signal:
             return False
+        demand = self.window.read(now_s)
         if demand.some_requests or demand.some_queued:
             return False
         if None in (demand.tokens, demand.requests, demand.arrivals_total):

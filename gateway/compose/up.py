@@ -78,7 +78,13 @@ from gateway.compose.listeners import (
     remove_record,
     url,
 )
-from gateway.compose.process import check_writable, child_environ, set_up_logging, take_signals
+from gateway.compose.process import (
+    check_writable,
+    child_environ,
+    set_up_logging,
+    settle,
+    take_signals,
+)
 from gateway.compose.workers import Workers
 from gateway.datapath.messages import WorkerConfig
 from gateway.datapath.shared import Shared
@@ -502,6 +508,7 @@ async def _live(
     try:
         await _wait_listening(tidegate, stop)
         if not stop.is_set():
+            settle()
             looping = asyncio.create_task(tidegate.loop.run())
             running = Running(pid=os.getpid(), url=tidegate.url, admin_url=tidegate.admin_url)
             leave_record(state_dir, running)

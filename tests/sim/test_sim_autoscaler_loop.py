@@ -8,7 +8,8 @@ import pytest
 from fake_fleet import FakeBackend, World, process_pool
 from virtual_time import now, run_virtual
 
-from autoscaler.backends.base import StateInUse
+from autoscaler.backends.base import Probe, StateInUse
+from autoscaler.control import actuator
 from autoscaler.settings import AutoscalerSettings
 from autoscaler.types import ScaleReason
 from router.types import ReplicaState
@@ -421,6 +422,28 @@ def test_what_the_data_path_finds_dead_is_looked_at_now() -> None:
             world.loop.probe_now("m-2")
             await asyncio.sleep(1.0)
             assert len(world.ready()) == 1
+
+    run_virtual(story())
+
+
+def test_many_replicas_are_checked_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        monkeypatch.setattr(actuator, "MAX_PROBES_PER_S", 4)
+        often = QUICK.model_copy(update={"health_interval_s": 0.1})
+        pool = process_pool(min_replicas=20, max_replicas=20)
+        async with World([pool], often) as world:
+            await world.until(lambda: len(world.ready()) == 20, 60.0)
+            await asyncio.sleep(10.0)
+            probe, asked = world.backend.probe, 0
+
+            async def counted(replica_id: str) -> Probe:
+                nonlocal asked
+                asked += 1
+                return await probe(replica_id)
+
+            monkeypatch.setattr(world.backend, "probe", counted)
+            await asyncio.sleep(50.0)
+            assert 0.9 * 200 <= asked <= 1.1 * 200
 
     run_virtual(story())
 
