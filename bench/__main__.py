@@ -19,6 +19,7 @@
   python -m bench enginemodel the replay's engine model beside the real vLLM, on one trace
   python -m bench adoption    seconds until a control process that was killed has its engines back
   python -m bench zero        scale to zero on a trace of small models, beside other rules
+  python -m bench tick        one tick of the control loop by pools and replicas, and one forecast
 
 Everything listens on 127.0.0.1 and ends within a stated time. bench/README.md explains the methods.
 """
@@ -95,6 +96,13 @@ def _zero(arguments: argparse.Namespace) -> int:
 
     date = datetime.date.today().isoformat()
     return zero.run(arguments.data, arguments.out, _command(), date)
+
+
+def _tick(arguments: argparse.Namespace) -> int:
+    from bench import tick
+
+    counts = tuple(int(one) for one in arguments.pools.split(","))
+    return tick.run(counts, arguments.out, _command(), datetime.date.today().isoformat())
 
 
 def _adoption(arguments: argparse.Namespace) -> int:
@@ -522,6 +530,15 @@ def _parser() -> argparse.ArgumentParser:
     zeros.add_argument("--data", type=Path, required=True, metavar="DIR", help="the traces")
     zeros.add_argument("--out", type=Path, default=Path("bench/out"), help="folder of the report")
     zeros.set_defaults(run=_zero)
+    ticks = commands.add_parser(
+        "tick",
+        help="one tick of the control loop by pools and replicas, and one forecast",
+        description="The CPU of a tick of the control loop with ten replicas in each pool, and of "
+        "a refit and forecast. About 4 minutes. Exit code 1 when a bar is missed.",
+    )  # fmt: skip
+    ticks.add_argument("--pools", default="100,300,1000", metavar="N,N", help="(100,300,1000)")
+    ticks.add_argument("--out", type=Path, default=Path("bench/out"), help="folder of the report")
+    ticks.set_defaults(run=_tick)
     _add_load(commands.add_parser(
         "load",
         help="Locust, streaming chat, on the simulated engine",
