@@ -1,13 +1,15 @@
 """Models that take seconds to fit (Prophet, STL with exponential smoothing, Holt-Winters), in a
 process of their own, one pool after another, so that no other forecast waits for them.
 
-It is started by the process that makes forecasts, which asks for a fit of each pool every
-``REFIT_S``. What is forecast then stays of use, seen from later (``forecaster.calibrate.later``),
-until the next. It ends with its standard input. Messages are those of ``forecast_worker``.
+It is started by the process that makes forecasts, and is as nice as that, which asks for a fit of
+each pool every ``REFIT_S``. What is forecast then stays of use, seen from later
+(``forecaster.calibrate.later``), until the next. It ends with its standard input.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
 import queue
 import subprocess
@@ -23,15 +25,16 @@ from autoscaler.control.messages import read_message, write_message
 if TYPE_CHECKING:
     from forecaster.types import Forecast, Forecaster, History
 
+LOG = logging.getLogger("tidegate.forecast")
+
 REFIT_S = 10_800.0
 HORIZON_S = 2 * REFIT_S
 """A fit is of use for as long, should the next be late."""
-FIT_S = 120.0
+FIT_S = 300.0
 """Seconds that all models of a pool may take, the start of the process included."""
 WAITING_MOST = 1_000
 POOLS_MOST = 1_000
 """Whose forecasts are kept: some 300 kB each."""
-NICENESS = 19
 
 
 class SlowJob(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +61,16 @@ def make_models() -> Mapping[str, Callable[[], Forecaster]]:
     from forecaster.models.statistical import HoltWinters, StlEts
 
     return {"prophet": ProphetModel, "stl_ets": StlEts, "holt_winters": HoltWinters}
+
+
+def missing(models: Sequence[str]) -> list[str]:
+    """A line for each of these models whose package is not installed."""
+    needs = {"prophet": "prophet", "stl_ets": "statsmodels", "holt_winters": "statsmodels"}
+    return [
+        f"the forecast model {name} needs {needs[name]}: install Tidegate with its extra `models`"
+        for name in models
+        if importlib.util.find_spec(needs[name]) is None
+    ]
 
 
 def fit(models: Sequence[str], history: History) -> dict[str, Forecast]:
@@ -172,11 +185,14 @@ def main() -> None:
 
     from forecaster.types import History
 
-    os.nice(NICENESS)
     results = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no message
+    said: set[str] = set()
     while (body := read_message(sys.stdin.buffer)) is not None:
         job = msgspec.msgpack.decode(body, type=SlowJob)
+        for line in set(missing(job.models)) - said:
+            said.add(line)
+            LOG.warning("%s", line)  # on the standard error, which is the control process's
         values = np.frombuffer(job.values)
         found = fit(job.models, History(values=values, step_s=job.step_s, start_s=job.start_s))
         made = [

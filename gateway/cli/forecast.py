@@ -116,7 +116,7 @@ def forecast(
         raise ValueRefused(f"--plot {plot}: a file that ends in .svg or .html")
     now_s = context.obj.now_s()
     try:
-        from autoscaler.control.slow_models import fit
+        from autoscaler.control.slow_models import fit, missing
         from autoscaler.policy.outlook import OutlookMaker
         from autoscaler.settings import hints_of
     except ModuleNotFoundError as error:
@@ -132,7 +132,10 @@ def forecast(
     decision = newest_decision(stored, name, now_s, past)
     maker = OutlookMaker(settings.autoscaler.forecast.history_least_s)
     maker.hints = hints_of(settings.pools).get(name, ())
-    maker.slow = fit(settings.autoscaler.forecast.slow_models, past)
+    slow = settings.autoscaler.forecast.slow_models
+    for line in missing(slow):
+        complain(line)
+    maker.slow = fit(slow, past)
     found = look(
         name, unit, past, decision, maker, now_s, lead_s, round(horizon_s / MINUTE_S),
         origins if backtest else 0,

@@ -126,6 +126,7 @@ def test_a_hint_of_the_operator_reaches_the_forecast() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.timeout(300)
 def test_slow_models_join_the_mix_when_they_are_there() -> None:
     async def scenario() -> None:
         world = World(past=[float(minute % 7 + 57) for minute in range(300)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -9,15 +11,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from autoscaler.control.slow_models import HORIZON_S, REFIT_S, SlowModels
+from autoscaler.control.slow_models import HORIZON_S, REFIT_S, SlowModels, fit, missing
 from forecaster.types import Forecast, History
 
 HISTORY = History(values=np.random.default_rng(1).poisson(600.0, 300).astype(float), start_s=6e8)
 MODELS = ("holt_winters",)
 
+pytestmark = pytest.mark.timeout(300)  # statsmodels is long to be imported on a busy machine
+
 
 def until(condition: Callable[[], Mapping[str, Forecast]]) -> Mapping[str, Forecast]:
-    end_s = time.monotonic() + 60
+    end_s = time.monotonic() + 200
     while not (found := condition()) and time.monotonic() < end_s:
         time.sleep(0.02)
     return found
@@ -57,3 +61,12 @@ def test_one_that_fails_or_is_killed_takes_nothing_with_it() -> None:
     slow.forecasts("while it is dead", HISTORY, MODELS)
     slow.forecasts("after that", HISTORY, MODELS)
     assert until(lambda: slow.forecasts("after that", HISTORY, MODELS))
+
+
+def test_what_is_not_installed_is_said_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert missing(("holt_winters", "prophet")) == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (line,) = missing(("prophet",))
+    assert "prophet" in line
+    monkeypatch.setitem(sys.modules, "prophet", None)  # its import fails
+    assert list(fit(("prophet", "holt_winters"), HISTORY)) == ["holt_winters"]
