@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from autoscaler.types import CapacitySource, ReplicaCapacity
 
-SAMPLES = 240
+SAMPLES = 60
 """Minutes that are remembered."""
 LIMITS_LEAST = 3
 """Minutes at a limit before they are believed: one may have been the start of a replica."""
@@ -43,17 +43,18 @@ class Mix(NamedTuple):
 
     def is_like(self, other: Mix) -> bool:
         """Whether what a replica carries of one says what it carries of the other."""
-        for one, two in zip(self, other, strict=True):
-            low, high = sorted((one + SHORT_TOKENS, two + SHORT_TOKENS))
-            if high > ALIKE * low:
-                return False
-        return True
+        prompt, output = self.prompt_tokens + SHORT_TOKENS, self.output_tokens + SHORT_TOKENS
+        prompt /= other.prompt_tokens + SHORT_TOKENS
+        output /= other.output_tokens + SHORT_TOKENS
+        return 1.0 / ALIKE <= prompt <= ALIKE and 1.0 / ALIKE <= output <= ALIKE
 
     def convert(self, tokens_per_s: float, other: Mix) -> float:
         """Tokens per second of another mix that are as much work as these of this one."""
+        if self == other:
+            return tokens_per_s
         work = PROMPT_COST * self.prompt_tokens + self.output_tokens
         other_work = PROMPT_COST * other.prompt_tokens + other.output_tokens
-        if self == other or not (work > 0.0 and other_work > 0.0):
+        if not (work > 0.0 and other_work > 0.0):
             return tokens_per_s
         return tokens_per_s * (work / self.tokens) * (other.tokens / other_work)
 
@@ -130,11 +131,11 @@ def estimate_capacity(
         mix = every[-1].mix
     best = 0.0
     if mix is not None:
-        fresh, alike = of_mix(state.samples, mix), of_mix(every, mix)
+        fresh = of_mix(state.samples, mix)
         seen = find_limit(fresh, mix)
         if seen is not None:
             return ReplicaCapacity(tokens_per_s=seen, source=CapacitySource.SATURATED)
-        best = find_best(fresh, mix)
+        best, alike = find_best(fresh, mix), of_mix(every, mix)
         seen = find_limit(alike, mix) or find_limit(every, mix)
         if seen is not None:
             return ReplicaCapacity(tokens_per_s=max(best, seen), source=CapacitySource.HISTORY)
