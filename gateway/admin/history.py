@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
 
@@ -64,10 +64,7 @@ class Histories:
     def read(self, pool: str, query: schema.HistoryQuery) -> schema.HistoryAnswer:
         """A part of a pool's past; of one that is configured no more too."""
         names = SERIES if query.series is None else tuple(query.series.split(","))
-        unknown = [name for name in names if name not in SERIES]
-        if unknown:
-            text = f"series: there is no {unknown[0]!r}; there are {', '.join(SERIES)}."
-            raise AdminError("bad_value", text, param="series")
+        _check_series(names)
         until_s = self._now_s() if query.until_s is None else query.until_s
         name = self._find(pool)
         try:
@@ -98,10 +95,7 @@ class Histories:
         name = self._find(pool)
         if name is None:
             raise AdminError("pool_not_found", self._not_found(pool), param="pool")
-        unknown = [series for series in given.series if series not in SERIES]
-        if unknown:
-            text = f"series: there is no {unknown[0]!r}; there are {', '.join(SERIES)}."
-            raise AdminError("bad_value", text, param="series")
+        _check_series(given.series)
         if len({len(values) for values in given.series.values()}) > 1:
             raise AdminError("bad_value", "series: they are not equally long.", param="series")
         try:
@@ -194,6 +188,13 @@ class Histories:
     def _not_found(self, pool: str) -> str:
         names = ", ".join(one.name for one in self._pools()[:20])
         return f"There is no pool {pool!r}; the pools are {names or 'none'}."
+
+
+def _check_series(names: Iterable[str]) -> None:
+    unknown = [name for name in names if name not in SERIES]
+    if unknown:
+        text = f"series: there is no {unknown[0]!r}; there are {', '.join(SERIES)}."
+        raise AdminError("bad_value", text, param="series")
 
 
 def _no_decision(pool: str, at_s: float, records: Sequence[DecisionRecord]) -> str:
