@@ -103,12 +103,13 @@ class CapacityLearner:
             self._arrivals = KEPT_SHARE * self._arrivals + came * MINUTE_S
             arrived = (asked + expected) * MINUTE_S
             self._arrived_tokens = KEPT_SHARE * self._arrived_tokens + arrived
-        if not ready or answers < ENDED_LEAST:
-            return None
+        first_late, next_late = find_late(pool, traffic)
+        if not ready or answers < ENDED_LEAST or (first_late and not (waited or next_late)):
+            return None  # late without a queue is a wake that had to be waited for, or long prompts
         sample = LoadSample(
             tokens_per_s=(prompt + output) / ready,
             mix=Mix(prompt * MINUTE_S / answers, output * MINUTE_S / answers),
-            within_slo=is_within(pool, traffic),
+            within_slo=not (first_late or next_late),
             waited=waited,
             accelerator=self._accelerator,
         )
@@ -187,9 +188,9 @@ def describe_setup(pool: PoolSettings, digest: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def is_within(pool: PoolSettings, traffic: RecentTraffic) -> bool:
-    """Whether the last minute was within the pool's SLO."""
-    slo = pool.slo
-    if traffic.ttft_p95_s is not None and traffic.ttft_p95_s > slo.ttft_s:
-        return False
-    return slo.itl_s is None or traffic.itl_p95_s is None or traffic.itl_p95_s <= slo.itl_s
+def find_late(pool: PoolSettings, traffic: RecentTraffic) -> tuple[bool, bool]:
+    """Whether first tokens, and those after them, came later in the last minute than the pool's SLO
+    has it."""
+    ttft_s, itl_s, slo = traffic.ttft_p95_s, traffic.itl_p95_s, pool.slo
+    first_late = ttft_s is not None and ttft_s > slo.ttft_s
+    return first_late, slo.itl_s is not None and itl_s is not None and itl_s > slo.itl_s

@@ -1,10 +1,11 @@
 """What one replica carries: learned from minutes in which it was loaded as far as it could be.
 
-A minute in which requests waited, or were answered beyond the SLO, shows a limit. Where they waited
-and were still within the SLO, the throughput was the capacity. Where they were beyond it, the
-capacity lies between the best minute within the SLO and that one. Minutes with requests of about
-the same lengths, seen by this control process, count first; then those of earlier ones, then of
-other lengths. Before any limit was seen there are what can be derived from the engine, and a hint.
+A minute in which requests waited, or whose tokens came beyond the SLO, shows a limit. Where they
+waited and were still within the SLO, the throughput was the capacity. Where they were beyond it,
+the capacity lies between the best minute within the SLO and that one. Minutes with requests of
+about the same lengths, seen by this control process, count first; then those of earlier ones, then
+of other lengths. Before any limit was seen there are what can be derived from the engine, and a
+hint.
 """
 
 from __future__ import annotations

@@ -71,11 +71,12 @@ class Pool:
         recent: RecentTraffic | None = None,
         kv_tokens: int | None = None,
         accelerator: str = "cpu",
+        settings: PoolSettings = POOL,
     ) -> None:
         for _ in range(60 * count + 1):
             load = EngineLoad(waiting_requests=waiting, kv_cache_tokens=kv_tokens)
             said = self.learner.observe(
-                POOL,
+                settings,
                 ready=ready,
                 demand=PoolDemand(observed_at_s=self.now_s, queued_requests=queued),
                 engines=[EngineObservation(observed_at_s=self.now_s, load=load)],
@@ -119,8 +120,23 @@ def test_minutes_at_the_limit_teach(where: str) -> None:
 def test_minutes_beyond_the_slo_teach_an_upper_limit() -> None:
     pool = Pool()
     pool.minutes(3, recent=traffic(60.0))
-    pool.minutes(4, recent=traffic(90.0, ttft_p95_s=4.0))
+    pool.minutes(4, waiting=3, recent=traffic(90.0, ttft_p95_s=4.0))
     assert pool.found() == (4_500, CapacitySource.SATURATED)
+
+
+def test_late_answers_without_a_queue_are_no_limit_of_a_replica() -> None:
+    """They waited for the pool's wake, or are of long prompts."""
+    pool = Pool()
+    pool.minutes(6, recent=traffic(1.0, ttft_p95_s=30.0))
+    assert pool.told == []
+    assert pool.found() == (10_000, CapacitySource.HINT)
+
+
+def test_tokens_that_come_slowly_are_a_limit_without_a_queue() -> None:
+    pool = Pool()
+    fast = POOL.model_validate(POOL.model_dump() | {"slo": {"itl_s": 0.025}})
+    pool.minutes(4, recent=traffic(90.0), settings=fast)
+    assert pool.found(fast) == (6_750, CapacitySource.SATURATED)
 
 
 def test_minutes_in_which_replicas_come_or_hardly_anything_ends_do_not() -> None:
