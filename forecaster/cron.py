@@ -167,17 +167,6 @@ class RecurringWindow:
             day += dt.timedelta(days=1)
         raise AssertionError(f"{self.cron.text!r} is never due")
 
-    def next_change(self, after_s: float) -> float | None:
-        """When :meth:`active` next changes; ``None`` where windows touch for over a year."""
-        until_s = after_s
-        if not self.active(after_s):
-            return self.next_start(after_s)
-        for start_s in self.starts(after_s - self.duration_s + 1e-6, after_s + 366 * 86400.0):
-            if start_s > max(until_s, after_s):
-                return until_s
-            until_s = start_s + self.duration_s
-        return until_s if until_s < after_s + 366 * 86400.0 else None
-
     def _local_day(self, at_s: float) -> dt.date:
         return dt.datetime.fromtimestamp(at_s, self._zone).date()
 

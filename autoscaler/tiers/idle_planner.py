@@ -84,10 +84,6 @@ class IdlePlanner:
         self._prices = {one.tier: one for one in found}
         self.plan = plan_idle(gaps, found) if len(found) > 1 else None
 
-    def forget_plan(self) -> None:
-        """What it was made of has changed."""
-        self.plan = self._planned_at_s = None
-
     @property
     def idle_to_zero_s(self) -> float | None:
         """Seconds that it runs without a request; ``None`` without a plan."""
