@@ -156,17 +156,6 @@ class RecurringWindow:
         """Whether ``at_s`` is inside of a window."""
         return next(self.starts(at_s - self.duration_s + 1e-6, at_s + 1e-6), None) is not None
 
-    def next_start(self, after_s: float) -> float:
-        """The first start after ``after_s``."""
-        day = self._local_day(after_s)
-        for _ in range(_MOST_DAYS_AHEAD + 2):
-            if self.cron.on(day):
-                for start_s in self._starts_of(day):
-                    if start_s > after_s:
-                        return start_s
-            day += dt.timedelta(days=1)
-        raise AssertionError(f"{self.cron.text!r} is never due")
-
     def _local_day(self, at_s: float) -> dt.date:
         return dt.datetime.fromtimestamp(at_s, self._zone).date()
 
