@@ -208,7 +208,8 @@ class AutoscalerSettings(ConsistentSettings):
     the forecast says how much headroom is needed. 0.7 is Knative's, and usual for an HPA."""
 
     backlog_s: float = Field(default=10.0, ge=1.0, le=3_600.0)
-    """Seconds in which what is queued shall be worked off."""
+    """Seconds in which what is queued shall be worked off; where a start takes more than four times
+    as long, a quarter of a start."""
 
     demand_stale_s: float = Field(default=10.0, ge=0.1, le=600.0)
     """Seconds after which an observation of demand no longer counts as known. On unknown demand a

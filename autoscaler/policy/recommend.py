@@ -26,6 +26,9 @@ ROUNDING = 1e-6
 LEAST_TAIL = 1e-4
 """Chances below it are taken for it: no sample says anything of them."""
 CANDIDATES = 64
+DRAIN_PER_LEAD = 4.0
+"""What queues up over a long start is worked off in this part of it. To do it in seconds takes many
+times the replicas, which are wanted for these seconds only."""
 PER_REPLICA = ("requests_per_s", "queued_requests")
 HELD_AT = ("ttft_s", "itl_s", "e2e_s", "gpu_utilization_fraction")
 TOLERANCE = 0.1
@@ -136,7 +139,8 @@ def recommend_for_backlog(
         now_s = arrives_s
         serving += 1
     if left > 0.0:
-        wanted = max(wanted, replicas_for(rate + left / policy.backlog_s, each))
+        within_s = max(policy.backlog_s, lead_s / DRAIN_PER_LEAD)
+        wanted = max(wanted, replicas_for(rate + left / within_s, each))
     text = f"{queued} tokens queued, to be worked off in {policy.backlog_s:g} s"
     return Recommendation(replicas=wanted, signal=Signal.BACKLOG, text=text)
 

@@ -71,15 +71,20 @@ FAULTS = st.one_of(
 
 
 class Watched(FakeBackend):
-    """A backend that notes who was stopped while loading."""
+    """A backend that notes who was stopped while loading, with none that was loaded: one that has
+    become superfluous beside others goes before them."""
 
     def __init__(self) -> None:
         super().__init__(start_s=5.0)
         self.stopped_loading: list[str] = []
 
     async def stop(self, replica_id: str, *, grace_s: float) -> None:
-        engine = self.engines.get(replica_id)
-        if engine is not None and engine.alive and now() - engine.started_at_s < engine.start_s:
+        loaded = {
+            name: now() - engine.started_at_s >= engine.start_s
+            for name, engine in self.engines.items()
+            if engine.alive
+        }
+        if loaded.get(replica_id) is False and not any(loaded.values()):
             self.stopped_loading.append(replica_id)
         await super().stop(replica_id, grace_s=grace_s)
 
@@ -97,7 +102,7 @@ class Story:
         self.requests: list[asyncio.Task[None]] = []
         self.visitors = 0
         self.stopped_loading: list[str] = []
-        """Those that were stopped before the end, although they were loading."""
+        """Those that were stopped before the end, although they were loading and none was up."""
         self.others: list[asyncio.Task[Any]] = []
 
     async def tell(self, steps: Sequence[tuple[Any, ...]]) -> None:

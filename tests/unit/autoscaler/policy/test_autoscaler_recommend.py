@@ -103,7 +103,7 @@ CASES = [
     ),
     (
         "a backlog that those there cannot work off", SIX, arriving(600, queued=4_000),
-        outlook(450), 10, ScaleReason.DEMAND, Signal.BACKLOG, None,
+        outlook(450), 9, ScaleReason.DEMAND, Signal.BACKLOG, None,
     ),
     (
         "a backlog for which enough are on their way",
