@@ -273,7 +273,9 @@ class WindowedDemand:
     """A pool's demand as ``decide`` reads it: now, and as means over the two windows.
 
     Tokens and requests are in flight and queued together; ``*_tokens_per_s`` are those of the
-    requests that came. ``None`` is unknown: never observed, stale, or a part of the sum missing.
+    requests that came; ``panic_deviation_tokens_per_s`` is the standard deviation of that rate over
+    the earlier panic windows within the stable one, known while requests wait. ``None`` is unknown:
+    never observed, stale, or a part of the sum missing.
     ``some_requests`` is true as soon as any known part is above zero, even where the sum is
     unknown; ``some_queued`` where requests are held.
     """
@@ -286,6 +288,7 @@ class WindowedDemand:
     panic_requests: float | None = None
     stable_tokens_per_s: float | None = None
     panic_tokens_per_s: float | None = None
+    panic_deviation_tokens_per_s: float | None = None
     queued_tokens: int | None = None
     arrivals_total: int | None = None
     some_requests: bool = False

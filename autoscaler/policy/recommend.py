@@ -29,6 +29,8 @@ CANDIDATES = 64
 DRAIN_PER_LEAD = 4.0
 """What queues up over a long start is worked off in this part of it. To do it in seconds takes many
 times the replicas, which are wanted for these seconds only."""
+CHANCE = 2.0
+"""Standard deviations."""
 PER_REPLICA = ("requests_per_s", "queued_requests")
 HELD_AT = ("ttft_s", "itl_s", "e2e_s", "gpu_utilization_fraction")
 TOLERANCE = 0.1
@@ -65,11 +67,11 @@ def recommend(
     capacity."""
     tokens, requests = policy.target_inflight_tokens, policy.max_inflight_requests
     stable_s, panic_s = policy.stable_window_s, policy.panic_window_s
-    rates = (demand.stable_tokens_per_s, demand.panic_tokens_per_s)
-    if capacity is not None and None not in rates:
-        each = capacity.tokens_per_s * utilization_fraction
-        stable = divide_rate(rates[0], each, Signal.STABLE_TOKENS_PER_S, stable_s)
-        panic = divide_rate(rates[1], each, Signal.PANIC_TOKENS_PER_S, panic_s)
+    came, lately = demand.stable_tokens_per_s, demand.panic_tokens_per_s
+    if capacity is not None and came is not None and lately is not None:
+        each, lasting = capacity.tokens_per_s * utilization_fraction, lasting_rate(demand, lately)
+        stable = divide_rate(came, each, Signal.STABLE_TOKENS_PER_S, stable_s)
+        panic = divide_rate(lasting, each, Signal.PANIC_TOKENS_PER_S, panic_s)
     else:
         stable = divide(demand.stable_tokens, tokens, Signal.STABLE_TOKENS, "token", stable_s)
         panic = divide(demand.panic_tokens, tokens, Signal.PANIC_TOKENS, "token", panic_s)
@@ -134,15 +136,30 @@ def recommend_for_backlog(
     wanted = min(status.supply, replicas_for(rate + queued / policy.backlog_s, each))
     left, serving, now_s = float(queued), status.ready, 0.0
     lead_s = status.lead_s or 0.0
+    lasting = lasting_rate(demand, rate)
     for arrives_s in (*sorted(one for one in status.arriving_s if one < lead_s), lead_s):
-        left = max(0.0, left + (rate - serving * each) * (arrives_s - now_s))
+        left = max(0.0, left + (lasting - serving * each) * (arrives_s - now_s))
         now_s = arrives_s
         serving += 1
     if left > 0.0:
         within_s = max(policy.backlog_s, lead_s / DRAIN_PER_LEAD)
-        wanted = max(wanted, replicas_for(rate + left / within_s, each))
+        wanted = max(wanted, replicas_for(lasting + left / within_s, each))
     text = f"{queued} tokens queued, to be worked off in {policy.backlog_s:g} s"
     return Recommendation(replicas=wanted, signal=Signal.BACKLOG, text=text)
+
+
+def lasting_rate(demand: WindowedDemand, panic: float) -> float:
+    """What of the panic window's tokens per second is more than chance, and so taken to last.
+
+    Requests do not come evenly, and differ in size: an excess over the stable window of less than
+    ``CHANCE`` standard deviations of the windows before is none, and of a larger one the part
+    ``1 - chance² / excess²`` is kept (as in the positive-part James-Stein estimate).
+    """
+    stable, deviation = demand.stable_tokens_per_s, demand.panic_deviation_tokens_per_s
+    if stable is None or deviation is None or panic <= stable:
+        return panic
+    excess, chance = panic - stable, CHANCE * deviation
+    return stable + max(0.0, 1.0 - (chance / excess) ** 2) * excess
 
 
 def recommend_for_targets(

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections import deque
 from dataclasses import dataclass
 
 from autoscaler.types import PoolDemand, PoolPolicy, WindowedDemand
 
 BUCKETS_PER_PANIC_WINDOW = 12
+LEAST_WINDOWS = 3
 LEAST_RATE_S = 1.0
 """Shortest time that tokens are counted over before they are called a rate."""
 
@@ -123,6 +125,7 @@ class DemandWindow:
             panic_requests=otherwise(panic_requests, requests),
             stable_tokens_per_s=self._rate(stable_s) if fresh else None,
             panic_tokens_per_s=self._rate(panic_s) if fresh else None,
+            panic_deviation_tokens_per_s=self._deviation(now_s) if fresh and queued else None,
             queued_tokens=last.queued_tokens if fresh else None,
             arrivals_total=last.arrivals_total,
             some_requests=fresh and (queued or inflight),
@@ -187,6 +190,20 @@ class DemandWindow:
         if last.observed_at_s - begin_s < LEAST_RATE_S:
             return None
         return (last.arrived_tokens_total - total) / (last.observed_at_s - begin_s)
+
+    def _deviation(self, now_s: float) -> float | None:
+        """How much the rate varied over the panic windows before the newest; ``None`` of fewer than
+        three."""
+        rates: list[float] = []
+        end_s, width_s = now_s - self._panic_window_s, self._panic_window_s
+        later: tuple[float, int] | None = None
+        for at_s, total in reversed(self._arrived):
+            if later is None:
+                later = (at_s, total) if at_s <= end_s else None
+            elif later[0] - at_s >= width_s:
+                rates.append((later[1] - total) / (later[0] - at_s))
+                later = (at_s, total)
+        return statistics.pstdev(rates) if len(rates) >= LEAST_WINDOWS else None
 
 
 def totals(demand: PoolDemand) -> tuple[int | None, int | None]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from autoscaler.policy.decide import DecideState, decide
 from autoscaler.policy.recommend import (
     provision,
+    recommend,
     recommend_for_backlog,
     recommend_for_targets,
     value_at,
@@ -216,3 +217,26 @@ def test_a_backlog_asks_for_no_fewer_the_longer_it_is(
     assert other is not None
     assert (one is None) == (queued == 0)
     assert one is None or one.replicas <= other.replicas
+
+
+LASTING = [
+    # name, the panic window's rate, its deviation before; replicas for what is queued
+    ("as even as never: all of it lasts", 900.0, 0.0, 22),
+    ("how it came before is not known: all of it", 900.0, None, 22),
+    ("no more than chance: none of it", 900.0, 150.0, 7),
+    ("some of it is more than chance", 900.0, 75.0, 18),
+]
+
+
+@pytest.mark.parametrize(
+    ("panic", "deviation", "replicas"), [pytest.param(*case[1:], id=case[0]) for case in LASTING]
+)
+def test_a_gust_is_not_taken_to_last(panic: float, deviation: float | None, replicas: int) -> None:
+    """600 tokens/s in the stable window, six replicas, a minute to start."""
+    demand = replace(arriving(600, panic, queued=1), panic_deviation_tokens_per_s=deviation)
+    found = recommend_for_backlog(POLICY, SIX, demand, CAPACITY)
+    assert found is not None
+    assert found.replicas == replicas
+    panicked = recommend(POLICY, demand, CAPACITY).panic
+    assert panicked is not None
+    assert panicked.replicas == {0.0: 9, None: 9, 150.0: 6, 75.0: 9}[deviation]

@@ -124,6 +124,24 @@ def test_an_older_observation_is_ignored() -> None:
     assert window.read(10.0).requests == 5
 
 
+def deviation(tokens_per_s: list[float], queued: int = 1) -> float | None:
+    """Of a rate that is each of these for six seconds."""
+    window, total, at_s = DemandWindow(POLICY), 0.0, 0.0
+    for rate in tokens_per_s:
+        for _ in range(6):
+            at_s, total = at_s + 1.0, total + rate
+            demand = replace(seen(at_s, queued), queued_requests=queued, queued_tokens=queued)
+            window.add(replace(demand, arrived_tokens_total=round(total)))
+    return window.read(at_s).panic_deviation_tokens_per_s
+
+
+def test_how_much_the_rate_varied_before_the_newest_panic_window() -> None:
+    assert deviation([100.0] * 9 + [900.0]) == pytest.approx(0.0, abs=1.0)
+    assert deviation([50.0, 150.0] * 4 + [900.0]) == pytest.approx(50.0, rel=0.15)
+    assert deviation([50.0, 150.0] * 4 + [900.0], queued=0) is None  # nothing asks for it
+    assert deviation([100.0, 100.0]) is None
+
+
 class WindowMachine(RuleBasedStateMachine):
     """Any sequence of observations, with any gaps."""
 
