@@ -1,9 +1,9 @@
 """What is expected of each pool: fed by the control loop, answered from what is there.
 
-A pool's arrivals are kept by minute and by five seconds. At the end of each minute (for leads below
-a minute, of each five seconds) a job goes to one process that makes forecasts, scores them and says
-whether to trust them (``autoscaler.policy.outlook``); its result is the pool's outlook until the
-next. Everything is on one event loop.
+A pool's arrivals are kept by minute and by five seconds. At the end of each minute and once within
+it (for leads below a minute, at the end of each five seconds) a job goes to one process that makes
+forecasts, scores them and says whether to trust them (``autoscaler.policy.outlook``); its result is
+the pool's outlook until the next. Everything is on one event loop.
 """
 
 from __future__ import annotations

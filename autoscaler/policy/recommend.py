@@ -207,7 +207,7 @@ def recommend_for_forecast(
     return Recommendation(replicas=replicas, signal=Signal.FORECAST, text=text, level=level)
 
 
-@lru_cache(maxsize=4_096)  # a forecast is decided on once a second, and made once a minute
+@lru_cache(maxsize=4_096)  # a forecast is decided on each second, and made twice a minute
 def provision(
     levels: tuple[float, ...],
     tokens_per_s: tuple[float, ...],

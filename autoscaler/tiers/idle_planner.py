@@ -145,7 +145,7 @@ class IdlePlanner:
             return ""
         chance = chance_of_requests(outlook)
         # A request that comes would have started it too: it runs a step too long, as when it comes
-        # in its step nobody knows. One that does not come has kept it for nothing.
+        # in its step is not known. One that does not come has kept it for nothing.
         spared = chance * (cold.wake_price - running.hold_price_s * outlook.step_s)
         window_s = outlook.lead_s + outlook.step_s
         if spared > (1.0 - chance) * running.hold_price_s * window_s:

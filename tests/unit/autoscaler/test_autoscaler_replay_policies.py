@@ -63,7 +63,7 @@ def waves() -> np.ndarray:
 
 
 QUICK = [name for name in POLICIES if name != "auto"]
-"""``auto`` forecasts every minute, which would take long here: below it is played short."""
+"""``auto`` forecasts twice a minute, which would take long here: below it is played short."""
 CASES = [(name, True) for name in (*QUICK, "oracle")] + [
     (name, False) for name in (*QUICK, "oracle") if name not in TOKENS_ONLY
 ]
