@@ -28,6 +28,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -375,7 +377,9 @@ def _add_clients(parser: argparse.ArgumentParser) -> None:
 
 
 def _command() -> str:
-    return " ".join(["python -m bench", *sys.argv[1:]])
+    """As it was given, but for where this machine has the traces."""
+    text = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
+    return re.sub(r"(--data[ =])('[^']*'|\S+)", r"\1DIR", text)
 
 
 def _add_load(parser: argparse.ArgumentParser) -> None:

@@ -109,8 +109,3 @@ def judge_held(result: Mapping[str, object] | None, streams: int) -> Verdict:
         measured=f"{done:,} whole, {errors} errors, {peak:,} open at once",
         passed=done == streams and errors == 0 and peak == streams,
     )
-
-
-def all_passed(verdicts: Sequence[Verdict]) -> bool:
-    """True when every bar was measured and met."""
-    return all(verdict.passed is True for verdict in verdicts)
