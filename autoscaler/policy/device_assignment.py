@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from autoscaler.policy.packing import DeviceMemory, Need, gpu_devices, gpu_name, gpus_of
 from autoscaler.types import GpuCapacity
 
 
@@ -34,39 +35,13 @@ def assign_gpus(
     """
     if count == 0:
         return ()
-    known = {gpu.index: gpu for gpu in inventory or ()}
-    if inventory is None:
-        known = {index: GpuCapacity(index=index) for index in allowed}
-    candidates = [known[index] for index in allowed or sorted(known) if index in known]
-    taken = list(uses)
-    free: list[tuple[float, int]] = []
-    for gpu in candidates:
-        left = capacity_left(gpu, memory_bytes, [use for use in taken if use.index == gpu.index])
-        if left is not None:
-            free.append((left, gpu.index))
-    if len(free) < count:
-        return None
-    return tuple(sorted(index for _, index in sorted(free)[:count]))
-
-
-def capacity_left(
-    gpu: GpuCapacity, memory_bytes: int | None, uses: Sequence[GpuUse]
-) -> float | None:
-    """Bytes that would be left on a GPU; ``None`` if it is too full for the replica."""
-    if not uses:
-        if memory_bytes is None or gpu.memory_bytes is None:
-            return float("inf") if memory_bytes is not None else 0.0
-        left = gpu.memory_bytes - memory_bytes
-        return left if left >= 0 else None
-    if memory_bytes is None or gpu.memory_bytes is None:
-        return None
-    used = 0
+    known = [GpuCapacity(index=index) for index in allowed] if inventory is None else inventory
+    memory = DeviceMemory(gpu_devices(known))
     for use in uses:
-        if use.memory_bytes is None:
-            return None
-        used += use.memory_bytes
-    left = gpu.memory_bytes - used - memory_bytes
-    return left if left >= 0 else None
+        memory.take([gpu_name(use.index)], use.memory_bytes)
+    names = tuple(gpu_name(index) for index in sorted(allowed or {gpu.index for gpu in known}))
+    chosen = memory.choose(Need(devices=names, count=count, memory_bytes=memory_bytes))
+    return None if chosen is None else gpus_of(chosen)
 
 
 def assign_cpus(

@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from autoscaler.types import GpuCapacity
+
 HOST = "host"
 """The device that is the memory of a machine."""
 WHOLE = None
@@ -48,6 +50,11 @@ class Need:
 def gpu_name(index: int) -> str:
     """The name of a GPU as a device."""
     return f"gpu{index}"
+
+
+def gpu_devices(gpus: Sequence[GpuCapacity]) -> list[Device]:
+    """These GPUs as devices."""
+    return [Device(name=gpu_name(one.index), memory_bytes=one.memory_bytes) for one in gpus]
 
 
 def gpus_of(devices: Sequence[str]) -> tuple[int, ...] | None:

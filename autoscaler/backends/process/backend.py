@@ -79,7 +79,7 @@ from autoscaler.backends.process.replica import (
     to_the_end,
 )
 from autoscaler.policy.packing import HOST as HOST_MEMORY
-from autoscaler.policy.packing import Device, gpu_name
+from autoscaler.policy.packing import Device, gpu_devices
 from autoscaler.settings import AutoscalerSettings
 from autoscaler.types import GpuCapacity
 from loaders.engines.base import (
@@ -167,12 +167,11 @@ class ProcessBackend:
 
     def devices(self) -> tuple[Device, ...]:
         """See ``Backend``. GPUs are known once a replica was placed on one."""
-        gpus = [
-            Device(name=gpu_name(one.index), memory_bytes=one.memory_bytes)
-            for one in self._gpus or ()
-        ]
         size = self._settings.host_memory_bytes
-        return (*gpus, *([] if size is None else [Device(name=HOST_MEMORY, memory_bytes=size)]))
+        return (
+            *gpu_devices(self._gpus or ()),
+            *([] if size is None else [Device(name=HOST_MEMORY, memory_bytes=size)]),
+        )
 
     async def measure_memory(self, replica_id: str) -> int | None:
         """See ``Backend``."""

@@ -6,8 +6,9 @@ import shutil
 import socket
 import subprocess
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from autoscaler.backends.base import NoCapacity, ReplicaSpec
 from autoscaler.backends.process.replica import ReplicaProcess
@@ -15,6 +16,7 @@ from autoscaler.policy.device_assignment import GpuUse, assign_cpus, assign_gpus
 from autoscaler.settings import ProcessPoolSettings
 from autoscaler.types import GpuCapacity
 
+Answer = TypeVar("Answer")
 HOST = "127.0.0.1"
 NVIDIA_SMI_TIMEOUT_S = 20.0
 NVIDIA_SMI_FIELDS = "index,name,memory.total,memory.free,driver_version"
@@ -23,15 +25,19 @@ NVIDIA_SMI_FIELDS = "index,name,memory.total,memory.free,driver_version"
 def list_gpus() -> Sequence[GpuCapacity] | None:
     """The NVIDIA GPUs, as ``nvidia-smi`` lists them; empty where there is no driver, ``None`` where
     it does not answer. Takes up to seconds."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
+    if shutil.which("nvidia-smi") is None:
         return None if Path("/proc/driver/nvidia/version").exists() else ()
-    argv = [tool, f"--query-gpu={NVIDIA_SMI_FIELDS}", "--format=csv,noheader,nounits"]
+    return ask_nvidia_smi(f"--query-gpu={NVIDIA_SMI_FIELDS}", parse_gpus)
+
+
+def ask_nvidia_smi(query: str, parse: Callable[[str], Answer]) -> Answer | None:
+    """What is read out of its answer; ``None`` where there is none."""
+    argv = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(
             argv, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=True
         )
-        return parse_gpus(done.stdout)
+        return parse(done.stdout)
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
 
@@ -93,17 +99,8 @@ def place(
 def read_gpu_memory(pids: Collection[int]) -> int | None:
     """Bytes that these processes hold of the GPU of which they hold most; ``None`` where
     ``nvidia-smi`` does not say. Takes up to seconds."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    argv = [tool, "--query-compute-apps=gpu_uuid,pid,used_memory", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(
-            argv, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=True
-        )
-        return sum_gpu_memory(done.stdout, pids)
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
+    query = "--query-compute-apps=gpu_uuid,pid,used_memory"
+    return ask_nvidia_smi(query, lambda text: sum_gpu_memory(text, pids))
 
 
 def sum_gpu_memory(text: str, pids: Collection[int]) -> int | None:
