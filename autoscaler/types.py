@@ -539,6 +539,11 @@ class TierReport:
     """Starts and wakes out of it that failed, since the control process began."""
 
 
+def first_line(error: str) -> str:
+    """What comes before the lines that an engine wrote."""
+    return next(iter(error.strip().splitlines()), "")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaReport:
     """One replica as ``tidegate status`` shows it. ``step`` is one of

@@ -21,7 +21,7 @@ from autoscaler.policy.packing import gpus_of
 from autoscaler.policy.plan import LOADING
 from autoscaler.settings import AutoscalerSettings
 from autoscaler.tiers.preparer import Preparer
-from autoscaler.types import ReplicaLoad
+from autoscaler.types import ReplicaLoad, first_line
 from loaders.engines.base import engine_of
 from loaders.engines.client import EngineClient, EngineUnsupported
 from modelcache.types import Progress, Tier
@@ -462,8 +462,3 @@ class Actuator:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def first_line(text: str) -> str:
-    """What comes before the lines that an engine wrote."""
-    return next(iter(text.strip().splitlines()), "")

@@ -40,7 +40,6 @@ class PlayedRequest:
     prompt_tokens: float
     output_tokens: float
     routed: RoutingRequest
-    placed_s: float = 0.0
     first_s: float = 0.0
     done_s: float = 0.0
     late: bool = False
@@ -297,7 +296,6 @@ class RequestPool:
             self.queued_tokens -= tokens
             self.inflight_tokens += tokens
             self._ledger.reserve(endpoint.slot, request.routed.tokens)
-            request.placed_s = self.now_s
             wait_s = self.now_s - request.at_s
             if request.at_s >= self.scored_from_s:
                 self.waits.add(wait_s, 1.0)

@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 
+from autoscaler.signals.series import MINUTE_S
 from forecaster.types import Floats, History
 
 TIMES = ("t_s", "t_ms", "t", "timestamp", "time", "ds", "arrived_at")
 COUNTS = ("requests", "arrivals", "value", "count", "num_requests", "y")
 PROMPTS = ("input_tokens", "prompt_tokens", "input_length", "contexttokens", "context_tokens")
 OUTPUTS = ("output_tokens", "completion_tokens", "output_length", "generatedtokens")
-MINUTE_S = 60.0
 
 
 class Spread(StrEnum):

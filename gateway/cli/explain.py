@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from autoscaler.types import first_line
 from gateway.cli import client, tables
 from gateway.cli.base import Admin, AsJson, Config, PoolName, Sets, address, as_text, screen
 from gateway.cli.client import ValueRefused
@@ -227,10 +228,10 @@ def _problems(pool: schema.PoolEntry) -> list[str]:
     if pool.error:
         times = "" if pool.failures < 2 else f" {pool.failures} times in a row, at last"
         retry = tables.retry_text(pool, "; ")
-        problems.append(f"its engine failed{times}: {tables.first_line(pool.error)}{retry}")
+        problems.append(f"its engine failed{times}: {first_line(pool.error)}{retry}")
     for replica in pool.replicas:
         if replica.state == "unhealthy":
-            why = f": {tables.first_line(replica.error)}" if replica.error else ""
+            why = f": {first_line(replica.error)}" if replica.error else ""
             problems.append(f"{replica.id} is unhealthy{why}")
     return problems
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from autoscaler.types import first_line
 from gateway.terminal import NONE, UNKNOWN, ago, count, duration, figure, one_line, percent, size
 from loaders.engines.base import ENGINES, engine_of
 from modelcache.types import PREPARED, SHORT_CHARACTERS, ModelEntry
@@ -275,11 +276,6 @@ def gpu_table(node: schema.NodeGpus | None, screen: Screen) -> str:
 
 def _fault(fault: schema.GpuFaultEntry) -> str:
     return f"{fault.detail}: {GPU_ACTIONS[fault.action]}"
-
-
-def first_line(text: str) -> str:
-    """An error may bring an engine's log with it: what it begins with."""
-    return next(iter(text.strip().splitlines()), "")
 
 
 def capacity_lines(pools: Iterable[schema.PoolEntry]) -> list[str]:

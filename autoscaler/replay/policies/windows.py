@@ -7,9 +7,8 @@ from collections import deque
 
 import numpy as np
 
+from autoscaler.signals.series import MINUTE_S
 from forecaster.types import Floats, History
-
-MINUTE_S = 60.0
 
 
 class Rate:
