@@ -229,6 +229,14 @@ class ForecastTally:
             last_value_loss=self.last_value_loss - earlier.last_value_loss,
         )
 
+    def __add__(self, other: ForecastTally) -> ForecastTally:
+        return ForecastTally(
+            scored=self.scored + other.scored,
+            covered=self.covered + other.covered,
+            loss=self.loss + other.loss,
+            last_value_loss=self.last_value_loss + other.last_value_loss,
+        )
+
 
 FINE_LEAD_S = 60.0
 """Shorter leads are forecast on a grid of seconds, not of minutes."""

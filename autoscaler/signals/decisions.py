@@ -49,29 +49,27 @@ class DecisionFigures(msgspec.Struct, array_like=True, frozen=True, kw_only=True
     reactive: int | None
     forecast: int | None
     level: float | None
-    capacity: float | None
+    capacity_tokens_per_s: float | None
     capacity_source: str
     fallback: str
     recommended: int | None
     ready: int | None = None
     lead_s: float | None = None
-    least: int | None = None
-    """``min_replicas`` and ``max_replicas`` as they were at that time."""
-    most: int | None = None
+    min_replicas: int | None = None
+    """As they were at that time; so are the other settings."""
+    max_replicas: int | None = None
     override: int | None = None
-    delay_s: float = 0.0
-    """``scale_down_delay_s``."""
-    window_s: float = 60.0
-    """``stable_window_s``."""
+    scale_down_delay_s: float = 0.0
+    stable_window_s: float = 60.0
     tokens: int | None = None
     requests: int | None = None
     queued_tokens: int | None = None
-    stable_rate: float | None = None
-    panic_rate: float | None = None
+    stable_tokens_per_s: float | None = None
+    panic_tokens_per_s: float | None = None
     model: str = ""
-    median: float | None = None
+    forecast_median_tokens_per_s: float | None = None
     """Quantiles of the highest demand within the lead, by the forecast."""
-    high: float | None = None
+    forecast_high_tokens_per_s: float | None = None
     rules: tuple[tuple[str, int], ...] = ()
     alone: int | None = None
     """What reaction without a forecast recommends, loading replicas to the target utilization."""
@@ -111,7 +109,7 @@ def make_figures(decision: Decision, alone: int | None) -> DecisionFigures:
         reactive=decision.reactive,
         forecast=decision.forecast,
         level=None if decision.level is None else round(decision.level, 4),
-        capacity=None if capacity is None else short(capacity.tokens_per_s),
+        capacity_tokens_per_s=None if capacity is None else short(capacity.tokens_per_s),
         capacity_source="" if capacity is None else capacity.source,
         fallback=decision.fallback,
         recommended=decision.recommended,
@@ -124,19 +122,19 @@ def make_figures(decision: Decision, alone: int | None) -> DecisionFigures:
         own,
         ready=status.ready,
         lead_s=short(status.lead_s),
-        least=policy.min_replicas,
-        most=policy.max_replicas,
+        min_replicas=policy.min_replicas,
+        max_replicas=policy.max_replicas,
         override=status.override,
-        delay_s=policy.scale_down_delay_s,
-        window_s=policy.stable_window_s,
+        scale_down_delay_s=policy.scale_down_delay_s,
+        stable_window_s=policy.stable_window_s,
         tokens=demand.tokens,
         requests=demand.requests,
         queued_tokens=demand.queued_tokens,
-        stable_rate=short(demand.stable_tokens_per_s),
-        panic_rate=short(demand.panic_tokens_per_s),
+        stable_tokens_per_s=short(demand.stable_tokens_per_s),
+        panic_tokens_per_s=short(demand.panic_tokens_per_s),
         model="" if outlook is None else outlook.model,
-        median=quantile(outlook, MEDIAN),
-        high=quantile(outlook, HIGH),
+        forecast_median_tokens_per_s=quantile(outlook, MEDIAN),
+        forecast_high_tokens_per_s=quantile(outlook, HIGH),
         rules=inputs.rules,
     )
 

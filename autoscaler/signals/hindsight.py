@@ -35,9 +35,9 @@ class PastMoment:
     recommended: int | None = None
     trusted: bool = False
     lead_s: float | None = None
-    delay_s: float = 0.0
-    least: int = 0
-    most: int = 1 << 31
+    scale_down_delay_s: float = 0.0
+    min_replicas: int = 0
+    max_replicas: int = 1 << 31
 
 
 @dataclass(slots=True, kw_only=True)
@@ -135,8 +135,9 @@ def judge(moments: Sequence[PastMoment], tally: ForecastTally = NO_TALLY) -> Hin
             alone.begin(now.at_s, now.ready)
             auto.begin(now.at_s, now.ready)
             begun = True
-        floor = max(now.least, min(1, now.supply))
-        asked = alone.ask(now.at_s, now.alone, now.delay_s, floor, max(floor, now.most))
+        floor = max(now.min_replicas, min(1, now.supply))
+        most = max(floor, now.max_replicas)
+        asked = alone.ask(now.at_s, now.alone, now.scale_down_delay_s, floor, most)
         found.scored_s += length_s
         found.trusted_s += length_s * now.trusted
         charge(found.ran, now.supply, now.ready, rate / each, length_s)

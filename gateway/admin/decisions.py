@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+import msgspec
+
 from autoscaler.control.decision_log import find_alone
 from autoscaler.signals.decisions import DecisionFigures, DecisionRecord, make_figures
 from autoscaler.signals.hindsight import Hindsight, PastMoment, judge
 from autoscaler.signals.series import MINUTE_S
-from autoscaler.types import NO_TALLY, CapacitySource, Decision, ForecastTally, ReplicaCapacity
+from autoscaler.types import NO_TALLY, CapacitySource, Decision, ReplicaCapacity
 from gateway.admin import schema
 
 KNOWN_FOR_S = 1.5 * MINUTE_S
@@ -27,53 +29,28 @@ def inputs_of(decision: Decision) -> schema.DecisionInputsEntry | None:
 def _inputs(figures: DecisionFigures) -> schema.DecisionInputsEntry | None:
     if figures.ready is None:
         return None
-    return schema.DecisionInputsEntry(
-        ready=figures.ready,
-        lead_s=figures.lead_s,
-        min_replicas=figures.least,
-        max_replicas=figures.most,
-        override=figures.override,
-        requests=figures.requests,
-        tokens=figures.tokens,
-        queued_tokens=figures.queued_tokens,
-        stable_window_s=figures.window_s,
-        stable_tokens_per_s=figures.stable_rate,
-        panic_tokens_per_s=figures.panic_rate,
-        model=figures.model,
-        forecast_median_tokens_per_s=figures.median,
-        forecast_high_tokens_per_s=figures.high,
-        rules=figures.rules,
-        alone=figures.alone,
-    )
+    return schema.DecisionInputsEntry.model_validate(figures)
 
 
 def entry_of(record: DecisionRecord) -> schema.PastDecisionEntry:
     """A record as it is answered."""
     figures = record.figures
     capacity = None
-    if figures.capacity is not None and figures.capacity_source:
+    if figures.capacity_tokens_per_s is not None and figures.capacity_source:
         capacity = ReplicaCapacity(
-            tokens_per_s=figures.capacity, source=CapacitySource(figures.capacity_source)
+            tokens_per_s=figures.capacity_tokens_per_s,
+            source=CapacitySource(figures.capacity_source),
         )
-    return schema.PastDecisionEntry(
-        at_s=record.at_s,
-        desired=figures.desired,
-        supply=figures.supply,
-        reason=figures.reason,
-        detail=figures.detail,
-        signal=figures.signal,
-        bound=figures.bound,
-        panicking=figures.panicking,
-        reactive=figures.reactive,
-        forecast=figures.forecast,
-        level=figures.level,
-        capacity=capacity,
-        fallback=figures.fallback,
-        recommended=figures.recommended,
-        inputs=_inputs(figures),
-        count=record.count,
-        first_at_s=record.at_s,
-        last_at_s=record.until_s,
+    return schema.PastDecisionEntry.model_validate(
+        msgspec.structs.asdict(figures)
+        | {
+            "at_s": record.at_s,
+            "capacity": capacity,
+            "inputs": _inputs(figures),
+            "count": record.count,
+            "first_at_s": record.at_s,
+            "last_at_s": record.until_s,
+        }
     )
 
 
@@ -110,16 +87,8 @@ def in_force(records: Sequence[DecisionRecord], at_s: float) -> DecisionRecord |
 
 def score(records: Sequence[DecisionRecord]) -> Hindsight:
     """What a stretch cost and brought."""
-    total = NO_TALLY
-    for one in records:
-        tally = one.tally
-        total = ForecastTally(
-            scored=total.scored + tally.scored,
-            covered=total.covered + tally.covered,
-            loss=total.loss + tally.loss,
-            last_value_loss=total.last_value_loss + tally.last_value_loss,
-        )
-    return judge([moment for one in records for moment in _moments(one)], total)
+    tally = sum((one.tally for one in records), NO_TALLY)
+    return judge([moment for one in records for moment in _moments(one)], tally)
 
 
 def _moments(record: DecisionRecord) -> list[PastMoment]:
@@ -130,15 +99,15 @@ def _moments(record: DecisionRecord) -> list[PastMoment]:
         until_s=record.until_s + KNOWN_FOR_S,
         supply=figures.supply,
         ready=figures.ready,
-        tokens_per_s=figures.stable_rate,
-        capacity_tokens_per_s=figures.capacity,
+        tokens_per_s=figures.stable_tokens_per_s,
+        capacity_tokens_per_s=figures.capacity_tokens_per_s,
         alone=figures.alone,
         recommended=figures.recommended,
         trusted=figures.ready is not None and not figures.fallback,
         lead_s=figures.lead_s,
-        delay_s=figures.delay_s,
-        least=figures.least or 0,
-        most=max(1, figures.most or 1),
+        scale_down_delay_s=figures.scale_down_delay_s,
+        min_replicas=figures.min_replicas or 0,
+        max_replicas=max(1, figures.max_replicas or 1),
     )
     if record.until_s <= record.at_s:
         return [first]

@@ -55,22 +55,29 @@ def test_a_decision_comes_back_with_all_it_was_made_from(store: HistoryStore) ->
     (found,) = every(store)
     assert found == record(NOW_S - 60, tally=tally)
     figures = found.figures
-    assert (figures.ready, figures.least, figures.most, figures.lead_s) == (2, 0, 8, 60.0)
-    assert (figures.stable_rate, figures.requests, figures.tokens) == (250.0, 4, 900)
-    assert (figures.model, figures.median, figures.high) == ("direct", 420.0, 612.0)
+    assert (figures.ready, figures.min_replicas, figures.max_replicas, figures.lead_s) == (
+        2,
+        0,
+        8,
+        60.0,
+    )
+    assert (figures.stable_tokens_per_s, figures.requests, figures.tokens) == (250.0, 4, 900)
+    ahead = (figures.forecast_median_tokens_per_s, figures.forecast_high_tokens_per_s)
+    assert (figures.model, ahead) == ("direct", (420.0, 612.0))
     assert figures.rules == (("stable_tokens_per_s", 2), ("forecast", 3))
     assert figures.alone == 2  # 250 tokens/s, 200 a replica, at 0.7 of it
 
 
 @pytest.mark.parametrize(("value", "kept"), [(None, None), (float("nan"), None), (0.0, 0.0)])
 def test_unknown_is_not_zero(value: float | None, kept: float | None) -> None:
-    assert make_figures(decision(rate=value), None).stable_rate == kept
+    assert make_figures(decision(rate=value), None).stable_tokens_per_s == kept
 
 
 def test_a_forecast_without_a_quantile_says_nothing_of_it() -> None:
     outlook = replace(OUTLOOK, levels=(0.25,), tokens_per_s=(3.0,))
     figures = make_figures(decision(outlook=outlook), None)
-    assert (figures.median, figures.high) == (None, None)
+    assert figures.forecast_median_tokens_per_s is None
+    assert figures.forecast_high_tokens_per_s is None
 
 
 def test_one_that_lasts_is_one_row_and_its_sums_grow(store: HistoryStore) -> None:

@@ -17,7 +17,8 @@ def moments(rows: Sequence[dict[str, Any]], every_s: float = 60.0) -> list[PastM
     """One a minute; a replica carries 100 tokens/s, and starts in two minutes."""
     usual = {
         "supply": 1, "ready": 1, "tokens_per_s": 50.0, "capacity_tokens_per_s": 100.0, "alone": 1,
-        "trusted": True, "lead_s": 120.0, "delay_s": 0.0, "least": 0, "most": 10,
+        "trusted": True, "lead_s": 120.0, "scale_down_delay_s": 0.0, "min_replicas": 0,
+        "max_replicas": 10,
     }  # fmt: skip
     return [
         PastMoment(at_s=every_s * at, until_s=every_s * at + 90.0, **(usual | row))
@@ -49,14 +50,17 @@ def test_a_replica_started_ahead_is_dearer_and_not_short() -> None:
 
 
 def test_reaction_keeps_the_most_of_the_delay() -> None:
-    rows = [{"alone": 3, "delay_s": 120.0}, *({"alone": 1, "delay_s": 120.0} for _ in range(5))]
+    rows = [
+        {"alone": 3, "scale_down_delay_s": 120.0},
+        *({"alone": 1, "scale_down_delay_s": 120.0} for _ in range(5)),
+    ]
     found = judge(moments(rows))
     assert found.reactive.replica_s == 60.0 * (3 + 3 + 3 + 1 + 1)
     assert found.below_replica_s == 60.0 * 6
 
 
 def test_reaction_keeps_within_the_bounds_of_the_time() -> None:
-    rows = [{"alone": 9, "most": 4}, {"alone": 0, "least": 2}, {}]
+    rows = [{"alone": 9, "max_replicas": 4}, {"alone": 0, "min_replicas": 2}, {}]
     assert judge(moments(rows)).reactive.replica_s == 60.0 * (4 + 2)
 
 
@@ -114,9 +118,9 @@ ROW = st.fixed_dictionaries(
         "alone": st.none() | st.integers(0, 20),
         "recommended": st.none() | st.integers(0, 5),
         "lead_s": st.none() | st.floats(0, 600),
-        "delay_s": st.floats(0, 600),
-        "least": st.integers(0, 3),
-        "most": st.integers(0, 6),
+        "scale_down_delay_s": st.floats(0, 600),
+        "min_replicas": st.integers(0, 3),
+        "max_replicas": st.integers(0, 6),
     }
 )
 
