@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+from datetime import UTC, datetime
 
 UNKNOWN = "?"
 NONE = "-"
@@ -36,6 +37,11 @@ def version() -> str:
 def figure(value: float | None) -> str:
     """A count, thousands apart; ``?`` where it is unknown, which is not zero."""
     return UNKNOWN if value is None else f"{value:,.0f}"
+
+
+def rounded(value: float) -> str:
+    """A measured value: whole from a hundred on, thousands apart; else to three digits."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def percent(fraction: float | None) -> str:
@@ -84,6 +90,11 @@ def ago(at_s: float | None, now_s: float) -> str:
     """How long since a moment."""
     seconds = None if at_s is None else now_s - at_s
     return "now" if seconds is not None and seconds < 0.95 else f"{duration(seconds)} ago"
+
+
+def utc(at_s: float, form: str = "%Y-%m-%d %H:%M UTC") -> str:
+    """A Unix time in UTC, as ``strftime`` has it."""
+    return datetime.fromtimestamp(at_s, UTC).strftime(form)
 
 
 def one_line(text: str) -> str:

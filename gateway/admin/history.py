@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
 from functools import partial
 
 from autoscaler.settings import PoolSettings
@@ -20,6 +19,7 @@ from autoscaler.signals.series import MINUTE_S, SERIES, PoolMinute
 from gateway.admin import schema
 from gateway.admin.decisions import entry_of, in_force, joined, merge, score
 from gateway.admin.schema import AdminError
+from gateway.terminal import utc
 
 MOST_MINUTES = 14 * 24 * 60
 """That one answer has."""
@@ -208,7 +208,7 @@ def _no_decision(pool: str, at_s: float, records: Sequence[DecisionRecord]) -> s
 
 
 def _moment(at_s: float) -> str:
-    return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return utc(at_s, "%Y-%m-%dT%H:%M:%SZ")
 
 
 def _minutes(pool: str, given: schema.FillRequest) -> Iterator[PoolMinute]:

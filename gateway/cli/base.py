@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gateway.cli import client
+from gateway.cli.client import ValueRefused
 from gateway.cli.tables import Screen
+from gateway.terminal import complain
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -57,6 +59,14 @@ Admin = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot",
+        metavar="FILE",
+        help="Draw it: an .svg, or an .html page that works offline.",
+    ),
+]
 PoolName = Annotated[str, typer.Argument(metavar="POOL", help="A pool's name, or an alias.")]
 
 
@@ -112,7 +122,38 @@ def screen() -> Screen:
 
 
 def as_text(value: BaseModel | dict[str, Any]) -> str:
-    """JSON for scripts."""
+    """JSON for scripts; NaN is ``null``."""
     if isinstance(value, dict):
-        return json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+        import msgspec
+
+        text = msgspec.json.encode(value, enc_hook=str)
+        return msgspec.json.format(text, indent=2).decode() + "\n"
     return value.model_dump_json(indent=2) + "\n"
+
+
+@contextmanager
+def numeric_imports(verb: str) -> Iterator[None]:
+    """What a verb imports that needs numpy and scipy; raises ``ValueRefused`` without them."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("numpy", "scipy"):
+            raise
+        raise ValueRefused(
+            f"`tidegate {verb}` needs numpy and scipy: install Tidegate with its extra `forecast`"
+        ) from None
+
+
+def check_plot(plot: Path | None) -> None:
+    """Raises ``ValueRefused`` for a file that cannot be drawn to, before anything is computed."""
+    if plot is not None and plot.suffix not in (".svg", ".html"):
+        raise ValueRefused(f"--plot {plot}: a file that ends in .svg or .html")
+
+
+def write_plot(plot: Path, picture: str) -> None:
+    """Write a picture or a page. Raises ``ValueRefused`` where that fails."""
+    try:
+        plot.write_text(picture)
+    except OSError as error:
+        raise ValueRefused(f"--plot {plot}: {error.strerror}") from None
+    complain(f"wrote {plot}")

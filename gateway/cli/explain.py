@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +12,7 @@ from gateway.cli import client, tables
 from gateway.cli.base import Admin, AsJson, Config, PoolName, Sets, address, as_text, screen
 from gateway.cli.client import ValueRefused
 from gateway.cli.history import moment, open_history
-from gateway.terminal import NONE, ago, count, duration, figure, one_line, out
+from gateway.terminal import NONE, ago, count, duration, figure, one_line, out, utc
 
 if TYPE_CHECKING:
     from gateway.admin import schema
@@ -102,7 +101,7 @@ def past_text(answer: schema.DecisionsAnswer, screen: tables.Screen, now_s: floa
     there = [f"{figure(found.desired)} desired"]
     if found.inputs is not None:
         there.append(f"{figure(found.inputs.ready)} ready")
-    at = datetime.fromtimestamp(answer.at_s, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    at = utc(answer.at_s, "%Y-%m-%d %H:%M:%S UTC")
     lines = [
         f"{answer.pool} at {at} ({ago(answer.at_s, now_s)}): {', '.join(there)}",
         *decision_lines(found),

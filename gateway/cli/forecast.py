@@ -6,8 +6,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,20 +13,32 @@ import typer
 from autoscaler.signals.rates import FINE_STEP_S, MINUTES_MOST
 from autoscaler.signals.series import MINUTE_S, WORK, arrived_tokens_per_s
 from gateway.cli import tables
-from gateway.cli.base import Admin, AsJson, Config, PoolName, Sets, as_text, load, screen
+from gateway.cli.base import (
+    Admin,
+    AsJson,
+    Config,
+    Plot,
+    PoolName,
+    Sets,
+    as_text,
+    check_plot,
+    load,
+    numeric_imports,
+    screen,
+    write_plot,
+)
 from gateway.cli.client import RequestRefused, ValueRefused
 from gateway.cli.history import open_history, read_all, span
-from gateway.terminal import NONE, ago, complain, count, duration, figure, one_line, out
+from gateway.terminal import NONE, ago, complain, count, duration, one_line, out, rounded, utc
 
 if TYPE_CHECKING:
     from autoscaler.policy.outlook import Ahead, OutlookMaker
     from autoscaler.types import Outlook
     from forecaster.backtest import BacktestScore
-    from forecaster.types import Floats, Forecast, History
+    from forecaster.types import Floats, History
     from gateway.admin.schema import DecisionEntry
     from gateway.cli.history import History as StoredHistory
 
-NEEDS = "`tidegate forecast` needs numpy and scipy: install Tidegate with its extra `forecast`"
 LEAD_S = 60.0
 """Assumed as long as no start was measured."""
 MOST_HORIZON_S = 86_400.0
@@ -85,10 +95,7 @@ def forecast(
     origins: Annotated[
         int, typer.Option(help="Points of the past of `--backtest`.", min=10, max=2_000)
     ] = 60,
-    plot: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Draw it: an .svg, or an .html page that works offline."),
-    ] = None,
+    plot: Plot = None,
     as_json: AsJson = False,
     admin: Admin = None,
     config: Config = None,
@@ -112,17 +119,12 @@ def forecast(
     """
     horizon_s = _span("--horizon", horizon, MINUTE_S, MOST_HORIZON_S)
     lead_s = None if lead is None else _span("--lead", lead, 1.0, MOST_HORIZON_S / 4)
-    if plot is not None and plot.suffix not in (".svg", ".html"):
-        raise ValueRefused(f"--plot {plot}: a file that ends in .svg or .html")
+    check_plot(plot)
     now_s = context.obj.now_s()
-    try:
+    with numeric_imports("forecast"):
         from autoscaler.control.slow_models import fit, missing
         from autoscaler.policy.outlook import OutlookMaker
         from autoscaler.settings import hints_of
-    except ModuleNotFoundError as error:
-        if error.name not in ("numpy", "scipy"):
-            raise
-        raise ValueRefused(NEEDS) from None
     settings = load(config, sets).settings
     try:
         stored = open_history(context.obj.now_s, admin, config, sets)
@@ -142,11 +144,7 @@ def forecast(
     )  # fmt: skip
     out(as_text(as_plain(found)) if as_json else forecast_text(found, screen(), now_s))
     if plot is not None:
-        try:
-            plot.write_text(draw(found, plot.suffix))
-        except OSError as error:
-            raise ValueRefused(f"--plot {plot}: {error.strerror}") from None
-        complain(f"wrote {plot}")
+        write_plot(plot, draw(found, plot.suffix))
     return 0
 
 
@@ -285,17 +283,17 @@ def forecast_text(found: PoolAhead, screen: tables.Screen, now_s: float) -> str:
     parts = sorted(outlook.weights.items(), key=lambda one: -one[1])
     models = ", ".join(f"{name} {weight:.0%}" for name, weight in parts if weight >= 0.005)
     lines = [
-        f"{found.pool}: {found.unit} from {_moment(begins_s, '%Y-%m-%d %H:%M')} UTC "
+        f"{found.pool}: {found.unit} from {utc(begins_s)} "
         f"({ago(begins_s, now_s)}) on, by {duration(known_s)} of known demand",
         f"  period   {periods or 'none is significant'}",
         f"  models   {models}",
         f"  trusted  {trust_text(found)}",
         f"  lead     {lead_text(found)}",
     ]
-    middle, high = _at(outlook, HIGHEST_LEVELS)
+    middle, high = _at(HIGHEST_LEVELS, outlook.levels, outlook.tokens_per_s)
     lines.append(
-        f"  expects  at most {_figure(middle)} {found.unit} within it in half of all cases, "
-        f"{_figure(high)} in 95%"
+        f"  expects  at most {rounded(middle)} {found.unit} within it in half of all cases, "
+        f"{rounded(high)} in 95%"
     )
     if found.decision is not None:
         lines.append(f"  newest   {decision_text(found.decision, now_s)}")
@@ -303,7 +301,8 @@ def forecast_text(found: PoolAhead, screen: tables.Screen, now_s: float) -> str:
     if found.no_backtest:
         text += f"\nNo backtest: {found.no_backtest}.\n"
     if found.scores:
-        text += "\n" + backtest_table(found).render(screen) + backtest_note(found)
+        text += "\n" + backtest_table(found.scores).render(screen)
+        text += backtest_note(found.scores)
     return text
 
 
@@ -354,37 +353,30 @@ def ahead_table(found: PoolAhead) -> tables.Table:
     for step in (*steps, found.horizon_steps):
         table.add(
             duration(step * made.step_s),
-            _moment(begins_s + (step - 1) * made.step_s, "%H:%M"),
-            _figure(float(made.mean[step - 1])),
-            *map(_figure, _between(made, made.quantiles[:, step - 1], SHOWN_LEVELS)),
-            *map(_figure, _between(made, made.maximum(step), HIGHEST_LEVELS)),
+            utc(begins_s + (step - 1) * made.step_s, "%H:%M"),
+            rounded(float(made.mean[step - 1])),
+            *map(rounded, _at(SHOWN_LEVELS, made.levels, made.quantiles[:, step - 1])),
+            *map(rounded, _at(HIGHEST_LEVELS, made.levels, made.maximum(step))),
         )
     return table
 
 
-def _at(outlook: Outlook, levels: Sequence[float]) -> list[float]:
+def _at(
+    wanted: Sequence[float], levels: Sequence[float], quantiles: Floats | Sequence[float]
+) -> list[float]:
+    """The quantiles at the levels that are wanted, between those that there are."""
     import numpy as np
 
-    found: list[float] = np.interp(levels, outlook.levels, outlook.tokens_per_s).tolist()
+    found: list[float] = np.interp(wanted, levels, quantiles).tolist()
     return found
 
 
-def _between(made: Forecast, column: Floats, levels: Sequence[float]) -> list[float]:
-    import numpy as np
-
-    found: list[float] = np.interp(levels, made.levels, column).tolist()
-    return found
-
-
-BACKTEST_HEADINGS = (
-    "MODEL", "AHEAD", "WAPE", "PINBALL 0.5", "PINBALL 0.95", "COVERED", "HIGHEST: PINBALL 0.95",
-    "COVERED",
-)  # fmt: skip
-
-
-def backtest_rows(scores: Sequence[BacktestScore]) -> list[tuple[str, ...]]:
-    """A row for each lead and model."""
-    rows = []
+def backtest_table(scores: Sequence[BacktestScore]) -> tables.Table:
+    """How forecasts of the past were: a row for each lead and model."""
+    table = tables.Table(
+        ("MODEL", "AHEAD", "WAPE", "PINBALL 0.5", "PINBALL 0.95", "COVERED")
+        + ("HIGHEST: PINBALL 0.95", "COVERED")
+    )
     for one in sorted(scores, key=lambda one: one.lead_steps):
         figures = [math.nan] * 6
         if one.origins:
@@ -393,38 +385,22 @@ def backtest_rows(scores: Sequence[BacktestScore]) -> list[tuple[str, ...]]:
                 *(one.maximum_pinball[0.95], one.maximum_coverage[0.95]),
             ]
         cells = (f"{part:.1%}" if math.isfinite(part) else NONE for part in figures)
-        rows.append((one.model, duration(one.lead_steps * MINUTE_S), *cells))
-    return rows
-
-
-def backtest_table(found: PoolAhead) -> tables.Table:
-    """How forecasts of the past were."""
-    table = tables.Table(BACKTEST_HEADINGS)
-    for row in backtest_rows(found.scores):
-        table.add(*row)
+        table.add(one.model, duration(one.lead_steps * MINUTE_S), *cells)
     return table
 
 
-def backtest_note(found: PoolAhead) -> str:
+def backtest_note(scores: Sequence[BacktestScore]) -> str:
     """How much of it is chance."""
-    points = max(one.origins for one in found.scores)
+    points = max(one.origins for one in scores)
     chance = 2 * math.sqrt(0.95 * 0.05 / max(1, points))
     text = (
         f"{count(points, 'point')} of the past; {chance:.0%} more or less covered may be chance. "
         "Errors and losses are in % of the mean.\n"
     )
-    failed = {one.model: one.failed for one in found.scores if one.failed}
+    failed = {one.model: one.failed for one in scores if one.failed}
     for model, times in failed.items():
         text += f"{model} had too little history at {count(times, 'point')}: not comparable.\n"
     return text
-
-
-def _figure(value: float) -> str:
-    return figure(round(value)) if value >= 100 else f"{value:.3g}"
-
-
-def _moment(at_s: float, form: str) -> str:
-    return datetime.fromtimestamp(at_s, UTC).strftime(form)
 
 
 # ── For scripts ───────────────────────────────────────────────────────────────────────────────────
@@ -457,24 +433,12 @@ def as_plain(found: PoolAhead) -> dict[str, Any]:
         "scored": outlook.scored,
         "coverage": outlook.coverage,
         "loss_ratio": outlook.loss_ratio,
-        "backtest": [_score_plain(one) for one in found.scores],
+        "backtest": [
+            {name: part for name, part in asdict(one).items() if name != "refit_s"}
+            for one in found.scores
+        ],
         "no_backtest": found.no_backtest,
     }
-
-
-def _score_plain(score: BacktestScore) -> dict[str, Any]:
-    plain = asdict(score)
-    del plain["refit_s"]
-    for name, part in plain.items():
-        if isinstance(part, dict):
-            plain[name] = {level: _known(value) for level, value in part.items()}
-        elif isinstance(part, float):
-            plain[name] = _known(part)
-    return plain
-
-
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 # ── What is drawn ─────────────────────────────────────────────────────────────────────────────────
@@ -508,19 +472,18 @@ def draw(found: PoolAhead, suffix: str) -> str:
     )
     ends_s = found.demand.end_s or 0.0
     begins_s = ends_s - len(past) * made.step_s
-    until = f"{duration(steps * made.step_s)} from {_moment(ends_s, '%d %b %H:%M')} UTC on"
+    until = f"{duration(steps * made.step_s)} from {utc(ends_s, '%d %b %H:%M')} UTC on"
     picture = charts.over_time(
         [panel],
         step_s=made.step_s,
         title=f"{found.pool}: {until}",
-        label=lambda at_s: _moment(begins_s + at_s, "%d %b %H:%M"),
+        label=lambda at_s: utc(begins_s + at_s, "%d %b %H:%M"),
     )
     if suffix == ".svg":
         return picture
     table = ahead_table(found)
-    rows = [[cell if isinstance(cell, str) else cell[0] for cell in row] for row in table.rows]
-    blocks = [("Forecast", picture), ("Ahead", charts.html_table(table.headings, rows))]
+    blocks = [("Forecast", picture), ("Ahead", charts.html_table(table.headings, table.texts()))]
     if found.scores:
-        scores = charts.html_table(BACKTEST_HEADINGS, backtest_rows(found.scores))
-        blocks.append(("Backtest", scores))
+        scores = backtest_table(found.scores)
+        blocks.append(("Backtest", charts.html_table(scores.headings, scores.texts())))
     return charts.page(f"Forecast of {found.pool}", blocks)

@@ -21,7 +21,7 @@ from gateway.cli import client, tables
 from gateway.cli.base import Admin, AsJson, Config, PoolName, Sets, as_text, load, screen
 from gateway.cli.client import Listener, RequestRefused, ValueRefused
 from gateway.cli.history_files import BadTable, write_table
-from gateway.terminal import NONE, ago, count, duration, figure, out, size
+from gateway.terminal import NONE, ago, count, duration, figure, out, rounded, size
 
 if TYPE_CHECKING:
     from gateway.admin.history import Histories
@@ -363,8 +363,8 @@ def history_text(
             table.add(name, "0%", NONE, NONE, NONE, "")
             continue
         table.add(
-            name, f"{100 * len(known) / length:.0f}%", _plain(sum(known) / len(known)),
-            _plain(max(known)), _plain(known[-1]), sparkline(values),
+            name, f"{100 * len(known) / length:.0f}%", rounded(sum(known) / len(known)),
+            rounded(max(known)), rounded(known[-1]), sparkline(values),
         )  # fmt: skip
     title = f"{pool}: {count(length, 'minute')} from {ago(start_s, now_s)} on"
     return f"{title}\n\n{table.render(screen)}"
@@ -383,7 +383,3 @@ def sparkline(values: Sequence[float | None], width: int = 40) -> str:
         " " if mean is None else BARS[min(len(BARS) - 1, int(max(0.0, mean) / most * len(BARS)))]
         for mean in means
     )
-
-
-def _plain(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

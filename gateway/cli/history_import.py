@@ -9,7 +9,6 @@ import contextlib
 import math
 import os
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,7 +29,7 @@ from gateway.cli.history import (
 )
 from gateway.cli.history_files import BadTable, Points, read_points
 from gateway.cli.model import ProgressBar
-from gateway.terminal import count, figure, out
+from gateway.terminal import count, figure, out, utc
 
 if TYPE_CHECKING:
     from autoscaler.signals.backfill.prometheus import Prometheus
@@ -283,10 +282,6 @@ def imported_text(answer: Mapping[str, Any], screen: tables.Screen) -> str:
     for name, minutes in answer["series"].items():
         table.add(name, figure(minutes))
     return (
-        f"{answer['pool']}: {count(answer['minutes'], 'minute')} of {_utc(answer['from_s'])} to "
-        f"{_utc(answer['until_s'])}\n\n{table.render(screen)}"
+        f"{answer['pool']}: {count(answer['minutes'], 'minute')} of {utc(answer['from_s'])} to "
+        f"{utc(answer['until_s'])}\n\n{table.render(screen)}"
     )
-
-
-def _utc(at_s: float) -> str:
-    return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%d %H:%M UTC")

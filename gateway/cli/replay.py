@@ -6,16 +6,26 @@ import html
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from gateway.cli import tables
-from gateway.cli.base import AsJson, Config, Sets, as_text, load, screen
+from gateway.cli.base import (
+    AsJson,
+    Config,
+    Plot,
+    Sets,
+    as_text,
+    check_plot,
+    load,
+    numeric_imports,
+    screen,
+    write_plot,
+)
 from gateway.cli.client import ValueRefused
-from gateway.terminal import complain, count, out
+from gateway.terminal import complain, count, duration, figure, out, utc
 
 if TYPE_CHECKING:
     from autoscaler.replay.run import Cut, ReplayedPool
@@ -25,7 +35,6 @@ if TYPE_CHECKING:
 USUAL = ("auto", "reactive", "hpa", "knative", "ahpa", "oracle")
 """Replayed where no policy is named."""
 ABOUT_REPLICAS = 12.0
-NEEDS = "`tidegate replay` needs numpy: install Tidegate with its extra `forecast`"
 
 
 def replay(
@@ -93,10 +102,7 @@ def replay(
         typer.Option(help="How a minute's requests are spread over its seconds."),
     ] = "even",
     seed: Annotated[int, typer.Option(help="Of `--spread poisson`.")] = 0,
-    plot: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Draw it: an .svg, or an .html page that works offline."),
-    ] = None,
+    plot: Plot = None,
     as_json: AsJson = False,
     config: Config = None,
     sets: Sets = None,
@@ -112,18 +118,12 @@ def replay(
     **Examples:** `tidegate replay requests.csv`, `tidegate replay smollm2 -p auto -p hpa`,
     `tidegate replay requests.parquet -p all --cold-start 300 --plot replay.html`
     """
-    try:
+    with numeric_imports("replay"):
         from autoscaler.replay import run, traces
         from autoscaler.replay.engine import ReplicaModel, Slo
         from autoscaler.replay.policies import registry
         from autoscaler.replay.supply import Starts
-    except ModuleNotFoundError as error:
-        if error.name not in ("numpy", "scipy"):
-            raise
-        raise ValueRefused(NEEDS) from None
-
-    if plot is not None and plot.suffix not in (".svg", ".html"):
-        raise ValueRefused(f"--plot {plot}: a file that ends in .svg or .html")
+    check_plot(plot)
     names = chosen(policy, registry)
     try:
         demand = find_trace(trace, column, config, sets, context.obj.now_s())
@@ -164,8 +164,7 @@ def replay(
         out(heading(part, pool, cold_start_s))
         out(frontier_table(scores).render(screen()))
     if plot is not None:
-        plot.write_text(draw(part, scores, plot.suffix))
-        complain(f"wrote {plot}")
+        write_plot(plot, draw(part, scores, plot.suffix))
     return 0
 
 
@@ -286,8 +285,6 @@ def progress(names: Sequence[str]) -> Iterator[Callable[[str, float], None]]:
 
 def heading(part: Cut, pool: ReplayedPool, cold_start_s: float) -> str:
     """What was replayed, in two lines."""
-    from gateway.terminal import duration, figure
-
     scored = part.played.part(part.run_in_s, part.played.seconds)
     before = 0 if part.history is None else part.history.seconds
     capacity = pool.capacity_tokens_per_s(scored)
@@ -301,37 +298,27 @@ def heading(part: Cut, pool: ReplayedPool, cold_start_s: float) -> str:
     )
 
 
-HEADINGS = (
-    "POLICY", "HURT", "SECONDS", "REPLICA-HOURS", "COST", "GOODPUT/REPLICA-HOUR", "WAIT P99",
-    "LONGEST", "STARTS",
-)  # fmt: skip
-
-
-def cells(score: Score, on_frontier: bool) -> tuple[str, ...]:
-    """One row."""
-    from gateway.terminal import duration
-
-    return (
-        score.policy + (" *" if on_frontier else ""),
-        f"{100 * score.violated_fraction:.3f} %",
-        f"{100 * score.violated_s / max(1, score.seconds):.2f} %",
-        f"{score.replica_hours:,.1f}",
-        f"{score.cost:,.1f}",
-        f"{score.goodput_per_replica_hour:,.0f}",
-        duration(score.wait_s["p99"]),
-        duration(score.wait_s["max"]),
-        f"{score.started:,}",
-    )
-
-
 def frontier_table(scores: Sequence[Score]) -> tables.Table:
     """A row for each policy, in the order asked for."""
     from autoscaler.replay.score import frontier
 
     best = frontier(scores)
-    table = tables.Table(HEADINGS)
+    table = tables.Table(
+        ("POLICY", "HURT", "SECONDS", "REPLICA-HOURS", "COST", "GOODPUT/REPLICA-HOUR")
+        + ("WAIT P99", "LONGEST", "STARTS")
+    )
     for score in scores:
-        table.add(*cells(score, score.policy in best))
+        table.add(
+            score.policy + (" *" if score.policy in best else ""),
+            f"{100 * score.violated_fraction:.3f} %",
+            f"{100 * score.violated_s / max(1, score.seconds):.2f} %",
+            f"{score.replica_hours:,.1f}",
+            f"{score.cost:,.1f}",
+            f"{score.goodput_per_replica_hour:,.0f}",
+            duration(score.wait_s["p99"]),
+            duration(score.wait_s["max"]),
+            f"{score.started:,}",
+        )
     return table
 
 
@@ -382,8 +369,8 @@ def draw(part: Cut, scores: Sequence[Score], suffix: str) -> str:
     courses = [course(score, start_s) for score in scores]
     if suffix == ".svg":
         return charts.stacked([overview, *courses])
-    rows = [cells(score, score.policy in best) for score in scores]
-    blocks = [("Frontier", overview + charts.html_table(HEADINGS, rows))]
+    table = frontier_table(scores)
+    blocks = [("Frontier", overview + charts.html_table(table.headings, table.texts()))]
     blocks += [(score.policy, picture) for score, picture in zip(scores, courses, strict=True)]
     return charts.page(f"Replay of {html.unescape(part.played.name)}", blocks)
 
@@ -429,7 +416,7 @@ def course(score: Score, start_s: float | None) -> str:
     )
 
     def moment(at_s: float) -> str:
-        return datetime.fromtimestamp((start_s or 0.0) + at_s, UTC).strftime("%d %b %H:%M")
+        return utc((start_s or 0.0) + at_s, "%d %b %H:%M")
 
     return charts.over_time(
         panels, step_s=60.0, title=title, label=None if start_s is None else moment

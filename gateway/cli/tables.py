@@ -77,6 +77,10 @@ class Table:
         """One more row."""
         self.rows.append(cells)
 
+    def texts(self) -> list[list[str]]:
+        """The rows without styles."""
+        return [[one if isinstance(one, str) else one[0] for one in row] for row in self.rows]
+
     def render(self, screen: Screen) -> str:
         """The table for this screen, ending in a line break."""
         cells = [

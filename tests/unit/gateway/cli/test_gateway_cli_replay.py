@@ -103,6 +103,7 @@ def test_a_pool_is_replayed_from_its_history(
     [
         (("-p", "hap"), "there is no policy 'hap'"),
         (("--plot", "a.png"), ".svg or .html"),
+        (("--plot", "/none/a.svg", "-p", "hpa"), "No such file or directory"),
         (("--spread", "odd", "-p", "hpa"), "'even', 'poisson'"),
         (("--column", "clients", "-p", "hpa"), "no column 'clients'"),
     ],
