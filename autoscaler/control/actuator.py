@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 from autoscaler.backends.base import AdoptedReplica, BackendError, NoCapacity, Probe, Unsupported
-from autoscaler.control.replicas import PoolRecord, ReplicaRecord, describe_phase
+from autoscaler.control.replicas import PoolRecord, ReplicaRecord
+from autoscaler.control.reports import describe_phase
 from autoscaler.policy.lifecycle import PROBED_STATES, Action, Event, InvalidTransition, State, step
 from autoscaler.policy.packing import gpus_of
 from autoscaler.policy.plan import LOADING
@@ -52,6 +54,14 @@ class ErrorCounts:
         self._logged[where] = text
         LOG.log(logging.DEBUG if repeated else logging.WARNING, "%s: %s", where, text)
         return text
+
+    @contextmanager
+    def survive(self, where: str) -> Iterator[None]:
+        """Record whatever error is raised within, and go on after it."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 -- the caller says why it may go on
+            self.add(where, error)
 
 
 class Actuator:

@@ -26,11 +26,12 @@ from autoscaler.control.actuator import Actuator, ErrorCounts
 from autoscaler.control.capacity_history import CapacityHistory, PoolLoad, recall_capacities
 from autoscaler.control.device_turns import DeviceTurns
 from autoscaler.control.disabled_pools import DisabledPools
+from autoscaler.control.page_shares import share_pages
 from autoscaler.control.replica_numbers import ReplicaNumbers
-from autoscaler.control.replicas import ASLEEP, PoolRecord, publish_pool, report_pool
+from autoscaler.control.replicas import ASLEEP, PoolRecord
+from autoscaler.control.reports import publish_pool, report_pool
 from autoscaler.policy.decide import decide, decide_removed, hold_back, note_replacement
 from autoscaler.policy.lifecycle import ENDED_STATES, Event, State
-from autoscaler.policy.memory_shares import MemoryBid, share_memory
 from autoscaler.policy.plan import make_plan
 from autoscaler.policy.timed_bounds import bound_by_time
 from autoscaler.settings import AutoscalerSettings, PoolSettings, make_slug
@@ -301,22 +302,15 @@ class ControlLoop:
             self._tick()
             await self._sleep(min(CLOSE_POLL_S, settings.tick_s))
         await self._actuator.close()
-        await self._close_preparer()
+        with self._errors.survive("close of models"):  # backends must be closed all the same
+            async with asyncio.timeout(settings.call_timeout_s):
+                await self._preparer.close()
         for name, backend in self._backends.items():
-            try:
+            with self._errors.survive(f"close of {name}"):  # the others must be closed too
                 async with asyncio.timeout(settings.terminate_s + settings.call_timeout_s):
                     await backend.close(keep=keep)
-            except Exception as error:  # noqa: BLE001 -- the other backends must be closed too
-                self._errors.add(f"close of {name}", error)
         await self._engine_client.close()
         self._publish_changes()
-
-    async def _close_preparer(self) -> None:
-        try:
-            async with asyncio.timeout(self._settings.call_timeout_s):
-                await self._preparer.close()
-        except Exception as error:  # noqa: BLE001 -- the backends must be closed all the same
-            self._errors.add("close of models", error)
 
     def _recall_capacities(self, pools: Iterable[PoolRecord]) -> None:
         """Read what earlier control processes saw of these, where that was not read yet."""
@@ -340,65 +334,28 @@ class ControlLoop:
 
     def _tick(self) -> None:
         now_s = self._clock()
-        try:
+        self._observation = Observation()
+        with self._errors.survive("observe"):  # an unknown demand is handled, an end is not
             self._observation = self._observe()
-        except Exception as error:  # noqa: BLE001 -- an unknown demand is handled, an end is not
-            self._errors.add("observe", error)
-            self._observation = Observation()
-        try:
+        with self._errors.survive("record"):  # pools are scaled without a history too
             self._record(self._observation)
-        except Exception as error:  # noqa: BLE001 -- pools are scaled without a history too
-            self._errors.add("record", error)
         decided = []
         for pool in list(self._pools.values()):
-            try:
+            with self._errors.survive(f"pool {pool.pool.name}"):  # the others go on
                 decided.append(self._decide_for(pool, now_s))
-            except Exception as error:  # noqa: BLE001 -- one pool's bug must not stop the rest
-                self._errors.add(f"pool {pool.pool.name}", error)
         bounded = self._take_turns(decided, now_s)
         for pool, decision, loads in decided:
-            try:
+            with self._errors.survive(f"pool {pool.pool.name}"):
                 self._act(pool, bounded.get(pool.pool.name, decision), loads, now_s)
-            except Exception as error:  # noqa: BLE001 -- as above
-                self._errors.add(f"pool {pool.pool.name}", error)
         if now_s >= self._share_at_s:
             self._share_at_s = now_s + SHARE_S
-            self._share_memory(now_s)
+            share_pages(self._pools.values(), self._preparer, now_s)
         if self._loads and self._capacity_history is not None:
             self._capacity_history.add(self._loads)
         self._loads.clear()
         if self._numbers.are_new:
             self._actuator.spawn(self._numbers.save(), "replica numbers")
         self._publish_changes()
-
-    def _share_memory(self, now_s: float) -> None:
-        """Say whose pages are kept, where not those of all pools at zero fit beside the others'."""
-        budget_bytes = self._preparer.page_budget_bytes
-        if budget_bytes is None:
-            return
-        at_zero: list[tuple[PoolRecord, int]] = []
-        for pool in self._pools.values():
-            size = self._preparer.size_bytes(pool.pool)
-            if size is None or not pool.backend.owns_replicas:
-                continue
-            if not pool.make_status(now_s).supply:
-                at_zero.append((pool, size))
-            elif self._preparer.has_pages(pool.pool):
-                budget_bytes -= size
-        if sum(size for _, size in at_zero) <= budget_bytes:
-            self._preparer.deny_pages(frozenset())
-            return
-        bids = [
-            MemoryBid(
-                pool=pool.pool.name,
-                size_bytes=size,
-                saved_price_s=pool.tiers.planner.page_saving_s(now_s),
-                held=self._preparer.has_pages(pool.pool),
-            )
-            for pool, size in at_zero
-        ]
-        kept = share_memory(max(0, budget_bytes), bids)
-        self._preparer.deny_pages({one.pool for one in bids} - kept)
 
     def _decide_for(
         self, pool: PoolRecord, now_s: float
@@ -497,7 +454,7 @@ class ControlLoop:
                 now_s,
                 capacity=pool.capacity.capacity(pool.pool, policy.target_utilization_fraction),
                 outlook=outlook,
-                seen=self._target_figures(pool, now_s),
+                seen=self._target_figures(pool),
             )
             decision = hold_back(decision, status, policy, pool.mode)
             if pool.goes_to_zero:
@@ -509,26 +466,11 @@ class ControlLoop:
         no_capacity = any(one.no_capacity for one in living if one not in outdated)
         return note_replacement(decision, len(outdated), no_capacity=no_capacity)
 
-    def _target_figures(self, pool: PoolRecord, now_s: float) -> TargetFigures:
-        """The figures that a pool may have targets for; read only where it has."""
+    def _target_figures(self, pool: PoolRecord) -> TargetFigures:
+        """Those that the pool has targets for are read only where it has any."""
         if pool.policy.targets == TargetFigures():
             return pool.policy.targets
-        demand = self._observation.pools.get(pool.pool.name)
-        traffic = self._recent(pool.pool.name)
-        engines = pool.engines(self._observation)
-        waiting = [one.load.waiting_requests for one in engines]
-        queued: float | None = None
-        if demand is not None and demand.queued_requests is not None and None not in waiting:
-            queued = demand.queued_requests + sum(one or 0 for one in waiting)
-        used = pool.gpu_utilizations(self._observation.gpus)
-        return TargetFigures(
-            requests_per_s=None if traffic is None else traffic.arrivals_per_s,
-            queued_requests=queued,
-            ttft_s=None if traffic is None else traffic.ttft_p95_s,
-            itl_s=None if traffic is None else traffic.itl_p95_s,
-            e2e_s=None if traffic is None else traffic.e2e_p95_s,
-            gpu_utilization_fraction=sum(used) / len(used) if used else None,
-        )
+        return pool.target_figures(self._observation, self._recent(pool.pool.name))
 
     def _note_decision(self, pool: PoolRecord, decision: Decision) -> None:
         earlier = pool.history.latest
@@ -543,10 +485,8 @@ class ControlLoop:
                 decision.detail,
             )
         pool.history.add(decision)
-        try:
+        with self._errors.survive("note"):  # it is carried out all the same
             self._note(decision)
-        except Exception as error:  # noqa: BLE001 -- it is carried out all the same
-            self._errors.add("note", error)
 
     def _carry_out(
         self,
@@ -766,14 +706,12 @@ class ControlLoop:
         if not self._changed:
             return
         pools = tuple(publish_pool(pool) for pool in self._pools.values())
-        if pools != self._published:
-            try:
-                self._publish(pools)
-            except Exception as error:  # noqa: BLE001 -- tried again at the next tick
-                self._errors.add("publish", error)
-                return
-            self._published = pools
-        self._changed = False
+        if pools == self._published:
+            self._changed = False
+            return
+        with self._errors.survive("publish"):  # else tried again at the next tick
+            self._publish(pools)
+            self._published, self._changed = pools, False
 
     def status(self) -> FleetReport:
         """All pools as they are now. Times in it are on the loop's clock; ``at_s`` is now."""

@@ -1,4 +1,4 @@
-"""The control loop's state: a record of each pool and replica, and the reports made of them."""
+"""The control loop's state: a record of each pool and replica."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from autoscaler.backends.base import AdoptedReplica, Backend, BackendError, Probe, ReplicaSpec
-from autoscaler.control import start_steps
 from autoscaler.control.capacity_learner import CapacityLearner, describe_setup
 from autoscaler.control.replica_numbers import ReplicaNumbers
 from autoscaler.policy.decide import DecideState, remember_recommendation
-from autoscaler.policy.lifecycle import ENDED_STATES, PUBLIC, State
+from autoscaler.policy.lifecycle import ENDED_STATES, State
 from autoscaler.policy.plan import LOADING, SERVING, ReplicaStatus
 from autoscaler.settings import AutoscalerSettings, PoolSettings, first, make_policy
 from autoscaler.signals.window import DemandWindow
@@ -26,16 +25,15 @@ from autoscaler.types import (
     Observation,
     PastDecision,
     PoolPolicy,
-    PoolReport,
     PoolStatus,
+    RecentTraffic,
     ReplicaLoad,
-    ReplicaReport,
     ScaleReason,
     Signal,
+    TargetFigures,
     WindowedDemand,
 )
 from modelcache.types import Progress, Tier
-from router.types import Pool, Replica, ReplicaState
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -338,7 +336,24 @@ class PoolRecord:
         """What the engines of its replicas say of themselves, as far as that is known."""
         return [seen.engines[one] for one in self.replicas if one in seen.engines]
 
-    def gpu_utilizations(self, seen: GpuReport | None) -> list[float]:
+    def target_figures(self, seen: Observation, traffic: RecentTraffic | None) -> TargetFigures:
+        """The figures that it may have targets for, as they are now; ``None`` is unknown."""
+        demand = seen.pools.get(self.pool.name)
+        waiting = [one.load.waiting_requests for one in self.engines(seen)]
+        queued: float | None = None
+        if demand is not None and demand.queued_requests is not None and None not in waiting:
+            queued = demand.queued_requests + sum(one or 0 for one in waiting)
+        used = self._gpu_utilizations(seen.gpus)
+        return TargetFigures(
+            requests_per_s=None if traffic is None else traffic.arrivals_per_s,
+            queued_requests=queued,
+            ttft_s=None if traffic is None else traffic.ttft_p95_s,
+            itl_s=None if traffic is None else traffic.itl_p95_s,
+            e2e_s=None if traffic is None else traffic.e2e_p95_s,
+            gpu_utilization_fraction=sum(used) / len(used) if used else None,
+        )
+
+    def _gpu_utilizations(self, seen: GpuReport | None) -> list[float]:
         """How busy each GPU of its ready replicas is, 0 to 1, as far as that is known."""
         own = {
             gpu
@@ -503,128 +518,3 @@ class PoolRecord:
 GPU_UTILIZATION = "utilization_fraction"
 """The figure's name in ``autoscaler.signals.gpus.figures``."""
 ASLEEP = (State.FALLING_ASLEEP, State.SLEEPING)
-PUBLISHED = frozenset(State) - {State.SCHEDULED, State.PREPARING} - ENDED_STATES
-NEAREST_FIRST = tuple(reversed(start_steps.STEPS_TO_READY))
-
-
-def publish_pool(pool: PoolRecord) -> Pool:
-    """A pool as the data path sees it, with every replica that has an address and has not ended.
-    Its phase is that of the replica nearest to ready."""
-    coming = [
-        (step_of(one), one)
-        for one in pool.replicas.values()
-        if step_of(one) in start_steps.STEPS_TO_READY
-    ]
-    step, nearest = min(coming, key=lambda one: NEAREST_FIRST.index(one[0]), default=("", None))
-    failures = pool.failures
-    phase = "" if nearest is None else start_steps.describe_step(step, nearest.progress, failures)
-    return Pool(
-        name=pool.pool.name,
-        aliases=pool.pool.aliases,
-        adapters=pool.pool.adapters,
-        max_model_len_tokens=pool.pool.max_model_len_tokens or pool.reported_len_tokens,
-        replicas=tuple(
-            Replica(
-                id=record.id,
-                pool=record.pool,
-                url=record.probe.url,
-                state=PUBLIC[record.state],
-                served_model=record.probe.served_model,
-                max_model_len_tokens=record.probe.max_model_len_tokens,
-                max_inflight_requests=pool.pool.max_inflight_requests,
-                max_inflight_tokens=pool.pool.max_inflight_tokens,
-                headers=record.probe.headers,
-                stream_usage=record.probe.stream_usage,
-                names=find_own_names(pool.pool, record.probe),
-            )
-            for record in pool.replicas.values()
-            if record.state in PUBLISHED and record.probe.url is not None
-        ),
-        wake_eta_s=pool.estimate_wake_s(),
-        phase=phase,
-        failed_starts=pool.failed_starts,
-        cause=pool.cause if pool.failed_starts else "",
-        draining=pool.removed,
-        disabled=pool.disabled,
-    )
-
-
-def find_own_names(pool: PoolSettings, probe: Probe) -> tuple[str, ...]:
-    """The names of a pool that a replica knows models by: its adapters, and those it lists."""
-    return tuple(name for name in pool.names if name in pool.adapters or name in probe.listed)
-
-
-def report_pool(pool: PoolRecord) -> PoolReport:
-    """One pool as ``tidegate status`` shows it."""
-    states = Counter(PUBLIC[record.state] for record in pool.replicas.values())
-    decision = pool.history.latest
-    return PoolReport(
-        name=pool.pool.name,
-        desired=0 if decision is None else decision.desired,
-        override=pool.override,
-        ready=states[ReplicaState.READY],
-        starting=states[ReplicaState.STARTING] + states[ReplicaState.WAKING],
-        unhealthy=states[ReplicaState.UNHEALTHY],
-        draining=states[ReplicaState.DRAINING],
-        sleeping=states[ReplicaState.SLEEPING],
-        wake_eta_s=pool.estimate_wake_s(),
-        last_decision=decision,
-        replicas=tuple(
-            report_replica(one, outdated=pool.is_outdated(one)) for one in pool.replicas.values()
-        ),
-        failures=pool.failures,
-        retry_at_s=pool.retry_at_s if pool.failures else None,
-        error=pool.error,
-        tier=pool.tier(),
-        tiers=pool.tiers.report(pool.tier()) if pool.backend.owns_replicas else (),
-        step_down_at_s=pool.tiers.step_down_at_s,
-        max_replicas=pool.pool.max_replicas,
-        crashes=pool.crashes,
-        removed=pool.removed,
-        disabled=pool.disabled,
-    )
-
-
-def report_replica(record: ReplicaRecord, *, outdated: bool) -> ReplicaReport:
-    """One replica as ``tidegate status`` shows it."""
-    probe = record.probe
-    return ReplicaReport(
-        id=record.id,
-        pool=record.pool,
-        state=PUBLIC[record.state],
-        since_s=record.since_s,
-        phase=describe_phase(record),
-        step=step_of(record),
-        progress=record.progress,
-        woken_from=record.woken_from,
-        url=probe.url,
-        pid=probe.pid,
-        served_model=probe.served_model,
-        gpus=probe.gpus,
-        cpus=probe.cpus,
-        error=record.error,
-        outdated=outdated,
-    )
-
-
-def step_of(record: ReplicaRecord) -> str:
-    """The step a replica on its way to ready is at, in one word; nothing for any other."""
-    return start_steps.name_step(record.state, record.progress, record.probe.phase)
-
-
-def describe_phase(record: ReplicaRecord) -> str:
-    """What a replica is doing, where its state alone does not say."""
-    match record.state:
-        case State.SCHEDULED:
-            return "waits for its start"
-        case State.PREPARING:
-            return start_steps.describe_step(step_of(record), record.progress)
-        case State.STARTING if record.progress is not None:
-            beside = start_steps.describe_progress(record.progress)
-            return f"{record.probe.phase} ({beside})" if record.probe.phase else beside
-        case State.STARTING:
-            return record.probe.phase
-        case State.DRAINING_TO_SLEEP | State.FALLING_ASLEEP:
-            return record.state.value.replace("_", " ")
-        case _:
-            return ""
