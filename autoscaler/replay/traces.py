@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -231,7 +231,10 @@ def read(path: Path, column: str | None = None) -> Trace | RequestTrace:
     time = first(names, TIMES)
     if time is None:
         raise TraceError(f"{path} has no column of times (one of {', '.join(TIMES)})")
-    at_s, absolute = to_seconds(table[time], milliseconds=time.lower() == "t_ms")
+    where = f"{path}, column "
+    at_s, absolute = to_seconds(
+        table[time], milliseconds=time.lower() == "t_ms", what=f"{where}{time}"
+    )
     prompt, output = first(names, PROMPTS), first(names, OUTPUTS)
     count = column if column is not None else first(names, COUNTS)
     order = np.argsort(at_s, kind="stable")
@@ -243,22 +246,27 @@ def read(path: Path, column: str | None = None) -> Trace | RequestTrace:
         return RequestTrace(
             name=name,
             at_s=at_s - at_s[0],
-            prompt_tokens=numbers(table[prompt])[order],
-            output_tokens=numbers(table[output])[order],
+            prompt_tokens=counts(table[prompt], f"{where}{prompt}")[order],
+            output_tokens=counts(table[output], f"{where}{output}")[order],
             start_s=start_s,
         )
     if count is not None:
-        requests = numbers(table[count])
+        requests = counts(table[count], f"{where}{count}")
     else:
         clients = [one for one in table if one != time]
         if not clients:
             raise TraceError(f"{path} has no column of requests (one of {', '.join(COUNTS)})")
-        requests = np.sum([np.nan_to_num(numbers(table[one])) for one in clients], axis=0)
+        requests = np.sum(
+            [np.nan_to_num(counts(table[one], f"{where}{one}")) for one in clients], axis=0
+        )
     tokens = count is not None and prompt is not None and output is not None
     columns = [requests[order]]
     if tokens and prompt is not None and output is not None:
-        columns += [numbers(table[prompt])[order], numbers(table[output])[order]]
-    step_s, grids = on_grid(at_s, columns)
+        columns += [counts(table[one], f"{where}{one}")[order] for one in (prompt, output)]
+    try:
+        step_s, grids = on_grid(at_s, columns)
+    except TraceError as error:
+        raise TraceError(f"{path}: {error}") from None
     return from_rates(
         f"{name}:{column}" if column else name,
         *grids,
@@ -273,9 +281,12 @@ def read_parquet(path: Path) -> Mapping[str, Any]:
         from pyarrow import parquet
     except ModuleNotFoundError:
         raise TraceError(
-            f"{path}: parquet is read with pyarrow, which is not installed; CSV needs nothing"
+            f"{path}: reading parquet needs pyarrow (`pip install pyarrow`); CSV needs nothing"
         ) from None
-    table = parquet.read_table(path)
+    try:
+        table = parquet.read_table(path)
+    except (OSError, ValueError) as error:
+        raise TraceError(f"{path} cannot be read as parquet: {error}") from None
     return {
         name: table.column(name).to_numpy()
         for name in table.column_names
@@ -284,18 +295,23 @@ def read_parquet(path: Path) -> Mapping[str, Any]:
 
 
 def read_csv(path: Path) -> Mapping[str, Any]:
-    """Columns by name, as text."""
-    with path.open(newline="") as file:
+    """Columns by name, as text. Raises ``TraceError``, ``OSError``."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.reader(file)
-        names = next(rows, None)
-        if not names:
-            raise TraceError(f"{path} is empty")
-        columns: list[list[str]] = [[] for _ in names]
-        for row in rows:
-            if len(row) != len(names):
-                raise TraceError(f"{path}, line {rows.line_num}: {len(row)} of {len(names)} fields")
-            for values, value in zip(columns, row, strict=True):
-                values.append(value)
+        try:
+            names = next(rows, None)
+            if not names:
+                raise TraceError(f"{path} is empty")
+            columns: list[list[str]] = [[] for _ in names]
+            for row in rows:
+                if len(row) != len(names):
+                    raise TraceError(
+                        f"{path}, line {rows.line_num}: {len(row)} of {len(names)} fields"
+                    )
+                for values, value in zip(columns, row, strict=True):
+                    values.append(value)
+        except (UnicodeDecodeError, csv.Error):
+            raise TraceError(f"{path} is no CSV file: it is not text in UTF-8") from None
     if not columns[0]:
         raise TraceError(f"{path} has no rows")
     return dict(zip((name.strip() for name in names), columns, strict=True))
@@ -306,31 +322,60 @@ def first(names: Mapping[str, str], wanted: Sequence[str]) -> str | None:
     return next((names[one] for one in wanted if one in names), None)
 
 
-def numbers(values: Any) -> Floats:
+def numbers(values: Any, what: str = "a column") -> Floats:
     """A column as numbers; empty fields are NaN. Raises ``TraceError``."""
     if isinstance(values, list):
         values = [value if value.strip() else "nan" for value in values]
     try:
         return np.asarray(values, dtype=np.float64)
-    except ValueError as error:
-        raise TraceError(f"a column of numbers has something else: {error}") from None
+    except (TypeError, ValueError):
+        raise TraceError(f"{what}: {_first_refused(float, values)} is no number") from None
 
 
-def to_seconds(values: Any, *, milliseconds: bool) -> tuple[Floats, bool]:
-    """Times as seconds, and whether they are Unix times rather than since some beginning."""
+def counts(values: Any, what: str) -> Floats:
+    """Numbers of which none is below 0. Raises ``TraceError``."""
+    found = numbers(values, what)
+    below = np.flatnonzero(found < 0)
+    if len(below):
+        row = int(below[0])
+        raise TraceError(
+            f"{what}: {found[row]:g} in row {row + 1} is below 0; what is unknown is left empty"
+        )
+    return found
+
+
+def _first_refused(parse: Callable[[Any], object], values: Any) -> str:
+    """The first value that cannot be parsed, and its row below the heading."""
+    for row, value in enumerate(values):
+        try:
+            parse(value)
+        except (TypeError, ValueError):
+            return f"{value!r} in row {row + 1}"
+    return "a value"
+
+
+def to_seconds(values: Any, *, milliseconds: bool, what: str = "a column") -> tuple[Floats, bool]:
+    """Times as seconds, and whether they are Unix times rather than since some beginning. Raises
+    ``TraceError``."""
     if isinstance(values, list):
         try:
             values = [float(value) for value in values]
         except ValueError:
             try:
                 dates = [datetime.fromisoformat(value.strip()) for value in values]
-            except ValueError as error:
-                raise TraceError(f"not a time: {error}") from None
+            except ValueError:
+                refused = _first_refused(lambda one: datetime.fromisoformat(one.strip()), values)
+                raise TraceError(
+                    f"{what}: {refused} is no time: seconds, or 2026-11-30T14:05:00Z"
+                ) from None
             values = [(one if one.tzinfo else one.replace(tzinfo=UTC)).timestamp() for one in dates]
     array = np.asarray(values)
     if np.issubdtype(array.dtype, np.datetime64):
         return array.astype("datetime64[ns]").astype(np.int64) / 1e9, True
-    seconds = array.astype(np.float64) / (1000.0 if milliseconds else 1.0)
+    seconds = numbers(array, what) / (1000.0 if milliseconds else 1.0)
+    if not np.isfinite(seconds).all():
+        row = int(np.flatnonzero(~np.isfinite(seconds))[0])
+        raise TraceError(f"{what}: there is no time in row {row + 1}")
     if not milliseconds and seconds[0] > 1e11:
         seconds = seconds / 1000.0  # Unix milliseconds: as seconds they were in the year 5138
     return seconds, bool(seconds[0] > 1e8)

@@ -148,6 +148,8 @@ def check_plot(plot: Path | None) -> None:
     """Raises ``ValueRefused`` for a file that cannot be drawn to, before anything is computed."""
     if plot is not None and plot.suffix not in (".svg", ".html"):
         raise ValueRefused(f"--plot {plot}: a file that ends in .svg or .html")
+    if plot is not None and not plot.parent.is_dir():
+        raise ValueRefused(f"--plot {plot}: there is no directory {plot.parent}")
 
 
 def write_plot(plot: Path, picture: str) -> None:

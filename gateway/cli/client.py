@@ -55,6 +55,10 @@ class Listener:
         return self.url
 
 
+MISTAKES = frozenset({"bad_value", "pool_not_found"})
+"""Errors of the admin API that are of the command line: exit code 2."""
+
+
 class Unreachable(Exception):
     """Nothing answers at that address, or it is no Tidegate; the message says which."""
 
@@ -221,7 +225,7 @@ def _refusal(text: str | bytes, otherwise: str) -> Exception:
             "that is meant (one that is starting takes a moment), or put its token into "
             f"{TOKEN_VARIABLE} (or a file, gateway.admin_token_file)"
         )
-    if error.code == "bad_value":
+    if error.code in MISTAKES:
         return ValueRefused(error.message)
     return RequestRefused(error.message)
 

@@ -150,7 +150,7 @@ class LocalHistory:
         try:
             return call()
         except AdminError as problem:
-            kind = ValueRefused if problem.code == "bad_value" else RequestRefused
+            kind = ValueRefused if problem.code in client.MISTAKES else RequestRefused
             raise kind(str(problem)) from None
 
 
@@ -316,7 +316,8 @@ def history_export(
     try:
         write_table(file, start_s, found)
     except (BadTable, OSError) as error:
-        raise RequestRefused(f"{file}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ValueRefused(f"{file}: {reason}") from None
     if as_json:
         out(as_text({"pool": name, "file": str(file), "start_s": start_s, "minutes": minutes}))
     elif file is not None:

@@ -53,17 +53,19 @@ def read_points(
         time = traces.first(names, traces.TIMES)
         if time is None:
             raise BadTable(f"{path} has no column of times (one of {', '.join(traces.TIMES)})")
-        at_s, absolute = traces.to_seconds(table[time], milliseconds=time.lower() == "t_ms")
+        at_s, absolute = traces.to_seconds(
+            table[time], milliseconds=time.lower() == "t_ms", what=f"{path}, column {time}"
+        )
         columns = {
-            series: traces.numbers(table[name])
+            series: traces.counts(table[name], f"{path}, column {name}")
             for series, name in _columns(names, column, path).items()
         }
     except ModuleNotFoundError as error:
-        raise BadTable(f"parquet files need {error.name}, which is not installed") from None
-    except (traces.TraceError, UnicodeDecodeError, csv.Error) as error:
+        raise BadTable(f"parquet needs {error.name} (`pip install {error.name}`)") from None
+    except traces.TraceError as error:
         raise BadTable(str(error)) from None
-    if len(at_s) < 2 or not np.isfinite(at_s).all():
-        raise BadTable(f"{path} has too few rows, or rows without a time")
+    if len(at_s) < 2:
+        raise BadTable(f"{path} has one row; two are needed at least")
     if start_s is not None:
         at_s = at_s - at_s.min() + start_s
     elif not absolute:
@@ -169,7 +171,7 @@ def _write_parquet(
         import pyarrow as pa
         from pyarrow import parquet
     except ModuleNotFoundError as error:
-        raise BadTable(f"parquet files need {error.name}, which is not installed") from None
+        raise BadTable(f"parquet needs {error.name} (`pip install {error.name}`)") from None
     length = max(map(len, series.values()), default=0)
     times = [round((start_s + index * MINUTE_S) * 1000) for index in range(length)]
     columns = {"time": pa.array(times, pa.timestamp("ms", tz="UTC"))}

@@ -244,7 +244,7 @@ def _from_file(file: Path, column: str | None, start_s: float | None) -> dict[st
     except BadTable as error:
         raise ValueRefused(str(error)) from None
     except OSError as error:
-        raise RequestRefused(f"{file}: {error.strerror or error}") from None
+        raise ValueRefused(f"--file {file}: {error.strerror or error}") from None
 
 
 def _from_tidegate(

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 USUAL = ("auto", "reactive", "hpa", "knative", "ahpa", "oracle")
 """Replayed where no policy is named."""
 ABOUT_REPLICAS = 12.0
+MOST_REPLICAS = 100_000
 
 
 def replay(
@@ -64,16 +65,15 @@ def replay(
         float | None,
         typer.Option(
             metavar="TOKENS/S",
-            help="Tokens per second one replica sustains within the SLO. Without it: of a "
-            "modelled engine.",
+            help="Tokens per second one replica sustains within the SLO (of a pool: as `tidegate "
+            "status` has it). Without it: of a modelled engine.",
         ),
     ] = None,
     replicas: Annotated[
         float | None,
         typer.Option(
             metavar="N",
-            help="Scale the demand to a pool of about N replicas (12 for a file without "
-            "`--capacity`).",
+            help="Scale the demand to a pool of about N replicas (12 without `--capacity`).",
         ),
     ] = None,
     ttft_s: Annotated[
@@ -88,12 +88,12 @@ def replay(
     history_days: Annotated[
         float, typer.Option(metavar="N", help="Days before them that policies may learn from.")
     ] = 7.0,
-    min_replicas: Annotated[int, typer.Option("--min", help="Fewest replicas.", min=0)] = 1,
+    min_replicas: Annotated[int, typer.Option("--min", help="Fewest replicas.")] = 1,
     max_replicas: Annotated[
         int | None,
-        typer.Option("--max", help="Most replicas; without it: more than the peak needs.", min=1),
+        typer.Option("--max", help="Most replicas; without it: more than the peak needs."),
     ] = None,
-    price: Annotated[float, typer.Option(help="Price of a replica-hour.", min=0.0)] = 1.0,
+    price: Annotated[float, typer.Option(help="Price of a replica-hour.")] = 1.0,
     column: Annotated[
         str | None, typer.Option(metavar="NAME", help="The file's column of requests.")
     ] = None,
@@ -124,6 +124,17 @@ def replay(
         from autoscaler.replay.policies import registry
         from autoscaler.replay.supply import Starts
     check_plot(plot)
+    check_range("--cold-start", cold_start_s, 0.0, 86_400.0)
+    check_range("--capacity", capacity, 0.001, 1e9)
+    check_range("--replicas", replicas, 0.01, MOST_REPLICAS)
+    check_range("--ttft", ttft_s, 0.001, 86_400.0)
+    check_range("--itl", itl_s, 0.0001, 3_600.0)
+    check_range("--days", days, 0.001, 3_650.0)
+    check_range("--history-days", history_days, 0.0, 3_650.0)
+    check_range("--min", min_replicas, 0, MOST_REPLICAS)
+    check_range("--max", max_replicas, max(1, min_replicas), MOST_REPLICAS)
+    check_range("--price", price, 0.0, 1e6)
+    check_range("--seed", seed, 0, 2**32)
     names = chosen(policy, registry)
     try:
         demand = find_trace(trace, column, config, sets, context.obj.now_s())
@@ -144,6 +155,11 @@ def replay(
         if replicas is not None:
             part = run.scale_to(part, pool, replicas)
         pool = run.bounded(part, pool, max_replicas)
+        if pool.max_replicas > MOST_REPLICAS:
+            raise ValueRefused(
+                f"this demand asks for up to {pool.max_replicas:,} replicas, and {MOST_REPLICAS:,} "
+                "can be replayed: give a larger --capacity, a smaller --replicas, or a --max"
+            )
         known = [one for one in names if not (engine.after_s and one in registry.TOKENS_ONLY)]
         for name in known:
             if name != registry.ORACLE:
@@ -161,11 +177,17 @@ def replay(
     if as_json:
         out(as_text({"trace": part.played.name, "scores": [as_plain(one) for one in scores]}))
     else:
-        out(heading(part, pool, cold_start_s))
+        out(heading(part, pool, cold_start_s, replicas))
         out(frontier_table(scores).render(screen()))
     if plot is not None:
         write_plot(plot, draw(part, scores, plot.suffix))
     return 0
+
+
+def check_range(option: str, value: float | None, least: float, most: float) -> None:
+    """Refuse a number that is beyond it."""
+    if value is not None and not least <= value <= most:
+        raise ValueRefused(f"{option} {value:g}: a number from {least:,g} to {most:,g}")
 
 
 def chosen(policy: Sequence[str] | None, registry: Any) -> list[str]:
@@ -188,7 +210,10 @@ def find_trace(
 
     path = Path(name)
     if path.is_file():
-        found = traces.read(path, column)
+        try:
+            found = traces.read(path, column)
+        except OSError as error:
+            raise ValueRefused(f"{path}: {error.strerror or error}") from None
         return found.binned() if isinstance(found, traces.RequestTrace) else found
     if path.suffix in (".csv", ".parquet", ".pq"):
         raise traces.TraceError(f"there is no file {name}")
@@ -283,15 +308,16 @@ def progress(names: Sequence[str]) -> Iterator[Callable[[str, float], None]]:
 # ── What is printed ───────────────────────────────────────────────────────────────────────────────
 
 
-def heading(part: Cut, pool: ReplayedPool, cold_start_s: float) -> str:
-    """What was replayed, in two lines."""
+def heading(part: Cut, pool: ReplayedPool, cold_start_s: float, replicas: float | None) -> str:
+    """What was replayed, in two lines; ``replicas``: that it was scaled to about so many."""
     scored = part.played.part(part.run_in_s, part.played.seconds)
     before = 0 if part.history is None else part.history.seconds
     capacity = pool.capacity_tokens_per_s(scored)
     unit = "requests" if scored.counted and pool.engine.after_s else "tokens"
+    scaled = "" if replicas is None else f", scaled to about {count(round(replicas), 'replica')}"
     return (
         f"{scored.name}: {duration(scored.seconds)} scored, {duration(before)} of history before; "
-        f"{figure(scored.requests.sum())} requests.\n"
+        f"{figure(scored.requests.sum())} requests{scaled}.\n"
         f"A replica sustains {capacity:,.1f} {unit}/s within TTFT {pool.slo.ttft_s:g} s and ITL "
         f"{pool.slo.itl_s:g} s, and starts in {cold_start_s:g} s; "
         f"{pool.min_replicas} to {count(pool.max_replicas, 'replica')}.\n\n"

@@ -415,10 +415,10 @@ def test_explain(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("verb", [["explain", "none"], ["scale", "none", "1"]])
-def test_an_unknown_pool_is_one_line_and_1(
+def test_an_unknown_pool_is_one_line_and_2(
     served: Served, capsys: pytest.CaptureFixture[str], verb: list[str]
 ) -> None:
-    assert tidegate(*verb, "--admin", served.url) == 1
+    assert tidegate(*verb, "--admin", served.url) == 2
     assert capsys.readouterr().err == (
         "tidegate: There is no pool 'none'; the pools are chat, org/m 1.\n"
     )

@@ -88,7 +88,7 @@ def test_the_score(cli: Cli, store: HistoryStore, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
-        (["none", "--at", "5m"], 1, "There is no pool 'none'; the pools are chat."),
+        (["none", "--at", "5m"], 2, "There is no pool 'none'; the pools are chat."),
         (["chat", "--at", "1h"], 1, "the nearest is at 2023-11-14T22:11:50Z"),
         (["chat", "--score", "--since", "10s"], 1, "There are no decisions of chat"),
         (["chat", "--at", "2030-01-01"], 2, "that is to come"),

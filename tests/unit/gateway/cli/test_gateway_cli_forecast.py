@@ -228,7 +228,7 @@ def test_a_picture_that_cannot_be_written(
 ) -> None:
     fill(store, 60)
     assert run("chat", "--horizon", "5m", "--plot", str(tmp_path / "none" / "a.svg")) == 2
-    assert "No such file or directory" in capsys.readouterr().err
+    assert "there is no directory" in capsys.readouterr().err
 
 
 def test_without_a_state_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,9 +103,22 @@ def test_a_pool_is_replayed_from_its_history(
     [
         (("-p", "hap"), "there is no policy 'hap'"),
         (("--plot", "a.png"), ".svg or .html"),
-        (("--plot", "/none/a.svg", "-p", "hpa"), "No such file or directory"),
+        (("--plot", "/none/a.svg", "-p", "hpa"), "there is no directory"),
         (("--spread", "odd", "-p", "hpa"), "'even', 'poisson'"),
         (("--column", "clients", "-p", "hpa"), "no column 'clients'"),
+        (("--plot", "nowhere/a.svg"), "no directory nowhere"),
+        (("--plot", "/proc/a.svg", "-p", "static", "--json"), "--plot /proc/a.svg"),
+        (("--cold-start", "nan"), "--cold-start nan: a number from 0"),
+        (("--capacity", "0"), "--capacity 0: a number from 0.001"),
+        (("--capacity", "0.001", "--replicas", "90000"), "larger --capacity"),
+        (("--replicas", "0"), "--replicas 0"),
+        (("--ttft", "0"), "--ttft 0"),
+        (("--itl", "nan"), "--itl nan"),
+        (("--days", "-1"), "--days -1"),
+        (("--history-days", "-1"), "--history-days -1"),
+        (("--min", "5", "--max", "2"), "--max 2: a number from 5"),
+        (("--price", "-1"), "--price -1: a number from 0"),
+        (("--seed", "-1"), "--seed -1"),
     ],
 )
 def test_what_is_wrong_is_one_line(
@@ -118,6 +131,34 @@ def test_what_is_wrong_is_one_line(
     error = capsys.readouterr().err
     assert problem in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"t_s,requests\n0,5\n60,x\n", "column requests: 'x' in row 2 is no number"),
+        (b"t_s,requests\n0,5\n60,-4\n", "column requests: -4 in row 2 is below 0"),
+        (b"t_s,requests\nnoon,5\n60,4\n", "column t_s: 'noon' in row 1 is no time"),
+        (b"t_s,requests\n0,5\nnan,4\n", "column t_s: there is no time in row 2"),
+        (b"t_s,requests\n0,5\n", "two rows"),
+        (b"\xff\xfe,requests\n0,5\n", "no CSV file"),
+    ],
+)
+def test_a_file_that_is_no_trace_is_named_with_what_is_wrong_in_it(
+    tmp_path: Path, content: bytes, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "odd.csv"
+    path.write_bytes(content)
+    assert run(str(path), "-p", "hpa") == 2
+    error = capsys.readouterr().err
+    assert f"{path}" in error
+    assert problem in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_file_with_a_byte_order_mark_is_read(trace: Path) -> None:
+    trace.write_bytes(b"\xef\xbb\xbf" + trace.read_bytes())
+    assert run(str(trace), "-p", "static") == 0
 
 
 def test_a_policy_that_watches_tokens_is_left_out_where_there_are_none(
