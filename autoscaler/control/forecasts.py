@@ -52,16 +52,6 @@ class PoolForecast:
         self.due = False
         self.loaded = False
 
-    def add(self, wall_s: float, total: int | None) -> bool:
-        """Take in the counter of tokens that came; whether a forecast is due."""
-        return self.rates.add(wall_s, total, self.lead_s)
-
-    def take(self, result: ForecastResult) -> None:
-        """The answer to a job."""
-        self.error = result.error
-        if result.found is not None:
-            self.outlook = result.found
-
 
 class Forecasts:
     """The forecasts of all pools. ``read_past`` gives what the history has of a pool, ``environ``
@@ -100,7 +90,7 @@ class Forecasts:
             if pool is None:
                 pool = self._pools[name] = PoolForecast()
                 self._wake.set()
-            if pool.add(wall_s, demand.arrived_tokens_total):
+            if pool.rates.add(wall_s, demand.arrived_tokens_total, pool.lead_s):
                 pool.due = True
                 self._wake.set()
 
@@ -193,7 +183,8 @@ class Forecasts:
         """Take in the answer to a job; a pool that has gone meanwhile is ignored."""
         pool = self._pools.get(name)
         if pool is not None:
-            pool.take(result)
+            pool.error = result.error
+            pool.outlook = result.found or pool.outlook
 
     async def _ask(self, job: ForecastJob) -> ForecastResult | None:
         process = self._process

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 
 from autoscaler.settings import PoolSettings
@@ -150,21 +151,16 @@ class Histories:
             text = f"There are no decisions of {name} from {_moment(from_s)} on."
             raise AdminError("decision_not_found", text, param="from_s")
         found = score(records)
-        return schema.ScoreAnswer(
-            pool=name,
-            from_s=records[0].at_s,
-            until_s=records[-1].until_s,
-            scored_s=found.scored_s,
-            unknown_s=found.unknown_s,
-            trusted_s=found.trusted_s,
-            ran=schema.CostEntry.model_validate(found.ran),
-            reactive=schema.CostEntry.model_validate(found.reactive),
-            auto=None if found.auto is None else schema.CostEntry.model_validate(found.auto),
-            above_replica_s=found.above_replica_s,
-            below_replica_s=found.below_replica_s,
-            forecasts=found.tally.scored,
-            coverage=found.coverage,
-            loss_ratio=found.loss_ratio,
+        return schema.ScoreAnswer.model_validate(
+            asdict(found)
+            | {
+                "pool": name,
+                "from_s": records[0].at_s,
+                "until_s": records[-1].until_s,
+                "forecasts": found.tally.scored,
+                "coverage": found.coverage,
+                "loss_ratio": found.loss_ratio,
+            }
         )
 
     def _read_decisions(

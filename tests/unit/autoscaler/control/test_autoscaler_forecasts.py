@@ -188,7 +188,7 @@ def test_old_forecasts_are_left_aside() -> None:
     made = Outlook(
         made_at_s=world.now_s, model="m", lead_s=60.0, levels=(0.95,), tokens_per_s=(66.0,)
     )
-    world.forecasts._pools["m"].take(ForecastResult(pool="m", found=made))
+    world.forecasts.take("m", ForecastResult(pool="m", found=made))
     found = world.outlook()
     assert found is not None
     assert not found.distrust
