@@ -28,7 +28,8 @@ class ForecastJob(msgspec.Struct, frozen=True, kw_only=True):
     """The past of a pool in tokens per second: doubles, oldest first, NaN where unknown; by minute
     and, for a short lead, by five seconds. ``end_s`` and ``fine_end_s`` are the Unix times at which
     they end; ``so_far`` is the rate in the minute after, NaN before much of it has passed.
-    ``hints`` are windows of demand: cron expression, seconds, time zone."""
+    ``hints`` are windows of demand: cron expression, seconds, time zone. ``begins_anew``: the past
+    is another than that of the jobs before."""
 
     pool: str
     minutes: bytes
@@ -38,6 +39,7 @@ class ForecastJob(msgspec.Struct, frozen=True, kw_only=True):
     fine_end_s: float
     lead_s: float
     now_s: float
+    begins_anew: bool = False
     history_least_s: float
     hints: tuple[tuple[str, float, str], ...] = ()
     slow_models: tuple[str, ...] = ()
@@ -62,7 +64,9 @@ def answer(job: ForecastJob, makers: dict[str, OutlookMaker], slow: SlowModels) 
     from forecaster.cron import RecurringWindow
     from forecaster.types import History
 
-    maker = makers.pop(job.pool) if job.pool in makers else OutlookMaker()
+    maker = makers.pop(job.pool, None)
+    if maker is None or job.begins_anew:
+        maker = OutlookMaker()
     makers[job.pool] = maker
     if len(makers) > MOST_POOLS:
         del makers[next(iter(makers))]

@@ -51,6 +51,7 @@ class PoolForecast:
         self.error = ""
         self.due = False
         self.loaded = False
+        self.begins_anew = False
 
 
 class Forecasts:
@@ -93,6 +94,12 @@ class Forecasts:
             if pool.rates.add(wall_s, demand.arrived_tokens_total, pool.lead_s):
                 pool.due = True
                 self._wake.set()
+
+    def read_again(self, name: str) -> None:
+        """A pool's past has been filled in: its next forecast is of that, and is tried on it."""
+        pool = self._pools.get(name)
+        if pool is not None:
+            pool.loaded, pool.begins_anew = False, True
 
     def outlook(self, name: str, lead_s: float | None) -> Outlook | None:
         """What is expected of a pool whose replicas take ``lead_s`` to be ready (``None``:
@@ -137,14 +144,12 @@ class Forecasts:
         end_s = minutes.end_s
         if self._read_past is None or end_s is None:
             return
-        begin_s = end_s - (MINUTES_MOST + len(minutes.values)) * MINUTE_S
-        until_s = end_s - len(minutes.values) * MINUTE_S
         try:
-            past = await self._read_past(name, begin_s, until_s)
+            past = await self._read_past(name, end_s - MINUTES_MOST * MINUTE_S, end_s)
         except Exception as error:  # noqa: BLE001 -- whatever it is, the pool begins without a past
             LOG.warning("%s: its past could not be read (%s)", name, error)
             return
-        minutes.prepend(past)
+        minutes.fill(past, end_s)
 
     async def _forecast(self, name: str, pool: PoolForecast) -> None:
         rates, lead_s = pool.rates, pool.lead_s
@@ -160,12 +165,14 @@ class Forecasts:
             fine_end_s=rates.fine.end_s or end_s,
             lead_s=lead_s,
             now_s=self._clock(),
+            begins_anew=pool.begins_anew,
             history_least_s=self.history_least_s,
             slow_models=self.slow_models,
             hints=tuple(
                 (one.cron.text, one.duration_s, one.timezone) for one in self.hints.get(name, ())
             ),
         )
+        pool.begins_anew = False
         try:
             async with asyncio.timeout(JOB_S):
                 result = await self._ask(job)

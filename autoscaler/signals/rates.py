@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from autoscaler.signals.series import MINUTE_S
 from autoscaler.types import FINE_LEAD_S
@@ -66,9 +66,18 @@ class RateGrid:
         passed_s = now_s - self._step * self.step_s
         return (total - self._total) / passed_s if passed_s > 0.0 else NAN
 
-    def prepend(self, values: Iterable[float]) -> None:
-        """Put what was before in front of what there is."""
-        self.values = array("d", [*values, *self.values])[-self._most :]
+    def fill(self, past: Sequence[float], end_s: float) -> None:
+        """Take from ``past``, whose last step ended at ``end_s``, what is not known here."""
+        ended = -1 if self._step is None else self._step - round(end_s / self.step_s)
+        if ended < 0:
+            return  # the clock was set back
+        past = [*past, *[NAN] * ended]
+        own = [*[NAN] * (len(past) - len(self.values)), *self.values]
+        past = [*[NAN] * (len(own) - len(past)), *past]
+        filled = (
+            before if math.isnan(value) else value for value, before in zip(own, past, strict=True)
+        )
+        self.values = array("d", filled)[-self._most :]
 
 
 class PoolRates:

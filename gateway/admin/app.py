@@ -360,7 +360,9 @@ class HistoryRoutes:
 
     async def fill(self, pool: str, body: schema.FillRequest) -> schema.FillAnswer:
         """Add to it."""
-        return await self._do(partial(self._histories.fill, pool, body))
+        answer = await self._do(partial(self._histories.fill, pool, body))
+        self._histories.filled(answer.pool)
+        return answer
 
     async def decisions(self, pool: str, query: schema.DecisionsQuery) -> Response:
         """Past decisions of a pool."""

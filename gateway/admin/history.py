@@ -32,7 +32,7 @@ MOST_SCORED = 200_000
 class Histories:
     """The verbs over the file. They block, may be called from any thread, and raise ``AdminError``.
     ``pools`` gives those that are configured, ``waiting`` decisions of one that may not be in the
-    file yet."""
+    file yet; ``filled`` is told the pool whose past was added to (on the event loop)."""
 
     def __init__(
         self,
@@ -40,11 +40,13 @@ class Histories:
         pools: Callable[[], Sequence[PoolSettings]],
         now_s: Callable[[], float],
         waiting: Callable[[str], Sequence[DecisionRecord]] = lambda pool: (),
+        filled: Callable[[str], None] = lambda pool: None,
     ) -> None:
         self._store = store
         self._pools = pools
         self._now_s = now_s
         self._waiting = waiting
+        self.filled = filled
 
     def listing(self) -> schema.HistoryListing:
         """Of which pools there is anything, and what the file takes."""

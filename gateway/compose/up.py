@@ -325,6 +325,7 @@ class _Tidegate:
                 lambda: self.settings.pools,
                 time.time,
                 waiting=self.decision_log.waiting,
+                filled=self.forecasts.read_again,
             ),
         )
         state_dir = Path(self.settings.state_dir)

@@ -32,7 +32,7 @@ class World:
         self.now_s = START_S
         self.total = 0
         self.asked: list[tuple[str, float, float]] = []
-        self._past = past
+        self.past = past
         self.forecasts = Forecasts(
             history_least_s=history_least_s,
             read_past=self._read,
@@ -42,7 +42,7 @@ class World:
 
     async def _read(self, pool: str, from_s: float, until_s: float) -> Sequence[float]:
         self.asked.append((pool, from_s, until_s))
-        return self._past
+        return self.past
 
     def minute(self, rate: float = 60.0, step_s: float = 60.0) -> None:
         self.now_s += step_s
@@ -91,8 +91,34 @@ def test_a_pool_with_a_past_has_an_outlook_after_its_first_minute() -> None:
             assert found.lead_s == 120.0
             assert found.tokens_per_s[found.levels.index(0.5)] == pytest.approx(60.0, rel=0.05)
             (asked,) = world.asked
-            assert asked[2] <= world.now_s - 60.0
+            assert asked[2] <= world.now_s
             for _ in range(10):  # its past is tried a little at each forecast
+                made_at_s = found.made_at_s
+                world.minute()
+                await until(lambda: world.outlook().made_at_s > made_at_s)  # type: ignore[union-attr]  # noqa: B023
+                found = world.outlook()
+                assert found is not None
+            assert found.distrust == ""
+            assert found.scored >= 40
+
+    asyncio.run(scenario())
+
+
+def test_a_past_that_is_filled_in_meanwhile_counts_and_is_tried() -> None:
+    async def scenario() -> None:
+        world = World(history_least_s=7_200.0)
+        async with running(world):
+            world.look()
+            world.outlook()
+            world.minute()
+            await until(world.outlook)
+            found = world.outlook()
+            assert found is not None
+            assert "history" in found.distrust
+            world.past = [60.0] * 240
+            world.forecasts.read_again("m")
+            world.forecasts.read_again("gone")
+            for _ in range(10):
                 made_at_s = found.made_at_s
                 world.minute()
                 await until(lambda: world.outlook().made_at_s > made_at_s)  # type: ignore[union-attr]  # noqa: B023

@@ -44,13 +44,18 @@ def test_rates(readings: list[tuple[float, int | None]], values: list[float]) ->
     assert same(list(grid.values), values)
 
 
-def test_what_was_before_is_put_in_front() -> None:
+def test_what_is_not_known_is_filled_in() -> None:
     grid = RateGrid(60.0, 4)
     for minute in range(3):
         grid.add(60.0 * minute, 60 * minute)
-    grid.prepend([5.0, 6.0, 7.0])
-    assert list(grid.values) == [6.0, 7.0, 1.0, 1.0]
+    grid.fill([5.0, 6.0, 7.0], 60.0)  # the last is of the first minute of the grid
+    assert same(list(grid.values), [5.0, 6.0, 1.0, 1.0])
     assert grid.end_s == 120.0
+    grid.add(180.0, None)
+    grid.fill([8.0, 9.0], 240.0)  # of a clock that was ahead
+    assert same(list(grid.values), [6.0, 1.0, 1.0, NAN])
+    grid.fill([8.0, 9.0], 180.0)
+    assert same(list(grid.values), [6.0, 1.0, 1.0, 9.0])
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 400.0), st.none() | st.integers(0, 10**6)), max_size=60))

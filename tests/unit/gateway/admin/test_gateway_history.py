@@ -29,7 +29,8 @@ class Site:
 
     def __init__(self, path: Path) -> None:
         self.store = HistoryStore(path, max_age_s=30 * 86_400.0, max_bytes=1 << 26)
-        histories = Histories(self.store, lambda: (CHAT,), lambda: NOW_S)
+        self.filled: list[str] = []
+        histories = Histories(self.store, lambda: (CHAT,), lambda: NOW_S, filled=self.filled.append)
         self.app = create_app(SimpleNamespace(), histories=histories, token="t")  # type: ignore[arg-type]
 
     def call(self, method: str, path: str, **options: Any) -> httpx.Response:
@@ -128,6 +129,7 @@ def test_what_is_unknown_is_filled(site: Site) -> None:
     assert answer.json() == {"pool": "org/chat", "minutes": 2}  # the minute of now has not passed
     found = site.call("GET", "/pools/chat/history?series=arrivals,errors").json()["series"]
     assert found == {"arrivals": [7, 1, 2], "errors": [None, 1, None]}
+    assert site.filled == ["org/chat"]
 
 
 @pytest.mark.parametrize(
