@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable
 
 from autoscaler.types import Gap
 
@@ -54,19 +53,3 @@ class GapRecord:
                 del lengths_s[0], ends_s[0]
             found += [Gap(length_s, weight) for length_s in lengths_s]
         return tuple(found)
-
-    def fill(self, counts: Iterable[float], *, step_s: float, start_s: float) -> None:
-        """Take in the gaps of a series of requests per step, oldest first. A step of unknown count
-        (NaN) ends what was known: the time around it is no gap."""
-        idle_s: float | None = None
-        at_s = start_s
-        for count in counts:
-            if math.isnan(count):
-                idle_s = None
-            elif count > 0:
-                if idle_s:
-                    self.add(idle_s, at_s)
-                idle_s = 0.0
-            elif idle_s is not None:
-                idle_s += step_s
-            at_s += step_s

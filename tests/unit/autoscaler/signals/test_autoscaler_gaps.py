@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
 from autoscaler.signals.gaps import KEPT, LONGEST_S, GapRecord
@@ -35,18 +33,3 @@ def test_old_ones_are_forgotten() -> None:
     record.add(100.0, 1_000.0)
     record.add(200.0, 2_000.0 + LONGEST_S)
     assert record.read(2_000.0 + LONGEST_S) == (Gap(200.0, 1.0),)
-
-
-@pytest.mark.parametrize(
-    ("name", "counts", "expected"),
-    [
-        ("between requests", [1, 0, 0, 2, 0, 1], [60.0, 120.0]),
-        ("none before the first or after the last", [0, 0, 3, 0, 1, 0, 0], [60.0]),
-        ("unknown is no gap", [1, 0, math.nan, 0, 1, 0, 1], [60.0]),
-        ("nothing", [], []),
-    ],
-)
-def test_gaps_of_a_series(name: str, counts: list[float], expected: list[float]) -> None:
-    record = GapRecord()
-    record.fill(counts, step_s=60.0, start_s=0.0)
-    assert sorted(one.length_s for one in record.read(1e4)) == expected
