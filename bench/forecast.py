@@ -7,7 +7,6 @@ came; a mean over traces counts each alike.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -19,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from autoscaler.replay import traces
-from bench.scaling import NOT_TRACES
+from bench import trace_report
+from bench.trace_report import find, short, table
 from forecaster.backtest import BacktestScore, backtest
 from forecaster.models.automatic import Automatic
 from forecaster.models.direct import Direct
@@ -64,13 +64,6 @@ class Options:
     origins: int = 150
 
 
-def find(options: Options) -> list[Path]:
-    """The traces of a folder that are long enough, by name."""
-    paths = sorted([*options.data.glob("*.parquet"), *options.data.glob("*.csv")])
-    paths = [one for one in paths if not one.stem.endswith(NOT_TRACES)]
-    return [one for one in paths if not options.only or any(w in one.stem for w in options.only)]
-
-
 def load(path: Path) -> History | None:
     """Requests on the trace's own grid (its usual step; a step without a row is unknown), in
     minutes where it has each request; ``None`` where it is shorter than a day or coarser than a
@@ -98,7 +91,7 @@ def load(path: Path) -> History | None:
 def measure(options: Options) -> list[dict[str, Any]]:
     """A row for each trace, model and lead."""
     rows: list[dict[str, Any]] = []
-    for path in find(options):
+    for path in find(options.data, options.only):
         try:
             history = load(path)
         except (OSError, traces.TraceError) as error:
@@ -191,12 +184,6 @@ def _verdict(what: str, value: float, passed: bool, bar: str) -> dict[str, Any]:
     return {"what": what, "value": value, "bar": bar, "passed": passed}
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
 def markdown(made: Mapping[str, Any]) -> str:
     """The report."""
     rows, found = made["rows"], made["summary"]
@@ -253,10 +240,6 @@ def percent(value: float) -> str:
     return f"{100 * value:.2f}"
 
 
-def short(trace: str) -> str:
-    return trace.removeprefix("servegen_").removeprefix("nab_").removesuffix("_minute")
-
-
 def cell(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "–"
@@ -307,14 +290,4 @@ def picture(made: Mapping[str, Any]) -> str:
 
 def write(made: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
     """The report's files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {
-        ".json": json.dumps(made, indent=1) + "\n",
-        ".md": markdown(made),
-        ".svg": picture(made),
-    }
-    paths = []
-    for suffix, text in texts.items():
-        paths.append(folder / f"{stem}{suffix}")
-        paths[-1].write_text(text)
-    return paths
+    return trace_report.write(made, folder, stem, markdown=markdown(made), picture=picture(made))

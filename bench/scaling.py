@@ -23,10 +23,9 @@ from autoscaler.replay import run, traces
 from autoscaler.replay.policies import registry
 from autoscaler.replay.supply import Starts
 from autoscaler.replay.traces import RequestTrace, Trace, TraceError
+from bench.trace_report import find
+from forecaster.types import DAY_S
 
-DAY_S = 86_400
-NOT_TRACES = ("_lengths", "_native10min", "_clients_minute")
-"""Files beside the traces: statistics of clients, and the same traffic client by client."""
 QUICK = ("nasa", "m_large", "twitter_volume_goog")
 TEN_MINUTES = 10
 WEAK, STRONG = 0.1, 0.64
@@ -60,14 +59,6 @@ class Job:
 
 
 # ── Traces ───────────────────────────────────────────────────────────────────────────────────────
-
-
-def find(options: Options) -> list[Path]:
-    """The traces of a folder."""
-    paths = sorted([*options.data.glob("*.parquet"), *options.data.glob("*.csv")])
-    paths = [one for one in paths if not one.stem.endswith(NOT_TRACES)]
-    wanted = options.only or (QUICK if options.quick else ())
-    return [one for one in paths if not wanted or any(word in one.stem for word in wanted)]
 
 
 def load(path: Path) -> Trace:
@@ -172,7 +163,7 @@ def attempt(job: Job) -> tuple[Job, dict[str, Any] | None, str]:
 
 def run_all(options: Options) -> list[dict[str, Any]]:
     """All jobs, over ``jobs`` processes; a line on standard error for each that is done."""
-    paths = find(options)
+    paths = find(options.data, options.only or (QUICK if options.quick else ()))
     if not paths:
         raise RuntimeError(f"no traces in {options.data}")
     cold_starts_s = (60.0,) if options.quick else options.cold_starts_s

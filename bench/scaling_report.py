@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import trace_report
 from bench.scaling import geometric_mean, ratios
+from bench.trace_report import short, table
 from gateway import charts
 
 SUBJECTS = ("auto", "reactive", "hpa")
@@ -97,9 +98,8 @@ def markdown(made: Mapping[str, Any]) -> str:
 
 def title(row: Mapping[str, Any]) -> str:
     """A column's name: the trace, its class, the window where there are several."""
-    name = row["trace"].removeprefix("servegen_").removeprefix("nab_").removesuffix("_minute")
     window = f" #{row['window'] + 1}" if row["window"] else ""
-    return f"{name}{window} ({row['class']})"
+    return f"{short(row['trace'])}{window} ({row['class']})"
 
 
 def cell(score: Mapping[str, Any] | None) -> str:
@@ -115,12 +115,6 @@ def ratio(value: float, *, bar: bool = False) -> str:
         return "–"
     text = f"{value:.3f}"
     return f"**{text}**" if bar and value < AT_LEAST else text
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def picture(made: Mapping[str, Any]) -> str:
@@ -158,21 +152,7 @@ def picture(made: Mapping[str, Any]) -> str:
 
 def write(made: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
     """The three files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.{kind}" for kind in ("json", "md", "svg")]
-    paths[0].write_text(json.dumps(without_nan(made), indent=1, allow_nan=False) + "\n")
-    paths[1].write_text(markdown(made) + "\n")
-    paths[2].write_text(picture(made))
-    return paths
-
-
-def without_nan(value: Any) -> Any:
-    """The same with ``None`` for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {name: without_nan(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return trace_report.write(made, folder, name, markdown=markdown(made), picture=picture(made))
 
 
 def terminal(made: Mapping[str, Any]) -> str:

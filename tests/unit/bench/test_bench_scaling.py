@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from autoscaler.replay.traces import from_rates
-from bench import scaling, scaling_report
+from bench import scaling, scaling_report, trace_report
 
 DAY = 1440
 
@@ -113,7 +113,7 @@ def test_what_is_below_the_bar_is_marked() -> None:
     assert against["by_class"]["weak"] == pytest.approx(2.0)
     assert "**0.950**" in scaling_report.markdown(made)
     assert (
-        json.loads(json.dumps(scaling_report.without_nan(made)))["against"]["hpa"]["by_class"][
+        json.loads(json.dumps(trace_report.without_nan(made)))["against"]["hpa"]["by_class"][
             "strong"
         ]
         is None
