@@ -61,7 +61,7 @@ def gateway_steps(workshop: Workshop, *, tools: bool, rebuild_for: str | None) -
         environment.pip(f"{what}: packages", "-c", str(lock), "-e", editable)
         environment.set(stamp, key)
 
-    size_bytes, seconds = (260_000_000, 40) if tools else (250_000_000, 35)
+    size_bytes, seconds = (1_350_000_000, 150) if tools else (470_000_000, 75)
     title = f"{what}: environment and packages"
     return [Step(title, size_bytes, seconds, is_done, run), _compile_step(workshop, environment)]
 
@@ -88,7 +88,7 @@ def _compile_step(workshop: Workshop, environment: Environment) -> Step:
         except StepFailed as failed:
             say(f"  {failed}\n  The gateway runs as plain Python instead: right, but slower.")
 
-    return Step("gateway: compiling the data path", 5_000_000, 30, is_done, run)
+    return Step("gateway: compiling the data path", 5_000_000, 60, is_done, run)
 
 
 def engine_steps(workshop: Workshop, kind: str, *, rebuild_for: str | None) -> list[Step]:

@@ -39,6 +39,7 @@ from autoscaler.types import (
     ForecastTally,
     GpuReading,
     GpuReport,
+    ScaleReason,
     TierReport,
 )
 from gateway.admin.schema import ForkServerEntry, HistoryState
@@ -285,7 +286,11 @@ def _add_processes(page: _Page, workers: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _add_decision(page: _Page, name: str, decision: Decision) -> None:
-    recommended = decision.desired if decision.recommended is None else decision.recommended
+    recommended: int | None = (
+        decision.desired if decision.recommended is None else decision.recommended
+    )
+    if decision.reason is ScaleReason.OBSERVE:
+        recommended = None  # it is recorded only, so that no other autoscaler follows it
     page.add(metrics.RECOMMENDED_REPLICAS, recommended, pool=name)
     page.add(metrics.REACTIVE_REPLICAS, decision.reactive, pool=name)
     page.add(metrics.FORECAST_REPLICAS, decision.forecast, pool=name)

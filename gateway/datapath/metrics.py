@@ -256,7 +256,9 @@ BUILD: Final = Metric("build", "The Tidegate that answers.", gauge=True)
 REPLICAS: Final = Metric("replicas", "Replicas by state.", gauge=True)
 DESIRED_REPLICAS: Final = Metric("desired_replicas", "Desired replicas.", gauge=True)
 RECOMMENDED_REPLICAS: Final = Metric(
-    "recommended_replicas", "Replicas recommended, whether that is carried out or not.", gauge=True
+    "recommended_replicas",
+    "Replicas recommended, whether that is carried out or not; absent in the mode `observe`.",
+    gauge=True,
 )
 REACTIVE_REPLICAS: Final = Metric(
     "reactive_replicas", "Replicas that demand recommends by itself.", gauge=True

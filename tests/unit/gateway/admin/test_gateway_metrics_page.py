@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import threading
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from autoscaler.types import (
+    Decision,
     EngineObservation,
     FleetReport,
     ForecastTally,
     HistogramCounts,
     PoolReport,
     ReplicaReport,
+    ScaleReason,
     TierReport,
 )
 from gateway.admin.metrics_page import (
@@ -245,6 +250,32 @@ def test_a_page_without_a_figure_is_a_page() -> None:
     page = render_cache(None, 3).decode()
     assert "tidegate_cache_look_failures_total 3.0" in page
     assert "tidegate_cache_bytes" not in page
+
+
+@pytest.mark.parametrize(
+    ("reason", "recommended", "shown"),
+    [(ScaleReason.STEADY, None, "1.0"), (ScaleReason.ADVISE, 3, "3.0"),
+     (ScaleReason.OBSERVE, 3, None)],
+)  # fmt: skip
+def test_what_is_only_observed_is_no_recommendation(
+    reason: ScaleReason, recommended: int | None, shown: str | None
+) -> None:
+    decision = Decision(
+        pool="p", at_s=0.0, desired=1, supply=1, reason=reason, detail="", recommended=recommended
+    )
+    pool = PoolReport(
+        name="p", desired=1, override=None, ready=1, starting=0, unhealthy=0, draining=0,
+        sleeping=0, wake_eta_s=None, last_decision=decision, replicas=(), tier=Tier.RUNNING,
+    )  # fmt: skip
+    shared = Shared.create(workers=1, max_replicas=4, max_pools=1)
+    report = FleetReport(at_s=0.0, pools=(pool,), decisions={}, errors={})
+    text = render(
+        shared=shared, pools={}, report=report, version="1", traffic={}, replicas={}, workers=()
+    ).decode()
+    shared.close()
+    assert 'tidegate_desired_replicas{pool="p"} 1.0' in text
+    found = re.findall(r'^tidegate_recommended_replicas{pool="p"} (.*)$', text, re.MULTILINE)
+    assert found == ([] if shown is None else [shown])
 
 
 def test_what_came_of_forecasts_is_counted_by_pool() -> None:
