@@ -6,12 +6,10 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from autoscaler.signals.gpus.figures import GPU_FIGURES, MIB, throttle_reasons
+from autoscaler.signals.gpus.figures import GPU_FIGURES, MAX_GPUS, MIB, XIDS_KEPT, throttle_reasons
 from autoscaler.types import GpuCapacity, GpuReading, XidEvent
 from loaders.engines.prometheus_text import MetricsPage, lines_named
 
-MAX_GPUS = 1_024
-XIDS_KEPT = 16
 MAX_XID = 999
 _LAST_XID = "DCGM_FI_DEV_XID_ERRORS"
 """The newest error of a GPU, until there is another: no count, and no time."""

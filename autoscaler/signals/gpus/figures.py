@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 KIB, MIB = 1024.0, 1024.0**2
 PERCENT = 0.01
+MAX_GPUS = 1_024
+"""Of a node that are read."""
+XIDS_KEPT = 16
+"""The newest errors of a GPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

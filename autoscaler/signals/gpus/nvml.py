@@ -14,13 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from autoscaler.signals.gpus.figures import GPU_FIGURES, throttle_reasons
+from autoscaler.signals.gpus.figures import GPU_FIGURES, MAX_GPUS, XIDS_KEPT, throttle_reasons
 from autoscaler.types import GpuCapacity, GpuReading, XidEvent
 
-MAX_GPUS = 1_024
 MAX_EVENTS = 1_000
 """Errors taken from the driver in one reading; the next one takes more."""
-XIDS_KEPT = 16
 _ALL_LINKS = 0xFFFFFFFF
 """As the scope of a field of NVLink: the sum over all links."""
 

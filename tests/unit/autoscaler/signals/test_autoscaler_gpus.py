@@ -16,8 +16,13 @@ import pynvml
 import pytest
 from virtual_time import now, run_virtual
 
-from autoscaler.signals.gpus.dcgm import XIDS_KEPT, DcgmXids, read_dcgm
-from autoscaler.signals.gpus.figures import GPU_FIGURES, THROTTLE_REASONS, throttle_reasons
+from autoscaler.signals.gpus.dcgm import DcgmXids, read_dcgm
+from autoscaler.signals.gpus.figures import (
+    GPU_FIGURES,
+    THROTTLE_REASONS,
+    XIDS_KEPT,
+    throttle_reasons,
+)
 from autoscaler.signals.gpus.nvml import NvmlReader, NvmlUnavailable
 from autoscaler.signals.gpus.reader import RETRY_S, GpuReader
 from autoscaler.types import XidEvent
