@@ -9,6 +9,9 @@ from scipy.ndimage import maximum_filter1d
 
 from forecaster.types import Floats, Forecast, History
 
+MEAN_LEVELS = np.linspace(0.02, 0.98, 49)
+"""Quantiles whose mean is about that of the distribution."""
+
 _MOST = 1e300
 """Beyond it a quantile is cut: infinity helps no one."""
 
@@ -21,6 +24,16 @@ def weighted_quantiles(
     heaped = np.cumsum(weights[order])
     places = (heaped - 0.5 * weights[order]) / heaped[-1]
     return np.interp(levels, places, values[order])
+
+
+def filled_up_quantiles(
+    sample: Floats, prior: Floats, prior_weight: float, levels: Floats | tuple[float, ...]
+) -> Floats:
+    """The same of a sample whose values weigh 1 each, and of a ``prior`` that weighs as much as so
+    many of them: of a short history more is known than what was seen."""
+    weights = np.ones(len(sample) + len(prior))
+    weights[len(sample) :] = prior_weight / len(prior)
+    return weighted_quantiles(np.concatenate([sample, prior]), weights, levels)
 
 
 def targets(values: Floats, lead: int) -> tuple[Floats, Floats]:

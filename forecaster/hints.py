@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from forecaster.calibrate import made_forecast, usual_changes, weighted_quantiles
+from forecaster.calibrate import filled_up_quantiles, made_forecast, usual_changes
 from forecaster.cron import RecurringWindow
 from forecaster.types import DAY_S, Floats, Forecast, History
 
@@ -59,8 +59,5 @@ def _spread(sample: Floats, levels: Floats) -> Floats | None:
     if not len(sample):
         return None
     prior = float(np.median(sample)) * (1.0 + usual_changes(1, 60.0))
-    weights = np.concatenate(
-        [np.ones(len(sample)), np.full(len(prior), _PRIOR_WEIGHT / len(prior))]
-    )
-    rows = weighted_quantiles(np.concatenate([sample, prior]), weights, levels)
+    rows = filled_up_quantiles(sample, prior, _PRIOR_WEIGHT, levels)
     return np.asarray(np.maximum(rows, 0.0) ** 2)

@@ -14,6 +14,9 @@ QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.975, 0.99)
 """The nine that are forecast unless others are asked for."""
 
 MOST_HORIZON_STEPS = 1440
+MOST_STEPS = 20_160
+"""Of a history that models look at: two weeks of minutes."""
+
 DAY_S = 86_400
 
 

@@ -12,9 +12,8 @@ from forecaster.models.direct import Direct, DirectFit
 from forecaster.models.last_value import LastValue, LastValueFit
 from forecaster.models.seasonal import PeriodicQuantile
 from forecaster.periods import day_and_week, find_periods
-from forecaster.types import DAY_S, QUANTILES, Forecast, Forecaster, History
+from forecaster.types import DAY_S, MOST_STEPS, QUANTILES, Forecast, Forecaster, History
 
-_PERIOD_ROWS_MOST = 20_160
 _DAYS_FOR_DAY = 3
 _DAYS_FOR_DIRECT = 2.0
 _REPETITIONS_FOR_DIRECT = 10
@@ -46,7 +45,7 @@ class Automatic:
         values = history.values[known[0] :]
         days = len(values) * history.step_s / DAY_S
         day = DAY_S / history.step_s
-        found = find_periods(values[-_PERIOD_ROWS_MOST:], day_and_week(history.step_s))
+        found = find_periods(values[-MOST_STEPS:], day_and_week(history.step_s))
         short = [period for period in found if period < 0.9 * day]
         periods = tuple(short[:1])
         if days >= _DAYS_FOR_DAY and day == round(day):

@@ -8,20 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from forecaster.calibrate import (
+    MEAN_LEVELS,
+    filled_up_quantiles,
     lead_grid,
     made_forecast,
     over_steps,
     targets,
     usual_changes,
-    weighted_quantiles,
 )
-from forecaster.types import QUANTILES, Floats, Forecast, History
+from forecaster.types import MOST_STEPS, QUANTILES, Floats, Forecast, History
 
 _PRIOR_WEIGHT = 20.0
 _RECENT_STEPS = 5
-_MOST_STEPS = 20_160
-_EVEN = tuple(np.linspace(0.02, 0.98, 49).tolist())
-"""Quantiles whose mean is about that of the distribution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +38,7 @@ class LastValue:
 
     def fit(self, history: History, horizon_steps: int) -> LastValueFit:
         """The changes that the history had, to forecast from it or from later ends of it."""
-        root = np.sqrt(history.values[-_MOST_STEPS:])
+        root = np.sqrt(history.values[-MOST_STEPS:])
         return LastValueFit(
             name=self.name,
             changes={lead: _changes(root, lead) for lead in lead_grid(horizon_steps)},
@@ -65,7 +63,7 @@ class LastValueFit:
         last = float(np.sqrt(known[-1]))
         # Where the last one is zero, the recent level says how wide others would have been.
         level = max(last, float(np.sqrt(np.mean(known))))
-        places = (*levels, *_EVEN)
+        places = (*levels, *MEAN_LEVELS.tolist())
         steps, tops = [], []
         for lead, (changes, highest) in self.changes.items():
             prior = usual_changes(lead, history.step_s) * level
@@ -92,7 +90,5 @@ def _changes(root: Floats, lead: int) -> tuple[Floats, Floats]:
 
 
 def _spread(changes: Floats, prior: Floats, levels: tuple[float, ...], last: float) -> Floats:
-    sample = np.concatenate([changes, prior])
-    weights = np.ones(len(sample))
-    weights[len(changes) :] = _PRIOR_WEIGHT / len(prior)
-    return np.maximum(last + weighted_quantiles(sample, weights, levels), 0.0) ** 2
+    moves = filled_up_quantiles(changes, prior, _PRIOR_WEIGHT, levels)
+    return np.maximum(last + moves, 0.0) ** 2

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from forecaster.calibrate import made_forecast
-from forecaster.types import DAY_S, QUANTILES, Forecast, History
+from forecaster.types import DAY_S, MOST_STEPS, QUANTILES, Forecast, History
 
 _PATHS = 300
 _SEED = 9
 _LEAST_STEPS = 20
-_MOST_STEPS = 20_160
 _GRID_LEAST_S = 300.0
 
 
@@ -38,7 +37,7 @@ class ProphetModel:
         import pandas as pd
         from prophet import Prophet
 
-        values = history.values[-_MOST_STEPS:]
+        values = history.values[-MOST_STEPS:]
         if np.isfinite(values).sum() < _LEAST_STEPS:
             raise ValueError(f"fewer than {_LEAST_STEPS} known steps")
         together = max(1, int(_GRID_LEAST_S / history.step_s))

@@ -7,22 +7,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from forecaster.calibrate import (
+    MEAN_LEVELS,
+    filled_up_quantiles,
     lead_grid,
     made_forecast,
     over_steps,
     targets,
     usual_changes,
-    weighted_quantiles,
 )
 from forecaster.models.features import trailing_mean
 from forecaster.periods import day_and_week, find_periods
-from forecaster.types import DAY_S, QUANTILES, Floats, Forecast, History
+from forecaster.types import DAY_S, MOST_STEPS, QUANTILES, Floats, Forecast, History
 
-_MOST_STEPS = 20_160
 _SIMILAR_LEAST = 10
 _SIMILAR_SHARE = 0.125
 _PRIOR_WEIGHT = 3.0
-_MEAN_LEVELS = np.linspace(0.02, 0.98, 49)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ class PeriodicQuantile:
         period = self.period
         if period is None:
             known = day_and_week(history.step_s)
-            found = find_periods(history.values[-_MOST_STEPS:], known)
+            found = find_periods(history.values[-MOST_STEPS:], known)
             if not found:
                 raise ValueError("no period is significant")
             period = found[0]
@@ -88,7 +87,7 @@ class PeriodicQuantile:
 
 def _root_of(history: History, period: int) -> Floats:
     """The square roots without gaps. Raises ``ValueError`` where there are not two periods."""
-    values = history.values[-_MOST_STEPS:]
+    values = history.values[-MOST_STEPS:]
     good = np.flatnonzero(np.isfinite(values))
     if len(values) < 2 * period or not len(good):
         raise ValueError(f"{len(values)} steps are less than two periods of {period}")
@@ -108,7 +107,7 @@ def _around(
     is near in level counts: bursts are compared with bursts."""
     horizon_steps = len(ahead)
     root, past = root[first:], past[first:]
-    wanted = np.concatenate([levels, _MEAN_LEVELS])
+    wanted = np.concatenate([levels, MEAN_LEVELS])
     count = len(levels)
     prior = usual_changes(1, history.step_s)
     similar = _Similar(past, root - past, prior)
@@ -143,7 +142,6 @@ class _Similar:
         """Of the value, where ``guess`` is expected."""
         place = int(np.searchsorted(self._guesses, guess)) - self._count // 2
         place = min(max(place, 0), len(self._guesses) - self._count)
-        sample = np.concatenate([self._errors[place : place + self._count], self._prior * guess])
-        weights = np.ones(len(sample))
-        weights[self._count :] = _PRIOR_WEIGHT / len(self._prior)
-        return np.maximum(guess + weighted_quantiles(sample, weights, levels), 0.0) ** 2
+        near = self._errors[place : place + self._count]
+        errors = filled_up_quantiles(near, self._prior * guess, _PRIOR_WEIGHT, levels)
+        return np.maximum(guess + errors, 0.0) ** 2
