@@ -103,15 +103,20 @@ class Forecasts:
 
     def outlook(self, name: str, lead_s: float | None) -> Outlook | None:
         """What is expected of a pool whose replicas take ``lead_s`` to be ready (``None``:
-        unknown, as before the first start). ``None`` before the first forecast."""
+        unknown, as before the first start). ``None`` before the first forecast; one without
+        levels where none can be made, and why."""
         pool = self._pools.get(name)
         if pool is None:
             return None
         pool.lead_s = lead_s
-        outlook = pool.outlook
-        if outlook is None:
+        outlook, why = pool.outlook, self._missing or pool.error
+        if outlook is None and not why:
             return None
-        why = self._missing or pool.error
+        if outlook is None:
+            return Outlook(
+                made_at_s=self._clock(), model="", lead_s=lead_s or 0.0, levels=(),
+                tokens_per_s=(), distrust=why,
+            )  # fmt: skip
         age_s = self._clock() - outlook.made_at_s
         if age_s > STALE_STEPS * outlook.step_s:
             why = f"the newest forecast is {age_s:.0f} s old"

@@ -59,7 +59,7 @@ class Reactive:
         self._ready = 0
         self._ready_at_s: float | None = None
         self.last: Decision | None = None
-        """The newest decision, with all that led to it."""
+        """The newest decision, with all that led to it; its tokens are of ``1 / UNIT``."""
 
     def step(self, now_s: float, seen: PoolObservation) -> int:
         """The desired replicas at ``now_s``."""

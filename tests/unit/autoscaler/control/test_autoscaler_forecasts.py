@@ -208,6 +208,22 @@ def test_a_short_lead_is_forecast_of_seconds() -> None:
     asyncio.run(scenario())
 
 
+def test_why_there_is_none_is_said_from_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    world.look()
+    assert world.outlook() is None
+    world.forecasts.take("m", ForecastResult(pool="m", error="ValueError: no"))
+    found = world.outlook()
+    assert found is not None
+    assert (found.levels, found.distrust) == ((), "ValueError: no")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    without = World()
+    without.look()
+    found = without.outlook()
+    assert found is not None
+    assert "the extra `forecast`" in found.distrust
+
+
 def test_old_forecasts_are_left_aside() -> None:
     world = World()
     world.look()
