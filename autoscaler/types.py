@@ -323,7 +323,6 @@ class PoolStatus:
     waking: int = 0
     ready: int = 0
     unhealthy: int = 0
-    sleeping: int = 0
     ready_at_s: float | None = None
     wake_signal: bool = False
     sleep_requested: bool = False

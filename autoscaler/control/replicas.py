@@ -405,7 +405,6 @@ class PoolRecord:
             waking=states[State.WAKING],
             ready=states[State.READY],
             unhealthy=states[State.UNHEALTHY],
-            sleeping=states[State.SLEEPING],
             ready_at_s=self.ready_at_s,
             wake_signal=self.wake_signal,
             sleep_requested=self.sleep_requested,

@@ -78,10 +78,6 @@ class IdlePlan:
         place = bisect_right(self.steps, idle_s, key=lambda step: step.at_s)
         return self.steps[max(0, place - 1)].tier
 
-    def left_s(self, idle_s: float) -> float | None:
-        """Seconds until the next step; ``None`` after the last."""
-        return next((one.at_s - idle_s for one in self.steps if one.at_s > idle_s), None)
-
 
 def plan_idle(gaps: Sequence[Gap], tiers: Sequence[TierPrice]) -> IdlePlan:
     """The cheapest plan for a gap like those of the past. ``tiers`` are those that there are, from

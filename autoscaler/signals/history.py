@@ -22,12 +22,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from autoscaler.signals.series import MINUTE_S, SERIES, PoolMinute
-
-if TYPE_CHECKING:
-    from forecaster.types import History
 
 LOG = logging.getLogger("tidegate.history")
 
@@ -111,16 +108,6 @@ class SeriesWindow:
     pool: str
     start_s: float
     values: Mapping[str, array[float]]
-
-    def history(self, name: str) -> History:
-        """One series as a forecaster reads it. Needs numpy."""
-        import numpy as np
-
-        from forecaster.types import History
-
-        return History(
-            values=np.asarray(self.values[name]), step_s=float(MINUTE_S), start_s=self.start_s
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

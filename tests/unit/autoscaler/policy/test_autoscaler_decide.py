@@ -223,12 +223,12 @@ CASES = [
         QUIET, 1, R.OVERRIDE_WAITS, Signal.OVERRIDE, Bound.NEVER_ZERO,
     ),
     (
-        "put to sleep", TWO, PoolStatus(sleeping=2, sleep_requested=True), known(5_000), RECENT,
+        "put to sleep", TWO, PoolStatus(sleep_requested=True), known(5_000), RECENT,
         0, R.SLEEP_REQUESTED, "none", None,
     ),
     (
         "put to sleep, then a request", POLICY,
-        PoolStatus(sleeping=2, sleep_requested=True, wake_signal=True),
+        PoolStatus(sleep_requested=True, wake_signal=True),
         known(), QUIET, 1, R.WAKE, Signal.HELD, None,
     ),
 ]  # fmt: skip

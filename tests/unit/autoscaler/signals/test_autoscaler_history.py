@@ -85,9 +85,6 @@ def test_missing_minutes_are_unknown_and_zero_is_not(store: HistoryStore) -> Non
     nan = math.nan
     assert same(window.values["arrivals"].tolist(), [0.0, nan, nan, 3.5, nan])
     assert same(window.values["errors"].tolist(), [nan, nan, nan, 1.0, nan])
-    made = window.history("arrivals")
-    assert (made.start_s, made.step_s, made.values.dtype) == (at_s(NOW - 5), 60.0, np.float64)
-    assert same(made.values.tolist(), [0.0, nan, nan, 3.5, nan])
 
 
 @pytest.mark.parametrize(
