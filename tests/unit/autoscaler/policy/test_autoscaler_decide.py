@@ -418,7 +418,6 @@ statuses = st.builds(
     waking=counts,
     ready=counts,
     unhealthy=counts,
-    sleeping=counts,
     ready_at_s=st.none() | st.floats(0, NOW),
     wake_signal=st.booleans(),
     sleep_requested=st.booleans(),
