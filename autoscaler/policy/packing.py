@@ -16,6 +16,7 @@ or because pools keep a minimum there, waits without holding up the others.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -127,12 +128,10 @@ class PackState:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackPlan:
     """``limits``: how many loaded replicas a pool may have now, for pools that do not get all they
-    want. ``grants``: the devices of each replica that may start, wake or go on now, by pool;
-    ``starts``: those of new ones. ``evict``: replicas that are to make room. ``waits``: what each
-    waiting pool waits for, in words."""
+    want. ``starts``: the devices of each replica that may start now, by pool. ``evict``: replicas
+    that are to make room. ``waits``: what each waiting pool waits for, in words."""
 
     limits: Mapping[str, int] = field(default_factory=dict)
-    grants: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     starts: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     evict: Mapping[str, Eviction] = field(default_factory=dict)
     waits: Mapping[str, str] = field(default_factory=dict)
@@ -198,7 +197,7 @@ class Packing:
         self._free, self._soon = DeviceMemory(devices), DeviceMemory(devices)
         self.evicted: dict[str, Eviction] = {}
         self.loaded = {pool.name: pool.loaded for pool in pools}
-        self.grants: dict[str, list[tuple[str, ...]]] = {pool.name: [] for pool in pools}
+        self.granted: Counter[str] = Counter()
         self.starts: dict[str, list[tuple[str, ...]]] = {pool.name: [] for pool in pools}
         self._used: set[str] = set()
         for pool in pools:
@@ -235,7 +234,7 @@ class Packing:
         return self._note_grant(pool, chosen, sleeper.id if sleeper is not None else "")
 
     def _note_grant(self, pool: PoolOnDevices, devices: tuple[str, ...], replica_id: str) -> bool:
-        self.grants[pool.name].append(devices)
+        self.granted[pool.name] += 1
         if replica_id:
             self._used.add(replica_id)
         else:
@@ -393,17 +392,16 @@ def pack(
             waits[pool.name] = packing.make_room(pool, min_loaded_s, turn_s, behind=bool(waits))
     for pool in pools:
         if pool.name not in waits:
-            while pool.desired > packing.loaded[pool.name] + len(packing.grants[pool.name]):
+            while pool.desired > packing.loaded[pool.name] + packing.granted[pool.name]:
                 if not packing.grant(pool):
                     break
     limits = {}
     for pool in pools:
-        most = packing.loaded[pool.name] + len(packing.grants[pool.name])
+        most = packing.loaded[pool.name] + packing.granted[pool.name]
         if most < pool.desired or packing.loaded[pool.name] < pool.loaded:
             limits[pool.name] = most
     plan = PackPlan(
         limits=limits,
-        grants={name: tuple(found) for name, found in packing.grants.items() if found},
         starts={name: tuple(found) for name, found in packing.starts.items() if found},
         evict=dict(packing.evicted),
         waits=waits,
