@@ -62,7 +62,7 @@ def test_decisions_are_explained_while_it_runs_and_after_a_kill(tmp_path: Path) 
         said = cli(tmp_path, "chat", "--at", f"{early:.0f}", status=1)
         assert "No decision of chat is known at" in said
         assert "the nearest is at" in said
-        assert "There is no pool 'none'" in cli(tmp_path, "none", "--at", "1m", status=1)
+        assert "There is no pool 'none'" in cli(tmp_path, "none", "--at", "1m", status=2)
 
         while time.time() < woken_s + 66:  # decisions are written once a minute
             ask(tidegate)

@@ -33,7 +33,7 @@ def pool(
 # ── Known answers ────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_pool_within_its_capacity_makes_nobody_wait() -> None:
+def test_a_pool_within_its_capacity_makes_no_request_wait() -> None:
     one = pool(ready=2)
     for _ in range(100):
         one.advance(39.0, 1.0, 0.0)

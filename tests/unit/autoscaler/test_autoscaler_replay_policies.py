@@ -101,7 +101,7 @@ def test_a_policy_plays_a_trace_the_same_way_twice(name: str, tokens: bool) -> N
     assert hours / 60 == pytest.approx(score.replica_hours, rel=0.01)
 
 
-def test_the_oracle_hurts_nobody_and_no_policy_that_hurts_nobody_costs_less() -> None:
+def test_no_policy_without_late_requests_costs_less_than_the_oracle() -> None:
     for tokens in (False, True):
         part, pool = replayed(tokens)
         oracle = find_oracle(part, pool)

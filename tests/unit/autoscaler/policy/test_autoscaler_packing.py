@@ -238,7 +238,7 @@ CASES = [
         {"b": 0},
     ),
     (
-        "one that drains is called back where nobody takes its place",
+        "one that drains is called back where no other takes its place",
         [on("a", there("a1", phase=LEAVING, recallable=True), pressing=True)],
         (GPU,),
         {},

@@ -168,7 +168,7 @@ def test_points_of_the_past_are_tried(
 
 
 @pytest.mark.parametrize("minutes", [1, 300])
-def test_a_pool_that_nobody_asks(
+def test_a_pool_without_requests(
     store: HistoryStore, capsys: pytest.CaptureFixture[str], minutes: int
 ) -> None:
     values = {"input_tokens": 0.0, "output_tokens": 0.0}
