@@ -695,7 +695,8 @@ class FillRequest(AdminRequest):
 
     start_s: float = Field(ge=0.0, multiple_of=60.0, le=1e12)
     """Unix time of the first minute."""
-    series: SeriesValues
+    series: dict[str, tuple[Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None, ...]]
+    """As those that are read."""
 
 
 class FillAnswer(AdminAnswer):

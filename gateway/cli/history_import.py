@@ -18,7 +18,7 @@ from autoscaler.signals.backfill.queries import PRESETS, Queries, make_queries
 from autoscaler.signals.series import MINUTE_S, SERIES
 from gateway.cli import client, tables
 from gateway.cli.base import Admin, AsJson, Config, PoolName, Sets, as_text, load, screen
-from gateway.cli.client import RequestRefused, ValueRefused
+from gateway.cli.client import RequestRefused, Unreachable, ValueRefused
 from gateway.cli.history import (
     History,
     RemoteHistory,
@@ -151,7 +151,12 @@ def history_import(
             there = RemoteHistory(
                 client.find_listener(tidegate, lambda: load(config, sets).settings)
             )
-            found = _from_tidegate(there, from_pool or pool, first * MINUTE_S, end * MINUTE_S)
+            try:
+                found = _from_tidegate(there, from_pool or pool, first * MINUTE_S, end * MINUTE_S)
+            except Unreachable:
+                raise ValueRefused(
+                    f"--tidegate {tidegate}: no admin listener of a Tidegate answers there"
+                ) from None
         found = {
             series: kept
             for series, points in found.items()

@@ -173,8 +173,18 @@ def _usage(error: Exception) -> int:
         out(message if message.endswith("\n") else f"{message}\n")
         return 2
     path = context.command_path if context is not None else "tidegate"
-    complain(f"{' '.join(message.split())} (try `{path} --help`)")
+    complain(f"{' '.join(message.split())}{_not_given(error, message)} (try `{path} --help`)")
     return 2
+
+
+def _not_given(error: Exception, message: str) -> str:
+    """The value that was refused, where typer does not say it."""
+    from pydantic import ValidationError
+
+    if not isinstance(error.__cause__, ValidationError):
+        return ""
+    given = str(error.__cause__.errors()[0]["input"])
+    return "" if given in message else f", not {given}"
 
 
 def _failed(error: Exception) -> int:

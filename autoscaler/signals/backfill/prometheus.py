@@ -167,7 +167,7 @@ class Prometheus:
             if answer.status_code == 200 and parsed is not None and parsed.status == "success":
                 return parsed.data.result
             said = "" if parsed is None else parsed.error
-            problem = f"it answered {answer.status_code}: {said or 'in an unknown form'}"
+            problem = f"it answered {answer.status_code}: {said or 'not as a Prometheus does'}"
             if answer.status_code in TOO_MUCH or "timed out" in said:
                 raise _TooMuch(f"{self._shown}: {problem}")
             if answer.status_code not in AGAIN:

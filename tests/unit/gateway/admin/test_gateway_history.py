@@ -141,6 +141,7 @@ def test_what_is_unknown_is_filled(site: Site) -> None:
         ({"start_s": -60, "series": {}}, "start_s"),
         ({"start_s": 1e300, "series": {}}, "start_s"),
         ({"start_s": 0, "series": {"arrivals": ["many"]}}, "series.arrivals.0"),
+        ({"start_s": 0, "series": {"arrivals": [None, -1]}}, "series.arrivals.1"),
     ],
 )
 def test_what_cannot_be_filled(site: Site, body: object, param: str) -> None:

@@ -88,6 +88,11 @@ def test_the_score(cli: Cli, store: HistoryStore, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
+        (
+            ["chat", "--limit", "0"],
+            2,
+            "'--limit': Input should be greater than or equal to 1, not 0",
+        ),
         (["none", "--at", "5m"], 2, "There is no pool 'none'; the pools are chat."),
         (["chat", "--at", "1h"], 1, "the nearest is at 2023-11-14T22:11:50Z"),
         (["chat", "--score", "--since", "10s"], 1, "There are no decisions of chat"),

@@ -249,6 +249,11 @@ def test_from_another_tidegate(cli: Cli, store: HistoryStore, tmp_path: Path) ->
         (["import", "chat", "--prometheus", "http://127.0.0.1:9", "--since", "x"], 2, "is no time"),
         (["import", "chat", "--prometheus", "http://x", "--query", "sales=1"], 2, "no series"),
         (["import", "chat", "--prometheus", "http://x", "--query", "errors"], 2, "SERIES=PROMQL"),
+        (
+            ["import", "chat", "--tidegate", "http://127.0.0.1:9"],
+            2,
+            "--tidegate http://127.0.0.1:9",
+        ),
         (["import", "chat", "--file", "missing.csv"], 2, "missing.csv: No such file"),
         (["import", "chat", "--file", "odd.csv"], 2, "no column of times"),
         (["import", "chat", "--file", "future.csv"], 1, "nothing is known there of chat"),

@@ -183,7 +183,7 @@ def test_what_is_no_url_of_a_server(url: str) -> None:
 def test_an_answer_of_another_kind_is_said() -> None:
     transport = httpx.MockTransport(lambda request: httpx.Response(200, text="<html>hello"))
     client = Prometheus("http://x", transport=transport, sleep=lambda s: None)
-    with pytest.raises(PrometheusError, match="in an unknown form"):
+    with pytest.raises(PrometheusError, match="not as a Prometheus does"):
         client.find([Query(text="x")], FIRST, FIRST + 1)
 
 
