@@ -179,17 +179,19 @@ class AutoscalerSettings(ConsistentSettings):
     stable_window_s: float = Field(default=60.0, ge=1.0, le=3_600.0)
     """Seconds of demand whose mean sets the replicas in quiet times. 60 is Knative's."""
 
-    panic_window_s: float = Field(default=6.0, ge=0.5, le=600.0)
-    """Seconds of demand whose mean is watched for bursts; not longer than ``stable_window_s``. 6
-    is Knative's tenth of the stable window."""
+    panic_window_s: float = Field(default=12.0, ge=0.5, le=600.0)
+    """Seconds of demand whose mean is watched for bursts; not longer than ``stable_window_s``.
+    Over Knative's tenth of the stable window (6) the means of few, large requests differ so much
+    by chance that replicas are started for nothing."""
 
     panic_threshold: float = Field(default=2.0, ge=1.1, le=100.0)
     """A pool panics when the panic window asks for this many times the replicas that are ready.
     While it panics it only grows. 2 is Knative's."""
 
-    scale_down_delay_s: float = Field(default=60.0, ge=0.0, le=86_400.0)
+    scale_down_delay_s: float | None = Field(default=None, ge=0.0, le=86_400.0)
     """Seconds a lower number must have been enough before replicas go: the largest recommendation
-    of that time counts. Starting an engine costs about as much as keeping it for a minute."""
+    of that time counts. Unset: half as long as a start takes, 30 at least and 60 at most. With a
+    forecast that is trusted there is none, for it says what is needed again."""
 
     idle_to_zero_s: float | None = Field(default=None, ge=0.0, le=604_800.0)
     """Seconds without a request before the last replica of a pool with ``min_replicas = 0`` goes.
@@ -711,7 +713,9 @@ def make_policy(pool: PoolSettings, settings: AutoscalerSettings) -> PoolPolicy:
         stable_window_s=settings.stable_window_s,
         panic_window_s=settings.panic_window_s,
         panic_threshold=settings.panic_threshold,
-        scale_down_delay_s=first(pool.scale_down_delay_s, settings.scale_down_delay_s),
+        scale_down_delay_s=settings.scale_down_delay_s
+        if pool.scale_down_delay_s is None
+        else pool.scale_down_delay_s,
         idle_to_zero_s=first(
             pool.idle_to_zero_s,
             UNMEASURED_IDLE_S if settings.idle_to_zero_s is None else settings.idle_to_zero_s,

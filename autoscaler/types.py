@@ -145,6 +145,10 @@ class TargetFigures:
     gpu_utilization_fraction: float | None = None
 
 
+DELAY_S = (30.0, 60.0)
+"""The shortest and the longest scale-down delay, where none is given."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolPolicy:
     """One pool's settings as ``decide`` uses them: bounds, targets, windows.
@@ -161,7 +165,8 @@ class PoolPolicy:
     stable_window_s: float
     panic_window_s: float
     panic_threshold: float
-    scale_down_delay_s: float
+    scale_down_delay_s: float | None
+    """``None``: half of a start, within ``DELAY_S``."""
     idle_to_zero_s: float
     """Whether learned or given: ``idle_reason`` says why it is that long, where it was learned."""
     max_scale_up_per_tick: int
@@ -172,6 +177,14 @@ class PoolPolicy:
     violated_second: float
     targets: TargetFigures = TargetFigures()
     idle_reason: str = ""
+
+    def delay_s(self, lead_s: float | None) -> float:
+        """How long a lower number must have been enough before replicas go, where a start takes
+        ``lead_s``. What is soon back may soon go."""
+        if self.scale_down_delay_s is not None:
+            return self.scale_down_delay_s
+        least_s, most_s = DELAY_S
+        return most_s if lead_s is None else min(max(lead_s / 2.0, least_s), most_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -315,7 +315,8 @@ class PoolRecord:
         # Until the scale-down delay has passed, what the earlier one found necessary counts.
         count = self.count(State.READY, State.UNHEALTHY)
         self.ready_at_s = now_s if self.count(State.READY) else None
-        self.decide_state = remember_recommendation(self.policy, self.decide_state, count, now_s)
+        delay_s = self.policy.delay_s(self.lead_s())
+        self.decide_state = remember_recommendation(self.decide_state, count, delay_s, now_s)
         return record
 
     def known_loads(

@@ -113,7 +113,8 @@ def decide(
     panicking = state.panic_until_s is not None
 
     reactive = propose(status, found, state)
-    state = remember_recommendation(policy, state, reactive.desired, now_s)
+    delay_s = policy.delay_s(status.lead_s)
+    state = remember_recommendation(state, reactive.desired, delay_s, now_s)
     proposal = look_ahead(status, found, reactive)
     if active:
         proposal = wake(status, proposal, demand)
@@ -345,11 +346,11 @@ def look_ahead(status: PoolStatus, found: Recommendations, reactive: Proposal) -
 
 
 def remember_recommendation(
-    policy: PoolPolicy, state: DecideState, replicas: int, now_s: float
+    state: DecideState, replicas: int, delay_s: float, now_s: float
 ) -> DecideState:
     """The state with this one added, those past the delay dropped, and neighbours merged."""
-    width_s = policy.scale_down_delay_s / RECENT_BUCKETS
-    since_s = now_s - policy.scale_down_delay_s
+    width_s = delay_s / RECENT_BUCKETS
+    since_s = now_s - delay_s
     recent = [one for one in state.recent if one.until_s >= since_s]
     newest = PastRecommendation(at_s=now_s, until_s=now_s, replicas=replicas)
     if recent and (now_s - recent[-1].at_s < width_s or recent[-1].replicas == replicas):
@@ -411,16 +412,16 @@ def limit_scale_down(
             detail=panic.text,
             signal=panic.signal,
         )
-    since_s = now_s - policy.scale_down_delay_s
-    past = [one.replicas for one in state.recent if one.until_s >= since_s]
+    delay_s = policy.delay_s(status.lead_s)
+    past = [one.replicas for one in state.recent if one.until_s >= now_s - delay_s]
     most = max(past, default=0) if found.forecast is None else 0
-    if policy.scale_down_delay_s > 0 and most > proposal.desired:
+    if delay_s > 0 and most > proposal.desired:
         proposal = replace(
             proposal,
             desired=min(most, status.supply),
             reason=ScaleReason.SCALE_DOWN_DELAYED,
             detail=f"{proposal.detail}; the largest recommendation of the last "
-            f"{policy.scale_down_delay_s:g} s is {most}",
+            f"{delay_s:g} s is {most}",
             bound=Bound.SCALE_DOWN_DELAY,
         )
     least = status.supply - policy.max_scale_down_per_tick

@@ -125,7 +125,7 @@ def make_figures(decision: Decision, alone: int | None) -> DecisionFigures:
         min_replicas=policy.min_replicas,
         max_replicas=policy.max_replicas,
         override=status.override,
-        scale_down_delay_s=policy.scale_down_delay_s,
+        scale_down_delay_s=policy.delay_s(status.lead_s),
         stable_window_s=policy.stable_window_s,
         tokens=demand.tokens,
         requests=demand.requests,

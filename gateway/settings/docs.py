@@ -32,6 +32,7 @@ SAMPLES: Mapping[str, Any] = {
     "router.max_inflight_tokens": 65_536,
     "autoscaler.host_memory_bytes": 25_769_803_776,
     "autoscaler.idle_to_zero_s": 900,
+    "autoscaler.scale_down_delay_s": 120,
     "modelcache.dir": "/mnt/models",
     "modelcache.quota_bytes": 500_000_000_000,
     "modelcache.bandwidth_bytes_s": 500_000_000,

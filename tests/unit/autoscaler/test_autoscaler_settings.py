@@ -108,7 +108,7 @@ def test_settings_that_cannot_be(fields: dict[str, Any], said: str) -> None:
 def test_a_pools_own_values_come_first() -> None:
     settings = AutoscalerSettings()
     plain = make_policy(PoolSettings.model_validate(PROCESS), settings)
-    assert (plain.idle_to_zero_s, plain.scale_down_delay_s) == (300.0, 60.0)
+    assert (plain.idle_to_zero_s, plain.scale_down_delay_s) == (300.0, None)
     own = {**PROCESS, "idle_to_zero_s": 0, "scale_down_delay_s": 5}
     policy = make_policy(PoolSettings.model_validate(own), settings)
     assert (policy.idle_to_zero_s, policy.scale_down_delay_s) == (0.0, 5.0)

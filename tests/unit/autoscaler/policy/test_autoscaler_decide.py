@@ -293,18 +293,26 @@ def test_a_removed_pool_serves_what_it_has_and_ends(
     assert (decision.desired, decision.reason, decision.bound) == (desired, reason, bound)
 
 
-def test_scale_down_waits_for_the_delay() -> None:
-    state, ready = RECENT, 5
-    _, state = decide(POLICY, PoolStatus(ready=ready), known(4_900, 9), state, NOW)
+@pytest.mark.parametrize(
+    ("given_s", "lead_s", "delay_s"),
+    [(90.0, 300.0, 90.0), (None, None, 60.0), (None, 2.0, 30.0), (None, 84.0, 42.0)]
+    + [(None, 600.0, 60.0)],
+)
+def test_scale_down_waits_for_the_delay(
+    given_s: float | None, lead_s: float | None, delay_s: float
+) -> None:
+    policy, state = replace(POLICY, scale_down_delay_s=given_s), RECENT
+    status = PoolStatus(ready=5, lead_s=lead_s)
+    _, state = decide(policy, status, known(4_900, 9), state, NOW)
     for second in range(1, 200):
         now_s = NOW + second
         demand = known(1_900, 4)
-        decision, state = decide(POLICY, PoolStatus(ready=ready), demand, state, now_s)
-        if second <= POLICY.scale_down_delay_s:
+        decision, state = decide(policy, status, demand, state, now_s)
+        if second <= delay_s:
             assert decision.desired == 5
             assert decision.reason is R.SCALE_DOWN_DELAYED
             assert decision.bound is Bound.SCALE_DOWN_DELAY
-        elif second > POLICY.scale_down_delay_s * (1 + 2 / RECENT_BUCKETS):
+        elif second > delay_s * (1 + 2 / RECENT_BUCKETS):
             assert (decision.desired, decision.reason) == (2, R.SCALE_DOWN)
     assert decision.desired == 2
 

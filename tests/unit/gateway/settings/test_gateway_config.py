@@ -346,7 +346,7 @@ def test_a_variable_that_is_named_or_kubernetes_own_is_not_warned_about() -> Non
         (
             "between fields, one of them a default",
             "[autoscaler]\nstable_window_s = 2",
-            "autoscaler.panic_window_s (6) is longer than stable_window_s (2) (FILE, line 2)",
+            "autoscaler.panic_window_s (12) is longer than stable_window_s (2) (FILE, line 2)",
         ),
         (
             "between sections",
