@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,23 @@ def test_parquet_with_lists_beside(tmp_path: Path) -> None:
     trace = read(path)
     assert isinstance(trace, RequestTrace)
     assert trace.at_s.tolist() == [0.0, 1.5]
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        ["2026-01-01T00:00:00Z", "2026-01-01T00:01:00Z"],
+        [datetime(2026, 1, 1, 0, minute, tzinfo=UTC) for minute in (0, 1)],
+        [1767225600, 1767225660],
+        ["1767225600", "1767225660"],
+    ],
+    ids=["text", "times", "numbers", "numbers as text"],
+)
+def test_times_in_parquet(tmp_path: Path, times: list[object]) -> None:
+    parquet.write_table(pyarrow.table({"time": times, "requests": [1, 2]}), tmp_path / "g.parquet")
+    trace = rates(tmp_path / "g.parquet")
+    assert (trace.start_s, trace.step_s) == (1767225600.0, 60.0)
+    assert trace.requests.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
