@@ -357,7 +357,7 @@ def _first_refused(parse: Callable[[Any], object], values: Any) -> str:
 def to_seconds(values: Any, *, milliseconds: bool, what: str = "a column") -> tuple[Floats, bool]:
     """Times as seconds, and whether they are Unix times rather than since some beginning. Raises
     ``TraceError``."""
-    if getattr(values, "dtype", None) == object:
+    if isinstance(values, np.ndarray) and values.dtype.kind == "O":
         values = [str(value) for value in values]  # text in a parquet file
     if isinstance(values, list):
         try:
