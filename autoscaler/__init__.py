@@ -3,5 +3,5 @@
 ``signals`` collects demand, ``policy`` decides (pure), ``control`` acts on replicas, ``tiers``
 keeps pools at zero warm, ``backends`` run engines, ``replay`` runs a past through policies.
 ``types`` and ``settings`` are shared by all of them; ``state_file`` is what a small record of
-theirs is kept in.
+theirs is kept in, ``messages`` what processes of theirs exchange.
 """

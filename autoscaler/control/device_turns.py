@@ -1,4 +1,5 @@
-"""Which pools may load replicas now, where the devices of a backend have no room for all.
+"""Which pools may load replicas now, where the devices of a backend have no room for all; and whose
+models are kept in the page cache, where it has none.
 
 ``policy.packing`` says so; here the pools are described to it, and what it says becomes a bound of
 their decisions. What replicas hold of a device is what their pool's settings say, else what was
@@ -8,12 +9,13 @@ measured. A backend without devices, or one that does not know them yet, bounds 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from autoscaler.backends.base import Backend
 from autoscaler.control.replicas import PoolRecord, ReplicaRecord
 from autoscaler.policy.lifecycle import Event, State
+from autoscaler.policy.memory_shares import MemoryBid, share_memory
 from autoscaler.policy.packing import (
     HOST,
     Device,
@@ -28,6 +30,7 @@ from autoscaler.policy.packing import (
     pack,
 )
 from autoscaler.settings import AutoscalerSettings
+from autoscaler.tiers.preparer import Preparer
 from autoscaler.types import Bound, Decision, ReplicaLoad, ScaleReason
 
 ASLEEP_BYTES = 2 << 30
@@ -240,3 +243,33 @@ def evictions(pool: PoolRecord, plan: PackPlan) -> list[tuple[PoolRecord, Replic
             sleeps = plan.evict[one.id] is Eviction.SLEEP and one.state is State.READY
             found.append((pool, one, Event.SLEEP if sleeps else Event.STOP))
     return found
+
+
+def share_pages(pools: Iterable[PoolRecord], preparer: Preparer, now_s: float) -> None:
+    """Deny pages to the pools at zero that save least by them, as far as memory is short."""
+    budget_bytes = preparer.page_budget_bytes
+    if budget_bytes is None:
+        return
+    at_zero: list[tuple[PoolRecord, int]] = []
+    for pool in pools:
+        size = preparer.size_bytes(pool.pool)
+        if size is None or not pool.backend.owns_replicas:
+            continue
+        if not pool.make_status(now_s).supply:
+            at_zero.append((pool, size))
+        elif preparer.has_pages(pool.pool):
+            budget_bytes -= size
+    if sum(size for _, size in at_zero) <= budget_bytes:
+        preparer.deny_pages(frozenset())
+        return
+    bids = [
+        MemoryBid(
+            pool=pool.pool.name,
+            size_bytes=size,
+            saved_price_s=pool.tiers.planner.page_saving_s(now_s),
+            held=preparer.has_pages(pool.pool),
+        )
+        for pool, size in at_zero
+    ]
+    kept = share_memory(max(0, budget_bytes), bids)
+    preparer.deny_pages({one.pool for one in bids} - kept)

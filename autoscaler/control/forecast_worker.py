@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from autoscaler.control.messages import read_message, write_message
 from autoscaler.control.slow_models import SlowModels
+from autoscaler.messages import read_message, write_message
 from autoscaler.types import Outlook
 
 if TYPE_CHECKING:

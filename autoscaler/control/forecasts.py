@@ -20,7 +20,7 @@ from dataclasses import replace
 import msgspec
 
 from autoscaler.control.forecast_worker import ForecastJob, ForecastResult
-from autoscaler.control.messages import LENGTH, MOST_BYTES
+from autoscaler.messages import LENGTH, MOST_BYTES
 from autoscaler.signals.rates import MINUTES_MOST, PoolRates
 from autoscaler.signals.series import MINUTE_S
 from autoscaler.types import FINE_LEAD_S, ForecastTally, Observation, Outlook

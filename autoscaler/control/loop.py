@@ -24,9 +24,8 @@ from typing import Any
 from autoscaler.backends.base import Backend, ReplicaSpec, Unsupported
 from autoscaler.control.actuator import Actuator, ErrorCounts
 from autoscaler.control.capacity_history import CapacityHistory, PoolLoad, recall_capacities
-from autoscaler.control.device_turns import DeviceTurns
+from autoscaler.control.device_turns import DeviceTurns, share_pages
 from autoscaler.control.disabled_pools import DisabledPools
-from autoscaler.control.page_shares import share_pages
 from autoscaler.control.replica_numbers import ReplicaNumbers
 from autoscaler.control.replicas import ASLEEP, PoolRecord
 from autoscaler.control.reports import publish_pool, report_pool

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING
 
 import msgspec
 
-from autoscaler.control.messages import read_message, write_message
+from autoscaler.messages import read_message, write_message
 
 if TYPE_CHECKING:
     from forecaster.types import Forecast, Forecaster, History

@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 
 from autoscaler.control.forecast_worker import ForecastJob
-from autoscaler.control.messages import LENGTH
+from autoscaler.messages import LENGTH
 
 
 def test_a_control_process_that_ends_while_it_works_ends_it_without_a_word() -> None:
