@@ -16,16 +16,21 @@ import math
 import re
 import shlex
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from autoscaler.backends.base import Backend, ReplicaSpec, Unsupported
 from autoscaler.control.actuator import Actuator, ErrorCounts
-from autoscaler.control.capacity_history import CapacityHistory, PoolLoad, recall_capacities
 from autoscaler.control.device_turns import DeviceTurns, share_pages
 from autoscaler.control.disabled_pools import DisabledPools
+from autoscaler.control.learned_history import (
+    LearnedHistory,
+    PoolLoad,
+    recall_capacities,
+    recall_gaps,
+)
 from autoscaler.control.replica_numbers import ReplicaNumbers
 from autoscaler.control.replicas import ASLEEP, PoolRecord
 from autoscaler.control.reports import publish_pool, report_pool
@@ -63,6 +68,8 @@ MIN_TICK_S = 0.01
 """Shortest time between two ticks: wake signals that come faster are answered together."""
 CLOSE_POLL_S = 0.1
 SHARE_S = 10.0
+KEPT_PER_TICK = 8
+"""Pools whose gaps are kept at once: that of a busy one takes a third of a millisecond."""
 """Between two looks at whose pages are kept in memory."""
 SLEEP_POLL_S = 0.1
 GOING_TO_SLEEP = frozenset({State.DRAINING_TO_SLEEP, State.FALLING_ASLEEP})
@@ -91,7 +98,7 @@ class ControlLoop:
         note: Callable[[Decision], None] = lambda decision: None,
         outlook: Callable[[str, float | None], Outlook | None] = lambda pool, lead_s: None,
         recent: Callable[[str], RecentTraffic | None] = lambda pool: None,
-        capacity_history: CapacityHistory | None = None,
+        learned_history: LearnedHistory | None = None,
         earlier_drain_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         wall_s: Callable[[], float] = time.time,
@@ -104,7 +111,8 @@ class ControlLoop:
         ``disabled_pools`` are those out of service from the start, ``numbers`` those of replicas.
         ``record`` is given what each tick observed, ``note`` what was decided. ``outlook`` is what
         is expected of a pool whose replicas need so long to be ready, ``recent`` what it was asked
-        and answered in the last minute; ``capacity_history`` has what earlier replicas carried.
+        and answered in the last minute; ``learned_history`` has what earlier control processes
+        learned of the pools.
         ``earlier_drain_s`` is how long the workers of an earlier control process finish requests
         with replicas that are taken over."""
         self._settings = settings
@@ -113,7 +121,7 @@ class ControlLoop:
         self._note = note
         self._outlook = outlook
         self._recent = recent
-        self._capacity_history = capacity_history
+        self._learned_history = learned_history
         self._loads: list[PoolLoad] = []
         self._publish = publish
         self._clock = clock
@@ -206,7 +214,7 @@ class ControlLoop:
         self._pools = {name: self._pools[name] for name in [*names, *gone]}
         if self._opened:
             self._register_static()
-            self._recall_capacities(self._pools[name] for name in names)
+            self._recall([self._pools[name] for name in names])
         self._note_change()
 
     def _configure_pool(self, record: PoolRecord, pool: PoolSettings, digest: str) -> None:
@@ -253,7 +261,7 @@ class ControlLoop:
                 )
                 self._actuator.adopt(pool, record)
         self._opened = True
-        self._recall_capacities(self._pools.values())
+        self._recall(list(self._pools.values()))
         self._register_static()
         self._publish_changes()
 
@@ -311,12 +319,33 @@ class ControlLoop:
         await self._engine_client.close()
         self._publish_changes()
 
-    def _recall_capacities(self, pools: Iterable[PoolRecord]) -> None:
-        """Read what earlier control processes saw of these, where that was not read yet."""
-        new = {one.pool.name: one.capacity for one in pools if not one.capacity.recalled}
-        if self._capacity_history is not None and new:
-            work = recall_capacities(self._capacity_history, new)
-            self._actuator.spawn(work, "capacity history")
+    def _recall(self, pools: Sequence[PoolRecord]) -> None:
+        """Read what earlier control processes learned of these, where that was not read yet."""
+        history = self._learned_history
+        if history is None:
+            return
+        learners = {one.pool.name: one.capacity for one in pools if not one.capacity.recalled}
+        if learners:
+            self._actuator.spawn(recall_capacities(history, learners), "capacity history")
+        planners = {one.pool.name: one.tiers.planner for one in pools}
+        planners = {name: one for name, one in planners.items() if not one.recalled}
+        if planners:
+            ahead_s = self._wall_s() - self._clock()
+            self._actuator.spawn(recall_gaps(history, planners, ahead_s), "gaps of the past")
+
+    def _keep_learned(self, now_s: float) -> None:
+        """Hand over what was learned since: the newest minutes, and the gaps of a few pools."""
+        history = self._learned_history
+        if history is not None and self._loads:
+            history.add_loads(self._loads)
+        self._loads.clear()
+        if history is not None:
+            planners = {name: one.tiers.planner for name, one in self._pools.items()}
+            due = [name for name, one in planners.items() if one.may_keep(now_s)]
+            ahead_s = self._wall_s() - now_s
+            packed = {name: planners[name].keep(now_s, ahead_s) for name in due[:KEPT_PER_TICK]}
+            if packed:
+                history.put_gaps(packed)
 
     def _owned_alive(self) -> bool:
         for pool in self._pools.values():
@@ -349,9 +378,7 @@ class ControlLoop:
         if now_s >= self._share_at_s:
             self._share_at_s = now_s + SHARE_S
             share_pages(self._pools.values(), self._preparer, now_s)
-        if self._loads and self._capacity_history is not None:
-            self._capacity_history.add(self._loads)
-        self._loads.clear()
+        self._keep_learned(now_s)
         if self._numbers.are_new:
             self._actuator.spawn(self._numbers.save(), "replica numbers")
         self._publish_changes()

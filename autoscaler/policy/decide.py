@@ -204,7 +204,7 @@ def hold_back(decision: Decision, status: PoolStatus, policy: PoolPolicy, mode: 
         decision,
         desired=kept,
         reason=ScaleReason(mode),
-        detail=f"{mode}: would have {decision.desired} ({decision.detail})",
+        detail=f"would have {decision.desired} ({decision.detail})",
         recommended=decision.desired,
     )
 

@@ -133,13 +133,7 @@ class OutlookMaker:
         before, track = self._before, self._track
         if track is None:
             return before
-        own = make_tally(track.board).since(track.rehearsed)
-        return ForecastTally(
-            scored=before.scored + own.scored,
-            covered=before.covered + own.covered,
-            loss=before.loss + own.loss,
-            last_value_loss=before.last_value_loss + own.last_value_loss,
-        )
+        return before + make_tally(track.board).since(track.rehearsed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,7 +78,7 @@ TABLES: Mapping[str, HistoryTable] = {
         key="pool, minute, at_s",
         spared_minutes=24 * 60,
     ),
-    "loads": HistoryTable(  # autoscaler.control.capacity_history
+    "loads": HistoryTable(  # autoscaler.control.learned_history
         columns=(
             "setup TEXT",
             "accelerator TEXT",
@@ -89,6 +89,7 @@ TABLES: Mapping[str, HistoryTable] = {
             "waited INTEGER",
         ),
     ),
+    "gaps": HistoryTable(columns=("record BLOB",)),  # the same
 }
 """Tables by name; all are bounded by the age of their minutes and by the size of the file."""
 

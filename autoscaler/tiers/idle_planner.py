@@ -7,6 +7,7 @@ What the settings say in seconds goes before it.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Set
 
@@ -17,7 +18,9 @@ from autoscaler.signals.gaps import GapRecord
 from autoscaler.types import Outlook
 from modelcache.types import TIERS, Tier
 
+LOG = logging.getLogger(__name__)
 AGAIN_S = 60.0
+KEEP_S = 300.0
 FEW_GAPS = 16
 HOUR_S = 3_600.0
 GIB = 1 << 30
@@ -37,8 +40,11 @@ class IdlePlanner:
 
     def __init__(self) -> None:
         self.gaps = GapRecord()
+        self.recalled = False
+        """Whether the gaps of earlier control processes are among them."""
         self.plan: IdlePlan | None = None
         self._prices: dict[Tier, TierPrice] = {}
+        self._keep_at_s = -math.inf
         self._idle_since_s: float | None = None
         self._doubtful = False
         self._planned_at_s: float | None = None
@@ -60,6 +66,27 @@ class IdlePlanner:
         if begins:
             self._idle_since_s = active_at_s
         return begins or (self.plan is None and self._planned_at_s is None)
+
+    def recall(self, packed: bytes | None, ahead_s: float) -> None:
+        """Remember gaps that were packed with times so far ahead, if there are any, and plan
+        anew."""
+        self.recalled = True
+        if packed is not None:
+            try:
+                self.gaps.recall(packed, ahead_s)
+            except ValueError as error:
+                LOG.warning("the gaps that were kept are forgotten: %s", error)
+            self.plan, self._planned_at_s = None, None
+
+    def may_keep(self, now_s: float) -> bool:
+        """Whether there are gaps to keep for the next control process: at once after the first,
+        then at most once in ``KEEP_S``."""
+        return self.recalled and self.gaps.is_new and now_s >= self._keep_at_s
+
+    def keep(self, now_s: float, ahead_s: float) -> bytes:
+        """All gaps, on a clock that is so far ahead."""
+        self._keep_at_s = now_s + KEEP_S
+        return self.gaps.pack(ahead_s)
 
     def make_plan(
         self,

@@ -31,10 +31,10 @@ from autoscaler.backends.process.backend import ProcessBackend
 from autoscaler.backends.process.fork_server import ForkPlan
 from autoscaler.backends.process.placement import list_gpus
 from autoscaler.backends.static import StaticBackend
-from autoscaler.control.capacity_history import CapacityHistory
 from autoscaler.control.decision_log import DecisionLog
 from autoscaler.control.disabled_pools import DisabledPools
 from autoscaler.control.forecasts import Forecasts
+from autoscaler.control.learned_history import LearnedHistory
 from autoscaler.control.loop import ControlLoop
 from autoscaler.control.replica_numbers import ReplicaNumbers
 from autoscaler.settings import PoolSettings, hints_of
@@ -199,7 +199,7 @@ class _Tidegate:
             note=self.decision_log.add,
             outlook=self.forecasts.outlook,
             recent=self.recorder.recent,
-            capacity_history=CapacityHistory(store=self.history, writer=self.history_writer),
+            learned_history=LearnedHistory(store=self.history, writer=self.history_writer),
             publish=self._publish,
             preparer=self._preparer(),
             wake_times=WakeTimes(

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from direct_writer import DirectWriter
+from direct_history import DirectHistory
 from fake_fleet import FakeBackend, World, process_pool
-from virtual_time import now, run_virtual
+from virtual_time import run_virtual
 
 from autoscaler.backends.base import Probe
-from autoscaler.control.capacity_history import CapacityHistory, read_loads
-from autoscaler.policy.capacity import LoadSample
 from autoscaler.settings import AutoscalerSettings, PoolSettings
 from autoscaler.types import (
     CapacitySource,
@@ -44,22 +41,6 @@ FULL = RecentTraffic(
 )
 
 
-def wall_s() -> float:
-    return 1_700_000_000.0 + now()
-
-
-class Direct(CapacityHistory):
-    """Reads and writes a real file at once: there are no threads on virtual time."""
-
-    def __init__(self, path: Path) -> None:
-        writer = DirectWriter(path, wall_s)
-        self.store = writer.store
-        super().__init__(store=self.store, writer=writer, wall_s=wall_s)  # type: ignore[arg-type]
-
-    async def read(self, setups: Mapping[str, str]) -> dict[str, tuple[LoadSample, ...]]:
-        return self.store.transact(lambda connection: read_loads(connection, setups))
-
-
 async def load(world: World, minutes: int) -> None:
     """One request is answered and one waits, for so long."""
     await world.request(1.0)
@@ -80,7 +61,7 @@ def test_what_was_learned_is_there_after_a_restart(tmp_path: Path) -> None:
             [pool],
             SETTINGS,
             FakeBackend(),
-            capacity_history=Direct(tmp_path / "history.sqlite3"),
+            learned_history=DirectHistory(tmp_path / "history.sqlite3"),
         )
 
     async def story() -> None:
@@ -138,9 +119,9 @@ def test_it_is_learned_by_the_names_of_the_gpus(
     tmp_path: Path, names: tuple[str, ...], expected: str
 ) -> None:
     async def story() -> None:
-        kept = Direct(tmp_path / "history.sqlite3")
+        kept = DirectHistory(tmp_path / "history.sqlite3")
         pool = process_pool(max_replicas=1)
-        world = GpuWorld([pool], SETTINGS, OnGpus(), capacity_history=kept, gpu_names=names)
+        world = GpuWorld([pool], SETTINGS, OnGpus(), learned_history=kept, gpu_names=names)
         async with world:
             world.recent = FULL
             await load(world, 2)

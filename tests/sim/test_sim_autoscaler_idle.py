@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Set
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from direct_history import DirectHistory
 from fake_fleet import FakeBackend, World, process_pool
 from fake_models import NullPreparer
 from virtual_time import now, run_virtual
@@ -64,6 +66,27 @@ def test_a_request_every_quarter_of_an_hour_finds_it_ready_in_the_end() -> None:
             assert max(waits_s[-3:]) < 1.0
             assert ScaleReason.PREWARM in reasons(world)
             assert len(backend.started) > 10  # it was not simply kept
+
+    run_virtual(story())
+
+
+def test_its_gaps_are_remembered_over_a_restart(tmp_path: Path) -> None:
+    async def first_kept_s() -> float:
+        """Of one control process, for how long its first request kept the pool."""
+        pool, backend = process_pool(max_replicas=1), FakeBackend(start_s=30.0)
+        history = DirectHistory(tmp_path / "history.sqlite3")
+        kept_s = []
+        async with World([pool], SETTINGS, backend, learned_history=history) as world:
+            for _ in range(4):
+                await world.request(1.0)
+                kept_s.append(await world.until(lambda: not backend.living()))
+                await asyncio.sleep(1_500.0)
+        return kept_s[0]
+
+    async def story() -> None:
+        assert await first_kept_s() > 290.0
+        await asyncio.sleep(7_200.0)
+        assert await first_kept_s() < 160.0
 
     run_virtual(story())
 

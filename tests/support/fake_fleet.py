@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import httpx
 from fake_models import NullPreparer
-from virtual_time import now
+from virtual_time import now, wall_s
 
 from autoscaler.backends.base import (
     AdoptedReplica,
@@ -18,8 +18,8 @@ from autoscaler.backends.base import (
     Probe,
     ReplicaSpec,
 )
-from autoscaler.control.capacity_history import CapacityHistory
 from autoscaler.control.disabled_pools import DisabledPools
+from autoscaler.control.learned_history import LearnedHistory
 from autoscaler.control.loop import ControlLoop
 from autoscaler.policy.packing import Device
 from autoscaler.settings import AutoscalerSettings, PoolSettings
@@ -217,7 +217,7 @@ class World:
     publish_error: Exception | None = None
     earlier_drain_s: float = 0.0
     disabled_pools: DisabledPools | None = None
-    capacity_history: CapacityHistory | None = None
+    learned_history: LearnedHistory | None = None
     recent: RecentTraffic | None = None
     """What every pool was asked in the last minute."""
 
@@ -233,13 +233,14 @@ class World:
             wake_times=self.wake_times,
             disabled_pools=self.disabled_pools,
             recent=lambda pool: self.recent,
-            capacity_history=self.capacity_history,
+            learned_history=self.learned_history,
             engine_client=EngineClient(
                 timeout_s=self.settings.call_timeout_s,
                 transport=httpx.MockTransport(self.backend.answer),
             ),
             earlier_drain_s=self.earlier_drain_s,
             clock=now,
+            wall_s=wall_s,
             sleep=asyncio.sleep,
         )
 

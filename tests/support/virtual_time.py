@@ -59,3 +59,8 @@ def run_virtual(work: Coroutine[Any, Any, Result]) -> Result:
 def now() -> float:
     """The virtual time."""
     return asyncio.get_running_loop().time()
+
+
+def wall_s() -> float:
+    """The virtual time as Unix time."""
+    return 1_700_000_000.0 + now()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from direct_writer import DirectWriter
 
-from autoscaler.control.capacity_history import CapacityHistory, PoolLoad
+from autoscaler.control.learned_history import LearnedHistory, PoolLoad
 from autoscaler.policy.capacity import SAMPLES, LoadSample, Mix
 
 WALL_S = 1_700_000_000.0
@@ -25,7 +25,7 @@ class Rig:
     def __init__(self, directory: Path) -> None:
         self.later_s = 0.0
         self.writer = DirectWriter(directory / "history.sqlite3", self.wall_s)
-        self.history = CapacityHistory(
+        self.history = LearnedHistory(
             store=self.writer.store,
             writer=self.writer,  # type: ignore[arg-type]
             wall_s=self.wall_s,
@@ -35,11 +35,11 @@ class Rig:
         return WALL_S + self.later_s
 
     def add(self, *loads: PoolLoad, minutes: int = 1) -> None:
-        self.history.add(loads)
+        self.history.add_loads(loads)
         self.later_s += 60.0 * minutes
 
     def read(self, **setups: str) -> dict[str, tuple[LoadSample, ...]]:
-        return asyncio.run(self.history.read(setups))
+        return asyncio.run(self.history.read_loads(setups))
 
 
 @pytest.fixture
@@ -75,6 +75,15 @@ def test_what_is_too_old_is_forgotten(rig: Rig) -> None:
     rig.add(PoolLoad("chat", "a", LOAD), minutes=31 * 24 * 60)
     rig.add(PoolLoad("code", "a", LOAD))
     assert rig.read(chat="a", code="a") == {"chat": (), "code": (LOAD,)}
+
+
+def test_the_gaps_of_a_pool_are_those_that_were_kept_last(rig: Rig) -> None:
+    for minute in range(3):
+        rig.history.put_gaps({"chat": b"%d" % minute, "code": b"code"})
+        rig.later_s += 60.0
+    rig.history.put_gaps({"chat": b"new"})
+    found = asyncio.run(rig.history.read_gaps(["chat", "code", "none"]))
+    assert found == {"chat": b"new", "code": b"code"}
 
 
 def test_nothing_piles_up_while_it_cannot_be_written(rig: Rig) -> None:
