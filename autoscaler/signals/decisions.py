@@ -17,7 +17,16 @@ from typing import Any
 import msgspec
 
 from autoscaler.signals.history import minute_of, pool_id
-from autoscaler.types import NO_TALLY, Bound, Decision, ForecastTally, Outlook, ScaleReason, Signal
+from autoscaler.types import (
+    NO_TALLY,
+    Bound,
+    CapacitySource,
+    Decision,
+    ForecastTally,
+    Outlook,
+    ScaleReason,
+    Signal,
+)
 
 ENCODER = msgspec.msgpack.Encoder()
 WORDS = (
@@ -33,6 +42,9 @@ WORDS = (
 """What decisions often say: records are compressed with it to a good third. It must not change, or
 those of before cannot be read."""
 MEDIAN, HIGH = 0.5, 0.95
+NEWEST = 1_440
+SEEN = (CapacitySource.SATURATED, CapacitySource.HISTORY)
+"""Sources of a capacity that is no guess."""
 
 
 class DecisionFigures(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
@@ -234,6 +246,15 @@ def read_around(
         (pool, minute, at_s, after),
     ).fetchall()
     return _unpack(pool, [*reversed(earlier), *later])
+
+
+def newest_known(connection: sqlite3.Connection, pool: str) -> DecisionFigures | None:
+    """The newest of ``NEWEST`` decisions that was made with a capacity seen of its replicas."""
+    rows = connection.execute(f"{_READ} 1 ORDER BY minute DESC, at_s DESC LIMIT ?", (pool, NEWEST))
+    for one in _unpack(pool, rows.fetchall()):
+        if one.figures.capacity_tokens_per_s is not None and one.figures.capacity_source in SEEN:
+            return one.figures
+    return None
 
 
 def pools_with_decisions(connection: sqlite3.Connection) -> list[str]:

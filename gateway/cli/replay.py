@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from autoscaler.replay.run import Cut, ReplayedPool
     from autoscaler.replay.score import Score
     from autoscaler.replay.traces import Trace
+    from autoscaler.signals.decisions import DecisionFigures
 
 USUAL = ("auto", "reactive", "hpa", "knative", "ahpa", "oracle")
 """Replayed where no policy is named."""
 ABOUT_REPLICAS = 12.0
+COLD_START_S = 60.0
 MOST_REPLICAS = 100_000
 
 
@@ -59,21 +61,27 @@ def replay(
         ),
     ] = None,
     cold_start_s: Annotated[
-        float, typer.Option("--cold-start", metavar="SECONDS", help="How long a start takes.")
-    ] = 60.0,
+        float | None,
+        typer.Option(
+            "--cold-start",
+            metavar="SECONDS",
+            help="How long a start takes. Without it: as measured of a pool, else 60.",
+        ),
+    ] = None,
     capacity: Annotated[
         float | None,
         typer.Option(
             metavar="TOKENS/S",
-            help="Tokens per second one replica sustains within the SLO (of a pool: as `tidegate "
-            "status` has it). Without it: of a modelled engine.",
+            help="Tokens per second one replica sustains within the SLO. Without it: as learned of "
+            "a pool, else of a modelled engine.",
         ),
     ] = None,
     replicas: Annotated[
         float | None,
         typer.Option(
             metavar="N",
-            help="Scale the demand to a pool of about N replicas (12 without `--capacity`).",
+            help="Scale the demand to a pool of about N replicas (12 where the engine is "
+            "modelled).",
         ),
     ] = None,
     ttft_s: Annotated[
@@ -137,7 +145,11 @@ def replay(
     check_range("--seed", seed, 0, 2**32)
     names = chosen(policy, registry)
     try:
-        demand = find_trace(trace, column, config, sets, context.obj.now_s())
+        demand, learned = find_trace(trace, column, config, sets, context.obj.now_s())
+        if capacity is None and learned is not None and not demand.counted:
+            capacity = learned.capacity_tokens_per_s
+        if cold_start_s is None:
+            cold_start_s = (learned and learned.lead_s) or COLD_START_S
         slo = Slo(ttft_s=ttft_s, itl_s=itl_s)
         engine: ReplicaModel = run.engine_for(demand)
         if capacity is not None:
@@ -204,8 +216,8 @@ def chosen(policy: Sequence[str] | None, registry: Any) -> list[str]:
 
 def find_trace(
     name: str, column: str | None, config: Path | None, sets: list[str] | None, now_s: float
-) -> Trace:
-    """Demand from a file, or of a pool."""
+) -> tuple[Trace, DecisionFigures | None]:
+    """Demand from a file, or of a pool, with its newest decision that knew a replica's capacity."""
     from autoscaler.replay import traces
 
     path = Path(name)
@@ -214,17 +226,20 @@ def find_trace(
             found = traces.read(path, column)
         except OSError as error:
             raise ValueRefused(f"{path}: {error.strerror or error}") from None
-        return found.binned() if isinstance(found, traces.RequestTrace) else found
+        return (found.binned() if isinstance(found, traces.RequestTrace) else found), None
     if path.suffix in (".csv", ".parquet", ".pq"):
         raise traces.TraceError(f"there is no file {name}")
     return pool_history(name, config, sets, now_s)
 
 
-def pool_history(pool: str, config: Path | None, sets: list[str] | None, now_s: float) -> Trace:
-    """A pool's stored history."""
+def pool_history(
+    pool: str, config: Path | None, sets: list[str] | None, now_s: float
+) -> tuple[Trace, DecisionFigures | None]:
+    """A pool's stored history, and what is known of its replicas."""
     import numpy as np
 
     from autoscaler.replay import traces
+    from autoscaler.signals.decisions import newest_known
     from autoscaler.signals.history import FILE_NAME, HistoryStore
 
     settings = load(config, sets).settings
@@ -243,19 +258,21 @@ def pool_history(pool: str, config: Path | None, sets: list[str] | None, now_s: 
                 f"there is no file {pool}, and pools with a history are: {pools}"
             )
         window = store.read(pool, ("arrivals", "input_tokens", "output_tokens"), None, now_s)
+        learned = store.transact(lambda connection: newest_known(connection, pool))
     finally:
         store.close()
     requests, prompts, outputs = (
         np.asarray(window.values[name]) for name in ("arrivals", "input_tokens", "output_tokens")
     )
     counted = not (np.isfinite(prompts).any() and np.isfinite(outputs).any())
-    return traces.from_rates(
+    trace = traces.from_rates(
         pool,
         requests,
         None if counted else prompts,
         None if counted else outputs,
         start_s=window.start_s,
     )
+    return trace, learned
 
 
 def play(

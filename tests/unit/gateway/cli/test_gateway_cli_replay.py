@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from autoscaler.signals.decisions import DecisionFigures, DecisionRecord, put_decisions
 from autoscaler.signals.history import FILE_NAME, HistoryStore
 from autoscaler.signals.series import PoolMinute
+from autoscaler.types import CapacitySource, ScaleReason, Signal
 from gateway.cli.base import Effects
 from gateway.cli.main import main
 
@@ -72,6 +74,32 @@ def test_it_is_drawn(trace: Path, tmp_path: Path) -> None:
     assert not re.search(r"(src|href)=|<script", page)
 
 
+def note(directory: Path, capacity: float, source: CapacitySource, *, lead_s: float) -> None:
+    """Keep a decision of the pool that was made with these."""
+    seen = DecisionFigures(
+        desired=1,
+        supply=1,
+        reason=ScaleReason.STEADY,
+        detail="",
+        signal=Signal.NONE,
+        bound=None,
+        panicking=False,
+        reactive=None,
+        forecast=None,
+        level=None,
+        fallback="",
+        recommended=None,
+        capacity_tokens_per_s=capacity,
+        capacity_source=source,
+        lead_s=lead_s,
+    )
+    at_s = NOW_S - 1_000.0 / lead_s
+    record = DecisionRecord(pool="llama", at_s=at_s, until_s=NOW_S, count=1, figures=seen)
+    store = HistoryStore(directory / FILE_NAME, max_age_s=1e9, max_bytes=10**8)
+    store.transact(lambda connection: put_decisions(connection, [record]), writes=True)
+    store.close()
+
+
 def test_a_pool_is_replayed_from_its_history(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +122,19 @@ def test_a_pool_is_replayed_from_its_history(
     sets = ("--set", f"state_dir={tmp_path}")
     assert run("llama", "-p", "hpa", "--json", *sets) == 0
     assert json.loads(capsys.readouterr().out)["trace"] == "llama"
+    assert run("llama", "-p", "hpa", *sets) == 0
+    assert "about 12 replicas" in capsys.readouterr().out
+    note(tmp_path, 4_000.0, CapacitySource.SATURATED, lead_s=30.0)
+    note(tmp_path, 9_000.0, CapacitySource.DERIVED, lead_s=90.0)
+    assert run("llama", "-p", "hpa", *sets) == 0
+    printed = capsys.readouterr().out
+    assert "sustains 4,000.0 tokens/s" in printed
+    assert "starts in 30 s" in printed
+    assert "scaled to" not in printed
+    assert run("llama", "-p", "hpa", "--capacity", "500", "--cold-start", "9", *sets) == 0
+    printed = capsys.readouterr().out
+    assert "sustains 500.0 tokens/s" in printed
+    assert "starts in 9 s" in printed
     assert run("lama", "-p", "hpa", *sets) == 2
     assert "llama" in capsys.readouterr().err
 
