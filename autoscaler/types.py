@@ -166,7 +166,7 @@ class PoolPolicy:
     panic_window_s: float
     panic_threshold: float
     scale_down_delay_s: float | None
-    """``None``: half of a start, within ``DELAY_S``."""
+    """``None``: as long as a start takes, within ``DELAY_S``."""
     idle_to_zero_s: float
     """Whether learned or given: ``idle_reason`` says why it is that long, where it was learned."""
     max_scale_up_per_tick: int
@@ -180,11 +180,12 @@ class PoolPolicy:
 
     def delay_s(self, lead_s: float | None) -> float:
         """How long a lower number must have been enough before replicas go, where a start takes
-        ``lead_s``. What is soon back may soon go."""
+        ``lead_s``. A replica that is given up costs its next start: it is kept for about as long
+        (ski-rental), but not for minutes, as it is one of several."""
         if self.scale_down_delay_s is not None:
             return self.scale_down_delay_s
         least_s, most_s = DELAY_S
-        return most_s if lead_s is None else min(max(lead_s / 2.0, least_s), most_s)
+        return most_s if lead_s is None else min(max(lead_s, least_s), most_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

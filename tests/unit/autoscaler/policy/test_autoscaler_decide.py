@@ -295,7 +295,7 @@ def test_a_removed_pool_serves_what_it_has_and_ends(
 
 @pytest.mark.parametrize(
     ("given_s", "lead_s", "delay_s"),
-    [(90.0, 300.0, 90.0), (None, None, 60.0), (None, 2.0, 30.0), (None, 84.0, 42.0)]
+    [(90.0, 300.0, 90.0), (None, None, 60.0), (None, 2.0, 30.0), (None, 42.0, 42.0)]
     + [(None, 600.0, 60.0)],
 )
 def test_scale_down_waits_for_the_delay(
