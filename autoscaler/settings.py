@@ -190,8 +190,8 @@ class AutoscalerSettings(ConsistentSettings):
 
     scale_down_delay_s: float | None = Field(default=None, ge=0.0, le=86_400.0)
     """Seconds a lower number must have been enough before replicas go: the largest recommendation
-    of that time counts. Unset: as long as a start takes, 30 at least and 60 at most. With a forecast
-    that is trusted there is none, for it says what is needed again."""
+    of that time counts. Unset: as long as a start takes, 30 at least and 60 at most. With a
+    forecast that is trusted there is none, for it says what is needed again."""
 
     idle_to_zero_s: float | None = Field(default=None, ge=0.0, le=604_800.0)
     """Seconds without a request before the last replica of a pool with ``min_replicas = 0`` goes.
