@@ -15,6 +15,8 @@ WIDTH, LEFT, RIGHT, TOP, GAP, BOTTOM = 960, 64, 16, 40, 34, 36
 COLOURS = ("#0b7a75", "#c9a227", "#a23b72", "#3d5a80", "#e07a5f", "#6a994e", "#8a8f98", "#5e548e")
 INK, GRID = "#222", "#e4e4e4"
 TICKS = 5
+LETTER = 7.2
+"""The width of one, at most in the mean."""
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#222}.t{font-weight:600}.e{text-anchor:end}"
     ".m{text-anchor:middle}.n{fill:#666}"
@@ -86,14 +88,18 @@ def over_time(
         parts += panel_parts(panel, y, plot_width, count)
         y += panel.height + GAP
     bottom = y - GAP
+    free = 0.0  # from where on there is room for a label
     for at_s in time_ticks(length_s):
-        x = LEFT + at_s / length_s * plot_width
-        side = "m" if x < WIDTH - 40 else "e"
+        x, text = LEFT + at_s / length_s * plot_width, (label or since)(at_s)
+        side, half = ("m", LETTER * len(text) / 2) if x < WIDTH - 40 else ("e", LETTER * len(text))
         parts.append(
             f'<path d="M{x:.1f} {TOP if title else 20}V{bottom}" stroke="{GRID}" fill="none"/>'
-            f'<text x="{x:.1f}" y="{bottom + 16}" class="{side} n">'
-            f"{escape((label or since)(at_s))}</text>"
         )
+        if x - half >= free:
+            free = x + half
+            parts.append(
+                f'<text x="{x:.1f}" y="{bottom + 16}" class="{side} n">{escape(text)}</text>'
+            )
     return wrap("".join(parts), WIDTH, bottom + BOTTOM, title or panels[0].title)
 
 
@@ -123,7 +129,7 @@ def panel_parts(panel: Panel, top: int, width: int, count: int) -> list[str]:
 
     x = LEFT + width
     for series in reversed(panel.series):
-        x -= 22 + round(6.6 * len(series.name))
+        x -= 24 + round(LETTER * len(series.name))
         parts.append(
             f'<rect x="{x}" y="{top - 17}" width="12" height="10" fill="{series.colour}"'
             f"{OPACITY if isinstance(series, Band) else ''}/>"

@@ -162,17 +162,23 @@ def open_history(
     admin: str | None,
     config: Path | None,
     sets: list[str] | None,
+    *,
+    make: bool = False,
 ) -> History:
     """That of the listener that is named, of what runs with this state directory, or else the
-    file in it."""
+    file in it. ``make``: the directory, where it is not there yet."""
     from gateway.compose.listeners import find_running
+    from gateway.compose.process import check_writable
 
-    settings = load(config, sets).settings
+    loaded = load(config, sets)
+    settings = loaded.settings
     if admin is not None or find_running(settings.state_dir) is not None:
         return RemoteHistory(client.find_listener(admin, lambda: settings))
     from autoscaler.signals.history import FILE_NAME, HistoryStore
     from gateway.admin.history import Histories
 
+    if make:
+        check_writable(loaded, "state_dir", settings.state_dir)
     if not settings.state_dir.is_dir():
         raise RequestRefused(f"there is no history: there is no directory {settings.state_dir}")
     kept = settings.autoscaler.history

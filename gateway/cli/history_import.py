@@ -137,7 +137,7 @@ def history_import(
     first, end = math.ceil(max(0.0, from_s) / MINUTE_S), int(until_s // MINUTE_S)
     if first >= end:
         raise typer.BadParameter("--since is not before --until")
-    history = open_history(context.obj.now_s, admin, config, sets)
+    history = open_history(context.obj.now_s, admin, config, sets, make=True)
     with ProgressBar(f"import {pool}") as bar:
         if prometheus is not None:
             own = _pairs(query, "=", "--query SERIES=PROMQL")

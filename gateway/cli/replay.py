@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -440,15 +439,13 @@ def course(score: Score, start_s: float | None) -> str:
             )
         )
     series.append(charts.Line(name="demand", values=minutes.demand, colour=charts.INK))
-    hurt = [
-        100 * violations / requests if requests > 0 else math.nan
-        for violations, requests in zip(minutes.violations, minutes.requests, strict=True)
-    ]
+    # Those of a minute are hurt in a later one, so they are no part of that one's requests.
+    hurt = [violations / 60 for violations in minutes.violations]
     panels = [
         charts.Panel(title="replicas", series=series),
         charts.Panel(
             title="requests hurt",
-            unit="% of the minute's",
+            unit="a second",
             series=[charts.Line(name="hurt", values=hurt, colour=charts.COLOURS[4], filled=True)],
             height=70,
         ),

@@ -298,6 +298,18 @@ def test_without_a_state_directory_there_is_no_history(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_past_can_be_imported_before_the_first_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "past.csv").write_text(f"time,requests\n{NOW_S - 120},30\n{NOW_S - 60},60\n")
+    sets = ("-s", f"state_dir={tmp_path / 'new'}")
+    assert run("import", "smollm2", "--file", str(tmp_path / "past.csv"), *sets) == 0
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    capsys.readouterr()
+    assert run("show", "--json", *sets) == 0
+    assert [one["pool"] for one in printed(capsys)["pools"]] == ["smollm2"]
+
+
 # -- files -------------------------------------------------------------------------------------
 
 START = NOW - 10
