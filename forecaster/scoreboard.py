@@ -29,6 +29,9 @@ _COVERAGE_SLACK = 0.03
 _COVERAGE_DEVIATIONS = 2.0
 _LOSS_MOST = 1.05
 """Times the last value's. A mix that has learned to be the last value is as good as it."""
+_NEGLIGIBLE = 0.005
+"""The part of demand by which a forecast may be off without being wrong: demand that hardly moves
+is foretold so well by its last value that nothing is better, and it does not matter."""
 
 _SHARPNESS = 4.0
 """The weight of a model that loses 10 % more than the best is 0.9 to this power: 0.66."""
@@ -58,7 +61,7 @@ class ForecastQuality:
     """How many leads that do not overlap they are worth, the older the less."""
 
     coverage: float
-    """The part of them that what came was not above."""
+    """The part of them that what came was not above, by more than half a percent."""
 
     loss_ratio: float
     """Their pinball loss in parts of that of the last value."""
@@ -72,13 +75,15 @@ class ForecastQuality:
 class _Record:
     """One model's sums by level."""
 
-    __slots__ = ("apart", "count", "covered", "faded", "step", "sums", "weight")
+    __slots__ = ("apart", "count", "demand", "faded", "step", "sums", "weight")
 
     def __init__(self, levels: int) -> None:
         self.faded = np.zeros((3, levels))
         """Own losses and those of the last value where both were scored; covered."""
         self.sums = np.zeros((3, levels))
         """The same, not faded."""
+        self.demand = 0.0
+        """What came, summed and faded."""
         self.weight = self.apart = 0.0
         self.count = 0
         self.step: int | None = None
@@ -139,7 +144,8 @@ class Scoreboard:
             record.apart = record.apart * fading + min(1.0, passed / self.lead_steps)
             own = losses[name]
             both = (own, baseline) if baseline is not None else (0.0 * own, 0.0 * own)
-            news = np.array([*both, highest <= rows])
+            news = np.array([*both, highest <= rows * (1.0 + _NEGLIGIBLE)])
+            record.demand = record.demand * fading + highest
             record.faded = record.faded * fading + news
             record.sums += news
 
@@ -178,10 +184,11 @@ class Scoreboard:
             coverage = covered / record.weight
             if baseline > 0.0:
                 ratio = loss / baseline
+            nothing = (1.0 - level) * _NEGLIGIBLE * record.demand  # of a forecast too high by that
             deviation = math.sqrt(level * (1.0 - level) / record.apart)
             if coverage < level - max(_COVERAGE_SLACK, _COVERAGE_DEVIATIONS * deviation):
                 reason = "coverage"
-            elif ratio > _LOSS_MOST:
+            elif ratio > _LOSS_MOST and loss - baseline > nothing:
                 reason = "pinball"
         return ForecastQuality(
             reason=reason,
