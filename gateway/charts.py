@@ -244,20 +244,37 @@ def scatter(
     if len(strong) > 1:
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in strong)
         parts.append(f'<path d="M{path}" fill="none" stroke="{INK}" stroke-dasharray="3 3"/>')
-    taken: list[tuple[float, float]] = []
-    for dot in sorted(dots, key=lambda one: (one.y, one.x)):
-        x, y = place(dot.x, dot.y)
-        text_y = y + 4
-        while any(abs(x - other) < 110 and abs(text_y - at) < 12 for other, at in taken):
-            text_y -= 12
-        taken.append((x, text_y))
-        beside, anchor = (x + 8, "") if x < LEFT + width - 140 else (x - 8, ' class="e"')
+    places = [place(dot.x, dot.y) for dot in dots]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
+    for dot, (x, y) in zip(dots, places, strict=True):
+        left, text_y = label_place(x, y, LETTER * len(dot.name), taken)
+        taken.append((left, text_y - 10, left + LETTER * len(dot.name), text_y + 2))
+        if abs(text_y - 4 - y) > 1:
+            near = left - 2 if left > x else left + LETTER * len(dot.name)
+            parts.append(f'<path d="M{x:.1f} {y:.1f}L{near:.1f} {text_y - 4:.1f}" stroke="#999"/>')
         parts.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{5 if dot.strong else 3.5}" '
             f'fill="{dot.colour}"><title>{escape(dot.name)}: {dot.x:,.1f}, {dot.y:.3g}</title>'
-            f'</circle><text x="{beside:.1f}" y="{text_y:.1f}"{anchor}>{escape(dot.name)}</text>'
+            f'</circle><text x="{left:.1f}" y="{text_y:.1f}">{escape(dot.name)}</text>'
         )
     return wrap("".join(parts), WIDTH, TOP + height + 44, title)
+
+
+def label_place(
+    x: float, y: float, width: float, taken: Sequence[tuple[float, float, float, float]]
+) -> tuple[float, float]:
+    """Where the words of a dot begin, beside it or a few lines off, over nothing that is there;
+    right beside it where there is no such place."""
+    for away in (0, 1, -1, 2, -2, 3, -3, 4, -4, 5, -5):
+        for left in (x + 8 + 4 * abs(away), x - 8 - 4 * abs(away) - width):
+            at = y + 4 + 13 * away
+            inside = left >= LEFT and left + width <= WIDTH and at - 10 >= TOP
+            if inside and not any(
+                left < x1 and x0 < left + width and at - 10 < y1 and y0 < at + 2
+                for x0, y0, x1, y1 in taken
+            ):
+                return left, at
+    return x + 8, y + 4
 
 
 def wrap(inner: str, width: int, height: int, label: str) -> str:

@@ -75,6 +75,21 @@ def test_a_scatter_has_each_dot_and_joins_the_strong_ones() -> None:
     assert len([one for one in root.iter(f"{SVG}path") if one.get("stroke-dasharray")]) == 1
 
 
+def test_dots_that_are_close_have_their_names_apart_within_the_picture() -> None:
+    names = [f"policy-{number}" for number in range(6)]
+    for x, y in ((10.0, 100.0), (0.1, 0.001)):
+        dots = [charts.Dot(name=name, x=x, y=y, colour="#111111") for name in names]
+        root = ElementTree.fromstring(charts.scatter(dots, title="t", x_name="x", y_name="y"))
+        words = [one for one in root.iter(f"{SVG}text") if one.text in names]
+        places = [(float(one.get("x", "")), float(one.get("y", ""))) for one in words]
+        assert len(places) == 6
+        for place, (left, top) in enumerate(places):
+            assert 0 <= left <= charts.WIDTH - 60
+            assert 10 <= top <= float(root.get("height", ""))
+            for other, line in places[:place]:
+                assert abs(left - other) > 60 or abs(top - line) >= 11
+
+
 def test_pictures_are_stacked_and_a_page_needs_no_network() -> None:
     picture = charts.scatter([], title="t", x_name="x", y_name="y")
     root = ElementTree.fromstring(charts.stacked([picture, picture]))
