@@ -268,13 +268,13 @@ def label_place(
     for away in (0, 1, -1, 2, -2, 3, -3, 4, -4, 5, -5):
         for left in (x + 8 + 4 * abs(away), x - 8 - 4 * abs(away) - width):
             at = y + 4 + 13 * away
-            inside = left >= LEFT and left + width <= WIDTH and at - 10 >= TOP
+            inside = left >= LEFT and left + width <= WIDTH and at >= TOP
             if inside and not any(
                 left < x1 and x0 < left + width and at - 10 < y1 and y0 < at + 2
                 for x0, y0, x1, y1 in taken
             ):
                 return left, at
-    return x + 8, y + 4
+    return (x + 8 if x + 8 + width <= WIDTH else x - 8 - width), y + 4
 
 
 def wrap(inner: str, width: int, height: int, label: str) -> str:
