@@ -46,7 +46,7 @@ def test_a_disabled_pool_refuses_new_and_held_requests_by_name_and_alias(tmp_pat
         shown = {one["name"]: one["disabled"] for one in tidegate.admin("/status")["pools"]}
         assert shown == {"gone": True, "stays": False}
         unknown = await asyncio.to_thread(pool, tidegate, "disable", "nobody")
-        assert unknown.returncode == 1
+        assert unknown.returncode == 2
         assert "gone, stays" in unknown.stderr
         done = await asyncio.to_thread(pool, tidegate, "enable", "gone")
         assert done.returncode == 0, done.stderr
