@@ -177,9 +177,9 @@ def open_history(
     from autoscaler.signals.history import FILE_NAME, HistoryStore
     from gateway.admin.history import Histories
 
-    if make:
+    if not settings.state_dir.is_dir() and make:
         check_writable(loaded, "state_dir", settings.state_dir)
-    if not settings.state_dir.is_dir():
+    elif not settings.state_dir.is_dir():
         raise RequestRefused(f"there is no history: there is no directory {settings.state_dir}")
     kept = settings.autoscaler.history
     store = HistoryStore(
