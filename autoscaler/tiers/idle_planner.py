@@ -18,7 +18,7 @@ from autoscaler.signals.gaps import GapRecord
 from autoscaler.types import Outlook
 from modelcache.types import TIERS, Tier
 
-LOG = logging.getLogger(__name__)
+LOG = logging.getLogger("tidegate.autoscaler")
 AGAIN_S = 60.0
 KEEP_S = 300.0
 FEW_GAPS = 16

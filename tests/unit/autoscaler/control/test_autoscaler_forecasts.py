@@ -74,6 +74,30 @@ async def running(world: World):  # type: ignore[no-untyped-def]
             await task
 
 
+async def begun(world: World) -> Outlook:
+    """The outlook after the first minute."""
+    world.look()
+    world.outlook()
+    world.minute()
+    await until(world.outlook)
+    found = world.outlook()
+    assert found is not None
+    return found
+
+
+async def is_tried(world: World, found: Outlook | None) -> None:
+    """The past is tried a little at each forecast, and trusted in the end."""
+    for _ in range(10):
+        assert found is not None
+        made_at_s = found.made_at_s
+        world.minute()
+        await until(lambda: world.outlook().made_at_s > made_at_s)  # type: ignore[union-attr]  # noqa: B023
+        found = world.outlook()
+    assert found is not None
+    assert found.distrust == ""
+    assert found.scored >= 40
+
+
 def children() -> set[int]:
     return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
 
@@ -82,24 +106,12 @@ def test_a_pool_with_a_past_has_an_outlook_after_its_first_minute() -> None:
     async def scenario() -> None:
         world = World(past=[60.0] * 240)
         async with running(world):
-            world.look()
-            world.outlook()
-            world.minute()
-            await until(world.outlook)
-            found = world.outlook()
-            assert found is not None
+            found = await begun(world)
             assert found.lead_s == 120.0
             assert found.tokens_per_s[found.levels.index(0.5)] == pytest.approx(60.0, rel=0.05)
             (asked,) = world.asked
             assert asked[2] <= world.now_s
-            for _ in range(10):  # its past is tried a little at each forecast
-                made_at_s = found.made_at_s
-                world.minute()
-                await until(lambda: world.outlook().made_at_s > made_at_s)  # type: ignore[union-attr]  # noqa: B023
-                found = world.outlook()
-                assert found is not None
-            assert found.distrust == ""
-            assert found.scored >= 40
+            await is_tried(world, found)
 
     asyncio.run(scenario())
 
@@ -108,24 +120,12 @@ def test_a_past_that_is_filled_in_meanwhile_counts_and_is_tried() -> None:
     async def scenario() -> None:
         world = World(history_least_s=7_200.0)
         async with running(world):
-            world.look()
-            world.outlook()
-            world.minute()
-            await until(world.outlook)
-            found = world.outlook()
-            assert found is not None
+            found = await begun(world)
             assert "history" in found.distrust
             world.past = [60.0] * 240
             world.forecasts.read_again("m")
             world.forecasts.read_again("gone")
-            for _ in range(10):
-                made_at_s = found.made_at_s
-                world.minute()
-                await until(lambda: world.outlook().made_at_s > made_at_s)  # type: ignore[union-attr]  # noqa: B023
-                found = world.outlook()
-                assert found is not None
-            assert found.distrust == ""
-            assert found.scored >= 40
+            await is_tried(world, found)
 
     asyncio.run(scenario())
 
@@ -141,12 +141,7 @@ def test_a_hint_of_the_operator_reaches_the_forecast() -> None:
         world = World(past=past)
         world.forecasts.hints = {"m": (RecurringWindow.parse(cron, 600.0),)}
         async with running(world):
-            world.look()
-            world.outlook()
-            world.minute()
-            await until(world.outlook)
-            found = world.outlook()
-            assert found is not None
+            found = await begun(world)
             assert found.tokens_per_s[found.levels.index(0.5)] == pytest.approx(600.0, rel=0.2)
 
     asyncio.run(scenario())
