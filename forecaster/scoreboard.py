@@ -29,6 +29,10 @@ _COVERAGE_SLACK = 0.03
 _COVERAGE_DEVIATIONS = 2.0
 _LOSS_MOST = 1.05
 """Times the last value's. A mix that has learned to be the last value is as good as it."""
+_LOSS_CLEARLY_LESS = 0.9
+"""Times the last value's: what comes is above such a forecast more often than it says, and yet who
+goes by it is better off. Both are of the same quantile."""
+
 _NEGLIGIBLE = 0.005
 """The part of demand by which a forecast may be off without being wrong: demand that hardly moves
 is foretold so well by its last value that nothing is better, and it does not matter."""
@@ -186,7 +190,8 @@ class Scoreboard:
                 ratio = loss / baseline
             nothing = (1.0 - level) * _NEGLIGIBLE * record.demand  # of a forecast too high by that
             deviation = math.sqrt(level * (1.0 - level) / record.apart)
-            if coverage < level - max(_COVERAGE_SLACK, _COVERAGE_DEVIATIONS * deviation):
+            short = coverage < level - max(_COVERAGE_SLACK, _COVERAGE_DEVIATIONS * deviation)
+            if short and not ratio < _LOSS_CLEARLY_LESS:
                 reason = "coverage"
             elif ratio > _LOSS_MOST and loss - baseline > nothing:
                 reason = "pinball"

@@ -6,8 +6,9 @@ For each lead ``h`` of a grid, and for both the value at ``h`` and the largest v
    (ridge, recent rows weigh more).
 2. The logarithm of the size of the errors is regressed on volatility and level, because errors are
    larger in some hours than in others.
-3. Errors divided by that size are a sample; its weighted quantiles, recent rows first, times the
-   size expected now, make the quantiles (conformal prediction on standardised errors).
+3. Errors divided by that size are a sample; its weighted quantiles, recent rows and those of a
+   like size first, times the size expected now, make the quantiles (conformal prediction on
+   standardised errors, localised).
 
 All errors are of rows that the regression did not see: a day is left out at a time, which costs
 one small system of equations a day, because the products that a regression needs are sums over
@@ -43,6 +44,13 @@ _RIDGE_SPREAD = 1e-2
 _HALF_LIFE_DAYS = 7.0
 _HALF_LIVES_ERRORS_DAYS = (0.4, 3.0)
 """A change of regime within hours, and enough errors for the tails: the mean of both quantiles."""
+
+_ANCHORS = (0.1, 0.5, 0.9)
+"""Of the sizes of errors that were expected: at each of these quantiles the errors have quantiles
+of their own."""
+
+_ELSEWHERE = 0.1
+"""The weight of the other errors there."""
 
 _MOST_DEVIATIONS = 6.0
 _LINEAR_TO = 2.0
@@ -173,20 +181,28 @@ def _spreads(table: FeatureTable, moves: _Moves) -> Floats:
 @dataclass(frozen=True, slots=True)
 class _LeadFit:
     """The regressions of one lead. Each has a column for both targets: the value at the lead, and
-    the largest until it. ``errors`` are the quantiles ``_LEVELS`` of errors of size 1."""
+    the largest until it. ``errors`` are the quantiles ``_LEVELS`` of errors of size 1, by the
+    logarithm of the size that was expected (``anchors``): ``[anchor, level, target]``."""
 
     moves: _Moves
     plain: _Plain
     guess: Floats
     size: Floats
+    anchors: Floats
     errors: Floats
 
     def quantiles(self, table: FeatureTable, shared: tuple[Floats, Floats], lead: int) -> Floats:
         """``[level, target]`` in square-root space, from the last row of a table."""
         moves, plain = table.of_lead(lead)
         columns = np.hstack([self.moves(moves[-1]), self.plain(plain[-1]), shared[0][-1]])
-        size = np.exp(shared[1][-1] @ self.size)
-        return np.asarray(table.base[-1] + columns @ self.guess + size * self.errors)
+        expected = shared[1][-1] @ self.size
+        errors = np.array(
+            [
+                [np.interp(one, at, row) for row in rows]
+                for one, at, rows in zip(expected, self.anchors.T, self.errors.T, strict=True)
+            ]
+        )
+        return np.asarray(table.base[-1] + columns @ self.guess + np.exp(expected) * errors.T)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,16 +282,30 @@ class _Regressions:
         small = 0.1 * np.median(np.abs(errors), axis=0) + 1e-9
         sizes = np.log(np.abs(errors) + small)
         size, missed = _ridge(self._spreads[rows], sizes, weights, blocks, _RIDGE_SPREAD)
-        scaled = (errors / np.exp(sizes - missed))[known]
+        expected = (sizes - missed)[known]
+        scaled = errors[known] / np.exp(expected)
+        anchors = np.quantile(expected, _ANCHORS, axis=0)
         age = self._age[rows][known]
-        sample = np.mean(
-            [
-                [weighted_quantiles(row, 0.5 ** (age / half_life), _LEVELS) for row in scaled.T]
-                for half_life in _HALF_LIVES_ERRORS_DAYS
-            ],
-            axis=0,
-        )
-        return _LeadFit(own_moves, own_plain, guess, size, np.asarray(sample.T))
+        found = [
+            _quantiles_of_errors(*of_target, age)
+            for of_target in zip(scaled.T, expected.T, anchors.T, strict=True)
+        ]
+        return _LeadFit(own_moves, own_plain, guess, size, anchors, np.stack(found, axis=-1))
+
+
+def _quantiles_of_errors(
+    scaled: Floats, expected: Floats, anchors: Floats, age_days: Floats
+) -> Floats:
+    """The quantiles ``[anchor, level]`` of errors of size 1. Those of rows where about as large an
+    error was expected weigh most: what errors of silent nights look like says little of the day."""
+    order = np.argsort(scaled, kind="stable")
+    scaled, expected, age_days = scaled[order], expected[order], age_days[order]
+    near = [_ELSEWHERE + np.interp(expected, anchors, one) for one in np.eye(len(anchors))]
+    samples = [
+        [weighted_quantiles(scaled, one * 0.5 ** (age_days / half_life), _LEVELS) for one in near]
+        for half_life in _HALF_LIVES_ERRORS_DAYS
+    ]
+    return np.asarray(np.mean(samples, axis=0))
 
 
 def _ridge(

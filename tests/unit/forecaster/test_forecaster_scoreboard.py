@@ -45,7 +45,8 @@ STEADY = [100.0] * 300
         pytest.param(90.0, 120.0, STEADY, "coverage", id="too low"),
         pytest.param(130.0, 120.0, STEADY, "pinball", id="the last value was nearer"),
         pytest.param(99.6, 120.0, STEADY, None, id="too low by less than matters"),
-        pytest.param(99.4, 120.0, STEADY, "coverage", id="too low by more than that"),
+        pytest.param(99.4, 112.0, STEADY, "coverage", id="too low by more than that"),
+        pytest.param(99.4, 120.0, STEADY, None, id="too low, and much better than the last value"),
         pytest.param(100.4, 100.0, STEADY, None, id="the last value was nearer, as little"),
         pytest.param(100.8, 100.1, STEADY, "pinball", id="the last value was nearer, by more"),
         # What is unknown is not scored, and so does not count against it.
