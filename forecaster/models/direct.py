@@ -285,25 +285,25 @@ class _Regressions:
         expected = (sizes - missed)[known]
         scaled = errors[known] / np.exp(expected)
         anchors = np.quantile(expected, _ANCHORS, axis=0)
-        age = self._age[rows][known]
+        fading = [0.5 ** (self._age[rows][known] / half) for half in _HALF_LIVES_ERRORS_DAYS]
         found = [
-            _quantiles_of_errors(*of_target, age)
+            _quantiles_of_errors(*of_target, fading)
             for of_target in zip(scaled.T, expected.T, anchors.T, strict=True)
         ]
         return _LeadFit(own_moves, own_plain, guess, size, anchors, np.stack(found, axis=-1))
 
 
 def _quantiles_of_errors(
-    scaled: Floats, expected: Floats, anchors: Floats, age_days: Floats
+    scaled: Floats, expected: Floats, anchors: Floats, fading: list[Floats]
 ) -> Floats:
     """The quantiles ``[anchor, level]`` of errors of size 1. Those of rows where about as large an
     error was expected weigh most: what errors of silent nights look like says little of the day."""
     order = np.argsort(scaled, kind="stable")
-    scaled, expected, age_days = scaled[order], expected[order], age_days[order]
+    scaled, expected = scaled[order], expected[order]
     near = [_ELSEWHERE + np.interp(expected, anchors, one) for one in np.eye(len(anchors))]
     samples = [
-        [weighted_quantiles(scaled, one * 0.5 ** (age_days / half_life), _LEVELS) for one in near]
-        for half_life in _HALF_LIVES_ERRORS_DAYS
+        [weighted_quantiles(scaled, one * weights[order], _LEVELS) for one in near]
+        for weights in fading
     ]
     return np.asarray(np.mean(samples, axis=0))
 
