@@ -196,13 +196,12 @@ class _LeadFit:
         moves, plain = table.of_lead(lead)
         columns = np.hstack([self.moves(moves[-1]), self.plain(plain[-1]), shared[0][-1]])
         expected = shared[1][-1] @ self.size
-        errors = np.array(
-            [
-                [np.interp(one, at, row) for row in rows]
-                for one, at, rows in zip(expected, self.anchors.T, self.errors.T, strict=True)
-            ]
-        )
-        return np.asarray(table.base[-1] + columns @ self.guess + np.exp(expected) * errors.T)
+        errors = [
+            rows @ _shares(one, at)
+            for one, at, rows in zip(expected, self.anchors.T, self.errors.T, strict=True)
+        ]
+        spread = np.exp(expected) * np.stack(errors, axis=-1)
+        return np.asarray(table.base[-1] + columns @ self.guess + spread)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,6 +292,12 @@ class _Regressions:
         return _LeadFit(own_moves, own_plain, guess, size, anchors, np.stack(found, axis=-1))
 
 
+def _shares(expected: Floats, anchors: Floats) -> Floats:
+    """How much each anchor counts, ``[anchor]`` or ``[anchor, row]``: between two by the distance,
+    beyond the outer ones all."""
+    return np.array([np.interp(expected, anchors, one) for one in np.eye(len(anchors))])
+
+
 def _quantiles_of_errors(
     scaled: Floats, expected: Floats, anchors: Floats, fading: list[Floats]
 ) -> Floats:
@@ -300,7 +305,7 @@ def _quantiles_of_errors(
     error was expected weigh most: what errors of silent nights look like says little of the day."""
     order = np.argsort(scaled, kind="stable")
     scaled, expected = scaled[order], expected[order]
-    near = [_ELSEWHERE + np.interp(expected, anchors, one) for one in np.eye(len(anchors))]
+    near = _ELSEWHERE + _shares(expected, anchors)
     samples = [
         [weighted_quantiles(scaled, one * weights[order], _LEVELS) for one in near]
         for weights in fading
