@@ -4,10 +4,11 @@
 #   ARGS="..."            given on: to `tidegate up`, to pytest, to the bench
 #   ENGINE=simulated      `make run` with the simulated engine: no vLLM, no model, instant
 #   TIDEGATE_ENGINE=cpu   cpu or cuda, instead of looking for an NVIDIA GPU
+#   KUBEBUILDER_ASSETS=/dir  etcd, kube-apiserver and kube-controller-manager for `make cluster-test`
 #   TIDEGATE_ENGINE_PIP_ARGS="--index-url ..."   given on to pip for the engine environment
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format bench dev engine doctor clean clean-engine
+.PHONY: help run test cluster-test control-plane lint format bench dev engine doctor clean clean-engine
 
 NAMED := $(if $(filter undefined,$(origin PYTHON)),,--python-given)
 PYTHON ?= python3
@@ -26,6 +27,9 @@ run: ## Prepare everything that is missing, then serve a model (ENGINE=simulated
 
 test: ## Prepare everything that is missing, then run the whole suite (ARGS="-k name")
 	@exec $(BOOTSTRAP) test $(ARGS)
+
+cluster-test: ## Prepare a real Kubernetes control plane (KUBEBUILDER_ASSETS, or built once), then test on it
+	@exec $(BOOTSTRAP) cluster-test $(ARGS)
 
 lint: dev ## ruff format and check, mypy --strict, import contracts
 	$(BIN)/ruff format --check $(SOURCES)
@@ -49,6 +53,9 @@ dev: ## Only the gateway's environment, with the tools of test and lint
 
 engine: ## Only the environments and the default model, nothing started
 	@$(BOOTSTRAP) engine
+
+control-plane: ## Only the programs of `make cluster-test`, nothing started
+	@$(BOOTSTRAP) control-plane
 
 clean-engine: ## Remove the engine environment
 	@$(BOOTSTRAP) clean-engine

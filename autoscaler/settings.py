@@ -27,6 +27,8 @@ from modelcache.types import Tier
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 OWN_HEADERS = frozenset({"host", "content-length", "transfer-encoding", "connection", "upgrade"})
 URL_PATH = re.compile(r"[\x21-\x7e]*")
+DNS_LABEL = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
+DNS_NAME = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -82,6 +84,7 @@ def check_argument(text: str) -> str:
 Name = Annotated[
     str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\s\x00-\x1f\x7f]+$")
 ]
+PortName = Annotated[str, StringConstraints(pattern=DNS_LABEL, max_length=15)]
 Url = Annotated[str, AfterValidator(check_url)]
 Argument = Annotated[str, AfterValidator(check_argument)]
 
@@ -431,8 +434,11 @@ class ProcessPoolSettings(ConsistentSettings):
             yield "gpu_memory_bytes is set, but gpus_per_replica is 0"
 
 
-BackendName = Literal["process", "static"]
+BackendName = Literal["process", "static", "kubernetes"]
 """Where the replicas of a pool run. A pool's settings for its backend have a table of that name."""
+
+
+EXTERNAL_KUBERNETES = "kubernetes_external"
 
 
 class StaticPoolSettings(ConsistentSettings):
@@ -458,6 +464,156 @@ class StaticPoolSettings(ConsistentSettings):
             yield "urls repeat a server"
         if self.api_key_env and any(name.lower() == "authorization" for name in self.headers):
             yield "api_key_env and headers both set Authorization"
+
+
+class KubernetesPoolSettings(ConsistentSettings):
+    """Which workload of a cluster has the replicas of a ``kubernetes`` pool, and who scales it."""
+
+    namespace: str | None = Field(default=None, pattern=DNS_LABEL, max_length=63)
+    """Namespace of the workload. Unset: the one that Tidegate runs in."""
+
+    api_version: str = Field(default="apps/v1", pattern=r"^([a-z0-9.-]+/)?v[a-z0-9]+$")
+    """Group and version of the workload's kind."""
+
+    kind: str = Field(default="Deployment", pattern=r"^[A-Z][A-Za-z0-9]*$")
+    """Kind of the workload: any that has a ``/scale`` subresource (``Deployment``, ``StatefulSet``,
+    ``LeaderWorkerSet``), KServe's ``InferenceService``, ``RayCluster`` or ``RayService``, or, with
+    ``api_version = "serving.knative.dev/v1"``, Knative's ``Service``."""
+
+    name: str | None = Field(default=None, pattern=DNS_NAME, max_length=253)
+    """Name of the workload; required."""
+
+    worker_group: str = Field(default="", max_length=63)
+    """Worker group of a ``RayCluster`` or ``RayService``. Empty: the only one."""
+
+    service: str | None = Field(default=None, pattern=DNS_LABEL, max_length=63)
+    """Service whose EndpointSlices have the addresses of the replicas. Unset: the pods' own
+    addresses, at ``port``."""
+
+    port: int | PortName | None = None
+    """Port of the engine, by number or by its name in the EndpointSlices. Unset: the Service's only
+    port, or that named ``http``; a pod's own is 8000, as vLLM's."""
+
+    service_url: Url | None = None
+    """One address in front of all replicas, where they have none of their own (Ray Serve)."""
+
+    health_path: str = Field(default="/health", pattern=r"^/[\x21-\x7e]*$")
+    """Path that answers 200 when an engine is well."""
+
+    scaled_by: Literal["tidegate", "hpa", "keda", "knative"] = "tidegate"
+    """Who writes the workload's number of replicas while it has any. Whoever else it is, Tidegate
+    routes to what there is, publishes what it would have, and holds requests at zero."""
+
+    zero_owner: Literal["tidegate", "hpa", "keda", "none"] | None = None
+    """Who takes the workload to zero and back. Unset: ``tidegate``, and with KEDA or Knative
+    nobody but them. Never two."""
+
+    @property
+    def owner_of_zero(self) -> str:
+        """Who takes it to zero and back."""
+        if self.zero_owner is not None:
+            return self.zero_owner
+        return "tidegate" if self.scaled_by in {"tidegate", "hpa"} else self.scaled_by
+
+    def _conflicts(self) -> Iterator[str]:
+        if self.api_version.startswith("serving.knative.dev/") and self.scaled_by != "knative":
+            yield (
+                f"scaled_by is {self.scaled_by}, but Knative scales its own Services: say knative, "
+                "or give the Service the autoscaler class tidegate.dev instead"
+            )
+        if isinstance(self.port, int) and not 1 <= self.port <= 65_535:
+            yield f"port ({self.port}) is not 1 to 65535"
+        if self.zero_owner in {"hpa", "keda"} and self.scaled_by != self.zero_owner:
+            yield (
+                f"zero_owner is {self.zero_owner}, but scaled_by is {self.scaled_by}: who takes a "
+                "workload to zero and back also scales it, or Tidegate does"
+            )
+        if self.scaled_by == "keda" and self.zero_owner == "tidegate":
+            yield (
+                "zero_owner is tidegate, but scaled_by is keda: KEDA takes a workload to zero "
+                'itself unless its minReplicaCount is 1; then say scaled_by = "hpa", which KEDA '
+                "drives"
+            )
+
+
+class KnativeSettings(BaseModel):
+    """What Tidegate has to do with Knative, where the cluster has it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    autoscaler_url: str = Field(
+        default="ws://autoscaler.knative-serving.svc:8080", pattern=r"^(wss?://[\x21-\x7e]+)?$"
+    )
+    """Where Knative's autoscaler takes statistics, by which it is asked for the replicas of its
+    Services ahead of demand. Empty: it is not asked."""
+
+    pod_autoscalers: bool = False
+    """Whether pools are also the revisions of Knative Services whose autoscaler class is
+    ``tidegate.dev``."""
+
+
+class KubernetesSettings(ConsistentSettings):
+    """The cluster that ``kubernetes`` pools are in."""
+
+    kubeconfig: str | None = Field(default=None, min_length=1)
+    """File with the address and the credentials of the API server. Unset: the service account of
+    the pod, else ``KUBECONFIG`` and ``~/.kube/config``."""
+
+    namespace: str | None = Field(default=None, pattern=DNS_LABEL, max_length=63)
+    """Namespace of the lease, of ModelPools, and of pools that name none. Unset: that of the pod or
+    of the kubeconfig's context."""
+
+    lease: str | None = Field(default=None, pattern=DNS_NAME, max_length=253)
+    """Lease by which several Tidegates elect the one that serves and scales; the others wait, not
+    ready, to take its place. Unset: this is the only one."""
+
+    lease_s: float = Field(default=15.0, ge=1.0, le=3_600.0)
+    """Seconds after which a leader that has ended without notice is replaced."""
+
+    label_leader: bool = False
+    """The leader's pod gets the label ``tidegate.dev/leader`` with the lease's name, by which a
+    Service finds it, and those that wait are ready at ``/readyz``: so rollouts and evictions count
+    them. Needs ``lease``, and the pod's name as its host name, as Kubernetes gives it."""
+
+    model_pools: bool = False
+    """Whether pools are also those of the ModelPool resources in the cluster, beside those of the
+    settings."""
+
+    all_namespaces: bool = False
+    """ModelPools and Knative Services of all namespaces, not only of ``namespace``."""
+
+    knative: KnativeSettings = KnativeSettings()
+    """What Tidegate has to do with Knative, where the cluster has it."""
+
+    ahpa_pools: bool = False
+    """Whether AdvancedHorizontalPodAutoscalers (AHPA) are pools too, beside ModelPools: Tidegate
+    routes to their workloads and records what it would have, and AHPA scales them, those of
+    ModelPools included, until it is deleted."""
+
+    node: str | None = Field(default=None, pattern=DNS_NAME, max_length=253)
+    """Node that this cache agent is on, which it labels with the models it has, so that pods which
+    need them prefer it. Unset: no node is labelled."""
+
+    node_cache_image: str | None = Field(default=None, min_length=1, max_length=1_024)
+    """Image of Tidegate, for the containers by which pods use the cache of their node
+    (``useNodeCache`` and ``preloadNodes`` of a ModelPool). Unset: that of its own pod."""
+
+    node_cache_dir: str = Field(default="/var/lib/tidegate", pattern=r"^/[\x21-\x7e]*$")
+    """Directory of nodes in which their cache agents have ``cache`` and, as ``state_dir``,
+    ``agent``."""
+
+    @property
+    def has_pools(self) -> bool:
+        """Whether pools come from resources of the cluster."""
+        return self.model_pools or self.knative.pod_autoscalers
+
+    def _conflicts(self) -> Iterator[str]:
+        if self.label_leader and self.lease is None:
+            yield "lease is missing: label_leader is set, and needs it"
+        if self.label_leader and self.lease is not None and len(self.lease) > 63:
+            yield "lease is longer than 63 characters, which a label may not be (label_leader)"
+        if self.ahpa_pools and not self.model_pools:
+            yield "ahpa_pools is set, but model_pools is not"
 
 
 class ScheduleSettings(ConsistentSettings):
@@ -563,7 +719,8 @@ class PoolSettings(ConsistentSettings):
 
     backend: BackendName = "process"
     """``process``: engines are child processes of Tidegate. ``static``: externally
-    managed servers at ``static.urls``: health-checked and routed to, never started or stopped."""
+    managed servers at ``static.urls``: health-checked and routed to, never started or stopped.
+    ``kubernetes``: pods of a workload that Tidegate, or another autoscaler, scales."""
 
     engine: EngineName | None = None
     """Which engine a ``process`` pool starts; required there. ``simulated`` answers instantly and
@@ -600,6 +757,10 @@ class PoolSettings(ConsistentSettings):
     replica_hour_price: float | None = Field(default=None, gt=0.0, le=1e6)
     """This pool's own ``autoscaler.prices.replica_hour``: a replica on four GPUs costs four times
     as much."""
+
+    violated_second_price: float | None = Field(default=None, gt=0.0, le=1e6)
+    """This pool's own ``autoscaler.prices.violated_second``: how much headroom its forecast is
+    given."""
 
     mode: ScalingMode | None = None
     """This pool's own ``autoscaler.mode``."""
@@ -638,6 +799,9 @@ class PoolSettings(ConsistentSettings):
     static: StaticPoolSettings = StaticPoolSettings()
     """Where the servers of a ``static`` pool are, and how they are asked."""
 
+    kubernetes: KubernetesPoolSettings = KubernetesPoolSettings()
+    """Which workload has the replicas of a ``kubernetes`` pool, and who scales it."""
+
     tiers: TierSettings = TierSettings()
     """How warm a ``process`` pool stays while it is at zero."""
 
@@ -646,14 +810,36 @@ class PoolSettings(ConsistentSettings):
         """All names that clients may use for this pool."""
         return (self.name, *self.aliases, *self.adapters)
 
+    @property
+    def backend_key(self) -> str:
+        """Which backend has its replicas: workloads that another autoscaler scales have their
+        own."""
+        if self.backend == "kubernetes" and self.kubernetes.scaled_by != "tidegate":
+            return EXTERNAL_KUBERNETES
+        return self.backend
+
     def _conflicts(self) -> Iterator[str]:
         if self.min_replicas > self.max_replicas:
             yield f"min_replicas ({self.min_replicas}) > max_replicas ({self.max_replicas})"
         if len(set(self.names)) != len(self.names):
             yield "aliases or adapters repeat a name"
-        yield from (
-            self._process_conflicts() if self.backend == "process" else (self._static_conflicts())
-        )
+        match self.backend:
+            case "process":
+                yield from self._process_conflicts()
+            case "static":
+                yield from self._static_conflicts()
+            case "kubernetes":
+                if self.kubernetes.name is None:
+                    yield "kubernetes.name is missing: a kubernetes pool needs its workload's"
+        for name, unset in (
+            ("process", ProcessPoolSettings()),
+            ("static", StaticPoolSettings()),
+            ("kubernetes", KubernetesPoolSettings()),
+        ):
+            if name != self.backend and getattr(self, name) != unset:
+                yield f'{name} is only for backend = "{name}"'
+        if self.backend != "process" and self.tiers != TierSettings():
+            yield 'tiers is only for backend = "process"'
 
     def _process_conflicts(self) -> Iterator[str]:
         if self.engine is None:
@@ -669,18 +855,13 @@ class PoolSettings(ConsistentSettings):
                 parse_ref(self.model)
             except ValueError as error:
                 yield f"model cannot be fetched: {error}"
-        if self.static != StaticPoolSettings():
-            yield 'static is only for backend = "static"'
 
     def _static_conflicts(self) -> Iterator[str]:
         if not self.static.urls:
             yield "static.urls is missing: a static pool needs at least one"
         for field in ("engine", "engine_args", "env", "min_replicas"):
             if getattr(self, field):
-                yield f'{field} is only for backend = "process"'
-        for name, unset in (("process", ProcessPoolSettings()), ("tiers", TierSettings())):
-            if getattr(self, name) != unset:
-                yield f'{name} is only for backend = "process"'
+                yield f'{field} is not for backend = "static"'
 
 
 def make_slug(name: str, taken: Collection[str]) -> str:
@@ -724,7 +905,7 @@ def make_policy(pool: PoolSettings, settings: AutoscalerSettings) -> PoolPolicy:
         max_scale_down_per_tick=settings.max_scale_down_per_tick,
         target_utilization_fraction=settings.target_utilization_fraction,
         backlog_s=settings.backlog_s,
-        violated_second=settings.prices.violated_second,
+        violated_second=first(pool.violated_second_price, settings.prices.violated_second),
         targets=TargetFigures(**pool.targets.model_dump()),
         demand_stale_s=settings.demand_stale_s,
     )

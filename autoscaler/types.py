@@ -259,6 +259,15 @@ NO_TALLY = ForecastTally()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FurtherForecast:
+    """Quantiles of the highest demand within the next ``horizon_s``, at the levels of the outlook
+    that it belongs to."""
+
+    horizon_s: float
+    tokens_per_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
     """A pool's forecast as ``decide`` reads it.
 
@@ -272,7 +281,8 @@ class Outlook:
     their pinball loss there in parts of that of the last value; ``None`` before there are enough.
     ``weights`` say how much of it is which model's. ``tally`` is of all forecasts since the process
     that makes them began.
-    ``least_tokens_per_s``: a demand of less is of no request.
+    ``least_tokens_per_s``: a demand of less is of no request. ``further`` is the same forecast for
+    other times than the lead, for those who ask; decisions do not read it.
     """
 
     made_at_s: float
@@ -288,6 +298,7 @@ class Outlook:
     loss_ratio: float | None = None
     weights: dict[str, float] = field(default_factory=dict)
     tally: ForecastTally = NO_TALLY
+    further: tuple[FurtherForecast, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -522,22 +533,28 @@ class RecentTraffic:
     generation_tokens_per_s: float
     queue_wait_mean_s: float | None = None
     """Request read to sent to an engine."""
+    queue_wait_p50_s: float | None = None
     queue_wait_p95_s: float | None = None
+    queue_wait_p99_s: float | None = None
     ttft_count: int
     """Streams whose first byte came."""
     ttft_mean_s: float | None
     """Request read to first byte, of streams."""
     ttft_p50_s: float | None
     ttft_p95_s: float | None
+    ttft_p99_s: float | None = None
     itl_count: int
     """Pauses between two tokens of a stream."""
     itl_mean_s: float | None
     """How long they were."""
     itl_p50_s: float | None
     itl_p95_s: float | None
+    itl_p99_s: float | None = None
     e2e_mean_s: float | None = None
     """Request read to answer finished."""
+    e2e_p50_s: float | None = None
     e2e_p95_s: float | None = None
+    e2e_p99_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -584,6 +601,10 @@ class ReplicaReport:
     served_model: str | None = None
     gpus: tuple[int, ...] = ()
     cpus: tuple[int, ...] = ()
+    pod: str = ""
+    """The pod that it is, in a cluster."""
+    node: str = ""
+    """The node that its pod is on."""
     error: str | None = None
     outdated: bool = False
     """It was started with other arguments than its pool has now, and is to be replaced."""
@@ -623,6 +644,10 @@ class PoolReport:
     """The settings have it no more; it ends with its last request."""
     disabled: bool = False
     """An operator has taken it out of service: its requests are refused."""
+    slug: str = ""
+    """Its name as ids and labels can have it."""
+    last_change: Decision | None = None
+    """The newest decision for another number than the one before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,8 +17,10 @@
   python -m bench forecast    forecasters on traces of a folder: pinball, coverage, WAPE, time
   python -m bench scaling     scaling policies on traces of a folder: violations, cost, goodput
   python -m bench enginemodel the replay's engine model beside the real vLLM, on one trace
+  python -m bench picker      the endpoint picker behind a real Envoy, beside Envoy alone
   python -m bench adoption    seconds until a control process that was killed has its engines back
   python -m bench zero        scale to zero on a trace of small models, beside other rules
+  python -m bench adapter     the adapter under load: 500 HPAs, and 200 requests a second
   python -m bench tick        one tick of the control loop by pools and replicas, and one forecast
 
 Everything listens on 127.0.0.1 and ends within a stated time. bench/README.md explains the methods.
@@ -100,11 +102,25 @@ def _zero(arguments: argparse.Namespace) -> int:
     return zero.run(arguments.data, arguments.out, _command(), date)
 
 
+def _adapter(arguments: argparse.Namespace) -> int:
+    from bench import adapter
+
+    date = datetime.date.today().isoformat()
+    return adapter.run(arguments.seconds, arguments.out, _command(), date)
+
+
 def _tick(arguments: argparse.Namespace) -> int:
     from bench import tick
 
     counts = tuple(int(one) for one in arguments.pools.split(","))
     return tick.run(counts, arguments.out, _command(), datetime.date.today().isoformat())
+
+
+def _picker(arguments: argparse.Namespace) -> int:
+    from bench import picker
+
+    date = datetime.date.today().isoformat()
+    return picker.run(arguments.rounds, arguments.out, _command(), date)
 
 
 def _adoption(arguments: argparse.Namespace) -> int:
@@ -461,6 +477,12 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_scaling)
 
 
+def _add_picker(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each (5)")
+    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="report's folder")
+    parser.set_defaults(run=_picker)
+
+
 def _add_adoption(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="kills (5)")
     parser.add_argument("--limit-s", type=float, default=60, metavar="S", help="of a start (60)")
@@ -543,6 +565,15 @@ def _parser() -> argparse.ArgumentParser:
     ticks.add_argument("--pools", default="100,300,1000", metavar="N,N", help="(100,300,1000)")
     ticks.add_argument("--out", type=Path, default=Path("bench/out"), help="folder of the report")
     ticks.set_defaults(run=_tick)
+    adapters = commands.add_parser(
+        "adapter",
+        help="the adapter under load: 500 HPAs, and 200 requests a second",
+        description="`tidegate adapter` with TLS and permissions: latencies and CPU. About 4 "
+        "minutes. Exit code 1 when a bar is missed.",
+    )
+    adapters.add_argument("--seconds", type=float, default=60, metavar="S", help="each load (60)")
+    adapters.add_argument("--out", type=Path, default=Path("bench/results"), help="report's folder")
+    adapters.set_defaults(run=_adapter)
     _add_load(commands.add_parser(
         "load",
         help="Locust, streaming chat, on the simulated engine",
@@ -606,6 +637,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Measures prefill and decode of the real vLLM, sends it a trace of random "
         "lengths, and plays the same trace by the model. About 2 minutes. Exit code 1 when TTFT or "
         "throughput differ by more than 25 %%.",
+    ))  # fmt: skip
+    _add_picker(commands.add_parser(
+        "picker",
+        help="the endpoint picker behind a real Envoy, beside Envoy alone",
+        description="Requests/s, CPU and latency of an Envoy that asks the endpoint picker for "
+        "each request, of Envoy alone (round robin) and of the gateway, to the same replicas in "
+        "turns. About 3 minutes. Exit code 1 where an answer was wrong.",
     ))  # fmt: skip
     _add_adoption(commands.add_parser(
         "adoption",

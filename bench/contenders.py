@@ -218,7 +218,7 @@ def _start_tidegate(name: str, place: Place) -> Running:
 
 def compile_tidegate() -> None:
     """Compile the data path as `make run` does; without a compiler plain Python is measured."""
-    command = [sys.executable, "-m", "gateway.datapath.compiled", "build"]
+    command = [sys.executable, "-m", "gateway.compiled", "build"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     if done.returncode != 0:
         print(f"not compiled, plain Python is measured: {done.stderr.strip()}", flush=True)
@@ -227,7 +227,7 @@ def compile_tidegate() -> None:
 def _tidegate_version(place: Place) -> str:
     """The commit, and whether a worker runs the compiled modules or plain Python."""
     head = ["git", "describe", "--always", "--dirty=, with changes"]
-    which = [sys.executable, "-m", "gateway.datapath.compiled"]
+    which = [sys.executable, "-m", "gateway.compiled"]
     said = [
         subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout
         for command in (head, which)

@@ -84,7 +84,7 @@ def _measure(replicas: int, scorer_count: int) -> dict[str, Any]:
 def run(out: Path | None) -> int:
     """Print the table; write the record to ``out``. 1 where a compiled pick misses a bar."""
     from bench import machine
-    from gateway.datapath import compiled
+    from gateway import compiled
 
     is_compiled = compiled.install()
     rows = [_measure(replicas, scorers) for replicas in REPLICAS for scorers in (1, 2)]
@@ -99,7 +99,7 @@ def run(out: Path | None) -> int:
             f"{row['fastest_us']:10.2f}  {'–' if bar is None else f'{bar:g}':>7}"
         )
     if not is_compiled:
-        print("python -m gateway.datapath.compiled build compiles it", file=sys.stderr)
+        print("python -m gateway.compiled build compiles it", file=sys.stderr)
     if out is not None:
         record = {"compiled": is_compiled, "machine": machine.describe(), "picks": rows}
         out.write_text(json.dumps(record, indent=2) + "\n")

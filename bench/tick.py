@@ -74,6 +74,9 @@ class _Backend:
     def devices(self) -> Sequence[Device]:
         return ()
 
+    def set_pools(self, pools: Sequence[PoolSettings]) -> None:
+        return None
+
     async def measure_memory(self, replica_id: str) -> int | None:
         return None
 

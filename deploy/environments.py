@@ -15,7 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,16 +83,26 @@ class Workshop:
         self.scratch = self.state / "tmp"
         self.lock = lock
 
-    def run(self, title: str, argv: Sequence[str], *, log: str, grows: Sequence[Path]) -> None:
+    def run(
+        self,
+        title: str,
+        argv: Sequence[str],
+        *,
+        log: str,
+        grows: Sequence[Path],
+        cwd: Path | None = None,
+        extra_env: Mapping[str, str] | None = None,
+    ) -> None:
         """Run a long command of a step with its progress shown; ``StepFailed`` if it fails."""
         self.scratch.mkdir(parents=True, exist_ok=True)
         run_shown(
             title,
             argv,
             log=self.logs / f"{log}.log",
-            env=self.environ(),
+            env={**self.environ(), **(extra_env or {})},
             grows=(*grows, self.scratch),
             hold=() if self.lock is None else (self.lock,),
+            cwd=cwd,
         )
 
     def environ(self) -> dict[str, str]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+import control_plane_programs
 from environments import Environment, Step, Workshop, digest
 from progress import StepFailed, say, size_text
 from requirements_check import MissingRequirement, check_machine, check_processor, choose_kind
@@ -39,6 +40,9 @@ MODEL = ROOT / ".tidegate" / "models" / "SmolLM2-135M-Instruct"
 PIP_ARGS_VARIABLE = "TIDEGATE_ENGINE_PIP_ARGS"
 COMPILED_VARIABLE = "TIDEGATE_COMPILED"
 PACKAGE_EXTRAS = "cache,compile,forecast,gpu"
+STARTED = ("run", "test", "cluster-test")
+"""Verbs that start something once everything is prepared."""
+VERBS = (*STARTED, "dev", "engine", "control-plane", "clean", "clean-engine")
 EXTRAS = {"package": f"[{PACKAGE_EXTRAS}]", "tools": f"[{PACKAGE_EXTRAS},test,lint,bench]"}
 
 
@@ -69,7 +73,7 @@ def gateway_steps(workshop: Workshop, *, tools: bool, rebuild_for: str | None) -
 def _compile_step(workshop: Workshop, environment: Environment) -> Step:
     """The data path's hot modules as C, which halves what a request costs. Without a C compiler,
     or Python's headers, the same modules run as plain Python: that is no reason to stop."""
-    module = [str(environment.python), "-I", "-m", "gateway.datapath.compiled"]
+    module = [str(environment.python), "-I", "-m", "gateway.compiled"]
     headers = Path(sysconfig.get_path("include"), "Python.h").exists()
     possible = headers and any(map(shutil.which, ("cc", "gcc")))
     possible = possible and os.environ.get(COMPILED_VARIABLE) != "0"
@@ -175,16 +179,15 @@ def _import_check(workshop: Workshop, environment: Environment, before: Sequence
 
 def prepare(verb: str, *, simulated: bool, rebuild_for: str | None) -> None:
     """Do every step that ``verb`` needs and that is not done yet."""
-    with locked(ROOT / ".tidegate") as lock:
+
+    def list_steps(lock: int | None) -> tuple[Workshop, list[Step]]:
         workshop = Workshop(ROOT, lock)
-        tools = verb in ("test", "dev")
-        steps = gateway_steps(workshop, tools=tools, rebuild_for=rebuild_for)
-        if verb in ("run", "test", "engine") and not simulated:
-            kind = choose_kind(ROOT / ENGINE)
-            if kind == "cpu":
-                check_processor()
-            steps += engine_steps(workshop, kind, rebuild_for=rebuild_for)
-            steps += model_steps(workshop)
+        return workshop, steps_of(verb, workshop, simulated=simulated, rebuild_for=rebuild_for)
+
+    if all(step.is_done() for step in list_steps(None)[1]):
+        return  # nothing to wait for, whatever else is being prepared
+    with locked(ROOT / ".tidegate") as lock:
+        workshop, steps = list_steps(lock)
         pending = [step for step in steps if not step.is_done()]
         check_machine(ROOT, pending)
         if not pending:
@@ -195,6 +198,23 @@ def prepare(verb: str, *, simulated: bool, rebuild_for: str | None) -> None:
             if not step.is_done():
                 step.run()
         shutil.rmtree(workshop.scratch, ignore_errors=True)
+
+
+def steps_of(
+    verb: str, workshop: Workshop, *, simulated: bool, rebuild_for: str | None
+) -> list[Step]:
+    """All that ``verb`` needs, in order."""
+    tools = verb in ("test", "dev", "cluster-test", "control-plane")
+    steps = gateway_steps(workshop, tools=tools, rebuild_for=rebuild_for)
+    if verb in ("run", "test", "cluster-test", "engine") and not simulated:
+        kind = choose_kind(ROOT / ENGINE)
+        if kind == "cpu":
+            check_processor()
+        steps += engine_steps(workshop, kind, rebuild_for=rebuild_for)
+        steps += model_steps(workshop)
+    if verb in ("cluster-test", "control-plane") and control_plane_programs.given() is None:
+        steps += control_plane_programs.steps(workshop, Environment(workshop, GATEWAY).python)
+    return steps
 
 
 def _announce(pending: Sequence[Step]) -> None:
@@ -229,9 +249,15 @@ def start(verb: str, rest: Sequence[str], *, simulated: bool) -> NoReturn:
     if verb == "run":
         engine = ["--engine", "simulated"] if simulated else []
         argv = [str(binaries / "tidegate"), "up", *engine, *rest]
+    elif verb == "cluster-test":
+        argv = [str(binaries / "python"), "-P", "-m", "pytest", "tests/cluster", *rest]
     else:
         argv = [str(binaries / "python"), "-P", "-m", "pytest", "-n", "2", *rest]
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONHOME", "PYTHONPATH")}
+    if verb == "cluster-test":
+        env[control_plane_programs.ASSETS_VARIABLE] = str(
+            control_plane_programs.given() or control_plane_programs.made(ROOT)
+        )
     os.execve(argv[0], argv, env)
 
 
@@ -309,7 +335,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="deploy/bootstrap.py", description=__doc__)
     parser.add_argument("--python-given", action="store_true", help="the Python was named")
     parser.add_argument("--simulated", action="store_true", help="no engine, no model")
-    parser.add_argument("verb", choices=("run", "test", "dev", "engine", "clean", "clean-engine"))
+    parser.add_argument("verb", choices=VERBS)
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="given on to what is started")
     given = parser.parse_args(arguments)
     version = "{}.{}".format(*sys.version_info)
@@ -322,7 +348,7 @@ def main(arguments: Sequence[str]) -> int:
         else:
             rebuild_for = version if given.python_given else None
             prepare(given.verb, simulated=given.simulated, rebuild_for=rebuild_for)
-            if given.verb in ("run", "test"):
+            if given.verb in STARTED:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 start(given.verb, given.rest, simulated=given.simulated)
         return 0

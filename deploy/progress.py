@@ -87,6 +87,7 @@ def run_shown(
     env: Mapping[str, str],
     grows: Sequence[Path],
     hold: Sequence[int] = (),
+    cwd: Path | None = None,
     describe: Callable[[str], str | None] | None = None,
 ) -> None:
     """Run ``argv`` to its end, showing elapsed time, its newest line and the growth of ``grows``.
@@ -105,19 +106,19 @@ def run_shown(
         begins_at = output.tell()
         process = subprocess.Popen(
             argv, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=dict(env),
-            pass_fds=tuple(hold),
+            pass_fds=tuple(hold), cwd=cwd,
         )  # fmt: skip
         try:
             while process.poll() is None:
                 line = _newest(log, begins_at, describe or describe_pip)
-                elapsed = _duration(time.monotonic() - began_s)
+                elapsed = duration_text(time.monotonic() - began_s)
                 display.update(f"  {title}  {elapsed}  {meter.read()}  {line}")
                 _wait(process, LIVE_INTERVAL_S)
         except BaseException:
             display.clear()
             stop(process)
             raise
-    elapsed = _duration(time.monotonic() - began_s)
+    elapsed = duration_text(time.monotonic() - began_s)
     if process.returncode != 0:
         display.finish(f"  {title}  failed after {elapsed}")
         tail = _tail(log, begins_at).splitlines()[-FAILURE_LINES:]
@@ -173,6 +174,12 @@ def size_text(size_bytes: float) -> str:
     return f"{size_bytes / 1e6:.0f} MB"
 
 
+def duration_text(elapsed_s: float) -> str:
+    """``1:05``, minutes and seconds."""
+    minutes, seconds = divmod(int(elapsed_s), 60)
+    return f"{minutes}:{seconds:02}"
+
+
 class _Meter:
     """Size on disk, looked at so seldom that looking costs a few per cent at most."""
 
@@ -210,8 +217,3 @@ def _newest(log: Path, begins_at: int, describe: Callable[[str], str | None]) ->
         if told:
             return told
     return "working"
-
-
-def _duration(elapsed_s: float) -> str:
-    minutes, seconds = divmod(int(elapsed_s), 60)
-    return f"{minutes}:{seconds:02}"

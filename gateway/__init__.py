@@ -1,7 +1,8 @@
 """The gateway: everything a client, an operator or a shell talks to.
 
-``datapath`` carries requests, ``admin`` is the operators' HTTP listener, ``settings`` reads what
-was configured, ``cli`` is the ``tidegate`` command, ``doctor`` looks at the machine, and
+``datapath`` carries requests, ``picker`` chooses replicas for those that an Envoy carries, and
+``compiled`` is the fast form of both. ``admin`` is the operators' HTTP listener, ``settings`` reads
+what was configured, ``cli`` is the ``tidegate`` command, ``doctor`` looks at the machine, and
 ``compose`` puts a running process together from all packages. ``terminal`` is what all of them say
 on one, ``charts`` what they draw.
 """

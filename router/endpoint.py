@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit
+
 from router.types import Replica, ReplicaState
+
+
+def address_of(url: str) -> str:
+    """``host:port`` of an engine's URL, an IPv6 address in brackets."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class Endpoint:
@@ -17,11 +27,13 @@ class Endpoint:
     ``failure_rate`` (0 to 1), ``ejections`` in a row and ``ejected_until_s`` are what
     ``router.failures`` keeps of its answers; a replica that becomes ready begins without.
 
-    A limit that the replica does not say is the given one; ``max_inflight_tokens`` may be ``None``
-    (bounded by requests only) and ``max_model_len_tokens`` is where the engine does not report it.
+    ``address`` is its ``host:port``. A limit that the replica does not say is the given one;
+    ``max_inflight_tokens`` may be ``None`` (bounded by requests only) and ``max_model_len_tokens``
+    is where the engine does not report it.
     """
 
     __slots__ = (
+        "address",
         "ejected_until_s",
         "ejections",
         "failure_rate",
@@ -43,6 +55,7 @@ class Endpoint:
         max_inflight_tokens: int | None,
     ) -> None:
         self.replica = replica
+        self.address = address_of(replica.url)
         self._begin()
         self.update(
             replica,

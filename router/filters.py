@@ -38,10 +38,17 @@ def has_room(endpoint: Endpoint, request: RoutingRequest, ledger: Ledger) -> boo
     return budget is None or ledger.tokens[slot] + request.tokens <= budget
 
 
+def find_subset(ready: list[Endpoint], subset: frozenset[str]) -> list[Endpoint]:
+    """Those of the endpoints that have one of these addresses."""
+    return [endpoint for endpoint in ready if endpoint.address in subset]
+
+
 def find_candidates(
     ready: list[Endpoint], request: RoutingRequest, ledger: Ledger
 ) -> list[Endpoint]:
     """The endpoints that pass every filter, in the order given."""
+    if request.subset is not None:
+        ready = find_subset(ready, request.subset)
     exclude = request.exclude
     some_excluded = len(exclude) > 0
     candidates: list[Endpoint] = []

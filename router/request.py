@@ -14,9 +14,18 @@ class RoutingRequest:
     the ids of replicas that already failed it. The rest is ``None`` where it is not known:
     ``tenant`` is the client's tenant, ``adapter`` the LoRA adapter asked for, and ``block_hashes``
     are those of the prompt's KV cache blocks, each of them over all tokens up to its block's end.
+    ``subset`` is the addresses (``Endpoint.address``) that it may go to, ``None`` for all.
     """
 
-    __slots__ = ("adapter", "block_hashes", "exclude", "prompt_tokens", "tenant", "tokens")
+    __slots__ = (
+        "adapter",
+        "block_hashes",
+        "exclude",
+        "prompt_tokens",
+        "subset",
+        "tenant",
+        "tokens",
+    )
 
     def __init__(
         self,
@@ -33,6 +42,7 @@ class RoutingRequest:
         self.tenant = tenant
         self.adapter = adapter
         self.block_hashes = block_hashes
+        self.subset: frozenset[str] | None = None
 
     def clear_exclude(self) -> None:
         """Let every replica be tried again."""

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGINE_PYTHON = ROOT / ".venv-engine" / "bin" / "python"
 MODEL = ROOT / ".tidegate" / "models" / "SmolLM2-135M-Instruct"
 OUTCOMES = ("passed", "failed", "error")
+TAKEN = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 FIRST = {"unit": 0, "sim": 1, "contract": 2, "packaging": 3}
 
 # The same examples every time, and none of them too slow: a run fails for what has changed, not by
@@ -60,6 +61,16 @@ def model_dir() -> Path:
     if not (MODEL / "tidegate-manifest.json").exists():
         pytest.fail(f"{MODEL} is missing: `make engine` (or `make test`) makes it")
     return MODEL
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers() -> Iterator[None]:
+    """A part that a test runs in this process takes the signals, as it does in its own; the next
+    test must find them as they were."""
+    before = {number: signal.getsignal(number) for number in TAKEN}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:

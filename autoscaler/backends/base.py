@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 from autoscaler.policy.packing import Device
 from autoscaler.settings import PoolSettings
+from autoscaler.types import Decision, PoolDemand
 from loaders.engines.base import EngineCommand, Placement
 
 
@@ -25,7 +26,8 @@ class Unsupported(BackendError):
 
 
 class NoCapacity(BackendError):
-    """There is no free GPU for another replica now; later there may be."""
+    """Another replica cannot be started now, which is no fault of its engine: no GPU is free, or
+    what would start it is away. Later it may be."""
 
 
 class StillRunning(BackendError):
@@ -56,7 +58,10 @@ class Probe:
     ``alive`` is false when the process is gone, ``ready`` when the engine does not answer as
     healthy. ``detail`` explains a false, ``phase`` says what a starting engine is at, ``cause`` why
     one has ended, in a line. ``listed`` are the models that the engine lists. ``stream_usage`` is
-    as of a ``ServedModel``.
+    as of a ``ServedModel``. ``starting``: it has not been ready yet, where it is now. ``certain``:
+    one look that shows it not ready is enough. ``ordinal``: its place, where only the highest can
+    be ended. ``failed_starts``: how often in a row its engine has ended before it was ready, where
+    not the control loop but something else starts it again.
     """
 
     alive: bool | None = None
@@ -73,6 +78,12 @@ class Probe:
     cpus: tuple[int, ...] = ()
     headers: tuple[tuple[str, str], ...] = ()
     stream_usage: bool = False
+    starting: bool = False
+    failed_starts: int = 0
+    certain: bool = False
+    pod: str = ""
+    node: str = ""
+    ordinal: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +101,27 @@ class Backend(Protocol):
     @property
     def owns_replicas(self) -> bool:
         """Whether it starts and stops engines. If not, they are only watched and routed to."""
+        ...
+
+    @property
+    def outlives_us(self) -> bool:
+        """Whether its replicas run on when the control process has ended, whatever ended it."""
+        ...
+
+    def set_pools(self, pools: Sequence[PoolSettings]) -> None:
+        """Its pools from now on, as they are set now. Where replicas outlive us, those of any other
+        run on as they are: ``stop`` of one only forgets it."""
+        ...
+
+    def urls(self, pool: PoolSettings) -> Sequence[str]:
+        """The addresses of an externally managed pool's servers as they are now; those that come
+        become replicas, those that are gone end. Not used where it owns replicas."""
+        ...
+
+    def recommend(self, pool: PoolSettings, decision: Decision, demand: PoolDemand | None) -> None:
+        """What Tidegate would have of an externally managed pool, at each tick, and its demand as
+        it was seen last. Returns at once; a backend that has a part in its scaling does that
+        beside."""
         ...
 
     def devices(self) -> Sequence[Device]:
@@ -123,11 +155,12 @@ class Backend(Protocol):
         ...
 
     async def adopt(self, wanted: Sequence[ReplicaSpec]) -> list[AdoptedReplica]:
-        """Before the first start: take over the replicas of an earlier control process, and begin
-        to end those that do not serve, or are not what would be started now. ``wanted`` has one
-        replica of each pool, as it would be started; its id does not matter.
+        """Before the first start of these pools: take over the replicas of an earlier control
+        process, and begin to end those that do not serve, or are not what would be started now.
+        ``wanted`` has one replica of each pool, as it would be started; its id does not matter.
 
-        Raises ``StateInUse`` when that control process is alive.
+        Raises ``StateInUse`` when that control process is alive, ``BackendError`` where it is not
+        known what there is.
         """
         ...
 

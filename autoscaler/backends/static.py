@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from autoscaler.backends.base import AdoptedReplica, BackendError, Probe, ReplicaSpec
+from autoscaler.backends.servers import Server
 from autoscaler.policy.packing import Device
-from autoscaler.settings import AutoscalerSettings
-from loaders.engines.base import ServedModel, choose_model, engine_of, list_names
+from autoscaler.settings import AutoscalerSettings, PoolSettings
+from autoscaler.types import Decision, PoolDemand
 from loaders.engines.client import EngineClient
-
-
-@dataclass(slots=True, kw_only=True)
-class Server:
-    """One server that is watched, and what it said of its model."""
-
-    url: str
-    spec: ReplicaSpec
-    headers: dict[str, str]
-    model: ServedModel | None = None
-    listed: tuple[str, ...] = ()
 
 
 class StaticBackend:
     """Backend for pools with ``backend = "static"``: any OpenAI-compatible server."""
 
     owns_replicas = False
+    outlives_us = True
 
     def __init__(
         self,
@@ -39,6 +30,16 @@ class StaticBackend:
         self._environ = os.environ if environ is None else environ
         self._client = client or EngineClient(timeout_s=settings.health_timeout_s)
         self._servers: dict[str, Server] = {}
+
+    def set_pools(self, pools: Sequence[PoolSettings]) -> None:
+        """Nothing of them is kept."""
+
+    def urls(self, pool: PoolSettings) -> Sequence[str]:
+        """Those that the settings name."""
+        return pool.static.urls
+
+    def recommend(self, pool: PoolSettings, decision: Decision, demand: PoolDemand | None) -> None:
+        """Not its to scale."""
 
     def devices(self) -> Sequence[Device]:
         """None of ours."""
@@ -61,36 +62,20 @@ class StaticBackend:
             if not key:
                 raise BackendError(f"the environment variable {variable} (api_key_env) is not set")
             headers["Authorization"] = f"Bearer {key}"
-        self._servers[spec.id] = Server(url=spec.url, spec=spec, headers=headers)
+        self._servers[spec.id] = Server(
+            url=spec.url,
+            pool=spec.pool,
+            headers=headers,
+            health_path=spec.pool.static.health_path,
+        )
 
     async def probe(self, replica_id: str) -> Probe:
         """Check a server's health, and learn its model when it has just become well."""
         server = self._servers.get(replica_id)
         if server is None:
             return Probe(alive=False, ready=False, detail="it is not watched")
-        pool, engine = server.spec.pool, engine_of(server.spec.pool.engine)
-        path = pool.static.health_path
-        health = await engine.health(self._client, server.url, server.headers, path)
-        if health.ready is False:
-            server.model = None
-        elif health.ready and server.model is None:
-            models = await engine.list_models(self._client, server.url, server.headers)
-            server.model = choose_model(models, pool.model, pool.name)
-            server.listed = list_names(models)
-        model = server.model
-        learned = None if model is None else model.name
-        length = None if model is None else model.max_model_len_tokens
-        return Probe(
-            alive=health.ready,
-            ready=health.ready,
-            detail=health.detail,
-            url=server.url,
-            served_model=pool.model or learned,
-            listed=server.listed,
-            max_model_len_tokens=pool.max_model_len_tokens or length,
-            headers=tuple(server.headers.items()),
-            stream_usage=model is not None and model.stream_usage,
-        )
+        seen = await server.probe(self._client)
+        return replace(seen, served_model=server.pool.model or seen.served_model)
 
     async def stop(self, replica_id: str, *, grace_s: float) -> None:
         """Stop watching a server. The server itself is left alone."""

@@ -379,6 +379,8 @@ class Actuator:
             cpus=probe.cpus or known.cpus,
             headers=probe.headers or known.headers,
             stream_usage=probe.stream_usage or known.stream_usage,
+            pod=probe.pod or known.pod,
+            node=probe.node or known.node,
         )
         record.probe = merged
         pool.reported_len_tokens = merged.max_model_len_tokens or pool.reported_len_tokens
@@ -393,7 +395,7 @@ class Actuator:
             record.health_failures += 1
             if record.state is State.UNHEALTHY:
                 record.error = probe.detail
-            elif record.health_failures >= self.settings.health_failures:
+            elif probe.certain or record.health_failures >= self.settings.health_failures:
                 self.apply(pool, record, Event.HEALTH_LOST, probe.detail)
 
     def apply_time_limits(
@@ -421,7 +423,9 @@ class Actuator:
                 last = f"; it was at: {record.probe.phase}" if record.probe.phase else ""
                 text = f"not ready after {pool.start_timeout_s:g} s (start_timeout_s){last}"
                 self.apply(pool, record, Event.TIMED_OUT, text)
-            case State.UNHEALTHY if in_state_s >= self.settings.unhealthy_restart_s:
+            case State.UNHEALTHY if in_state_s >= (
+                pool.start_timeout_s if record.probe.starting else self.settings.unhealthy_restart_s
+            ):
                 text = f"unhealthy for {in_state_s:.0f} s: {record.error or 'no answer'}"
                 self.apply(pool, record, Event.TIMED_OUT, text)
             case State.DRAINING | State.DRAINING_TO_SLEEP if self._is_drained(record, load, now_s):

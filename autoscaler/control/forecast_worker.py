@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -82,6 +83,8 @@ def answer(job: ForecastJob, makers: dict[str, OutlookMaker], slow: SlowModels) 
         maker.slow = slow.forecasts(job.pool, minutes, job.slow_models)
         maker.hints = [RecurringWindow.parse(*one) for one in job.hints]
         found = maker.make(minutes, fine, job.lead_s, job.now_s, job.so_far)
+        if not found.distrust:
+            found = replace(found, further=maker.further(minutes))
     except Exception as error:  # noqa: BLE001 -- one pool's history must not end the process
         return ForecastResult(pool=job.pool, error=f"{type(error).__name__}: {error}")
     return ForecastResult(pool=job.pool, found=found)

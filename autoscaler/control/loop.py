@@ -21,7 +21,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from autoscaler.backends.base import Backend, ReplicaSpec, Unsupported
+from autoscaler.backends.base import AdoptedReplica, Backend, ReplicaSpec, Unsupported
 from autoscaler.control.actuator import Actuator, ErrorCounts
 from autoscaler.control.device_turns import DeviceTurns, share_pages
 from autoscaler.control.disabled_pools import DisabledPools
@@ -51,6 +51,7 @@ from autoscaler.types import (
     Outlook,
     PastDecision,
     PoolReport,
+    PoolStatus,
     RecentTraffic,
     ReplicaLoad,
     ScaleReason,
@@ -162,7 +163,7 @@ class ControlLoop:
         record = PoolRecord(
             pool,
             self._settings,
-            self._backends[pool.backend],
+            self._backends[pool.backend_key],
             make_slug(pool.name, {one.slug for one in self._pools.values()}),
             self._numbers,
             digest=digest,
@@ -185,13 +186,39 @@ class ControlLoop:
 
     # -- which pools there are -------------------------------------------------------------
 
+    async def find_replicas(
+        self, pools: Sequence[PoolSettings], digests: Mapping[str, str]
+    ) -> list[AdoptedReplica]:
+        """The replicas that run already of those of these pools that are new here, or have them
+        elsewhere now, where a backend's replicas outlive control processes. Raises ``BackendError``
+        where it is not known what there is."""
+        found: list[AdoptedReplica] = []
+        taken = {one.slug for one in self._pools.values()}
+        for pool in pools:
+            known = self._pools.get(pool.name)
+            backend = self._backends[pool.backend_key]
+            if not backend.outlives_us or (
+                known is not None
+                and known.backend is backend
+                and known.digest == digests[pool.name]
+                and not (known.removed and not known.replicas)
+            ):
+                continue
+            slug = make_slug(pool.name, taken)
+            taken.add(slug)
+            spec = ReplicaSpec(id=slug, pool=pool, digest=digests[pool.name])
+            found += await backend.adopt([spec])
+        return found
+
     def set_pools(
         self,
         pools: Sequence[PoolSettings],
         digests: Mapping[str, str],
         settings: AutoscalerSettings | None = None,
+        found: Sequence[AdoptedReplica] = (),
     ) -> None:
         """Have these pools from now on, and these settings (``None``: as before); in one step.
+        ``found`` are the replicas of new ones that run already (``find_replicas``).
 
         A pool that is not among them serves the requests it has, and ends. Replicas that were
         started with other arguments than their pool has now (by its digest) are replaced, a new
@@ -212,6 +239,10 @@ class ControlLoop:
             self._pools[name].remove()
             self._pools[name].tiers.cancel_move()
         self._pools = {name: self._pools[name] for name in [*names, *gone]}
+        self._tell_backends()
+        for replica in found:
+            backend = self._pools[replica.spec.pool.name].backend
+            self._adopt(replica, backend, asleep=False)
         if self._opened:
             self._register_static()
             self._recall([self._pools[name] for name in names])
@@ -220,7 +251,7 @@ class ControlLoop:
     def _configure_pool(self, record: PoolRecord, pool: PoolSettings, digest: str) -> None:
         old = record.pool
         same_start = digest == record.digest
-        record.configure(pool, self._settings, self._backends[pool.backend], digest)
+        record.configure(pool, self._settings, self._backends[pool.backend_key], digest)
         record.tiers.retry_s = self._settings.backoff_max_s
         if not same_start or (old.tiers, old.model) != (pool.tiers, pool.model):
             record.tiers.cancel_move()
@@ -228,6 +259,12 @@ class ControlLoop:
             record.tiers = self._make_tiers(pool, record.tiers.planner)
         if not same_start:
             LOG.info("%s: other start-up arguments; its replicas are replaced", pool.name)
+
+    def _tell_backends(self) -> None:
+        """Say to each backend which pools it has."""
+        for backend in self._backends.values():
+            mine = [one for one in self._pools.values() if one.backend is backend]
+            backend.set_pools([one.pool for one in mine if not one.removed])
 
     def _drop_pool(self, pool: PoolRecord) -> None:
         """Nothing of a removed pool is left."""
@@ -245,25 +282,29 @@ class ControlLoop:
         ``StateInUse`` when that is alive; without this having succeeded nothing is started."""
         if self._opened:
             return
+        self._tell_backends()
         for backend in self._backends.values():
             pools = [one for one in self._pools.values() if one.backend is backend]
             wanted = [ReplicaSpec(id=one.slug, pool=one.pool, digest=one.digest) for one in pools]
             found = await backend.adopt(wanted)
             asleep = await asyncio.gather(*map(self._actuator.is_asleep, found))
             for replica, sleeps in zip(found, asleep, strict=True):
-                pool = self._pools[replica.spec.pool.name]
-                record = pool.adopt_replica(
-                    replica,
-                    backend,
-                    self._clock(),
-                    asleep=sleeps,
-                    earlier_drain_s=self._earlier_drain_s,
-                )
-                self._actuator.adopt(pool, record)
+                self._adopt(replica, backend, asleep=sleeps)
         self._opened = True
         self._recall(list(self._pools.values()))
         self._register_static()
         self._publish_changes()
+
+    def _adopt(self, replica: AdoptedReplica, backend: Backend, *, asleep: bool) -> None:
+        pool = self._pools[replica.spec.pool.name]
+        record = pool.adopt_replica(
+            replica,
+            backend,
+            self._clock(),
+            asleep=asleep,
+            earlier_drain_s=self._earlier_drain_s,
+        )
+        self._actuator.adopt(pool, record)
 
     async def run(self) -> None:
         """Tick until ``close``. Raises ``RuntimeError`` when it runs already: there is one
@@ -351,7 +392,7 @@ class ControlLoop:
         for pool in self._pools.values():
             pool.forget(self._settings.failed_kept)
             for record in pool.replicas.values():
-                if not record.backend.owns_replicas:
+                if not record.backend.owns_replicas or record.backend.outlives_us:
                     continue
                 done = record.operation is None or record.operation.done()
                 if not (done and (record.ended or record.state is State.FAILED)):
@@ -446,51 +487,79 @@ class ControlLoop:
     def _decide(self, pool: PoolRecord, now_s: float) -> Decision:
         status = pool.make_status(now_s)
         fixed = partial(Decision, pool=pool.pool.name, at_s=now_s, supply=status.supply)
+        if self._closing and pool.backend.outlives_us:
+            text = "Tidegate is closing; its replicas run on"
+            return fixed(desired=status.supply, reason=ScaleReason.CLOSING, detail=text)
         if not pool.backend.owns_replicas and not pool.removed:
-            number = len(pool.pool.static.urls)
-            text = f"{number} externally managed server{'' if number == 1 else 's'}"
-            return fixed(desired=number, reason=ScaleReason.STATIC, detail=text)
+            return self._decide_external(pool, status, now_s)
         if self._closing:
             return fixed(desired=0, reason=ScaleReason.CLOSING, detail="Tidegate is closing")
         if pool.disabled and not pool.removed:
             text = "an operator has taken it out of service; what runs is finished"
             return fixed(desired=0, reason=ScaleReason.DISABLED, detail=text)
-        demand = pool.window.read(now_s)
         if pool.removed:
+            demand = pool.window.read(now_s)
             decision, pool.decide_state = decide_removed(
                 pool.policy, status, demand, pool.decide_state, now_s
             )
         else:
-            lead_s = status.lead_s
-            policy = pool.policy
-            if pool.timed_bounds:
-                policy = bound_by_time(policy, pool.timed_bounds, self._wall_s(), lead_s or 0.0)
-            outlook = self._outlook(pool.pool.name, lead_s)
-            if pool.goes_to_zero:
-                policy = pool.plan_to_zero(policy, self._settings)
-                why = pool.tiers.planner.prewarm(
-                    outlook, pool.tier() or Tier.RUNNING, now_s, planned=bool(policy.idle_reason)
-                )
-                status = replace(status, prewarm=why) if why else status
-            decision, pool.decide_state = decide(
-                policy,
-                status,
-                demand,
-                pool.decide_state,
-                now_s,
-                capacity=pool.capacity.capacity(pool.pool, policy.target_utilization_fraction),
-                outlook=outlook,
-                seen=self._target_figures(pool),
-            )
-            decision = hold_back(decision, status, policy, pool.mode)
-            if pool.goes_to_zero:
-                pool.note_idle(demand, self._settings, now_s)
+            decision = self._decide_by_demand(pool, status, now_s)
         pool.wake_signal = False
         pool.sleep_requested = decision.reason is ScaleReason.SLEEP_REQUESTED
         living = [one for one in pool.replicas.values() if one.state not in ENDED_STATES]
         outdated = [one for one in living if pool.is_outdated(one)]
         no_capacity = any(one.no_capacity for one in living if one not in outdated)
         return note_replacement(decision, len(outdated), no_capacity=no_capacity)
+
+    def _decide_by_demand(self, pool: PoolRecord, status: PoolStatus, now_s: float) -> Decision:
+        demand = pool.window.read(now_s)
+        lead_s = status.lead_s
+        policy = pool.policy
+        if pool.timed_bounds:
+            policy = bound_by_time(policy, pool.timed_bounds, self._wall_s(), lead_s or 0.0)
+        outlook = self._outlook(pool.pool.name, lead_s)
+        if pool.goes_to_zero:
+            policy = pool.plan_to_zero(policy, self._settings)
+            why = pool.tiers.planner.prewarm(
+                outlook, pool.tier() or Tier.RUNNING, now_s, planned=bool(policy.idle_reason)
+            )
+            status = replace(status, prewarm=why) if why else status
+        decision, pool.decide_state = decide(
+            policy,
+            status,
+            demand,
+            pool.decide_state,
+            now_s,
+            capacity=pool.capacity.capacity(pool.pool, policy.target_utilization_fraction),
+            outlook=outlook,
+            seen=self._target_figures(pool),
+        )
+        decision = hold_back(decision, status, policy, pool.mode)
+        if pool.goes_to_zero:
+            pool.note_idle(demand, self._settings, now_s)
+        return decision
+
+    def _decide_external(self, pool: PoolRecord, status: PoolStatus, now_s: float) -> Decision:
+        """As many as there are; what Tidegate would have is a recommendation to whoever scales."""
+        for url in pool.see_urls():
+            pool.add_replica(now_s, url=url)
+        number = len(pool.urls)
+        text = f"{number} externally managed server{'' if number == 1 else 's'}"
+        decision = Decision(
+            pool=pool.pool.name,
+            at_s=now_s,
+            desired=number,
+            supply=status.supply,
+            reason=ScaleReason.STATIC,
+            detail=text,
+        )
+        pool.wake_signal = False
+        if pool.pool.backend != "kubernetes":
+            return decision
+        wanted = self._decide_by_demand(pool, status, now_s)
+        demand = self._observation.pools.get(pool.pool.name)
+        pool.backend.recommend(pool.pool, wanted, demand)
+        return replace(wanted, desired=number, recommended=wanted.desired, reason=decision.reason)
 
     def _target_figures(self, pool: PoolRecord) -> TargetFigures:
         """Those that the pool has targets for are read only where it has any."""
@@ -563,7 +632,7 @@ class ControlLoop:
         now_s = self._clock()
         for pool in self._pools.values():
             if not pool.backend.owns_replicas and not pool.removed:
-                for url in pool.missing_urls():
+                for url in pool.see_urls():
                     pool.add_replica(now_s, url=url)
 
     # -- commands: of operators, and of the data path --------------------------------------
@@ -752,6 +821,11 @@ class ControlLoop:
             errors=dict(self._errors.counts),
             last_error=self._errors.last,
         )
+
+    def report(self, pool: str) -> PoolReport | None:
+        """One pool as it is now, by its name; ``None`` for an unknown one."""
+        record = self._pools.get(pool)
+        return None if record is None else report_pool(record)
 
     def pools(self) -> dict[str, PoolSettings]:
         """The settings of the pools there are by name, of those that were removed too."""

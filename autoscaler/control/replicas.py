@@ -15,6 +15,7 @@ from autoscaler.policy.decide import DecideState, remember_recommendation
 from autoscaler.policy.lifecycle import ENDED_STATES, State
 from autoscaler.policy.plan import LOADING, SERVING, ReplicaStatus
 from autoscaler.settings import AutoscalerSettings, PoolSettings, first, make_policy
+from autoscaler.signals.gpus.figures import gpu_utilization
 from autoscaler.signals.window import DemandWindow
 from autoscaler.tiers.manager import TierManager
 from autoscaler.types import (
@@ -92,6 +93,8 @@ class DecisionHistory:
     def __init__(self, size: int) -> None:
         self.past: deque[PastDecision] = deque(maxlen=size)
         self.counts: Counter[ScaleReason] = Counter()
+        self.change: Decision | None = None
+        """The newest one that wanted another number than the one before it."""
 
     @property
     def latest(self) -> Decision | None:
@@ -104,6 +107,8 @@ class DecisionHistory:
         A repetition keeps the time of the first and shows the figures of the last.
         """
         count, first_at_s = 1, decision.at_s
+        if self.latest is None or wanted(self.latest) != wanted(decision):
+            self.change = replace(decision, inputs=None)
         if self.past and same(self.past[-1].decision) == same(decision):
             last = self.past.pop()
             count, first_at_s = last.count + 1, last.first_at_s
@@ -116,6 +121,11 @@ class DecisionHistory:
                 decision=decision, count=count, first_at_s=first_at_s, last_at_s=decision.at_s
             )
         )
+
+
+def wanted(decision: Decision) -> int:
+    """The number that it wants: in a mode which only publishes, what it would have."""
+    return decision.desired if decision.recommended is None else decision.recommended
 
 
 def same(decision: Decision) -> tuple[int, int, ScaleReason, Signal, Bound | None, bool]:
@@ -155,6 +165,8 @@ class PoolRecord:
         self.backend = backend
         self.slug = slug
         self.tiers = tiers
+        self.urls: tuple[str, ...] = ()
+        """The servers of an externally managed pool."""
         self.removed = False
         self.disabled = False
         self._use(settings)
@@ -204,6 +216,7 @@ class PoolRecord:
         if setup != self.capacity.setup:
             self.capacity = CapacityLearner(setup)
         self.pool, self.backend, self.digest = pool, backend, digest
+        self.urls = tuple(backend.urls(pool))
         self._use(settings)
         self.window.resize(self.policy)
         if not backend.owns_replicas:
@@ -229,21 +242,32 @@ class PoolRecord:
         if record.state in ENDED_STATES:
             return False
         return record.spec.digest != self.digest or (
-            record.spec.url is not None and record.spec.url not in self.pool.static.urls
+            record.spec.url is not None and record.spec.url not in self.urls
         )
+
+    def failing(self) -> tuple[int, str]:
+        """How many starts have failed in a row, ours or those of what runs its engines, and why the
+        last did."""
+        probes = (record.probe for record in self.replicas.values())
+        worst = max(probes, key=lambda one: one.failed_starts, default=None)
+        if worst is not None and worst.failed_starts > self.failed_starts:
+            return worst.failed_starts, worst.cause
+        return self.failed_starts, self.cause if self.failed_starts else ""
 
     def is_finished(self, now_s: float) -> bool:
         """Whether the pool was removed and has nothing left."""
         return self.removed and not self.replicas and self.window.read(now_s).requests == 0
 
-    def missing_urls(self) -> list[str]:
-        """The servers of a static pool that no replica stands for yet."""
+    def see_urls(self) -> list[str]:
+        """See which servers an externally managed pool has now; returns those that no replica
+        stands for yet."""
+        self.urls = tuple(self.backend.urls(self.pool))
         there = {
             one.spec.url
             for one in self.replicas.values()
             if not self.is_outdated(one) and one.state not in {State.STOPPING, *ENDED_STATES}
         }
-        return [url for url in self.pool.static.urls if url not in there]
+        return [url for url in self.urls if url not in there]
 
     @property
     def goes_to_zero(self) -> bool:
@@ -298,6 +322,8 @@ class PoolRecord:
         is_current = found.spec.digest == self.digest  # a reload may have come meanwhile
         self._numbers.note(found.spec.id)
         awake = State.READY if found.probe.ready else State.UNHEALTHY
+        if found.probe.starting:
+            awake = State.STARTING
         record = ReplicaRecord(
             id=found.spec.id,
             spec=replace(found.spec, pool=self.pool) if is_current else found.spec,
@@ -344,27 +370,19 @@ class PoolRecord:
         queued: float | None = None
         if demand is not None and demand.queued_requests is not None and None not in waiting:
             queued = demand.queued_requests + sum(one or 0 for one in waiting)
-        used = self._gpu_utilizations(seen.gpus)
         return TargetFigures(
             requests_per_s=None if traffic is None else traffic.arrivals_per_s,
             queued_requests=queued,
             ttft_s=None if traffic is None else traffic.ttft_p95_s,
             itl_s=None if traffic is None else traffic.itl_p95_s,
             e2e_s=None if traffic is None else traffic.e2e_p95_s,
-            gpu_utilization_fraction=sum(used) / len(used) if used else None,
+            gpu_utilization_fraction=gpu_utilization(seen.gpus, self._ready_gpus()),
         )
 
-    def _gpu_utilizations(self, seen: GpuReport | None) -> list[float]:
-        """How busy each GPU of its ready replicas is, 0 to 1, as far as that is known."""
-        own = {
-            gpu
-            for one in self.replicas.values()
-            if one.state is State.READY
-            for gpu in one.probe.gpus
-        }
-        readings = () if seen is None else seen.gpus or ()
-        figures = [one.figures.get(GPU_UTILIZATION) for one in readings if one.gpu.index in own]
-        return [figure for figure in figures if figure is not None]
+    def _ready_gpus(self) -> set[int]:
+        """The GPUs of its ready replicas."""
+        ready = [one for one in self.replicas.values() if one.state is State.READY]
+        return {gpu for one in ready for gpu in one.probe.gpus}
 
     def accelerator(self, seen: GpuReport | None) -> str:
         """What its ready replicas compute on: GPUs by their names, or ``cpu``; empty where that is
@@ -446,6 +464,7 @@ class PoolRecord:
                 recallable=record.recallable,
                 outdated=self.is_outdated(record),
                 no_capacity=record.no_capacity,
+                ordinal=record.probe.ordinal,
                 inflight_requests=(
                     loads[record.id].inflight_requests if record.id in loads else None
                 ),
@@ -515,6 +534,4 @@ class PoolRecord:
                 del self.replicas[record.id]
 
 
-GPU_UTILIZATION = "utilization_fraction"
-"""The figure's name in ``autoscaler.signals.gpus.figures``."""
 ASLEEP = (State.FALLING_ASLEEP, State.SLEEPING)

@@ -26,6 +26,7 @@ def publish_pool(pool: PoolRecord) -> Pool:
     ]
     step, nearest = min(coming, key=lambda one: NEAREST_FIRST.index(one[0]), default=("", None))
     failures = pool.failures
+    failed_starts, cause = pool.failing()
     phase = "" if nearest is None else start_steps.describe_step(step, nearest.progress, failures)
     return Pool(
         name=pool.pool.name,
@@ -51,8 +52,8 @@ def publish_pool(pool: PoolRecord) -> Pool:
         ),
         wake_eta_s=pool.estimate_wake_s(),
         phase=phase,
-        failed_starts=pool.failed_starts,
-        cause=pool.cause if pool.failed_starts else "",
+        failed_starts=failed_starts,
+        cause=cause,
         draining=pool.removed,
         disabled=pool.disabled,
     )
@@ -91,6 +92,8 @@ def report_pool(pool: PoolRecord) -> PoolReport:
         crashes=pool.crashes,
         removed=pool.removed,
         disabled=pool.disabled,
+        slug=pool.slug,
+        last_change=pool.history.change,
     )
 
 
@@ -111,6 +114,8 @@ def report_replica(record: ReplicaRecord, *, outdated: bool) -> ReplicaReport:
         served_model=probe.served_model,
         gpus=probe.gpus,
         cpus=probe.cpus,
+        pod=probe.pod,
+        node=probe.node,
         error=record.error,
         outdated=outdated,
     )
@@ -132,7 +137,8 @@ def describe_phase(record: ReplicaRecord) -> str:
             beside = start_steps.describe_progress(record.progress)
             return f"{record.probe.phase} ({beside})" if record.probe.phase else beside
         case State.STARTING:
-            return record.probe.phase
+            phase, cause = record.probe.phase, record.probe.cause
+            return f"{phase}: {cause}" if cause else phase
         case State.DRAINING_TO_SLEEP | State.FALLING_ASLEEP:
             return record.state.value.replace("_", " ")
         case _:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from autoscaler.types import FINE_LEAD_S, ForecastTally, Outlook
+from autoscaler.types import FINE_LEAD_S, ForecastTally, FurtherForecast, Outlook
 from forecaster.calibrate import later
 from forecaster.cron import RecurringWindow
 from forecaster.hints import with_hints
@@ -43,6 +43,8 @@ LEAD_CHANGE_MOST = 1.34
 """Scores are kept while the lead changes by no more: a wake takes a little longer each time."""
 REHEARSED_A_TURN = 8
 """Of 40 points of the past, so that no other pool waits for longer than a second."""
+FURTHER_STEPS = (1, 5, 15)
+"""Minutes ahead that are forecast beside the lead."""
 FEW = 0.1
 LEAST_TOKENS_PER_S = 0.1
 
@@ -61,6 +63,9 @@ class OutlookMaker:
         self._track: _Track | None = None
         self._before = ForecastTally()
         """Of earlier tracks."""
+        self._further_experts = _Experts()
+        self._further: tuple[int, tuple[FurtherForecast, ...]] = (-1, ())
+        """The newest, and the step after the history that they are of."""
 
     def make(
         self, minutes: History, fine: History, lead_s: float, now_s: float, so_far: float = math.nan
@@ -119,6 +124,30 @@ class OutlookMaker:
     def rehearsing(self) -> bool:
         """Whether the pool's past is still being scored: a few more outlooks, and it is done."""
         return self._track is not None and self._track.rehearsing
+
+    def further(self, minutes: History) -> tuple[FurtherForecast, ...]:
+        """The same mix for ``FURTHER_STEPS`` ahead, after an outlook was made. It is made once for
+        each minute of the history: a tenth of what an outlook takes."""
+        track = self._track
+        if track is None:
+            raise ValueError("no outlook was made yet")
+        end, most = _end(minutes), FURTHER_STEPS[-1]
+        if self._further[0] != end:
+            if track.board.step_s != minutes.step_s:  # its scores are of seconds
+                track = _Track(minutes, most)
+                track.hints, track.slow = self.hints, self.slow
+            found = track.mix(self._further_experts, minutes, most, False)[MIX]
+            self._further = (
+                end,
+                tuple(
+                    FurtherForecast(
+                        horizon_s=steps * minutes.step_s,
+                        tokens_per_s=tuple(float(rate) for rate in found.maximum(steps)),
+                    )
+                    for steps in FURTHER_STEPS
+                ),
+            )
+        return self._further[1]
 
     def ahead(self, history: History, horizon_steps: int) -> Ahead:
         """The same mix for further ahead, after an outlook of this history was made."""

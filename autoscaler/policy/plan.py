@@ -23,7 +23,7 @@ class ReplicaStatus:
     ``recallable``: it drains only because it was not needed, and may go on. ``inflight_requests``
     is ``None`` when unknown, which counts as the busiest. ``outdated``: it was started with other
     arguments than the pool has now, so another is to take its place. ``no_capacity``: its start was
-    put off because no GPU is free.
+    put off because no GPU is free. ``ordinal``: its place, where only the highest can be ended.
     """
 
     id: str
@@ -32,6 +32,7 @@ class ReplicaStatus:
     inflight_requests: int | None = None
     outdated: bool = False
     no_capacity: bool = False
+    ordinal: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,8 +148,13 @@ def waits_for_capacity(current: Sequence[ReplicaStatus], outdated: Sequence[Repl
 def shrink(
     surplus: int, supply: Sequence[ReplicaStatus], may_stop_loading: bool
 ) -> list[tuple[str, Event]]:
-    """Whom to stop, the cheapest loss first."""
+    """Whom to stop, the cheapest loss first; where their backend ends only the last, that."""
     newest = list(reversed(supply))
+    if any(one.ordinal is not None for one in supply):
+        if not may_stop_loading and any(one.state in LOADING for one in supply):
+            return []
+        last_first = sorted(newest, key=lambda one: (one.ordinal is not None, -(one.ordinal or 0)))
+        return [(one.id, Event.STOP) for one in last_first[:surplus]]
     order = [one for one in newest if one.state is State.SCHEDULED]
     loading = [one for one in newest if one.state in LOADING]
     if may_stop_loading:

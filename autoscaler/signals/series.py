@@ -157,14 +157,20 @@ class PoolSeries:
             ttft_mean_s=mean(ttft),
             ttft_p50_s=quantile(ttft, 0.5),
             ttft_p95_s=quantile(ttft, 0.95),
+            ttft_p99_s=quantile(ttft, 0.99),
             itl_count=sum(itl.counts),
             itl_mean_s=mean(itl),
             itl_p50_s=quantile(itl, 0.5),
             itl_p95_s=quantile(itl, 0.95),
+            itl_p99_s=quantile(itl, 0.99),
             queue_wait_mean_s=mean(wait),
+            queue_wait_p50_s=quantile(wait, 0.5),
             queue_wait_p95_s=quantile(wait, 0.95),
+            queue_wait_p99_s=quantile(wait, 0.99),
             e2e_mean_s=mean(e2e),
+            e2e_p50_s=quantile(e2e, 0.5),
             e2e_p95_s=quantile(e2e, 0.95),
+            e2e_p99_s=quantile(e2e, 0.99),
         )
 
     def _take(self, demand: PoolDemand, read: Callable[[], PoolTotals | None]) -> _Sample | None:

@@ -217,7 +217,7 @@ class NodePreparer:
             model = self._models[pool.name, name] = PoolModel(
                 pool=pool,
                 slug=make_slug(pool.name, {one.slug for one in self._models.values()}),
-                ref=parse_ref(name) if "://" in name else None,
+                ref=parse_ref(name) if "://" in name and pool.backend == "process" else None,
                 leases=self._leases.part(),
             )
         model.pool = pool
@@ -232,7 +232,8 @@ class NodePreparer:
         denied = pool.name in self._denied
         if self._page_holder is not None and model.path is not None and not denied:
             found.add(Tier.PAGED)
-        if self._standbys is not None and engine_of(pool.engine).capabilities.fork:
+        forks = pool.backend == "process" and engine_of(pool.engine).capabilities.fork
+        if self._standbys is not None and forks:
             found.add(Tier.FORKED)
         return frozenset(found)
 

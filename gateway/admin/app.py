@@ -245,6 +245,7 @@ class _PoolRoutes:
             "healthz": healthz,
             "readyz": self.readyz,
             "status": self.status,
+            "signals": self.signals,
             "explain": self.explain,
             "scale": self.scale,
             "sleep": self.sleep,
@@ -266,6 +267,11 @@ class _PoolRoutes:
 
     async def status(self) -> schema.GatewayStatus:
         return self.control.status()
+
+    async def signals(self, query: schema.SignalsQuery) -> schema.SignalsAnswer:
+        if query.after is not None:
+            await self.control.wait_for_activity(query.after, query.wait_s)
+        return self.control.signals()
 
     async def explain(self, pool: str, query: schema.ExplainQuery) -> schema.ExplainAnswer:
         with _known("pool"):

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from autoscaler.backends.base import BackendError
 from autoscaler.control.loop import ControlLoop
 from autoscaler.policy.gpu_faults import find_fault
+from autoscaler.signals.activity import Activity
 from autoscaler.signals.history import HistoryWriter
 from autoscaler.types import (
     NO_TALLY,
@@ -29,11 +30,14 @@ from autoscaler.types import (
 from gateway.admin import metrics_page, schema
 from gateway.admin.decisions import inputs_of
 from gateway.admin.schema import AdminError
+from gateway.admin.signals import FindObjects, FindPod, make_signals
 from gateway.datapath import metrics
 from gateway.datapath.shared import Shared
 from gateway.settings.changes import SettingsChanges
 from gateway.settings.load import ConfigError
 
+SIGNALS_S = 0.25
+"""Seconds for which signals are used again."""
 FORKS_S = 2.0
 """Seconds for which a look at the fork server is used: its memory is read from the kernel."""
 
@@ -75,6 +79,7 @@ class LiveControl:
         version: str,
         url: str,
         admin_url: str,
+        picker: str | None = None,
         clock: Callable[[], float],
         observe: Callable[[], Observation],
         pool_slots: Callable[[], Mapping[str, int]],
@@ -85,12 +90,19 @@ class LiveControl:
         reload: Callable[[], Awaitable[SettingsChanges]],
         history: HistoryWriter | None = None,
         tally: Callable[[str], ForecastTally] = lambda pool: NO_TALLY,
+        activity: Activity | None = None,
+        standby: Callable[[], str] = lambda: "",
+        find_objects: FindObjects = lambda pool: (),
+        find_pod: FindPod | None = None,
+        standby_is_ready: Callable[[], bool] = lambda: False,
+        pools_known: Callable[[], bool] = lambda: True,
     ) -> None:
         self._loop = loop
         self._workers = workers
         self._version = version
         self._url = url
         self._admin_url = admin_url
+        self._picker = picker
         self._clock = clock
         self._observe = observe
         self._pool_slots = pool_slots
@@ -101,6 +113,11 @@ class LiveControl:
         self._reload = reload
         self._history = history
         self._tally = tally
+        self._activity = activity or Activity()
+        self._signals_seen: tuple[float, schema.SignalsAnswer] | None = None
+        self._find_objects, self._find_pod = find_objects, find_pod
+        self._standby, self._standby_is_ready = standby, standby_is_ready
+        self._pools_known = pools_known
         self._forks_seen: tuple[float, schema.ForkServerEntry | None] | None = None
         self._started_s = clock()
 
@@ -113,6 +130,7 @@ class LiveControl:
             version=self._version,
             endpoint=self._url,
             admin=self._admin_url,
+            picker=self._picker,
             uptime_s=round(self._clock() - self._started_s, 3),
             workers=tuple(map(self._worker, self._workers.status())),
             pools=tuple(self._pool(pool, seen, faults, report.at_s) for pool in report.pools),
@@ -164,8 +182,12 @@ class LiveControl:
 
     def ready(self) -> tuple[bool, str]:
         """Whether requests are accepted: the workers listen, and none hangs. A pool at zero is no
-        obstacle."""
+        obstacle; nor, where it may, is waiting to lead."""
+        if standby := self._standby():
+            return self._standby_is_ready(), standby
         if self._workers.all_listening:
+            if not self._pools_known():
+                return False, "its pools are not read from the cluster yet"
             return True, "accepting requests"
         if self._workers.is_draining():
             return False, "Tidegate is stopping"
@@ -191,6 +213,31 @@ class LiveControl:
         )
         history = self._history_state()
         return page if history is None else page + metrics_page.render_history(history)
+
+    def signals(self) -> schema.SignalsAnswer:
+        """What is published of the pools to other autoscalers; made once for those who ask at about
+        the same time. ``AdminError`` while another Tidegate leads: only that knows."""
+        if standby := self._standby():
+            raise AdminError("not_ready", standby)
+        now_s = self._clock()
+        if self._signals_seen is not None:
+            made_s, answer = self._signals_seen
+            if now_s - made_s < SIGNALS_S and answer.version == self._activity.version:
+                return answer
+        answer = make_signals(
+            self._loop.status(),
+            self._observe(),
+            self._recent,
+            self._activity,
+            self._find_objects,
+            self._find_pod,
+        )
+        self._signals_seen = now_s, answer
+        return answer
+
+    async def wait_for_activity(self, after: int, wait_s: float) -> None:
+        """Until the signals have another version than this, for at most ``wait_s``."""
+        await self._activity.wait(after, wait_s)
 
     def explain(self, pool: str) -> list[schema.PastDecisionEntry]:
         """The pool's decisions, newest last. ``NotKnown`` for an unknown pool."""

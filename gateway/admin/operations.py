@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from autoscaler import types
+from autoscaler.adapters import types as signals
 from gateway.admin import schema
 from gateway.admin.schema import (
     ERRORS,
@@ -56,6 +57,8 @@ from gateway.admin.schema import (
     ScoreAnswer,
     ScoreQuery,
     ServiceAnswer,
+    SignalsAnswer,
+    SignalsQuery,
     SleepAnswer,
     SleepRequest,
     StatusAnswer,
@@ -170,6 +173,15 @@ READYZ = Operation(
     errors=("not_ready",),
 )
 STATUS = _get("/status", "status", StatusAnswer, "Workers, pools, replicas and last decisions.")
+SIGNALS = Operation(
+    name="signals",
+    method="GET",
+    path="/signals",
+    summary="What is published of the pools to other autoscalers; waits for a change if asked to.",
+    query=SignalsQuery,
+    answer=SignalsAnswer,
+    errors=("bad_value", "unknown_field", "not_ready"),
+)
 EXPLAIN = Operation(
     name="explain",
     method="GET",
@@ -290,7 +302,7 @@ VERBS = {
 
 COMMON = (INDEX, OPENAPI, METRICS, HEALTHZ, READYZ, STATUS)
 CACHE = (MODELS, *VERBS.values())
-POOLS = (EXPLAIN, SCALE, SLEEP, WAKE, DISABLE, ENABLE, DRAIN, RELOAD)
+POOLS = (SIGNALS, EXPLAIN, SCALE, SLEEP, WAKE, DISABLE, ENABLE, DRAIN, RELOAD)
 PAST = (HISTORY, POOL_HISTORY, DECISIONS, SCORE, FILL_HISTORY)
 OPERATIONS = (*COMMON, *POOLS, *PAST, *CACHE)
 """Every operation of a gateway's admin listener; a cache agent has ``COMMON`` and ``CACHE``."""
@@ -303,7 +315,7 @@ def describe(operations: Sequence[Operation], version: str) -> dict[str, Any]:
     """The OpenAPI 3.1 document of these operations."""
     models = list(dict.fromkeys(one for operation in operations for one in _models(operation)))
     refs, defs = models_json_schema(models, ref_template="#/components/schemas/{model}")
-    for name, fields in (docstrings(types) | docstrings(schema)).items():
+    for name, fields in (docstrings(types) | docstrings(signals) | docstrings(schema)).items():
         for field, text in fields.items():
             defs["$defs"].get(name, {}).get("properties", {}).get(field, {})["description"] = text
     paths: dict[str, Any] = {}

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, SerializeAsAny
 
+from autoscaler.adapters.types import PoolSignals
 from autoscaler.policy.gpu_faults import GpuAction
 from autoscaler.types import (
     Bound,
@@ -156,6 +157,8 @@ class WorkerEntry(AdminAnswer):
     """One process of the data path."""
 
     index: int
+    kind: Literal["http", "picker"]
+    """``http`` carries requests itself, ``picker`` is asked by an Envoy where they go."""
     pid: int | None
     state: Literal["starting", "listening", "unresponsive", "draining"]
     restarts: int
@@ -325,6 +328,10 @@ class ReplicaEntry(AdminAnswer):
     error: str | None
     outdated: bool = False
     """It was started with other arguments than its pool has now, and is to be replaced."""
+    pod: str = ""
+    """The pod that it is, in a cluster."""
+    node: str = ""
+    """The node that its pod is on."""
     engine: EngineEntry | None = None
     """What its engine says of itself; ``null`` where that could not be read."""
     gpu_fault: GpuFaultEntry | None = None
@@ -416,6 +423,8 @@ class GatewayStatus(AdminAnswer):
     version: str
     endpoint: str
     admin: str
+    picker: str | None = None
+    """``host:port`` of the endpoint picker; ``null`` without one."""
     uptime_s: float
     workers: tuple[WorkerEntry, ...]
     pools: tuple[PoolEntry, ...]
@@ -425,6 +434,24 @@ class GatewayStatus(AdminAnswer):
     errors: dict[str, int]
     """Errors that the control loop survived, by where they were raised."""
     last_error: str | None
+
+
+class SignalsQuery(AdminRequest):
+    """What the caller has already."""
+
+    after: int | None = Field(default=None, ge=0)
+    """The version of its newest answer: this one comes at once where there is another version, else
+    after ``wait_s``. Unset: at once."""
+    wait_s: float = Field(default=0.0, ge=0.0, le=30.0, allow_inf_nan=False)
+
+
+class SignalsAnswer(AdminAnswer):
+    """What is published of the pools to other autoscalers."""
+
+    version: int
+    """Another as soon as a pool has its first request, or no more."""
+    at_s: float
+    pools: tuple[PoolSignals, ...]
 
 
 class CacheUsage(AdminAnswer):

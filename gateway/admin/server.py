@@ -1,9 +1,9 @@
 """The server of the admin API: connections, and what is done where there are too many.
 
-uvicorn speaks HTTP. Connections are accepted here, because a client that opens one has shown no
-token yet: each has a time limit for its heads, and where there is no room for a new one the oldest
-on which nothing is asked makes it. So connections that ask nothing cannot keep a probe or a scrape
-out, however many there are.
+uvicorn speaks HTTP, with the parser of httptools. Connections are accepted here, because a client
+that opens one has shown no token yet: each has a time limit for its heads and a limit of their
+size, and where there is no room for a new one the oldest on which nothing is asked makes it. So
+connections that ask nothing cannot keep a probe or a scrape out, however many there are.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 from collections.abc import Callable, Iterator, Sequence
 
-import h11
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from autoscaler.adapters.metrics_api.identity import CERTIFICATE
 from gateway.admin.guard import OWNER
 
 log = logging.getLogger("tidegate.admin")
@@ -47,12 +48,15 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _AdminConnection(H11Protocol):
+class _AdminConnection(HttpToolsProtocol):
     """One connection of ``address``; ``on_lost`` is called when it is gone."""
 
     address = ""
     on_lost: Callable[[_AdminConnection], None]
     _head: asyncio.TimerHandle | None = None
+    _is_in_head = True
+    _head_bytes = 0
+    """Of the head that is coming: the parser keeps whatever comes, without a limit."""
 
     @property
     def asks_nothing(self) -> bool:
@@ -61,11 +65,29 @@ class _AdminConnection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        tls = transport.get_extra_info("ssl_object")
+        if tls is not None:
+            self.app_state = {**self.app_state, CERTIFICATE: tls.getpeercert()}
         self._watch_head()
 
     def data_received(self, data: bytes) -> None:
+        self._head_bytes += len(data)
         super().data_received(data)
+        if self._is_in_head and self._head_bytes > MAX_HEAD_BYTES:
+            self.send_400_response(f"The head has more than {MAX_HEAD_BYTES} bytes.")
         self._watch_head()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._is_in_head = True
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self._is_in_head = False
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._is_in_head, self._head_bytes = True, 0
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_head()
@@ -74,12 +96,11 @@ class _AdminConnection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """End a connection on which what came is no HTTP."""
-        if self.conn.our_state is h11.IDLE:
+        if self.cycle is None or self.cycle.response_complete:
             super().send_400_response(msg)
             return
-        # A request has an answer already, or will get one: a second would be an error of ours.
-        if self.cycle is not None:
-            self.cycle.disconnected = True
+        # A request will get an answer: a second would be an error of ours.
+        self.cycle.disconnected = True
         self.transport.abort()
 
     def _watch_head(self) -> None:
@@ -102,11 +123,13 @@ class _Acceptor:
         listener: socket.socket,
         connect: Callable[[], _AdminConnection],
         most_per_address: int,
+        tls: Callable[[], ssl.SSLContext] | None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._listener = listener
         self._connect = connect
         self._most_per_address = most_per_address
+        self._tls = tls
         self._connections: dict[_AdminConnection, None] = {}  # the oldest first
         self._opening: set[asyncio.Task[None]] = set()
         self._paused: asyncio.TimerHandle | None = None
@@ -176,7 +199,12 @@ class _Acceptor:
 
     async def _begin(self, taken: socket.socket, connection: _AdminConnection) -> None:
         try:
-            await self._loop.connect_accepted_socket(lambda: connection, taken)
+            await self._loop.connect_accepted_socket(
+                lambda: connection,
+                taken,
+                ssl=None if self._tls is None else self._tls(),
+                ssl_handshake_timeout=None if self._tls is None else HEAD_TIMEOUT_S,
+            )
         except BaseException as error:
             self._forget(connection)
             taken.close()
@@ -195,24 +223,30 @@ class _Acceptor:
 
 
 async def serve_admin(
-    listeners: Sequence[socket.socket], app: ASGIApp, stop: asyncio.Event, *, shutdown_s: int = 3
+    listeners: Sequence[socket.socket],
+    app: ASGIApp,
+    stop: asyncio.Event,
+    *,
+    shutdown_s: int = 3,
+    keepalive_s: int = KEEPALIVE_S,
+    tls: Callable[[], ssl.SSLContext] | None = None,
 ) -> None:
     """Serve on listening sockets until ``stop`` is set, then finish what is under way for at most
     ``shutdown_s``. The sockets are closed at the end. Requests over a Unix socket are the
-    owner's."""
+    owner's. ``tls`` gives what each new connection is made with; a request's state has its
+    client's certificate then."""
     config = uvicorn.Config(
         app,
         access_log=False,
         log_config=None,
         log_level="error",  # warnings are of what clients do, a line for each
         lifespan="off",
-        http="h11",
+        http="httptools",
         ws="none",
         proxy_headers=False,
         server_header=False,
-        timeout_keep_alive=KEEPALIVE_S,
+        timeout_keep_alive=keepalive_s,
         timeout_graceful_shutdown=shutdown_s,
-        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
     )
     server = _Server(config)
     config.load()
@@ -223,6 +257,7 @@ async def serve_admin(
             listener,
             lambda: _AdminConnection(config, server.server_state, {OWNER: local}),
             MAX_CONNECTIONS if local else MAX_CONNECTIONS_PER_ADDRESS,
+            tls,
         )
 
     serving = asyncio.create_task(server.serve(sockets=[]), name="admin server")

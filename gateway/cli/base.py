@@ -90,6 +90,13 @@ class Effects:
 
         return agent.run(loaded)
 
+    def adapter(self, loaded: LoadedSettings, find: Callable[[], tuple[str, str]]) -> int:
+        """Run the adapter of other autoscalers until it is stopped; returns the exit code.
+        ``find`` says which admin listener it asks, and with which token."""
+        from gateway.compose import adapter
+
+        return adapter.run(loaded, find)
+
     def open_models(self, settings: Settings) -> Models:
         """The verbs over this node's cache."""
         from gateway.compose.cache import open_models
@@ -101,6 +108,14 @@ class Effects:
         from gateway.doctor.report import run_doctor
 
         return run_doctor(settings, measure=measure)
+
+    def deploy_check(
+        self, settings: Settings, kubeconfig: str | None, account: str | None
+    ) -> Sequence[Check]:
+        """What a cluster has and what is missing; raises ``NoClusterError``."""
+        from gateway.doctor.cluster import run_cluster_check
+
+        return run_cluster_check(settings, kubeconfig, account)
 
 
 def load(config: Path | None, sets: list[str] | None) -> LoadedSettings:

@@ -44,7 +44,7 @@ LEAVES = {
 
 def main(arguments: Sequence[str] | None = None, effects: Effects | None = None) -> int:
     """Run the command line and return its exit code; no exception and no traceback leaves it."""
-    serves = arguments is None and sys.argv[1:2] in (["up"], ["agent"])
+    serves = arguments is None and sys.argv[1:2] in (["up"], ["agent"], ["adapter"])
     given = None if arguments is None else list(arguments)
 
     def run() -> int:

@@ -6,13 +6,14 @@ in use and keeps pages; where none does, the verbs work on the cache's directory
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,8 +21,14 @@ from gateway.cli import tables
 from gateway.cli.base import Admin, AsJson, Config, PoolName, Sets, as_text, load, screen
 from gateway.cli.client import model_verbs, name_model
 from gateway.terminal import complain, duration, out, size
-from modelcache.types import CacheError, Progress
+from modelcache.types import CacheError, NotFound, Progress
 
+if TYPE_CHECKING:
+    from gateway.admin.schema import PreloadAnswer
+    from modelcache.cache import ModelCache
+    from modelcache.store.leases import Lease
+
+HOLD_ATTEMPTS = 3
 PLAIN_S = 10.0
 """Seconds between two lines where there is no terminal."""
 
@@ -126,6 +133,80 @@ def model_preload(
     where = (admin, config, sets)
     _do(context, "preload", model, revision, as_json, where, expected_use_at_s=expected)
     return 0
+
+
+@model_app.command("hold")
+def model_hold(
+    context: typer.Context,
+    model: ModelName,
+    revision: Revision = None,
+    link: Annotated[
+        Path | None,
+        typer.Option(
+            "--link",
+            metavar="PATH",
+            help="Symbolic link to make to its directory, once all of it is there.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    admin: Admin = None,
+    config: Config = None,
+    sets: Sets = None,
+) -> int:
+    """Bring a model to this node's disk and keep it there until this command is ended.
+
+    For an engine that Tidegate does not start: it opens the directory that `--link` names. Needs
+    the cache's directory itself. SIGTERM and Ctrl-C end it; the link stays.
+
+    **Example:** `tidegate model hold Qwen/Qwen3-8B --link /run/engine/model`
+    """
+    import signal
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the first process of a container
+    cache = context.obj.open_models(load(config, sets).settings).cache
+    with contextlib.ExitStack() as stack:
+        for attempt in range(HOLD_ATTEMPTS):
+            answer = _do(context, "preload", model, revision, as_json, (admin, config, sets))
+            try:
+                stack.enter_context(hold(cache, answer, f"held by process {os.getpid()}"))
+                break
+            except NotFound:  # evicted in the moment between
+                if attempt == HOLD_ATTEMPTS - 1:
+                    raise
+        if link is not None:
+            make_link(link, Path(answer.prepared or answer.path))
+        ending = {signal.SIGTERM, signal.SIGINT}
+        signal.pthread_sigmask(signal.SIG_BLOCK, ending)
+        signal.sigwait(ending)
+    return 0
+
+
+def hold(cache: ModelCache, answer: PreloadAnswer, holder: str) -> Lease:
+    """A lease on what engines open of a model that was preloaded. Raises ``NotFound``."""
+    directory = Path(answer.prepared or answer.path)
+    names = [(answer.model, answer.revision)]
+    if answer.prepared is not None:
+        names = [(one.url, one.revision) for one in cache.ls() if one.made is not None]
+    for url, revision in names:
+        found = cache.find(url, revision)
+        if found is not None and found.path == directory:
+            return cache.lease(found, holder)
+    raise NotFound(f"{answer.model} is not in the cache at {cache.dir}")
+
+
+def make_link(path: Path, directory: Path) -> None:
+    """Have a symbolic link point at a directory, in place of one that is there. Raises
+    ``CacheError``."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fresh.symlink_to(directory)
+        try:
+            os.replace(fresh, path)
+        except OSError:
+            fresh.unlink()
+            raise
+    except OSError as error:
+        raise CacheError(f"--link {path}: {error.strerror}") from None
 
 
 @model_app.command("prewarm")

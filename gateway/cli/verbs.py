@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gateway.cli import client, tables
+from gateway.cli.adapter import adapter
 from gateway.cli.base import (
     Admin,
     AsJson,
@@ -22,6 +23,8 @@ from gateway.cli.base import (
     load,
     screen,
 )
+from gateway.cli.cluster.deploy import deploy_app
+from gateway.cli.cluster.import_resources import import_app
 from gateway.cli.explain import explain
 from gateway.cli.forecast import forecast
 from gateway.cli.history import history_app
@@ -50,8 +53,11 @@ app.add_typer(config_app, name="config", help="Check and show the settings.")
 pool_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(pool_app, name="pool", help="Take a pool out of service, and back.")
 app.add_typer(model_app, name="model", help="The models in this node's cache.")
+app.add_typer(deploy_app, name="deploy", help="Tidegate in a Kubernetes cluster.")
 history_app.command("import")(history_import)
 app.add_typer(history_app, name="history", help="The past of pools, minute by minute.")
+app.command("adapter")(adapter)
+app.add_typer(import_app, name="import", help="Resources of other products, as Tidegate's.")
 app.command("explain")(explain)
 app.command("forecast")(forecast)
 app.command("replay")(replay)

@@ -18,6 +18,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from autoscaler.backends.base import BackendError
+from autoscaler.backends.kubernetes.client import KubernetesClient, connect
+from autoscaler.operator.node_labels import keep_labels
 from gateway.admin import schema
 from gateway.admin.app import Handler, ModelRoutes, assemble, healthz, readiness
 from gateway.admin.metrics_page import UsagePoller, render_agent, render_cache
@@ -61,7 +64,7 @@ def run(loaded: LoadedSettings) -> int:
         check_writable(loaded, "modelcache.dir", node.cache.dir, may_be_full=True)
         with naming_origins(loaded), claim_for_agent(settings.state_dir):
             return asyncio.run(_run(settings, node))
-    except (CacheError, ClaimError) as error:
+    except (BackendError, CacheError, ClaimError) as error:
         complain(" ".join(str(error).split()))
         return 2
 
@@ -96,6 +99,7 @@ async def _run(settings: Settings, node: NodeCache) -> int:
         with admin_listeners(listener, state_dir, AGENT_NAME) as listeners:
             await serve_admin(listeners, app, until)
 
+    labelling = label_node(settings, node)
     try:
         await run_agent(
             settings.modelcache,
@@ -106,12 +110,40 @@ async def _run(settings: Settings, node: NodeCache) -> int:
             on_serving=begin,
         )
     finally:
+        await end_labelling(labelling)
         listener.close()
         remove_record(state_dir, os.getpid(), AGENT_NAME)
         if page_holder is not None:
             await asyncio.to_thread(page_holder.close)
         await asyncio.to_thread(node.close)
     return 0
+
+
+Labelling = tuple[KubernetesClient, asyncio.Task[None]]
+
+
+def label_node(settings: Settings, node: NodeCache) -> Labelling | None:
+    """Begin to label the node that this is with its models, where the settings name it. Raises
+    ``KubernetesError`` where there is no access to a cluster."""
+    name = settings.kubernetes.node
+    if name is None:
+        return None
+    client = connect(settings.kubernetes)
+    return client, asyncio.create_task(keep_labels(client, name, lambda: models_here(node)))
+
+
+async def end_labelling(labelling: Labelling | None) -> None:
+    """End it; the labels stay, as the models do."""
+    if labelling is not None:
+        client, task = labelling
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await client.close()
+
+
+def models_here(node: NodeCache) -> list[str]:
+    """The URLs of the models that are on this disk in full."""
+    return [one.url for one in node.cache.ls() if one.complete and one.made is None]
 
 
 def banner(peer_url: str, admin_url: str, directory: str) -> str:

@@ -57,10 +57,14 @@ def fork_plan(
     compiled: CompileCache | None,
     find: Callable[[str], str | None],
 ) -> ForkPlan | None:
-    """What the fork server imports, for the first pool whose engine can be forked; ``None`` without
-    one, or where the settings want none. Pools whose environment differs are started the plain way.
-    ``find`` tells where a model with a URL is on this disk."""
-    pools = [pool for pool in settings.pools if engine_of(pool.engine).capabilities.fork]
+    """What the fork server imports, for the first pool of this machine whose engine can be forked;
+    ``None`` without one, or where the settings want none. Pools whose environment differs are
+    started the plain way. ``find`` tells where a model with a URL is on this disk."""
+    pools = [
+        pool
+        for pool in settings.pools
+        if pool.backend == "process" and engine_of(pool.engine).capabilities.fork
+    ]
     if not pools or not settings.loaders.fork_server:
         return None
     install = find_install(settings.loaders.engine_python)
@@ -147,6 +151,13 @@ def start_digest(pool: PoolSettings, loaders: LoaderSettings) -> str:
     if pool.backend == "static":
         seen += [pool.model, pool.max_model_len_tokens]
         seen.append(pool.static.model_dump(mode="json", exclude={"urls"}))
+    elif pool.backend == "kubernetes":
+        # Which pods there are is the workload's own: it replaces them when its template changes.
+        given = pool.kubernetes
+        seen += [pool.backend_key, given.namespace, given.api_version, given.kind, given.name]
+        seen.append(given.worker_group)
+        if given.scaled_by != "tidegate":  # servers that are only watched, from now on so
+            seen += [given.model_dump(mode="json"), pool.max_model_len_tokens]
     else:
         gpus = tuple(range(pool.process.gpus_per_replica))
         spec = ReplicaSpec(id=pool.name, pool=pool)

@@ -45,6 +45,19 @@ def listen(
     ``field`` is that of the port. Raises ``ConfigError`` where the address cannot be had: in use,
     not permitted, or not of this machine, which is laid to the host beside that port.
     """
+    return _open(host, port, field=field, shared_by=shared_by, listening=True)
+
+
+def reserve(host: str, port: int, *, field: str) -> socket.socket:
+    """A TCP socket bound to a port, for another process of ours to listen there (SO_REUSEPORT). As
+    it does not listen itself, it is given no connection. Otherwise as ``listen``."""
+    (reserved,) = _open(host, port, field=field, shared_by=1, listening=False)
+    return reserved
+
+
+def _open(
+    host: str, port: int, *, field: str, shared_by: int | None, listening: bool
+) -> list[socket.socket]:
     listeners: list[socket.socket] = []
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -66,7 +79,8 @@ def listen(
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             listener.bind(address)
             address = listener.getsockname()
-            listener.listen(BACKLOG)
+            if listening:
+                listener.listen(BACKLOG)
             listener.setblocking(False)
     except OSError as error:
         for listener in listeners:
@@ -259,7 +273,9 @@ def read_record(state_dir: Path, name: str = RECORD_NAME) -> Running | None:
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
-    return running if 0 < running.pid < 1 << 31 and _alive(running.pid) else None
+    # In another container its number says nothing, but its socket takes connections there too.
+    known = 0 < running.pid < 1 << 31 and (_alive(running.pid) or _takes_connections(socket_file))
+    return running if known else None
 
 
 def find_running(state_dir: Path) -> Running | None:
@@ -272,10 +288,7 @@ def find_socket(state_dir: Path) -> Path | None:
     or could not leave one."""
     for name in SOCKET_NAMES.values():
         path = state_dir.absolute() / name
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
-            with socket_path(path) as address:
-                probe.settimeout(1.0)
-                probe.connect(address)
+        if _takes_connections(path):
             return path
     return None
 
@@ -286,6 +299,16 @@ def remove_record(state_dir: Path, pid: int, name: str = RECORD_NAME) -> None:
     if running is not None and running.pid == pid:
         with contextlib.suppress(OSError):
             (state_dir / name).unlink()
+
+
+def _takes_connections(path: Path) -> bool:
+    """Whether somebody listens on a Unix socket."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+        with socket_path(path) as address:
+            probe.settimeout(1.0)
+            probe.connect(address)
+        return True
+    return False
 
 
 def _alive(pid: int) -> bool:

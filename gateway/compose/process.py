@@ -38,16 +38,17 @@ def set_up_logging(level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for noisy in ("httpx", "httpcore", "asyncio"):
+    for noisy in ("httpx", "httpx2", "httpcore", "httpcore2", "asyncio"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
 
 
-def settle() -> None:
+def settle(*, young: int = 10_000) -> None:
     """Said once all is there that lives as long as the process: the garbage collector visits it no
     more. The control process has hundreds of objects for each pool, and to visit those of a
-    thousand takes most of a second, in which nothing is decided."""
+    thousand takes most of a second, in which nothing is decided. ``young`` is how many more objects
+    there may be than at the last visit until the newest are visited."""
     gc.freeze()
-    gc.set_threshold(10_000, 50, 50)
+    gc.set_threshold(young, 50, 50)
 
 
 def child_environ(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -25,8 +26,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from autoscaler.adapters.types import KubernetesObject
 from autoscaler.backends.base import BackendError
+from autoscaler.backends.kubernetes.client import KubernetesError
+from autoscaler.backends.kubernetes.knative import UNCOUNTED
 from autoscaler.backends.process.backend import ProcessBackend
 from autoscaler.backends.process.fork_server import ForkPlan
 from autoscaler.backends.process.placement import list_gpus
@@ -37,7 +42,8 @@ from autoscaler.control.forecasts import Forecasts
 from autoscaler.control.learned_history import LearnedHistory
 from autoscaler.control.loop import ControlLoop
 from autoscaler.control.replica_numbers import ReplicaNumbers
-from autoscaler.settings import PoolSettings, hints_of
+from autoscaler.settings import EXTERNAL_KUBERNETES, PoolSettings, hints_of
+from autoscaler.signals.activity import Activity
 from autoscaler.signals.engine_scraper import EngineScraper
 from autoscaler.signals.gpus.reader import GpuReader
 from autoscaler.signals.history import FILE_NAME, HistoryStore, HistoryWriter
@@ -65,6 +71,7 @@ from gateway.compose.engines import (
     start_digest,
 )
 from gateway.compose.fleet import FleetBook
+from gateway.compose.kubernetes import KubernetesParts
 from gateway.compose.listeners import (
     RECORD_NAME,
     ClaimError,
@@ -76,6 +83,7 @@ from gateway.compose.listeners import (
     naming_origins,
     naming_this_one,
     remove_record,
+    reserve,
     url,
 )
 from gateway.compose.process import (
@@ -94,8 +102,10 @@ from gateway.settings.load import ConfigError, LoadedSettings
 from gateway.settings.schema import Settings
 from gateway.terminal import complain, out, version
 from loaders.engines.base import engine_of
+from loaders.engines.client import EngineClient
 from loaders.settings import LoaderSettings
 from modelcache.types import CacheError
+from router.endpoint import address_of
 from router.types import Pool
 
 log = logging.getLogger("tidegate")
@@ -137,6 +147,8 @@ class _Tidegate:
         self.settings = settings
         self._read_again = read_again
         self._reloading = asyncio.Lock()
+        self._file_settings = settings
+        self._cluster_pools: tuple[PoolSettings, ...] = ()
         gateway = settings.gateway
         count = gateway.workers or os.cpu_count() or 1
         self.stack = contextlib.ExitStack()
@@ -148,6 +160,13 @@ class _Tidegate:
         self.listeners = listen(gateway.host, gateway.port, field="gateway.port", shared_by=count)
         for listener in self.listeners:
             self.stack.callback(listener.close)
+        picker = gateway.picker
+        reserved: socket.socket | None = None
+        if picker.port is not None:
+            check_picker()
+            reserved = reserve(picker.host, picker.port, field="gateway.picker.port")
+            self.stack.callback(reserved.close)
+            count += 1  # a worker like the others
         slots = max(_MIN_REPLICA_SLOTS, 2 * replica_slots(settings.pools))
         self.shared = Shared.create(workers=count, max_replicas=slots, max_pools=_MAX_POOLS)
         self.stack.callback(self.shared.close)
@@ -163,9 +182,14 @@ class _Tidegate:
         self.page_holder = make_page_holder(settings)
         self.compiled = make_compile_cache(settings)
         self.process = process = self._process_backend()
+        self.kubernetes = KubernetesParts(
+            settings, on_news=lambda replica_id: self.loop.probe_now(replica_id)
+        )
+        timeout_s = settings.autoscaler.health_timeout_s
         self.scraper = EngineScraper(
             interval_s=settings.autoscaler.metrics_interval_s,
-            timeout_s=settings.autoscaler.health_timeout_s,
+            timeout_s=timeout_s,
+            client=EngineClient(timeout_s=timeout_s, headers=UNCOUNTED),
         )
         self.gpus = GpuReader(
             interval_s=settings.autoscaler.metrics_interval_s,
@@ -187,12 +211,17 @@ class _Tidegate:
         )
         self.forecasts.hints = hints_of(settings.pools)
         self.forecasts.slow_models = settings.autoscaler.forecast.slow_models
+        self.activity = Activity()
         self.decision_log = DecisionLog(writer=self.history_writer, tally=self.forecasts.tally)
         self.stack.callback(self.decision_log.flush)
         self.loop = ControlLoop(
             pools=settings.pools,
             settings=settings.autoscaler,
-            backends={"process": process, "static": StaticBackend(settings=settings.autoscaler)},
+            backends={
+                "process": process,
+                "static": StaticBackend(settings=settings.autoscaler),
+                **self.kubernetes.backends(),
+            },
             digests=find_digests(settings.pools, settings.loaders),
             observe=self.observe,
             record=self._record,
@@ -215,16 +244,23 @@ class _Tidegate:
             worker_config(settings),
             self.listeners,
             self.shared,
-            on_wake_signal=self.loop.signal_wake,
+            picker=reserved,
+            on_wake_signal=self._wake,
             on_failure=self.loop.probe_now,
         )
         scheme = "https" if gateway.tls_certificate else "http"
         self.url = make_url(gateway.host, self.workers.port, scheme)
         self.admin_url = url(self.admin_listener)
+        self.picker = None if reserved is None else address_of(url(reserved))
 
     def _record(self, observation: Observation) -> None:
         self.recorder.observe(observation)
         self.forecasts.observe(observation)
+        self.activity.observe(observation.pools)
+
+    def _wake(self, pool: str) -> None:
+        self.loop.signal_wake(pool)
+        self.activity.hold(pool)
 
     async def _read_past(self, pool: str, from_s: float, until_s: float) -> list[float]:
         found = await asyncio.to_thread(self.history.read, pool, WORK, from_s, until_s)
@@ -302,6 +338,7 @@ class _Tidegate:
             version=version(),
             url=self.url,
             admin_url=self.admin_url,
+            picker=self.picker,
             clock=time.monotonic,
             observe=self.observe,
             pool_slots=self.book.pool_slots,
@@ -312,6 +349,12 @@ class _Tidegate:
             reload=self.reload,
             history=self.history_writer,
             tally=self.forecasts.tally,
+            activity=self.activity,
+            standby=self.kubernetes.standby_reason,
+            find_objects=self._find_objects,
+            find_pod=self.kubernetes.find_pod,
+            standby_is_ready=self.kubernetes.standby_is_ready,
+            pools_known=lambda: self.kubernetes.pools_known,
         )
         app = create_app(
             control,
@@ -336,24 +379,10 @@ class _Tidegate:
         """Read the settings again, and apply what is different in them. Raises ``ConfigError``,
         with nothing changed, where they cannot be used."""
         async with self._reloading:
-            changes, digests = await asyncio.to_thread(
-                self._find_changes, frozenset(self.loop.pools()), self.loop.digests()
-            )
-            settings = changes.settings
-            plan = await asyncio.to_thread(self._fork_plan, settings)
-            self.loop.set_pools(settings.pools, digests, settings.autoscaler)
-            self.history.max_age_s = settings.autoscaler.history.max_age_s
-            self.history.max_bytes = settings.autoscaler.history.max_bytes
-            if worker_config(settings) != worker_config(self.settings):
-                self.workers.configure(worker_config(settings))
-            set_up_logging(settings.gateway.log_level)
-            self.scraper.interval_s = settings.autoscaler.metrics_interval_s
-            self.gpus.interval_s = settings.autoscaler.metrics_interval_s
-            self.forecasts.history_least_s = settings.autoscaler.forecast.history_least_s
-            self.forecasts.hints = hints_of(settings.pools)
-            self.forecasts.slow_models = settings.autoscaler.forecast.slow_models
-            self.settings = settings
-            self.process.use_fork_plan(plan)
+            loaded = await asyncio.to_thread(self._read_again)
+            for warning in loaded.warnings:
+                log.warning("%s", warning.as_warning())
+            changes = await self._apply(loaded.settings, self._cluster_pools)
         said = describe(
             added=changes.added,
             changed=changes.changed,
@@ -364,30 +393,102 @@ class _Tidegate:
         log.info("the settings were read again: %s", "; ".join(said))
         return changes
 
+    async def set_cluster_pools(self, pools: Sequence[PoolSettings]) -> dict[str, str]:
+        """Have these pools of ModelPools, beside those of the settings. Returns why some could not
+        be, by name: those stay as they were, if they were pools before and it is not certain that
+        they cannot be; else they are left out."""
+        problems: dict[str, str] = {}
+        async with self._reloading:
+            known = {pool.name: pool for pool in self._cluster_pools}
+            usable = []
+            for pool in pools:
+                before = known.get(pool.name)
+                if pool != before:
+                    try:
+                        await self.kubernetes.cluster.track(pool)
+                    except KubernetesError as error:
+                        problems[pool.name] = str(error)
+                        if before is not None and error.is_passing:
+                            usable.append(before)
+                        continue
+                usable.append(pool)
+            if tuple(usable) == self._cluster_pools:
+                return problems
+            try:
+                await self._apply(self._file_settings, tuple(usable))
+            except (ConfigError, BackendError) as error:
+                text = str(error)
+                if isinstance(error, ConfigError):
+                    text = "; ".join(map(str, error.problems))
+                problems |= {one.name: text for one in usable if one != known.get(one.name)}
+        return problems
+
+    async def _apply(
+        self, settings: Settings, cluster_pools: tuple[PoolSettings, ...]
+    ) -> SettingsChanges:
+        """Apply settings as a file gives them, with the pools of ModelPools."""
+        whole = settings.model_copy(update={"pools": (*settings.pools, *cluster_pools)})
+        changes, digests = await asyncio.to_thread(
+            self._find_changes, frozenset(self.loop.pools()), self.loop.digests(), whole
+        )
+        file_settings, settings = settings, changes.settings
+        plan = await asyncio.to_thread(self._fork_plan, settings)
+        found = await self.loop.find_replicas(settings.pools, digests)
+        self.loop.set_pools(settings.pools, digests, settings.autoscaler, found)
+        self._file_settings, self._cluster_pools = file_settings, cluster_pools
+        self.history.max_age_s = settings.autoscaler.history.max_age_s
+        self.history.max_bytes = settings.autoscaler.history.max_bytes
+        if worker_config(settings) != worker_config(self.settings):
+            self.workers.configure(worker_config(settings))
+        set_up_logging(settings.gateway.log_level)
+        self.scraper.interval_s = settings.autoscaler.metrics_interval_s
+        self.gpus.interval_s = settings.autoscaler.metrics_interval_s
+        self.forecasts.history_least_s = settings.autoscaler.forecast.history_least_s
+        self.forecasts.hints = hints_of(settings.pools)
+        self.forecasts.slow_models = settings.autoscaler.forecast.slow_models
+        self.settings = settings
+        self.process.use_fork_plan(plan)
+        return changes
+
     def _find_changes(
-        self, pools: frozenset[str], old_digests: Mapping[str, str]
+        self, pools: frozenset[str], old_digests: Mapping[str, str], settings: Settings
     ) -> tuple[SettingsChanges, dict[str, str]]:
         """What is different, and the digests of what pools' replicas are started with now. In a
         thread, so it is given which ``pools`` there are, with those removed that still serve."""
-        loaded = self._read_again()
-        for warning in loaded.warnings:
-            log.warning("%s", warning.as_warning())
-        digests = find_digests(loaded.settings.pools, self.settings.loaders)
+        digests = find_digests(settings.pools, self.settings.loaders)
         problems = []
-        slots = replica_slots(loaded.settings.pools)
+        slots = replica_slots(settings.pools)
         if slots > self.shared.max_replicas:
             text = (
                 f"may have {slots} replicas with those that drain, and this process has room for "
                 f"{self.shared.max_replicas}; a restart makes room"
             )
             problems.append(Problem("pools", text, "reload"))
-        if len(pools.union(pool.name for pool in loaded.settings.pools)) > _MAX_POOLS:
+        if len(pools.union(pool.name for pool in settings.pools)) > _MAX_POOLS:
             text = f"are more than {_MAX_POOLS} with those removed before that still serve"
             problems.append(Problem("pools", text, "reload"))
         if problems:
             raise ConfigError(problems)
-        changes = find_changes(self.settings, loaded.settings, old_digests, digests)
+        changes = find_changes(self.settings, settings, old_digests, digests)
         return changes, digests
+
+    def _find_objects(self, pool: str) -> tuple[KubernetesObject, ...]:
+        settings = self.loop.pools().get(pool)
+        return () if settings is None else self.kubernetes.find_objects(settings)
+
+    def operate(self) -> None:
+        """Begin to have the pools that are resources of the cluster, where the settings say so."""
+        if self.settings.kubernetes.has_pools:
+            self.kubernetes.operate(
+                set_pools=self.set_cluster_pools,
+                reserved=lambda: {
+                    name: "a pool of the settings"
+                    for pool in self._file_settings.pools
+                    for name in pool.names
+                },
+                report=self.loop.report,
+                set_replicas=self.loop.set_replicas,
+            )
 
     async def reload_on_signal(self) -> None:
         """The same, for a signal: whatever becomes of it is in the log."""
@@ -414,6 +515,25 @@ def find_digests(pools: Sequence[PoolSettings], loaders: LoaderSettings) -> dict
     return digests
 
 
+def check_picker() -> None:
+    """Raise ``ConfigError`` where the packages of the endpoint picker are not installed."""
+    needed = ("grpc", "grpc_health", "google.protobuf", "cryptography")
+    missing = [name for name in needed if not _is_installed(name)]
+    if missing:
+        text = (
+            f"needs packages that are not installed ({', '.join(missing)}): "
+            "pip install 'tidegate[picker]'"
+        )
+        raise ConfigError([Problem("gateway.picker.port", text, "settings")])
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # nor is the package that it would be in
+        return False
+
+
 def worker_config(settings: Settings) -> WorkerConfig:
     """What the workers are configured with."""
     return WorkerConfig(index=0, gateway=settings.gateway, router=settings.router)
@@ -426,16 +546,26 @@ def replica_slots(pools: Sequence[PoolSettings]) -> int:
     )
 
 
-def banner(url: str, admin_url: str, pools: Sequence[PoolSettings]) -> str:
+def banner(
+    url: str,
+    admin_url: str,
+    pools: Sequence[PoolSettings],
+    *,
+    cluster_pools: bool = False,
+    picker: str | None = None,
+) -> str:
     """Where Tidegate is reached, its pools, and a line for a shell to try the first of them with.
-    ``url`` is the API's."""
-    lines = [f"Tidegate is ready at {url}/v1  (admin: {admin_url})", ""]
+    ``url`` is the API's, ``picker`` the address of the endpoint picker."""
+    more = "" if picker is None else f", endpoint picker: {picker}"
+    lines = [f"Tidegate is ready at {url}/v1  (admin: {admin_url}{more})", ""]
     for pool in pools:
         kind = engine_of(pool.engine).notice or pool.engine or pool.backend
-        is_up = pool.min_replicas or pool.backend == "static"
+        is_up = pool.min_replicas or pool.backend_key in {"static", EXTERNAL_KUBERNETES}
         zero = "" if is_up else "; at zero, the first request wakes it"
         lines.append(f"  {pool.name}  ({kind}{zero})")
-    if not pools:
+    if not pools and cluster_pools:
+        lines.append("  Its pools are resources of the cluster.")
+    elif not pools:
         lines.append("  No pool is configured; see tidegate.example.toml.")
     else:
         lines += ["", "Try it:", "", f"  {_curl(url, pools[0].name)}"]
@@ -490,15 +620,23 @@ async def _run(settings: Settings, read_again: Callable[[], LoadedSettings]) -> 
 async def _live(
     tidegate: _Tidegate, stop: asyncio.Event, hurry: asyncio.Event, keep: asyncio.Event
 ) -> int:
+    state_dir = Path(tidegate.settings.state_dir)
+    admin_stop = asyncio.Event()
+    admin: asyncio.Task[None] | None = None
+    if tidegate.kubernetes.elects:
+        admin = asyncio.create_task(tidegate.serve_admin(admin_stop))
+        if not await _lead(tidegate, stop, admin):
+            admin_stop.set()
+            await asyncio.wait({admin}, timeout=10)
+            await tidegate.kubernetes.close()
+            return 0 if stop.is_set() else 1
     tidegate.workers.start()
     try:
         await tidegate.loop.open()
     except BackendError:
         tidegate.workers.kill()
         raise
-    state_dir = Path(tidegate.settings.state_dir)
-    admin_stop = asyncio.Event()
-    admin = asyncio.create_task(tidegate.serve_admin(admin_stop))
+    admin = admin or asyncio.create_task(tidegate.serve_admin(admin_stop))
     reading = [
         asyncio.create_task(tidegate.scraper.run()),
         asyncio.create_task(tidegate.gpus.run()),
@@ -513,9 +651,28 @@ async def _live(
             looping = asyncio.create_task(tidegate.loop.run())
             running = Running(pid=os.getpid(), url=tidegate.url, admin_url=tidegate.admin_url)
             leave_record(state_dir, running)
-            out(banner(tidegate.url, tidegate.admin_url, tidegate.settings.pools))
-            await _first(asyncio.create_task(stop.wait()), looping, admin)
-        if not stop.is_set():
+            given = tidegate.settings
+            out(
+                banner(
+                    tidegate.url,
+                    tidegate.admin_url,
+                    given.pools,
+                    cluster_pools=given.kubernetes.has_pools,
+                    picker=tidegate.picker,
+                )
+            )
+            tidegate.operate()
+            waiting = asyncio.create_task(tidegate.kubernetes.wait_pools())
+            await _first(asyncio.create_task(stop.wait()), waiting)
+            tidegate.kubernetes.serve()
+            lost = asyncio.create_task(tidegate.kubernetes.lost.wait())
+            await _first(asyncio.create_task(stop.wait()), looping, admin, lost)
+            lost.cancel()
+        if tidegate.kubernetes.lost.is_set():
+            tidegate.workers.lead(False)
+            log.error("another Tidegate leads now; this one finishes what it has, and ends")
+            status = 1
+        elif not stop.is_set():
             status = 1
             _log_end(looping, admin)
     except (RuntimeError, TimeoutError) as error:
@@ -532,11 +689,27 @@ async def _live(
         for task in reading:
             task.cancel()
         await asyncio.gather(tidegate.scraper.close(), tidegate.gpus.close())
+        await tidegate.kubernetes.release()
+        await _hand_over(tidegate, hurry)
         await _stop(tidegate, looping, hurry, keep=keep.is_set())
+        await tidegate.kubernetes.close()
         admin_stop.set()
         await asyncio.wait({admin}, timeout=10)
         remove_record(state_dir, os.getpid())
     return status
+
+
+async def _lead(tidegate: _Tidegate, stop: asyncio.Event, admin: asyncio.Task[None]) -> bool:
+    """Whether this process leads; waits for that, or for a stop. Raises ``BackendError``."""
+    leading = asyncio.create_task(tidegate.kubernetes.lead())
+    log.info("waiting to lead (kubernetes.lease = %s)", tidegate.settings.kubernetes.lease)
+    await _first(asyncio.create_task(stop.wait()), leading, admin)
+    if leading.done():
+        leading.result()
+        return not stop.is_set()
+    leading.cancel()
+    await asyncio.gather(leading, return_exceptions=True)
+    return False
 
 
 async def _wait_listening(tidegate: _Tidegate, stop: asyncio.Event) -> None:
@@ -550,7 +723,17 @@ async def _wait_listening(tidegate: _Tidegate, stop: asyncio.Event) -> None:
         await listening
 
 
-async def _first(stopping: asyncio.Task[bool], *tasks: asyncio.Task[None]) -> None:
+async def _hand_over(tidegate: _Tidegate, hurry: asyncio.Event) -> None:
+    """Take requests until another one does in this one's place; at once when ``hurry`` is set."""
+    handing = asyncio.create_task(tidegate.kubernetes.hand_over())
+    hurried = asyncio.create_task(hurry.wait())
+    await asyncio.wait({hurried, handing}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (handing, hurried):
+        task.cancel()
+    await asyncio.gather(handing, hurried, return_exceptions=True)
+
+
+async def _first(stopping: asyncio.Task[bool], *tasks: asyncio.Task[Any]) -> None:
     """Until one of them ends; the wait for a stop is over then."""
     await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()

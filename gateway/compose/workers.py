@@ -1,5 +1,7 @@
 """The worker processes, seen from the control process: started, sent messages, watched, drained.
 
+One of them may be the endpoint picker, after those that carry requests themselves.
+
 The listening sockets belong to the control process and are inherited, one per worker on the same
 port (SO_REUSEPORT): a port that is taken is an error before anything starts, and connections that
 wait on a worker that died are taken by its successor.
@@ -26,6 +28,7 @@ from gateway.datapath.messages import (
     Drain,
     FailureReport,
     FleetUpdate,
+    Leadership,
     Listening,
     ToControl,
     ToWorker,
@@ -54,6 +57,7 @@ class WorkerProcess:
     """One worker: its process and the control process's end of its channel, while it runs."""
 
     index: int
+    kind: str = "http"
     process: subprocess.Popen[bytes] | None = None
     writer: asyncio.StreamWriter | None = None
     listening: bool = False
@@ -76,17 +80,24 @@ class Workers:
         listeners: list[socket.socket],
         shared: Shared,
         *,
+        picker: socket.socket | None = None,
         on_wake_signal: Callable[[str], None],
         on_failure: Callable[[str], None],
     ) -> None:
+        """``picker`` is bound to the endpoint picker's port, where there is to be one; then
+        ``shared`` has room for one worker more than there are listeners."""
         self._config = config
         self._listeners = listeners
+        self._picker = picker
+        self._leads = True
         self.shared = shared
         self._on_wake_signal = on_wake_signal
         self._on_failure = on_failure
         self._fleet: Fleet | None = None
-        self._nudge_fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in listeners]
         self.processes = [WorkerProcess(index) for index in range(len(listeners))]
+        if picker is not None:
+            self.processes.append(WorkerProcess(len(listeners), kind="picker"))
+        self._nudge_fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in self.processes]
         self._tasks: list[asyncio.Task[None]] = []
         self._watcher: asyncio.Task[None] | None = None
         self._draining = False
@@ -97,6 +108,11 @@ class Workers:
         """The port that is listened on."""
         number: int = self._listeners[0].getsockname()[1]
         return number
+
+    @property
+    def picker_port(self) -> int | None:
+        """The port of the endpoint picker."""
+        return None if self._picker is None else int(self._picker.getsockname()[1])
 
     def start(self) -> None:
         """Start all workers. They take connections once a fleet is published: before, each would
@@ -121,6 +137,12 @@ class Workers:
         for entry in self.processes:
             self._send(entry, FleetUpdate(fleet=fleet))
 
+    def lead(self, leads: bool) -> None:
+        """Tell all workers whether this Tidegate leads; they begin with that it does."""
+        self._leads = leads
+        for entry in self.processes:
+            self._send(entry, Leadership(leads=leads))
+
     def configure(self, config: WorkerConfig) -> None:
         """Have all workers, and those that are started from now on, work by other settings."""
         self._config = config
@@ -132,6 +154,7 @@ class Workers:
         return [
             {
                 "index": entry.index,
+                "kind": entry.kind,
                 "pid": entry.process.pid if entry.process else None,
                 "state": self._state(entry),
                 "restarts": max(0, entry.starts - 1),
@@ -210,15 +233,20 @@ class Workers:
 
     async def _run_once(self, entry: WorkerProcess) -> None:
         channel, inherited = socket.socketpair()
-        listener = self._listeners[entry.index]
-        fds = (listener.fileno(), self.shared.fd, inherited.fileno(), *self._nudge_fds)
-        command = [sys.executable, "-P", "-m", "gateway.datapath", *map(str, fds)]
+        fds = (self.shared.fd, inherited.fileno(), *self._nudge_fds)
+        if entry.kind == "picker":
+            words = ["gateway.picker", str(self.picker_port), *map(str, fds)]
+        else:
+            fds = (self._listeners[entry.index].fileno(), *fds)
+            words = ["gateway.datapath", *map(str, fds)]
+        command = [sys.executable, "-P", "-m", *words]
         entry.starts += 1
         entry.silent_s = 0.0
         with inherited:
             entry.process = self._spawn(command, fds)
         reader, entry.writer = await asyncio.open_connection(sock=channel)
         self._send(entry, msgspec.structs.replace(self._config, index=entry.index))
+        self._send(entry, Leadership(leads=self._leads))
         if self._fleet is not None:
             self._send(entry, FleetUpdate(fleet=self._fleet))
         if self._draining:  # since it was started: it had no channel then

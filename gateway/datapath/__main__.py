@@ -13,7 +13,7 @@ if __name__ == "__main__":
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
 
-    from gateway.datapath import compiled
+    from gateway import compiled
 
     compiled.install()
     from gateway.datapath import worker

@@ -11,13 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Final
 
-from gateway.datapath import metrics
 from gateway.datapath.context import WorkerContext
 from gateway.datapath.pool import PoolDirectory, PooledRequest
 from gateway.datapath.protocol import sse
 from gateway.datapath.protocol.chunks import ChunkDecoder
 from gateway.datapath.protocol.errors import ApiError, api_of, engine_error
 from gateway.datapath.protocol.http1 import KEEP_ALIVE, RequestHead, ResponseHead
+from gateway.datapath.request import AnswerReading
 
 # How the body travels to the client: as it is, as chunks of our own (our head was sent with the
 # first keep-alive comment), bare until close (HTTP/1.0), collected for an error event, or less the
@@ -29,10 +29,6 @@ _COLLECT: Final = 3
 _LESS_USAGE: Final = 4
 _UNHEARD: Final = 5
 _MAX_COLLECTED_BYTES: Final = 65536
-_TAIL_BYTES: Final = 4096
-# The end of an answer often comes in scraps ("[DONE]", the last chunk): they are kept with the
-# block before them, so that the last two blocks hold the usage however it was cut.
-_SCRAP_BYTES: Final = 64
 _EVENT_ENDS: Final = (b"\n\n", b"\r\n\r\n")
 # Its clients read the request's id from a header of their own (``errors.id_lines``).
 _ANTHROPIC_PATH: Final = b"/v1/messages"
@@ -83,15 +79,10 @@ class Downstream(asyncio.Protocol, ABC):
 
 
 class Answer:
-    """See the module. ``sent_bytes`` went to the client, in ``blocks`` blocks."""
+    """See the module. ``sent_bytes`` went to the client; ``reading`` is what is read of it."""
 
     sent_bytes: int = 0
-    blocks: int = 0
     _mode: int = _RAW
-    _events: int = 0
-    _series: int = 2 * metrics.OTHER_ENDPOINT
-    _last_block: bytes = b""
-    _previous_block: bytes = b""
     _held_back: bytes = b""
     _collected: bytearray | None = None
     _decoder: ChunkDecoder | None = None
@@ -103,6 +94,7 @@ class Answer:
         self._request = request
         self._request_id = request_id
         self.head = head
+        self.reading = AnswerReading(request.path, head.status, is_stream=head.is_stream)
 
     def begin(
         self, body: bytes, *, between_chunks: bool, committed: bool, adds_usage: bool
@@ -195,65 +187,6 @@ class Answer:
             data = sse.without_usage(data)
         return data
 
-    # What is read in passing
-
-    def count_block(
-        self, counters: metrics.PoolCounters, data: bytes, events: int, gap_s: float, age_s: float
-    ) -> None:
-        """Observe a block's time: ``events`` is how many came with it and before it, ``gap_s`` the
-        time since the last, ``age_s`` that since the request."""
-        if self.blocks:
-            self._observe_gap(counters, data, events - self._events, gap_s)
-        else:
-            kind = metrics.ENDPOINT_INDEX.get(self._request.path, metrics.OTHER_ENDPOINT)
-            self._series = 2 * kind + self.head.is_stream
-            counters.observe(metrics.TTFT + self._series, age_s)
-        self._events = events
-        self.blocks += 1
-        last = self._last_block
-        if len(data) < _SCRAP_BYTES and len(last) < _TAIL_BYTES:
-            self._last_block = last + data
-        else:
-            self._previous_block = last
-            self._last_block = data
-
-    def _observe_gap(
-        self, counters: metrics.PoolCounters, data: bytes, tokens: int, gap_s: float
-    ) -> None:
-        """Observe the time before a block with so many events, each of them a token but the last
-        two of a stream: its usage, and the word that it is over."""
-        # Not with ``in``: bytes first try the other side as a number, which costs an error. In a
-        # block that is larger than the last event, and is one event, that is not looked for.
-        if (tokens > 1 or len(data) < _SCRAP_BYTES) and data.find(sse.LAST_EVENT) >= 0:
-            tokens -= 1
-            if tokens < 1:
-                return
-        if data.find(sse.USAGE_EVENT) >= 0:
-            return
-        if tokens <= 1:
-            counters.observe(metrics.ITL, gap_s)
-        else:
-            counters.observe(metrics.ITL, gap_s / tokens, tokens)
-
-    def count_end(self, counters: metrics.PoolCounters, age_s: float) -> None:
-        """Observe how long it took from the request to its end."""
-        counters.observe(metrics.E2E + self._series, age_s)
-
-    def tail(self) -> bytes:
-        """Its last bytes, framed or not."""
-        tail = self._last_block
-        if len(tail) < _TAIL_BYTES and self._previous_block:
-            tail = self._previous_block[-_TAIL_BYTES:] + tail
-        return tail
-
-    def count_events(self, events: int) -> int:
-        """Output tokens of a stream that does not say: its events, less the one with the role and
-        the one that says that it is over."""
-        events = events or self.blocks
-        events -= self._request.path == b"/v1/chat/completions"
-        events -= sse.LAST_EVENT in self._last_block
-        return max(events, 0)
-
     # How it ends
 
     @property
@@ -274,7 +207,7 @@ class Answer:
     @property
     def seen(self) -> bytes:
         """The last that the client has seen of it."""
-        return b"" if self._mode == _COLLECT else self._last_block
+        return b"" if self._mode == _COLLECT else self.reading.last_block
 
     def end(self) -> None:
         """It is whole."""
@@ -292,19 +225,10 @@ class Answer:
                 body = b""
         return engine_error(self.head.status, body, api_of(self._request.path))
 
-    def is_whole(self) -> bool:
-        """Whether the client has all of it, though it did not end. Clients close at the last event,
-        which often comes a chunk before the end of the body, or at the last token."""
-        head = self.head
-        if not head.is_stream or head.status != 200:
-            return False
-        return sse.is_whole(self._previous_block + self._last_block)
-
     def wait_for_usage(self) -> bool:
         """The client left with all of it. Returns whether the usage is still to come: of what
         comes nothing is sent any more."""
-        end = self._previous_block + self._last_block
-        if self._mode != _LESS_USAGE or end.find(sse.USAGE_EVENT) >= 0:
+        if self._mode != _LESS_USAGE or self.reading.end.find(sse.USAGE_EVENT) >= 0:
             return False
         self._mode = _UNHEARD
         return True
@@ -315,9 +239,9 @@ class Answer:
             return True
         if not self.head.is_stream:
             return False
-        if not self.blocks:
+        if not self.reading.blocks:
             return self._mode == _WRAP or self.head.chunked
-        last = self._last_block
+        last = self.reading.last_block
         if self._mode == _WRAP:
             return last.endswith(_EVENT_ENDS)
         return (

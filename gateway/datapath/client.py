@@ -18,12 +18,7 @@ from typing import Any, Final
 from gateway.datapath import local, metrics
 from gateway.datapath.answer import Downstream
 from gateway.datapath.context import WorkerContext
-from gateway.datapath.exchange import (
-    AT_ONCE_BYTES,
-    SMALL_BODY_BYTES,
-    Exchange,
-    buffer_full,
-)
+from gateway.datapath.exchange import Exchange
 from gateway.datapath.pool import ANSWER, SENT, PoolDirectory, PooledRequest
 from gateway.datapath.protocol.bodies import JsonReader
 from gateway.datapath.protocol.chunks import ChunkDecoder
@@ -41,6 +36,7 @@ from gateway.datapath.protocol.http1 import (
     parse_request_head,
 )
 from gateway.datapath.protocol.openai import plain_path
+from gateway.datapath.request import AT_ONCE_BYTES, SMALL_BODY_BYTES, buffer_full
 
 log = logging.getLogger("tidegate.datapath")
 

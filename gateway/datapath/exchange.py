@@ -15,8 +15,6 @@ from __future__ import annotations
 
 from typing import Final
 
-import msgspec
-
 from gateway.datapath import metrics
 from gateway.datapath.answer import Answer, Downstream, extra_lines
 from gateway.datapath.pool import (
@@ -26,20 +24,13 @@ from gateway.datapath.pool import (
     GATHER,
     HELD,
     SENT,
-    PooledRequest,
     PoolRuntime,
     UpstreamEndpoint,
 )
 from gateway.datapath.protocol import sse
 from gateway.datapath.protocol.bodies import (
-    BodyReader,
     FormReader,
-    JsonReader,
     form_boundary,
-    read_bool,
-    read_json,
-    smallest_bound,
-    splice,
 )
 from gateway.datapath.protocol.errors import (
     Api,
@@ -49,60 +40,30 @@ from gateway.datapath.protocol.errors import (
     render,
 )
 from gateway.datapath.protocol.http1 import KEEP_ALIVE, RequestHead, ResponseHead
-from gateway.datapath.protocol.openai import TAKES_JSON, read_head
+from gateway.datapath.protocol.openai import TAKES_JSON
+from gateway.datapath.request import SMALL_BODY_BYTES, RoutedRequest, buffer_full
 from gateway.datapath.upstream import Upstream, UpstreamConnection
 from router.failures import is_fault, is_pressure
-from router.request import RoutingRequest
 
-# A whole body of fewer bytes is decoded at once: that takes a millisecond, whatever is in it. So is
-# one that was read as it came, and that the reader could not follow.
-AT_ONCE_BYTES: Final = 262_144
-# One that is out of the ordinary is read in Python, up to this size at once.
-SMALL_BODY_BYTES: Final = 65_536
 _LARGE_BODY_BYTES: Final = 32768
+# A body that is streamed is kept for another replica up to this size, and while all that is held of
+# bodies is less than this share of what may be: no request is refused for what is kept so.
+_RESEND_BYTES: Final = 1_048_576
+_RESEND_SHARE: Final = 0.5
 # A body that comes too slowly has its place at a replica for so long.
 _SLOW_BODY_S: Final = 5.0
-# Speech and pictures: so many bytes of a form are one byte of text to the token estimate.
-_FORM_BYTES: Final = 64
-_SMALL_PART_BYTES: Final = 4096
-_QUEUE_WAIT_ZERO: Final = metrics.HISTOGRAM_OFFSETS[metrics.QUEUE_WAIT]
-
 # Of these vLLM reports the usage only if asked to, and says it in an event of its own.
 _USAGE_PATHS: Final = frozenset({b"/v1/chat/completions", b"/v1/completions"})
 # The usage comes with the last token, or a moment later.
 _USAGE_WAIT_S: Final = 1.0
-# A model whose replica does not say how long its context is has none that is longer.
-_MAX_MODEL_LEN_TOKENS: Final = 1_048_576
 
 
-def buffer_full() -> ApiError:
-    """503 where a worker has as many bytes of bodies in memory as it may."""
-    return ApiError(
-        503,
-        Reason.BUFFER_FULL,
-        "The gateway already holds as many request bytes as it may; try again.",
-        retry_after_s=1.0,
-    )
-
-
-class Exchange(PooledRequest):
-    """See the module. Class attributes are the values before the answer began: setting thirty
-    fields per request would cost more than reading its head. ``body_bytes`` counts the request's
-    body, ``whole`` says that it was received whole, ``committed`` that a head was sent. ``reader``
-    is there for a body that is read as it comes."""
+class Exchange(RoutedRequest):
+    """See the module. ``committed`` says that a head was sent."""
 
     client: Downstream
-    request_id: bytes
-    started_s: float
-    last_s: float
-    parts: list[bytes]
-    whole: bool = False
     committed: bool = False
-    reader: BodyReader | None = None
-    output_bound: int | None = None
     attempts: int = 0
-    pool: PoolRuntime | None = None
-    endpoint: UpstreamEndpoint | None = None
     upstream: UpstreamConnection | None = None
     _peeked: bool = False
     _resendable: bool = True
@@ -110,12 +71,13 @@ class Exchange(PooledRequest):
     _upload_since_s: float = 0.0
     _upload_from_bytes: int = 0
     _failed_at: tuple[UpstreamEndpoint, ...] = ()
-    _says_usage: bool = False
     _adds_usage: bool = False
     _answer: Answer | None = None
 
     def __init__(self, client: Downstream, head: RequestHead, now: float) -> None:
         self.client = client
+        self.context = client.context
+        self.pools = client.pools
         self.head = head
         self.request_id = head.request_id or client.context.next_request_id()
         self.started_s = now
@@ -139,29 +101,15 @@ class Exchange(PooledRequest):
     def feed(self, data: bytes) -> None:
         """Some of the body, a slice of what was received. Raises ``ApiError`` where it is too
         much, or names two models."""
-        context = self.client.context
-        gateway = context.gateway
-        self.body_bytes += len(data)
-        if self.body_bytes > gateway.max_body_bytes:
-            raise ApiError(
-                413,
-                Reason.BODY_TOO_LARGE,
-                f"The request body is larger than {gateway.max_body_bytes} bytes.",
-            )
-        reader = self.reader
-        if reader is not None:
-            reader.feed(data)
+        self._count_body(data)
         if self.state >= SENT:
             self._forward(data)
             return
-        parts = self.parts
-        if parts and len(parts[-1]) + len(data) < _SMALL_PART_BYTES:
-            parts[-1] += data  # a body sent byte by byte must not cost fifty times its size
-        else:
-            parts.append(data)
-        context.buffered_bytes += len(data)
+        self._keep_part(data)
         if self.state == HELD and self.pool is not None:
             self.pool.grow_held(self, len(data))
+        context = self.context
+        gateway = context.gateway
         if context.buffered_bytes > gateway.max_buffered_bytes and not self.client.make_room(self):
             raise buffer_full()
         if self.body_bytes >= gateway.peek_bytes and not self._peeked:
@@ -191,18 +139,7 @@ class Exchange(PooledRequest):
             return
         if self.state == CONNECT:
             return
-        reader = self.reader
-        is_small = self.body_bytes < SMALL_BODY_BYTES
-        if reader is None or (is_small and isinstance(reader, JsonReader)):
-            self.reader = None
-            body = self._join()
-            if not self._read(body):
-                self._take_fields(self._decode(body))
-        else:
-            if reader.broken and not reader.model and self.body_bytes < AT_ONCE_BYTES:
-                reader = self._decode(self._join())
-            reader.check()
-            self._take_fields(reader)
+        self._read_parts()
         if self.pool is None:
             self._route(self.body_bytes)
 
@@ -222,62 +159,15 @@ class Exchange(PooledRequest):
         self._route(self.body_bytes)
         return True
 
-    def _read(self, body: bytes) -> bool:
-        """Take what routes a whole body. Returns false where it is out of the ordinary."""
-        read = read_head(body)
-        if read is None:
-            return False
-        self.model, fields = read
-        if fields.stream is not None:
-            self.stream = read_bool(fields.stream)
-            self._says_usage = fields.stream_options is not msgspec.UNSET
-        bound = fields.max_tokens
-        if (
-            fields.max_completion_tokens is None
-            and fields.max_output_tokens is None
-            and (bound is None or (type(bound) is int and bound > 0))
-        ):
-            self.output_bound = bound  # as it mostly is
-        else:
-            self.output_bound = smallest_bound(
-                bound, fields.max_completion_tokens, fields.max_output_tokens
-            )
-        return True
-
-    def _decode(self, body: bytes) -> BodyReader:
-        """Read a body that is out of the ordinary; from here on it is UTF-8."""
-        self.reader, plain = read_json(body)
-        self.client.context.buffered_bytes += len(plain) - len(body)
-        self.body_bytes = len(plain)
-        self.parts[:] = [plain]
-        return self.reader
-
-    def _take_fields(self, reader: BodyReader) -> None:
-        self.model = reader.model or ""
-        self.stream = reader.stream
-        self._says_usage = reader.has_stream_options
-        self.output_bound = reader.output_bound()
-
-    def _text_bytes(self, body_bytes: int) -> int:
-        """What a body counts as in the estimate of its tokens."""
-        if self.reader is None or not isinstance(self.reader, FormReader):
-            return body_bytes
-        return body_bytes // _FORM_BYTES
-
-    def _join(self) -> bytes:
-        parts = self.parts
-        if len(parts) != 1:
-            parts[:] = [b"".join(parts)]
-        return parts[0]
-
     def _end_upload(self, pool: PoolRuntime) -> None:
         self._uploads = False
         pool.uploads -= 1
 
     def _count_tokens(self, pool: PoolRuntime) -> None:
-        """The body of a request that was routed by its beginning is whole: count what came."""
+        """The body of a request that was routed by its beginning is whole: count what came, and
+        know what its end says."""
         if self.reader is not None:
-            self.output_bound = self.reader.output_bound()
+            self._take_fields(self.reader)
         body_bytes = self._text_bytes(self.body_bytes)
         prompt_tokens, tokens = pool.estimate(body_bytes, self.output_bound)
         more = tokens - self.routing.tokens
@@ -304,36 +194,16 @@ class Exchange(PooledRequest):
         self._upload_since_s = self.client.now()
         self._upload_from_bytes = self.body_bytes
 
-    def _route(self, body_bytes: int) -> None:
-        self.pool = pool = self.client.pools.find(self.model)
-        prompt_tokens, tokens = pool.estimate(self._text_bytes(body_bytes), self.output_bound)
-        counters = pool.counters
-        integers = counters.integers
-        integers[metrics.ARRIVALS] += 1
-        if self.whole:
-            integers[metrics.ARRIVED_PROMPT_TOKENS] += prompt_tokens
-            integers[metrics.ARRIVED_OUTPUT_TOKENS] += tokens - prompt_tokens
-        else:  # no engine works on it before, so it is no demand yet
-            _, tokens = pool.estimate(0, self.output_bound)
-        self.routing = RoutingRequest(prompt_tokens, tokens)
-        counters.dirty = True
-        pool.retries.add_request()
-        pool.dispatch(self)
-
     # To a replica
 
     def send(self, endpoint: UpstreamEndpoint) -> None:
         """The router chose: reserve there and send, over a kept connection or a new one."""
         pool = self.pool
         assert pool is not None
-        self.endpoint = endpoint
         self.attempts += 1
         if not self.whole:
             self._measure_upload()
-        integers, tokens = pool.counters.integers, self.routing.tokens
-        integers[metrics.INFLIGHT_REQUESTS] += 1
-        integers[metrics.INFLIGHT_TOKENS] += tokens
-        self.client.context.ledger.reserve(endpoint.slot, tokens)
+        self._reserve(pool, endpoint)
         connection = endpoint.upstream.acquire()
         if connection is None:
             self.state = CONNECT
@@ -378,16 +248,8 @@ class Exchange(PooledRequest):
             connection.transport.pause_reading()
         self.state = SENT
         counters = pool.counters
-        now = self.client.now()
-        self.last_s = now
-        if now == self.started_s:
-            counters.integers[_QUEUE_WAIT_ZERO] += 1
-        else:
-            counters.observe(metrics.QUEUE_WAIT, now - self.started_s)
-        parts = self.parts
-        served = endpoint.served_model
-        if served is not None and served != self.model and self.model not in endpoint.names:
-            parts = self._renamed(served)
+        self._observe_sent(pool, self.client.now())
+        parts = self._parts_for(endpoint)
         self._adds_usage = False
         if self.stream and endpoint.replica.stream_usage and self.whole:
             parts = self._ask_usage(parts)
@@ -437,18 +299,16 @@ class Exchange(PooledRequest):
                 return [asking, *parts[1:]]
         return parts
 
-    def _renamed(self, served: str) -> list[bytes]:
-        """The body with the replica's own name for the model; every other byte as it came."""
-        reader = self.reader
-        if reader is None:
-            self.reader = reader = JsonReader()
-            reader.feed(self._join())
-        return splice(self.parts, reader.start, reader.end, reader.quote(served))
-
     def _forward(self, data: bytes) -> None:
-        """The tail of a large body, straight on. From here it cannot be sent a second time."""
-        self._resendable = False
-        self.release_parts()
+        """The tail of a large body, straight on. It is kept too while it may be sent again."""
+        if self.state == SENT and self._resendable:
+            context = self.context
+            most = context.gateway.max_buffered_bytes * _RESEND_SHARE
+            if self.body_bytes <= _RESEND_BYTES and context.buffered_bytes < most:
+                self._keep_part(data)
+            else:
+                self._resendable = False
+                self.release_parts()
         connection = self.upstream
         if connection is None:
             return  # the answer is over already; the rest of the body is of no use
@@ -489,7 +349,7 @@ class Exchange(PooledRequest):
             self.cut(error.message)
             return
         if body:
-            self._count_block(answer, body)
+            self._count_answer_block(answer, body)
 
     def _answered_well(self) -> None:
         pool, endpoint = self.pool, self.endpoint
@@ -550,16 +410,12 @@ class Exchange(PooledRequest):
         except ApiError as error:
             self.cut(error.message)
             return
-        self._count_block(answer, data)
+        self._count_answer_block(answer, data)
 
-    def _count_block(self, answer: Answer, data: bytes) -> None:
-        pool, connection, now = self.pool, self.upstream, self.client.now()
-        assert pool is not None
+    def _count_answer_block(self, answer: Answer, data: bytes) -> None:
+        connection = self.upstream
         events = 0 if connection is None else connection.events
-        gap_s, self.last_s = now - self.last_s, now
-        if not answer.blocks and self.endpoint is not None:
-            self.endpoint.count_first_token(gap_s)
-        answer.count_block(pool.counters, data, events, gap_s, now - self.started_s)
+        self._count_block(answer.reading, data, events, self.client.now())
 
     def answer_ended(self, events: int = 0) -> None:
         """The answer is whole, in ``events`` chunks where it came in chunks: engines send one for
@@ -572,63 +428,14 @@ class Exchange(PooledRequest):
             self._end_with_error(answer.read_error())
         else:
             answer.end()
-        self._count_answer(pool, answer, events)
+        self._count_whole(pool, answer, events)
         self.end()
 
-    def _count_answer(self, pool: PoolRuntime, answer: Answer, events: int) -> None:
+    def _count_whole(self, pool: PoolRuntime, answer: Answer, events: int) -> None:
         """Count an answer that the client has the whole of."""
-        integers = pool.counters.integers
-        status = answer.head.status
-        if status < 400:
-            integers[metrics.OK] += 1
-        else:
-            integers[metrics.CLIENT_ERROR if status < 500 else metrics.ENGINE_ERROR] += 1
-        integers[metrics.OK_CODE if status == 200 else metrics.code_index(status)] += 1
-        if self.endpoint is not None:
-            self.endpoint.count_answer(ok=status < 500)
+        self._count_status(pool, answer.head.status)
         if not answer.is_error_event:
-            if status < 400:
-                self._learn(pool, answer, events)
-            answer.count_end(pool.counters, self.last_s - self.started_s)
-
-    def _learn(self, pool: PoolRuntime, answer: Answer, events: int) -> None:
-        """Count what the answer says it cost, and size the model's next requests by it."""
-        integers = pool.counters.integers
-        tail = answer.tail()
-        prompt, output = sse.read_usage(tail)
-        if (prompt or 0) > self.body_bytes or (output or 0) > answer.sent_bytes:
-            prompt, output = self._clamp(prompt, output, answer.sent_bytes)
-        size = self.body_bytes if self.whole else self.head.content_length
-        pool.estimator.learn(self._text_bytes(size), prompt, output)
-        if answer.head.is_stream:
-            if output is None:
-                prompt = self.routing.prompt_tokens if prompt is None else prompt
-                output = answer.count_events(events)
-            integers[metrics.CHUNKS] += answer.blocks
-        if prompt is not None:
-            integers[metrics.PROMPT_TOKENS] += prompt
-            pool.counters.observe(metrics.PROMPT_LENGTH, prompt)
-        if output is not None:
-            integers[metrics.OUTPUT_TOKENS] += output
-            pool.counters.observe(metrics.OUTPUT_LENGTH, output)
-        reason = sse.read_finish_reason(tail)
-        if reason is not None:
-            integers[metrics.FINISH_INDEX[reason]] += 1
-        integers[metrics.RESPONSE_BYTES] += answer.sent_bytes
-
-    def _clamp(
-        self, prompt: int | None, output: int | None, sent_bytes: int
-    ) -> tuple[int | None, int | None]:
-        """Usage within what can be: one lie would be in the metrics for ever. A sequence fits the
-        model's context, and of several each token has a byte."""
-        endpoint = self.endpoint
-        longest = None if endpoint is None else endpoint.replica.max_model_len_tokens
-        longest = longest or _MAX_MODEL_LEN_TOKENS
-        size = max(self.body_bytes, self.head.content_length, longest)
-        return (
-            None if prompt is None else min(prompt, size),
-            None if output is None else min(output, max(sent_bytes, longest)),
-        )
+            self._count_answer(pool, answer.reading, events, answer.sent_bytes)
 
     def _end_with_error(self, error: ApiError | bytes) -> None:
         """End a stream whose head is out, and of whose answer nothing came, with an error."""
@@ -784,14 +591,6 @@ class Exchange(PooledRequest):
         self.drop_upstream()
         self.end()
 
-    def _count_rejection(self, reason: Reason, status: int) -> None:
-        if self.pool is None:
-            self.client.context.count_rejection(reason, status)
-        else:
-            integers = self.pool.counters.integers
-            integers[metrics.REASON_INDEX[reason]] += 1
-            integers[metrics.code_index(status)] += 1
-
     def cancel(self) -> None:
         """The client is gone: the replica stops working for it at once."""
         if self.state == DONE:
@@ -799,19 +598,15 @@ class Exchange(PooledRequest):
         pool, answer = self.pool, self._answer
         if pool is not None:
             events = 0 if self.upstream is None else self.upstream.events
-            if answer is not None and answer.is_whole():
+            reading = None if answer is None else answer.reading
+            if answer is not None and answer.reading.is_whole():
                 if answer.wait_for_usage():
                     self.resume_answer()
                     self.client.context.loop.call_later(_USAGE_WAIT_S, self._end_unheard)
                     return
-                self._count_answer(pool, answer, events)
+                self._count_whole(pool, answer, events)
             else:
-                pool.counters.integers[metrics.CANCELLED] += 1
-                if answer is not None and answer.head.is_stream and answer.blocks:
-                    # The engine worked for it until now; before its first token it counts nothing.
-                    integers = pool.counters.integers
-                    integers[metrics.PROMPT_TOKENS] += self.routing.prompt_tokens
-                    integers[metrics.OUTPUT_TOKENS] += answer.count_events(events)
+                self._count_cancelled(pool, reading, events)
         self.drop_upstream()
         self.end()
 
@@ -820,41 +615,18 @@ class Exchange(PooledRequest):
         pool, answer = self.pool, self._answer
         if self.state == DONE or pool is None or answer is None:
             return
-        self._count_answer(pool, answer, 0 if self.upstream is None else self.upstream.events)
+        self._count_whole(pool, answer, 0 if self.upstream is None else self.upstream.events)
         self.drop_upstream()
         self.end()
 
     # Ends
 
-    def _unreserve(self) -> None:
-        endpoint, pool = self.endpoint, self.pool
-        if endpoint is not None and pool is not None:
-            tokens = self.routing.tokens
-            self.endpoint = None
-            integers = pool.counters.integers
-            integers[metrics.INFLIGHT_REQUESTS] -= 1
-            integers[metrics.INFLIGHT_TOKENS] -= tokens
-            self.client.context.ledger.settle(endpoint.slot, tokens)
-
-    def release_parts(self) -> None:
-        """Forget the request's body."""
-        for part in self.parts:
-            self.client.context.buffered_bytes -= len(part)
-        self.parts = []
-
     def end(self) -> None:
         """Leave queue and ledger, and let the connection go on."""
         pool = self.pool
-        if self.state == HELD and pool is not None:
-            pool.unhold(self)
-        self.state = DONE
-        if self.parts:
-            self.release_parts()
-        if pool is not None:
-            self._unreserve()
-            if self._uploads:
-                self._end_upload(pool)
-            pool.counters.dirty = True
+        self._leave(pool)
+        if self._uploads and pool is not None:
+            self._end_upload(pool)
         self.client.exchange_ended(self)
         if pool is not None and (pool.queue or self.client.context.ledger.shared):
             pool.release()  # a held request of ours, or of another worker, has its turn

@@ -45,11 +45,31 @@ def _answer(
     extra: bytes,
 ) -> bytes:
     path, method = head.path, head.method
-    is_models = path == b"/v1/models" or path.startswith(b"/v1/models/")
-    is_local = is_models or path in _HEALTH
+    is_local = _is_models(path) or path in _HEALTH
     if method == b"OPTIONS" and (path == b"*" or is_local or path in context.proxied):
         allowed = b"GET, HEAD, OPTIONS" if is_local else b"POST, OPTIONS"
         return _options(allowed, request_id, close, extra)
+    status, body = read(context, pools, method, path)
+    return response(
+        status,
+        body,
+        request_id=request_id,
+        close=close,
+        extra=extra,
+        head_only=method == b"HEAD",
+    )
+
+
+def _is_models(path: bytes) -> bool:
+    return path == b"/v1/models" or path.startswith(b"/v1/models/")
+
+
+def read(
+    context: WorkerContext, pools: PoolDirectory, method: bytes, path: bytes
+) -> tuple[int, bytes]:
+    """Status and JSON of the answer to a request that no engine gets. Raises ``ApiError`` where it
+    asks for nothing that there is."""
+    is_models = _is_models(path)
     if path in context.proxied:
         raise ApiError(
             405,
@@ -57,7 +77,7 @@ def _answer(
             f"{path.decode('latin-1')} takes POST, not {method.decode('latin-1')}.",
             param="POST, OPTIONS",
         )
-    if not is_local:
+    if not is_models and path not in _HEALTH:
         raise ApiError(
             404,
             Reason.PATH_UNKNOWN,
@@ -72,14 +92,7 @@ def _answer(
             param="GET, HEAD, OPTIONS",
         )
     body = _models(context, pools, path) if is_models else _health(context)
-    return response(
-        503 if context.draining and not is_models else 200,
-        body,
-        request_id=request_id,
-        close=close,
-        extra=extra,
-        head_only=method == b"HEAD",
-    )
+    return 503 if context.draining and not is_models else 200, body
 
 
 def _health(context: WorkerContext) -> bytes:

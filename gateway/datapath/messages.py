@@ -40,6 +40,13 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
     """Control → worker: stop accepting, finish what runs, exit."""
 
 
+class Leadership(msgspec.Struct, frozen=True, tag="leadership"):
+    """Control → worker: whether this Tidegate leads, of those that share a fleet. One that does not
+    is asked for no replica."""
+
+    leads: bool
+
+
 class Listening(msgspec.Struct, frozen=True, tag="listening"):
     """Worker → control: the configuration is in force and connections are taken."""
 
@@ -58,7 +65,7 @@ class FailureReport(msgspec.Struct, frozen=True, tag="failure"):
     replica: str
 
 
-ToWorker = WorkerConfig | FleetUpdate | Drain
+ToWorker = WorkerConfig | FleetUpdate | Leadership | Drain
 ToControl = Listening | WakeSignal | FailureReport
 
 

@@ -221,8 +221,15 @@ UPSTREAM_CONNECTIONS: Final = 3
 UPSTREAM_OPENED: Final = 4
 TLS_NOT_AFTER: Final = 5
 _WORKER_PLAIN: Final[tuple[Metric, ...]] = (
-    Metric("connections", "Client connections open now.", gauge=True),
-    Metric("connections_accepted_total", "Client connections accepted."),
+    Metric(
+        "connections",
+        "Client connections open now; of the endpoint picker: requests under way.",
+        gauge=True,
+    ),
+    Metric(
+        "connections_accepted_total",
+        "Client connections accepted; of the endpoint picker: requests that Envoy asked about.",
+    ),
     Metric("buffered_bytes", "Request body bytes held in memory.", gauge=True),
     Metric("upstream_connections", "Connections to engines open now.", gauge=True),
     Metric("upstream_connections_opened_total", "Connections opened to engines."),

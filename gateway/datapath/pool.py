@@ -12,7 +12,7 @@ it. Else the worker that frees a place would always fill it again, and the other
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from array import array
 from collections import deque
 from typing import Any, Final
@@ -25,6 +25,7 @@ from gateway.datapath.protocol.http1 import RequestHead
 from gateway.datapath.upstream import Upstream, UpstreamRequest
 from router.endpoint import Endpoint
 from router.failures import RetryBudget, add_answer, add_fault, add_pressure, without_ejected
+from router.filters import find_subset
 from router.pick import pick
 from router.request import RoutingRequest
 from router.tokens import TokenEstimator
@@ -47,7 +48,7 @@ _UNKNOWN_WAKE_S: Final = 30.0
 _MOST_GIVE_WAY: Final = 8
 
 
-class PooledRequest(UpstreamRequest):
+class PooledRequest(UpstreamRequest, ABC):
     """A request as its pool dispatches and holds it. Times are the event loop's clock, in seconds;
     ``routing`` is there once its pool is known, ``body_bytes`` is what was received so far."""
 
@@ -292,7 +293,51 @@ class PoolRuntime:
             if endpoint is not None:
                 request.send(endpoint)
                 return
+        if request.routing.subset is not None:
+            raise self._subset_unavailable(request.model, request.routing.subset)
         self._hold(request)
+
+    def find_others(
+        self, request: PooledRequest, endpoint: UpstreamEndpoint, most: int
+    ) -> list[UpstreamEndpoint]:
+        """The replicas that would be picked where ``endpoint`` does not take the request, and then
+        where those do not, ``most`` at most."""
+        routing, others = request.routing, list[UpstreamEndpoint]()
+        before = routing.exclude
+        other: UpstreamEndpoint | None = endpoint
+        while other is not None and len(others) < most:
+            routing.exclude = routing.exclude | {other.id}
+            other = self._pick(request)
+            if other is not None:
+                others.append(other)
+        routing.exclude = before
+        return others
+
+    def find_at(self, address: str) -> UpstreamEndpoint | None:
+        """The replica at ``host:port``."""
+        for endpoint in self.endpoints.values():
+            if endpoint.address == address:
+                return endpoint
+        return None
+
+    def _subset_unavailable(self, model: str, subset: frozenset[str]) -> ApiError:
+        """Of the replicas that a request may go to, none takes it now. It is not held: while it
+        waited for them, those behind it would wait for it."""
+        if find_subset(self.ready, subset):
+            return ApiError(
+                429,
+                Reason.SUBSET_FULL,
+                f"The replicas of the model '{model}' that the proxy allows have no room now.",
+                retry_after_s=1.0,
+            )
+        if not self.ready:
+            self.context.send_wake_signal(self.pool.name)
+        return ApiError(
+            503,
+            Reason.SUBSET_UNAVAILABLE,
+            f"None of the replicas of the model '{model}' that the proxy allows is ready.",
+            retry_after_s=1.0 if self.ready else self.retry_after_s(),
+        )
 
     def _pick(self, request: PooledRequest) -> UpstreamEndpoint | None:
         """The endpoint that takes the request, by ``DEFAULT_SCORERS`` of ``router.pick``."""

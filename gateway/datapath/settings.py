@@ -51,6 +51,51 @@ class HoldingSettings(BaseModel):
     a fresh replica is not flooded. 8 fills a first batch of any engine."""
 
 
+class PickerSettings(BaseModel):
+    """The endpoint picker: an Envoy that carries requests itself asks it for each where to send it,
+    by ext_proc as in the Gateway API Inference Extension. It needs the extra ``picker``
+    (``pip install "tidegate[picker]"``)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    port: int | None = Field(default=None, ge=0, le=65_535)
+    """TCP port of the endpoint picker (gRPC). Unset: there is none. 0 lets the system choose one,
+    which is printed at start."""
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    """Address it listens on. Who reaches it may ask for any model, and sees the addresses of its
+    replicas: beyond loopback only the proxies should."""
+
+    max_endpoints: int = Field(default=1, ge=1, le=16)
+    """Replicas that Envoy is given for a request: the one to send it to, and after it those of the
+    same pool to go on with where its route retries. 1, as of the reference picker, because a
+    cluster of the type ``ORIGINAL_DST`` takes no list; 3 with the policy ``override_host``."""
+
+    tls: bool = False
+    """Speak TLS, as Gateway API implementations expect of an endpoint picker, with a self-signed
+    certificate made at each start where ``tls_certificate`` is unset."""
+
+    tls_certificate: Path | None = None
+    """PEM file with the certificate chain of the endpoint picker, which then speaks TLS; with
+    ``tls_key``. A changed pair is used for new connections without a restart."""
+
+    tls_key: Path | None = None
+    """PEM file with the private key of ``tls_certificate``."""
+
+    @model_validator(mode="after")
+    def _consistent(self, info: ValidationInfo) -> PickerSettings:
+        text = "; ".join(self._conflicts())
+        if text and info.context is None:  # as in ``autoscaler.settings.ConsistentSettings``
+            raise PydanticCustomError("conflict", "{text}", {"text": text})
+        return self
+
+    def _conflicts(self) -> Iterator[str]:
+        if self.tls_certificate is not None and self.tls_key is None:
+            yield "tls_key is missing: tls_certificate is set, TLS needs both"
+        if self.tls_key is not None and self.tls_certificate is None:
+            yield "tls_certificate is missing: tls_key is set, TLS needs both"
+
+
 class GatewaySettings(BaseModel):
     """The two listeners and the data path between clients and engines."""
 
@@ -195,6 +240,9 @@ class GatewaySettings(BaseModel):
 
     holding: HoldingSettings = HoldingSettings()
     """How requests wait while their pool has no replica that can take them."""
+
+    picker: PickerSettings = PickerSettings()
+    """Where an Envoy asks to which replica a request goes."""
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> GatewaySettings:

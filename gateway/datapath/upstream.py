@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from abc import ABC, abstractmethod
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,51 +21,52 @@ from gateway.datapath.protocol.http1 import ResponseHead, parse_response_head
 log = logging.getLogger("tidegate.datapath")
 
 
-class UpstreamRequest(ABC):
-    """The request that a connection works for. An abstract class and not a protocol: compiled
-    code calls its methods directly.
+class UpstreamRequest:
+    """The request that a connection works for. A class and not a protocol: compiled code calls its
+    methods directly. One that is given no connection, as it is not carried by this process, has
+    none of them.
 
     ``body_sent`` says that the request's body was sent whole, so that the connection can be kept.
     """
 
     body_sent: bool = False
 
-    @abstractmethod
     def connected(self, upstream: Upstream, connection: UpstreamConnection) -> bool:
         """The connection asked for is open. Returns false where it is not needed any more."""
+        raise NotImplementedError
 
-    @abstractmethod
     def connect_failed(self, upstream: Upstream, why: str) -> None:
         """No connection could be opened."""
+        raise NotImplementedError
 
-    @abstractmethod
     def answer_began(self, head: ResponseHead, body: bytes) -> None:
         """The replica's head arrived, and ``body`` with it."""
+        raise NotImplementedError
 
-    @abstractmethod
     def answer_block(self, data: bytes) -> None:
         """The next block of the answer's body, as it was received."""
+        raise NotImplementedError
 
-    @abstractmethod
     def answer_ended(self, events: int = 0) -> None:
         """The answer is whole; ``events`` is the number of its chunks. The connection is already
         released."""
+        raise NotImplementedError
 
-    @abstractmethod
     def upstream_failed(self, why: str, stale: bool) -> None:
         """The connection broke. ``stale``: it was kept alive and closed before any answer."""
+        raise NotImplementedError
 
-    @abstractmethod
     def pause_body(self) -> None:
         """The replica reads slowly: stop reading the request's body."""
+        raise NotImplementedError
 
-    @abstractmethod
     def resume_body(self) -> None:
         """The replica reads again."""
+        raise NotImplementedError
 
-    @abstractmethod
     def is_answer_paused(self) -> bool:
         """Whether reading the answer is paused because the client reads slowly."""
+        raise NotImplementedError
 
 
 class UpstreamConnection(asyncio.Protocol):

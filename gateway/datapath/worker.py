@@ -18,8 +18,10 @@ import socket
 import ssl
 import sys
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from gateway.datapath.context import WorkerContext
 from gateway.datapath.messages import (
     Drain,
     FleetUpdate,
+    Leadership,
     Listening,
     ToControl,
     ToWorker,
@@ -116,9 +119,9 @@ def _der_value(der: bytes, at: int) -> tuple[int, int, int]:
     return der[at], start, start + length
 
 
-class Worker:
-    """One worker process put together: its connections, its pools, and the tasks that keep their
-    time. Everything here runs on its one event loop."""
+class Worker(ABC):
+    """One worker process put together: its pools, and the tasks that keep their time. How requests
+    come is its subclass's. Everything here runs on its one event loop."""
 
     def __init__(
         self,
@@ -133,9 +136,31 @@ class Worker:
         # Chance here only spreads load: it needs no seed that can be repeated.
         self.context = WorkerContext(loop, config, shared, send, nudge, random.Random().random)
         self.pools = PoolDirectory(self.context)
-        self.clients = ClientConnections(self.context, self.pools)
-        self._server: asyncio.Server | None = None
-        self._tls: Certificate | None = None
+        self.leads = True
+
+    @abstractmethod
+    async def listen(self) -> None:
+        """Take requests from now on. Raises ``OSError`` where that is not possible."""
+
+    @abstractmethod
+    def stop_listening(self) -> None:
+        """Take no more requests."""
+
+    @abstractmethod
+    async def finish(self, limit_s: float) -> None:
+        """Until the requests under way are finished, for so long at most."""
+
+    @abstractmethod
+    def sweep_requests(self, now: float) -> None:
+        """End what waited too long."""
+
+    @abstractmethod
+    async def reload_tls(self) -> None:
+        """Take a new certificate for new connections when its files change."""
+
+    def lead(self, leads: bool) -> None:
+        """Take it that this Tidegate leads those that share a fleet, or that another does."""
+        self.leads = leads
 
     def configure(self, config: WorkerConfig) -> None:
         """Take other settings from now on. What a listener or a certificate was opened with stays;
@@ -143,27 +168,6 @@ class Worker:
         is_other_router = config.router != self.context.router
         self.context.configure(config)
         self.pools.configure(learn_again=is_other_router)
-
-    async def listen(self, listener: socket.socket) -> None:
-        """Take connections from now on."""
-        gateway = self.context.gateway
-        if gateway.tls_certificate is not None:
-            self._tls = Certificate(gateway.tls_certificate, gateway.tls_key)
-            self.context.counters[metrics.TLS_NOT_AFTER] = self._tls.not_after_s
-        self._server = await self.context.loop.create_server(
-            lambda: ClientConnection(self.clients),
-            sock=listener,
-            ssl=self._tls.context if self._tls else None,
-            backlog=_BACKLOG,
-            ssl_handshake_timeout=gateway.head_timeout_s if self._tls else None,
-        )
-
-    async def reload_tls(self) -> None:
-        """Take a new certificate for new connections when its files change."""
-        while self._tls is not None:
-            await asyncio.sleep(self.context.gateway.tls_reload_s)
-            self._tls.renew()
-            self.context.counters[metrics.TLS_NOT_AFTER] = self._tls.not_after_s
 
     async def tick(self) -> None:
         """Held requests, suspects, and the counters that other processes read."""
@@ -189,7 +193,7 @@ class Worker:
             before = now
             if now - earlier > 2 * _SWEEP_S:
                 continue  # this process was stopped: what came meanwhile is to be read first
-            self.clients.sweep(now)
+            self.sweep_requests(now)
             for pool in self.pools.by_name.values():
                 for endpoint in pool.endpoints.values():
                     endpoint.upstream.sweep(now)
@@ -199,9 +203,8 @@ class Worker:
         if self.context.draining:
             return
         self.context.draining = True
-        if self._server is not None:
-            self._server.close()
-        await self.clients.drain(self.context.gateway.drain_s)
+        self.stop_listening()
+        await self.finish(self.context.gateway.drain_s)
         self.context.publish_counters()
         for pool in self.pools.by_name.values():
             pool.counters.flush()
@@ -226,7 +229,63 @@ class Worker:
             pool.check_integrity()
 
 
-async def _serve(listen_fd: int, shared_fd: int, channel_fd: int, nudge_fds: list[int]) -> None:
+class HttpWorker(Worker):
+    """A worker that carries requests itself, from its clients' connections to replicas."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        config: WorkerConfig,
+        shared: Shared,
+        send: Any,
+        nudge: Callable[[int], None],
+        listen_fd: int = -1,
+    ) -> None:
+        """``listen_fd`` is the socket that ``listen`` takes connections from."""
+        super().__init__(loop, config, shared, send, nudge)
+        self.clients = ClientConnections(self.context, self.pools)
+        self._listen_fd = listen_fd
+        self._server: asyncio.Server | None = None
+        self._tls: Certificate | None = None
+
+    async def listen(self) -> None:
+        """See ``Worker``."""
+        gateway = self.context.gateway
+        if gateway.tls_certificate is not None:
+            self._tls = Certificate(gateway.tls_certificate, gateway.tls_key)
+            self.context.counters[metrics.TLS_NOT_AFTER] = self._tls.not_after_s
+        self._server = await self.context.loop.create_server(
+            lambda: ClientConnection(self.clients),
+            sock=socket.socket(fileno=self._listen_fd),
+            ssl=self._tls.context if self._tls else None,
+            backlog=_BACKLOG,
+            ssl_handshake_timeout=gateway.head_timeout_s if self._tls else None,
+        )
+
+    async def reload_tls(self) -> None:
+        """See ``Worker``."""
+        while self._tls is not None:
+            await asyncio.sleep(self.context.gateway.tls_reload_s)
+            self._tls.renew()
+            self.context.counters[metrics.TLS_NOT_AFTER] = self._tls.not_after_s
+
+    def sweep_requests(self, now: float) -> None:
+        """See ``Worker``."""
+        self.clients.sweep(now)
+
+    def stop_listening(self) -> None:
+        """See ``Worker``."""
+        if self._server is not None:
+            self._server.close()
+
+    async def finish(self, limit_s: float) -> None:
+        """See ``Worker``."""
+        await self.clients.drain(limit_s)
+
+
+async def _serve(
+    make: Callable[..., Worker], shared_fd: int, channel_fd: int, nudge_fds: list[int]
+) -> None:
     loop = asyncio.get_running_loop()
     channel = socket.socket(fileno=channel_fd)
     reader, writer = await asyncio.open_connection(sock=channel)
@@ -251,14 +310,14 @@ async def _serve(listen_fd: int, shared_fd: int, channel_fd: int, nudge_fds: lis
         for message in messages:
             if isinstance(message, WorkerConfig):
                 if worker is None:
-                    worker = Worker(loop, message, shared, send, nudge)
+                    worker = make(loop, message, shared, send, nudge)
                     _listen_for_nudges(loop, worker, nudge_fds[message.index])
                 else:
                     worker.configure(message)
             elif isinstance(message, FleetUpdate) and worker is not None:
                 worker.pools.apply(message.fleet)
                 if not tasks:
-                    await worker.listen(socket.socket(fileno=listen_fd))
+                    await worker.listen()
                     jobs = (worker.tick(), worker.sweep(), worker.reload_tls())
                     tasks = [loop.create_task(job) for job in jobs]
                     for task in tasks:
@@ -266,6 +325,8 @@ async def _serve(listen_fd: int, shared_fd: int, channel_fd: int, nudge_fds: lis
                     gc.collect()
                     gc.freeze()  # what exists now lives for ever: no collection needs to visit it
                     send(Listening(pid=os.getpid()))
+            elif isinstance(message, Leadership) and worker is not None:
+                worker.lead(message.leads)
             elif isinstance(message, Drain) and draining is None:
                 draining = loop.create_task(worker.drain() if worker else asyncio.sleep(0))
     # While it drains the fleet may still change: held requests must find the replica they wait for.
@@ -316,12 +377,19 @@ def _ended(task: asyncio.Task[None]) -> None:
         os._exit(1)
 
 
-def main(arguments: list[str]) -> int:
-    """Entry of the worker process."""
-    listen_fd, shared_fd, channel_fd, *nudge_fds = map(int, arguments)
+def run(make: Callable[..., Worker], arguments: list[int]) -> int:
+    """Run a worker process to its end: the worker that ``make`` makes of what a ``Worker`` needs,
+    with the descriptors SHARED_FD CHANNEL_FD NUDGE_FD..."""
+    shared_fd, channel_fd, *nudge_fds = arguments
     # A connection is two open files, one on each side; the usual soft limit of 1024 is soon met.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     gc.set_threshold(10_000, 50, 50)
-    uvloop.run(_serve(listen_fd, shared_fd, channel_fd, nudge_fds))
+    uvloop.run(_serve(make, shared_fd, channel_fd, nudge_fds))
     return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Entry of a worker process that carries requests."""
+    listen_fd, *others = map(int, arguments)
+    return run(partial(HttpWorker, listen_fd=listen_fd), others)

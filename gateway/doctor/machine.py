@@ -26,9 +26,9 @@ from pathlib import Path
 from autoscaler.backends.process.placement import list_gpus
 from autoscaler.backends.process.procs import read_pss_bytes
 from autoscaler.types import GpuCapacity
+from gateway import compiled
 from gateway.admin.schema import CacheListing
 from gateway.compose.listeners import AGENT_NAME, Running, listen, read_record
-from gateway.datapath import compiled
 from gateway.settings.defaults import find_bad_tls
 from gateway.settings.load import ConfigError
 from gateway.settings.schema import Settings

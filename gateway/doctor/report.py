@@ -259,6 +259,11 @@ def _pool(
     if pool.backend == "static":
         yield from _static_pool(name, pool, machine)
         return
+    if pool.backend == "kubernetes":
+        workload = pool.kubernetes
+        place = f" in {workload.namespace}" if workload.namespace else ""
+        yield ok(name, f"{workload.kind} {workload.name}{place}, scaled by {workload.scaled_by}")
+        return
     engine = engine_of(pool.engine)
     if not engine.capabilities.loads_weights:
         yield ok(name, f"{engine.name} engine, no model behind it")

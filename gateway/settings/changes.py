@@ -30,6 +30,11 @@ NEEDS_RESTART = (
     "gateway.head_timeout_s",
     "gateway.tls_certificate",
     "gateway.tls_key",
+    "gateway.picker.port",
+    "gateway.picker.host",
+    "gateway.picker.tls",
+    "gateway.picker.tls_certificate",
+    "gateway.picker.tls_key",
     "autoscaler.dcgm_url",
     "autoscaler.host_memory_bytes",
     "autoscaler.health_timeout_s",
@@ -42,8 +47,10 @@ NEEDS_RESTART = (
     "autoscaler.log_tail_lines",
     "autoscaler.history_size",
     "autoscaler.wake_samples",
+    "kubernetes",
     "loaders",
     "modelcache",
+    "adapter",
 )
 """Settings, and whole sections, that a reload does not change. Fields that contradict each other
 are together in here or together not, so that the tree that applies is always sound."""

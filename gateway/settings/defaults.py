@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gateway.datapath.settings import GatewaySettings
+from gateway.datapath.settings import GatewaySettings, PickerSettings
 from gateway.settings.errors import Problem
 from gateway.settings.load import BUILT_IN, ConfigError, Flag, LoadedSettings, load
 from loaders.engines.base import DEFAULT_ENGINE, engine_of
@@ -46,9 +46,10 @@ def load_for_up(
 ) -> LoadedSettings:
     """Settings as ``tidegate up`` uses them; raises ``ConfigError`` as ``load`` does.
 
-    Without a pool from any layer there is a built-in one: the simulated engine with ``--engine
-    simulated``, else the default model. ``model`` (``--model``) replaces all pools by one for that
-    model. ``engine`` (``--engine``) applies to every pool whose engines are ours to start.
+    Without a pool from any layer, and where none come from a cluster, there is a built-in
+    one: the simulated engine with ``--engine simulated``, else the default model. ``model``
+    (``--model``) replaces all pools by one for that model. ``engine`` (``--engine``) applies to
+    every pool whose engines are ours to start.
     """
     path = find_config(config)
     if model is not None:
@@ -56,9 +57,13 @@ def load_for_up(
         return load(path, environ, overrides, flags=[*flags, Flag("pools", [pool], "--model")])
     base = {"pools": [built_in_pool(engine)]}
     loaded = load(path, environ, overrides, base=base, flags=flags)
+    if loaded.settings.kubernetes.has_pools:
+        loaded = load(path, environ, overrides, flags=flags)
     if engine is None:
         return loaded
     flags = [*flags, *_engine_flags(loaded, engine)]
+    if loaded.settings.kubernetes.has_pools:
+        return load(path, environ, overrides, flags=flags)
     return load(path, environ, overrides, base=base, flags=flags)
 
 
@@ -172,23 +177,31 @@ def _find_missing(loaded: LoadedSettings, given_only: bool) -> Iterator[Problem]
 
 
 def find_bad_tls(gateway: GatewaySettings) -> Iterator[tuple[str, Path, str]]:
-    """What is wrong with the files of the API's certificate: the setting, the file and why."""
+    """What is wrong with the files of the certificates that the API and the endpoint picker show:
+    the setting, the file and why."""
+    yield from _find_bad_pair("gateway", gateway)
+    yield from _find_bad_pair("gateway.picker", gateway.picker)
+
+
+def _find_bad_pair(
+    section: str, settings: GatewaySettings | PickerSettings
+) -> Iterator[tuple[str, Path, str]]:
     whole = True
     for name in ("tls_certificate", "tls_key"):
-        path: Path | None = getattr(gateway, name)
+        path: Path | None = getattr(settings, name)
         if path is None:
             continue
         try:
             path.open("rb").close()
         except OSError as error:
             whole = False
-            yield f"gateway.{name}", path, f"cannot be read: {error.strerror or error}"
-    if gateway.tls_certificate is None or gateway.tls_key is None or not whole:
+            yield f"{section}.{name}", path, f"cannot be read: {error.strerror or error}"
+    if settings.tls_certificate is None or settings.tls_key is None or not whole:
         return
     try:
         # With an empty password: a worker cannot ask for one.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(gateway.tls_certificate, gateway.tls_key, password="")
+        context.load_cert_chain(settings.tls_certificate, settings.tls_key, password="")
     except (OSError, ValueError) as error:
-        why = f"is no certificate in PEM with its key in {gateway.tls_key}: {error}"
-        yield "gateway.tls_certificate", gateway.tls_certificate, why
+        why = f"is no certificate in PEM with its key in {settings.tls_key}: {error}"
+        yield f"{section}.tls_certificate", settings.tls_certificate, why

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from autoscaler.adapters.settings import AdapterObjectSettings
 from autoscaler.settings import PoolSettings, ScheduleSettings
 from gateway.settings import defaults, fields
 from gateway.settings.changes import needs_restart
@@ -29,7 +30,18 @@ SAMPLES: Mapping[str, Any] = {
     "gateway.admin_token_file": "/etc/tidegate/admin-token",
     "gateway.tls_certificate": "/etc/tidegate/tls.crt",
     "gateway.tls_key": "/etc/tidegate/tls.key",
+    "gateway.picker.port": 9002,
+    "gateway.picker.tls_certificate": "/etc/tidegate/picker.crt",
+    "gateway.picker.tls_key": "/etc/tidegate/picker.key",
     "router.max_inflight_tokens": 65_536,
+    "adapter.tidegate_url": "http://tidegate:8001",
+    "adapter.tls_certificate": "/etc/tidegate/adapter/tls.crt",
+    "adapter.tls_key": "/etc/tidegate/adapter/tls.key",
+    "adapter.kubeconfig": "/etc/tidegate/kubeconfig",
+    "adapter.front_proxy_ca": "/etc/kubernetes/pki/front-proxy-ca.crt",
+    "adapter.keda_tls_certificate": "/etc/tidegate/keda/tls.crt",
+    "adapter.keda_tls_key": "/etc/tidegate/keda/tls.key",
+    "adapter.keda_client_ca": "/etc/tidegate/keda/ca.crt",
     "autoscaler.host_memory_bytes": 25_769_803_776,
     "autoscaler.idle_to_zero_s": 900,
     "autoscaler.scale_down_delay_s": 120,
@@ -39,12 +51,24 @@ SAMPLES: Mapping[str, Any] = {
     "autoscaler.dcgm_url": "http://127.0.0.1:9400/metrics",
     "modelcache.page_budget_bytes": 64_000_000_000,
     "modelcache.peer_port": 8002,
+    "kubernetes.kubeconfig": "/etc/tidegate/kubeconfig",
+    "kubernetes.namespace": "models",
+    "kubernetes.lease": "tidegate",
+    "kubernetes.node": "gpu-node-7",
+    "kubernetes.node_cache_image": "registry.example.com/tidegate:0.1.0",
+    "pools.*.kubernetes.namespace": "models",
+    "pools.*.kubernetes.name": "llama",
+    "pools.*.kubernetes.service": "llama",
+    "pools.*.kubernetes.port": 8_000,
+    "pools.*.kubernetes.service_url": "http://llama-head:8000",
+    "pools.*.kubernetes.zero_owner": "tidegate",
     "pools.*.engine": DEFAULT_ENGINE,
     "pools.*.model": "./models/my-model",
     "pools.*.max_inflight_requests": 64,
     "pools.*.max_inflight_tokens": 65_536,
     "pools.*.max_model_len_tokens": 8_192,
     "pools.*.replica_hour_price": 8,
+    "pools.*.violated_second_price": 60,
     "pools.*.mode": "observe",
     "pools.*.slo.itl_s": 0.1,
     "pools.*.targets.requests_per_s": 4,
@@ -68,6 +92,13 @@ SAMPLES: Mapping[str, Any] = {
 """What an unset field could be set to; a field that is not listed shows its bounds' lower end."""
 
 LIST_SAMPLES: Mapping[str, BaseModel] = {
+    "adapter.objects": AdapterObjectSettings(
+        pool="elsewhere",
+        resource="deployments.apps",
+        namespace="default",
+        name="elsewhere",
+        labels={"app": "elsewhere"},
+    ),
     "pools.*.schedules": ScheduleSettings(
         name="office hours",
         cron="0 8 * * mon-fri",
@@ -141,6 +172,10 @@ def example() -> str:
     lines += [f"#: {name} = {show(value)}" for name, value in STATIC_SAMPLE.items()]
     lines += [f"#: [{POOLS}.static]"]
     lines += [f"#: {name} = {show(value)}" for name, value in SERVERS_SAMPLE.items()]
+    lines += ["", *_comment(KUBERNETES_HEAD), f"#: [[{POOLS}]]"]
+    lines += [f"#: {name} = {show(value)}" for name, value in KUBERNETES_SAMPLE.items()]
+    lines += [f"#: [{POOLS}.kubernetes]"]
+    lines += [f"#: {name} = {show(value)}" for name, value in WORKLOAD_SAMPLE.items()]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -154,6 +189,16 @@ SERVERS_SAMPLE: Mapping[str, Any] = {
     "api_key_env": "ELSEWHERE_API_KEY",
     "headers": {"x-team": "search"},
 }
+
+KUBERNETES_HEAD = """\
+A third one, of a workload in a Kubernetes cluster, whose number of replicas is set by demand.
+"""
+KUBERNETES_SAMPLE: Mapping[str, Any] = {
+    "name": "llama-3.1-8b",
+    "backend": "kubernetes",
+    "max_replicas": 4,
+}
+WORKLOAD_SAMPLE: Mapping[str, Any] = {"namespace": "models", "kind": "Deployment", "name": "llama"}
 
 
 def _section(model: BaseModel, node: fields.Node, parts: fields.Parts) -> list[str]:

@@ -18,6 +18,7 @@ from itertools import pairwise
 from types import ModuleType
 from typing import Any, Literal
 
+from autoscaler.settings import DNS_LABEL, DNS_NAME
 from gateway.settings.schema import Settings
 
 Kind = Literal["section", "table", "list", "value"]
@@ -275,6 +276,8 @@ PATTERNS = {
     r"^https?://[^\s/@?#]+$": "a URL like http://host:port, without user, path or final /",
     r"^http://[^\s/@?#:\[\]]+(:[0-9]{1,5})?$": "a URL like http://name:port, without user, path or "
     "final /",
+    r"^(wss?://[\x21-\x7e]+)?$": "a URL like ws://host:port, or nothing",
+    r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$": "a name of small letters, digits, dots and hyphens",
     r"^(/[A-Za-z0-9._~-]+)+$": "a path such as /v1/videos",
     r"^!?[^!/\s][^\s]*$": "a pattern of file names{}, without white space or a leading /",
     r"^[0-9a-f]{32}$": "32 digits 0 to f",
@@ -284,6 +287,10 @@ PATTERNS = {
     r"^[A-Za-z_][A-Za-z0-9_]*$": "the name of an environment variable",
     r"^([a-z0-9]+://|/)[^\s?#@]*$": "the beginning of a model's URL, or a path that begins with /",
     r"^/[\x21-\x7e]*$": "a path that begins with /, without white space",
+    DNS_LABEL: "a name{} of small letters, digits and -",
+    DNS_NAME: "a name{} of small letters, digits, - and .",
+    r"^([a-z0-9.-]+/)?v[a-z0-9]+$": "a group and version, such as apps/v1",
+    r"^[A-Z][A-Za-z0-9]*$": "a kind, such as Deployment",
 }
 """What a pattern of the settings asks for, in words; the braces are for its length."""
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from autoscaler.settings import AutoscalerSettings, PoolSettings
+from autoscaler.adapters.settings import AdapterSettings
+from autoscaler.settings import AutoscalerSettings, KubernetesSettings, PoolSettings
 from gateway.datapath.settings import GatewaySettings
 from loaders.engines.base import engine_of
 from loaders.settings import LoaderSettings
@@ -42,11 +43,17 @@ class Settings(BaseModel):
     autoscaler: AutoscalerSettings = AutoscalerSettings()
     """How many replicas a pool has, and how they are started, watched and stopped."""
 
+    kubernetes: KubernetesSettings = KubernetesSettings()
+    """The cluster that ``kubernetes`` pools are in."""
+
     loaders: LoaderSettings = LoaderSettings()
     """How engines are started."""
 
     modelcache: ModelCacheSettings = ModelCacheSettings()
     """Where weights are kept on this node, and what it may take for them."""
+
+    adapter: AdapterSettings = AdapterSettings()
+    """``tidegate adapter``: what HPA and KEDA ask, answered from what a running Tidegate says."""
 
     pools: tuple[PoolSettings, ...] = Field(default=(), max_length=1_000)
     """The models that are served, one pool of replicas each."""
@@ -67,6 +74,13 @@ def find_warnings(settings: Settings) -> Iterator[tuple[str, str]]:
             f"{gateway.admin_host} is reachable from other machines, and the admin listener has no "
             "TLS: the network sees its token; put TLS in front of it",
         )
+    adapter = settings.adapter
+    if not is_loopback(adapter.keda_host) and adapter.keda_client_ca is None:
+        yield (
+            "adapter.keda_host",
+            f"{adapter.keda_host} is reachable from other machines, and KEDA is not authenticated: "
+            "set keda_client_ca, or keep others away by a network policy",
+        )
     if "*" in gateway.admin_allowed_hosts:
         yield (
             "gateway.admin_allowed_hosts",
@@ -79,7 +93,7 @@ def find_warnings(settings: Settings) -> Iterator[tuple[str, str]]:
                 "a secret is in there, and every user of the machine sees an engine's command "
                 "line; give it by the pool's env (vLLM reads VLLM_API_KEY and HF_TOKEN)",
             )
-    if not settings.pools:
+    if not settings.pools and not settings.kubernetes.has_pools:
         yield "pools", "no pool is configured, so every request will be answered 404"
 
 
@@ -120,7 +134,7 @@ def _through_cache(
     pool: PoolSettings, settings: Settings, is_directory: Callable[[str], bool]
 ) -> PoolSettings:
     model = pool.model or ""
-    if "://" in model or is_directory(model):
+    if pool.backend != "process" or "://" in model or is_directory(model):
         return pool
     if engine_of(pool.engine).fetches_model(pool.engine_args, pool.env, settings.loaders):
         return pool

@@ -181,6 +181,11 @@ class Engine(Protocol):
         """The command line of one replica. Raises ``ValueError`` where it cannot be started."""
         raise ValueError(f"Tidegate has no command line for engine {self.name!r}")
 
+    def image_arguments(self, options: EngineOptions, port: int) -> Sequence[str] | None:
+        """The arguments of the image that the engine's makers publish, for a pod with one replica;
+        ``None`` where there is none."""
+        return None
+
     def start_phase(self, messages: Iterable[str], known: str) -> str:
         """The one of ``START_PHASES`` that its log messages show, ``known`` or a later one."""
         for message in messages:

@@ -26,9 +26,17 @@ class EngineUnsupported(EngineError):
 class EngineClient:
     """Connections to engines. Proxies of the environment are not used."""
 
-    def __init__(self, *, timeout_s: float, transport: httpx.AsyncBaseTransport | None = None):
-        """``timeout_s`` bounds a request where the caller gives no other limit."""
+    def __init__(
+        self,
+        *,
+        timeout_s: float,
+        headers: Mapping[str, str] | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """``timeout_s`` bounds a request where the caller gives no other limit. ``headers`` are
+        sent with every request."""
         self.timeout_s = timeout_s
+        self._headers = dict(headers or {})
         self._transport = transport
         self._clients: dict[bool, httpx.AsyncClient] = {}
         """By whether the connections are encrypted: without TLS no certificates are loaded, which
@@ -59,7 +67,7 @@ class EngineClient:
             )
         answered = bytearray()
         # Uncompressed, so that the bound on what is read is one on what is kept.
-        asked = {"Accept-Encoding": "identity", **headers}
+        asked = {"Accept-Encoding": "identity", **self._headers, **headers}
         content = None if body is None else json.dumps(body).encode()
         if content is not None:
             asked["Content-Type"] = "application/json"

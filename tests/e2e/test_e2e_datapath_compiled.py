@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from datapath_rig import Gateway, ScriptedReplica, answers, gateway, post
 
-from gateway.datapath import compiled
+from gateway import compiled
 
 BODY = b'{"model":"m","messages":[]}'
 

@@ -33,6 +33,7 @@ from gateway.datapath import metrics
 from gateway.datapath.protocol.errors import Reason
 
 SMALL = post({"model": "m", "prompt": "hello"})
+LONG = json.dumps({"model": "m", "prompt": "x" * 300_000}).encode()
 STREAMED = post({"model": "m", "stream": True})
 
 
@@ -87,10 +88,7 @@ def test_a_bad_replica_costs_no_client_an_error_while_another_is_healthy(
         known = served.publish(bad, good)
         for _ in range(12):
             assert served.ask(SMALL).status == 200
-        # and a body that is long enough to be streamed, as long as none of its tail went out
-        long = json.dumps({"model": "m", "prompt": "x" * 100_000}).encode()
-        if kind in ("dead", "accepts and closes"):
-            assert served.ask(post(long)).status == 200
+        assert served.ask(post(LONG)).status == 200
         eventually(lambda: known[0].id in served.failures)
     assert len(good.requests) >= 12
     assert len({request.headers["x-request-id"] for request in good.requests}) == len(good.requests)
@@ -124,6 +122,61 @@ def test_with_a_single_replica_the_request_waits_until_it_is_back(
         served.publish(replica)
         assert served.ask(SMALL).status == 200
         assert failures
+
+
+@pytest.mark.parametrize("kind", ["closes after the request", "resets", "half a head"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_was_streamed_is_sent_again(served: Gateway, kind: str, chunked: bool) -> None:
+    fails = BAD[kind]
+    failed: list[int] = []
+
+    def once(asked: Asked) -> None:
+        if failed:
+            answers()(asked)
+        else:
+            failed.append(1)
+            assert fails is not None
+            fails(asked)
+
+    request = post(LONG)
+    if chunked:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        request = head + chunks(LONG[:100_000], LONG[100_000:]) + b"0\r\n\r\n"
+    with ScriptedReplica(once) as replica:
+        served.publish(replica)
+        assert served.ask(request).status == 200
+    assert [asked.body for asked in replica.requests] == [LONG, LONG]
+
+
+def test_what_a_streamed_body_says_last_is_known_when_it_is_sent_again(served: Gateway) -> None:
+    """That it asks for the stream's usage itself: it is not asked for again, nor taken away."""
+    body = {"model": "m", "stream": True, "prompt": "x" * 300_000}
+    body["stream_options"] = {"include_usage": True}
+    asked_for = json.dumps(body).encode()
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":1}}\n\n'
+    failed: list[int] = []
+
+    def once(asked: Asked) -> None:
+        asked.request()
+        if not failed:
+            failed.append(1)
+            return
+        asked.send(STREAM + chunks(EVENT, usage, b"data: [DONE]\n\n") + b"0\r\n\r\n")
+
+    with ScriptedReplica(once) as replica:
+        served.publish(served.replica(replica.url, stream_usage=True))
+        answer = served.ask(post(asked_for, path=b"/v1/chat/completions"))
+    assert [asked.body for asked in replica.requests] == [asked_for, asked_for]
+    assert usage in answer.body
+
+
+def test_a_body_that_is_too_large_to_keep_is_sent_once(served: Gateway) -> None:
+    large = json.dumps({"model": "m", "prompt": "x" * 3_000_000}).encode()
+    with ScriptedReplica(closes_after_request) as replica:
+        served.publish(replica)
+        answer = served.ask(post(large))
+    assert (answer.status, answer.reason) == (502, "replica_failed")
+    assert len(replica.requests) == 1
 
 
 def test_a_replica_that_always_fails_is_given_up_after_the_retries(served: Gateway) -> None:

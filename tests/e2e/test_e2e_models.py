@@ -214,6 +214,40 @@ def test_ctrl_c_ends_a_download_and_the_next_goes_on(
     assert fetched < WEIGHTS_BYTES, "pieces that were whole are not fetched again"
 
 
+def test_a_model_is_held_for_an_engine_that_opens_a_link(
+    both_ways: Console, store: IndexedServer, weights: bytes, tmp_path: Path
+) -> None:
+    console, link = both_ways, tmp_path / "model"
+    link.symlink_to(tmp_path / "of an earlier one")
+    process = subprocess.Popen(
+        console.argv("hold", url_of(store), "--link", str(link)), stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline_s = time.monotonic() + 60
+        while not link.exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        assert (link / "model.safetensors").read_bytes() == weights
+        refused = console.run("evict", url_of(store), "--force", status=1)
+        assert f"held by process {process.pid}" in refused.stderr
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, process.communicate()
+    finally:
+        process.kill()
+        process.communicate()
+    console.run("evict", url_of(store))
+    assert not link.exists()
+
+
+def test_a_link_that_cannot_be_made_is_one_line(
+    both_ways: Console, store: IndexedServer, tmp_path: Path
+) -> None:
+    link = str(tmp_path / "no" / "model")
+    told = both_ways.run("hold", url_of(store), "--link", link, status=1)
+    assert f"--link {link}: No such file or directory" in told.stderr
+
+
 def test_a_running_one_s_download_goes_when_its_console_goes(
     tmp_path: Path, store: IndexedServer
 ) -> None:

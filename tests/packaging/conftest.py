@@ -10,7 +10,13 @@ from types import ModuleType
 
 import pytest
 
-BOOTSTRAP_MODULES = ("progress", "environments", "requirements_check", "prepare")
+BOOTSTRAP_MODULES = (
+    "progress",
+    "environments",
+    "requirements_check",
+    "control_plane_programs",
+    "prepare",
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +42,11 @@ def prepare(deploy: Path) -> ModuleType:
 @pytest.fixture
 def requirements_check(deploy: Path) -> ModuleType:
     return importlib.import_module("requirements_check")
+
+
+@pytest.fixture
+def control_plane_programs(deploy: Path) -> ModuleType:
+    return importlib.import_module("control_plane_programs")
 
 
 @pytest.fixture

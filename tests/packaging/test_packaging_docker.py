@@ -69,7 +69,7 @@ def test_packages_are_the_tested_ones_and_no_engine(steps: list[tuple[str, str]]
     assert len(installs) == 2
     assert all("-c deploy/gateway.lock.txt" in install for install in installs)
     assert [re.findall(r'"(.*?)"', install) for install in installs] == [
-        [".[cache,forecast,gpu]"],
+        [".[cache,forecast,gpu,keda,knative,kubernetes,picker]"],
         [".[compile]"],
     ]
     assert not re.search("torch|vllm", runs)
@@ -84,3 +84,17 @@ def test_it_runs_as_nobody_in_particular(
     (entry,) = arguments(steps, "ENTRYPOINT")
     assert entry == '["tidegate"]'
     assert "tidegate" in project["project"]["scripts"]
+
+
+def test_the_engines_image_has_the_vllm_that_is_tested_and_the_whole_package(
+    root: Path, project: dict[str, Any]
+) -> None:
+    text = (root / "deploy" / "docker" / "engine.Dockerfile").read_text()
+    (base,) = re.findall(r"^FROM vllm/vllm-openai:v(\S+)$", text, re.MULTILINE)
+    assert f"vllm=={base}\n" in (root / "deploy" / "engine-cuda.txt").read_text()
+    copied = {
+        word for rest in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for word in rest.split()
+    }
+    packages = set(project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"])
+    assert copied == packages | {"LICENSE", "README.md", "pyproject.toml"}
+    assert "vllm.general_plugins" in project["project"]["entry-points"]

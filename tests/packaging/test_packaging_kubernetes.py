@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import signal
@@ -18,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from kubernetes_fields import find_problems, read
+from manifest_schemas import read
 
 from gateway.settings.schema import Settings
 from modelcache.fetch.download import JOIN_S
@@ -63,36 +62,7 @@ def settings(base: Path) -> Settings:
     return Settings.model_validate(tomllib.loads((base / "tidegate.toml").read_text()))
 
 
-# -- valid -----------------------------------------------------------------------------------------
-
-
-def test_every_document_has_only_fields_that_there_are(base: Path) -> None:
-    files = sorted(base.rglob("*.yaml"))
-    assert len(files) >= 7
-    for path in files:
-        whole = path.name != "patch.yaml"
-        assert find_problems(read(path), whole=whole) == [], path
-
-
-def test_what_is_wrong_is_found(manifests: dict[str, dict[str, Any]]) -> None:
-    """The check itself: a field misspelt, of another type, missing, and a key that stands twice."""
-    broken = copy.deepcopy(manifests["DaemonSet"])
-    spec = broken["spec"]["template"]["spec"]
-    (container,) = spec["containers"]
-    container["securityContext"]["readOnlyRootFileSystem"] = True
-    container["ports"][0]["containerPort"] = "8002"
-    spec["terminationGracePeriodSeconds"] = True
-    del container["image"]
-    at = "DaemonSet.spec.template.spec"
-    assert sorted(find_problems(broken)) == [
-        f"{at}.containers[0].image: missing",
-        f"{at}.containers[0].ports[0].containerPort: '8002'",
-        f"{at}.containers[0].securityContext.readOnlyRootFileSystem: unknown",
-        f"{at}.terminationGracePeriodSeconds: True",
-    ]
-    assert find_problems({"apiVersion": "v1", "kind": "Secret"}) == [
-        "no such kind: ('v1', 'Secret')"
-    ]
+# -- valid (by the schemas: ``test_packaging_deploy``) ------------------------------------------
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
@@ -106,9 +76,13 @@ def test_the_kustomization_names_every_file(base: Path) -> None:
     (generator,) = kustomization["configMapGenerator"]
     named = {"kustomization.yaml", "README.md", *kustomization["resources"], *generator["files"]}
     assert named == {path.name for path in base.iterdir() if path.is_file()}
-    (folder,) = (path for path in base.iterdir() if path.is_dir() and path.name != "__pycache__")
-    component = read(folder / "kustomization.yaml")
-    assert [one["path"] for one in component["patches"]] == ["patch.yaml"]
+    components = sorted(path.parent for path in base.glob("*/kustomization.yaml"))
+    assert [path.name for path in components] == ["make-directory", "node-labels"]
+    for folder in components:
+        component = read(folder / "kustomization.yaml")
+        patches = [one["path"] for one in component["patches"]]
+        named = {"kustomization.yaml", *patches, *component.get("resources", ())}
+        assert named == {path.name for path in folder.iterdir()}
 
 
 def test_no_namespace_and_no_secret_is_written_down(base: Path) -> None:
@@ -156,9 +130,10 @@ def test_the_settings_fit_the_manifests(
     assert settings.modelcache.peer_port == port["containerPort"]
     assert settings.modelcache.peer_names == (f"http://{service}:{port['containerPort']}",)
     mounts = {mount["name"]: mount["mountPath"] for mount in agent["volumeMounts"]}
-    assert str(settings.modelcache.dir) == mounts["cache"]
-    # The top of an emptyDir is root's; the state has to be the agent's own.
-    assert settings.state_dir.parent == Path(mounts["state"])
+    # Where pods of ModelPools look for them by default.
+    assert mounts["node"] == Settings().kubernetes.node_cache_dir
+    assert str(settings.modelcache.dir) == f"{mounts['node']}/cache"
+    assert str(settings.state_dir) == f"{mounts['node']}/agent"
     assert settings.gateway.admin_host == "127.0.0.1"
     admin = f"http://127.0.0.1:{settings.gateway.admin_port}"
     asked = [agent[probe]["exec"]["command"][-1] for probe in ("readinessProbe", "livenessProbe")]
@@ -219,10 +194,10 @@ def test_the_component_gives_the_directory_to_the_agents_user(
     (maker,) = patch["initContainers"]
     mounts = {mount["name"]: mount["mountPath"] for mount in agent["volumeMounts"]}
     owner = f"{pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}"
-    assert maker["command"] == ["chown", owner, mounts["cache"]]
+    assert maker["command"] == ["chown", owner, mounts["node"]]
     assert maker["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["CHOWN"]}
     assert maker["image"] == agent["image"]
-    assert maker["volumeMounts"] == [{"name": "cache", "mountPath": mounts["cache"]}]
+    assert maker["volumeMounts"] == [{"name": "node", "mountPath": mounts["node"]}]
 
 
 # -- started as it says ----------------------------------------------------------------------------
@@ -266,7 +241,7 @@ def started(agent: dict[str, Any], base: Path, tmp_path: Path) -> Iterator[Start
     for old, new in {
         "8001": str(admin_port),
         "8002": str(peer_port),
-        "/run/tidegate": str(tmp_path / "state"),
+        "/var/lib/tidegate/agent": str(tmp_path / "state"),
         "/var/lib/tidegate/cache": str(tmp_path / "cache"),
         NAME: "localhost",  # the service's name, whose addresses are this machine's here
     }.items():

@@ -333,28 +333,59 @@ def test_idle_connections_keep_nobody_out(
 
 
 def is_closed(one: socket.socket) -> bool:
+    """Whatever was answered on it before."""
     one.setblocking(False)
     try:
-        return one.recv(1) == b""
+        while one.recv(65_536):
+            pass
     except BlockingIOError:
         return False
     except OSError:
-        return True
+        pass
+    return True
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /healthz HTTP/1.1\r\n", b"G" * 10])
+@pytest.mark.parametrize(
+    ("sent", "drop"),
+    [(b"", b"\n"), (b"GET /healthz HTTP/1.1\r\n", b"x"), (b"GET /", b"a"), (b"G", b"")],
+)
 def test_a_head_that_does_not_come_is_given_up(
-    served: ServedAdmin, monkeypatch: pytest.MonkeyPatch, sent: bytes
+    served: ServedAdmin, monkeypatch: pytest.MonkeyPatch, sent: bytes, drop: bytes
 ) -> None:
     monkeypatch.setattr(server, "HEAD_TIMEOUT_S", 0.3)
     one = connect(served, sent)
     for _ in range(1_000):
         time.sleep(0.01)
         try:
-            one.sendall(b"x")  # it drips
+            one.sendall(drop)  # it drips
         except OSError:
             break
+        if is_closed(one):
+            break
     assert is_closed(one)
+
+
+@pytest.mark.parametrize(
+    "begin", [b"GET /", b"GET / HTTP/1.1\r\nx: ", b"\r\n", b"GET / HTTP/1.1\r\n"]
+)
+def test_a_head_without_end_is_refused_whatever_it_is_of(
+    served: ServedAdmin, monkeypatch: pytest.MonkeyPatch, begin: bytes
+) -> None:
+    monkeypatch.setattr(server, "HEAD_TIMEOUT_S", 600.0)
+    with connect(served, begin) as one:
+        one.settimeout(30)
+        more = {b"\r\n": b"\r\n", b"GET / HTTP/1.1\r\n": b"a: b\r\n"}.get(begin, b"a")
+        answer = b""
+        try:
+            for _ in range(3):
+                one.sendall(more * (16_384 // len(more)))
+                time.sleep(0.05)
+            while read := one.recv(4_096):
+                answer += read
+        except ConnectionError:
+            pass
+        assert answer.startswith(b"HTTP/1.1 400") or not answer
+        assert is_closed(one)
 
 
 def test_a_connection_is_used_again_while_it_asks(

@@ -62,6 +62,7 @@ def pool(**given: Any) -> schema.PoolEntry:
 
 def worker(index: int) -> schema.WorkerEntry:
     return schema.WorkerEntry(
+        kind="http",
         index=index, pid=index + 1, state="listening", restarts=0, connections=0,
         upstream_connections=0,
     )  # fmt: skip

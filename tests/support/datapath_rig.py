@@ -32,7 +32,7 @@ from gateway.datapath.messages import WorkerConfig
 from gateway.datapath.protocol.errors import Reason
 from gateway.datapath.settings import GatewaySettings, HoldingSettings
 from gateway.datapath.shared import Shared
-from gateway.datapath.worker import Worker
+from gateway.datapath.worker import HttpWorker
 from router.settings import RouterSettings
 from router.types import Fleet, Pool, Replica, ReplicaState
 
@@ -132,10 +132,10 @@ def make_worker(
     *,
     send: Callable[[Any], object] = lambda message: None,
     **changes: Any,
-) -> Worker:
+) -> HttpWorker:
     """A worker in this process, which is the only one; ``changes`` as of ``configure``."""
     shared = Shared.create(workers=1, max_replicas=8, max_pools=4)
-    return Worker(loop, configure(**changes), shared, send, lambda other: None)
+    return HttpWorker(loop, configure(**changes), shared, send, lambda other: None)
 
 
 # Clients

@@ -25,7 +25,7 @@ from autoscaler.policy.packing import Device
 from autoscaler.settings import AutoscalerSettings, PoolSettings
 from autoscaler.tiers.preparer import Preparer
 from autoscaler.tiers.wake_times import WakeTimes
-from autoscaler.types import Observation, PoolDemand, RecentTraffic, ReplicaLoad
+from autoscaler.types import Decision, Observation, PoolDemand, RecentTraffic, ReplicaLoad
 from loaders.engines.client import EngineClient
 from router.types import Pool, Replica, ReplicaState
 
@@ -52,6 +52,9 @@ class FakeBackend:
 
     clock: Callable[[], float] = now
     owns_replicas: bool = True
+    outlives_us: bool = False
+    found_urls: tuple[str, ...] | None = None
+    recommended: list[int] = field(default_factory=list)
     start_s: float = 5.0
     start_call_s: float = 0.0
     """How long it takes before there is an engine."""
@@ -73,6 +76,12 @@ class FakeBackend:
     closed: bool = False
     shared: tuple[Device, ...] = ()
     measured_bytes: dict[str, int] = field(default_factory=dict)
+
+    def urls(self, pool: PoolSettings) -> tuple[str, ...]:
+        return pool.static.urls if self.found_urls is None else self.found_urls
+
+    def recommend(self, pool: PoolSettings, decision: Decision, demand: PoolDemand | None) -> None:
+        self.recommended.append(decision.desired)
 
     def devices(self) -> tuple[Device, ...]:
         return self.shared
@@ -120,6 +129,9 @@ class FakeBackend:
             max_model_len_tokens=2048,
             pid=1,
         )
+
+    def set_pools(self, pools: Sequence[PoolSettings]) -> None:
+        pass
 
     async def stop(self, replica_id: str, *, grace_s: float) -> None:
         self.calls.append(("stop", replica_id))

@@ -80,8 +80,8 @@ from autoscaler.backends.process.replica import (
 )
 from autoscaler.policy.packing import HOST as HOST_MEMORY
 from autoscaler.policy.packing import Device, gpu_devices
-from autoscaler.settings import AutoscalerSettings
-from autoscaler.types import GpuCapacity
+from autoscaler.settings import AutoscalerSettings, PoolSettings
+from autoscaler.types import Decision, GpuCapacity, PoolDemand
 from loaders.engines.base import (
     DEFAULT_HEALTH_PATH,
     EngineCommand,
@@ -114,6 +114,7 @@ class ProcessBackend:
     """
 
     owns_replicas = True
+    outlives_us = False
 
     def __init__(
         self,
@@ -164,6 +165,16 @@ class ProcessBackend:
     def _make_forks(self, plan: ForkPlan) -> Forks:
         log = self._make_log(self._logs / f"{FORK_SERVER}.log")
         return Forks(plan, registry=self._registry, log=log)
+
+    def set_pools(self, pools: Sequence[PoolSettings]) -> None:
+        """Nothing of them is kept."""
+
+    def urls(self, pool: PoolSettings) -> Sequence[str]:
+        """Not used: its replicas are started, not found."""
+        return ()
+
+    def recommend(self, pool: PoolSettings, decision: Decision, demand: PoolDemand | None) -> None:
+        """Not used: its replicas are started."""
 
     def devices(self) -> tuple[Device, ...]:
         """See ``Backend``. GPUs are known once a replica was placed on one."""

@@ -8,12 +8,16 @@ with neither ``field`` nor ``gpm`` is one of a call of its own (``nvml``), or on
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
+
+from autoscaler.types import GpuReport
 
 KIB, MIB = 1024.0, 1024.0**2
 PERCENT = 0.01
 MAX_GPUS = 1_024
 """Of a node that are read."""
+UTILIZATION = "utilization_fraction"
 XIDS_KEPT = 16
 """The newest errors of a GPU."""
 
@@ -200,3 +204,11 @@ THROTTLE_REASONS: tuple[tuple[int, str], ...] = (
 def throttle_reasons(bits: int) -> tuple[str, ...]:
     """The names of the reasons for which clocks are lower than they could be."""
     return tuple(name for bit, name in THROTTLE_REASONS if bits & bit)
+
+
+def gpu_utilization(seen: GpuReport | None, gpus: Set[int]) -> float | None:
+    """The mean utilization, 0 to 1, of the GPUs among these that tell it; ``None`` of none."""
+    readings = () if seen is None else seen.gpus or ()
+    figures = [one.figures.get(UTILIZATION) for one in readings if one.gpu.index in gpus]
+    known = [figure for figure in figures if figure is not None]
+    return sum(known) / len(known) if known else None

@@ -50,6 +50,8 @@ class Reason(StrEnum):
     BUFFER_FULL = "buffer_full"
     HOLD_QUEUE_FULL = "hold_queue_full"
     HOLD_DEADLINE = "hold_deadline"
+    SUBSET_FULL = "subset_full"
+    SUBSET_UNAVAILABLE = "subset_unavailable"
     ENGINE_FAILED = "engine_failed"
     REPLICA_FAILED = "replica_failed"
     REPLICA_TIMEOUT = "replica_timeout"
@@ -183,6 +185,19 @@ def id_lines(request_id: bytes, api: Api) -> bytes:
     return lines + b"request-id: " + request_id + b"\r\n" if api is Api.ANTHROPIC else lines
 
 
+def error_lines(error: ApiError) -> bytes:
+    """The header lines that say more of an error, each ending in CRLF."""
+    lines = b"x-tidegate-reason: " + error.reason.value.encode() + b"\r\n"
+    if error.retry_after_s is not None:
+        # Whole seconds, rounded up: a client that comes back early is refused again.
+        lines += b"retry-after: %d\r\n" % max(1, -int(-error.retry_after_s // 1))
+    if error.status == 415:
+        lines += b"accept-encoding: identity\r\n"  # RFC 9110 15.5.16
+    if error.status == 405:
+        lines += b"allow: " + (error.param or "POST").encode() + b"\r\n"
+    return lines
+
+
 def render(
     error: ApiError,
     *,
@@ -192,20 +207,12 @@ def render(
     api: Api = Api.OPENAI,
 ) -> bytes:
     """The whole HTTP/1.1 response. ``extra`` is finished header lines, each ending in CRLF."""
-    headers = b"x-tidegate-reason: " + error.reason.value.encode() + b"\r\n"
-    if error.retry_after_s is not None:
-        # Whole seconds, rounded up: a client that comes back early is refused again.
-        headers += b"retry-after: %d\r\n" % max(1, -int(-error.retry_after_s // 1))
-    if error.status == 415:
-        headers += b"accept-encoding: identity\r\n"  # RFC 9110 15.5.16
-    if error.status == 405:
-        headers += b"allow: " + (error.param or "POST").encode() + b"\r\n"
     return response(
         error.status,
         error.body(api, request_id),
         request_id=request_id,
         close=close,
-        extra=headers + extra,
+        extra=error_lines(error) + extra,
         api=api,
     )
 

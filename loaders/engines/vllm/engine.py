@@ -186,6 +186,13 @@ class VllmEngine(OpenAICompatibleEngine):
                 load_format = values[0]
         return load_format in UNCACHED_FORMATS or any(one.startswith(HUB_VARIABLES) for one in env)
 
+    def image_arguments(self, options: EngineOptions, port: int) -> Sequence[str]:
+        """Of ``vllm/vllm-openai``, whose entry point is ``vllm serve``."""
+        flags = [options.model, "--served-model-name", options.served_model]
+        if options.max_model_len_tokens is not None:
+            flags += ["--max-model-len", str(options.max_model_len_tokens)]
+        return [*flags, "--port", str(port), *options.args]
+
     def command(
         self, options: EngineOptions, placement: Placement, settings: LoaderSettings
     ) -> EngineCommand:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from autoscaler.settings import (
     AutoscalerSettings,
     ForecastSettings,
+    KubernetesSettings,
     PoolSettings,
     hints_of,
     make_policy,
@@ -47,8 +48,8 @@ STATIC: dict[str, Any] = {"name": "m", "backend": "static", "static": URLS}
         ({**PROCESS, "env": {"A": "\0"}}, "NUL"),
         ({**PROCESS, "colour": "red"}, "Extra inputs"),
         ({"name": "m", "backend": "static"}, "urls is missing"),
-        ({**STATIC, "engine": "vllm"}, 'engine is only for backend = "process"'),
-        ({**STATIC, "min_replicas": 1}, 'min_replicas is only for backend = "process"'),
+        ({**STATIC, "engine": "vllm"}, 'engine is not for backend = "static"'),
+        ({**STATIC, "min_replicas": 1}, 'min_replicas is not for backend = "static"'),
         ({**STATIC, "static": {"urls": ("http://h:1", "http://h:1/v1/")}}, "urls repeat a server"),
         ({**STATIC, "static": {"urls": ("10.0.0.1:8000",)}}, "must be http://"),
         ({**STATIC, "static": {"urls": ("ftp://h",)}}, "must be http://"),
@@ -109,9 +110,17 @@ def test_a_pools_own_values_come_first() -> None:
     settings = AutoscalerSettings()
     plain = make_policy(PoolSettings.model_validate(PROCESS), settings)
     assert (plain.idle_to_zero_s, plain.scale_down_delay_s) == (300.0, None)
-    own = {**PROCESS, "idle_to_zero_s": 0, "scale_down_delay_s": 5}
+    assert plain.violated_second == settings.prices.violated_second
+    own = {**PROCESS, "idle_to_zero_s": 0, "scale_down_delay_s": 5, "violated_second_price": 60}
     policy = make_policy(PoolSettings.model_validate(own), settings)
     assert (policy.idle_to_zero_s, policy.scale_down_delay_s) == (0.0, 5.0)
+    assert policy.violated_second == 60.0
+
+
+def test_ahpas_are_pools_only_beside_model_pools() -> None:
+    assert KubernetesSettings(model_pools=True, ahpa_pools=True).ahpa_pools
+    with pytest.raises(ValidationError, match="model_pools is not"):
+        KubernetesSettings(ahpa_pools=True)
 
 
 def test_slugs_are_fit_for_paths_and_differ() -> None:
@@ -139,3 +148,20 @@ def test_windows_of_expected_demand() -> None:
     assert (window.cron.text, window.duration_s) == ("0 6 * * mon", 600)
     with pytest.raises(ValidationError, match="nor expect_demand is set"):
         PoolSettings(**PROCESS, schedules=(job,))
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"label_leader": True}, "lease is missing"),
+        ({"label_leader": True, "lease": "a" * 64}, "longer than 63"),
+        ({"label_leader": True, "lease": "a" * 63}, ""),
+        ({"lease": "a" * 64}, ""),
+    ],
+)
+def test_a_leader_is_labelled_with_its_lease(given: dict[str, Any], word: str) -> None:
+    if not word:
+        assert KubernetesSettings.model_validate(given).lease == given["lease"]
+        return
+    with pytest.raises(ValidationError, match=word):
+        KubernetesSettings.model_validate(given)

@@ -11,6 +11,7 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ import typer
 from prometheus_client.parser import text_string_to_metric_families
 
 from autoscaler import types
+from autoscaler.adapters.measures import AdapterMeasures
+from autoscaler.adapters.series import METRICS as PUBLISHED
 from autoscaler.backends.process.fork_server import FORK_STATES
 from autoscaler.control.start_steps import STEPS_TO_READY
 from autoscaler.policy.gpu_faults import GpuAction
@@ -324,6 +327,7 @@ def test_metrics_named_anywhere_exist() -> None:
     known = {sample.name for family in metric_families() for sample in family.samples}
     known |= {name.removesuffix(end) for name in known for end in HISTOGRAM_ENDS}
     known |= {"tidegate_simulated_engine"}  # the simulated engine's own
+    known |= set(PUBLISHED) | adapter_s_own()
     for page, text in TEXTS.items():
         named = set(re.findall(r"\btidegate_[a-z0-9_]+\b(?!\*)", text))
         assert named <= known, page
@@ -445,3 +449,25 @@ def test_decisions_are_numbered_once_and_have_their_parts() -> None:
         assert text.startswith(f"# {page.name[:4]} "), page.name
         for part in ("**Context.**", "**Decision.**", "**Rejected.**"):
             assert part in text, page.name
+
+
+def adapter_s_own() -> set[str]:
+    """The adapter's metrics of itself."""
+    page = AdapterMeasures("1", SimpleNamespace(age_s=None, failures=0)).page().decode()
+    return set(re.findall(r"^# TYPE (tidegate_adapter_\w+)", page, re.MULTILINE))
+
+
+def test_the_adapter_s_page_has_its_metrics() -> None:
+    page = TEXTS["docs/reference/adapter.md"]
+    rows = rows_of(f"#\n{between(page, 'adapter-metrics')}", "#")
+    documented = {
+        name: (tuple(re.findall("`(.*?)`", labels)), of_pods == "yes", of_namespaces == "yes", text)
+        for name, (labels, of_pods, of_namespaces, text) in rows.items()
+    }
+    assert documented == {
+        one.name: (one.labels, one.of_replica is not None, one.is_additive, one.help)
+        for one in PUBLISHED.values()
+    }
+    own = adapter_s_own()
+    named = set(re.findall(r"`(tidegate_adapter_\w+)`", page))
+    assert {one for one in own if "_process_" not in one and "build" not in one} == named

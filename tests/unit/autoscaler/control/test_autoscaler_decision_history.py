@@ -28,3 +28,16 @@ def test_history_is_bounded_and_counts_are_not_lost() -> None:
         history.add(replace(ONE, desired=number, at_s=float(number)))
     assert [past.decision.desired for past in history.past] == [97, 98, 99]
     assert history.counts == {ScaleReason.STEADY: 100}
+
+
+def test_the_last_change_is_kept_while_decisions_repeat() -> None:
+    history = DecisionHistory(2)
+    wake = replace(ONE, reason=ScaleReason.WAKE, detail="a request is held")
+    history.add(replace(ONE, desired=0))
+    history.add(wake)
+    for second in range(5):
+        history.add(replace(ONE, at_s=float(second), bound=Bound(list(Bound)[second % 2])))
+    assert history.change == wake
+    advised = replace(ONE, recommended=3)
+    history.add(advised)
+    assert history.change == advised

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -132,3 +133,25 @@ def test_a_slow_model_has_the_say_that_it_earns() -> None:
     assert said[-1]["bad"] < 0.2 * said[-1]["good"]
     late = History(values=values, start_s=6e8 + 86_400.0)
     assert "good" not in maker.make(late, NONE, 120.0, 0.0).weights
+
+
+@pytest.mark.parametrize("lead_s", [20.0, 120.0])
+def test_the_same_forecast_for_further_ahead(lead_s: float) -> None:
+    maker = OutlookMaker(86_400.0)
+    minutes = History(values=steady(MINUTES), start_s=6e8)
+    fine = History(values=steady(4_320), step_s=5.0, start_s=6e8 + 60.0 * MINUTES - 5.0 * 4_320)
+    with pytest.raises(ValueError, match="no outlook"):
+        maker.further(minutes)
+    found = maker.make(minutes, fine, lead_s, 0.0)
+    further = maker.further(minutes)
+    assert [one.horizon_s for one in further] == [60.0, 300.0, 900.0]
+    middle = found.levels.index(0.5)
+    for one in further:
+        assert list(one.tokens_per_s) == sorted(one.tokens_per_s)
+        assert one.tokens_per_s[middle] == pytest.approx(600.0, rel=0.25)
+    for near, far in itertools.pairwise(further):
+        assert all(a <= b for a, b in zip(near.tokens_per_s, far.tokens_per_s, strict=True))
+    assert maker.further(minutes) is further  # made once a minute
+    values = np.append(minutes.values[1:], 6_000.0)
+    risen = maker.further(History(values=values, start_s=6e8 + 60.0))
+    assert risen[0].tokens_per_s[middle] > 1.2 * further[0].tokens_per_s[middle]

@@ -144,6 +144,17 @@ def test_a_directory_is_used_where_it_lies(tmp_path: Path) -> None:
     run(node, story)
 
 
+def test_what_runs_in_a_cluster_is_not_forked_here(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    away = pool(str(tmp_path), backend="kubernetes", kubernetes={"name": "llama"})
+
+    async def story() -> None:
+        await node.preparer.refresh(away)
+        assert Tier.FORKED not in node.preparer.tiers(away)
+
+    run(node, story)
+
+
 def test_a_name_is_the_engines_to_find(tmp_path: Path) -> None:
     named = pool("org/model", engine="simulated")
     node = Node(tmp_path)

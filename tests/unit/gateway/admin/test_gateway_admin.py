@@ -174,20 +174,23 @@ def test_ready_and_not_ready(app: Starlette, control: RecordingControl) -> None:
 
 
 @pytest.mark.parametrize(
-    ("listening", "draining", "ready", "says"),
+    ("listening", "draining", "known", "ready", "says"),
     [
-        (True, False, True, "accepting"),
-        (False, False, False, "not every worker"),
-        (False, True, False, "Tidegate is stopping"),
+        (True, False, True, True, "accepting"),
+        (True, False, False, False, "not read from the cluster"),
+        (False, False, True, False, "not every worker"),
+        (False, True, True, False, "Tidegate is stopping"),
     ],
 )
-def test_readiness_says_why_not(listening: bool, draining: bool, ready: bool, says: str) -> None:
+def test_readiness_says_why_not(
+    listening: bool, draining: bool, known: bool, ready: bool, says: str
+) -> None:
     unused: Any = SimpleNamespace()
     workers: Any = SimpleNamespace(all_listening=listening, is_draining=lambda: draining)
     control = LiveControl(
         loop=unused, workers=workers, version="1", url="", admin_url="", clock=lambda: 0.0,
         observe=unused, pool_slots=unused, replica_slots=unused, recent=unused, traffic=unused,
-        forks=unused, reload=unused,
+        forks=unused, reload=unused, pools_known=lambda: known,
     )  # fmt: skip
     found, reason = control.ready()
     assert found is ready

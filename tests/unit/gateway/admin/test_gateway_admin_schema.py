@@ -16,6 +16,13 @@ from fake_cache import FakeCache, fake_models
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
+from autoscaler.adapters.types import (
+    ForecastQuantile,
+    KubernetesObject,
+    LatencyQuantiles,
+    PoolSignals,
+    ReplicaSignals,
+)
 from autoscaler.settings import PoolSettings
 from autoscaler.signals.decisions import put_decisions
 from autoscaler.signals.history import HistoryStore
@@ -47,6 +54,20 @@ class OnePool:
 
     def status(self) -> schema.GatewayStatus:
         return gateway_status(FULL_POOL)
+
+    def signals(self) -> schema.SignalsAnswer:
+        pod = KubernetesObject(
+            resource="pods", namespace="ml", name="chat-0", labels={"app": "chat"}
+        )
+        replica = ReplicaSignals(replica="chat-1", ready=True, pod=pod, inflight_tokens=5)
+        forecast = ForecastQuantile(
+            horizon="lead", horizon_s=30.0, quantile=0.95, tokens_per_s=12.5
+        )
+        one = PoolSignals(
+            pool="chat", namespace="ml", objects=(pod,), active=True, ready_replicas=1,
+            ttft=LatencyQuantiles(p95_s=0.5), forecast=(forecast,), replicas=(replica,),
+        )  # fmt: skip
+        return schema.SignalsAnswer(version=7, at_s=1.5, pools=(one,))
 
     def ready(self) -> tuple[bool, str]:
         return True, "accepting requests"

@@ -862,10 +862,13 @@ def test_every_verb_has_help_with_an_example() -> None:
     found |= found.pop("pool").commands
     past = found.pop("history").commands
     found |= {f"history {name}": verb for name, verb in past.items()}
+    found |= {f"import {name}": verb for name, verb in found.pop("import").commands.items()}
+    found |= {f"deploy {name}": verb for name, verb in found.pop("deploy").commands.items()}
     assert set(found) == {
         *(
             "up",
             "agent",
+            "adapter",
             "status",
             "scale",
             "reload",
@@ -878,8 +881,10 @@ def test_every_verb_has_help_with_an_example() -> None:
             "example",
         ),
         *("disable", "enable"),
-        *("history show", "history export", "history import"),
+        *("deploy check", "history show", "history export", "history import"),
+        *("import ahpa", "import fluid"),
         *("ls", "preload", "prewarm", "pin", "unpin", "evict", "verify", "replicate", "bundle"),
+        "hold",
     }
     for name, verb in found.items():
         assert "**Example" in (verb.help or ""), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from gateway.compose.listeners import (
     AGENT_NAME,
     ClaimError,
     Running,
+    admin_listeners,
     claim_for_agent,
     leave_record,
     read_record,
@@ -214,3 +216,16 @@ def test_the_second_agent_of_a_state_directory_is_one_line(
     assert err.startswith(f"tidegate: {tmp_path} belongs to another cache agent that is running; ")
     assert err.count("\n") == 1
     assert read_record(tmp_path, AGENT_NAME) == first
+
+
+def test_one_in_another_container_is_known_by_its_socket(tmp_path: Path) -> None:
+    """Its process number is of another namespace: here nobody has it."""
+    pid = (1 << 22) + 1  # above the most that Linux gives
+    leave_record(tmp_path, Running(pid=pid, url="http://a", admin_url="http://b"), AGENT_NAME)
+    assert read_record(tmp_path, AGENT_NAME) is None
+    with socket.create_server(("127.0.0.1", 0)) as tcp:
+        with admin_listeners(tcp, tmp_path, AGENT_NAME):
+            found = read_record(tmp_path, AGENT_NAME)
+            assert found is not None
+            assert found.admin_socket is not None
+        assert read_record(tmp_path, AGENT_NAME) is None

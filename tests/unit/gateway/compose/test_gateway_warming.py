@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gateway.compose.cache import locate, prewarm, prewarm_behind
+from gateway.compose.engines import fork_plan
 from gateway.settings.schema import Settings
 from modelcache.pagecache.pressure import ForegroundReads
 from modelcache.types import FileRange, NotFound
@@ -55,3 +56,19 @@ def test_a_model_is_where_its_steps_have_left_it(tmp_path: Path) -> None:
     assert locate(at["named"], settings, {}) == "org/name"
     with pytest.raises(NotFound, match="tidegate model preload"):
         locate(at["away"], settings, {})
+
+
+@pytest.mark.parametrize(
+    ("fields", "forks"),
+    [
+        ({}, True),
+        ({"backend": "kubernetes", "kubernetes": {"name": "m"}}, False),
+    ],
+)
+def test_the_fork_server_is_for_engines_of_this_machine(
+    fields: dict[str, Any], forks: bool
+) -> None:
+    pool = {"name": "m", "engine": "vllm", "model": "org/m", **fields}
+    settings = Settings.model_validate({"pools": [pool]})
+    plan = fork_plan(settings, {}, None, lambda model: None)
+    assert (plan is not None) is forks

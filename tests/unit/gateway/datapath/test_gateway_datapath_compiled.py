@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from gateway.datapath import compiled
+from gateway import compiled
 
 
 @pytest.fixture
 def copied(tmp_path: Path, root: Path) -> Path:
-    for folder in ("gateway/datapath", "router"):
+    for folder in ("gateway/datapath", "gateway/picker", "router"):
         shutil.copytree(root / folder, tmp_path / folder)
     return tmp_path
 

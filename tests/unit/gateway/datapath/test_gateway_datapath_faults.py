@@ -13,7 +13,7 @@ from gateway.datapath import metrics
 from gateway.datapath.client import ClientConnection
 from gateway.datapath.protocol.errors import Reason
 from gateway.datapath.upstream import UpstreamConnection
-from gateway.datapath.worker import Worker
+from gateway.datapath.worker import HttpWorker
 from router.types import Fleet, Pool, Replica, ReplicaState
 
 REQUEST = post({"model": "m"})
@@ -38,19 +38,19 @@ def loop() -> Iterator[Loop]:
     made.close()
 
 
-def make(loop: Loop, *replicas: Replica, send: Any = lambda message: None) -> Worker:
+def make(loop: Loop, *replicas: Replica, send: Any = lambda message: None) -> HttpWorker:
     worker = make_worker(loop, send=send)
     worker.pools.apply(Fleet(version=1, pools=(Pool(name="m", slot=0, replicas=replicas),)))
     return worker
 
 
-def connect(worker: Worker) -> tuple[ClientConnection, MemoryTransport]:
+def connect(worker: HttpWorker) -> tuple[ClientConnection, MemoryTransport]:
     client, transport = ClientConnection(worker.clients), MemoryTransport()
     client.connection_made(transport)
     return client, transport
 
 
-def rejected(worker: Worker, reason: Reason) -> int:
+def rejected(worker: HttpWorker, reason: Reason) -> int:
     integers = worker.pools.by_name["m"].counters.integers
     return integers[metrics.REASON_INDEX[reason]]
 

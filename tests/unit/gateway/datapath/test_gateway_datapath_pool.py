@@ -17,7 +17,7 @@ from gateway.datapath.pool import PoolRuntime
 from gateway.datapath.protocol.errors import ApiError, Reason
 from gateway.datapath.protocol.http1 import parse_request_head
 from gateway.datapath.upstream import Upstream, UpstreamConnection
-from gateway.datapath.worker import Worker
+from gateway.datapath.worker import HttpWorker
 from router.types import Fleet, Pool, Replica, ReplicaState
 
 
@@ -28,7 +28,7 @@ def loop() -> Iterator[ClockLoop]:
     running.close()
 
 
-def make(loop: ClockLoop, **changes: Any) -> tuple[Worker, list[Any]]:
+def make(loop: ClockLoop, **changes: Any) -> tuple[HttpWorker, list[Any]]:
     sent: list[Any] = []
     return make_worker(loop, send=sent.append, **changes), sent
 
@@ -236,7 +236,7 @@ def test_a_slot_that_is_free_again_begins_at_zero(loop: ClockLoop) -> None:
     shared.pool_rows(0, 3)[0][metrics.ARRIVALS] = 5
     shared.clear_worker(0)
     assert shared.applied() == 0
-    successor = Worker(loop, DEFAULTS, shared, lambda message: None, lambda other: None)
+    successor = HttpWorker(loop, DEFAULTS, shared, lambda message: None, lambda other: None)
     successor.pools.apply(fleet(3))
     assert (shared.pool_total(3, metrics.ARRIVALS), shared.applied()) == (0, 3)
 

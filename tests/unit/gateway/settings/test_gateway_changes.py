@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[4]
 APPLIES = {
     "gateway": (
         "worker_timeout_s max_connections max_head_bytes max_headers max_body_bytes "
-        "max_buffered_bytes peek_bytes proxied_paths body_timeout_s min_body_bytes_per_s "
-        "idle_timeout_s request_timeout_s upstream_connect_timeout_s "
+        "max_buffered_bytes picker.max_endpoints peek_bytes proxied_paths body_timeout_s "
+        "min_body_bytes_per_s idle_timeout_s request_timeout_s upstream_connect_timeout_s "
         "upstream_idle_timeout_s upstream_max_idle_connections upstream_keepalive_s max_retries "
         "drain_s tls_reload_s cors_allow_origins log_level count_stream_usage"
     ),

@@ -289,7 +289,8 @@ def test_a_variable_that_is_named_or_kubernetes_own_is_not_warned_about() -> Non
         (
             "elsewhere",
             "port = 1",
-            "port is an unknown setting; did you mean gateway.port? (FILE, line 1)",
+            "port is an unknown setting; did you mean gateway.port or gateway.picker.port or "
+            "pools.N.kubernetes.port? (FILE, line 1)",
         ),
         (
             "section",
@@ -432,7 +433,7 @@ def test_a_wrong_override(text: str, expected: str) -> None:
     ("given", "meant"),
     [
         ("gateway.prot", "gateway.port"),
-        ("port", "gateway.port"),
+        ("port", "gateway.port or gateway.picker.port or pools.N.kubernetes.port"),
         ("pools.0.url", "pools.N.static.urls"),
         ("pools.0.max_model_len", "pools.0.max_model_len_tokens"),
         ("pools.0.timeout_s", "pools.0.start_timeout_s or pools.0.prepare_timeout_s"),
@@ -699,20 +700,25 @@ def test_the_example_is_the_defaults_apart_from_its_pools(
     assert loaded.warnings == ()
 
 
-def test_the_example_with_its_second_pool_taken_up(tmp_path: Path) -> None:
+def test_the_example_with_its_further_pools_taken_up(tmp_path: Path) -> None:
     loaded = load(write(tmp_path, example().replace("#: ", "")), {})
-    assert [pool.backend for pool in loaded.settings.pools] == ["process", "static"]
+    backends = [pool.backend for pool in loaded.settings.pools]
+    assert backends == ["process", "static", "kubernetes"]
 
 
 def test_what_the_example_leaves_unset_can_be_set_as_it_says(tmp_path: Path) -> None:
     unset = []
     lines = []
+    section = ""
     for line in example().splitlines():
+        if line.startswith("["):
+            section = line
         name, equals, _ = line.removeprefix("# ").partition(" = ")
         if line.startswith("# ") and equals and " " not in name and not line.endswith("."):
             unset.append(name)
-            # What only one kind of pool takes is checked by the second sample.
-            line = line if name == "api_key_env" else line.removeprefix("# ")
+            # What only one kind of pool takes is checked by the further samples.
+            others = section in {"[pools.static]", "[pools.kubernetes]"}
+            line = line if others else line.removeprefix("# ")
             line = line.replace("gpus_per_replica = 0", "gpus_per_replica = 1")
         lines.append(line.replace("gpus_per_replica = 0", "gpus_per_replica = 1"))
     loaded = load(write(tmp_path, "\n".join(lines)), {})
@@ -731,7 +737,7 @@ def test_the_example_mentions_and_explains_every_field() -> None:
         elif node.kind == "list" and node.element.kind == "section":
             at = [i for i, line in enumerate(lines) if line == f"#: [[{plain}]]"]
         else:
-            nested = path.count("*") > 1  # in a sample, which is all comments
+            nested = path.count("*") > (path[0] == "pools")  # in a sample, which is all comments
             starts = (f"#: {name} = ",) if nested else (f"{name} = ", f"# {name} = ")
             at = [i for i, line in enumerate(lines) if line.startswith(starts)]
             if nested:

@@ -1,13 +1,13 @@
-"""The same data path, compiled: the hot modules translated to C by mypyc, loaded in their place.
+"""The data path, compiled: its hot modules translated to C by mypyc, loaded in their place.
 
 Compiling is optional and changes nothing but speed: the source is the Python source. What was
 compiled lies inside the virtual environment, in a folder named after a digest of exactly that
 source and that Python, so an edited module never meets an old binary: without a match the worker
 runs the plain modules. ``TIDEGATE_COMPILED=0`` has it always do so.
 
-    python -m gateway.datapath.compiled build     # needs mypy and a C compiler; half a minute
-    python -m gateway.datapath.compiled           # says which of the two a worker would run
-    python -m gateway.datapath.compiled check     # the same as an exit status: 0 is compiled
+    python -m gateway.compiled build     # needs mypy and a C compiler; half a minute
+    python -m gateway.compiled           # says which of the two a worker would run
+    python -m gateway.compiled check     # the same as an exit status: 0 is compiled
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ MODULES = (
     "gateway.datapath.local",
     "gateway.datapath.metrics",
     "gateway.datapath.pool",
+    "gateway.datapath.request",
     "gateway.datapath.protocol.sse",
     "gateway.datapath.upstream",
+    "gateway.picker.stream",
     "router.endpoint",
     "router.failures",
     "router.filters",
@@ -52,7 +54,8 @@ MODULES = (
 
 BUILD_TIMEOUT_S = 600
 KEPT = 4
-_ROOT = Path(__file__).resolve().parent.parent.parent
+_ROOT = Path(__file__).resolve().parent.parent
+_FOLDERS = ("gateway/datapath", "gateway/picker", "router")
 _SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 
 
@@ -61,9 +64,9 @@ class CompileError(Exception):
 
 
 def source_digest(root: Path = _ROOT) -> str:
-    """Digest of every source file of the two packages and of this Python's ABI."""
+    """Digest of every source file of the packages that are compiled and of this Python's ABI."""
     digest = hashlib.sha256(_SUFFIX.encode())
-    for folder in ("gateway/datapath", "router"):
+    for folder in _FOLDERS:
         for path in sorted((root / folder).rglob("*.py")):
             name = str(path.relative_to(root)).encode()
             digest.update(name + b"\0" + path.read_bytes())
@@ -141,7 +144,7 @@ def remove_old(folder: Path) -> None:
 
 def _copy_sources(scratch: Path) -> None:
     """So that nothing is written beside the originals."""
-    for folder in ("gateway/datapath", "router"):
+    for folder in _FOLDERS:
         shutil.copytree(
             _ROOT / folder, scratch / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so")
         )
@@ -196,7 +199,7 @@ def main(arguments: list[str]) -> int:
     elif arguments == ["check"]:
         return 0 if is_available() else 1
     elif arguments:
-        sys.stderr.write("usage: python -m gateway.datapath.compiled [build|check]\n")
+        sys.stderr.write("usage: python -m gateway.compiled [build|check]\n")
         return 2
     sys.stdout.write("compiled\n" if is_available() else "plain Python\n")
     return 0

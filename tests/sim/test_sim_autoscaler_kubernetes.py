@@ -1,0 +1,232 @@
+"""Pools in a cluster that change hands while the control loop runs, on virtual time.
+
+The loop and both Kubernetes backends are the real ones; the cluster is made up: its workloads have
+as many pods as they were told, at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import fake_fleet
+import pytest
+from fake_fleet import FakeBackend, World
+from virtual_time import now, run_virtual
+
+from autoscaler.backends.base import Probe
+from autoscaler.backends.kubernetes import backend as scaled
+from autoscaler.backends.kubernetes import external
+from autoscaler.backends.kubernetes.cluster import Cluster
+from autoscaler.backends.kubernetes.pods import Pod
+from autoscaler.backends.kubernetes.workloads import WorkloadRef, WorkloadScale
+from autoscaler.settings import EXTERNAL_KUBERNETES, AutoscalerSettings, PoolSettings
+from gateway.compose.engines import start_digest
+from loaders.engines.client import EngineClient
+from loaders.settings import LoaderSettings
+
+QUICK = AutoscalerSettings(
+    idle_to_zero_s=3_000.0,
+    scale_down_delay_s=10.0,
+    stable_window_s=20.0,
+    panic_window_s=2.0,
+    drain_s=20.0,
+    start_timeout_s=120.0,
+)
+LONG_S = 150.0
+"""Longer than any start, and than several looks at whether a workload has its number."""
+
+
+class HealthyServer:
+    """An engine in a pod, which is well."""
+
+    def __init__(self, *, url: str, pool: PoolSettings, health_path: str) -> None:
+        self.url, self.pool, self.health_path = url, pool, health_path
+
+    async def probe(self, client: EngineClient) -> Probe:
+        return Probe(ready=True, url=self.url, served_model="m", phase=self.health_path)
+
+
+@pytest.fixture(autouse=True)
+def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaled, "Server", HealthyServer)
+    monkeypatch.setattr(external, "Server", HealthyServer)
+    monkeypatch.setattr(fake_fleet, "digests", digests)
+
+
+def digests(pools: Iterable[PoolSettings]) -> dict[str, str]:
+    return {one.name: start_digest(one, LoaderSettings()) for one in pools}
+
+
+@dataclass
+class MadeUpCluster:
+    """Workloads by name, with their numbers and pods. ``written`` is what Tidegate wrote."""
+
+    numbers: dict[str, int]
+    selector: str | None = "app=m"
+    written: list[tuple[str, int]] = field(default_factory=list)
+    pods_of: dict[str, list[Pod]] = field(default_factory=dict)
+    made: int = 0
+
+    def __post_init__(self) -> None:
+        for name, number in self.numbers.items():
+            self.set_number(name, number)
+
+    @property
+    def client(self) -> MadeUpCluster:
+        return self
+
+    async def merge(self, kind: Any, name: str, patch: Any, namespace: str) -> None:
+        """The deletion cost of a pod."""
+
+    async def close(self) -> None:
+        pass
+
+    def set_number(self, name: str, number: int) -> None:
+        self.numbers[name] = number
+        pods = self.pods_of.setdefault(name, [])
+        del pods[number:]
+        while len(pods) < number:
+            self.made += 1
+            address = f"10.0.0.{self.made}"
+            pod = Pod(name=f"{name}-{self.made}", created=f"{self.made:04}", ready=True)
+            pods.append(replace(pod, address=address, url=f"http://{address}:8000"))
+
+    def ref(self, pool: PoolSettings) -> WorkloadRef:
+        name = pool.kubernetes.name or ""
+        return WorkloadRef(namespace="d", api_version="apps/v1", kind="Deployment", name=name)
+
+    async def read_scale(self, pool: PoolSettings) -> WorkloadScale:
+        number = self.numbers[pool.kubernetes.name or ""]
+        return WorkloadScale(replicas=number, selector=self.selector)
+
+    track = read_scale
+
+    async def write_scale(self, pool: PoolSettings, number: int) -> None:
+        self.written.append((pool.kubernetes.name or "", number))
+        self.set_number(*self.written[-1])
+
+    def scale(self, pool: PoolSettings) -> WorkloadScale:
+        return WorkloadScale(
+            replicas=self.numbers[pool.kubernetes.name or ""], selector=self.selector
+        )
+
+    def pods(self, pool: PoolSettings) -> list[Pod]:
+        return list(self.pods_of[pool.kubernetes.name or ""])
+
+    def endpoints(self, pool: PoolSettings) -> None:
+        return None
+
+    def error(self, pool: PoolSettings) -> str:
+        return ""
+
+
+def pool(name: str = "llama", **fields: Any) -> PoolSettings:
+    given = {"name": name} | fields.pop("kubernetes", {})
+    shape = {"name": "m", "backend": "kubernetes", "max_replicas": 4, "kubernetes": given}
+    return PoolSettings.model_validate(shape | fields)
+
+
+def make_world(made_up: MadeUpCluster, first: PoolSettings) -> World:
+    cluster, client = cast(Cluster, made_up), EngineClient(timeout_s=1.0)
+    return World(
+        [first],
+        QUICK,
+        FakeBackend(),
+        more_backends={
+            "kubernetes": scaled.KubernetesBackend(cluster=cluster, client=client, clock=now),
+            EXTERNAL_KUBERNETES: external.ExternalBackend(cluster=cluster, client=client),
+        },
+    )
+
+
+async def apply(world: World, *pools: PoolSettings) -> None:
+    """Have these pools from now on, as a reload or a changed ModelPool does."""
+    found = await world.loop.find_replicas(pools, digests(pools))
+    world.loop.set_pools(pools, digests(pools), None, found)
+
+
+async def begin(world: World, ready: int) -> None:
+    await world.until(lambda: len(world.ready()) == ready)
+    await asyncio.sleep(20)
+
+
+def test_what_another_autoscaler_takes_over_keeps_its_number_and_is_routed_to() -> None:
+    async def story() -> None:
+        made_up, mine = MadeUpCluster({"llama": 2}), pool(min_replicas=2)
+        async with make_world(made_up, mine) as world:
+            await begin(world, 2)
+            taken = {"scaled_by": "hpa", "zero_owner": "none"}
+            await apply(world, pool(min_replicas=2, kubernetes=taken))
+            made_up.set_number("llama", 3)
+            await asyncio.sleep(LONG_S)
+            assert made_up.written == []
+            assert len(world.ready()) == 3
+            await apply(world, mine)  # and back
+            await asyncio.sleep(LONG_S)
+            assert made_up.numbers["llama"] == 2
+            assert len(world.ready()) == 2
+
+    run_virtual(story())
+
+
+def test_a_pool_that_is_removed_at_zero_is_let_go_and_may_come_back() -> None:
+    async def story() -> None:
+        made_up, mine = MadeUpCluster({"llama": 0}), pool()
+        async with make_world(made_up, mine) as world:
+            await begin(world, 0)
+            await apply(world)
+            await asyncio.sleep(5)
+            made_up.set_number("llama", 3)
+            await asyncio.sleep(LONG_S)
+            assert made_up.written == []
+            await apply(world, mine)
+            await apply(world)
+            await apply(world, pool(min_replicas=3))
+            await asyncio.sleep(LONG_S)
+            assert made_up.written == []
+            assert len(world.ready()) == 3
+
+    run_virtual(story())
+
+
+def test_another_workload_gets_the_number_and_the_old_one_keeps_its_own() -> None:
+    async def story() -> None:
+        made_up, mine = MadeUpCluster({"old": 2, "new": 0}), pool("old", min_replicas=2)
+        async with make_world(made_up, mine) as world:
+            await begin(world, 2)
+            await apply(world, pool("new", min_replicas=2))
+            await asyncio.sleep(LONG_S)
+            assert made_up.numbers == {"old": 2, "new": 2}
+            assert {name for name, _ in made_up.written} == {"new"}
+            assert [one.url for one in world.ready()] == [one.url for one in made_up.pods_of["new"]]
+
+    run_virtual(story())
+
+
+def test_how_pods_are_asked_may_change_and_none_is_started_anew() -> None:
+    async def story() -> None:
+        made_up, mine = MadeUpCluster({"llama": 2}), pool(min_replicas=2)
+        async with make_world(made_up, mine) as world:
+            await begin(world, 2)
+            before = [one.id for one in world.ready()]
+            changed = {"health_path": "/other", "port": 9000}
+            await apply(world, pool(min_replicas=2, kubernetes=changed))
+            await asyncio.sleep(LONG_S)
+            assert [one.id for one in world.ready()] == before
+            assert made_up.written == []
+
+    run_virtual(story())
+
+
+def test_a_workload_that_does_not_say_which_pods_it_has_is_no_pool() -> None:
+    async def story() -> None:
+        made_up, mine = MadeUpCluster({"llama": 2}, selector=None), pool()
+        world = make_world(made_up, mine)
+        with pytest.raises(scaled.BackendError, match="selector"):
+            await world.loop.open()
+        assert made_up.written == []
+
+    run_virtual(story())
