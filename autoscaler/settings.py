@@ -515,6 +515,11 @@ class KubernetesPoolSettings(ConsistentSettings):
             return self.zero_owner
         return "tidegate" if self.scaled_by in {"tidegate", "hpa"} else self.scaled_by
 
+    @property
+    def is_written(self) -> bool:
+        """Whether Tidegate writes the workload's number, be it only to zero and back."""
+        return "tidegate" in {self.scaled_by, self.owner_of_zero}
+
     def _conflicts(self) -> Iterator[str]:
         if self.api_version.startswith("serving.knative.dev/") and self.scaled_by != "knative":
             yield (

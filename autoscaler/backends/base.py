@@ -61,7 +61,8 @@ class Probe:
     as of a ``ServedModel``. ``starting``: it has not been ready yet, where it is now. ``certain``:
     one look that shows it not ready is enough. ``ordinal``: its place, where only the highest can
     be ended. ``failed_starts``: how often in a row its engine has ended before it was ready, where
-    not the control loop but something else starts it again.
+    not the control loop but something else starts it again. ``start_s``: how long the start took
+    that something else than the control loop asked for; told once.
     """
 
     alive: bool | None = None
@@ -80,6 +81,7 @@ class Probe:
     stream_usage: bool = False
     starting: bool = False
     failed_starts: int = 0
+    start_s: float | None = None
     certain: bool = False
     pod: str = ""
     node: str = ""

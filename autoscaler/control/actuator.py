@@ -390,6 +390,9 @@ class Actuator:
             self.apply(pool, record, Event.EXITED, probe.detail)
         elif probe.ready:
             record.health_failures = 0
+            # Longer than a start may take is none: the pod was ready before, and is again.
+            if probe.start_s is not None and probe.start_s <= pool.start_timeout_s:
+                pool.tiers.record_wake(pool.start_tier(), probe.start_s)
             self.apply(pool, record, Event.BECAME_READY)
         elif probe.ready is False and record.state in {State.READY, State.UNHEALTHY}:
             record.health_failures += 1

@@ -69,9 +69,9 @@ MIN_TICK_S = 0.01
 """Shortest time between two ticks: wake signals that come faster are answered together."""
 CLOSE_POLL_S = 0.1
 SHARE_S = 10.0
+"""Between two looks at whose pages are kept in memory."""
 KEPT_PER_TICK = 8
 """Pools whose gaps are kept at once: that of a busy one takes a third of a millisecond."""
-"""Between two looks at whose pages are kept in memory."""
 SLEEP_POLL_S = 0.1
 GOING_TO_SLEEP = frozenset({State.DRAINING_TO_SLEEP, State.FALLING_ASLEEP})
 
@@ -189,9 +189,9 @@ class ControlLoop:
     async def find_replicas(
         self, pools: Sequence[PoolSettings], digests: Mapping[str, str]
     ) -> list[AdoptedReplica]:
-        """The replicas that run already of those of these pools that are new here, or have them
-        elsewhere now, where a backend's replicas outlive control processes. Raises ``BackendError``
-        where it is not known what there is."""
+        """The replicas that run already of those of these pools that are new here, were removed
+        before, or have them elsewhere now, where a backend's replicas outlive control processes.
+        Some may be known. Raises ``BackendError`` where it is not known what there is."""
         found: list[AdoptedReplica] = []
         taken = {one.slug for one in self._pools.values()}
         for pool in pools:
@@ -201,10 +201,10 @@ class ControlLoop:
                 known is not None
                 and known.backend is backend
                 and known.digest == digests[pool.name]
-                and not (known.removed and not known.replicas)
+                and not known.removed
             ):
                 continue
-            slug = make_slug(pool.name, taken)
+            slug = make_slug(pool.name, taken) if known is None else known.slug
             taken.add(slug)
             spec = ReplicaSpec(id=slug, pool=pool, digest=digests[pool.name])
             found += await backend.adopt([spec])
@@ -241,8 +241,10 @@ class ControlLoop:
         self._pools = {name: self._pools[name] for name in [*names, *gone]}
         self._tell_backends()
         for replica in found:
-            backend = self._pools[replica.spec.pool.name].backend
-            self._adopt(replica, backend, asleep=False)
+            record = self._pools[replica.spec.pool.name]
+            known = record.replicas.get(replica.spec.id)
+            if known is None or known.state in ENDED_STATES:
+                self._adopt(replica, record.backend, asleep=False)
         if self._opened:
             self._register_static()
             self._recall([self._pools[name] for name in names])
@@ -251,6 +253,7 @@ class ControlLoop:
     def _configure_pool(self, record: PoolRecord, pool: PoolSettings, digest: str) -> None:
         old = record.pool
         same_start = digest == record.digest
+        comes_back = record.removed or not same_start
         record.configure(pool, self._settings, self._backends[pool.backend_key], digest)
         record.tiers.retry_s = self._settings.backoff_max_s
         if not same_start or (old.tiers, old.model) != (pool.tiers, pool.model):
@@ -259,6 +262,10 @@ class ControlLoop:
             record.tiers = self._make_tiers(pool, record.tiers.planner)
         if not same_start:
             LOG.info("%s: other start-up arguments; its replicas are replaced", pool.name)
+        for one in list(record.replicas.values()) if comes_back else ():
+            # It drained for what is no more: how many are needed is decided anew.
+            if one.state is State.DRAINING and one.recallable and not record.is_outdated(one):
+                self._actuator.apply(record, one, Event.KEEP)
 
     def _tell_backends(self) -> None:
         """Say to each backend which pools it has."""

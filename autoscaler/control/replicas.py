@@ -36,6 +36,9 @@ from autoscaler.types import (
 )
 from modelcache.types import Progress, Tier
 
+SYNC_S = 15.0
+"""Between two looks of another autoscaler at its metrics: what HPAs do unless told otherwise."""
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class ReplicaRecord:
@@ -397,11 +400,14 @@ class PoolRecord:
 
     def lead_s(self) -> float | None:
         """How long before demand one more replica is to be asked for; ``None`` before the first
-        start, and for externally managed servers."""
-        if not self.backend.owns_replicas:
+        start, and for servers whose starts are not seen. Another autoscaler has to see it first."""
+        if self.pool.backend == "static":
             return None
         tier = Tier.SLEEPING if self.count(State.SLEEPING) else self.start_tier()
-        return self.tiers.lead_s(tier)
+        start_s = self.tiers.lead_s(tier)
+        if start_s is None or self.backend.owns_replicas:
+            return start_s
+        return start_s + SYNC_S
 
     def _arriving_s(self, now_s: float) -> tuple[float, ...]:
         """In how many seconds each replica on its way is expected to be ready."""

@@ -27,6 +27,7 @@ from autoscaler.backends.kubernetes.knative import UNCOUNTED
 from autoscaler.backends.kubernetes.leader import keep_marked, unmark, wait_unmarked
 from autoscaler.backends.kubernetes.lease import Election
 from autoscaler.backends.kubernetes.stat_stream import StatStream
+from autoscaler.backends.kubernetes.workloads import WorkloadRef
 from autoscaler.operator.controller import ModelPoolController
 from autoscaler.operator.knative import PodAutoscalerController
 from autoscaler.operator.model_pool import GROUP, KIND, PLURAL
@@ -46,6 +47,23 @@ HAND_OVER_S = 10.0
 
 CONTAINER = "tidegate"
 """The name of Tidegate's container in the manifests."""
+
+
+def find_second_writers(
+    pools: Sequence[PoolSettings],
+    settled: Sequence[PoolSettings],
+    ref: Callable[[PoolSettings], WorkloadRef],
+) -> dict[str, str]:
+    """Why some of these pools cannot be, by name: an earlier one, or one of the ``settled``, has
+    the same workload, and Tidegate writes its number for both."""
+    first: dict[WorkloadRef, str] = {}
+    found = {}
+    for pool in (*settled, *pools):
+        if pool.backend == "kubernetes" and pool.kubernetes.is_written:
+            owner = first.setdefault(ref(pool), pool.name)
+            if owner != pool.name:
+                found[pool.name] = f"{ref(pool)} is the workload of pool {owner!r} already"
+    return found
 
 
 class KubernetesParts:

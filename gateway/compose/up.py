@@ -71,7 +71,7 @@ from gateway.compose.engines import (
     start_digest,
 )
 from gateway.compose.fleet import FleetBook
-from gateway.compose.kubernetes import KubernetesParts
+from gateway.compose.kubernetes import KubernetesParts, find_second_writers
 from gateway.compose.listeners import (
     RECORD_NAME,
     ClaimError,
@@ -397,15 +397,18 @@ class _Tidegate:
         """Have these pools of ModelPools, beside those of the settings. Returns why some could not
         be, by name: those stay as they were, if they were pools before and it is not certain that
         they cannot be; else they are left out."""
-        problems: dict[str, str] = {}
         async with self._reloading:
+            cluster = self.kubernetes.cluster
+            problems = find_second_writers(pools, self._file_settings.pools, cluster.ref)
             known = {pool.name: pool for pool in self._cluster_pools}
             usable = []
             for pool in pools:
+                if pool.name in problems:
+                    continue
                 before = known.get(pool.name)
                 if pool != before:
                     try:
-                        await self.kubernetes.cluster.track(pool)
+                        await cluster.track(pool)
                     except KubernetesError as error:
                         problems[pool.name] = str(error)
                         if before is not None and error.is_passing:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from autoscaler.settings import PoolSettings
 from gateway.settings import fields
 from modelcache.refs import redact, secret_arguments
 
@@ -118,6 +119,20 @@ def find_name_conflicts(tree: Mapping[str, Any], origin: Origin) -> Iterator[Pro
                 yield Problem(path, message, origin(path.split(".")))
             else:
                 taken[name] = path
+
+
+def find_workload_conflicts(pools: Sequence[PoolSettings], origin: Origin) -> Iterator[Problem]:
+    """Workloads of a cluster whose number two pools would write."""
+    taken: dict[tuple[str | None, ...], str] = {}
+    for index, pool in enumerate(pools):
+        given = pool.kubernetes
+        if pool.backend == "kubernetes" and given.is_written:
+            workload = given.namespace, given.kind, given.name, given.worker_group
+            first = taken.setdefault(workload, pool.name)
+            if first != pool.name:
+                path = f"pools.{index}.kubernetes.name"
+                message = f"{given.kind} {given.name} is the workload of pool {first!r} already"
+                yield Problem(path, message, origin(path.split(".")))
 
 
 def _field_path(loc: Sequence[str | int]) -> tuple[str, ...]:

@@ -230,3 +230,105 @@ def test_a_workload_that_does_not_say_which_pods_it_has_is_no_pool() -> None:
         assert made_up.written == []
 
     run_virtual(story())
+
+
+def test_a_pool_that_comes_back_keeps_the_number_that_its_workload_has_meanwhile() -> None:
+    async def story() -> None:
+        made_up, mine = MadeUpCluster({"llama": 3}), pool(min_replicas=3)
+        async with make_world(made_up, mine) as world:
+            await begin(world, 3)
+            for gone_s in (0.0, 0.5, 5.0, LONG_S):
+                await apply(world)
+                await asyncio.sleep(gone_s)
+                await apply(world, mine)
+                await asyncio.sleep(LONG_S)
+                assert made_up.written == [], gone_s
+                assert len(world.ready()) == 3
+
+    run_virtual(story())
+
+
+def test_a_pool_that_changes_hands_again_and_again_is_scaled_down_by_nobody() -> None:
+    async def story() -> None:
+        made_up, mine = MadeUpCluster({"llama": 3}), pool(min_replicas=3)
+        taken = pool(min_replicas=3, kubernetes={"scaled_by": "hpa", "zero_owner": "none"})
+        async with make_world(made_up, mine) as world:
+            await begin(world, 3)
+            for held_s in (0.0, 0.3, 3.0, 40.0):
+                await apply(world, taken)
+                await asyncio.sleep(held_s)
+                await apply(world, mine)
+                await asyncio.sleep(held_s)
+            await asyncio.sleep(LONG_S)
+            assert min([3, *(number for _, number in made_up.written)]) == 3
+            assert len(world.ready()) == 3
+
+    run_virtual(story())
+
+
+def test_replicas_that_were_found_and_not_taken_are_found_again() -> None:
+    async def story() -> None:
+        made_up, mine = MadeUpCluster({"llama": 0, "other": 2}), pool()
+        async with make_world(made_up, mine) as world:
+            await begin(world, 0)
+            other = pool("other", min_replicas=2).model_copy(update={"name": "o"})
+            await world.loop.find_replicas([mine, other], digests([mine, other]))  # then refused
+            await apply(world, mine, other)
+            await asyncio.sleep(LONG_S)
+            assert made_up.written == []
+            assert len(world.ready("o")) == 2
+
+    run_virtual(story())
+
+
+def test_a_workload_is_not_scaled_up_for_a_pool_that_was_removed() -> None:
+    async def story() -> None:
+        made_up, mine = MadeUpCluster({"llama": 0}), pool()
+        async with make_world(made_up, mine) as world:
+            await begin(world, 0)
+            world.arrivals["m"] = world.held["m"] = 1
+            await apply(world)
+            await asyncio.sleep(LONG_S)
+            assert made_up.written == []
+
+    run_virtual(story())
+
+
+def test_pods_of_two_stateful_sets_that_are_named_alike_are_two_replicas() -> None:
+    async def story() -> None:
+        made_up = MadeUpCluster({"old": 1, "new": 1})
+        for pods in made_up.pods_of.values():
+            pods[0] = replace(pods[0], name="engine-0")
+        async with make_world(made_up, pool("old", min_replicas=1)) as world:
+            await begin(world, 1)
+            await apply(world, pool("new", min_replicas=1))
+            await asyncio.sleep(LONG_S)
+            assert made_up.written == []
+            assert [one.url for one in world.ready()] == [made_up.pods_of["new"][0].url]
+
+    run_virtual(story())
+
+
+def test_what_another_autoscaler_starts_says_how_long_a_start_takes() -> None:
+    async def story() -> None:
+        taken = pool(kubernetes={"scaled_by": "hpa"})
+        made_up = MadeUpCluster({"llama": 2})
+        own = made_up.pods_of["llama"]
+        own[0] = replace(own[0], start_s=40.0)
+        own[1] = replace(own[1], start_s=9_000.0)  # it was ready before
+        async with make_world(made_up, taken) as world:
+            await begin(world, 2)
+            decision = world.loop.status().pools[0].last_decision
+            assert decision is not None
+            assert decision.inputs is not None
+            assert decision.inputs.status.lead_s == 55.0  # it looks each 15 s
+            own[0] = replace(own[0], start_s=90.0, ready=False)
+            await asyncio.sleep(5)
+            own[0] = replace(own[0], ready=True)
+            await begin(world, 2)
+            decision = world.loop.status().pools[0].last_decision
+            assert decision is not None
+            assert decision.inputs is not None
+            assert decision.inputs.status.lead_s == 55.0  # that was no start
+
+    run_virtual(story())

@@ -11,6 +11,7 @@ says no. While the API server is away, replicas serve on as they were last seen.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -109,8 +110,9 @@ class KubernetesBackend:
         return ()
 
     async def adopt(self, wanted: Sequence[ReplicaSpec]) -> list[AdoptedReplica]:
-        """Take over the pods that the workloads have, whoever started them. Raises
-        ``KubernetesError`` where they cannot be read: unknown is not none."""
+        """Take over the pods that the workloads have, whoever started them; those that are known
+        go by their ids. Raises ``KubernetesError`` where they cannot be read: unknown is not
+        none."""
         if self._resync is None and wanted:
             self._resync = asyncio.create_task(self._keep_numbers())
         found = await asyncio.gather(*map(self._adopt_pool, wanted))
@@ -124,19 +126,31 @@ class KubernetesBackend:
         if scale.replicas and scale.selector is None:
             ref = self._cluster.ref(spec.pool)
             raise BackendError(f"{ref} does not say which pods it has (its selector is empty)")
-        claims = Claims(pool=spec.pool)
-        living = [pod for pod in self._cluster.pods(spec.pool) if not pod.terminating]
-        living.sort(key=lambda pod: (pod.created, pod.name))
-        for pod in living[: scale.replicas]:
-            claims.bound[f"{spec.id}-{pod.name.rpartition('-')[2]}"] = pod.name
-        for number in range(scale.replicas - len(claims.bound)):
-            claims.bound[f"{spec.id}-coming-{number}"] = None
-        self._pools[self._place_of(spec.pool)] = claims
-        probes = await asyncio.gather(*map(self.probe, claims.bound))
+        claims = self._pools.setdefault(self._place_of(spec.pool), Claims(pool=spec.pool))
+        claims.pool = spec.pool
+        self._bind(claims)
+        taken = set(claims.bound.values())
+        free = [pod for pod in self._cluster.pods(spec.pool) if not pod.terminating]
+        free = [pod for pod in free if pod.name not in taken]
+        free.sort(key=lambda pod: (pod.created, pod.name))
+        names = [pod.name for pod in free]
+        missing = scale.replicas - len(claims.bound)
+        for name in [*names, *[None] * missing][: max(0, missing)]:
+            claims.bound[self._make_id(spec.id, name)] = name
+        found = list(claims.bound)
+        probes = await asyncio.gather(*map(self.probe, found))
         return [
             AdoptedReplica(spec=replace(spec, id=replica_id), probe=probe)
-            for replica_id, probe in zip(list(claims.bound), probes, strict=True)
+            for replica_id, probe in zip(found, probes, strict=True)
         ]
+
+    def _make_id(self, slug: str, pod: str | None) -> str:
+        """An id that no replica has, by its pod where it has one. Those that the control loop makes
+        end in a number, as do the pods of a StatefulSet."""
+        suffix = "coming" if pod is None else pod.rpartition("-")[2]
+        first = f"{slug}-pod{suffix}" if suffix.isdecimal() else f"{slug}-{suffix}"
+        names = itertools.chain([first], (f"{first}.{number}" for number in itertools.count(2)))
+        return next(name for name in names if self._find(name) is None)
 
     async def start(self, spec: ReplicaSpec) -> None:
         """Have one more. Raises ``NoCapacity`` while the API server is away, ``KubernetesError``
@@ -284,9 +298,12 @@ class KubernetesBackend:
 
     async def _write(self, claims: Claims) -> None:
         """Tell the workload its number, if that is another than it has."""
-        if not self._may_write():
-            raise KubernetesError("this Tidegate does not lead, so it scales nothing")
         async with claims.writing:
+            if not self._may_write():
+                raise KubernetesError("this Tidegate does not lead, so it scales nothing")
+            if not self._is_mine(claims):
+                ref = self._cluster.ref(claims.pool)
+                raise KubernetesError(f"{ref} is not Tidegate's to scale any more")
             number = len(claims.bound)
             known = self._cluster.scale(claims.pool)
             if known is None or known.replicas != number:

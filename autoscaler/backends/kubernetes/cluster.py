@@ -46,6 +46,7 @@ MOST_WORKLOADS = 4_096
 there may be pools."""
 
 Labels = Mapping[str, str]
+Name = TypeVar("Name")
 Value = TypeVar("Value")
 
 
@@ -135,7 +136,7 @@ class Cluster:
             if error.status == 404:
                 self._scales.pop(ref, None)
             raise
-        _remember(self._scales, ref, scale)
+        remember(self._scales, ref, scale, most=MOST_WORKLOADS)
         await self._read_labels(ref)
         return scale
 
@@ -151,7 +152,7 @@ class Cluster:
                 if not error.is_passing:
                     labels = None
             read_s = now_s
-        _remember(self._labels, ref, (read_s, labels))
+        remember(self._labels, ref, (read_s, labels), most=MOST_WORKLOADS)
 
     async def write_scale(self, pool: PoolSettings, replicas: int) -> None:
         """Tell a pool's workload how many replicas to have. Raises ``KubernetesError``."""
@@ -269,9 +270,9 @@ class Cluster:
             await self.client.close()
 
 
-def _remember(known: dict[WorkloadRef, Value], ref: WorkloadRef, value: Value) -> None:
+def remember(known: dict[Name, Value], name: Name, value: Value, *, most: int) -> None:
     """Have this as the newest; the oldest of too many is forgotten."""
-    known.pop(ref, None)
-    known[ref] = value
-    if len(known) > MOST_WORKLOADS:
+    known.pop(name, None)
+    known[name] = value
+    if len(known) > most:
         del known[next(iter(known))]

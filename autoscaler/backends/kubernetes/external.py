@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from autoscaler.backends.base import AdoptedReplica, BackendError, Probe, ReplicaSpec
 from autoscaler.backends.kubernetes.client import KubernetesError
-from autoscaler.backends.kubernetes.cluster import Cluster
+from autoscaler.backends.kubernetes.cluster import Cluster, remember
 from autoscaler.backends.kubernetes.pods import Pod, make_url
 from autoscaler.backends.kubernetes.stat_stream import StatStream
 from autoscaler.backends.servers import Server
@@ -27,6 +27,7 @@ LOG = logging.getLogger("tidegate.kubernetes")
 
 RESYNC_S = 5.0
 """Between two readings of what the workloads are told to have."""
+MOST_PODS = 16_384
 
 
 class ExternalBackend:
@@ -50,6 +51,8 @@ class ExternalBackend:
         self._servers: dict[str, Server] = {}
         self._pools: dict[str, PoolSettings] = {}
         """Those that there were since the last reading."""
+        self._started: dict[tuple[str, str, str], None] = {}
+        """Pods that have been well, those of last: one that becomes ready again has not started."""
         self._crossing: dict[str, asyncio.Task[None]] = {}
         self._resync: asyncio.Task[None] | None = None
 
@@ -148,7 +151,13 @@ class ExternalBackend:
             return Probe(alive=False, ready=False, detail="it is not watched")
         seen = await server.probe(self._client)
         pod = self._pods(server.pool).get(server.url)
-        return seen if pod is None else replace(seen, pod=pod.name, node=pod.node)
+        if pod is None:
+            return seen
+        key = self._cluster.ref(server.pool).namespace, pod.name, pod.created
+        start_s = None if key in self._started else pod.start_s
+        if seen.ready:
+            remember(self._started, key, None, most=MOST_PODS)
+        return replace(seen, pod=pod.name, node=pod.node, start_s=start_s if seen.ready else None)
 
     async def stop(self, replica_id: str, *, grace_s: float) -> None:
         """Stop watching a server. Its pod is left alone."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from autoscaler.backends.kubernetes.client import Object
@@ -33,7 +34,8 @@ class Pod:
     scheduled. ``ordinal`` is its place in a StatefulSet, where the highest ends first. ``url`` is
     where its engine is asked, known once it has been placed (``place``). ``restarts``: how often
     Kubernetes has started its containers again. ``failed_starts``: how often one has ended that is
-    in a crash loop, else 0.
+    in a crash loop, else 0. ``start_s``: from when it was asked for until it was ready, of one that
+    is and whose containers were not started again.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Pod:
     url: str | None = None
     restarts: int = 0
     failed_starts: int = 0
+    start_s: float | None = None
 
 
 def keep_pod(found: Object) -> Object:
@@ -95,6 +98,7 @@ def read_pod(found: Object) -> Pod:
     )
     ended = status.get("phase") in {"Failed", "Succeeded"}
     containers = status.get("containerStatuses") or ()
+    restarts = sum(one.get("restartCount", 0) for one in containers)
     return Pod(
         name=name,
         created=metadata.get("creationTimestamp", ""),
@@ -103,19 +107,36 @@ def read_pod(found: Object) -> Pod:
         terminating="deletionTimestamp" in metadata or ended,
         phase=phase,
         cause=cause,
-        restarts=sum(one.get("restartCount", 0) for one in containers),
+        restarts=restarts,
         failed_starts=max(map(count_failed_starts, containers), default=0),
         node=spec.get("nodeName", ""),
         ordinal=int(ordinal) if ordinal is not None and ordinal.isdecimal() else None,
+        start_s=None if restarts else find_start_s(metadata, status),
     )
+
+
+def find_condition(status: Object, kind: str) -> Object:
+    """One of a pod's conditions; empty where it has none of this type."""
+    found = (one for one in status.get("conditions") or () if one.get("type") == kind)
+    return next(found, {})
 
 
 def condition(status: Object, kind: str) -> str | None:
     """The state of one of a pod's conditions: ``True``, ``False``, ``Unknown``, or ``None``."""
-    for one in status.get("conditions") or ():
-        if one.get("type") == kind:
-            return str(one.get("status"))
-    return None
+    found = find_condition(status, kind)
+    return str(found.get("status")) if found else None
+
+
+def find_start_s(metadata: Object, status: Object) -> float | None:
+    """How long a pod took from its creation until it was ready, the last time that it became so;
+    ``None`` of one that is not."""
+    ready = find_condition(status, "Ready")
+    try:
+        created = datetime.fromisoformat(metadata["creationTimestamp"])
+        since = datetime.fromisoformat(ready["lastTransitionTime"])
+        return max(0.0, (since - created).total_seconds()) if ready["status"] == "True" else None
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def describe_phase(spec: Object, status: Object) -> tuple[str, str]:

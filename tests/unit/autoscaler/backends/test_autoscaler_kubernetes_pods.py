@@ -126,6 +126,19 @@ def test_a_crash_loop_is_failed_starts() -> None:
     assert failed_starts(WAITING | {"restartCount": 0}) == 0
 
 
+def test_how_long_a_start_took() -> None:
+    def start_s(status: str, **container: Any) -> float | None:
+        ready = {"type": "Ready", "status": status, "lastTransitionTime": "2026-12-01T10:02:30Z"}
+        found = pod_object(conditions=[ready], containerStatuses=[RUNNING | container])
+        found["metadata"]["creationTimestamp"] = "2026-12-01T10:00:50Z"
+        return read_pod(keep_pod(found)).start_s
+
+    assert start_s("True") == 100.0
+    assert start_s("False") is None
+    assert start_s("True", restartCount=1) is None
+    assert read_pod(keep_pod(pod_object(conditions=READY))).start_s is None
+
+
 def test_deleted_and_ended_pods_are_terminating() -> None:
     assert not read_pod(pod_object(conditions=READY)).terminating
     assert read_pod(pod_object(conditions=READY)).ready

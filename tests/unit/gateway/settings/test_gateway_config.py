@@ -18,6 +18,7 @@ from gateway.settings.schema import Settings
 
 ROOT = Path(__file__).resolve().parents[4]
 POOL = '[[pools]]\nname = "chat"\nengine = "simulated"\nmodel = "m"\n'
+IN_CLUSTER = '[[pools]]\nname = "{}"\nbackend = "kubernetes"\n[pools.kubernetes]\nname = "llama"\n'
 
 
 def write(directory: Path, text: str) -> Path:
@@ -353,6 +354,12 @@ def test_a_variable_that_is_named_or_kubernetes_own_is_not_warned_about() -> Non
             "between sections",
             "[gateway]\nport = 8001",
             "gateway.admin_port is 8001, as port is: give each its own (FILE, line 2)",
+        ),
+        (
+            "two pools of one workload",
+            IN_CLUSTER.format("a") + IN_CLUSTER.format("b"),
+            "pools.1.kubernetes.name Deployment llama is the workload of pool 'a' already "
+            "(FILE, line 10)",
         ),
         (
             "between pools",
