@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autoscaler.types import first_line
+from autoscaler.types import ScaleReason, first_line
 from gateway.cli import client, tables
 from gateway.cli.base import Admin, AsJson, Config, PoolName, Sets, address, as_text, screen
 from gateway.cli.client import ValueRefused
@@ -128,7 +128,9 @@ def decision_lines(one: schema.DecisionEntry) -> list[str]:
         lines.append(f"  each    {tables.capacity_text(one.capacity)}")
     if one.inputs is not None:
         lines += inputs_lines(one.inputs)
-    if one.recommended is not None:
+    if one.recommended is not None and one.reason == ScaleReason.STATIC:
+        lines.append(f"  scaled  not by Tidegate, which would have {one.recommended}")
+    elif one.recommended is not None:
         lines.append(f"  mode    {one.reason}: in the mode auto it would have {one.recommended}")
     if one.panicking:
         lines.append("  panic   yes: demand rose so fast that the pool only grows for now")

@@ -180,8 +180,9 @@ def autoscaler(
     *,
     lowest: int = 1,
     highest: int = 5,
+    delay_s: int = 0,
 ) -> Any:
-    """A stock HorizontalPodAutoscaler of a Deployment, which scales down without waiting."""
+    """A stock HorizontalPodAutoscaler of a Deployment, which scales down after ``delay_s``."""
     return autoscaler_kind(plane)(
         metadata=ObjectMeta(name=name, namespace=namespace),
         spec={
@@ -189,7 +190,7 @@ def autoscaler(
             "minReplicas": lowest,
             "maxReplicas": highest,
             "metrics": [metric],
-            "behavior": {"scaleDown": {"stabilizationWindowSeconds": 0}},
+            "behavior": {"scaleDown": {"stabilizationWindowSeconds": delay_s}},
         },
     )
 

@@ -12,6 +12,8 @@ class ScalingTimes:
     """A table, printed at the end of a run."""
 
     rows: list[tuple[str, str, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What else was seen, a line each."""
 
     def since_now(self, what: str, through: str) -> Callable[[], None]:
         """To be called when it has happened."""
@@ -20,4 +22,5 @@ class ScalingTimes:
 
     def lines(self) -> list[str]:
         """The table."""
-        return [f"{what:44}{through:48}{took_s:7.2f} s" for what, through, took_s in self.rows]
+        rows = [f"{what:44}{through:48}{took_s:7.2f} s" for what, through, took_s in self.rows]
+        return rows + self.notes

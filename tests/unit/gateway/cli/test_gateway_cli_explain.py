@@ -130,3 +130,22 @@ def test_a_score_of_what_is_not_known() -> None:
     assert "mode auto (computed)       2.00           1 min  10.00%" in score_text(
         some, Screen(), NOW_S
     )
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        (ScaleReason.STATIC, "  scaled  not by Tidegate, which would have 4"),
+        (ScaleReason.ADVISE, "  mode    advise: in the mode auto it would have 4"),
+    ],
+)
+def test_what_it_would_have(
+    reason: ScaleReason,
+    said: str,
+    cli: Cli,
+    store: HistoryStore,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    keep(store, record(NOW_S - 60, reason=reason, recommended=4))
+    assert cli("chat", "--at", "30s") == 0
+    assert said in capsys.readouterr().out.splitlines()
