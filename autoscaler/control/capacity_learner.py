@@ -24,7 +24,8 @@ from autoscaler.types import EngineObservation, PoolDemand, RecentTraffic, Repli
 from loaders.engines.base import engine_of
 
 WAITED_SHARE = 0.5
-"""Of the looks in a minute at which requests waited, for the replicas to have been at a limit."""
+"""Of the looks at replicas in a minute, those at which requests waited, for the replicas to have
+been at a limit."""
 ENDED_LEAST = 10
 """Requests that must have ended in a minute for its latencies to say anything."""
 KEPT_SHARE = 0.8
@@ -44,7 +45,7 @@ class CapacityLearner:
         self._state = CapacityState()
         self._begun_at_s: float | None = None
         self._ready: int | None = None
-        self._looks = self._waited = 0
+        self._looks, self._waited = 0, 0.0
         self._kv_tokens: float | None = None
         self._requests_most: float | None = None
         self._traffic: RecentTraffic | None = None
@@ -72,15 +73,18 @@ class CapacityLearner:
     ) -> LoadSample | None:
         """Take in what there is. A minute counts where the number of ready replicas did not change
         in it. Returns the minute that ended now, where it said something new."""
-        waiting = 0 if demand is None else demand.queued_requests or 0
-        for one in engines:
-            waiting += one.load.waiting_requests or 0
-            self._kv_tokens = one.load.kv_cache_tokens or self._kv_tokens
-            self._requests_most = one.load.max_running_requests or self._requests_most
+        loads = [one.load for one in engines]
+        for one in loads:
+            self._kv_tokens = one.kv_cache_tokens or self._kv_tokens
+            self._requests_most = one.max_running_requests or self._requests_most
         if self._begun_at_s is None or ready != self._ready:
             self._begin(now_s, ready)
         self._looks += 1
-        self._waited += waiting > 0
+        if demand is not None and demand.queued_requests:
+            self._waited += 1.0
+        elif loads:
+            # Of many replicas one or another has a request waiting that has just come.
+            self._waited += sum(bool(one.waiting_requests) for one in loads) / len(loads)
         if self._begun_at_s is None or now_s - self._begun_at_s < MINUTE_S:
             return None
         traffic, waited = recent(), self._waited >= WAITED_SHARE * self._looks
@@ -120,7 +124,7 @@ class CapacityLearner:
 
     def _begin(self, now_s: float, ready: int) -> None:
         self._begun_at_s, self._ready = now_s, ready
-        self._looks = self._waited = 0
+        self._looks, self._waited = 0, 0.0
 
     def capacity(
         self, pool: PoolSettings, target_utilization_fraction: float

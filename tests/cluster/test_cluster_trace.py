@@ -3,7 +3,7 @@ HorizontalPodAutoscaler: of one by its tokens in flight, of the other by what Ti
 asks for.
 
 What is replayed is made here, and short: a burst of three minutes in every ten, from a minute
-before one until two minutes into it. Another trace, of requests by minute, is given by the
+before one until a minute into it. Another trace, of requests by minute, is given by the
 environment: ``TIDEGATE_TRACE`` is a parquet file with a column ``requests``, ``TIDEGATE_TRACE_AT``
 the minute of it with which the comparison begins, ``TIDEGATE_TRACE_MINUTES`` how many it is of, and
 ``TIDEGATE_TRACE_FACTOR`` how many requests come for each of the trace.
@@ -41,13 +41,13 @@ from tidegate_process import Tidegate
 ModelPool = create_namespaced_resource("tidegate.dev", "v1alpha1", "ModelPool", "modelpools")
 
 MINUTE_S = 60.0
-WARM_MINUTES = 4
+WARM_MINUTES = 3
 """So long forecasts of the imported past are tried before they are trusted, and a little more."""
 PAST_MINUTES = 8 * 1_440
-START_S = 50.0
+START_S = 46.0
 """From a pod's creation until it is ready: with the 15 s for the HPA a forecast of minutes."""
 ANSWER_S = 4.0
-PROMPT, PROMPT_TOKENS, ANSWER_TOKENS = "x " * 60, 34, 8
+PROMPT, PROMPT_TOKENS, ANSWER_TOKENS = "x " * 60, 34, 20
 """A prompt, what Tidegate counts it for, and an answer."""
 SEATS = 16
 """Requests that an engine answers at once."""
@@ -56,10 +56,12 @@ TARGET_TOKENS = int(0.7 * SEATS * (PROMPT_TOKENS + ANSWER_TOKENS))
 LATE_S = 1.0
 """An answer whose first token comes later is late."""
 POOLS = {
-    "inflight": ("tidegate_inflight_tokens", TARGET_TOKENS),
-    "forecast": ("tidegate_desired_replicas", 1),
+    "inflight": ("tidegate_inflight_tokens", TARGET_TOKENS, 300),
+    "forecast": ("tidegate_desired_replicas", 1, 0),
 }
-"""What the autoscaler of each pool scales by, and how much of that is a replica's."""
+"""What the autoscaler of each pool scales by, how much of that is a replica's, and for how many
+seconds it waits before it scales down: as it does unless told otherwise, and as our example says.
+"""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def given_trace() -> Trace:
     path = os.environ.get("TIDEGATE_TRACE")
     if path is None:
         demand = [80.0] * 7 + [600.0] * 3
-        return Trace(demand * 300, at=2_996, minutes=3)
+        return Trace(demand * 300, at=2_996, minutes=2)
     import pyarrow.parquet
 
     factor = float(os.environ.get("TIDEGATE_TRACE_FACTOR", "1"))
@@ -250,9 +252,9 @@ def test_a_forecast_beside_tokens_in_flight(
         token = (tidegate.state_dir / "admin-token").read_text().strip()
         place = plane.make_namespace("metrics")
         with metrics_api_server.serving(plane, place, tmp_path, tidegate.admin_url, token):
-            for name, (metric, each) in POOLS.items():
+            for name, (metric, each, delay_s) in POOLS.items():
                 by = external_metric(metric, each, pool=name)
-                client.create(autoscaler(plane, name, namespace, by, highest=8, delay_s=60))
+                client.create(autoscaler(plane, name, namespace, by, highest=8, delay_s=delay_s))
             begin_s = (time.time() // MINUTE_S + 1 + WARM_MINUTES) * MINUTE_S
             import_past(tidegate, tmp_path / "past.csv", begin_s)
             replay = Replay(tidegate, client, namespace, begin_s)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from autoscaler.control.capacity_learner import CapacityLearner, describe_setup
@@ -67,19 +69,26 @@ class Pool:
         *,
         ready: int = 2,
         queued: int | None = 0,
-        waiting: int | None = 0,
+        waiting: int | Sequence[int] | None = 0,
         recent: RecentTraffic | None = None,
         kv_tokens: int | None = None,
         accelerator: str = "cpu",
         settings: PoolSettings = POOL,
     ) -> None:
-        for _ in range(60 * count + 1):
-            load = EngineLoad(waiting_requests=waiting, kv_cache_tokens=kv_tokens)
+        """``waiting``: of each engine, where there are several; they take turns in that."""
+        for look in range(60 * count + 1):
+            turns = waiting if isinstance(waiting, Sequence) else [waiting]
+            loads = [
+                EngineLoad(
+                    waiting_requests=turns[(look + place) % len(turns)], kv_cache_tokens=kv_tokens
+                )
+                for place in range(len(turns))
+            ]
             said = self.learner.observe(
                 settings,
                 ready=ready,
                 demand=PoolDemand(observed_at_s=self.now_s, queued_requests=queued),
-                engines=[EngineObservation(observed_at_s=self.now_s, load=load)],
+                engines=[EngineObservation(observed_at_s=self.now_s, load=one) for one in loads],
                 recent=lambda: recent,
                 accelerator=lambda: accelerator,
                 now_s=self.now_s,
@@ -115,6 +124,16 @@ def test_minutes_at_the_limit_teach(where: str) -> None:
     pool = Pool()
     pool.minutes(4, recent=traffic(80.0), **{where: 3})  # type: ignore[arg-type]
     assert pool.found() == (6_000, CapacitySource.SATURATED)
+
+
+@pytest.mark.parametrize(("idle", "learns"), [(7, False), (1, True)])
+def test_of_many_replicas_one_or_another_has_a_request_waiting(idle: int, learns: bool) -> None:
+    """It has just come: that is a limit only where most of them have one."""
+    pool = Pool()
+    pool.minutes(4, waiting=[*[0] * idle, *[1] * (8 - idle)], recent=traffic(80.0))
+    found = pool.found()
+    assert found is not None
+    assert (found[1] is CapacitySource.SATURATED) is learns
 
 
 def test_minutes_beyond_the_slo_teach_an_upper_limit() -> None:
