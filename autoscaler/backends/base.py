@@ -62,7 +62,8 @@ class Probe:
     one look that shows it not ready is enough. ``ordinal``: its place, where only the highest can
     be ended. ``failed_starts``: how often in a row its engine has ended before it was ready, where
     not the control loop but something else starts it again. ``start_s``: how long the start took
-    that something else than the control loop asked for; told once.
+    that something else than the control loop asked for; told once. ``ran_before``: it is older than
+    this process, so that it may have been ready before.
     """
 
     alive: bool | None = None
@@ -82,6 +83,7 @@ class Probe:
     starting: bool = False
     failed_starts: int = 0
     start_s: float | None = None
+    ran_before: bool = False
     certain: bool = False
     pod: str = ""
     node: str = ""

@@ -390,9 +390,7 @@ class Actuator:
             self.apply(pool, record, Event.EXITED, probe.detail)
         elif probe.ready:
             record.health_failures = 0
-            # Longer than a start may take is none: the pod was ready before, and is again.
-            if probe.start_s is not None and probe.start_s <= pool.start_timeout_s:
-                pool.tiers.record_wake(pool.start_tier(), probe.start_s)
+            self._note_start(pool, probe)
             self.apply(pool, record, Event.BECAME_READY)
         elif probe.ready is False and record.state in {State.READY, State.UNHEALTHY}:
             record.health_failures += 1
@@ -400,6 +398,14 @@ class Actuator:
                 record.error = probe.detail
             elif probe.certain or record.health_failures >= self.settings.health_failures:
                 self.apply(pool, record, Event.HEALTH_LOST, probe.detail)
+
+    def _note_start(self, pool: PoolRecord, probe: Probe) -> None:
+        """Remember how long a start took that something else asked for. Longer than one may take is
+        none: it was ready before, and is again."""
+        if probe.start_s is None or probe.start_s > pool.start_timeout_s:
+            return
+        if not probe.ran_before or pool.lead_s() is None:
+            pool.tiers.record_wake(pool.start_tier(), probe.start_s)
 
     def apply_time_limits(
         self, pool: PoolRecord, loads: Mapping[str, ReplicaLoad], now_s: float

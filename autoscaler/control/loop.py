@@ -245,6 +245,11 @@ class ControlLoop:
             known = record.replicas.get(replica.spec.id)
             if known is None or known.state in ENDED_STATES:
                 self._adopt(replica, record.backend, asleep=False)
+                continue
+            # It runs where the pool has its replicas now, so it is one of them as it is.
+            known.spec = replace(known.spec, pool=record.pool, digest=record.digest)
+            if known.state is State.DRAINING:
+                self._actuator.apply(record, known, Event.KEEP)
         if self._opened:
             self._register_static()
             self._recall([self._pools[name] for name in names])
@@ -263,7 +268,8 @@ class ControlLoop:
         if not same_start:
             LOG.info("%s: other start-up arguments; its replicas are replaced", pool.name)
         for one in list(record.replicas.values()) if comes_back else ():
-            # It drained for what is no more: how many are needed is decided anew.
+            # It drained because the pool was gone, or was another: how many are needed is decided
+            # anew.
             if one.state is State.DRAINING and one.recallable and not record.is_outdated(one):
                 self._actuator.apply(record, one, Event.KEEP)
 
@@ -566,7 +572,8 @@ class ControlLoop:
         wanted = self._decide_by_demand(pool, status, now_s)
         demand = self._observation.pools.get(pool.pool.name)
         pool.backend.recommend(pool.pool, wanted, demand)
-        return replace(wanted, desired=number, recommended=wanted.desired, reason=decision.reason)
+        would_have = wanted.desired if wanted.recommended is None else wanted.recommended
+        return replace(wanted, desired=number, recommended=would_have, reason=decision.reason)
 
     def _target_figures(self, pool: PoolRecord) -> TargetFigures:
         """Those that the pool has targets for are read only where it has any."""
@@ -613,7 +620,10 @@ class ControlLoop:
             if event is Event.SLEEP:
                 record.sleep_level, record.sleep_error = pool.pool.tiers.sleep_level, None
             self._actuator.apply(pool, record, event)
-        for _ in range(plan.starts if pool.backend.owns_replicas else 0):
+        may_start = pool.backend.owns_replicas
+        if pool.removed and pool.backend.outlives_us:
+            may_start = False  # what runs on without us is not ours to start any more
+        for _ in range(plan.starts if may_start else 0):
             pool.add_replica(now_s)
         if closing:  # nothing that runs is kept for later
             for record in list(pool.replicas.values()):

@@ -232,7 +232,7 @@ class PoolRecord:
             if self.removed and record.state is State.DRAINING:
                 record.recallable = True  # it drains because the pool was removed
         self.removed = False
-        if self.supply() == 0:
+        if self.supply() == 0 and not self.count(State.DRAINING):
             self.forget_demand()  # at zero it waits for a request, whatever the settings
 
     def remove(self) -> None:

@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -90,6 +91,7 @@ class KubernetesParts:
             client=EngineClient(timeout_s=timeout_s, headers=UNCOUNTED),
             may_write=self.may_write,
             stats=StatStream(url) if url else None,
+            begun_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         )
         self._host = os.environ.get("HOSTNAME") or socket.gethostname()
         self._identity = f"{self._host}_{os.getpid()}"

@@ -382,7 +382,8 @@ class _Tidegate:
             loaded = await asyncio.to_thread(self._read_again)
             for warning in loaded.warnings:
                 log.warning("%s", warning.as_warning())
-            changes = await self._apply(loaded.settings, self._cluster_pools)
+            pools = self._without_second_writers(self._cluster_pools, loaded.settings, {})
+            changes = await self._apply(loaded.settings, pools)
         said = describe(
             added=changes.added,
             changed=changes.changed,
@@ -399,12 +400,10 @@ class _Tidegate:
         they cannot be; else they are left out."""
         async with self._reloading:
             cluster = self.kubernetes.cluster
-            problems = find_second_writers(pools, self._file_settings.pools, cluster.ref)
+            problems: dict[str, str] = {}
             known = {pool.name: pool for pool in self._cluster_pools}
             usable = []
             for pool in pools:
-                if pool.name in problems:
-                    continue
                 before = known.get(pool.name)
                 if pool != before:
                     try:
@@ -415,16 +414,28 @@ class _Tidegate:
                             usable.append(before)
                         continue
                 usable.append(pool)
-            if tuple(usable) == self._cluster_pools:
+            whole = self._without_second_writers(usable, self._file_settings, problems)
+            if whole == self._cluster_pools:
                 return problems
             try:
-                await self._apply(self._file_settings, tuple(usable))
+                await self._apply(self._file_settings, whole)
             except (ConfigError, BackendError) as error:
                 text = str(error)
                 if isinstance(error, ConfigError):
                     text = "; ".join(map(str, error.problems))
-                problems |= {one.name: text for one in usable if one != known.get(one.name)}
+                problems |= {one.name: text for one in whole if one != known.get(one.name)}
         return problems
+
+    def _without_second_writers(
+        self, pools: Sequence[PoolSettings], settings: Settings, problems: dict[str, str]
+    ) -> tuple[PoolSettings, ...]:
+        """These pools of resources without those whose workload is another's, which ``problems``
+        says then."""
+        second = {}
+        if pools:
+            second = find_second_writers(pools, settings.pools, self.kubernetes.cluster.ref)
+        problems |= second
+        return tuple(pool for pool in pools if pool.name not in second)
 
     async def _apply(
         self, settings: Settings, cluster_pools: tuple[PoolSettings, ...]

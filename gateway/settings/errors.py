@@ -121,13 +121,17 @@ def find_name_conflicts(tree: Mapping[str, Any], origin: Origin) -> Iterator[Pro
                 taken[name] = path
 
 
-def find_workload_conflicts(pools: Sequence[PoolSettings], origin: Origin) -> Iterator[Problem]:
-    """Workloads of a cluster whose number two pools would write."""
+def find_workload_conflicts(
+    pools: Sequence[PoolSettings], namespace: str | None, origin: Origin
+) -> Iterator[Problem]:
+    """Workloads of a cluster whose number two pools would write. ``namespace`` is that of pools
+    which name none, if it is known."""
     taken: dict[tuple[str | None, ...], str] = {}
     for index, pool in enumerate(pools):
         given = pool.kubernetes
         if pool.backend == "kubernetes" and given.is_written:
-            workload = given.namespace, given.kind, given.name, given.worker_group
+            place = given.namespace or namespace
+            workload = place, given.kind, given.name, given.worker_group
             first = taken.setdefault(workload, pool.name)
             if first != pool.name:
                 path = f"pools.{index}.kubernetes.name"

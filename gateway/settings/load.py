@@ -231,7 +231,9 @@ class _Draft:
             rest = self._without(error)
         self.found += errors.find_name_conflicts(self.tree, self.origin)
         if settings is not None:
-            self.found += errors.find_workload_conflicts(settings.pools, self.origin)
+            self.found += errors.find_workload_conflicts(
+                settings.pools, settings.kubernetes.namespace, self.origin
+            )
         if settings is None or self.found:
             found = list(dict.fromkeys(self.found))
             raise ConfigError(found, None if rest is None else self._loaded(rest, path))

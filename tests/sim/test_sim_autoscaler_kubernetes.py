@@ -35,6 +35,8 @@ QUICK = AutoscalerSettings(
     drain_s=20.0,
     start_timeout_s=120.0,
 )
+PROBE_S = 0.5
+"""What a health check takes: time passes while a pool is taken over."""
 LONG_S = 150.0
 """Longer than any start, and than several looks at whether a workload has its number."""
 
@@ -46,7 +48,8 @@ class HealthyServer:
         self.url, self.pool, self.health_path = url, pool, health_path
 
     async def probe(self, client: EngineClient) -> Probe:
-        return Probe(ready=True, url=self.url, served_model="m", phase=self.health_path)
+        await asyncio.sleep(PROBE_S)
+        return Probe(ready=True, url=self.url, served_model=self.health_path)
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +132,7 @@ def pool(name: str = "llama", **fields: Any) -> PoolSettings:
     return PoolSettings.model_validate(shape | fields)
 
 
-def make_world(made_up: MadeUpCluster, first: PoolSettings) -> World:
+def make_world(made_up: MadeUpCluster, first: PoolSettings, *, begun_at: str = "") -> World:
     cluster, client = cast(Cluster, made_up), EngineClient(timeout_s=1.0)
     return World(
         [first],
@@ -137,7 +140,9 @@ def make_world(made_up: MadeUpCluster, first: PoolSettings) -> World:
         FakeBackend(),
         more_backends={
             "kubernetes": scaled.KubernetesBackend(cluster=cluster, client=client, clock=now),
-            EXTERNAL_KUBERNETES: external.ExternalBackend(cluster=cluster, client=client),
+            EXTERNAL_KUBERNETES: external.ExternalBackend(
+                cluster=cluster, client=client, begun_at=begun_at
+            ),
         },
     )
 
@@ -232,64 +237,163 @@ def test_a_workload_that_does_not_say_which_pods_it_has_is_no_pool() -> None:
     run_virtual(story())
 
 
-def test_a_pool_that_comes_back_keeps_the_number_that_its_workload_has_meanwhile() -> None:
+@pytest.mark.parametrize("gone_s", [0.0, 0.3, 0.5, 2.0, 5.0, LONG_S])
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_pool_that_comes_back_keeps_the_number_of_its_workload(gone_s: float, busy: bool) -> None:
     async def story() -> None:
         made_up, mine = MadeUpCluster({"llama": 3}), pool(min_replicas=3)
+        # The same workload: the namespace is that of pools which name none.
+        again = pool(min_replicas=3, kubernetes={"namespace": "d"})
         async with make_world(made_up, mine) as world:
             await begin(world, 3)
-            for gone_s in (0.0, 0.5, 5.0, LONG_S):
-                await apply(world)
-                await asyncio.sleep(gone_s)
-                await apply(world, mine)
-                await asyncio.sleep(LONG_S)
-                assert made_up.written == [], gone_s
-                assert len(world.ready()) == 3
+            world.inflight.update({one.id: int(busy) for one in world.ready()})
+            await apply(world)
+            await asyncio.sleep(gone_s)
+            back = asyncio.create_task(apply(world, again))
+            await asyncio.sleep(PROBE_S / 2)
+            world.inflight.clear()  # the last answers end while it is taken over
+            await back
+            await asyncio.sleep(LONG_S)
+            assert made_up.written == []
+            assert len(world.ready()) == 3
 
     run_virtual(story())
 
 
-def test_a_pool_that_changes_hands_again_and_again_is_scaled_down_by_nobody() -> None:
+def test_what_runs_goes_on_where_only_its_namespace_is_spelled_out() -> None:
     async def story() -> None:
         made_up, mine = MadeUpCluster({"llama": 3}), pool(min_replicas=3)
-        taken = pool(min_replicas=3, kubernetes={"scaled_by": "hpa", "zero_owner": "none"})
         async with make_world(made_up, mine) as world:
             await begin(world, 3)
-            for held_s in (0.0, 0.3, 3.0, 40.0):
-                await apply(world, taken)
+            before = [one.id for one in world.ready()]
+            await apply(world, pool(min_replicas=3, kubernetes={"namespace": "d"}))
+            await asyncio.sleep(LONG_S)
+            assert made_up.written == []
+            assert [one.id for one in world.ready()] == before
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize("gone_s", [0.0, 0.3, 5.0])
+def test_a_pool_that_comes_back_is_scaled_down_only_after_the_delay(gone_s: float) -> None:
+    async def story() -> None:
+        made_up, mine = MadeUpCluster({"llama": 3}), pool(min_replicas=1)
+        async with make_world(made_up, mine) as world:
+            await world.until(lambda: len(world.ready()) == 3)
+            await asyncio.sleep(1)
+            await apply(world)
+            await asyncio.sleep(gone_s)
+            await apply(world, mine)
+            await asyncio.sleep(3)
+            assert made_up.written == []
+            await asyncio.sleep(LONG_S)
+            assert made_up.numbers["llama"] == 1
+
+    run_virtual(story())
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_number_that_was_set_while_the_pool_was_gone_holds(busy: bool) -> None:
+    async def story() -> None:
+        made_up, mine = MadeUpCluster({"llama": 3}), pool(min_replicas=3)
+        async with make_world(made_up, mine) as world:
+            await begin(world, 3)
+            world.inflight.update({one.id: int(busy) for one in world.ready()})
+            await apply(world)
+            await asyncio.sleep(15)  # longer than the scale-down delay, shorter than a drain
+            made_up.set_number("llama", 1)
+            await apply(world, pool(min_replicas=1))
+            world.inflight.clear()
+            await asyncio.sleep(LONG_S)
+            assert made_up.written == []
+            assert len(world.ready()) == 1
+
+    run_virtual(story())
+
+
+def test_how_pods_are_asked_may_have_changed_when_a_pool_comes_back() -> None:
+    async def story() -> None:
+        made_up, mine = MadeUpCluster({"llama": 2}), pool(min_replicas=2)
+        async with make_world(made_up, mine) as world:
+            await begin(world, 2)
+            await apply(world)
+            await apply(world, pool(min_replicas=2, kubernetes={"health_path": "/other"}))
+            await asyncio.sleep(LONG_S)
+            replicas = world.loop.status().pools[0].replicas
+            assert {one.served_model for one in replicas} == {"/other"}
+
+    run_virtual(story())
+
+
+TAKEN = {"scaled_by": "hpa", "zero_owner": "none"}
+
+
+def test_a_pool_that_changes_hands_again_and_again_keeps_its_number() -> None:
+    async def story() -> None:
+        made_up, mine = MadeUpCluster({"llama": 3}), pool(min_replicas=3)
+        async with make_world(made_up, mine) as world:
+            await begin(world, 3)
+            for held_s in (0.0, 0.3, 1.0, 3.0, 40.0):
+                await apply(world, pool(min_replicas=3, kubernetes=TAKEN))
                 await asyncio.sleep(held_s)
                 await apply(world, mine)
                 await asyncio.sleep(held_s)
             await asyncio.sleep(LONG_S)
-            assert min([3, *(number for _, number in made_up.written)]) == 3
+            assert made_up.written == []
             assert len(world.ready()) == 3
+
+    run_virtual(story())
+
+
+def test_a_pod_that_was_not_ready_when_its_pool_changed_hands_is_kept() -> None:
+    async def story() -> None:
+        made_up, mine = MadeUpCluster({"llama": 3}), pool(min_replicas=3)
+        async with make_world(made_up, mine) as world:
+            await begin(world, 3)
+            own = made_up.pods_of["llama"]
+            own[0] = replace(own[0], ready=False)
+            await asyncio.sleep(10)
+            world.inflight.update({one.id: 1 for one in world.views})
+            await apply(world, pool(min_replicas=3, kubernetes=TAKEN))
+            await asyncio.sleep(2)
+            own[0] = replace(own[0], ready=True)
+            await apply(world, mine)
+            world.inflight.clear()
+            await asyncio.sleep(LONG_S)
+            assert made_up.written == []
 
     run_virtual(story())
 
 
 def test_replicas_that_were_found_and_not_taken_are_found_again() -> None:
     async def story() -> None:
-        made_up, mine = MadeUpCluster({"llama": 0, "other": 2}), pool()
+        made_up, mine = MadeUpCluster({"llama": 0, "other": 3}), pool()
         async with make_world(made_up, mine) as world:
             await begin(world, 0)
-            other = pool("other", min_replicas=2).model_copy(update={"name": "o"})
+            other = pool("other", min_replicas=1).model_copy(update={"name": "o"})
             await world.loop.find_replicas([mine, other], digests([mine, other]))  # then refused
+            await asyncio.sleep(LONG_S)
+            made_up.set_number("other", 1)
             await apply(world, mine, other)
             await asyncio.sleep(LONG_S)
             assert made_up.written == []
-            assert len(world.ready("o")) == 2
+            assert len(world.ready("o")) == 1
 
     run_virtual(story())
 
 
-def test_a_workload_is_not_scaled_up_for_a_pool_that_was_removed() -> None:
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_workload_is_not_scaled_up_for_a_pool_that_was_removed(number: int) -> None:
     async def story() -> None:
-        made_up, mine = MadeUpCluster({"llama": 0}), pool()
+        made_up, mine = MadeUpCluster({"llama": number}), pool()
         async with make_world(made_up, mine) as world:
-            await begin(world, 0)
+            await begin(world, number)
+            world.inflight.update({one.id: 250 for one in world.ready()})
             world.arrivals["m"] = world.held["m"] = 1
             await apply(world)
-            await asyncio.sleep(LONG_S)
+            await asyncio.sleep(60)
             assert made_up.written == []
+            assert world.loop.status().pools[0].failures == 0
 
     run_virtual(story())
 
@@ -309,6 +413,14 @@ def test_pods_of_two_stateful_sets_that_are_named_alike_are_two_replicas() -> No
     run_virtual(story())
 
 
+def lead_s(world: World) -> float | None:
+    """How long ahead of demand a replica of its pool is to be asked for."""
+    decision = world.loop.status().pools[0].last_decision
+    assert decision is not None
+    assert decision.inputs is not None
+    return decision.inputs.status.lead_s
+
+
 def test_what_another_autoscaler_starts_says_how_long_a_start_takes() -> None:
     async def story() -> None:
         taken = pool(kubernetes={"scaled_by": "hpa"})
@@ -318,17 +430,30 @@ def test_what_another_autoscaler_starts_says_how_long_a_start_takes() -> None:
         own[1] = replace(own[1], start_s=9_000.0)  # it was ready before
         async with make_world(made_up, taken) as world:
             await begin(world, 2)
-            decision = world.loop.status().pools[0].last_decision
-            assert decision is not None
-            assert decision.inputs is not None
-            assert decision.inputs.status.lead_s == 55.0  # it looks each 15 s
+            assert lead_s(world) == 55.0  # the other one looks each 15 s
             own[0] = replace(own[0], start_s=90.0, ready=False)
             await asyncio.sleep(5)
             own[0] = replace(own[0], ready=True)
             await begin(world, 2)
-            decision = world.loop.status().pools[0].last_decision
-            assert decision is not None
-            assert decision.inputs is not None
-            assert decision.inputs.status.lead_s == 55.0  # that was no start
+            assert lead_s(world) == 55.0  # that was no start
+
+    run_virtual(story())
+
+
+def test_older_pods_say_how_long_a_start_takes_only_where_nothing_else_does() -> None:
+    async def story() -> None:
+        taken = pool(kubernetes={"scaled_by": "hpa"})
+        made_up = MadeUpCluster({"llama": 1})
+        own = made_up.pods_of["llama"]
+        own[0] = replace(own[0], start_s=40.0)
+        async with make_world(made_up, taken, begun_at="0002") as world:
+            await begin(world, 1)
+            assert lead_s(world) == 55.0
+            own.append(replace(own[0], name="b", created="0001", url="http://b", start_s=90.0))
+            await begin(world, 2)
+            assert lead_s(world) == 55.0  # it may have been ready before
+            own.append(replace(own[0], name="c", created="0003", url="http://c", start_s=50.0))
+            await begin(world, 3)
+            assert lead_s(world) == 65.0
 
     run_virtual(story())

@@ -77,12 +77,15 @@ class KubernetesBackend:
         self._mine: set[Place] = set()
         """The pools that are Tidegate's to scale. For others nothing is written: their workloads
         keep the number that they have."""
+        self._adopted: set[Place] = set()
+        """Those whose replicas were found, and which are not known yet to be Tidegate's."""
         self._resync: asyncio.Task[None] | None = None
 
     def set_pools(self, pools: Sequence[PoolSettings]) -> None:
         """Scale these, as they are set now, and no others."""
         now = {self._place_of(pool): pool for pool in pools}
         self._mine = set(now)
+        self._adopted.clear()
         for place, claims in list(self._pools.items()):
             if place not in now:
                 if not claims.bound:
@@ -126,9 +129,14 @@ class KubernetesBackend:
         if scale.replicas and scale.selector is None:
             ref = self._cluster.ref(spec.pool)
             raise BackendError(f"{ref} does not say which pods it has (its selector is empty)")
-        claims = self._pools.setdefault(self._place_of(spec.pool), Claims(pool=spec.pool))
-        claims.pool = spec.pool
+        place = self._place_of(spec.pool)
+        claims = self._pools.setdefault(place, Claims(pool=spec.pool))
+        self._adopted.add(place)
         self._bind(claims)
+        if not self._is_mine(claims):  # its number was another's to set meanwhile
+            spare = sorted(claims.bound, key=lambda one: claims.bound[one] is not None)
+            for replica_id in spare[: max(0, len(spare) - scale.replicas)]:
+                self._forget(claims, replica_id)
         taken = set(claims.bound.values())
         free = [pod for pod in self._cluster.pods(spec.pool) if not pod.terminating]
         free = [pod for pod in free if pod.name not in taken]
@@ -224,6 +232,8 @@ class KubernetesBackend:
         if claims is None:
             return
         if not self._is_mine(claims):
+            if self._place_of(claims.pool) in self._adopted:
+                return  # it is about to be taken over again
             self._forget(claims, replica_id)
             if not claims.bound:
                 self._pools.pop(self._place_of(claims.pool), None)

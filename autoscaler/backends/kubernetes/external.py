@@ -43,16 +43,19 @@ class ExternalBackend:
         client: EngineClient,
         may_write: Callable[[], bool] = lambda: True,
         stats: StatStream | None = None,
+        begun_at: str = "",
     ) -> None:
         """``may_write``: this process is the one that takes workloads to zero and back.
-        ``stats``: by which Knative is asked for replicas ahead of demand."""
+        ``stats``: by which Knative is asked for replicas ahead of demand. ``begun_at``: when this
+        process began, as the times of objects are written."""
         self._cluster, self._client, self._may_write = cluster, client, may_write
+        self._begun_at = begun_at
         self._stats = stats
         self._servers: dict[str, Server] = {}
         self._pools: dict[str, PoolSettings] = {}
         """Those that there were since the last reading."""
         self._started: dict[tuple[str, str, str], None] = {}
-        """Pods that have been well, those of last: one that becomes ready again has not started."""
+        """The newest pods that were seen well: one that becomes ready again has not started."""
         self._crossing: dict[str, asyncio.Task[None]] = {}
         self._resync: asyncio.Task[None] | None = None
 
@@ -157,7 +160,13 @@ class ExternalBackend:
         start_s = None if key in self._started else pod.start_s
         if seen.ready:
             remember(self._started, key, None, most=MOST_PODS)
-        return replace(seen, pod=pod.name, node=pod.node, start_s=start_s if seen.ready else None)
+        return replace(
+            seen,
+            pod=pod.name,
+            node=pod.node,
+            start_s=start_s if seen.ready else None,
+            ran_before=pod.created < self._begun_at,
+        )
 
     async def stop(self, replica_id: str, *, grace_s: float) -> None:
         """Stop watching a server. Its pod is left alone."""

@@ -362,6 +362,15 @@ def test_a_variable_that_is_named_or_kubernetes_own_is_not_warned_about() -> Non
             "(FILE, line 10)",
         ),
         (
+            "two pools of one workload, one of which names the namespace",
+            '[kubernetes]\nnamespace = "d"\n'
+            + IN_CLUSTER.format("a")
+            + IN_CLUSTER.format("b")
+            + 'namespace = "d"\n',
+            "pools.1.kubernetes.name Deployment llama is the workload of pool 'a' already "
+            "(FILE, line 12)",
+        ),
+        (
             "between pools",
             POOL + POOL,
             "pools.1.name 'chat' is pools.0.name too; a name means one pool (FILE, line 6)",
