@@ -231,8 +231,9 @@ class PoolRecord:
                 record.spec = replace(record.spec, pool=pool)
             if self.removed and record.state is State.DRAINING:
                 record.recallable = True  # it drains because the pool was removed
+        goes_on = self.removed and self.count(State.DRAINING) > 0
         self.removed = False
-        if self.supply() == 0 and not self.count(State.DRAINING):
+        if self.supply() == 0 and not goes_on:
             self.forget_demand()  # at zero it waits for a request, whatever the settings
 
     def remove(self) -> None:

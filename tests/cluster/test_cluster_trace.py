@@ -4,9 +4,9 @@ asks for.
 
 What is replayed is made here, and short: a burst of three minutes in every ten, from a minute
 before one until a minute into it. Another trace, of requests by minute, is given by the
-environment: ``TIDEGATE_TRACE`` is a parquet file with a column ``requests``, ``TIDEGATE_TRACE_AT``
-the minute of it with which the comparison begins, ``TIDEGATE_TRACE_MINUTES`` how many it is of, and
-``TIDEGATE_TRACE_FACTOR`` how many requests come for each of the trace.
+environment: ``TRACE_FILE`` is a parquet file with a column ``requests``, ``TRACE_AT``
+the minute of it with which the comparison begins, ``TRACE_MINUTES`` how many it is of, and
+``TRACE_FACTOR`` how many requests come for each of the trace.
 """
 
 from __future__ import annotations
@@ -79,15 +79,15 @@ class Trace:
 
 def given_trace() -> Trace:
     """That of the environment, else the made one."""
-    path = os.environ.get("TIDEGATE_TRACE")
+    path = os.environ.get("TRACE_FILE")
     if path is None:
         demand = [80.0] * 7 + [600.0] * 3
         return Trace(demand * 300, at=2_996, minutes=2)
     import pyarrow.parquet
 
-    factor = float(os.environ.get("TIDEGATE_TRACE_FACTOR", "1"))
+    factor = float(os.environ.get("TRACE_FACTOR", "1"))
     column = pyarrow.parquet.read_table(path).column("requests").to_pylist()
-    at, minutes = (int(os.environ[f"TIDEGATE_TRACE_{one}"]) for one in ("AT", "MINUTES"))
+    at, minutes = (int(os.environ[f"TRACE_{one}"]) for one in ("AT", "MINUTES"))
     return Trace([factor * one for one in column], at, minutes)
 
 
