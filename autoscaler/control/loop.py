@@ -553,7 +553,7 @@ class ControlLoop:
         return decision
 
     def _decide_external(self, pool: PoolRecord, status: PoolStatus, now_s: float) -> Decision:
-        """As many as there are; what Tidegate would have is a recommendation to whoever scales."""
+        """As many as there are; what Tidegate would have is recommended to what scales them."""
         for url in pool.see_urls():
             pool.add_replica(now_s, url=url)
         number = len(pool.urls)

@@ -150,7 +150,7 @@ class ModelPoolController:
             group.create_task(scalers.run())
             group.create_task(self._write_statuses())
             await pools.wait_read()
-            # Not before it is known who else scales; where that may not be read, nobody does.
+            # Not before it is known who else scales; where that may not be read, nothing does.
             await scalers.wait_answered()
             if self._ahpa_pools:
                 group.create_task(ahpas.run())

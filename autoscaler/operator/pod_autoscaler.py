@@ -2,7 +2,7 @@
 ServerlessService, and what is said back. Pure.
 
 Knative makes a PodAutoscaler of each revision of a Service, with the annotations of the Service's
-template, and leaves those of other classes to whoever has the class.
+template, and leaves those of other classes to their controllers.
 """
 
 from __future__ import annotations

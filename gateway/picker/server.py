@@ -104,7 +104,7 @@ class PickerCall:
             await self._call.write(replies.pop(0))
 
     def _changed(self) -> None:
-        """Something happened to the stream. While nothing is received, nobody else writes."""
+        """Something happened to the stream. While nothing is received, nothing else writes."""
         if self._is_waiting and self._writing is None:
             self._writing = asyncio.get_running_loop().create_task(self._write_unasked())
 

@@ -39,7 +39,7 @@ class ClusterError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attributes:
-    """What somebody wants to do, as roles have it, and as the API server reads the same path: the
+    """What a client asks to do, as roles name it, and as the API server reads the same path: the
     metrics of an object are a subresource of it, an external metric is a resource whose values are
     listed, a namespace's is one of its ``metrics`` by name."""
 
@@ -139,7 +139,7 @@ class Access:
         self._tokens = Remembered[Identity | None](cache_s, clock)
 
     async def identify(self, token: str) -> Identity | None:
-        """Whose token it is; ``None``: nobody's."""
+        """Whose token it is; ``None``: the API server does not know it."""
         key = hashlib.sha256(token.encode()).digest()
         return await self._tokens.get(
             key, lambda: self._counted("token", self._review_token(token))

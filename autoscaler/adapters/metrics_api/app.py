@@ -76,7 +76,7 @@ class Guarded(Protocol):
 
     @property
     def front_proxy(self) -> FrontProxy | None:
-        """Whose word for a client's identity is believed; ``None``: nobody's yet."""
+        """The front proxies whose word for a client's identity is believed; ``None``: none yet."""
         ...
 
 

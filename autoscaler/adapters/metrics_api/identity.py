@@ -87,7 +87,7 @@ def proxied_identity(proxy: FrontProxy, headers: Sequence[tuple[bytes, bytes]]) 
 
 
 def with_authenticated(groups: Sequence[str]) -> tuple[str, ...]:
-    """The groups, with that of all who are somebody."""
+    """The groups, with that of all authenticated clients."""
     return tuple(groups) if AUTHENTICATED in groups else (*groups, AUTHENTICATED)
 
 

@@ -113,7 +113,7 @@ class KubernetesBackend:
         return ()
 
     async def adopt(self, wanted: Sequence[ReplicaSpec]) -> list[AdoptedReplica]:
-        """Take over the pods that the workloads have, whoever started them; those that are known
+        """Take over the pods of the workloads, started by Tidegate or not; those that are known
         go by their ids. Raises ``KubernetesError`` where they cannot be read: unknown is not
         none."""
         if self._resync is None and wanted:
@@ -332,7 +332,7 @@ class KubernetesBackend:
             await asyncio.sleep(POLL_S)
 
     async def _keep_numbers(self) -> None:
-        """See that workloads keep the number that they were told: nobody else is to scale them."""
+        """See that workloads keep the number that they were told: nothing else is to scale them."""
         while True:
             await asyncio.sleep(RESYNC_S)
             for claims in list(self._pools.values()):

@@ -4,7 +4,7 @@ use it (client-go's leader election).
 A lease of another is taken when it has not been renewed for as long as it lasts, by this process's
 own clock since it last saw it change: clocks of nodes differ. One that cannot be renewed because
 the API server is away stops being a permission to write when it has run out; the process serves on,
-and leads again if nobody else has taken it meanwhile.
+and leads again if no other process has taken it meanwhile.
 """
 
 from __future__ import annotations
@@ -105,13 +105,13 @@ class Election:
 
     @property
     def leads(self) -> bool:
-        """Whether nobody else can lead now."""
+        """Whether no other process can lead now."""
         renewed_at_s = self._renewed_at_s
         return renewed_at_s is not None and self._clock() < renewed_at_s + self._lasts_s
 
     @property
     def holder(self) -> str:
-        """Who was last seen to hold the lease; empty where nobody was."""
+        """Who was last seen to hold the lease; empty where no process was."""
         return "" if self._seen is None else self._seen.holder
 
     async def run(self) -> None:

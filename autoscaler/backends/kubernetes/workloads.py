@@ -111,7 +111,7 @@ class InferenceServiceLever:
 
 class InferencePoolSelector:
     """An InferencePool of the Gateway API Inference Extension: which pods serve, at which ports. It
-    has no number; whoever made the pods scales them."""
+    has no number; the workload that made the pods is scaled."""
 
     async def read(self, client: KubernetesClient, ref: WorkloadRef) -> WorkloadScale:
         """Its selector and its ports; each port of a pod is an endpoint of its own."""

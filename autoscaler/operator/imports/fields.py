@@ -59,7 +59,7 @@ class Notes:
 
 
 class Fields:
-    """The fields of an object. Each is taken once; ``rest`` are those that nobody took.
+    """The fields of an object. Each is taken once; ``rest`` are those that were not taken.
 
     Raises ``InvalidResource`` for a field that is not of its type or range.
     """

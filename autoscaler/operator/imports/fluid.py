@@ -313,7 +313,7 @@ def _nodes(spec: Fields, made: ImportedCache, notes: Notes) -> None:
 
 
 def _explain(spec: Fields, texts: dict[str, str], notes: Notes) -> None:
-    """What is said of fields that need nothing here, and of those that nobody knows."""
+    """What is said of fields that need nothing here, and of those that are unknown."""
     for path, value in spec.rest():
         text = texts.get(path.rpartition(".")[2])
         notes.add(path, value, "not needed" if text else "not supported", text or UNKNOWN)
